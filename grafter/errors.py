@@ -1,19 +1,19 @@
 """What can go wrong, as one tree. Every message says what happened, what it means, and what to do.
 
-    GrafterError
-    |-- ConfigError            a setting is missing, misspelt or illegal; read before anything is opened
-    |   `-- FilterError        a filter expression does not parse, or uses what filters may not use
-    |-- UsageError             one call of the public functions was made with arguments it cannot take
-    |   `-- DirectionConflict  two filters match one point
-    |-- RunError               the run is over for every rank of both jobs
-    |   |-- JoinError          the two jobs could not agree to start
-    |   |-- PairingError       the two jobs ask for different points
-    |   |-- PeerLostError      a process of the run, or its store, is gone
-    |   |-- PointTimeoutError  nobody is gone and nobody is provably stuck, but the time is up
-    |   `-- ProtocolError      a message is unsigned, empty, or not what the protocol allows
-    |-- TransformError         a user transform cannot be loaded
-    |-- PointFailed            one point failed and `on_transform_error` is `raise`; nothing was written
-    `-- WriteRefused           this value may not be written into this tensor; nothing was written
+GrafterError
+|-- ConfigError            a setting is missing, misspelt or illegal; read before anything is opened
+|   `-- FilterError        a filter expression does not parse, or uses what filters may not use
+|-- UsageError             one call of the public functions was made with arguments it cannot take
+|   `-- DirectionConflict  two filters match one point
+|-- RunError               the run is over for every rank of both jobs
+|   |-- JoinError          the two jobs could not agree to start
+|   |-- PairingError       the two jobs ask for different points
+|   |-- PeerLostError      a process of the run, or its store, is gone
+|   |-- PointTimeoutError  nobody is gone and nobody is provably stuck, but the time is up
+|   `-- ProtocolError      a message is unsigned, empty, or not what the protocol allows
+|-- TransformError         a user transform cannot be loaded
+|-- PointFailed            one point failed and `on_transform_error` is `raise`; nothing was written
+`-- WriteRefused           this value may not be written into this tensor; nothing was written
 """
 
 from __future__ import annotations

@@ -1,0 +1,228 @@
+"""grafter: find where two PyTorch programs that should agree stop agreeing.
+
+Two jobs run side by side, a baseline and a target. Named tensors cross between them while they run, and what came is
+compared, or written into the other's memory. The package reads in the order in which one tensor travels:
+
+    switch, config       GRAFTER_* and the plan file become one frozen GrafterConfig (filters, plan_file, rules)
+    grafter              `dump`: off? return. Else tags, direction, key (points, direction, leaves, participants)
+    join                 once: both jobs' ranks find each other (store, wire, roster, liveness)
+    meeting              one point, step by step:
+      pairing              headers -> store, both manifests back, one decision on every rank
+      transfer_plan        which bytes go from whom to whom, and where they land (pure)
+      transfer, exchange   they move: shared memory, gloo, NCCL (staging, group)
+      user_transform       what came becomes what is written
+      agreement            all receivers are ready, or none writes
+      write_back           into the target's memory, shape and autograd rules checked (tensor_access, conversion)
+      stats, ledger        what it was, what came, how far apart; one line per point
+    housekeeping         a wait explains itself (board, diagnosis), processes are watched, the store is tidied
+    launcher, cli        `grafter run`, `grafter show`, `grafter locate`
+
+Importing this reads no environment, opens nothing and hooks nothing. With GRAFTER_ENABLE unset, `dump` returns its
+value after one check.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from collections.abc import Callable
+from contextvars import Token
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from grafter.errors import GrafterError, UsageError
+from grafter.points import Surroundings, check_tags, split_options, surroundings
+from grafter.switch import enabled
+
+if TYPE_CHECKING:
+    from grafter.config import GrafterConfig
+    from grafter.grafter import Grafter
+    from grafter.user_transform import GraftTransformInput, transform
+
+__all__ = [
+    "dump",
+    "step",
+    "context",
+    "close",
+    "transform",
+    "Grafter",
+    "GrafterConfig",
+    "GraftTransformInput",
+    "GrafterError",
+]
+
+Wrapped = TypeVar("Wrapped", bound=Callable[..., Any])
+
+# None: nobody has asked yet whether grafting is on.
+_off: bool | None = None
+_grafter: Grafter | None = None
+
+
+def dump(name: str, value: Any, /, **arguments: Any) -> Any:
+    """A point: offer `value` to the other job, or take the other job's, as the filters say. Returns the value to go on with.
+
+    Args:
+        name: what this tensor is, the same in both jobs.
+        value: a tensor of any shape, strides, dtype and device; or a pytree of tensors (one point: all or nothing; its
+            other leaves must be equal in both jobs); or a function that gives either, called only if the point matches.
+        arguments: tags (scalars: str, int, float, bool, None), which together with `name`, the step and the count
+            within the step identify the point; and these options, which are no tags:
+            extras: a dict of data (tensors included) that the other side's transform receives beside the tensor.
+            ranks: role ranks, or a process group, of this job that share the point. Default: all ranks of the job.
+            transform: a function or path that overrides GRAFTER_TRANSFORM_PATH here.
+            write: "in_place" or "return"; gradient: "straight_through", "cut" or "strict" (docs/write-modes.md).
+
+    Returns:
+        The value itself; with `write="return"`, a value of the same shape and dtype that holds what came. A grafted
+        point in place changes the tensor's memory before this returns. A function that is not needed is returned as
+        it came.
+
+    Called by every rank of `ranks`, and by the matching ranks of the other job; it waits for them at a point that a
+    filter matches. The tensor may be changed again once it returns.
+
+    Raises:
+        GrafterError: a usage error; or the end of the run (a peer is gone, the two jobs ask for different points, the
+            time is up), on every rank with the same text.
+    """
+    if _off or (_off is None and _decide()):
+        return value
+    return _dump_on(name, value, arguments)
+
+
+def step() -> None:
+    """The end of an iteration, on every rank. Points of the next one have a `step` that is higher by one."""
+    if _off or (_off is None and _decide()):
+        return
+    _active().step()
+
+
+def close() -> None:
+    """Leave the run. Called at exit by itself; a matched point after it is refused."""
+    global _off
+    if _grafter is not None:
+        _grafter.close()
+    elif _off is None:
+        _off = True
+
+
+class context:
+    """Tags for every point inside: `with grafter.context(layer_id=3): ...`, or a decorator.
+
+    As a decorator it also takes a function of the decorated call's `self` that gives the tags:
+    `@grafter.context(lambda self: {"layer_id": self.layer_id})`. Blocks nest, inner tags win, and an exception restores
+    what was before. `ranks=` is passed on to the points inside.
+    """
+
+    __slots__ = ("_arguments", "_of_self", "_token")
+
+    def __init__(self, of_self: Callable[[Any], dict[str, Any]] | None = None, /, **arguments: Any) -> None:
+        if of_self is not None and not callable(of_self):
+            raise UsageError(f"context takes tags as keyword arguments, or a function of self; not {of_self!r}.")
+        self._of_self = of_self
+        self._arguments = arguments
+        self._token: Token[Surroundings] | None = None
+
+    def __enter__(self) -> None:
+        if _off or (_off is None and _decide()):
+            return
+        if self._of_self is not None:
+            raise UsageError("context(function of self) is a decorator; a `with` block has no self to give it.")
+        self._token = _push(self._arguments)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._token is not None:
+            surroundings.reset(self._token)
+            self._token = None
+
+    def __call__(self, function: Wrapped) -> Wrapped:
+        arguments, of_self = self._arguments, self._of_self
+        if inspect.isgeneratorfunction(function) or inspect.iscoroutinefunction(function):
+            raise UsageError(
+                f"context cannot decorate {function.__qualname__}: a generator or coroutine would leave it before it runs. "
+                f"Use `with grafter.context(...)` inside."
+            )
+
+        @functools.wraps(function)
+        def inside(*args: Any, **kwargs: Any) -> Any:
+            if _off or (_off is None and _decide()):
+                return function(*args, **kwargs)
+            token = _push({**(of_self(args[0]) if of_self is not None else {}), **arguments})
+            try:
+                return function(*args, **kwargs)
+            finally:
+                surroundings.reset(token)
+
+        return inside  # type: ignore[return-value]
+
+
+def _push(arguments: dict[str, Any]) -> Token[Surroundings]:
+    tags, options = split_options(arguments)
+    unfit = [option for option in options if option != "ranks"]
+    if unfit:
+        raise UsageError(f"context takes tags and `ranks=`; `{unfit[0]}=` belongs to a single dump.")
+    check_tags(tags)
+    around = surroundings.get()
+    return surroundings.set(Surroundings({**around.tags, **tags}, {**around.options, **options}))
+
+
+def _decide() -> bool:
+    """True if grafting is off. Asked once; under torch.compile the answer is taken while tracing."""
+    global _off
+    if _off is None:
+        _off = not enabled()
+    return _off
+
+
+# What `torch.compiler.assume_constant_result` sets; setting it here does not import the compiler.
+_decide._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _active() -> Grafter:
+    global _grafter
+    if _grafter is None:
+        from grafter.config import GrafterConfig
+        from grafter.grafter import Grafter
+
+        _grafter = Grafter(GrafterConfig.from_environment())
+    return _grafter
+
+
+def _dump_on(name: str, value: Any, arguments: dict[str, Any]) -> Any:
+    if "torch._dynamo" in sys.modules:
+        return _outside_of_graphs()(name, value, arguments)
+    return _active().dump_point(name, value, arguments)
+
+
+_dump_on._torchdynamo_disable = True  # type: ignore[attr-defined]
+_dump_on._torchdynamo_disable_msg = (  # type: ignore[attr-defined]
+    "grafter is on: each grafter.dump breaks the graph here, and runs between the two parts."
+)
+
+
+@functools.cache
+def _outside_of_graphs() -> Callable[[str, Any, dict[str, Any]], Any]:
+    """`dump_point`, kept from being compiled itself."""
+    import torch._dynamo
+
+    disabled: Callable[[str, Any, dict[str, Any]], Any] = torch._dynamo.disable(_active().dump_point)
+    return disabled
+
+
+def __getattr__(name: str) -> Any:
+    # Imported when first used, so that importing the package costs no pydantic.
+    if name == "GrafterConfig":
+        from grafter.config import GrafterConfig
+
+        return GrafterConfig
+    if name == "Grafter":
+        from grafter.grafter import Grafter
+
+        return Grafter
+    if name in ("GraftTransformInput", "transform"):
+        from grafter import user_transform
+
+        return getattr(user_transform, name)
+    raise AttributeError(f"module 'grafter' has no attribute {name!r}")

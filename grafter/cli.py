@@ -1,0 +1,249 @@
+"""The command line: `grafter run`, `grafter show`.
+
+A command is one function below, registered with `app.command`; it does its work inside `errors_told()`, which turns
+grafter's own errors into text and an exit code. What is slow to import (torch, rich, pydantic) is imported inside.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from grafter.errors import ConfigError, GrafterError, JoinError, UsageError
+
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+_SUMMARY_ROWS = 40
+_OPTION_BY_VARIABLE = {
+    "GRAFTER_B2T_FILTER": "--b2t",
+    "GRAFTER_T2B_FILTER": "--t2b",
+    "GRAFTER_COMPARE_FILTER": "--compare",
+    "GRAFTER_TRANSFORM_PATH": "--transform",
+}
+
+app = typer.Typer(
+    name="grafter",
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+class RoleChoice(str, Enum):
+    baseline = "baseline"
+    target = "target"
+
+
+class SortChoice(str, Enum):
+    time = "time"
+    rel = "rel"
+    max_abs = "max_abs"
+    seconds = "seconds"
+
+
+def main() -> None:
+    """The entry point of the `grafter` program."""
+    try:
+        app(prog_name="grafter")
+    except BrokenPipeError:
+        # Whoever read our output (`head`) has what it wanted. Python would complain again when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(128 + 13) from None
+
+
+@contextmanager
+def errors_told() -> Iterator[None]:
+    """Tell grafter's own errors as plain text: exit code 2 for what the user wrote, 1 for what went wrong."""
+    try:
+        yield
+    except GrafterError as error:
+        print(f"grafter: {_in_options(str(error))}", file=sys.stderr)
+        # A store that cannot be hosted is a port that the user chose, or left to choice.
+        usage = isinstance(error, (ConfigError, UsageError, JoinError))
+        raise typer.Exit(EXIT_USAGE if usage else EXIT_FAILED) from None
+
+
+def _in_options(text: str) -> str:
+    """Errors name variables; on the command line, what was not set by one was set by its option."""
+    for variable, option in _OPTION_BY_VARIABLE.items():
+        if not os.environ.get(variable, "").strip():
+            text = text.replace(variable, option)
+    return text
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"grafter {version('grafter')}")
+        raise typer.Exit()
+
+
+@app.callback()
+def grafter(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Find where two PyTorch programs that should agree stop agreeing: run both, and let named tensors cross."""
+
+
+_Command = Annotated[
+    list[str] | None, typer.Argument(metavar="CMD", help="With --role: this side's command, after --.")
+]
+_Baseline = Annotated[str | None, typer.Option(metavar="CMD", help="The baseline job's command, as one text.")]
+_Target = Annotated[str | None, typer.Option(metavar="CMD", help="The target job's command, as one text.")]
+_B2t = Annotated[str | None, typer.Option(metavar="EXPR", help="Points whose baseline tensor replaces the target's.")]
+_T2b = Annotated[str | None, typer.Option(metavar="EXPR", help="Points whose target tensor replaces the baseline's.")]
+_Compare = Annotated[str | None, typer.Option(metavar="EXPR", help="Points to compare; nothing is written.")]
+_Transform = Annotated[str | None, typer.Option(metavar="PATH", help="package.module:function or file.py:function.")]
+_Plan = Annotated[Path | None, typer.Option(metavar="FILE", help="A plan file (YAML) for both jobs.")]
+_Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Any other setting; may be repeated.")
+]
+_Out = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="Where ledgers go; default grafter_out, or GRAFTER_DIR.")
+]
+_Name = Annotated[str | None, typer.Option(metavar="RUN_NAME", help="The run's name; default the time.")]
+_Role = Annotated[RoleChoice | None, typer.Option(help="Run this side alone; the other is run elsewhere.")]
+_HostStore = Annotated[
+    int | None,
+    typer.Option(
+        metavar="PORT", min=0, max=65535, show_default=False, help="With --role: host the store on this port."
+    ),
+]
+_Address = Annotated[
+    str | None, typer.Option(metavar="ADDR", help="With --host-store: listen here; default 127.0.0.1 alone.")
+]
+_Master = Annotated[
+    str | None, typer.Option(metavar="HOST:PORT", help="With --role: where the other side hosts the store.")
+]
+
+
+@app.command("run", short_help="Run both jobs and let tensors cross.")
+def run(
+    command: _Command = None,
+    baseline: _Baseline = None,
+    target: _Target = None,
+    b2t: _B2t = None,
+    t2b: _T2b = None,
+    compare: _Compare = None,
+    transform: _Transform = None,
+    plan: _Plan = None,
+    assignments: _Set = None,
+    out: _Out = None,
+    name: _Name = None,
+    role: _Role = None,
+    host_store: _HostStore = None,
+    address: _Address = None,
+    master: _Master = None,
+) -> None:
+    """Run both jobs, let tensors cross, and print what became of each point.
+
+    Commands are split into words by a shell's quoting rules, but given to no shell: use bash -c '...' for cd, && or |.
+
+    \b
+    grafter run --baseline "python a.py" --target "torchrun --nproc-per-node 2 b.py" \\
+                --b2t "name == 'attn_out'"
+    grafter run --role baseline --host-store 29400 --address 10.0.0.1 \\
+                --b2t "name == 'attn_out'" -- python a.py
+    grafter run --role target --master 10.0.0.1:29400 \\
+                --b2t "name == 'attn_out'" -- python b.py
+
+    Exit code: 0 fine; 1 a point failed, the jobs disagreed, a job failed, or nothing was grafted or compared;
+    2 wrong usage; 130 Ctrl-C.
+    """
+    with errors_told():
+        from grafter.launcher import PairResult, run_pair, run_side
+        from grafter.run_report import report_run
+
+        filters = {"b2t_filter": b2t, "t2b_filter": t2b, "compare_filter": compare}
+        own = {**filters, "transform_path": transform, "plan": str(plan) if plan is not None else None}
+        settings = _merge_settings(
+            {field: value for field, value in own.items() if value is not None}, assignments or []
+        )
+        result: PairResult
+        if role is None:
+            away = {"--host-store": host_store, "--address": address, "--master": master, "-- CMD": command}
+            _refuse(away, "needs --role")
+            if baseline is None or target is None:
+                raise UsageError("give both --baseline CMD and --target CMD, or --role and one command after `--`.")
+            result = run_pair(baseline, target, settings=settings, out=out, run_name=name)
+        else:
+            _refuse(
+                {"--baseline": baseline, "--target": target}, "does not go with --role; write the command after `--`"
+            )
+            if not command:
+                raise UsageError(f"say how to start the {role.value} job: grafter run --role {role.value} ... -- CMD")
+            if host_store is None:
+                _refuse({"--address": address}, "goes with --host-store")
+            hosted = None if host_store is None else (address or "127.0.0.1", host_store)
+            place = None if master is None else parse_master(master)
+            result = run_side(role.value, command, settings=settings, host=hosted, master=place, out=out, run_name=name)
+        raise typer.Exit(report_run(result, sys.stdout, limit=_SUMMARY_ROWS))
+
+
+def _merge_settings(own: dict[str, str], assignments: list[str]) -> dict[str, str]:
+    """Settings by field, of options of their own and of --set. Raises UsageError where both give one."""
+    from grafter.job_environment import parse_settings
+
+    assigned = parse_settings(assignments)
+    for field in sorted(own.keys() & assigned.keys()):
+        raise UsageError(f"{field} is given twice, by its own option and by --set; give it once.")
+    return {**assigned, **own}
+
+
+def _refuse(options: dict[str, object], why: str) -> None:
+    for option, value in options.items():
+        if value is not None and value != []:
+            raise UsageError(f"{option} {why}.")
+
+
+def parse_master(text: str) -> tuple[str, int]:
+    """HOST:PORT; an IPv6 address is in brackets. Raises UsageError."""
+    host, colon, port = text.rpartition(":")
+    if not colon or not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise UsageError(f"--master {text}: write it as HOST:PORT, such as 10.0.0.1:29400.")
+    return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+@app.command("show", short_help="Show what became of each point of a run.")
+def show(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A run, or the --out directory: its newest run.")],
+    all_ranks: Annotated[bool, typer.Option("--all-ranks", help="A row per point and rank, senders too.")] = False,
+    failed: Annotated[bool, typer.Option("--failed", help="Only points that failed or were skipped.")] = False,
+    sort: Annotated[SortChoice, typer.Option(help="As it happened, or the largest first.")] = SortChoice.time,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line and nothing else.")] = False,
+    limit: Annotated[int, typer.Option(metavar="N", min=0, help="At most N rows a table; 0: all.")] = 0,
+) -> None:
+    """Show what became of each point of a run: outcome, difference, and why points failed.
+
+    A row is one point over all ranks: the worst receiver's worst tensor. rel = sum((x-y)^2) / sum(x^2+y^2), and the bar
+    shows it on a logarithmic scale from 1e-16 to 1. In a pipe the tables are plain and not wrapped.
+    """
+    with errors_told():
+        from grafter.run_summary import find_run, read_run_summary
+
+        summary = read_run_summary(find_run(directory), all_ranks)
+        if as_json:
+            from grafter.show import choose_rows
+
+            for row in choose_rows(summary.rows, sort=sort.value, only_trouble=failed, limit=limit):
+                print(row.as_json())
+            return
+        from grafter.show import show_run
+
+        show_run(summary, sys.stdout, only_trouble=failed, sort=sort.value, limit=limit, with_ranks=all_ranks)
+
+
+if __name__ == "__main__":
+    main()

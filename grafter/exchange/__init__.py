@@ -1,0 +1,70 @@
+"""Exchange: the plan's bytes move. One file for each way: shared memory, gloo, NCCL.
+
+A point may use several ways, chosen for each pair of ranks by one pure function on both sides. Whichever it is, a
+transfer is either complete when it returns, or raises.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import torch
+
+from grafter.staging import Staging
+from grafter.transfer_plan import Piece, TransferPlan
+
+
+class Watch(Protocol):
+    """What a transfer asks, at least four times a second, whether to go on."""
+
+    def check(self) -> None:
+        """Raises RunError if the run is over, Abandoned if the other side has given this point up."""
+
+
+class Abandoned(Exception):
+    """The other side has given this point up; the text says why. The run goes on."""
+
+
+class PeerGone(Exception):
+    """The connection to a rank broke in the middle of a transfer."""
+
+    def __init__(self, graft_rank: int, detail: str) -> None:
+        super().__init__(detail)
+        self.graft_rank = graft_rank
+
+
+@dataclass(frozen=True)
+class Outgoing:
+    """A piece and the tensor that it is: on the sender's device, of any strides."""
+
+    piece: Piece
+    tensor: torch.Tensor
+
+
+class Exchange(ABC):
+    """One way to move whole tensors between ranks. Both calls are made by the dump thread, one point at a time."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def send(self, plan: TransferPlan, outgoing: Sequence[Outgoing], watch: Watch) -> None:
+        """Called by every sender of a point that uses this way. The tensors may be changed once it returns."""
+
+    @abstractmethod
+    def receive(
+        self, plan: TransferPlan, incoming: Sequence[Piece], staging: Staging, watch: Watch
+    ) -> list[torch.Tensor]:
+        """Called by every receiver. The pieces' tensors, in their order: contiguous, bit for bit what was sent.
+
+        They lie in `staging`, or on the device for a way that moves device memory, and are valid until the next point.
+        """
+
+    def refuse(self, plan: TransferPlan, incoming: Sequence[Piece], reason: str, watch: Watch) -> None:
+        """Tell the senders that this receiver cannot take their pieces, where the way has a way to say so."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Leave nothing behind: no socket, no thread, no memory."""

@@ -1,0 +1,100 @@
+"""NCCL, opt-in (`GRAFTER_BACKEND=nccl`), for CUDA tensors on both sides: device memory to device memory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch.distributed import TCPStore
+
+from grafter.exchange import Abandoned, Exchange, Outgoing, Watch
+from grafter.group import make_nccl_group
+from grafter.staging import Staging
+from grafter.transfer_plan import Piece, TransferPlan
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroupNCCL
+
+# More operations than this in one coalesced call have been seen to hang NCCL.
+MOST_OPERATIONS = 256
+_POLL_SECONDS = 0.0005
+
+
+class NcclExchange(Exchange):
+    """One per rank. All members of a point's set take part in building its communicator, at the set's first point."""
+
+    name: ClassVar[str] = "nccl"
+
+    def __init__(self, graft_rank: int, hall: str, new_store: Callable[[], TCPStore], timeout: float) -> None:
+        self._graft_rank, self._hall, self._timeout = graft_rank, hall, timedelta(seconds=2 * timeout + 60)
+        self._new_store = new_store
+        self._store: TCPStore | None = None
+        self._groups: dict[tuple[tuple[int, ...], int], ProcessGroupNCCL] = {}
+
+    def send(self, plan: TransferPlan, outgoing: Sequence[Outgoing], watch: Watch) -> None:
+        tensors = [item.tensor.detach().contiguous() for item in outgoing]
+        peers = [plan.members.index(item.piece.receiver) for item in outgoing]
+        self._move(plan, tensors, peers, watch, sending=True)
+
+    def receive(
+        self, plan: TransferPlan, incoming: Sequence[Piece], staging: Staging, watch: Watch
+    ) -> list[torch.Tensor]:
+        device = torch.device("cuda", torch.cuda.current_device())
+        try:
+            tensors = [torch.empty(p.spec.shape, dtype=p.spec.torch_dtype, device=device) for p in incoming]
+        except torch.cuda.OutOfMemoryError as error:
+            raise Abandoned(f"no device memory for what is announced: {error}") from error
+        peers = [plan.members.index(piece.sender) for piece in incoming]
+        self._move(plan, tensors, peers, watch, sending=False)
+        return tensors
+
+    def _move(
+        self, plan: TransferPlan, tensors: Sequence[torch.Tensor], peers: Sequence[int], watch: Watch, *, sending: bool
+    ) -> None:
+        """Coalesced calls in graft-rank order. The CPU polls an event, so that a lost peer does not hang it."""
+        device = tensors[0].device
+        torch.cuda.current_stream(device).synchronize()
+        group = self._group(plan)
+        operations = sorted(zip(peers, range(len(tensors)), strict=True))
+        flat = [_as_bytes(tensor) for tensor in tensors]
+        for start in range(0, len(operations), MOST_OPERATIONS):
+            group._start_coalescing(device)
+            for peer, index in operations[start : start + MOST_OPERATIONS]:
+                if flat[index].numel():
+                    (group.send if sending else group.recv)([flat[index]], peer, 0)
+            work = group._end_coalescing(device)
+            if work is not None:
+                # Makes the current stream wait for NCCL's; the event then stands behind the transfer.
+                work.wait()
+        done = torch.cuda.Event()
+        done.record(torch.cuda.current_stream(device))
+        while not done.query():
+            try:
+                watch.check()
+            except BaseException:
+                # Before the watchdog does it, which would end the process.
+                group.abort()
+                self._groups.clear()
+                raise
+            time.sleep(_POLL_SECONDS)
+
+    def _group(self, plan: TransferPlan) -> ProcessGroupNCCL:
+        place = (plan.members, plan.generation)
+        if place not in self._groups:
+            if self._store is None:
+                self._store = self._new_store()
+            self._groups[place] = make_nccl_group(self._store, self._hall, plan, self._graft_rank, self._timeout)
+        return self._groups[place]
+
+    def close(self) -> None:
+        for group in self._groups.values():
+            group.abort()
+        self._groups.clear()
+        self._store = None
+
+
+def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.reshape(-1).view(torch.uint8) if tensor.numel() else torch.empty(0, dtype=torch.uint8)

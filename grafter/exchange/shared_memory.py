@@ -1,0 +1,256 @@
+"""Shared memory, for ranks of one host and one user: the sender writes straight to the piece's place in the
+receiver's staging memory.
+
+The memory is a memfd, passed over an abstract Unix socket with SCM_RIGHTS. The socket also orders the memory accesses,
+and a closed socket is a dead peer. Nothing has a name in a file system, so nothing stays after SIGKILL.
+
+    receiver -> sender   B generation bytes (+ descriptor)   once per block; a sender that has it writes at once
+    receiver -> sender   R digest reason                     it has no memory for this point
+    sender -> receiver   H graft rank                        first message on a connection
+    sender -> receiver   D digest                            all my pieces of this point are in place
+    sender -> receiver   F digest reason                     I cannot write them
+"""
+
+from __future__ import annotations
+
+import array
+import mmap
+import os
+import select
+import socket
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from grafter.errors import ProtocolError
+from grafter.exchange import Abandoned, Exchange, Outgoing, PeerGone, Watch
+from grafter.roster import Roster
+from grafter.staging import Staging, as_tensor, is_sealed_block, view_bytes
+from grafter.transfer_plan import Piece, TransferPlan
+
+_POLL_SECONDS = 0.25
+_LONGEST_MESSAGE = 4096
+_DIGEST_BYTES = 12
+_CREDENTIALS = struct.Struct("3i")
+_BLOCK = struct.Struct("<QQ")
+
+
+def open_listener() -> tuple[socket.socket, str] | None:
+    """(socket, name) of a listening abstract socket of a random name; None where the platform has none."""
+    if not hasattr(os, "memfd_create"):
+        return None
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    name = f"grafter-{os.urandom(12).hex()}"
+    listener.bind(f"\0{name}")
+    listener.listen(1024)
+    listener.setblocking(False)
+    return listener, name
+
+
+@dataclass
+class _Sending:
+    """A connection to a receiver, and its block as mapped here."""
+
+    connection: socket.socket
+    generation: int = 0
+    block: mmap.mmap | None = None
+
+
+@dataclass
+class _Receiving:
+    """A connection from a sender, and the generation of our block that it was given."""
+
+    connection: socket.socket
+    generation_told: int = 0
+
+
+class SharedMemoryExchange(Exchange):
+    """One per rank. `listener` is the socket that the roster names for this rank."""
+
+    name: ClassVar[str] = "shared memory"
+
+    def __init__(self, graft_rank: int, roster: Roster, listener: socket.socket) -> None:
+        self._graft_rank, self._roster, self._listener = graft_rank, roster, listener
+        self._to: dict[int, _Sending] = {}
+        self._from: dict[int, _Receiving] = {}
+        # (generation, bytes) that each receiver announced for the coming point.
+        self.announced: dict[int, tuple[int, int]] = {}
+
+    # The sender's side.
+
+    def send(self, plan: TransferPlan, outgoing: Sequence[Outgoing], watch: Watch) -> None:
+        for receiver in dict.fromkeys(item.piece.receiver for item in outgoing):
+            pieces = [item for item in outgoing if item.piece.receiver == receiver]
+            sending = self._connected_to(receiver)
+            block = self._mapped_block(plan, receiver, sending, watch)
+            try:
+                for item in pieces:
+                    _write_piece(block, item)
+            except (RuntimeError, ValueError) as error:
+                reason = f"{self._roster.who(self._graft_rank)} cannot write its tensor: {error}"
+                self._tell(receiver, sending.connection, b"F" + bytes.fromhex(plan.digest) + reason.encode()[:2000])
+                raise Abandoned(reason) from error
+            self._tell(receiver, sending.connection, b"D" + bytes.fromhex(plan.digest))
+
+    def _connected_to(self, receiver: int) -> _Sending:
+        sending = self._to.get(receiver)
+        if sending is None:
+            connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            try:
+                connection.connect(f"\0{self._roster.all[receiver].socket_name}")
+            except OSError as error:
+                connection.close()
+                raise PeerGone(receiver, f"its socket is closed ({error.strerror})") from error
+            self._check_peer(connection, receiver)
+            sending = self._to[receiver] = _Sending(connection)
+            self._tell(receiver, connection, b"H" + struct.pack("<I", self._graft_rank))
+        return sending
+
+    def _mapped_block(self, plan: TransferPlan, receiver: int, sending: _Sending, watch: Watch) -> mmap.mmap | None:
+        needed = plan.staging_bytes[receiver]
+        if needed == 0:
+            return None
+        generation, capacity = self.announced.get(receiver, (0, 0))
+        if needed <= capacity and sending.generation == generation:
+            return sending.block
+        message, descriptors = self._receive(receiver, sending.connection, watch, with_descriptor=True)
+        if message[:1] == b"R":
+            raise Abandoned(message[1 + _DIGEST_BYTES :].decode(errors="replace"))
+        if message[:1] != b"B" or len(descriptors) != 1:
+            _close_all(descriptors)
+            raise ProtocolError(f"{self._roster.who(receiver)} answered out of turn over shared memory.")
+        fd = descriptors[0]
+        try:
+            generation, nbytes = _BLOCK.unpack(message[1:])
+            if needed > nbytes or not is_sealed_block(fd, nbytes):
+                raise ProtocolError(f"{self._roster.who(receiver)} offers a block that is too small or could shrink.")
+            sending.block = mmap.mmap(fd, nbytes)
+            sending.generation = generation
+        finally:
+            os.close(fd)
+        return sending.block
+
+    # The receiver's side.
+
+    def receive(
+        self, plan: TransferPlan, incoming: Sequence[Piece], staging: Staging, watch: Watch
+    ) -> list[torch.Tensor]:
+        senders = list(dict.fromkeys(piece.sender for piece in incoming))
+        for sender in senders:
+            self._accepted_from(sender, watch)
+        if plan.staging_bytes[self._graft_rank]:
+            self._hand_out_block(senders, staging)
+        for sender in senders:
+            message, _ = self._receive(sender, self._from[sender].connection, watch)
+            kind, digest = message[:1], message[1 : 1 + _DIGEST_BYTES]
+            if digest != bytes.fromhex(plan.digest) or kind not in b"DF":
+                raise ProtocolError(f"{self._roster.who(sender)} sent another point than the one that was agreed on.")
+            if kind == b"F":
+                raise Abandoned(message[1 + _DIGEST_BYTES :].decode(errors="replace"))
+        return [
+            as_tensor(staging.view(piece.offset, piece.spec.nbytes), piece.spec.torch_dtype, piece.spec.shape)
+            for piece in incoming
+        ]
+
+    def refuse(self, plan: TransferPlan, incoming: Sequence[Piece], reason: str, watch: Watch) -> None:
+        for sender in dict.fromkeys(piece.sender for piece in incoming):
+            self._accepted_from(sender, watch)
+            message = b"R" + bytes.fromhex(plan.digest) + reason.encode()[:2000]
+            self._tell(sender, self._from[sender].connection, message)
+
+    def _hand_out_block(self, senders: Sequence[int], staging: Staging) -> None:
+        """Give the block to the senders that have not got it: exactly those that wait for it."""
+        for sender in senders:
+            receiving = self._from[sender]
+            if receiving.generation_told != staging.generation:
+                message = b"B" + _BLOCK.pack(staging.generation, staging.capacity)
+                descriptor = array.array("i", [staging.fd])
+                self._tell(sender, receiving.connection, message, descriptor)
+                receiving.generation_told = staging.generation
+
+    def _accepted_from(self, sender: int, watch: Watch) -> None:
+        """Take connections until this sender's is among them; a stranger's is closed."""
+        while sender not in self._from:
+            watch.check()
+            readable, _, _ = select.select([self._listener], [], [], _POLL_SECONDS)
+            if not readable:
+                continue
+            connection, _ = self._listener.accept()
+            connection.settimeout(5)
+            try:
+                message = connection.recv(_LONGEST_MESSAGE)
+                claimed = struct.unpack("<I", message[1:])[0] if message[:1] == b"H" and len(message) == 5 else -1
+                if not 0 <= claimed < len(self._roster.all):
+                    raise ProtocolError("a stranger")
+                self._check_peer(connection, claimed)
+            except (OSError, ProtocolError):
+                # Some other process of this machine found the socket. It is no part of the run.
+                connection.close()
+                continue
+            self._from[claimed] = _Receiving(connection)
+
+    # Both sides.
+
+    def _check_peer(self, connection: socket.socket, graft_rank: int) -> None:
+        """The kernel's word for who is at the other end: the process that the roster names, of the same user."""
+        raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+        pid, uid, _ = _CREDENTIALS.unpack(raw)
+        process = self._roster.all[graft_rank].process
+        if uid != os.getuid() or pid != process.pid:
+            raise ProtocolError(
+                f"the socket of {self._roster.who(graft_rank)} belongs to pid {pid} of user {uid}, and the roster names "
+                f"pid {process.pid}."
+            )
+
+    def _tell(
+        self, peer: int, connection: socket.socket, message: bytes, descriptor: array.array[int] | None = None
+    ) -> None:
+        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, descriptor)] if descriptor is not None else []
+        try:
+            connection.settimeout(30)
+            connection.sendmsg([message], ancillary, socket.MSG_NOSIGNAL)
+        except OSError as error:
+            raise PeerGone(peer, f"its connection is closed ({error.strerror or error})") from error
+
+    def _receive(
+        self, peer: int, connection: socket.socket, watch: Watch, *, with_descriptor: bool = False
+    ) -> tuple[bytes, list[int]]:
+        connection.settimeout(_POLL_SECONDS)
+        while True:
+            try:
+                if with_descriptor:
+                    message, descriptors, _, _ = socket.recv_fds(connection, _LONGEST_MESSAGE, 4)
+                else:
+                    message, descriptors = connection.recv(_LONGEST_MESSAGE), []
+            except TimeoutError:
+                watch.check()
+                continue
+            except OSError as error:
+                raise PeerGone(peer, f"its connection broke ({error.strerror})") from error
+            if not message:
+                raise PeerGone(peer, "it closed the connection")
+            return message, descriptors
+
+    def close(self) -> None:
+        for connection in [s.connection for s in self._to.values()] + [r.connection for r in self._from.values()]:
+            connection.close()
+        self._listener.close()
+        self._to.clear()
+        self._from.clear()
+
+
+def _write_piece(block: mmap.mmap | None, item: Outgoing) -> None:
+    spec = item.piece.spec
+    if spec.nbytes == 0:
+        return
+    assert block is not None
+    place = as_tensor(view_bytes(block, item.piece.offset, spec.nbytes), spec.torch_dtype, spec.shape)
+    place.copy_(item.tensor)
+
+
+def _close_all(descriptors: Sequence[int]) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)

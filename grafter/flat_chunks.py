@@ -1,0 +1,122 @@
+"""A tensor as chunks of its flattened index, read without a full-size copy, whatever its strides.
+
+    index   0          CHUNK        2*CHUNK        numel
+            |------------|------------|-------|
+    a chunk of a strided tensor is at most a tail of a row, some whole rows, and a head of a row, in each dimension:
+
+            . . . #  #        <- tail of the first row
+            # # # #  #        <- whole rows, one copy
+            # # . .  .        <- head of the last row
+
+The chunks are the same for every stride and device, so that what is summed by chunk does not depend on the layout.
+A complex tensor is read as its parts: real, imaginary, real, ..., as if its shape had a last dimension of 2.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+# OpenBLAS splits a dot product of more than 10000 numbers over threads, and the digits then depend on their number;
+# torch splits anything of 32768 or more. 9984 is the largest multiple of 128 below; two pieces halve the cost of calls
+# and still leave all buffers of a chunk (470 KiB in float64) in a core's own cache.
+PIECE = 9984
+CHUNK = 2 * PIECE
+
+_INTEGER_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class FlatReader:
+    """Reads ranges of the flattened parts of one plain strided tensor; never writes to it.
+
+    tensor: any shape, strides and device, on which a conjugate or negative bit may be set. as_complex: read a real
+    tensor as complex, its imaginary parts zero (to meet a complex one).
+    """
+
+    def __init__(self, tensor: torch.Tensor, as_complex: bool = False) -> None:
+        self._tensor = tensor.detach()
+        self._as_complex = as_complex and not tensor.is_complex()
+        self._parts_per_element = 2 if as_complex or tensor.is_complex() else 1
+        self.parts = tensor.numel() * self._parts_per_element
+        self._flat = self._whole_if_contiguous()
+
+    def _whole_if_contiguous(self) -> torch.Tensor | None:
+        tensor = self._tensor
+        lazy_bits = tensor.is_conj() or tensor.is_neg()
+        if lazy_bits or self._as_complex or not tensor.is_contiguous():
+            return None
+        return torch.view_as_real(tensor).view(-1) if tensor.is_complex() else tensor.view(-1)
+
+    @property
+    def flat(self) -> torch.Tensor | None:
+        """All parts, 1-D, where that is a view of the tensor's own memory."""
+        return self._flat
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        """Parts start..stop, 1-D, contiguous, of the tensor's own (real) dtype: a view, or a copy of that range only.
+
+        start and stop are even where the tensor is read as complex.
+        """
+        if self._flat is not None:
+            return self._flat[start:stop]
+        scale = self._parts_per_element
+        tensor = self._tensor
+        chunk = torch.empty((stop - start) // scale, dtype=tensor.dtype, device=tensor.device)
+        gather(tensor, start // scale, stop // scale, chunk)
+        if self._as_complex:
+            pairs = torch.zeros(len(chunk), 2, dtype=chunk.dtype, device=chunk.device)
+            pairs[:, 0] = chunk
+            return pairs.view(-1)
+        return torch.view_as_real(chunk).view(-1) if tensor.is_complex() else chunk
+
+
+def gather(tensor: torch.Tensor, start: int, stop: int, out: torch.Tensor) -> None:
+    """Copy elements start..stop of the flattened index of `tensor` into `out`, 1-D of stop - start elements."""
+    if tensor.ndim <= 1:
+        out.copy_(tensor.reshape(1)[start:stop] if tensor.ndim == 0 else tensor[start:stop])
+        return
+    row = math.prod(tensor.shape[1:])
+    first, offset = divmod(start, row)
+    last, rest = divmod(stop, row)
+    if first == last:
+        gather(tensor[first], offset, rest, out)
+        return
+    filled = 0
+    if offset:
+        filled = row - offset
+        gather(tensor[first], offset, row, out[:filled])
+        first += 1
+    if last > first:
+        whole = (last - first) * row
+        out[filled : filled + whole].view(last - first, *tensor.shape[1:]).copy_(tensor[first:last])
+        filled += whole
+    if rest:
+        gather(tensor[last], 0, rest, out[filled:])
+
+
+def bits(parts: torch.Tensor) -> torch.Tensor:
+    """The same memory as integers of the same width, so that equality is of bits."""
+    return parts.view(_INTEGER_OF_SIZE[parts.element_size()])
+
+
+def _is_integer(dtype: torch.dtype) -> bool:
+    return not (dtype.is_floating_point or dtype.is_complex)
+
+
+def unequal(x: torch.Tensor, y: torch.Tensor, x_double: torch.Tensor, y_double: torch.Tensor) -> torch.Tensor:
+    """Where two chunks differ in their bits after promotion: bool, 1-D; two NaNs of different bits still differ here.
+
+    x, y: 1-D parts; x_double, y_double: the same in float64, which holds every floating dtype exactly. Integers of
+    different dtypes meet in int64 and compare exactly; an integer meets a floating number in float64.
+    """
+    if x.dtype == y.dtype:
+        return bits(x) != bits(y)
+    if not (_is_integer(x.dtype) and _is_integer(y.dtype)):
+        return bits(x_double) != bits(y_double)
+    x_wide, y_wide = x.to(torch.int64), y.to(torch.int64)
+    result = x_wide != y_wide
+    if torch.uint64 in (x.dtype, y.dtype):
+        # One of the two wrapped to a negative number, or really is negative: a value that the other dtype lacks.
+        result |= (x_wide < 0) | (y_wide < 0)
+    return result

@@ -1,0 +1,304 @@
+"""The story of one tensor: `Grafter.dump`, one named call per step.
+
+tags, direction, key  ->  pairing  ->  plan  ->  exchange  ->  transform  ->  agreement  ->  write-back  ->  ledger
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from grafter.config import GrafterConfig
+from grafter.direction import Direction, DirectionFilters
+from grafter.errors import GrafterError, PeerLostError, RunError, UsageError
+from grafter.ledger import RankSummary
+from grafter.leaves import Leaves, NothingToOffer, encode_extras, spec_of, take_apart
+from grafter.meeting import Meeting, PointOptions
+from grafter.pairing import Header
+from grafter.participants import own_participants
+from grafter.points import OWN_TAGS, PHASE, StepCounter, call_site, check_tags, split_options, surroundings
+from grafter.session import Joining, Session, find_place
+from grafter.user_transform import UserTransform, load_transform
+
+logger = logging.getLogger("grafter")
+
+
+class Grafter:
+    """Grafts the points of one rank. The functions of the package use one that is made from the environment.
+
+    Called by every rank that takes part; `dump` may be called from any thread, one point at a time.
+    """
+
+    def __init__(self, config: GrafterConfig) -> None:
+        self.config = config
+        self._filters = DirectionFilters(config.filters)
+        self._steps = StepCounter()
+        self._lock = threading.RLock()
+        self._unmatched: Counter[str] = Counter()
+        self._outcomes: Counter[str] = Counter()
+        self._sequence = 0
+        self._joining: Joining | None = None
+        self._session: Session | None = None
+        self._detached: str | None = None
+        self._closed = False
+        self._fault: BaseException | None = None
+        self._process_id = os.getpid()
+        self._transforms = _load_transforms(config)
+        self._place = find_place(config)
+        _set_up_logging(config.log_level)
+        atexit.register(self.close)
+
+    # What users call.
+
+    def dump(self, name: str, value: Any, /, **arguments: Any) -> Any:
+        """One point. See `grafter.dump`."""
+        return self.dump_point(name, value, arguments)
+
+    def dump_point(self, name: str, value: Any, arguments: dict[str, Any]) -> Any:
+        if self._joining is None:
+            self._start_joining()
+        if not OWN_TAGS.isdisjoint(arguments):
+            split_options(arguments)
+        around = surroundings.get()
+        tags = {**around.tags, **arguments} if around.tags else arguments
+        tags["name"] = name
+        tags["step"] = self._steps.step
+        tags["phase"] = PHASE
+        direction = self._filters.direction_of(tags)
+        if direction is None:
+            self._unmatched[name] += 1
+            return value
+        for own in ("name", "step", "phase"):
+            del tags[own]
+        with self._lock:
+            return self._graft(name, value, tags, {**around.options}, direction)
+
+    def step(self) -> None:
+        """The end of an iteration: the step counts up, occurrences start at 0 again."""
+        if self._joining is None:
+            self._start_joining()
+        with self._lock:
+            self._steps.next_step()
+
+    def close(self) -> None:
+        """Leave the run: say so, delete what is ours, write the summary. Later matched points are refused."""
+        with self._lock:
+            if self._closed or os.getpid() != self._process_id:
+                return
+            self._closed = True
+            atexit.unregister(self.close)
+            if self._joining is None:
+                return
+            session = self._session or self._joining.finished()
+            error = _last_error(self._fault)
+            if session is not None:
+                session.ledger.write_summary(self._summary(session, error))
+                session.close(
+                    f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}" if error else ""
+                )
+            self._say_goodbye()
+
+    # The steps before the other side is met.
+
+    def _start_joining(self) -> None:
+        with self._lock:
+            if self._joining is None and not self._closed:
+                self._joining = Joining(self.config)
+
+    def _graft(
+        self, name: str, value: Any, arguments: dict[str, Any], around: dict[str, Any], direction: Direction
+    ) -> Any:
+        site = call_site()
+        self._refuse_where_impossible(name, site)
+        tags, given = split_options(arguments)
+        check_tags(tags)
+        if self._detached is not None:
+            return value
+        options = self._options_of(name, {**around, **given})
+        try:
+            session = self._joined()
+            key = self._steps.next_key({**tags, "name": name}, self.config.key_tags)
+            header, leaves, extras, failure = self._describe(session, value, options, direction, site)
+            meeting = Meeting(
+                session, key, direction, header, options, {**tags, "name": name, "step": key.step, "phase": key.phase}
+            )
+            self._sequence += 1
+            grafted, outcome = meeting.hold(leaves, extras, self.config.stats, self._sequence)
+        except PeerLostError as error:
+            return self._detach_or_raise(error, value)
+        except BaseException as error:
+            self._fault = error
+            raise
+        self._outcomes[outcome] += 1
+        session.board.last_points.append(f"{key} {outcome}")
+        if failure is not None:
+            raise failure
+        return (
+            grafted
+            if leaves is not None
+            else (value() if callable(value) and not isinstance(value, torch.Tensor) else value)
+        )
+
+    def _joined(self) -> Session:
+        if self._session is None:
+            assert self._joining is not None
+            self._session = self._joining.wait()
+        return self._session
+
+    def _refuse_where_impossible(self, name: str, site: str) -> None:
+        if os.getpid() != self._process_id:
+            raise UsageError(
+                f"the point {name!r} at {site} is in a process that was forked from {self._place.who} (a data loader's "
+                f"worker?). Only the process that joined can graft; dump in it, or start the child with spawn."
+            )
+        if self._closed:
+            raise UsageError(f"the point {name!r} at {site} comes after grafter.close().")
+        if torch._C._current_graph_task_id() != -1 and torch.is_grad_enabled():
+            raise UsageError(
+                f"the point {name!r} at {site} is in a recomputation (activation checkpointing runs the forward again "
+                f"during backward). The other job does not come to it a second time, and this version cannot replay it: "
+                f"dump outside of the checkpointed region, or switch checkpointing off."
+            )
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise UsageError(
+                f"the point {name!r} at {site} is in a CUDA graph capture, where nothing can be read or exchanged: the "
+                f"replay would repeat the capture's values. Run this part without CUDA graphs (eager, or "
+                f"`mode='default'` for torch.compile) while grafting."
+            )
+
+    def _describe(
+        self, session: Session, value: Any, options: PointOptions, direction: Direction, site: str
+    ) -> tuple[Header, Leaves | None, list[torch.Tensor], BaseException | None]:
+        """This rank's header, also where it has nothing to offer or fails: the other side must hear of it."""
+        participants = own_participants(session.place, options.ranks)
+        fields: dict[str, Any] = {
+            "role": session.place.role,
+            "role_rank": session.place.role_rank,
+            "participants": participants,
+            "direction": direction,
+            "call_site": site,
+            "needs": options.transform.receives if options.transform is not None else "identity",
+            "generation": session.transfer.generation,
+            "staging": session.transfer.staging.prepare(),
+        }
+        extras: list[torch.Tensor] = []
+        try:
+            leaves = take_apart(value() if callable(value) and not isinstance(value, torch.Tensor) else value)
+            if options.extras is not None:
+                fields["extras"], extras = encode_extras(options.extras)
+        except NothingToOffer as nothing:
+            return Header(**fields, nothing=str(nothing)), None, [], None
+        except Exception as error:
+            failure = UsageError(f"{error}") if isinstance(error, ValueError) else error
+            return Header(**fields, failure=f"{type(error).__name__}: {error}"), None, [], failure
+        if self.config.backend == "nccl" and any(tensor.is_cuda for tensor in leaves.tensors):
+            device = torch.cuda.get_device_properties(leaves.tensors[0].device)
+            fields["nccl_device"] = f"{device.uuid} {os.environ.get('NCCL_HOSTID', '')}".strip()
+        header = Header(
+            **fields,
+            leaves=leaves.specs,
+            structure=leaves.structure,
+            others=leaves.others,
+            extras_tensors=tuple(spec_of(str(i), tensor) for i, tensor in enumerate(extras)),
+        )
+        return header, leaves, extras, None
+
+    def _options_of(self, name: str, given: dict[str, Any]) -> PointOptions:
+        """Per field: the plan file's rule, since it is there to correct code; else the call; else the configuration."""
+
+        def choose(field: str) -> Any:
+            for rule in self.config.rules:
+                if rule.has(field) and rule.matches(name):
+                    return getattr(rule, field)
+            if given.get(field) is not None:
+                return given[field]
+            return getattr(self.config, {"transform": "transform_path"}.get(field, field))
+
+        transform = choose("transform")
+        return PointOptions(
+            transform=self._transform(transform) if transform else None,
+            write=choose("write"),
+            gradient=choose("gradient"),
+            on_transform_error=choose("on_transform_error"),
+            extras=given.get("extras"),
+            ranks=given.get("ranks"),
+        )
+
+    def _transform(self, transform: str | Callable[..., Any]) -> UserTransform:
+        if isinstance(transform, str):
+            if transform not in self._transforms:
+                self._transforms[transform] = load_transform(transform)
+            return self._transforms[transform]
+        if not callable(transform):
+            raise UsageError(f"transform={transform!r} is neither a path nor a function.")
+        receives = getattr(transform, "__grafter_receives__", "all")
+        return UserTransform(getattr(transform, "__qualname__", repr(transform)), transform, receives)
+
+    # The steps after.
+
+    def _detach_or_raise(self, error: PeerLostError, value: Any) -> Any:
+        if self.config.on_peer_loss == "raise":
+            self._fault = error
+            raise error
+        self._detached = str(error)
+        logger.warning("grafter: %s goes on ungrafted from here (on_peer_loss=detach): %s", self._place.who, error)
+        return value
+
+    def _summary(self, session: Session, error: BaseException | None) -> RankSummary:
+        return RankSummary(
+            role=session.place.role,
+            role_rank=session.place.role_rank,
+            outcomes=dict(self._outcomes),
+            unmatched=dict(self._unmatched),
+            filters_never_matched=self._filters.never_matched(),
+            tags_never_seen=self._filters.tags_never_seen(),
+            error=self._detached or (str(error) if error is not None else None),
+            error_kind="Detached" if self._detached else (type(error).__name__ if error is not None else None),
+        )
+
+    def _say_goodbye(self) -> None:
+        counts = ", ".join(f"{count} {outcome}" for outcome, count in self._outcomes.items())
+        unmatched = sum(self._unmatched.values())
+        logger.info(
+            "grafter: %s closes: %s; %d calls matched no filter", self._place.who, counts or "no point", unmatched
+        )
+        if not self._outcomes:
+            logger.warning("grafter: %s has grafted and compared nothing", self._place.who)
+        for filter_text in self._filters.never_matched():
+            logger.warning("grafter: %s: the filter %s never matched", self._place.who, filter_text)
+        for tag in self._filters.tags_never_seen():
+            seen = sorted(self._unmatched)[:8]
+            logger.warning(
+                "grafter: %s: no point had a tag %r, which a filter reads (points seen: %s)", self._place.who, tag, seen
+            )
+
+
+def _load_transforms(config: GrafterConfig) -> dict[str, UserTransform]:
+    """All transforms that the configuration names, loaded now: a wrong path fails before any model has run."""
+    paths = {config.transform_path} | {rule.transform for rule in config.rules if rule.has("transform")}
+    return {path: load_transform(path) for path in sorted(path for path in paths if path)}
+
+
+def _set_up_logging(level: str) -> None:
+    """Give our own logger a handler, unless the program has logging of its own."""
+    logger.setLevel(level.upper())
+    if not logger.handlers and not logging.getLogger().handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        logger.addHandler(handler)
+
+
+def _last_error(fault: BaseException | None) -> BaseException | None:
+    """The error with which this process ends: what nobody caught, else what ended the run at a point."""
+    unhandled = getattr(sys, "last_value", None)
+    if isinstance(unhandled, BaseException) and not isinstance(unhandled, SystemExit):
+        return unhandled
+    return fault if isinstance(fault, (RunError, GrafterError)) else None

@@ -1,0 +1,411 @@
+"""The housekeeping thread of a rank: it diagnoses waits, wakes the waiter, watches processes, and tidies the store.
+
+The dump thread only ever blocks in one `get`. Everything that could end that wait early happens here, on a store
+client of its own, by putting an abort under the awaited key.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from grafter.board import BoardLine, board_key, describe_board, read_line
+from grafter.diagnosis import explain_stuck, find_stuck
+from grafter.errors import PeerLostError, PointTimeoutError, RunError
+from grafter.liveness import SILENT_AFTER_SECONDS, HeartbeatWatch, how_gone, is_stopped
+from grafter.roster import Roster
+from grafter.store import ABORT, StoreClient, decode_abort
+
+logger = logging.getLogger("grafter")
+
+_TICK_SECONDS = 0.25
+_LOOK_AFTER_SECONDS = 0.5
+_LOOK_EVERY_SECONDS = 1.0
+# So many deletions between two looks, at 60 us each: tidying never delays a diagnosis by more than 15 ms.
+_DELETIONS_PER_TICK = 256
+
+
+@dataclass
+class Wait:
+    """What the dump thread waits for. `needs`: the graft ranks without which this stage can't end."""
+
+    stage: str
+    what: str
+    awaits: tuple[str, ...]
+    timeout: float
+    leader: bool = False
+    needs: frozenset[int] = frozenset()
+    since: float = field(default_factory=time.monotonic)
+    next_look: float = 0.0
+    # Where the receivers say that they have given the point up, and what they said.
+    outcome_key: str | None = None
+    abandoned: str | None = None
+    interruptible: bool = False
+    # Where the program itself (asyncio, say) wants to hear of signals.
+    signal_fd: int = -1
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.since
+
+
+class Housekeeping:
+    """One thread per rank; started when the store is reached, stopped by `close`."""
+
+    def __init__(self, client: StoreClient, reconnect: Callable[[], StoreClient], who: str) -> None:
+        self._client = client
+        self._reconnect = reconnect
+        self._who = who
+        self._roster: Roster | None = None
+        self._graft_rank = -1
+        self._host_rank: int | None = None
+        self._wait: Wait | None = None
+        self._deletions: deque[str] = deque()
+        self._beats = HeartbeatWatch()
+        self._beat_count = 0
+        self._told: set[tuple[int, str]] = set()
+        self._last_lines: dict[int, BoardLine] = {}
+        self._store_down = False
+        self._closing = False
+        self._next_chores = 0.0
+        self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self.on_second: Callable[[StoreClient], None] | None = None
+        self.aborted: RunError | None = None
+        self._thread = threading.Thread(target=self._run, name="grafter-housekeeping", daemon=True)
+        self._thread.start()
+
+    # What the dump thread calls.
+
+    def joined(self, roster: Roster, graft_rank: int, host_rank: int | None) -> None:
+        """From here on processes are watched. `host_rank`: the graft rank that hosts the store, if one does."""
+        self._graft_rank, self._host_rank = graft_rank, host_rank
+        self._roster = roster
+
+    @contextmanager
+    def waiting(self, wait: Wait) -> Iterator[None]:
+        """Around a blocking `get` or transfer: while it lasts, this thread looks after it."""
+        if self.aborted is not None:
+            raise self.aborted
+        main = threading.current_thread() is threading.main_thread()
+        # A signal that arrives while the main thread is blocked in the store would be seen only after the wait.
+        previous = signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False) if main else -1
+        wait.interruptible = main
+        wait.signal_fd = previous
+        self._wait = wait
+        try:
+            yield
+        finally:
+            self._wait = None
+            if main:
+                signal.set_wakeup_fd(previous)
+
+    def check(self) -> None:
+        """Raise what ended the run, if something did. For loops that move bytes."""
+        if self.aborted is not None:
+            raise self.aborted
+
+    def delete_later(self, keys: Sequence[str]) -> None:
+        self._deletions.extend(keys)
+
+    def close(self) -> None:
+        """Delete what is left to delete and end the thread."""
+        self._closing = True
+        os.write(self._wake_write, b"\0")
+        self._thread.join(timeout=10)
+        if not self._thread.is_alive():
+            os.close(self._wake_read)
+            os.close(self._wake_write)
+
+    # The thread.
+
+    def _run(self) -> None:
+        while not self._closing:
+            self._handle_signals(self._sleep())
+            if self._closing:
+                break
+            self._warn_of_stopped()
+            if self._store_down and not self._revive_client():
+                continue
+            try:
+                self._do_chores()
+                wait = self._wait
+                if wait is not None and wait.seconds >= _LOOK_AFTER_SECONDS and time.monotonic() >= wait.next_look:
+                    wait.next_look = time.monotonic() + _LOOK_EVERY_SECONDS
+                    self._look_after(wait)
+            except PeerLostError as error:
+                self._store_lost(error)
+            except RunError as error:
+                self.aborted = self.aborted or error
+            except Exception:
+                # A fault of our own must not end the watch silently: the run would lose its safety net.
+                logger.exception(
+                    "grafter: the housekeeping thread of %s met an unexpected error and goes on", self._who
+                )
+        if not self._store_down:
+            try:
+                self._delete(len(self._deletions))
+            except RunError as error:
+                logger.debug("grafter: the store was gone before %s had tidied it: %s", self._who, error)
+
+    def _sleep(self) -> bytes:
+        readable, _, _ = select.select([self._wake_read], [], [], _TICK_SECONDS)
+        return os.read(self._wake_read, 256) if readable else b""
+
+    def _handle_signals(self, numbers: bytes) -> None:
+        """Ctrl-C, or a SIGTERM that the program handles: end the wait, so that Python can run the handler."""
+        wait = self._wait
+        if wait is not None and wait.signal_fd >= 0 and numbers:
+            os.write(wait.signal_fd, numbers)
+        for number in numbers:
+            if wait is not None and wait.interruptible and number in (signal.SIGINT, signal.SIGTERM):
+                name = signal.Signals(number).name
+                try:
+                    self.abort(
+                        PeerLostError(
+                            f"{self._who} was interrupted ({name}) while it waited for {wait.what}, so the run is over "
+                            f"for both jobs."
+                        )
+                    )
+                except RunError as error:
+                    self._store_lost(error)
+
+    def _do_chores(self) -> None:
+        self._delete(min(len(self._deletions), _DELETIONS_PER_TICK))
+        if time.monotonic() < self._next_chores:
+            return
+        self._next_chores = time.monotonic() + 1.0
+        if self._roster is not None and self._roster.several_hosts:
+            self._beat_count += 1
+            self._client.set(self._beat_key(self._graft_rank), "beat", str(self._beat_count))
+        if self.aborted is None:
+            record = self._client.peek(f"{self._client.lobby}/abort")
+            if record is not None:
+                self._wake_self(decode_abort(record.payload))
+        if self._host_rank is not None and self._host_rank != self._graft_rank:
+            # The last word of the store's host, for when the store is gone with it.
+            self.read_board(self._client, [self._host_rank])
+        if self.on_second is not None:
+            self.on_second(self._client)
+
+    def _delete(self, count: int) -> None:
+        for _ in range(count):
+            self._client.delete(self._deletions.popleft())
+
+    def _beat_key(self, graft_rank: int) -> str:
+        return f"{self._client.hall}/beat/{graft_rank}"
+
+    # Looking after a wait.
+
+    def _look_after(self, wait: Wait) -> None:
+        if wait.stage == "join":
+            self._look_after_join(wait)
+            return
+        if wait.outcome_key is not None:
+            outcome = self._client.peek(wait.outcome_key)
+            if outcome is not None and outcome.kind == "refuse":
+                wait.abandoned = outcome.payload
+                return
+        gone = self._gone(wait.leader)
+        if wait.stage == "pairing":
+            if wait.leader or gone:
+                self._look_for_stuck(gone)
+        elif any(rank in wait.needs for rank in gone):
+            board = describe_board(self.read_board(self._client), gone)
+            self.abort(
+                PeerLostError(
+                    f"a process of the run is gone in the middle of {wait.what} ({wait.stage}); nothing of it was "
+                    f"written where the outcome was not decided yet.\n{board}\nLook at the end of its output first."
+                )
+            )
+        if self.aborted is None and wait is self._wait and wait.seconds > wait.timeout:
+            self._time_out(wait, gone)
+
+    def _look_after_join(self, wait: Wait) -> None:
+        for role in ("baseline", "target"):
+            record = self._client.peek(f"{self._client.lobby}/exit/{role}")
+            if record is not None:
+                self._wake_self(
+                    PeerLostError(
+                        f"the {role} job {record.payload}, and {self._who} was still waiting for the two jobs to join. "
+                        f"Look at the end of that job's output: it ended before its first call of grafter took effect."
+                    )
+                )
+                return
+        if wait.seconds > wait.timeout:
+            self._wake_self(
+                PointTimeoutError(
+                    f"{self._who} waited {wait.timeout:.0f} s for {wait.what} in vain. Check that the other job was "
+                    f"started, has GRAFTER_ENABLE=1, the same master address, port and group_name, and calls grafter "
+                    f"in every rank; raise GRAFTER_JOIN_TIMEOUT if it only needs longer to load."
+                )
+            )
+
+    def _look_for_stuck(self, gone: dict[int, str]) -> None:
+        first = self.read_board(self._client)
+        stuck = find_stuck(first, gone)
+        if not stuck:
+            return
+        for line in stuck:
+            if any(self._client.peek(key) is not None for key in line.awaits):
+                return
+        second = self.read_board(self._client)
+        if [line.sequence for line in find_stuck(second, gone)] != [line.sequence for line in stuck]:
+            return
+        left = {line.graft_rank: "has left with " + line.note for line in second if line.state == "left" and line.note}
+        self.abort(explain_stuck(stuck, gone | left, describe_board(second, gone, self._remarks())))
+
+    def _time_out(self, wait: Wait, gone: dict[int, str]) -> None:
+        board = describe_board(self.read_board(self._client), gone, self._remarks())
+        self.abort(
+            PointTimeoutError(
+                f"{self._who} waited {wait.timeout:.0f} s for {wait.what} ({wait.stage}), and the time is up.\n{board}\n"
+                f"No process is known to be gone and the waits do not exclude each other, so a rank that seems to run "
+                f"is probably slow, stopped, or stuck in its own job's collectives (py-spy dump --pid tells). "
+                f"Raise GRAFTER_TIMEOUT if it only needs longer."
+            )
+        )
+
+    def _gone(self, leader: bool = True) -> dict[int, str]:
+        """Graft rank -> how its process went, without those that left in good order.
+
+        Every waiting rank looks at the processes of its own host; heartbeats of other hosts are the leaders' to read.
+        """
+        if self._roster is None:
+            return {}
+        exits = {role: self._client.peek(f"{self._client.lobby}/exit/{role}") for role in ("baseline", "target")}
+        own_host = self._roster.all[self._graft_rank].process.host
+        gone: dict[int, str] = {}
+        for rank, member in enumerate(self._roster.all):
+            how = None
+            if member.process.host == own_host:
+                how = how_gone(member.process)
+            elif leader or member.role_rank == 0:
+                how = self._silence(rank)
+            exit_report = exits[member.role]
+            if exit_report is not None:
+                how = f"{how or 'is gone'} (its job {exit_report.payload})"
+            if how is not None:
+                gone[rank] = how
+        for line in self.read_board(self._client, list(gone)):
+            if line.state == "left":
+                del gone[line.graft_rank]
+        return gone
+
+    def _silence(self, rank: int) -> str | None:
+        beat = self._client.peek(self._beat_key(rank))
+        silent = self._beats.silent_seconds(rank, beat.payload if beat else "")
+        return f"is silent for {silent:.0f} s" if silent > SILENT_AFTER_SECONDS else None
+
+    def _remarks(self) -> dict[int, str]:
+        if self._roster is None:
+            return {}
+        own_host = self._roster.all[self._graft_rank].process.host
+        return {
+            rank: f"its process, pid {member.process.pid}, is stopped (SIGSTOP, Ctrl-Z or a debugger)"
+            for rank, member in enumerate(self._roster.all)
+            if member.process.host == own_host and is_stopped(member.process)
+        }
+
+    def _warn_of_stopped(self) -> None:
+        if self._wait is None or self._wait.seconds < _LOOK_AFTER_SECONDS:
+            return
+        for rank, remark in self._remarks().items():
+            if (rank, "stopped") not in self._told and self._roster is not None:
+                self._told.add((rank, "stopped"))
+                logger.warning(
+                    "grafter: %s waits for %s, and %s cannot answer: %s. The point fails after %.0f s.",
+                    self._who, self._wait.what, self._roster.who(rank), remark, self._wait.timeout,
+                )  # fmt: skip
+
+    def read_board(self, client: StoreClient, ranks: Sequence[int] | None = None) -> list[BoardLine]:
+        assert self._roster is not None
+        wanted = range(len(self._roster.all)) if ranks is None else ranks
+        members = [self._roster.all[rank] for rank in wanted]
+        sealed_lines = client.get_all([board_key(client, member.role, member.role_rank) for member in members])
+        lines = [read_line(sealed.payload, self._roster) for sealed in sealed_lines]
+        self._last_lines.update((line.graft_rank, line) for line in lines)
+        return lines
+
+    # Ending the run.
+
+    def abort(self, error: RunError, client: StoreClient | None = None) -> RunError:
+        """End the run for all ranks: the first error put stands, and every rank that waits is woken with it."""
+        client = client or self._client
+        key = f"{client.lobby}/abort"
+        client.wake(key, error)
+        record = client.peek(key)
+        standing = decode_abort(record.payload) if record is not None and record.kind == ABORT else error
+        self.aborted = standing
+        if self._roster is not None:
+            for line in self.read_board(client):
+                if line.state == "waiting":
+                    for awaited in line.awaits:
+                        client.wake(awaited, standing)
+        self._wake_self(standing, client)
+        return standing
+
+    def _wake_self(self, error: RunError, client: StoreClient | None = None) -> None:
+        self.aborted = self.aborted or error
+        wait = self._wait
+        if wait is not None:
+            for key in wait.awaits:
+                (client or self._client).wake(key, self.aborted)
+
+    def _store_lost(self, error: RunError) -> None:
+        """The store does not answer. Its host may be stopped (wait for it), or gone (the run is over)."""
+        if self.aborted is not None or self._closing:
+            self._store_down = True
+            return
+        if self._store_host_stopped():
+            self._store_down = True
+            return
+        board = describe_board(list(self._last_lines.values()), self.gone_here()) if self._last_lines else ""
+        self.aborted = PeerLostError(
+            f"{error}\nThe last board that {self._who} has seen:\n{board}" if board else str(error)
+        )
+        self._store_down = True
+
+    def gone_here(self) -> dict[int, str]:
+        """Graft rank -> how its process went, for this host alone, without asking the store."""
+        if self._roster is None:
+            return {}
+        own_host = self._roster.all[self._graft_rank].process.host
+        left = {line.graft_rank for line in self._last_lines.values() if line.state == "left"}
+        return {
+            rank: how
+            for rank, member in enumerate(self._roster.all)
+            if rank not in left and member.process.host == own_host and (how := how_gone(member.process))
+        }
+
+    def _store_host_stopped(self) -> bool:
+        return (
+            self._roster is not None and self._host_rank is not None
+            and is_stopped(self._roster.all[self._host_rank].process)
+        )  # fmt: skip
+
+    def _revive_client(self) -> bool:
+        """A client that timed out has lost its place in the conversation: make a new one once its host runs again."""
+        if self.aborted is not None or self._store_host_stopped():
+            return False
+        try:
+            self._client = self._reconnect()
+        except RunError as error:
+            self._store_lost(error)
+            return False
+        self._store_down = False
+        return True
+
+    def store_lost_error(self, error: RunError) -> RunError:
+        """What the dump thread should raise when its own client lost the store: the fuller story if there is one."""
+        deadline = time.monotonic() + 2.0
+        while self.aborted is None and self._thread.is_alive() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return self.aborted or error

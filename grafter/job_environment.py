@@ -1,0 +1,89 @@
+"""The environment of a job that `grafter run` starts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from grafter.errors import UsageError
+from grafter.switch import OLD_PREFIX, PREFIX
+
+# What torchrun, or another launcher around this one, said about this process; a job that inherited it would take
+# itself for a rank of that world. torchrun passes TORCHELASTIC_USE_AGENT_STORE down, which makes env:// hang.
+_INHERITED_WORLD = frozenset({"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"}) | frozenset(
+    {"GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_WORLD_SIZE", "ROLE_NAME"}
+)
+_INHERITED_WORLD_PREFIXES = ("MASTER_", "TORCHELASTIC_")
+# What `grafter run` itself decides, and the option that says it.
+_OWN_FIELDS = {
+    "enable": "leave it out: the jobs run with grafting on",
+    "role": "use --baseline and --target, or --role",
+    "rank": "it differs between ranks; set GRAFTER_RANK within the job",
+    "master_address": "use --address or --master",
+    "master_port": "use --host-store or --master",
+    "store_host": "leave it out: the store is hosted by `grafter run`",
+    "dir": "use --out",
+    "run_name": "use --name",
+}
+_IDENTITY_FIELDS = frozenset(_OWN_FIELDS) - {"dir"}
+
+
+def job_environment(
+    inherited: Mapping[str, str],
+    role: str,
+    settings: Mapping[str, str],
+    *,
+    master: tuple[str, int],
+    directory: str | None,
+    run_name: str | None,
+) -> dict[str, str]:
+    """`inherited` without what belongs to another world or run, plus what makes this job a side of the run.
+
+    `settings` are fields of GrafterConfig by name; an empty value unsets what was inherited. `directory` None leaves
+    GRAFTER_DIR to what is inherited or the plan file says.
+    """
+    environment = {
+        name: value
+        for name, value in inherited.items()
+        if name not in _INHERITED_WORLD and not name.startswith(_INHERITED_WORLD_PREFIXES)
+    }
+    own = {
+        "enable": "1",
+        "role": role,
+        "master_address": master[0],
+        "master_port": str(master[1]),
+        "store_host": "launcher",
+        **({"run_name": run_name} if run_name else {}),
+        **({"dir": directory} if directory else {}),
+    }
+    for field in {*_IDENTITY_FIELDS, *settings, *own}:
+        for prefix in (PREFIX, OLD_PREFIX):
+            environment.pop(prefix + field.upper(), None)
+    environment.update({PREFIX + field.upper(): value for field, value in {**settings, **own}.items()})
+    # TCPStore's warnings look up the host's name, which was seen to take seconds.
+    environment.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    environment.setdefault("PYTHONUNBUFFERED", "1")
+    return environment
+
+
+def parse_settings(assignments: list[str]) -> dict[str, str]:
+    """`--set FIELD=VALUE` options as settings by field name.
+
+    Raises UsageError for what is no assignment, what `grafter run` decides itself, and the secret.
+    """
+    settings: dict[str, str] = {}
+    for assignment in assignments:
+        field, equals, value = assignment.partition("=")
+        field = field.strip().lower()
+        if not equals or not field:
+            raise UsageError(f"--set {assignment}: write it as FIELD=VALUE, such as --set timeout=60.")
+        if field == "secret":
+            raise UsageError(
+                "--set secret=... is refused: every user of this machine could read it in the list of processes (ps). "
+                "Set the variable GRAFTER_SECRET instead; both jobs inherit it."
+            )
+        if field in _OWN_FIELDS:
+            raise UsageError(f"--set {field}=...: `grafter run` sets this itself; {_OWN_FIELDS[field]}.")
+        if field in settings:
+            raise UsageError(f"--set {field}=... is given twice; give it once.")
+        settings[field] = value
+    return settings

@@ -1,0 +1,172 @@
+"""The ledger: one JSON line per matched point per rank, written as it happens, so that a crash loses nothing.
+
+A rank's files are `<dir>/<run_name>/<role>/rank<r>.ledger.jsonl` (one `LedgerRecord` a line) and, at close,
+`rank<r>.summary.json` (one `RankSummary`). A later line with the `sequence` of an earlier one replaces it: that is
+how a sender learns that its receivers could not use what it sent. `LedgerRecord.model_json_schema()` is the
+published schema.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from grafter.errors import GrafterError
+
+Role = Literal["baseline", "target"]
+DirectionName = Literal["b2t", "t2b", "compare"]
+Outcome = Literal["grafted", "compared", "sent", "skipped", "failed"]
+
+SCHEMA_VERSION = 1
+
+
+class _Record(BaseModel):
+    # Unknown fields are kept out, not refused: a newer grafter may have written the file.
+    model_config = ConfigDict(frozen=True, extra="ignore", ser_json_inf_nan="constants")
+
+
+class TensorStatistics(_Record):
+    """What one tensor holds. All moments are over the finite values, in float64."""
+
+    numel: int
+    mean: float | None = None
+    std: float | None = None
+    min: float | None = None
+    max: float | None = None
+    abs_mean: float | None = None
+    nan: int = 0
+    inf: int = 0
+
+
+class Difference(_Record):
+    """x (the receiver's value before the write) against y (what came). DESIGN of the fields: `grafter/stats.py`."""
+
+    rel: float | None = None
+    rel_l2: float | None = None
+    max_abs: float | None = None
+    max_abs_index: list[int] | None = None
+    max_abs_values: list[float] | None = None
+    mean_abs: float | None = None
+    cosine: float | None = None
+    mismatched_fraction: float | None = None
+    nan: int = 0
+    inf: int = 0
+
+
+class LeafRecord(_Record):
+    """One tensor of the point; a point that is a bare tensor has one leaf, whose path is empty."""
+
+    path: str
+    shape: list[int]
+    dtype: str
+    device: str
+    before: TensorStatistics | None = None
+    incoming: TensorStatistics | None = None
+    difference: Difference | None = None
+    # How many values left the range of the target's dtype in the write (they became its largest, or infinite).
+    saturated: int | None = None
+
+
+class LedgerRecord(_Record):
+    """What happened to one point on one rank. `seconds` is by stage: pairing, exchange, transform, agreement,
+    write, statistics. `before`, `incoming` and `difference` are those of the worst leaf (by `rel`)."""
+
+    schema_version: int = SCHEMA_VERSION
+    sequence: int
+    time: float
+    name: str
+    tags: dict[str, Any]
+    step: int
+    phase: str
+    occurrence: int
+    direction: DirectionName
+    role: Role
+    role_rank: int
+    outcome: Outcome
+    reason: str | None = None
+    call_site: str
+    participants: dict[str, list[int]]
+    bytes_sent: int = 0
+    bytes_received: int = 0
+    seconds: dict[str, float] = {}
+    before: TensorStatistics | None = None
+    incoming: TensorStatistics | None = None
+    difference: Difference | None = None
+    leaves: list[LeafRecord] = []
+
+
+class RankSummary(_Record):
+    """What one rank says at close."""
+
+    role: Role
+    role_rank: int
+    outcomes: dict[str, int]
+    # Points that no filter matched, per name: they are counted, not recorded.
+    unmatched: dict[str, int]
+    filters_never_matched: list[str]
+    tags_never_seen: list[str]
+    # None: closed in good order. Else the error with which this rank left.
+    error: str | None = None
+    # The class of that error, e.g. "PairingError".
+    error_kind: str | None = None
+
+
+class LedgerWriter:
+    """Appends records to one rank's file. One `write` call a line: what was written survives a crash of the process."""
+
+    def __init__(self, directory: Path, role_rank: int) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self._summary_path = directory / f"rank{role_rank}.summary.json"
+        self.path = directory / f"rank{role_rank}.ledger.jsonl"
+        self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+
+    def write(self, record: LedgerRecord) -> None:
+        """Append one line; on a full disk raises OSError, which the caller reports once."""
+        os.write(self._fd, record.model_dump_json().encode() + b"\n")
+
+    def write_summary(self, summary: RankSummary) -> None:
+        temporary = self._summary_path.with_suffix(".tmp")
+        temporary.write_text(summary.model_dump_json(indent=1))
+        temporary.replace(self._summary_path)
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def read_ledger(path: Path) -> list[LedgerRecord]:
+    """All records of one rank's file, amended ones replaced, in the order of `sequence`.
+
+    A last line without its newline (the process died in the middle of it) is left out; any other line that is not a
+    record raises GrafterError with the file and line.
+    """
+    records: dict[int, LedgerRecord] = {}
+    lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines[:-1], start=1):
+        try:
+            record = LedgerRecord.model_validate_json(line)
+        except ValidationError as error:
+            raise GrafterError(f"{path}:{number}: not a ledger record: {error.errors()[0]['msg']}") from error
+        records[record.sequence] = record
+    return [records[sequence] for sequence in sorted(records)]
+
+
+def read_run(run_directory: Path) -> Iterator[tuple[Role, int, list[LedgerRecord]]]:
+    """(role, role rank, records) of every rank that wrote a ledger under `<dir>/<run_name>`."""
+    roles: tuple[Role, ...] = ("baseline", "target")
+    for role in roles:
+        paths = (run_directory / role).glob("rank*.ledger.jsonl")
+        for path in sorted(paths, key=lambda p: int(p.name.removeprefix("rank").split(".")[0])):
+            yield role, int(path.name.removeprefix("rank").split(".")[0]), read_ledger(path)
+
+
+def read_summaries(run_directory: Path) -> list[RankSummary]:
+    """The summaries of all ranks that closed under `<dir>/<run_name>`."""
+    paths = sorted(run_directory.glob("*/rank*.summary.json"))
+    return [RankSummary.model_validate(json.loads(path.read_text())) for path in paths]

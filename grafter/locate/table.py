@@ -1,0 +1,95 @@
+"""The verdict to look at: a table with a bar per point, the notes, one sentence; or JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from grafter.locate.verdict import PointVerdict, Verdict
+from grafter.locate.wording import describe_number
+
+BAR_WIDTH = 20
+# Room on either side of the scale, in decades, so that the smallest difference still shows.
+_MARGIN_DECADES = 1.0
+
+
+def print_verdict(verdict: Verdict, console: Console) -> None:
+    """The inputs, the table, the notes, and last the sentence. The table fits 80 columns;
+    sentences stay on one line, so that what reads a pipe finds them whole.
+    """
+    console.print(Text(verdict.inputs), soft_wrap=True)
+    console.print()
+    console.print(verdict_table(verdict, "\u2588" if console.encoding.startswith("utf") else "#"))
+    for point in verdict.points:
+        if point.note is not None:
+            console.print(Text(f"{point.point}: {point.note}", style="yellow"), soft_wrap=True)
+    for note in verdict.notes:
+        console.print(Text(f"note: {note}", style="yellow"), soft_wrap=True)
+    console.print()
+    console.print(Text(verdict.sentence, style="bold"), soft_wrap=True)
+
+
+def verdict_table(verdict: Verdict, bar: str = "#") -> Table:
+    """One row per point, in the baseline's order; guilty ones are marked."""
+    table = Table(box=box.SIMPLE_HEAD, caption="rel = sum((x-y)^2) / sum(x^2+y^2) at the worst; bars are logarithmic")
+    table.add_column("", width=1)
+    table.add_column("layer", overflow="fold")
+    table.add_column("difference\nleft alone", justify="right")
+    table.add_column("difference\nit adds", justify="right")
+    table.add_column("its\nfloor", justify="right", min_width=7)
+    table.add_column("", no_wrap=True, min_width=BAR_WIDTH)
+    scale = _scale(verdict.points)
+    for point in verdict.points:
+        style = "bold red" if point.guilty else ("yellow" if not point.judged else "")
+        mark = ">" if point.guilty else ("?" if not point.judged else "")
+        cells = [mark, point.point, *(describe_number(value) for value in (point.alone, point.added, point.floor))]
+        table.add_row(*(Text(cell) for cell in cells), Text(draw_bar(point.added, scale, bar)), style=style)
+    return table
+
+
+def _scale(points: Iterable[PointVerdict]) -> tuple[float, float]:
+    """(lowest, highest) exponent of ten that a bar shows."""
+    values = [value for point in points for value in (point.alone, point.added, point.floor)]
+    exponents = [math.log10(value) for value in values if value and math.isfinite(value)]
+    if not exponents:
+        return (0.0, 1.0)
+    return (math.floor(min(exponents)) - _MARGIN_DECADES, math.ceil(max(exponents)))
+
+
+def draw_bar(value: float | None, scale: tuple[float, float], character: str = "#") -> str:
+    """A bar whose length is the logarithm of `value` on the scale; none for 0, full for NaN or Inf.
+
+    >>> draw_bar(1e-2, (-4.0, 0.0))
+    '##########'
+    """
+    if value is None or value == 0:
+        return ""
+    if math.isinf(value):
+        return character * BAR_WIDTH
+    low, high = scale
+    filled = BAR_WIDTH * (math.log10(value) - low) / (high - low)
+    return character * max(1, min(BAR_WIDTH, round(filled)))
+
+
+def verdict_as_json(verdict: Verdict) -> str:
+    """The verdict as one JSON object; an infinite difference (NaN or Inf that do not match) is the string "inf"."""
+    content = dataclasses.asdict(verdict) | {"guilty": list(verdict.guilty), "exit_code": verdict.exit_code}
+    return json.dumps(_without_infinities(content), indent=1, ensure_ascii=False, allow_nan=False)
+
+
+def _without_infinities(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_infinities(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_infinities(item) for item in value]
+    if isinstance(value, float) and math.isinf(value):
+        return "inf"
+    return value

@@ -1,0 +1,307 @@
+"""One meeting of both sides at one point: pairing, plan, exchange, transform, agreement, write-back, ledger."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from grafter.direction import Direction, receiver_role, sender_role
+from grafter.errors import PeerLostError, PointFailed, RunError, WriteRefused
+from grafter.exchange import Abandoned, PeerGone
+from grafter.leaves import Leaves
+from grafter.ledger import LeafRecord, LedgerRecord, Outcome
+from grafter.pairing import Decision, Header, Pair, StoreKeys, decide
+from grafter.points import PointKey
+from grafter.session import Session
+from grafter.stats import compare
+from grafter.transfer import Received
+from grafter.transfer_plan import TransferPlan, make_plan
+from grafter.user_transform import GraftTransformInput, UserTransform
+from grafter.write_back import WriteMode, Written, apply_write, check_write
+
+Stats = Literal["full", "light", "off"]
+
+
+@dataclass(frozen=True)
+class PointOptions:
+    """How one point is treated, chosen among call, plan file and configuration."""
+
+    transform: UserTransform | None
+    write: Literal["in_place", "return"]
+    gradient: Literal["straight_through", "cut", "strict"]
+    on_transform_error: Literal["skip", "raise"]
+    extras: Any = None
+    ranks: Any = None
+
+
+class Meeting:
+    """One point on one participant, from its header to its line in the ledger."""
+
+    def __init__(
+        self,
+        session: Session,
+        key: PointKey,
+        direction: Direction,
+        header: Header,
+        options: PointOptions,
+        tags: dict[str, Any],
+    ) -> None:
+        self._session, self._key, self._direction = session, key, direction
+        self._header, self._options, self._tags = header, options, tags
+        self._seconds: dict[str, float] = {}
+        self._leaf_records: list[LeafRecord] = []
+        self._bytes_sent = self._bytes_received = 0
+        self._sequence = 0
+
+    def hold(
+        self, leaves: Leaves | None, extras: list[torch.Tensor], stats: Stats, sequence: int
+    ) -> tuple[Any, Outcome]:
+        """(what `dump` returns, outcome). Raises what ended the run, or PointFailed where the options say so."""
+        self._sequence = sequence
+        with self._timed("pairing"):
+            pair = self._session.pairing.meet(self._key, self._header)
+            decision, plan = self._decide(pair)
+        value = leaves.value if leaves is not None else None
+        outcome: Outcome
+        reason = decision.reason
+        if decision.outcome is not None or leaves is None or plan is None:
+            outcome = decision.outcome or "skipped"
+        elif self._session.place.role == sender_role(self._direction):
+            outcome, reason = self._send(pair, plan, leaves.tensors + extras)
+        else:
+            written, outcome, reason = self._receive(pair, decision, plan, leaves, stats)
+            if written is not None:
+                value = leaves.rebuilt([w.value for w in written])
+        self._finish(pair, decision, outcome, reason)
+        if outcome == "failed" and self._is_receiver and self._options.on_transform_error == "raise":
+            raise PointFailed(f"the point {self._key} failed on every receiver, and nothing was written: {reason}")
+        return value, outcome
+
+    # The steps.
+
+    def _decide(self, pair: Pair) -> tuple[Decision, TransferPlan | None]:
+        decision = decide(self._direction, pair)
+        if decision.outcome is not None:
+            return decision, None
+        try:
+            return decision, make_plan(self._key.digest, self._direction, pair, decision, self._session.roster)
+        except ValueError as error:
+            return Decision({}, "failed", str(error)), None
+
+    def _send(self, pair: Pair, plan: TransferPlan, tensors: Sequence[torch.Tensor]) -> tuple[Outcome, str | None]:
+        session = self._session
+        for receiver in {piece.receiver for piece in plan.pieces}:
+            session.expect_failures_from(receiver)
+        outcome_key = StoreKeys(session.client.hall, self._key.digest).outcome
+        try:
+            with self._timed("exchange"), torch.no_grad():
+                self._bytes_sent = session.transfer.send(plan, pair, tensors, str(self._key), outcome_key)
+        except Abandoned as abandoned:
+            return "failed", str(abandoned)
+        except PeerGone as gone:
+            raise self._end_of_run(gone) from gone
+        return ("compared" if self._direction == "compare" else "sent"), None
+
+    def _receive(
+        self, pair: Pair, decision: Decision, plan: TransferPlan, leaves: Leaves, stats: Stats
+    ) -> tuple[list[Written] | None, Outcome, str | None]:
+        session, receivers = self._session, tuple(decision.sources)
+        try:
+            incoming, refusal = self._take_in(pair, decision, plan, leaves)
+        except RunError:
+            raise
+        except BaseException as error:
+            # Ctrl-C in a transform, say: the other receivers must not write what this one does not.
+            session.agreement.vote(self._key, receivers, f"{self._header.who} left with {type(error).__name__}")
+            raise
+        with self._timed("agreement"):
+            session.agreement.vote(self._key, receivers, refusal)
+        with self._timed("statistics"):
+            self._measure(leaves, incoming, stats)
+        with self._timed("agreement"):
+            refusal = session.agreement.outcome(self._key, receivers, refusal)
+        if refusal is not None:
+            return None, "failed", refusal
+        if self._direction == "compare":
+            return None, "compared", None
+        with self._timed("write"):
+            mode = WriteMode(self._options.write, self._options.gradient)
+            written = [apply_write(o, i, mode) for o, i in zip(leaves.originals, incoming, strict=True)]
+        self._leaf_records = [
+            record.model_copy(update={"saturated": w.saturated})
+            for record, w in zip(self._leaf_records, written, strict=True)
+        ]
+        return written, "grafted", None
+
+    def _take_in(
+        self, pair: Pair, decision: Decision, plan: TransferPlan, leaves: Leaves
+    ) -> tuple[list[torch.Tensor], str | None]:
+        """The value to write for each leaf, complete and checked; or why there is none."""
+        try:
+            with self._timed("exchange"), torch.no_grad():
+                received, self._bytes_received = self._session.transfer.receive(
+                    plan, pair, self._direction, str(self._key)
+                )
+        except Abandoned as abandoned:
+            return [], str(abandoned)
+        except PeerGone as gone:
+            raise self._end_of_run(gone) from gone
+        try:
+            with self._timed("transform"):
+                incoming = [self._incoming_leaf(i, leaves, received) for i in range(len(leaves.tensors))]
+            self._check(leaves, incoming)
+        except Exception as error:
+            return [], self._explain(error)
+        return incoming, None
+
+    def _incoming_leaf(self, index: int, leaves: Leaves, received: Sequence[Received]) -> torch.Tensor:
+        path, target = leaves.specs[index].path, leaves.tensors[index]
+        if self._options.transform is None:
+            value = received[0].tensors[index]
+        else:
+            value = self._options.transform(
+                GraftTransformInput(
+                    tags=dict(self._tags),
+                    received_list=[_leaf_at(path, one) for one in received],
+                    received_extras_list=[one.extras for one in received],
+                    target=target.detach(),
+                    direction=self._direction,
+                    role=self._session.place.role,
+                    role_rank=self._session.place.role_rank,
+                    role_world_size=self._session.place.role_world_size,
+                    sender_ranks=[one.sender_rank for one in received],
+                    path=path,
+                )
+            )
+        return value.detach().to(target.device)
+
+    def _check(self, leaves: Leaves, incoming: Sequence[torch.Tensor]) -> None:
+        mode = WriteMode(self._options.write, self._options.gradient)
+        for original, target, value in zip(leaves.originals, leaves.tensors, incoming, strict=True):
+            if self._direction != "compare":
+                check_write(original, value, mode)
+            elif target.shape != value.shape:
+                raise WriteRefused(
+                    f"a value of shape {list(value.shape)} cannot be compared with one of shape {list(target.shape)}; a "
+                    f"transform can turn one into the other."
+                )
+
+    def _explain(self, error: Exception) -> str:
+        """Why this receiver cannot write, for the ledgers of all of them."""
+        who = self._header.who
+        if isinstance(error, WriteRefused):
+            return f"{who}: {error}"
+        where = ""
+        frame = error.__traceback__
+        while frame is not None and frame.tb_next is not None:
+            frame = frame.tb_next
+        if frame is not None:
+            where = f" at {frame.tb_frame.f_code.co_filename}:{frame.tb_lineno}"
+        transform = self._options.transform
+        name = f"the transform {transform.path}" if transform is not None else "reading what came"
+        return f"{who}: {name} failed with {type(error).__name__}: {error}{where}"
+
+    def _measure(self, leaves: Leaves, incoming: Sequence[torch.Tensor], stats: Stats) -> None:
+        records = []
+        for index, (spec, target) in enumerate(zip(leaves.specs, leaves.tensors, strict=True)):
+            before = arrived = difference = None
+            if stats != "off" and incoming:
+                before, arrived, difference = compare(target, incoming[index], stats)
+            records.append(
+                LeafRecord(
+                    path=spec.path,
+                    shape=list(spec.shape),
+                    dtype=spec.dtype,
+                    device=str(target.device),
+                    before=before,
+                    incoming=arrived,
+                    difference=difference,
+                )
+            )
+        self._leaf_records = records
+
+    def _end_of_run(self, gone: PeerGone) -> RunError:
+        roster = self._session.roster
+        process = roster.all[gone.graft_rank].process
+        error = PeerLostError(
+            f"{roster.who(gone.graft_rank)} (pid {process.pid} on {process.hostname}) is gone in the middle of the point "
+            f"{self._key}: {gone}. Nothing of this point was written where it was not complete. Look at the end of its "
+            f"output first."
+        )
+        return self._session.housekeeping.abort(error, self._session.client)
+
+    # The end.
+
+    def _finish(self, pair: Pair, decision: Decision, outcome: Outcome, reason: str | None) -> None:
+        session, receivers = self._session, tuple(decision.sources)
+        deletable = session.pairing.keys_to_delete(self._key, self._header)
+        if self._is_receiver and receivers:
+            deletable += session.agreement.keys_to_delete(self._key, receivers, committed=outcome != "failed")
+            if outcome == "failed" and session.place.role_rank == min(receivers):
+                session.tell_failure(self._key, reason or "")
+        sides = (pair.baseline.headers[0].participants, pair.target.headers[0].participants)
+        session.finished(sides, deletable)
+        sent = not self._is_receiver and outcome in ("sent", "compared")
+        session.record(self._ledger_record(sides, outcome, reason), self._key if sent else None)
+
+    def _ledger_record(
+        self, sides: tuple[tuple[int, ...], tuple[int, ...]], outcome: Outcome, reason: str | None
+    ) -> LedgerRecord:
+        worst = max(self._leaf_records, key=_badness, default=None)
+        return LedgerRecord(
+            sequence=self._sequence,
+            time=time.time(),
+            name=self._key.name,
+            tags={tag: value for tag, value in self._tags.items() if tag not in ("name", "step", "phase")},
+            step=self._key.step,
+            phase=self._key.phase,
+            occurrence=self._key.occurrence,
+            direction=self._direction,
+            role=self._session.place.role,
+            role_rank=self._session.place.role_rank,
+            outcome=outcome,
+            reason=reason,
+            call_site=self._header.call_site,
+            participants={"baseline": list(sides[0]), "target": list(sides[1])},
+            bytes_sent=self._bytes_sent,
+            bytes_received=self._bytes_received,
+            seconds=self._seconds,
+            before=worst.before if worst else None,
+            incoming=worst.incoming if worst else None,
+            difference=worst.difference if worst else None,
+            leaves=self._leaf_records,
+        )
+
+    @property
+    def _is_receiver(self) -> bool:
+        return self._session.place.role == receiver_role(self._direction)
+
+    @contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds[stage] = self._seconds.get(stage, 0.0) + time.perf_counter() - start
+
+
+def _leaf_at(path: str, received: Received) -> torch.Tensor:
+    for spec, tensor in zip(received.specs, received.tensors, strict=True):
+        if spec.path == path:
+            return tensor
+    raise ValueError(
+        f"sender {received.sender_rank} has no leaf {path}; it has {[spec.path for spec in received.specs]}"
+    )
+
+
+def _badness(record: LeafRecord) -> tuple[int, float]:
+    """Orders leaves by how far they differ; unequal infinities and NaN come first."""
+    difference = record.difference
+    if difference is None or difference.rel is None:
+        return (0, 0.0)
+    return (difference.nan + difference.inf, difference.rel)

@@ -1,0 +1,111 @@
+"""The roster: who takes part in the run, as each rank announced itself, and whether the two jobs fit together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from pydantic import BaseModel, ConfigDict, TypeAdapter
+
+from grafter.direction import RoleName
+from grafter.liveness import ProcessIdentity
+
+
+class Announcement(BaseModel):
+    """What a rank says when it joins. Its form stays readable to other protocol versions; unknown fields are left out."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    protocol_version: int
+    grafter_version: str
+    role: RoleName
+    role_rank: int
+    role_world_size: int
+    process: ProcessIdentity
+    restart_count: int
+    # What both jobs must have alike, by setting: the filters, the key.
+    shared_settings: dict[str, str]
+    # World sizes that this rank's configuration expects, where it gives any.
+    expected_world_sizes: dict[str, int]
+    # The abstract socket of the shared-memory exchange; empty where there is none.
+    socket_name: str = ""
+    # How the rendezvous store sees this rank's address: what other hosts can reach.
+    address: str = ""
+
+    @property
+    def who(self) -> str:
+        return f"{self.role} rank {self.role_rank} (pid {self.process.pid} on {self.process.hostname})"
+
+
+ANNOUNCEMENTS = TypeAdapter(list[Announcement])
+
+
+@dataclass(frozen=True)
+class Roster:
+    """Both jobs' ranks. A graft rank counts baseline ranks first, then target ranks."""
+
+    baseline: tuple[Announcement, ...]
+    target: tuple[Announcement, ...]
+
+    @cached_property
+    def all(self) -> tuple[Announcement, ...]:
+        """By graft rank."""
+        return self.baseline + self.target
+
+    def side(self, role: RoleName) -> tuple[Announcement, ...]:
+        return self.baseline if role == "baseline" else self.target
+
+    def graft_rank(self, role: RoleName, role_rank: int) -> int:
+        return role_rank if role == "baseline" else len(self.baseline) + role_rank
+
+    def who(self, graft_rank: int) -> str:
+        member = self.all[graft_rank]
+        return f"{member.role} rank {member.role_rank}"
+
+    @cached_property
+    def several_hosts(self) -> bool:
+        return len({member.process.host for member in self.all}) > 1
+
+
+def other_role(role: RoleName) -> RoleName:
+    return "target" if role == "baseline" else "baseline"
+
+
+def find_disagreement(baseline: Sequence[Announcement], target: Sequence[Announcement]) -> str | None:
+    """What keeps the two jobs from grafting, as a sentence both can raise; None if they fit. Pure."""
+    everyone = [*baseline, *target]
+    first = everyone[0]
+    for member in everyone:
+        if member.protocol_version != first.protocol_version:
+            return (
+                f"{first.who} runs grafter {first.grafter_version} (protocol {first.protocol_version}) and {member.who} "
+                f"runs grafter {member.grafter_version} (protocol {member.protocol_version}). Install the same grafter in "
+                f"both jobs."
+            )
+    for side in (baseline, target):
+        for member in side:
+            if member.role_world_size != len(side):
+                return (
+                    f"{side[0].who} says that the {member.role} has {len(side)} ranks, {member.who} says "
+                    f"{member.role_world_size}. All ranks of one job must see the same world size (WORLD_SIZE, or "
+                    f"GRAFTER_{member.role.upper()}_WORLD_SIZE)."
+                )
+    for member in everyone:
+        for role, size in member.expected_world_sizes.items():
+            actual = len(baseline if role == "baseline" else target)
+            if actual != size:
+                return (
+                    f"{member.who} has GRAFTER_{role.upper()}_WORLD_SIZE={size}, and the {role} job has {actual} ranks. "
+                    f"Correct the variable, or leave it out: the size is then discovered."
+                )
+    for member in everyone:
+        for setting in sorted(first.shared_settings.keys() | member.shared_settings.keys()):
+            mine, theirs = first.shared_settings.get(setting, "unset"), member.shared_settings.get(setting, "unset")
+            if mine != theirs:
+                return (
+                    f"the two sides are set differently: GRAFTER_{setting.upper()} is\n  {mine}\nfor {first.who}, and\n"
+                    f"  {theirs}\nfor {member.who}. Give both jobs the same filters (a shared plan file does), since "
+                    f"each decides by itself which points meet."
+                )
+    return None

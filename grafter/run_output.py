@@ -1,0 +1,158 @@
+"""The output of both jobs on one stream: each line with its job's name, and a status line below on a terminal."""
+
+from __future__ import annotations
+
+import codecs
+import os
+import select
+import shutil
+import threading
+import time
+from collections import deque
+from typing import TextIO
+
+# Without a newline for so long, it is printed in pieces: the launcher's memory is bounded.
+_LONGEST_LINE = 64 * 1024
+_KEPT_LINES = 200
+_READ_BYTES = 64 * 1024
+_POLL_SECONDS = 0.25
+# How long a reader goes on after its job is gone, if a process that escaped the job still writes.
+_LAST_WORDS_SECONDS = 5.0
+# A progress bar redraws itself many times a second; so often it becomes a line.
+_PROGRESS_SECONDS = {True: 1.0, False: 5.0}
+_COLOURS = {"baseline": "\x1b[36m", "target": "\x1b[35m", "grafter": "\x1b[1m"}
+_RESET = "\x1b[0m"
+_CLEAR_LINE = "\r\x1b[K"
+
+
+class LineSplitter:
+    """Bytes in, whole lines out. Pure: the caller gives the time.
+
+    Bytes that are no UTF-8 become U+FFFD. A carriage return overwrites, as on a terminal: of a progress bar, the last
+    state before each newline is a line, and in between one state every `progress_seconds`.
+    """
+
+    def __init__(self, progress_seconds: float) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._partial = ""
+        self._progress_seconds = progress_seconds
+        self._next_progress = float("-inf")
+
+    def feed(self, data: bytes, now: float) -> list[str]:
+        """The lines that `data` completes, without their ends. `now` in seconds of any steady clock."""
+        *whole, self._partial = (self._partial + self._decoder.decode(data)).split("\n")
+        lines = [_what_is_seen(line) for line in whole]
+        if whole:
+            self._next_progress = float("-inf")
+        # A carriage return at the end may be half of a line end.
+        text = self._partial.rstrip("\r")
+        if "\r" in text:
+            overwritten = text.rpartition("\r")[0]
+            self._partial = self._partial[len(overwritten) + 1 :]
+            state = _what_is_seen(overwritten)
+            if state and now >= self._next_progress:
+                lines.append(state)
+                self._next_progress = now + self._progress_seconds
+        while len(self._partial) > _LONGEST_LINE:
+            lines.append(self._partial[:_LONGEST_LINE])
+            self._partial = self._partial[_LONGEST_LINE:]
+        return lines
+
+    def finish(self) -> list[str]:
+        """What is left without a newline."""
+        rest = _what_is_seen(self._partial + self._decoder.decode(b"", final=True))
+        self._partial = ""
+        return [rest] if rest else []
+
+
+def _what_is_seen(line: str) -> str:
+    if "\r" not in line:
+        return line
+    return next((part for part in reversed(line.split("\r")) if part), "")
+
+
+class RunOutput:
+    """One stream for both jobs and the launcher; lines of different threads never mix."""
+
+    def __init__(self, stream: TextIO, quiet: bool = False) -> None:
+        self._stream = stream
+        self._quiet = quiet
+        self._lock = threading.Lock()
+        self._status = ""
+        self.is_terminal = stream.isatty() and os.environ.get("TERM", "") != "dumb"
+        self._coloured = self.is_terminal and not os.environ.get("NO_COLOR")
+        # Whoever read the stream is gone, or the disk is full: the launcher ends the run.
+        self.broken: Exception | None = None
+        self.last_lines: dict[str, deque[str]] = {}
+
+    def splitter(self) -> LineSplitter:
+        return LineSplitter(_PROGRESS_SECONDS[self.is_terminal])
+
+    def lines(self, label: str, lines: list[str]) -> None:
+        """Print lines of one job (or of "grafter"), each with `[label] ` before it."""
+        if not lines:
+            return
+        with self._lock:
+            self.last_lines.setdefault(label, deque(maxlen=_KEPT_LINES)).extend(lines)
+        if not self._quiet:
+            prefix = f"[{label}] "
+            if self._coloured:
+                prefix = f"{_COLOURS.get(label, '')}{prefix}{_RESET}"
+                # A colour that the job left on must not reach the next line.
+                lines = [line + _RESET if "\x1b[" in line else line for line in lines]
+            self._write("".join(f"{prefix}{line}\n" for line in lines))
+
+    def say(self, text: str) -> None:
+        """What the launcher itself has to tell."""
+        self.lines("grafter", text.split("\n"))
+
+    def status(self, text: str | None) -> None:
+        """Show `text` below everything else, on a terminal; None takes it away."""
+        if not self.is_terminal or self._quiet:
+            return
+        width = shutil.get_terminal_size().columns - 1
+        line = "" if text is None else f"[grafter] {text}".replace("\n", " ")[:width]
+        if line != self._status:
+            self._write("", new_status=line)
+
+    def _write(self, text: str, new_status: str | None = None) -> None:
+        encoding = self._stream.encoding or "utf-8"
+        with self._lock:
+            clear = _CLEAR_LINE if self._status else ""
+            if new_status is not None:
+                self._status = new_status
+            shown = (clear + text + self._status).encode(encoding, "replace").decode(encoding)
+            if self.broken is not None:
+                return
+            try:
+                self._stream.write(shown)
+                self._stream.flush()
+            except (OSError, ValueError) as error:  # ValueError: the stream was closed
+                self.broken = error
+
+
+class OutputReader(threading.Thread):
+    """Reads one job's pipe until it ends; a thread per job, so that neither waits for the other to speak."""
+
+    def __init__(self, fd: int, label: str, output: RunOutput) -> None:
+        super().__init__(name=f"grafter-output-{label}", daemon=True)
+        self._fd, self._label, self._output = fd, label, output
+        self._job_gone_at: float | None = None
+
+    def job_is_gone(self) -> None:
+        """No process of the job is left: stop once the pipe is empty, even if something holds it open."""
+        self._job_gone_at = time.monotonic()
+
+    def run(self) -> None:
+        splitter = self._output.splitter()
+        while True:
+            gone_at = self._job_gone_at
+            readable, _, _ = select.select([self._fd], [], [], _POLL_SECONDS)
+            if not readable and gone_at is not None:
+                break
+            if readable:
+                data = os.read(self._fd, _READ_BYTES)
+                if not data or (gone_at is not None and time.monotonic() > gone_at + _LAST_WORDS_SECONDS):
+                    break
+                self._output.lines(self._label, splitter.feed(data, time.monotonic()))
+        self._output.lines(self._label, splitter.finish())

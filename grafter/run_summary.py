@@ -1,0 +1,324 @@
+"""What the ledgers and summaries of one run say together: a row per point, merged over ranks, and what went wrong.
+
+Pure but for `read_run_summary`; `grafter/show.py` draws it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from grafter.direction import receiver_role
+from grafter.errors import GrafterError
+from grafter.ledger import Difference, LeafRecord, LedgerRecord, RankSummary, Role, read_run, read_summaries
+from grafter.points import OWN_TAGS, PHASE, is_rank_tag
+
+# From good to bad; a point is as bad as its worst rank.
+_SEVERITY = {"sent": 0, "compared": 1, "grafted": 1, "skipped": 2, "failed": 3}
+_NAMES_SHOWN = 8
+
+RankLedger = tuple[Role, int, list[LedgerRecord]]
+
+
+@dataclass(frozen=True)
+class PointRow:
+    """One point, on one rank or merged over all that took part.
+
+    Shape, dtype and differences are those of the worst leaf of the worst receiver. `rel` is None where no difference
+    was taken; `nonfinite` counts NaN and Inf on which the sides differ. `seconds` is the slowest rank's, of all stages.
+    `disagreement` says how, where ranks had different outcomes.
+    """
+
+    step: int
+    name: str
+    tags: dict[str, Any]
+    phase: str
+    occurrence: int
+    direction: str
+    outcome: str
+    reason: str | None
+    ranks: tuple[str, ...]
+    leaf: str
+    shape: tuple[int, ...] | None
+    dtype: str | None
+    rel: float | None
+    max_abs: float | None
+    cosine: float | None
+    nonfinite: int
+    seconds: float
+    bytes_received: int
+    call_site: str
+    disagreement: str | None = None
+
+    @property
+    def label(self) -> str:
+        """The point as a person reads it: `layer layer_id=3`."""
+        parts = [self.name, *(f"{tag}={value}" for tag, value in self.tags.items())]
+        if self.phase != PHASE:
+            parts.append(f"phase={self.phase}")
+        if self.occurrence:
+            parts.append(f"#{self.occurrence}")
+        return " ".join(parts)
+
+    @property
+    def is_trouble(self) -> bool:
+        return self.outcome in ("failed", "skipped")
+
+    def as_json(self) -> str:
+        """One line; NaN and Infinity as in the ledger."""
+        return json.dumps(asdict(self))
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """One run directory, read. `notes` are worth knowing, `problems` make the run a failure; both are sentences."""
+
+    run_directory: Path
+    rows: list[PointRow]
+    notes: list[str]
+    problems: list[str]
+
+    def count(self, *outcomes: str) -> int:
+        return sum(row.outcome in outcomes for row in self.rows)
+
+
+def read_run_summary(run_directory: Path, all_ranks: bool = False) -> RunSummary:
+    """Read everything under `<dir>/<run_name>`. `all_ranks`: a row per point and rank, senders too.
+
+    Raises GrafterError where a line of a ledger is not a record.
+    """
+    ledgers = list(read_run(run_directory))
+    summaries = read_summaries(run_directory)
+    key_tags = _read_key_tags(run_directory)
+    rows = merge_ranks(ledgers, key_tags)
+    problems = find_problems(rows, summaries)
+    notes = find_notes(ledgers, rows, summaries)
+    return RunSummary(run_directory, list_ranks(ledgers) if all_ranks else rows, notes, problems)
+
+
+def find_run(directory: Path) -> Path:
+    """`directory` if it is a run, else the newest run in it. Raises GrafterError where there is none."""
+    if not directory.is_dir():
+        raise GrafterError(
+            f"{directory} is no directory. Give a run directory, or the --out directory of `grafter run`."
+        )
+    if _written(directory):
+        return directory
+    runs = [(max(times), path) for path in directory.iterdir() if path.is_dir() and (times := _written(path))]
+    if not runs:
+        raise GrafterError(
+            f"{directory} holds no run: no <run>/<role>/rank<r>.ledger.jsonl is in it. A rank writes one once both "
+            f"jobs have joined."
+        )
+    return max(runs)[1]
+
+
+def _written(run_directory: Path) -> list[float]:
+    files = [path for role in ("baseline", "target") for path in (run_directory / role).glob("rank*.ledger.jsonl")]
+    return [path.stat().st_mtime for path in files]
+
+
+def _read_key_tags(run_directory: Path) -> frozenset[str] | None:
+    """Which tags identify a point in this run; None: all but rank tags."""
+    for path in run_directory.glob("*/run.json"):
+        key = json.loads(path.read_text()).get("configuration", {}).get("key")
+        if key:
+            return frozenset(tag.strip() for tag in key.split(","))
+    return None
+
+
+# Rows.
+
+
+def list_ranks(ledgers: Iterable[RankLedger]) -> list[PointRow]:
+    """A row per record, in the order of steps and then of each rank."""
+    records = [record for _, _, ranks_records in ledgers for record in ranks_records]
+    records.sort(key=lambda record: (record.step, record.sequence, record.role, record.role_rank))
+    return [_row([record], _tags(record, None)) for record in records]
+
+
+def merge_ranks(ledgers: Sequence[RankLedger], key_tags: frozenset[str] | None = None) -> list[PointRow]:
+    """A row per point, in the order of steps and then of the first rank that recorded it."""
+    present = {f"{role} {rank}" for role, rank, _ in ledgers}
+    groups: dict[str, list[LedgerRecord]] = {}
+    for _, _, records in ledgers:
+        for record in records:
+            tags = _tags(record, key_tags)
+            identity = json.dumps([record.step, record.name, tags, record.phase, record.occurrence], sort_keys=True)
+            groups.setdefault(identity, []).append(record)
+    merged = sorted(groups.values(), key=lambda group: (group[0].step, group[0].sequence))
+    return [_row(group, _tags(group[0], key_tags), _disagreement(group, present)) for group in merged]
+
+
+def _tags(record: LedgerRecord, key_tags: frozenset[str] | None) -> dict[str, Any]:
+    """The tags that identify the point, without those that every point has."""
+    return {
+        tag: value
+        for tag, value in record.tags.items()
+        if tag not in OWN_TAGS and (tag in key_tags if key_tags is not None else not is_rank_tag(tag))
+    }
+
+
+def _row(group: list[LedgerRecord], tags: dict[str, Any], disagreement: str | None = None) -> PointRow:
+    receiving = receiver_role(group[0].direction)
+    # A point that failed is told in the receiver's words; a sender only hears of it.
+    group = sorted(group, key=lambda record: (record.role != receiving, record.role_rank))
+    worst = max(group, key=lambda record: _SEVERITY[record.outcome])
+    leaf, difference = _worst_leaf([record for record in group if record.role == receiving] or group)
+    return PointRow(
+        step=worst.step,
+        name=worst.name,
+        tags=tags,
+        phase=worst.phase,
+        occurrence=worst.occurrence,
+        direction=worst.direction,
+        outcome=worst.outcome,
+        reason=worst.reason,
+        ranks=tuple(f"{record.role} {record.role_rank}" for record in group),
+        leaf=leaf.path if leaf else "",
+        shape=tuple(leaf.shape) if leaf else None,
+        dtype=leaf.dtype if leaf else None,
+        rel=difference.rel if difference else None,
+        max_abs=difference.max_abs if difference else None,
+        cosine=difference.cosine if difference else None,
+        nonfinite=difference.nan + difference.inf if difference else 0,
+        seconds=max(sum(record.seconds.values()) for record in group),
+        bytes_received=sum(record.bytes_received for record in group),
+        call_site=worst.call_site,
+        disagreement=disagreement,
+    )
+
+
+def _worst_leaf(receivers: list[LedgerRecord]) -> tuple[LeafRecord | None, Difference | None]:
+    """The leaf that differs most over all receivers, and by how much; without differences, the first leaf."""
+    leaves = [leaf for record in receivers for leaf in record.leaves]
+    compared = [leaf for leaf in leaves if leaf.difference is not None]
+    if compared:
+        leaf = max(compared, key=lambda leaf: _badness(leaf.difference))
+        return leaf, leaf.difference
+    whole = [record.difference for record in receivers if record.difference is not None]
+    return (leaves[0] if leaves else None), max(whole, key=_badness, default=None)
+
+
+def _badness(difference: Difference | None) -> tuple[bool, float]:
+    assert difference is not None
+    rel = difference.rel
+    return difference.nan + difference.inf > 0, -1.0 if rel is None else rel
+
+
+def _disagreement(group: list[LedgerRecord], present: set[str]) -> str | None:
+    """How the ranks of one point differ in what happened, or None."""
+    there = {f"{record.role} {record.role_rank}": record.outcome for record in group}
+    called = {f"{role} {rank}" for role, ranks in group[0].participants.items() for rank in ranks}
+    # A rank whose ledger is not here at all may be on another machine.
+    absent = sorted((called & present) - there.keys())
+    kinds = {"well" if _SEVERITY[outcome] < 2 else outcome for outcome in there.values()}
+    if len(kinds) == 1 and not absent:
+        return None
+    return "; ".join([f"{rank}: {outcome}" for rank, outcome in there.items()] + [f"{r}: no record" for r in absent])
+
+
+# Sentences.
+
+
+def find_problems(rows: list[PointRow], summaries: list[RankSummary]) -> list[str]:
+    """What makes a run a failure, whatever its jobs' exit codes say."""
+    problems = []
+    failed = [row for row in rows if row.outcome == "failed"]
+    if failed:
+        points = "1 point" if len(failed) == 1 else f"{len(failed)} points"
+        problems.append(f"{points} failed; the first is {failed[0].label} at step {failed[0].step}.")
+    by_error: dict[str, list[str]] = {}
+    for summary in summaries:
+        if summary.error:
+            text = f"{summary.error_kind}: {summary.error}" if summary.error_kind else summary.error
+            by_error.setdefault(text, []).append(f"{summary.role} {summary.role_rank}")
+    problems += [f"{', '.join(ranks)} left with {text}" for text, ranks in by_error.items()]
+    if not any(row.outcome in ("grafted", "compared") for row in rows):
+        problems.append(_why_nothing(rows, summaries))
+    return problems
+
+
+def _why_nothing(rows: list[PointRow], summaries: list[RankSummary]) -> str:
+    head = "nothing was grafted or compared"
+    if rows:
+        return f"{head}: of {len(rows)} matched points none got through."
+    if not summaries:
+        return (
+            f"{head}: no rank closed a ledger. Either neither job called grafter (is its `grafter.dump` line reached, "
+            f"in the program that runs?), or they ended before they had joined."
+        )
+    unmatched = _unmatched(summaries)
+    if not unmatched:
+        return f"{head}: no rank called `grafter.dump` at all."
+    calls = max(max(counts.values()) for counts in unmatched.values())
+    return (
+        f"{head}: no filter matched a point, of {len(unmatched)} names called up to {calls} times a rank (see below)."
+    )
+
+
+def find_notes(ledgers: list[RankLedger], rows: list[PointRow], summaries: list[RankSummary]) -> list[str]:
+    """What a reader should know besides the rows."""
+    notes = [
+        f"ranks disagree on {row.label} at step {row.step}: {row.disagreement}" for row in rows if row.disagreement
+    ]
+    if len(notes) > _NAMES_SHOWN:
+        notes = [*notes[:_NAMES_SHOWN], f"and {len(notes) - _NAMES_SHOWN} more points on which ranks disagree"]
+    if any(row.nonfinite for row in rows):
+        notes.append("! marks points where the sides differ in NaN or Inf; rel and max_abs are over the finite values")
+    unmatched = _unmatched(summaries)
+    notes += [_filter_note(text, list(unmatched)) for text in _common([s.filters_never_matched for s in summaries])]
+    for tag in _common([s.tags_never_seen for s in summaries]):
+        notes.append(f"no point had the tag {tag}, which a filter asks for{_near(tag, _seen_tags(rows))}")
+    if unmatched:
+        shown = [f"{name} ({_counts(counts)})" for name, counts in list(unmatched.items())[:_NAMES_SHOWN]]
+        more = f", and {len(unmatched) - _NAMES_SHOWN} more" if len(unmatched) > _NAMES_SHOWN else ""
+        notes.append(f"names that no filter matched: {', '.join(shown)}{more}")
+    closed = {(summary.role, summary.role_rank) for summary in summaries}
+    silent = [f"{role} {rank}" for role, rank, _ in ledgers if (role, rank) not in closed]
+    if silent:
+        notes.append(f"ended without closing (killed, crashed, or still running): {', '.join(silent)}")
+    return notes
+
+
+def _unmatched(summaries: list[RankSummary]) -> dict[str, dict[Role, int]]:
+    """Name -> role -> how often the rank that called it most did."""
+    counts: dict[str, dict[Role, int]] = {}
+    for summary in summaries:
+        for name, count in summary.unmatched.items():
+            by_role = counts.setdefault(name, {})
+            by_role[summary.role] = max(count, by_role.get(summary.role, 0))
+    return counts
+
+
+def _counts(by_role: dict[Role, int]) -> str:
+    if len(by_role) == 2 and len(set(by_role.values())) == 1:
+        return f"{next(iter(by_role.values()))} calls each"
+    return ", ".join(f"{role} {count}" for role, count in by_role.items())
+
+
+def _common(lists: list[list[str]]) -> list[str]:
+    """What all ranks say: of a pipeline, each stage alone leaves filters unmatched."""
+    return [text for text in lists[0] if all(text in other for other in lists)] if lists else []
+
+
+def _filter_note(text: str, names: list[str]) -> str:
+    """`text` is `direction: expression`."""
+    wanted = re.findall(r"'([^']*)'|\"([^\"]*)\"", text)
+    near = [name for pair in wanted for name in difflib.get_close_matches(pair[0] or pair[1], names, n=2)]
+    hint = f"; there are points named {', '.join(dict.fromkeys(near))}" if near else ""
+    return f"a filter never matched: {text}{hint}"
+
+
+def _near(tag: str, tags: list[str]) -> str:
+    near = difflib.get_close_matches(tag, tags, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _seen_tags(rows: list[PointRow]) -> list[str]:
+    return sorted({tag for row in rows for tag in row.tags})

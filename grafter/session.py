@@ -1,0 +1,245 @@
+"""The session: everything that exists from the moment both jobs have joined until this rank leaves."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import socket
+import sys
+import threading
+import time
+from collections import OrderedDict
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from grafter.agreement import Agreement
+from grafter.config import GrafterConfig
+from grafter.errors import ConfigError, GrafterError, RunError
+from grafter.exchange.shared_memory import SharedMemoryExchange, open_listener
+from grafter.group import local_address_towards
+from grafter.join import Membership, Place, join
+from grafter.ledger import LedgerRecord, LedgerWriter
+from grafter.pairing import Pairing
+from grafter.points import PointKey
+from grafter.store import StoreClient, connect
+from grafter.transfer import Transfer
+
+logger = logging.getLogger("grafter")
+
+# Sent points whose failure could still be heard of.
+_REMEMBERED_SENT = 4096
+_LINGER_SECONDS = 3.0
+
+
+def find_place(config: GrafterConfig) -> Place:
+    """This process's rank in its job: the configured one, else torch.distributed's, else RANK, else 0."""
+    assert config.role is not None
+    initialised = dist.is_available() and dist.is_initialized()
+    expected = config.baseline_world_size if config.role == "baseline" else config.target_world_size
+    if config.rank is not None:
+        role_rank, world_size = config.rank, expected
+    elif initialised:
+        role_rank, world_size = dist.get_rank(), dist.get_world_size()
+    else:
+        role_rank, world_size = _environment_number("RANK", 0), _environment_number("WORLD_SIZE", 1)
+    if world_size is None:
+        world_size = dist.get_world_size() if initialised else _environment_number("WORLD_SIZE", 1)
+    if role_rank >= world_size:
+        raise ConfigError(
+            f"this process is rank {role_rank} of a {config.role} job of {world_size} ranks, which count from 0. Check "
+            f"GRAFTER_RANK, GRAFTER_{config.role.upper()}_WORLD_SIZE, RANK and WORLD_SIZE."
+        )
+    return Place(config.role, role_rank, world_size)
+
+
+def _environment_number(variable: str, default: int) -> int:
+    text = os.environ.get(variable, "").strip()
+    if text and not text.isdigit():
+        raise ConfigError(f"{variable}={text!r} is no number; torchrun sets it, else leave it unset.")
+    return int(text) if text else default
+
+
+class Session:
+    """What a matched point needs, by step: pairing, transfer, agreement, ledger."""
+
+    def __init__(
+        self, config: GrafterConfig, membership: Membership, shared_memory: SharedMemoryExchange | None
+    ) -> None:
+        self.place, self.roster, self.graft_rank = membership.place, membership.roster, membership.graft_rank
+        self.client, self.housekeeping, self.board = membership.client, membership.housekeeping, membership.board
+        self._server = membership.server
+        self.run_directory = Path(config.dir) / membership.run_name
+        timeout = config.timeout
+        self.client.set_timeout(timeout + 10)
+        self.pairing = Pairing(self.client, self.board, self.housekeeping, timeout)
+        address, port = config.master_address, config.master_port or 0
+        self.transfer = Transfer(
+            config.backend,
+            self.roster,
+            self.graft_rank,
+            self.housekeeping,
+            timeout,
+            shared_memory,
+            self.client.hall,
+            lambda: connect(address, port, timeout=30, keep_trying=lambda: True),
+            lambda: local_address_towards(address, port),
+        )
+        self.agreement = Agreement(
+            self.client, self.housekeeping, self.roster, self.place.role, self.place.role_rank, timeout
+        )
+        self.ledger = LedgerWriter(self.run_directory / self.place.role, self.place.role_rank)
+        self._deletable: dict[tuple[tuple[int, ...], tuple[int, ...]], list[str]] = {}
+        self._sent: OrderedDict[str, LedgerRecord] = OrderedDict()
+        self._failures_posted = 0
+        self._failures_heard: dict[int, int] = {}
+        self._ledger_lock = threading.Lock()
+        if self.place.role_rank == 0:
+            self._write_run_facts(config, membership)
+        self.housekeeping.on_second = self._hear_of_failures
+
+    def _write_run_facts(self, config: GrafterConfig, membership: Membership) -> None:
+        facts = {
+            "schema_version": 1,
+            "run_id": membership.run_id,
+            "run_name": membership.run_name,
+            "role": self.place.role,
+            "time": time.time(),
+            "configuration": config.public_dict(),
+            "versions": {"python": platform.python_version(), "torch": torch.__version__},
+            "command": sys.argv,
+            "hostname": socket.gethostname(),
+            "baseline_world_size": len(self.roster.baseline),
+            "target_world_size": len(self.roster.target),
+        }
+        path = self.run_directory / self.place.role / "run.json"
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(facts, indent=1))
+        temporary.replace(path)
+
+    # The ledger.
+
+    def record(self, record: LedgerRecord, key: PointKey | None = None) -> None:
+        """Write one line; `key` for a point whose receivers may still tell that it failed."""
+        with self._ledger_lock:
+            self._write(record)
+            if key is not None:
+                self._sent[key.digest] = record
+                if len(self._sent) > _REMEMBERED_SENT:
+                    self._sent.popitem(last=False)
+
+    def _write(self, record: LedgerRecord) -> None:
+        try:
+            self.ledger.write(record)
+        except OSError as error:
+            # A full disk costs the ledger, not the run; said for each point, so that nobody misses it.
+            logger.error("grafter: the ledger %s cannot be written: %s", self.ledger.path, error)
+
+    def tell_failure(self, key: PointKey, reason: str) -> None:
+        """Called by the leader of the receivers: the senders hear of it within about a second."""
+        place = f"{self.client.hall}/failure/{self.graft_rank}/{self._failures_posted}"
+        self._failures_posted += 1
+        self.client.set(place, "failure", json.dumps([key.digest, reason]))
+
+    def expect_failures_from(self, graft_rank: int) -> None:
+        self._failures_heard.setdefault(graft_rank, 0)
+
+    def _hear_of_failures(self, client: StoreClient) -> None:
+        for leader, heard in list(self._failures_heard.items()):
+            while (sealed := client.peek(f"{client.hall}/failure/{leader}/{heard}")) is not None:
+                heard += 1
+                self._failures_heard[leader] = heard
+                digest, reason = json.loads(sealed.payload)
+                with self._ledger_lock:
+                    record = self._sent.pop(digest, None)
+                    if record is not None:
+                        self._write(record.model_copy(update={"outcome": "failed", "reason": str(reason)}))
+
+    # Tidying.
+
+    def finished(self, members: tuple[tuple[int, ...], tuple[int, ...]], keys: list[str]) -> None:
+        """A point of these participants is over. That they all came to it proves that they are done with the one before."""
+        done = self._deletable.pop(members, None)
+        if done:
+            self.housekeeping.delete_later(done)
+        self._deletable[members] = keys
+
+    # Leaving.
+
+    def close(self, note: str) -> None:
+        """Leave: say so on the board, and, where this rank hosts the store, linger until the others can do without."""
+        try:
+            self.board.left(note)
+            if self._server is not None:
+                self._linger()
+        except RunError as error:
+            logger.debug("grafter: the store was gone when %s left: %s", self.place.who, error)
+        self.housekeeping.close()
+        self.transfer.close()
+        self.ledger.close()
+
+    def _linger(self) -> None:
+        deadline = time.monotonic() + _LINGER_SECONDS
+        while time.monotonic() < deadline:
+            lines = self.housekeeping.read_board(self.client)
+            gone = self.housekeeping.gone_here()
+            if all(line.state == "left" or line.graft_rank in gone for line in lines):
+                return
+            time.sleep(0.05)
+
+
+class Joining:
+    """The handshake, in the background: a rank whose points never match still hosts, and still says that it left."""
+
+    def __init__(self, config: GrafterConfig) -> None:
+        self._config = config
+        self._done = threading.Event()
+        self._cancelled = False
+        self._session: Session | None = None
+        self._error: BaseException | None = None
+        self._place = find_place(config)
+        threading.Thread(target=self._run, name="grafter-join", daemon=True).start()
+
+    def _run(self) -> None:
+        listener = None
+        try:
+            listener = open_listener()
+            socket_name = listener[1] if listener is not None else ""
+            config = self._config
+            run_name = config.run_name or time.strftime("%Y%m%d-%H%M%S")
+            membership = join(config, self._place, run_name, socket_name, lambda: not self._cancelled)
+            shared = None
+            if listener is not None:
+                shared = SharedMemoryExchange(membership.graft_rank, membership.roster, listener[0])
+            membership.housekeeping.joined(
+                membership.roster, membership.graft_rank, 0 if config.store_host == "rank0" else None
+            )
+            self._session = Session(config, membership, shared)
+        except BaseException as error:
+            self._error = error
+            if listener is not None:
+                listener[0].close()
+        self._done.set()
+
+    def wait(self) -> Session:
+        """The session, once both jobs are there. Raises what kept them from joining."""
+        told = time.monotonic() + 10
+        while not self._done.wait(0.25):
+            if time.monotonic() > told:
+                told = time.monotonic() + 60
+                logger.info("grafter: %s waits for all ranks of both jobs to join", self._place.who)
+        if self._session is None:
+            error = self._error
+            if isinstance(error, GrafterError):
+                raise error
+            raise RunError(f"{self._place.who} could not join: {type(error).__name__}: {error}") from error
+        return self._session
+
+    def finished(self) -> Session | None:
+        """The session if there is one already; else the attempt is given up."""
+        self._cancelled = True
+        self._done.wait(2.0)
+        return self._session

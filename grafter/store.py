@@ -1,0 +1,205 @@
+"""The rendezvous store: a `torch.distributed.TCPStore` that holds sealed text, with a client for each thread.
+
+Costs on loopback, for orientation: `set` is fire-and-forget (3 us), `compare_set` one round trip (60 us), `get` two
+(110 us). A client serves one thread: its `set` would block behind another thread's `get`.
+"""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import TypeVar, cast
+
+from torch.distributed import DistError, TCPStore
+
+from grafter import errors
+from grafter.errors import GrafterError, JoinError, PeerLostError, RunError
+from grafter.wire import PROTOCOL_VERSION, Seal, Sealed
+
+ABORT = "abort"
+_LOOPBACK = {"localhost", "127.0.0.1", "::1"}
+_REASONABLE_BACKLOG = 4096
+_NEVER_STORED = "grafter: never stored"
+
+Value = TypeVar("Value")
+
+
+def listening_socket(address: str, port: int) -> socket.socket:
+    """A socket bound to `address` alone: given none, TCPStore would bind every interface."""
+    host = "127.0.0.1" if address in _LOOPBACK else address
+    try:
+        family, kind, proto, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, proto)
+        # A port that a finished run left in TIME_WAIT may be taken at once; one that is listened on may not.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(place)
+        listener.listen(_REASONABLE_BACKLOG)
+    except OSError as error:
+        raise JoinError(
+            f"cannot host the rendezvous store on {address}:{port}: {error.strerror or error}. If the port is in use, "
+            f"choose another GRAFTER_MASTER_PORT (in both jobs); the address must be one of this machine, where "
+            f"baseline rank 0 or `grafter run` is."
+        ) from error
+    return listener
+
+
+def serve(address: str, port: int) -> TCPStore:
+    """Host a store; the returned object is also its first client. Port 0 takes a free one (`.port` tells)."""
+    listener = listening_socket(address, port)
+    real_port = listener.getsockname()[1]
+    return TCPStore(
+        "127.0.0.1" if address in _LOOPBACK else address,
+        real_port,
+        is_master=True,
+        wait_for_workers=False,
+        timeout=timedelta(seconds=60),
+        master_listen_fd=listener.detach(),
+    )
+
+
+def connect(address: str, port: int, *, timeout: float, keep_trying: Callable[[], bool]) -> TCPStore:
+    """A client of a store that may not be there yet. `timeout` in seconds; `keep_trying` is asked between tries.
+
+    The waiting is done here with plain connects, since a waiting TCPStore logs a warning with a DNS lookup per try.
+    """
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            socket.create_connection((address, port), timeout=5).close()
+            return TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=30))
+        except (OSError, DistError) as error:
+            if time.monotonic() > deadline or not keep_trying():
+                raise JoinError(
+                    f"no rendezvous store at {address}:{port} after {timeout:.0f} s ({error}). It is hosted by `grafter "
+                    f"run`, else by baseline rank 0. Check that the baseline job has started, that both jobs have the "
+                    f"same GRAFTER_MASTER_ADDRESS and GRAFTER_MASTER_PORT, and that no firewall lies between."
+                ) from error
+            time.sleep(0.1)
+
+
+def encode_abort(error: RunError) -> str:
+    return f"{type(error).__name__}\n{error}"
+
+
+def decode_abort(payload: str) -> RunError:
+    """The error that ended the run, of the class that the first to diagnose it gave it."""
+    name, _, text = payload.partition("\n")
+    kind = getattr(errors, name, RunError)
+    if not (isinstance(kind, type) and issubclass(kind, RunError)):
+        kind = RunError
+    return kind(text)
+
+
+class StoreClient:
+    """Sealed values under one group's prefix. One client serves one thread at a time."""
+
+    def __init__(
+        self, store: TCPStore, seal: Seal, group_name: str, hosted_by: str = "the process that hosts it"
+    ) -> None:
+        self.raw = store
+        self.seal = seal
+        self.hosted_by = hosted_by
+        # Unversioned, so that a peer of another protocol version is told apart instead of waited for.
+        self.lobby = f"grafter/{group_name}"
+
+    def set_timeout(self, seconds: float) -> None:
+        self.raw.set_timeout(timedelta(seconds=seconds))
+
+    @property
+    def hall(self) -> str:
+        """The prefix of everything after the handshake."""
+        return f"{self.lobby}/v{PROTOCOL_VERSION}/{self.seal.run_id}"
+
+    def set(self, key: str, kind: str, payload: str) -> None:
+        """Put a value, without waiting for the store."""
+        self._guard(lambda: self.raw.set(key, self.seal.seal(key, kind, payload)))
+
+    def put_if_absent(self, key: str, kind: str, payload: str) -> Sealed | None:
+        """None if the value was put; else what was there already. One round trip. Raises what an abort there says."""
+        mine = self.seal.seal(key, kind, payload)
+        found = self._guard(lambda: cast(bytes, self.raw.compare_set(key, "", mine)))
+        if found == mine.encode():
+            return None
+        return self._opened(key, found)
+
+    def get(self, key: str) -> Sealed:
+        """Wait for a value. Ended early only by what the housekeeping thread puts there."""
+        return self._opened(key, self._guard(lambda: self.raw.get(key)))
+
+    def get_all(self, keys: Sequence[str]) -> list[Sealed]:
+        """Wait for several values: two round trips in all."""
+        if not keys:
+            return []
+        values = self._guard(lambda: self.raw.multi_get(list(keys)))
+        return [self._opened(key, value) for key, value in zip(keys, values, strict=True)]
+
+    def peek(self, key: str) -> Sealed | None:
+        """A value if it is there; never waits. One round trip. An abort is returned, not raised."""
+        # A failed exchange returns what is there and changes nothing; an absent key returns what was expected.
+        found = self._guard(lambda: cast(bytes, self.raw.compare_set(key, _NEVER_STORED, _NEVER_STORED)))
+        if found == _NEVER_STORED.encode():
+            return None
+        return self.seal.open(key, found)
+
+    def exists(self, key: str) -> bool:
+        return bool(self._guard(lambda: self.raw.check([key])))
+
+    def delete(self, key: str) -> None:
+        self._guard(lambda: self.raw.delete_key(key))
+
+    def wake(self, key: str, error: RunError) -> None:
+        """End the wait of whoever waits for `key`, unless a value came first."""
+        self._guard(lambda: self.raw.compare_set(key, "", self.seal.seal(key, ABORT, encode_abort(error))))
+
+    def _opened(self, key: str, value: bytes) -> Sealed:
+        sealed = self.seal.open(key, value)
+        if sealed.kind == ABORT:
+            raise decode_abort(sealed.payload)
+        return sealed
+
+    def _guard(self, operation: Callable[[], Value]) -> Value:
+        try:
+            return operation()
+        except (DistError, RuntimeError) as error:
+            if isinstance(error, GrafterError):
+                raise
+            raise PeerLostError(
+                f"the rendezvous store, hosted by {self.hosted_by}, is lost or does not answer ({_first_line(error)}). "
+                f"Its process has ended, is stopped, or cannot be reached any more; without it the two jobs cannot "
+                f"agree on anything. Look at the end of that process's output first."
+            ) from error
+
+
+class HostedStore:
+    """The store of a whole run, hosted by the process that starts both jobs. Its calls may come from any thread."""
+
+    def __init__(
+        self, address: str = "127.0.0.1", port: int = 0, *, group_name: str = "graft", secret: str | None = None
+    ) -> None:
+        """Opens the store; port 0 takes a free one. Raises JoinError if it cannot listen there."""
+        self._store = serve(address, port)
+        self.address, self.port = address, self._store.port
+        self._client = StoreClient(self._store, Seal("launcher", secret), group_name, "this process")
+        self._lock = threading.Lock()
+
+    def report_job_exit(self, role: str, text: str) -> None:
+        """Tell the ranks that wait that a job has ended. `text` follows its name, as in `exited with code 1`."""
+        with self._lock:
+            self._client.put_if_absent(f"{self._client.lobby}/exit/{role}", "exit", text)
+
+    def peek_run(self) -> tuple[StoreClient, str] | None:
+        """(client, payload of the run) once the run is open. For `waiting_summary` in `grafter.board`."""
+        record = self._client.peek(f"{self._client.lobby}/run")
+        return (self._client, record.payload) if record is not None else None
+
+    def close(self) -> None:
+        """Close the port."""
+        with self._lock:
+            del self._client, self._store
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).split("\n", 1)[0][:200]
