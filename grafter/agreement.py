@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from grafter.courier import Courier
 from grafter.direction import RoleName
+from grafter.errors import RunError
 from grafter.housekeeping import Housekeeping, Wait
 from grafter.pairing import StoreKeys
 from grafter.points import PointKey
@@ -25,24 +27,26 @@ class Agreement:
     def __init__(
         self,
         client: StoreClient,
+        courier: Courier,
         housekeeping: Housekeeping,
         roster: Roster,
         role: RoleName,
         role_rank: int,
         timeout: float,
     ) -> None:
-        self._client, self._housekeeping, self._roster = client, housekeeping, roster
+        self._client, self._courier, self._housekeeping, self._roster = client, courier, housekeeping, roster
         self._role, self._role_rank, self._timeout = role, role_rank, timeout
 
     def vote(self, key: PointKey, receivers: Sequence[int], refusal: str | None) -> None:
         """Say that this receiver's value is complete and may be written (None), or why not. Never waits."""
         keys = StoreKeys(self._client.hall, key.digest)
-        if len(receivers) == 1:
-            # One receiver alone decides alone; only a refusal must be heard, by senders that still wait.
-            if refusal is not None:
-                self._client.set(keys.outcome, REFUSE, refusal)
-        elif self._role_rank != min(receivers):
-            self._client.set(keys.vote(self._role_rank), NO if refusal is not None else YES, refusal or "")
+        leader = min(receivers)
+        if self._role_rank != leader:
+            place, kind = keys.vote(self._role_rank), NO if refusal is not None else YES
+            self._bring([leader], place, kind, refusal or "")
+        elif refusal is not None:
+            # Heard at once by senders that still wait, and by nobody else where one receiver decides alone.
+            self._client.set(keys.outcome, REFUSE, refusal)
 
     def outcome(self, key: PointKey, receivers: Sequence[int], refusal: str | None) -> str | None:
         """None: write. Else the one reason why no receiver of this point writes. Waits for all votes.
@@ -53,26 +57,44 @@ class Agreement:
             return refusal
         keys = StoreKeys(self._client.hall, key.digest)
         others = [rank for rank in receivers if rank != self._role_rank]
-        needs = frozenset(self._roster.graft_rank(self._role, rank) for rank in others)
         if self._role_rank != min(receivers):
-            with self._housekeeping.waiting(self._wait(key, needs, keys.outcome)):
-                return _reason(self._client.get(keys.outcome))
+            return self._obey(key, keys, others)
         ballots = [keys.vote(rank) for rank in others]
-        with self._housekeeping.waiting(self._wait(key, needs, *ballots)):
-            votes = self._client.get_all(ballots)
+        votes = self._fetch(key, others, ballots)
         no = next((vote.payload for vote in votes if vote.kind == NO), None) if refusal is None else refusal
         found = self._client.put_if_absent(keys.outcome, COMMIT if no is None else REFUSE, no or "")
-        return no if found is None else _reason(found)
+        if found is not None:
+            no = _reason(found)
+        if self._courier.mail_inside:
+            self._bring(others, keys.outcome, COMMIT if no is None else REFUSE, no or "")
+        return no
 
-    def _wait(self, key: PointKey, needs: frozenset[int], *awaits: str) -> Wait:
-        return Wait("agreement", str(key), awaits, self._timeout, needs=needs)
+    def _obey(self, key: PointKey, keys: StoreKeys, others: Sequence[int]) -> str | None:
+        try:
+            return _reason(self._fetch(key, others, [keys.outcome])[0])
+        except RunError as over:
+            # The leader may have decided just before the run ended: whoever gives up must ask, and obey what it finds.
+            found = self._client.put_if_absent(keys.outcome, REFUSE, "the run ended before the outcome was decided")
+            if found is not None and found.kind == COMMIT:
+                return None
+            raise over
+
+    def _bring(self, role_ranks: Sequence[int], place: str, kind: str, payload: str) -> None:
+        receivers = [self._roster.graft_rank(self._role, rank) for rank in role_ranks]
+        self._courier.bring(receivers, place, kind, payload, by_mail=self._courier.mail_inside)
+
+    def _fetch(self, key: PointKey, others: Sequence[int], places: Sequence[str]) -> list[Sealed]:
+        needs = frozenset(self._roster.graft_rank(self._role, rank) for rank in others)
+        wait = Wait("agreement", str(key), self._timeout, needs=needs)
+        return self._courier.fetch(wait, places, by_mail=self._courier.mail_inside)
 
     def keys_to_delete(self, key: PointKey, receivers: Sequence[int], *, committed: bool) -> list[str]:
         """What the receivers' leader deletes of a point that is over. The reason of a failed one stays until close."""
         if len(receivers) == 1 or self._role_rank != min(receivers):
             return []
         keys = StoreKeys(self._client.hall, key.digest)
-        ballots = [keys.vote(rank) for rank in receivers if rank != self._role_rank]
+        by_mail = self._courier.mail_inside
+        ballots = [] if by_mail else [keys.vote(rank) for rank in receivers if rank != self._role_rank]
         return [*ballots, keys.outcome] if committed else ballots
 
 

@@ -1,7 +1,7 @@
 """The state board: one line per rank that says what it does, so that a wait can explain itself.
 
-A rank writes `waiting` after its header for a point and `running` before it acts on the answer. A rank that moves
-bytes or votes counts as running: whoever it needs there is watched directly.
+A line is written only for a wait that lasts, by the rank's housekeeping thread, so that a point that meets at once
+costs none. A rank that moves bytes or votes counts as running: whoever it needs there is watched directly.
 """
 
 from __future__ import annotations
@@ -49,39 +49,41 @@ class BoardLine(BaseModel):
 
 
 class BoardWriter:
-    """Writes this rank's line. Called by the dump thread alone, on its own client, in order with its headers."""
+    """Writes this rank's line. The lines of one rank go through one client at a time, so that they keep their order."""
 
-    def __init__(self, client: StoreClient, role: RoleName, role_rank: int) -> None:
-        self._client, self._role, self._role_rank = client, role, role_rank
-        self._key = board_key(client, role, role_rank)
-        self._sequence = 0
+    def __init__(self, role: RoleName, role_rank: int) -> None:
+        self._role, self._role_rank = role, role_rank
+        self.sequence = 0
+        # Filled by the dump thread, read when a line is written.
         self.last_points: deque[str] = deque(maxlen=10)
 
-    def running(self) -> None:
-        self._write(state="running")
+    def running(self, client: StoreClient) -> None:
+        self._write(client, state="running")
 
     def waiting(
-        self, *, digest: str, point: str, participants: tuple[int, ...], awaits: tuple[str, ...], call_site: str
-    ) -> None:
+        self, client: StoreClient, *, digest: str, point: str, participants: tuple[int, ...], awaits: tuple[str, ...],
+        call_site: str, since: float,
+    ) -> None:  # fmt: skip
         self._write(
-            state="waiting", digest=digest, point=point, participants=participants, awaits=awaits, call_site=call_site
-        )
+            client, state="waiting", digest=digest, point=point, participants=participants, awaits=awaits,
+            call_site=call_site, since=since,
+        )  # fmt: skip
 
-    def left(self, note: str) -> None:
+    def left(self, client: StoreClient, note: str) -> None:
         """`note` is empty where the rank ends in good order, else the error with which it ends."""
-        self._write(state="left", note=note)
+        self._write(client, state="left", note=note)
 
-    def _write(self, **fields: Any) -> None:
-        self._sequence += 1
+    def _write(self, client: StoreClient, **fields: Any) -> None:
+        self.sequence += 1
         line = {
             "role": self._role,
             "role_rank": self._role_rank,
-            "sequence": self._sequence,
+            "sequence": self.sequence,
             "since": time.time(),
             "last_points": tuple(self.last_points),
             **fields,
         }
-        self._client.set(self._key, "board", json.dumps(line))
+        client.set(board_key(client, self._role, self._role_rank), "board", json.dumps(line))
 
 
 def board_key(client: StoreClient, role: RoleName, role_rank: int) -> str:

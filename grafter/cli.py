@@ -7,8 +7,9 @@ grafter's own errors into text and an exit code. What is slow to import (torch, 
 from __future__ import annotations
 
 import os
+import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
@@ -52,12 +53,7 @@ class SortChoice(str, Enum):
 
 def main() -> None:
     """The entry point of the `grafter` program."""
-    try:
-        app(prog_name="grafter")
-    except BrokenPipeError:
-        # Whoever read our output (`head`) has what it wanted. Python would complain again when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(128 + 13) from None
+    app(prog_name="grafter")
 
 
 @contextmanager
@@ -189,6 +185,9 @@ def run(
             hosted = None if host_store is None else (address or "127.0.0.1", host_store)
             place = None if master is None else parse_master(master)
             result = run_side(role.value, command, settings=settings, host=hosted, master=place, out=out, run_name=name)
+        if result.stop_signal == signal.SIGPIPE:
+            # Nobody reads any more; Python would complain again when it flushes stdout at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(report_run(result, sys.stdout, limit=_SUMMARY_ROWS))
 
 
@@ -202,7 +201,7 @@ def _merge_settings(own: dict[str, str], assignments: list[str]) -> dict[str, st
     return {**assigned, **own}
 
 
-def _refuse(options: dict[str, object], why: str) -> None:
+def _refuse(options: Mapping[str, object], why: str) -> None:
     for option, value in options.items():
         if value is not None and value != []:
             raise UsageError(f"{option} {why}.")

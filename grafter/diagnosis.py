@@ -25,10 +25,14 @@ def find_stuck(lines: Sequence[BoardLine], gone: Collection[int] = ()) -> list[B
     for line in waiting:
         at_point.setdefault(line.digest, set()).add(line.graft_rank)
 
+    declared = {line.graft_rank: line.participants for line in waiting}
+
     def can_come(line: BoardLine) -> bool:
         here = at_point[line.digest]
-        if not all(rank in here or rank in may_run for rank in line.participants):
-            return False
+        # A rank of the own side that is here with other participants in mind does not wait for this rank.
+        for rank in line.participants:
+            if rank not in may_run and not (rank in here and declared[rank] == line.participants):
+                return False
         others_here = [other for other in waiting if other.role != line.role and other.digest == line.digest]
         if others_here:
             return all(rank in here or rank in may_run for other in others_here for rank in other.participants)
@@ -55,6 +59,9 @@ def explain_stuck(stuck: Sequence[BoardLine], gone: dict[int, str], board: str) 
             f"{board}\n"
             "Look at the end of its output first: the cause is there, not here."
         )
+    conflict = _find_conflict(stuck)
+    if conflict is not None:
+        return PairingError(f"{conflict}\n{board}")
     return PairingError(
         "the two jobs ask for different points, and nobody is left who could bring them together: "
         f"{'; '.join(points[:4])}{'; ...' if len(points) > 4 else ''}.\n"
@@ -63,3 +70,15 @@ def explain_stuck(stuck: Sequence[BoardLine], gone: dict[int, str], board: str) 
         "other does not (another name, another tag, another count, one more step). Make the two programs dump the same "
         "points in the same order, or narrow the filters to points that both have."
     )
+
+
+def _find_conflict(stuck: Sequence[BoardLine]) -> str | None:
+    for first in stuck:
+        for second in stuck:
+            if (first.role, first.digest) == (second.role, second.digest) and first.participants != second.participants:
+                return (
+                    f"ranks of one job declare different participants for {first.point}: {first.who} (at "
+                    f"{first.call_site}) and {second.who} (at {second.call_site}). All ranks that share a point must give "
+                    f"the same `ranks=`; ranks that do not share it need another tag (such as `pp_stage=...`)."
+                )
+    return None

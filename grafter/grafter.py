@@ -19,14 +19,14 @@ import torch
 from grafter.config import GrafterConfig
 from grafter.direction import Direction, DirectionFilters
 from grafter.errors import GrafterError, PeerLostError, RunError, UsageError
-from grafter.ledger import RankSummary
 from grafter.leaves import Leaves, NothingToOffer, encode_extras, spec_of, take_apart
+from grafter.ledger import RankSummary
 from grafter.meeting import Meeting, PointOptions
 from grafter.pairing import Header
 from grafter.participants import own_participants
 from grafter.points import OWN_TAGS, PHASE, StepCounter, call_site, check_tags, split_options, surroundings
 from grafter.session import Joining, Session, find_place
-from grafter.user_transform import UserTransform, load_transform
+from grafter.user_transform import UserTransform, load_transform, transform_of
 
 logger = logging.getLogger("grafter")
 
@@ -138,7 +138,7 @@ class Grafter:
             self._fault = error
             raise
         self._outcomes[outcome] += 1
-        session.board.last_points.append(f"{key} {outcome}")
+        session.housekeeping.board.last_points.append(f"{key} {outcome}")
         if failure is not None:
             raise failure
         return (
@@ -237,10 +237,7 @@ class Grafter:
             if transform not in self._transforms:
                 self._transforms[transform] = load_transform(transform)
             return self._transforms[transform]
-        if not callable(transform):
-            raise UsageError(f"transform={transform!r} is neither a path nor a function.")
-        receives = getattr(transform, "__grafter_receives__", "all")
-        return UserTransform(getattr(transform, "__qualname__", repr(transform)), transform, receives)
+        return transform_of(transform)
 
     # The steps after.
 

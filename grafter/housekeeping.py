@@ -17,39 +17,47 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from grafter.board import BoardLine, board_key, describe_board, read_line
+from grafter.board import BoardLine, BoardWriter, board_key, describe_board, read_line
 from grafter.diagnosis import explain_stuck, find_stuck
 from grafter.errors import PeerLostError, PointTimeoutError, RunError
 from grafter.liveness import SILENT_AFTER_SECONDS, HeartbeatWatch, how_gone, is_stopped
-from grafter.roster import Roster
+from grafter.roster import Announcement, Roster
 from grafter.store import ABORT, StoreClient, decode_abort
 
 logger = logging.getLogger("grafter")
 
 _TICK_SECONDS = 0.25
-_LOOK_AFTER_SECONDS = 0.5
-_LOOK_EVERY_SECONDS = 1.0
+_LOOK_EVERY_SECONDS = 0.5
+_CHORES_EVERY_SECONDS = 1.0
 # So many deletions between two looks, at 60 us each: tidying never delays a diagnosis by more than 15 ms.
 _DELETIONS_PER_TICK = 256
 
 
 @dataclass
 class Wait:
-    """What the dump thread waits for. `needs`: the graft ranks without which this stage can't end."""
+    """What the dump thread waits for, in one stage: join, pairing, exchange or agreement."""
 
     stage: str
     what: str
-    awaits: tuple[str, ...]
     timeout: float
+    # The store keys that end it, unless mail does; then `has_news` says whether there is any.
+    awaits: tuple[str, ...] = ()
+    has_news: Callable[[], bool] | None = None
+    # In pairing: the point, and who of the own side it needs (role ranks).
     leader: bool = False
+    digest: str = ""
+    participants: tuple[int, ...] = ()
+    call_site: str = ""
+    # In exchange and agreement: the graft ranks without which the stage can't end.
     needs: frozenset[int] = frozenset()
-    since: float = field(default_factory=time.monotonic)
-    next_look: float = 0.0
     # Where the receivers say that they have given the point up, and what they said.
     outcome_key: str | None = None
     abandoned: str | None = None
+    since: float = field(default_factory=time.monotonic)
+    next_look: float = 0.0
+    on_board: bool = False
+    # On the main thread, blocked in the store: a signal must end the wait. And where the program hears of signals.
     interruptible: bool = False
-    # Where the program itself (asyncio, say) wants to hear of signals.
     signal_fd: int = -1
 
     @property
@@ -60,14 +68,18 @@ class Wait:
 class Housekeeping:
     """One thread per rank; started when the store is reached, stopped by `close`."""
 
-    def __init__(self, client: StoreClient, reconnect: Callable[[], StoreClient], who: str) -> None:
+    def __init__(self, client: StoreClient, reconnect: Callable[[], StoreClient], board: BoardWriter, who: str) -> None:
         self._client = client
+        self.board = board
         self._reconnect = reconnect
         self._who = who
         self._roster: Roster | None = None
         self._graft_rank = -1
         self._host_rank: int | None = None
         self._wait: Wait | None = None
+        self._wait_on_board: Wait | None = None
+        self._idle_count = 0
+        self._suspicion: dict[int, tuple[int, int]] = {}
         self._deletions: deque[str] = deque()
         self._beats = HeartbeatWatch()
         self._beat_count = 0
@@ -94,7 +106,8 @@ class Housekeeping:
         """Around a blocking `get` or transfer: while it lasts, this thread looks after it."""
         if self.aborted is not None:
             raise self.aborted
-        main = threading.current_thread() is threading.main_thread()
+        # Mail and sockets are waited for in Python, which sees to signals by itself.
+        main = bool(wait.awaits) and threading.current_thread() is threading.main_thread()
         # A signal that arrives while the main thread is blocked in the store would be seen only after the wait.
         previous = signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False) if main else -1
         wait.interruptible = main
@@ -115,11 +128,13 @@ class Housekeeping:
     def delete_later(self, keys: Sequence[str]) -> None:
         self._deletions.extend(keys)
 
-    def close(self) -> None:
-        """Delete what is left to delete and end the thread."""
+    def close(self, note: str | None = None) -> None:
+        """End the thread, delete what is left to delete, and say on the board that this rank has left (with `note`)."""
         self._closing = True
         os.write(self._wake_write, b"\0")
         self._thread.join(timeout=10)
+        if note is not None and not self._store_down and not self._thread.is_alive():
+            self.board.left(self._client, note)
         if not self._thread.is_alive():
             os.close(self._wake_read)
             os.close(self._wake_write)
@@ -137,7 +152,8 @@ class Housekeeping:
             try:
                 self._do_chores()
                 wait = self._wait
-                if wait is not None and wait.seconds >= _LOOK_AFTER_SECONDS and time.monotonic() >= wait.next_look:
+                self._update_board(wait)
+                if wait is not None and wait.seconds >= _LOOK_EVERY_SECONDS and time.monotonic() >= wait.next_look:
                     wait.next_look = time.monotonic() + _LOOK_EVERY_SECONDS
                     self._look_after(wait)
             except PeerLostError as error:
@@ -177,11 +193,33 @@ class Housekeeping:
                 except RunError as error:
                     self._store_lost(error)
 
+    def _update_board(self, wait: Wait | None) -> None:
+        """Put a pairing wait that lasts on the board, and take it off once it is over."""
+        if self._wait_on_board is not None and wait is not self._wait_on_board:
+            self.board.running(self._client)
+            self._wait_on_board = None
+        if (
+            wait is not None
+            and wait.stage == "pairing"
+            and self._wait_on_board is None
+            and wait.seconds >= _TICK_SECONDS
+        ):
+            self.board.waiting(
+                self._client,
+                digest=wait.digest,
+                point=wait.what,
+                participants=wait.participants,
+                awaits=wait.awaits,
+                call_site=wait.call_site,
+                since=time.time() - wait.seconds,
+            )
+            self._wait_on_board = wait
+
     def _do_chores(self) -> None:
         self._delete(min(len(self._deletions), _DELETIONS_PER_TICK))
         if time.monotonic() < self._next_chores:
             return
-        self._next_chores = time.monotonic() + 1.0
+        self._next_chores = time.monotonic() + _CHORES_EVERY_SECONDS
         if self._roster is not None and self._roster.several_hosts:
             self._beat_count += 1
             self._client.set(self._beat_key(self._graft_rank), "beat", str(self._beat_count))
@@ -215,6 +253,7 @@ class Housekeeping:
                 return
         gone = self._gone(wait.leader)
         if wait.stage == "pairing":
+            self._confirm_idle(wait)
             if wait.leader or gone:
                 self._look_for_stuck(gone)
         elif any(rank in wait.needs for rank in gone):
@@ -248,19 +287,53 @@ class Housekeeping:
                 )
             )
 
+    def _confirm_idle(self, wait: Wait) -> None:
+        """Say that this wait still lasts and that nothing has come which could end it: what a diagnosis rests on."""
+        if wait is not self._wait_on_board:
+            return
+        if wait.has_news is not None and wait.has_news():
+            return
+        if any(self._client.peek(key) is not None for key in wait.awaits):
+            return
+        if wait is self._wait:
+            self._idle_count += 1
+            assert self._roster is not None
+            member = self._roster.all[self._graft_rank]
+            self._client.set(self._idle_key(member), "idle", f"{self.board.sequence} {self._idle_count}")
+
+    def _idle_key(self, member: Announcement) -> str:
+        return f"{self._client.hall}/idle/{member.role}/{member.role_rank}"
+
     def _look_for_stuck(self, gone: dict[int, str]) -> None:
-        first = self.read_board(self._client)
-        stuck = find_stuck(first, gone)
+        """Suspect the ranks that the board calls stuck; be sure once each has twice confirmed since that it is idle.
+
+        The second confirmation began after the suspicion. Whatever could end one of these waits would have to come from
+        another of them, or was sent before, and then it has arrived and would have been seen.
+        """
+        lines = self.read_board(self._client)
+        stuck = find_stuck(lines, gone)
+        confirmed = {line.graft_rank: self._idle_confirmation(line) for line in stuck}
+        suspected, self._suspicion = self._suspicion, confirmed
         if not stuck:
             return
-        for line in stuck:
-            if any(self._client.peek(key) is not None for key in line.awaits):
+        if suspected.keys() == confirmed.keys() and all(
+            sequence == suspected[rank][0] for rank, (sequence, _) in confirmed.items()
+        ):
+            if not all(count >= suspected[rank][1] + 2 for rank, (_, count) in confirmed.items()):
+                self._suspicion = suspected
                 return
-        second = self.read_board(self._client)
-        if [line.sequence for line in find_stuck(second, gone)] != [line.sequence for line in stuck]:
-            return
-        left = {line.graft_rank: "has left with " + line.note for line in second if line.state == "left" and line.note}
-        self.abort(explain_stuck(stuck, gone | left, describe_board(second, gone, self._remarks())))
+            crashed = {
+                line.graft_rank: f"has left with {line.note}" for line in lines if line.state == "left" and line.note
+            }
+            board = describe_board(lines, gone, self._remarks())
+            self.abort(explain_stuck(stuck, gone | crashed, board))
+
+    def _idle_confirmation(self, line: BoardLine) -> tuple[int, int]:
+        """(sequence of the rank's line, how often it has confirmed that this very wait is idle)."""
+        assert self._roster is not None
+        sealed = self._client.peek(self._idle_key(self._roster.all[line.graft_rank]))
+        sequence, _, count = sealed.payload.partition(" ") if sealed is not None else ("-1", "", "0")
+        return line.sequence, int(count) if int(sequence) == line.sequence else -10
 
     def _time_out(self, wait: Wait, gone: dict[int, str]) -> None:
         board = describe_board(self.read_board(self._client), gone, self._remarks())
@@ -315,7 +388,7 @@ class Housekeeping:
         }
 
     def _warn_of_stopped(self) -> None:
-        if self._wait is None or self._wait.seconds < _LOOK_AFTER_SECONDS:
+        if self._wait is None or self._wait.seconds < _LOOK_EVERY_SECONDS:
             return
         for rank, remark in self._remarks().items():
             if (rank, "stopped") not in self._told and self._roster is not None:

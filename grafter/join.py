@@ -46,7 +46,6 @@ class Membership:
     place: Place
     client: StoreClient
     housekeeping: Housekeeping
-    board: BoardWriter
     roster: Roster
     graft_rank: int
     run_id: str
@@ -81,7 +80,9 @@ def join(
 
     client = new_client()
     client.set_timeout(config.join_timeout + 30)
-    housekeeping = Housekeeping(new_housekeeping_client(), new_housekeeping_client, place.who)
+    housekeeping = Housekeeping(
+        new_housekeeping_client(), new_housekeeping_client, BoardWriter(place.role, place.role_rank), place.who
+    )
     try:
         return _Handshake(config, place, client, housekeeping).run(run_name, socket_name, server)
     except BaseException:
@@ -98,19 +99,16 @@ class _Handshake:
     def run(self, run_name: str, socket_name: str, server: TCPStore | None) -> Membership:
         run_id, run_name = self._learn_run(run_name)
         self._client.seal.run_id = run_id
-        board = BoardWriter(self._client, self._place.role, self._place.role_rank)
         # Before the claim, so that whoever reads the roster finds a line for each of its ranks.
-        board.running()
+        self._housekeeping.board.running(self._client)
         announcement = self._announce(socket_name)
         self._post_roster(announcement)
         roster = self._read_rosters()
         graft_rank = roster.graft_rank(self._place.role, self._place.role_rank)
-        return Membership(
-            self._place, self._client, self._housekeeping, board, roster, graft_rank, run_id, run_name, server
-        )
+        return Membership(self._place, self._client, self._housekeeping, roster, graft_rank, run_id, run_name, server)
 
     def _wait(self, what: str, *awaits: str) -> Wait:
-        return Wait("join", what, awaits, self._config.join_timeout)
+        return Wait("join", what, self._config.join_timeout, awaits=awaits)
 
     def _learn_run(self, run_name: str) -> tuple[str, str]:
         """The run's id and name, which baseline rank 0 gives."""

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from grafter.errors import ConfigError, UsageError
 from grafter.job import Job
@@ -24,6 +24,9 @@ from grafter.job_command import keep_off_shared_port, split_command
 from grafter.job_environment import job_environment
 from grafter.run_output import RunOutput
 from grafter.supervision import RendezvousStore, Supervisor
+
+if TYPE_CHECKING:
+    from grafter.config import GrafterConfig
 
 GRACE_SECONDS = 15.0
 # So long a rank of the other machine may need to read and write its last words in the store.
@@ -101,11 +104,11 @@ def run_side(
     return run.supervise(None, master)
 
 
-def host_store(address: str, port: int) -> RendezvousStore:
+def host_store(address: str, port: int, *, group_name: str, secret: str | None) -> RendezvousStore:
     """The rendezvous store of the run, in this process. Raises JoinError if it cannot listen there."""
-    from grafter.store import HostedStore  # imports torch, which takes seconds
+    from grafter.watched_store import WatchedStore  # imports torch, which takes seconds
 
-    return HostedStore(address, port)
+    return WatchedStore(address, port, group_name=group_name, secret=secret)
 
 
 class _Run:
@@ -126,7 +129,8 @@ class _Run:
         if self._settings.get("plan"):
             # A job may change its directory before it reads it.
             self._settings["plan"] = os.path.abspath(self._settings["plan"])
-        self._out = _checked_output_directory(next(iter(commands)), self._settings, out, run_name)
+        self._config = _read_configuration(next(iter(commands)), self._settings, out, run_name)
+        self._out = Path(self._config.dir)
         self._given_name = run_name
         self._output = RunOutput(output or sys.stdout, quiet)
         self._grace_seconds = grace_seconds
@@ -135,7 +139,9 @@ class _Run:
 
     def host(self, address: str, port: int) -> PairResult:
         """Host the store here, and run the jobs."""
-        store = host_store(address, port)
+        config = self._config
+        secret = config.secret.get_secret_value() if config.secret else None
+        store = host_store(address, port, group_name=config.group_name, secret=secret)
         try:
             return self.supervise(store, (_reachable(store.address), store.port))
         finally:
@@ -252,19 +258,26 @@ def newest_run_of_role(out: Path, role: str) -> Path:
     return max(written)[1] if written else out
 
 
-def _checked_output_directory(role: str, settings: Mapping[str, str], out: Path | None, run_name: str | None) -> Path:
-    """Read the configuration as a job will, so that a bad filter is told now and not by every rank."""
+def _read_configuration(
+    role: str, settings: Mapping[str, str], out: Path | None, run_name: str | None
+) -> GrafterConfig:
+    """The configuration as a job will read it, with `dir` absolute: a bad filter is told now and not by every rank."""
     from grafter.config import GrafterConfig  # imports pydantic
 
-    directory = None if out is None else os.path.abspath(out)
     # The port is not known yet; any legal one does for the check.
     environment = job_environment(
-        os.environ, role, settings, master=("127.0.0.1", 1), directory=directory, run_name=run_name
+        os.environ,
+        role,
+        settings,
+        master=("127.0.0.1", 1),
+        directory=None if out is None else str(out),
+        run_name=run_name,
     )
-    directory = os.path.abspath(GrafterConfig.from_environment(environment).dir)
+    config = GrafterConfig.from_environment(environment)
+    directory = os.path.abspath(config.dir)
     if os.path.exists(directory) and not os.path.isdir(directory):
         raise ConfigError(f"{directory} is to hold the ledgers of this run and is not a directory; give another --out.")
-    return Path(directory)
+    return config.model_copy(update={"dir": directory})
 
 
 def _reachable(address: str) -> str:

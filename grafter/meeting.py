@@ -11,8 +11,7 @@ from typing import Any, Literal
 import torch
 
 from grafter.direction import Direction, receiver_role, sender_role
-from grafter.errors import PeerLostError, PointFailed, RunError, WriteRefused
-from grafter.exchange import Abandoned, PeerGone
+from grafter.errors import PeerLostError, PointFailed, RunError, TransformError, WriteRefused
 from grafter.leaves import Leaves
 from grafter.ledger import LeafRecord, LedgerRecord, Outcome
 from grafter.pairing import Decision, Header, Pair, StoreKeys, decide
@@ -22,6 +21,7 @@ from grafter.stats import compare
 from grafter.transfer import Received
 from grafter.transfer_plan import TransferPlan, make_plan
 from grafter.user_transform import GraftTransformInput, UserTransform
+from grafter.watch import Abandoned, PeerGone
 from grafter.write_back import WriteMode, Written, apply_write, check_write
 
 Stats = Literal["full", "light", "off"]
@@ -194,7 +194,7 @@ class Meeting:
     def _explain(self, error: Exception) -> str:
         """Why this receiver cannot write, for the ledgers of all of them."""
         who = self._header.who
-        if isinstance(error, WriteRefused):
+        if isinstance(error, (WriteRefused, TransformError)):
             return f"{who}: {error}"
         where = ""
         frame = error.__traceback__

@@ -14,12 +14,13 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter
 
-from grafter.board import BoardWriter
+from grafter.courier import Courier
 from grafter.direction import Direction, RoleName, receiver_role, sender_role
 from grafter.errors import PairingError, ProtocolError
 from grafter.housekeeping import Housekeeping, Wait
 from grafter.leaves import TensorSpec
 from grafter.points import PointKey
+from grafter.roster import Roster
 from grafter.store import StoreClient
 
 # What a receiver's transform asks for; "identity" where there is none.
@@ -116,64 +117,70 @@ class StoreKeys:
 class Pairing:
     """Meets the other side at one point after another. Called by the dump thread of every participant."""
 
-    def __init__(self, client: StoreClient, board: BoardWriter, housekeeping: Housekeeping, timeout: float) -> None:
-        self._client, self._board, self._housekeeping, self._timeout = client, board, housekeeping, timeout
+    def __init__(
+        self, client: StoreClient, courier: Courier, housekeeping: Housekeeping, roster: Roster, timeout: float
+    ) -> None:
+        self._client, self._courier, self._housekeeping = client, courier, housekeeping
+        self._roster, self._timeout = roster, timeout
 
     def meet(self, key: PointKey, header: Header) -> Pair:
         """Wait for all participants of both sides. Raises what ended the run, if something does."""
         keys = StoreKeys(self._client.hall, key.digest)
         leader = min(header.participants)
-        if header.role_rank != leader:
-            own = keys.header(header.role, header.role_rank)
-            self._client.set(own, "header", header.model_dump_json())
-            pair_key = keys.pair(header.role)
-            payload = self._wait_for(key, header, (pair_key,))[0]
-            baseline, target = _MANIFEST_PAIR.validate_json(payload)
-        else:
+        if header.role_rank == leader:
             manifest = self._collect(key, header, keys)
             baseline, target = self._meet_other_leader(key, header, manifest, keys)
-        self._board.running()
+        else:
+            own = keys.header(header.role, header.role_rank)
+            self._bring([self._roster.graft_rank(header.role, leader)], own, "header", header.model_dump_json())
+            payload = self._wait_for(key, header, [keys.pair(header.role)], by_mail=self._courier.mail_inside)[0]
+            baseline, target = _MANIFEST_PAIR.validate_json(payload)
         pair = Pair(baseline, target)
         self._check(key, pair)
         return pair
 
-    def _wait_for(self, key: PointKey, header: Header, awaits: tuple[str, ...]) -> list[str]:
-        leader = header.role_rank == min(header.participants)
-        self._board.waiting(
+    def _bring(self, receivers: Sequence[int], place: str, kind: str, payload: str) -> None:
+        self._courier.bring(receivers, place, kind, payload, by_mail=self._courier.mail_inside)
+
+    def _wait_for(self, key: PointKey, header: Header, places: Sequence[str], *, by_mail: bool) -> list[str]:
+        wait = Wait(
+            "pairing",
+            str(key),
+            self._timeout,
+            leader=header.role_rank == min(header.participants),
             digest=key.digest,
-            point=str(key),
             participants=header.participants,
-            awaits=awaits,
             call_site=header.call_site,
         )
-        with self._housekeeping.waiting(Wait("pairing", str(key), awaits, self._timeout, leader=leader)):
-            return [sealed.payload for sealed in self._client.get_all(awaits)]
+        return [sealed.payload for sealed in self._courier.fetch(wait, places, by_mail=by_mail)]
 
     def _collect(self, key: PointKey, header: Header, keys: StoreKeys) -> Manifest:
         """The leader's part: its own role's headers, checked against each other."""
-        others = [rank for rank in header.participants if rank != header.role_rank]
         headers = [header]
-        if others:
-            awaits = tuple(keys.header(header.role, rank) for rank in others)
-            headers += [Header.model_validate_json(payload) for payload in self._wait_for(key, header, awaits)]
+        places = [keys.header(header.role, rank) for rank in header.participants if rank != header.role_rank]
+        if places:
+            payloads = self._wait_for(key, header, places, by_mail=self._courier.mail_inside)
+            headers += [Header.model_validate_json(payload) for payload in payloads]
         return Manifest(role=header.role, headers=tuple(headers), conflict=find_conflict(headers))
 
     def _meet_other_leader(
         self, key: PointKey, header: Header, manifest: Manifest, keys: StoreKeys
     ) -> tuple[Manifest, Manifest]:
         mine = manifest.model_dump_json()
+        across = self._courier.mail_across
         found = self._client.put_if_absent(keys.first, "manifest", mine)
         if found is None:
-            theirs = self._wait_for(key, header, (keys.second,))[0]
+            other = Manifest.model_validate_json(self._wait_for(key, header, [keys.second], by_mail=across)[0])
         else:
-            theirs = found.payload
-            self._client.set(keys.second, "manifest", mine)
-        other = Manifest.model_validate_json(theirs)
+            other = Manifest.model_validate_json(found.payload)
+            first = self._roster.graft_rank(other.role, other.headers[0].role_rank)
+            self._courier.bring([first], keys.second, "manifest", mine, by_mail=across)
         if other.role == manifest.role:
             manifest = manifest.model_copy(update={"conflict": _two_leaders(header, other.headers[0])})
         pair = (manifest, other) if manifest.role == "baseline" else (other, manifest)
-        if len(header.participants) > 1:
-            self._client.set(keys.pair(header.role), "pair", _MANIFEST_PAIR.dump_json(pair).decode())
+        others = [self._roster.graft_rank(header.role, r) for r in header.participants if r != header.role_rank]
+        if others:
+            self._bring(others, keys.pair(header.role), "pair", _MANIFEST_PAIR.dump_json(pair).decode())
         return pair
 
     def _check(self, key: PointKey, pair: Pair) -> None:
@@ -191,10 +198,15 @@ class Pairing:
         if header.role_rank != min(header.participants):
             return []
         keys = StoreKeys(self._client.hall, key.digest)
-        mine = [keys.header(header.role, rank) for rank in header.participants if rank != header.role_rank]
-        if mine:
+        mine: list[str] = []
+        if not self._courier.mail_inside and len(header.participants) > 1:
+            mine = [keys.header(header.role, rank) for rank in header.participants if rank != header.role_rank]
             mine.append(keys.pair(header.role))
-        return [*mine, keys.first if header.role == "baseline" else keys.second]
+        if header.role == "baseline":
+            mine.append(keys.first)
+        elif not self._courier.mail_across:
+            mine.append(keys.second)
+        return mine
 
 
 def find_conflict(headers: Sequence[Header]) -> str | None:

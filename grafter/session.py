@@ -18,11 +18,13 @@ import torch.distributed as dist
 
 from grafter.agreement import Agreement
 from grafter.config import GrafterConfig
+from grafter.courier import Courier
 from grafter.errors import ConfigError, GrafterError, RunError
 from grafter.exchange.shared_memory import SharedMemoryExchange, open_listener
 from grafter.group import local_address_towards
 from grafter.join import Membership, Place, join
 from grafter.ledger import LedgerRecord, LedgerWriter
+from grafter.mailbox import Mailbox, open_mailbox
 from grafter.pairing import Pairing
 from grafter.points import PointKey
 from grafter.store import StoreClient, connect
@@ -67,15 +69,21 @@ class Session:
     """What a matched point needs, by step: pairing, transfer, agreement, ledger."""
 
     def __init__(
-        self, config: GrafterConfig, membership: Membership, shared_memory: SharedMemoryExchange | None
+        self,
+        config: GrafterConfig,
+        membership: Membership,
+        shared_memory: SharedMemoryExchange | None,
+        mailbox: Mailbox | None,
     ) -> None:
         self.place, self.roster, self.graft_rank = membership.place, membership.roster, membership.graft_rank
-        self.client, self.housekeeping, self.board = membership.client, membership.housekeeping, membership.board
+        self.client, self.housekeeping = membership.client, membership.housekeeping
         self._server = membership.server
         self.run_directory = Path(config.dir) / membership.run_name
         timeout = config.timeout
         self.client.set_timeout(timeout + 10)
-        self.pairing = Pairing(self.client, self.board, self.housekeeping, timeout)
+        self._mailbox = mailbox
+        courier = Courier(self.client, self.housekeeping, self.roster, self.graft_rank, mailbox)
+        self.pairing = Pairing(self.client, courier, self.housekeeping, self.roster, timeout)
         address, port = config.master_address, config.master_port or 0
         self.transfer = Transfer(
             config.backend,
@@ -89,7 +97,13 @@ class Session:
             lambda: local_address_towards(address, port),
         )
         self.agreement = Agreement(
-            self.client, self.housekeeping, self.roster, self.place.role, self.place.role_rank, timeout
+            self.client,
+            courier,
+            self.housekeeping,
+            self.roster,
+            self.place.role,
+            self.place.role_rank,
+            timeout,
         )
         self.ledger = LedgerWriter(self.run_directory / self.place.role, self.place.role_rank)
         self._deletable: dict[tuple[tuple[int, ...], tuple[int, ...]], list[str]] = {}
@@ -172,13 +186,14 @@ class Session:
     def close(self, note: str) -> None:
         """Leave: say so on the board, and, where this rank hosts the store, linger until the others can do without."""
         try:
-            self.board.left(note)
+            self.housekeeping.close(note)
             if self._server is not None:
                 self._linger()
         except RunError as error:
             logger.debug("grafter: the store was gone when %s left: %s", self.place.who, error)
-        self.housekeeping.close()
         self.transfer.close()
+        if self._mailbox is not None:
+            self._mailbox.close()
         self.ledger.close()
 
     def _linger(self) -> None:
@@ -204,24 +219,28 @@ class Joining:
         threading.Thread(target=self._run, name="grafter-join", daemon=True).start()
 
     def _run(self) -> None:
-        listener = None
+        listener = box = None
         try:
             listener = open_listener()
             socket_name = listener[1] if listener is not None else ""
+            box = open_mailbox(socket_name) if socket_name else None
             config = self._config
             run_name = config.run_name or time.strftime("%Y%m%d-%H%M%S")
             membership = join(config, self._place, run_name, socket_name, lambda: not self._cancelled)
-            shared = None
-            if listener is not None:
+            shared = mailbox = None
+            if listener is not None and box is not None:
                 shared = SharedMemoryExchange(membership.graft_rank, membership.roster, listener[0])
+                mailbox = Mailbox(box, membership.roster, membership.client.seal)
             membership.housekeeping.joined(
                 membership.roster, membership.graft_rank, 0 if config.store_host == "rank0" else None
             )
-            self._session = Session(config, membership, shared)
+            self._session = Session(config, membership, shared, mailbox)
         except BaseException as error:
             self._error = error
             if listener is not None:
                 listener[0].close()
+            if box is not None:
+                box.close()
         self._done.set()
 
     def wait(self) -> Session:

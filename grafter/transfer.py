@@ -10,7 +10,7 @@ import torch
 from torch.distributed import TCPStore
 
 from grafter.direction import Direction, RoleName, sender_role
-from grafter.exchange import Abandoned, Exchange, Outgoing
+from grafter.exchange import Exchange, Outgoing
 from grafter.exchange.gloo import GlooExchange
 from grafter.exchange.nccl import NcclExchange
 from grafter.exchange.shared_memory import SharedMemoryExchange
@@ -20,6 +20,7 @@ from grafter.pairing import Pair
 from grafter.roster import Announcement, Roster
 from grafter.staging import Staging, StagingRefused
 from grafter.transfer_plan import Piece, TransferPlan
+from grafter.watch import Abandoned
 
 Way = Literal["shared memory", "gloo", "nccl"]
 Backend = Literal["auto", "gloo", "nccl"]
@@ -91,7 +92,7 @@ class Transfer:
         pieces = plan.outgoing(self._graft_rank)
         self._hear_announcements(pair)
         needs = frozenset(piece.receiver for piece in pieces)
-        wait = Wait("exchange", what, (), self._timeout, needs=needs, outcome_key=outcome_key)
+        wait = Wait("exchange", what, self._timeout, needs=needs, outcome_key=outcome_key)
         with self._housekeeping.waiting(wait):
             for way, part in self._by_way(pieces, pair).items():
                 outgoing = [Outgoing(piece, tensors[piece.index]) for piece in part]
@@ -101,7 +102,7 @@ class Transfer:
     def receive(self, plan: TransferPlan, pair: Pair, direction: Direction, what: str) -> tuple[list[Received], int]:
         """What the plan brings to this rank, by sender, and its bytes. Raises Abandoned if it cannot be had."""
         pieces = plan.incoming(self._graft_rank)
-        wait = Wait("exchange", what, (), self._timeout, needs=frozenset(piece.sender for piece in pieces))
+        wait = Wait("exchange", what, self._timeout, needs=frozenset(piece.sender for piece in pieces))
         by_way = self._by_way(pieces, pair)
         tensors: dict[Piece, torch.Tensor] = {}
         with self._housekeeping.waiting(wait):

@@ -14,6 +14,7 @@ from grafter.errors import ProtocolError
 
 PROTOCOL_VERSION = 1
 _UNSIGNED = "-"
+_FRESH = "Use a fresh master port for each run."
 
 
 @dataclass(frozen=True)
@@ -41,34 +42,35 @@ class Seal:
         return f"{self._mac(text)} {text}"
 
     def open(self, key: str, value: bytes) -> Sealed:
-        """Check and unpack one value; raises ProtocolError, naming the key and what is wrong with it."""
+        """Check and unpack the value under `key`; raises ProtocolError, naming the key and what is wrong with it."""
         if not value:
             raise ProtocolError(
                 f"the store holds an empty value under {key!r}: it was deleted while it was still needed. "
                 f"Another program may be using this store; give the pair a master port or a group_name of its own."
             )
+        written_key, sealed = self.open_letter(value)
+        if written_key != key:
+            raise ProtocolError(f"the value under {key!r} was written for {written_key!r}: it is a copy. {_FRESH}")
+        return sealed
+
+    def open_letter(self, value: bytes) -> tuple[str, Sealed]:
+        """(the key it was written for, what it holds) of a value that names its own key."""
         try:
-            text = value.decode()
-            mac, signed = text.split(" ", 1)
+            mac, signed = value.decode().split(" ", 1)
             header, payload = signed.split("\n", 1)
-            kind, writer, run_id, written_key = header.split(" ", 3)
+            kind, writer, run_id, key = header.split(" ", 3)
         except ValueError:
             raise ProtocolError(
-                f"what lies in the store under {key!r} was not written by grafter (it starts with {value[:40]!r}). "
-                f"Another program may be using this master port."
+                f"a message was not written by grafter (it starts with {value[:40]!r}). Another program may be using "
+                f"this master port."
             ) from None
         if self._secret is not None and not hmac.compare_digest(mac, self._mac(signed)):
             raise ProtocolError(
-                f"the value under {key!r} (it says: written by {writer}) is unsigned or signed with another secret. "
-                f"Set GRAFTER_SECRET to the same value in both jobs."
+                f"a message that says it is from {writer} ({key}) is unsigned or signed with another secret. Set "
+                f"GRAFTER_SECRET to the same value in both jobs."
             )
         if self._secret is None and mac != _UNSIGNED:
-            raise ProtocolError(
-                f"{writer} signs its messages, and this process has no secret. Set GRAFTER_SECRET here."
-            )
-        if written_key != key or (run_id != self.run_id and _UNSIGNED not in (run_id, self.run_id)):
-            raise ProtocolError(
-                f"the value under {key!r} was written for {written_key!r} of run {run_id}, and this is run "
-                f"{self.run_id}: it is a leftover or a copy of another run. Use a fresh master port."
-            )
-        return Sealed(kind, writer, payload)
+            raise ProtocolError(f"{writer} signs its messages, and this process has no secret. Set GRAFTER_SECRET.")
+        if run_id != self.run_id and _UNSIGNED not in (run_id, self.run_id):
+            raise ProtocolError(f"a message ({key}) is from run {run_id}, and this is run {self.run_id}. {_FRESH}")
+        return key, Sealed(kind, writer, payload)

@@ -9,31 +9,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 import torch
 
 from grafter.staging import Staging
 from grafter.transfer_plan import Piece, TransferPlan
-
-
-class Watch(Protocol):
-    """What a transfer asks, at least four times a second, whether to go on."""
-
-    def check(self) -> None:
-        """Raises RunError if the run is over, Abandoned if the other side has given this point up."""
-
-
-class Abandoned(Exception):
-    """The other side has given this point up; the text says why. The run goes on."""
-
-
-class PeerGone(Exception):
-    """The connection to a rank broke in the middle of a transfer."""
-
-    def __init__(self, graft_rank: int, detail: str) -> None:
-        super().__init__(detail)
-        self.graft_rank = graft_rank
+from grafter.watch import Watch
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,11 @@ from typing import Any, ClassVar
 import torch
 from torch.distributed import ProcessGroupGloo, TCPStore
 
-from grafter.exchange import Exchange, Outgoing, PeerGone, Watch
+from grafter.exchange import Exchange, Outgoing
 from grafter.group import make_gloo_group
 from grafter.staging import Staging, as_tensor
 from grafter.transfer_plan import Piece, TransferPlan
+from grafter.watch import PeerGone, Watch
 
 # The sender's staging: what is not contiguous in CPU memory goes through two buffers of this size.
 CHUNK_BYTES = 8 << 20

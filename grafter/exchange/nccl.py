@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch.distributed import TCPStore
 
-from grafter.exchange import Abandoned, Exchange, Outgoing, Watch
+from grafter.exchange import Exchange, Outgoing
 from grafter.group import make_nccl_group
 from grafter.staging import Staging
 from grafter.transfer_plan import Piece, TransferPlan
+from grafter.watch import Abandoned, Watch
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroupNCCL

@@ -26,10 +26,11 @@ from typing import ClassVar
 import torch
 
 from grafter.errors import ProtocolError
-from grafter.exchange import Abandoned, Exchange, Outgoing, PeerGone, Watch
+from grafter.exchange import Exchange, Outgoing
 from grafter.roster import Roster
 from grafter.staging import Staging, as_tensor, is_sealed_block, view_bytes
 from grafter.transfer_plan import Piece, TransferPlan
+from grafter.watch import Abandoned, PeerGone, Watch
 
 _POLL_SECONDS = 0.25
 _LONGEST_MESSAGE = 4096

@@ -8,12 +8,5 @@
     table        the outcome to look at
     command      `grafter locate` itself
 
-measure to wording are pure.
+measure to wording are pure. Nothing is imported here: `grafter --help` should not wait for pydantic and rich.
 """
-
-from __future__ import annotations
-
-from grafter.locate.runner import locate
-from grafter.locate.verdict import PointVerdict, Verdict
-
-__all__ = ["PointVerdict", "Verdict", "locate"]

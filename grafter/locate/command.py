@@ -7,13 +7,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.text import Text
 
 from grafter.errors import GrafterError
 from grafter.job_environment import parse_settings
-from grafter.locate.runner import locate
-from grafter.locate.table import print_verdict, verdict_as_json
 
 
 def locate_command(
@@ -42,6 +38,12 @@ def locate_command(
     shows the error that it adds with nothing inherited. Exit code 0: no point adds error. 1: one is named. 2: it could
     not be judged, or a run failed.
     """
+    # Slow to import (pydantic, rich), and every command of the program imports this file.
+    from rich.console import Console
+
+    from grafter.locate.runner import locate
+    from grafter.locate.table import print_verdict, verdict_as_json
+
     # With --json stdout is the JSON alone.
     console = Console(stderr=as_json)
     try:
@@ -56,8 +58,8 @@ def locate_command(
             quiet=quiet or as_json,
         )
     except GrafterError as error:
-        Console(stderr=True).print(Text(f"grafter locate: {error}", style="red"))
-        raise typer.Exit(2) from error
+        typer.echo(f"grafter locate: {error}", err=True)
+        raise typer.Exit(2) from None
     if as_json:
         typer.echo(verdict_as_json(verdict))
     else:

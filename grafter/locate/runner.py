@@ -142,6 +142,8 @@ def _check_result(run: _Run, result: PairResult) -> list[str]:
 def _run_failed(run: _Run, result: PairResult, errors: Sequence[RankSummary]) -> str:
     codes = ", ".join(f"{role} {code}" for role, code in result.exit_codes.items())
     lines = [f"the run `{run.name}` failed, so nothing can be judged (exit codes: {codes})."]
+    # The job that failed first has the cause, the other one what it saw of it.
+    errors = sorted(errors, key=lambda summary: summary.role != result.failed_role)
     lines += [f"{s.role} rank {s.role_rank}: {s.error_kind}: {s.error}" for s in errors[:2]]
     if result.failed_role is not None and not errors:
         # grafter saw no error, so the reason is in what the job itself printed.

@@ -39,7 +39,12 @@ def print_verdict(verdict: Verdict, console: Console) -> None:
 
 def verdict_table(verdict: Verdict, bar: str = "#") -> Table:
     """One row per point, in the baseline's order; guilty ones are marked."""
-    table = Table(box=box.SIMPLE_HEAD, caption="rel = sum((x-y)^2) / sum(x^2+y^2) at the worst; bars are logarithmic")
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        collapse_padding=True,
+        pad_edge=False,
+        caption="differences are `rel`, the worst over steps and ranks; bars are logarithmic",
+    )
     table.add_column("", width=1)
     table.add_column("layer", overflow="fold")
     table.add_column("difference\nleft alone", justify="right")

@@ -8,7 +8,7 @@ import os
 
 import torch
 from faults import plant_fault
-from transformers import LlamaForCausalLM
+from transformers import DistributedConfig, LlamaForCausalLM
 
 import grafter
 
@@ -19,7 +19,10 @@ parser.add_argument("--layer", type=int, default=2)
 options = parser.parse_args()
 
 model = LlamaForCausalLM.from_pretrained(
-    options.model_directory, dtype=torch.float32, attn_implementation="eager", tp_plan="auto"
+    options.model_directory,
+    dtype=torch.float32,
+    attn_implementation="eager",
+    distributed_config=DistributedConfig(tp_plan="auto"),
 ).eval()
 plant_fault(model, options.fault, options.layer)
 model.model.embed_tokens.register_forward_hook(lambda module, args, out: grafter.dump("embedding", out))

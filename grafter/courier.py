@@ -1,0 +1,66 @@
+"""The courier: brings a header, a manifest or a vote to other ranks, by mail on one host, else through the store.
+
+Which way is a matter of the roster alone, so both ends know it: inside a role whose ranks share one host, and between
+the roles where the whole run does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from grafter.housekeeping import Housekeeping, Wait
+from grafter.mailbox import LONGEST_MAIL_BYTES, Mailbox
+from grafter.roster import Announcement, Roster
+from grafter.store import StoreClient
+from grafter.watch import PeerGone
+from grafter.wire import Sealed
+
+# A letter that says: too long for mail, look into the store.
+_STORED = "stored"
+
+
+def _one_host(members: Sequence[Announcement]) -> bool:
+    return all(m.socket_name for m in members) and len({(m.process.host, m.process.uid) for m in members}) == 1
+
+
+class Courier:
+    """One per rank; used by the dump thread."""
+
+    def __init__(
+        self, client: StoreClient, housekeeping: Housekeeping, roster: Roster, graft_rank: int, mailbox: Mailbox | None
+    ) -> None:
+        self._client, self._housekeeping, self._mailbox = client, housekeeping, mailbox
+        own_role = roster.side(roster.all[graft_rank].role)
+        self.mail_inside = mailbox is not None and _one_host(own_role)
+        self.mail_across = mailbox is not None and _one_host(roster.all)
+
+    def bring(self, receivers: Sequence[int], key: str, kind: str, payload: str, *, by_mail: bool) -> None:
+        """To these graft ranks. Does not wait for them."""
+        if not by_mail or self._mailbox is None:
+            if receivers:
+                self._client.set(key, kind, payload)
+            return
+        if len(payload) > LONGEST_MAIL_BYTES:
+            self._client.set(key, kind, payload)
+            kind, payload = _STORED, ""
+        for receiver in receivers:
+            try:
+                self._mailbox.send(receiver, key, kind, payload, self._housekeeping)
+            except PeerGone:
+                # Whoever needs it finds out by itself, with a better story: its process is watched.
+                continue
+
+    def fetch(self, wait: Wait, keys: Sequence[str], *, by_mail: bool) -> list[Sealed]:
+        """Wait for what was brought under these keys, looked after by the housekeeping thread."""
+        if not by_mail or self._mailbox is None:
+            wait.awaits = tuple(keys)
+            with self._housekeeping.waiting(wait):
+                return self._client.get_all(keys)
+        mailbox = self._mailbox
+        wait.has_news = lambda: mailbox.has_news(keys)
+        with self._housekeeping.waiting(wait):
+            letters = mailbox.wait(keys, self._housekeeping)
+            return [
+                self._client.get(key) if letter.kind == _STORED else letter
+                for key, letter in zip(keys, letters, strict=True)
+            ]

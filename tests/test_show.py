@@ -1,0 +1,282 @@
+"""The summary of a run and its tables, from ledgers written by hand."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from grafter.errors import GrafterError
+from grafter.launcher import PairResult
+from grafter.ledger import Difference, LeafRecord, LedgerRecord, LedgerWriter, RankSummary, Role
+from grafter.run_report import report_run
+from grafter.run_summary import find_run, merge_ranks, read_run_summary
+from grafter.show import log_bar, printable, show_run
+
+
+def record(role: Role, role_rank: int, sequence: int, **changes: Any) -> LedgerRecord:
+    """A b2t point of one baseline and two target ranks, as `role_rank` of `role` saw it."""
+    name = changes.pop("name", "layer")
+    tags = changes.pop("tags", {"layer_id": sequence})
+    difference = changes.pop("difference", None)
+    fields: dict[str, Any] = {
+        "sequence": sequence,
+        "time": 1.0,
+        "name": name,
+        "tags": {"name": name, "step": changes.get("step", 0), "phase": "forward", **tags},
+        "step": 0,
+        "phase": "forward",
+        "occurrence": 0,
+        "direction": "b2t",
+        "role": role,
+        "role_rank": role_rank,
+        "outcome": "sent" if role == "baseline" else "grafted",
+        "call_site": "model.py:7 in forward",
+        "participants": {"baseline": [0], "target": [0, 1]},
+        "seconds": {"pairing": 0.001, "exchange": 0.002},
+        "leaves": [LeafRecord(path="", shape=[2, 32, 128], dtype="torch.float32", device="cpu", difference=difference)],
+        "difference": difference,
+    }
+    return LedgerRecord(**{**fields, **changes})
+
+
+def summary(role: Role, role_rank: int, **changes: Any) -> RankSummary:
+    fields: dict[str, Any] = {"outcomes": {}, "unmatched": {}, "filters_never_matched": [], "tags_never_seen": []}
+    return RankSummary(role=role, role_rank=role_rank, **{**fields, **changes})
+
+
+def write_run(run: Path, records: list[LedgerRecord], summaries: list[RankSummary]) -> Path:
+    writers: dict[tuple[str, int], LedgerWriter] = {}
+    for each in [*records, *summaries]:
+        place = (each.role, each.role_rank)
+        if place not in writers:
+            writers[place] = LedgerWriter(run / each.role, each.role_rank)
+        if isinstance(each, LedgerRecord):
+            writers[place].write(each)
+        else:
+            writers[place].write_summary(each)
+    for writer in writers.values():
+        writer.close()
+    return run
+
+
+EVERYONE = [summary("baseline", 0), summary("target", 0), summary("target", 1)]
+
+
+def two_layers() -> list[LedgerRecord]:
+    worst = Difference(rel=1.8e-6, max_abs=0.003, cosine=0.999998)
+    return [
+        *(record("baseline", 0, i) for i in range(2)),
+        record("target", 0, 0, difference=Difference(rel=1e-14, max_abs=1e-7, cosine=1.0)),
+        record("target", 1, 0, difference=Difference(rel=0.0, max_abs=0.0, cosine=1.0)),
+        record("target", 0, 1, difference=Difference(rel=1e-7, max_abs=0.001, cosine=1.0)),
+        record("target", 1, 1, difference=worst),
+    ]
+
+
+def shown(run: Path, monkeypatch: pytest.MonkeyPatch, columns: int = 0, **options: Any) -> str:
+    monkeypatch.setenv("COLUMNS", str(columns) if columns else "")
+    stream = io.StringIO()
+    show_run(read_run_summary(run, options.get("with_ranks", False)), stream, **options)
+    return stream.getvalue()
+
+
+def test_a_point_is_one_row_with_its_worst_receiver(tmp_path: Path) -> None:
+    """Senders are folded into the receivers' row, and the difference shown is the worst rank's."""
+    rows = read_run_summary(write_run(tmp_path, two_layers(), EVERYONE)).rows
+    assert [row.label for row in rows] == ["layer layer_id=0", "layer layer_id=1"]
+    assert [row.outcome for row in rows] == ["grafted", "grafted"]
+    assert [row.rel for row in rows] == [1e-14, 1.8e-6]
+    assert rows[1].max_abs == 0.003
+    assert rows[0].ranks == ("target 0", "target 1", "baseline 0")
+    assert rows[0].seconds == pytest.approx(0.003)
+    assert [row.disagreement for row in rows] == [None, None]
+
+
+def test_of_a_pytree_the_worst_leaf_is_shown(tmp_path: Path) -> None:
+    """NaN on one side is worse than any number, and the leaf's path and shape go with it."""
+    leaves = [
+        LeafRecord(path="ids", shape=[4], dtype="torch.int64", device="cpu", difference=Difference(rel=0.5)),
+        LeafRecord(
+            path="weights", shape=[], dtype="torch.float32", device="cpu", difference=Difference(rel=0.1, nan=2)
+        ),
+    ]
+    row = merge_ranks([("target", 0, [record("target", 0, 0, leaves=leaves)])])[0]
+    assert (row.leaf, row.shape, row.nonfinite) == ("weights", (), 2)
+
+
+def test_ranks_that_disagree_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A point is as bad as its worst rank; what each rank had is in the notes, a missing record too."""
+    records = [
+        record("target", 0, 0),
+        record("target", 1, 0, outcome="failed", reason="shape [2] does not fit"),
+        record("target", 0, 1),
+        record("target", 1, 2, tags={"layer_id": 7}, participants={"baseline": [], "target": [1]}),
+    ]
+    read = read_run_summary(write_run(tmp_path, records, [summary("target", 0), summary("target", 1)]))
+    assert [row.outcome for row in read.rows] == ["failed", "grafted", "grafted"]
+    assert read.rows[0].disagreement == "target 0: grafted; target 1: failed"
+    assert read.rows[1].disagreement == "target 0: grafted; target 1: no record"
+    assert read.rows[2].disagreement is None
+    assert sum("ranks disagree" in note for note in read.notes) == 2
+
+
+def test_rank_tags_do_not_split_a_point(tmp_path: Path) -> None:
+    """What differs between ranks by nature does not identify; with a `key`, only what it lists does."""
+    records = [record("target", rank, 0, tags={"tp_rank": rank, "layer_id": 1, "note": rank}) for rank in (0, 1)]
+    assert len(read_run_summary(write_run(tmp_path, records, [])).rows) == 2
+    (tmp_path / "target" / "run.json").write_text(json.dumps({"configuration": {"key": "layer_id"}}))
+    assert [row.label for row in read_run_summary(tmp_path).rows] == ["layer layer_id=1"]
+
+
+def test_the_table_fits_80_columns_and_a_pipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At 80 columns no line is longer; in a pipe nothing is wrapped; neither has escape sequences."""
+    long_name = "model.layers.3.self_attn.very_long_projection_name.output"
+    records = [*two_layers(), record("target", 0, 9, name=long_name, difference=Difference(rel=0.2, max_abs=12.0))]
+    write_run(tmp_path, records, EVERYONE)
+    narrow = shown(tmp_path, monkeypatch, columns=80)
+    table = narrow[narrow.index("step") : narrow.index("notes:")]
+    assert max(map(len, table.splitlines())) <= 80
+    assert "1.8e-06" in table
+    wide = shown(tmp_path, monkeypatch)
+    assert any(long_name in line and "2.0e-01" in line and "cosine" not in line for line in wide.splitlines())
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert "\x1b" not in narrow + wide + shown(tmp_path, monkeypatch)
+
+
+def test_names_are_shown_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Brackets are no markup, and what a terminal would obey is spelt out."""
+    records = [record("target", 0, 0, name="[bold]x[/bold]", tags={"why": "\x1b[31mred\n"})]
+    text = shown(write_run(tmp_path, records, []), monkeypatch)
+    assert "[bold]x[/bold] why=\\x1b[31mred\\n" in text
+
+
+def test_failed_points_come_first_with_reasons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Failed and skipped points are listed before the others, with reason and place, and alone with --failed."""
+    records = [
+        *two_layers(),
+        record("target", 0, 5, name="ids", outcome="skipped", reason="it is no tensor in the baseline"),
+        record("target", 0, 6, name="scores", outcome="failed", reason="the transform raised [KeyError]"),
+    ]
+    write_run(tmp_path, records, EVERYONE)
+    text = shown(tmp_path, monkeypatch)
+    assert text.index("it is no tensor in the baseline (at model.py:7 in forward)") < text.index("layer layer_id=0")
+    assert "the transform raised [KeyError]" in text
+    assert "1 point failed; the first is scores layer_id=6 at step 0." in text
+    assert "layer layer_id=0" not in shown(tmp_path, monkeypatch, only_trouble=True)
+
+
+def test_rows_are_sorted_and_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By rel the worst comes first; a limit says how much it left out; --all-ranks has a row per rank."""
+    write_run(tmp_path, two_layers(), EVERYONE)
+    by_rel = shown(tmp_path, monkeypatch, sort="rel", limit=1)
+    assert "layer_id=1" in by_rel and "layer_id=0" not in by_rel
+    assert "and 1 more (--limit)" in by_rel
+    every = " ".join(shown(tmp_path, monkeypatch, with_ranks=True).split())
+    assert [every.count(f"{rank} layer") for rank in ("baseline 0", "target 0", "target 1")] == [2, 2, 2]
+
+
+@given(st.floats(min_value=0, max_value=2), st.floats(min_value=0, max_value=2))
+def test_the_bar_grows_with_the_logarithm(a: float, b: float) -> None:
+    """A larger rel never has a shorter bar; 0 has none, 1 and above a full one of 8."""
+    low, high = sorted((a, b))
+    order = " ▏▎▍▌▋▊▉█"
+    assert [order.index(c) for c in log_bar(low)] <= [order.index(c) for c in log_bar(high)]
+    assert log_bar(0.0) == log_bar(1e-16) == log_bar(None) == ""
+    assert log_bar(1.0) == log_bar(2.0) == "█" * 8
+    assert log_bar(1e-8) == "█" * 4
+    assert log_bar(1e-8, " #") == "####"
+
+
+@given(st.text())
+def test_printable_text_obeys_nothing(text: str) -> None:
+    """What is shown has no control character, whatever the name."""
+    assert printable(text).isprintable()
+
+
+def test_nothing_matched_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that grafted nothing tells the names that were called, the filter, near names, and tags never seen."""
+    facts = {
+        "unmatched": {"attn_out": 8, "mlp_out": 4},
+        "filters_never_matched": ["b2t: name == 'atn_out' and layer_idx == 3"],
+        "tags_never_seen": ["layer_idx"],
+    }
+    write_run(tmp_path, [], [summary("baseline", 0, **facts), summary("target", 0, **facts)])
+    text = shown(tmp_path, monkeypatch)
+    assert "nothing was grafted or compared: no filter matched a point, of 2 names called up to 8 times a rank" in text
+    assert "a filter never matched: b2t: name == 'atn_out' and layer_idx == 3; there are points named attn_out" in text
+    assert "no point had the tag layer_idx" in text
+    assert "attn_out (8 calls each), mlp_out (4 calls each)" in text
+
+
+def test_a_filter_that_one_stage_matched_is_no_note(tmp_path: Path) -> None:
+    """Of a pipeline, each stage leaves some filters unmatched; only what no rank matched is told."""
+    stages = [
+        summary("target", 0, filters_never_matched=["b2t: name == 'a'", "compare: name == 'c'"]),
+        summary("target", 1, filters_never_matched=["compare: name == 'c'"]),
+    ]
+    notes = read_run_summary(write_run(tmp_path, two_layers(), stages)).notes
+    assert [note for note in notes if "never matched" in note] == ["a filter never matched: compare: name == 'c'"]
+
+
+def test_ranks_that_never_closed_are_named(tmp_path: Path) -> None:
+    """A ledger without a summary is of a rank that was killed."""
+    notes = read_run_summary(write_run(tmp_path, two_layers(), [summary("baseline", 0), summary("target", 1)])).notes
+    assert "ended without closing (killed, crashed, or still running): target 0" in notes
+
+
+def test_errors_of_ranks_are_told_once(tmp_path: Path) -> None:
+    """One error that all ranks raise is one problem, with the ranks that left with it."""
+    left = {"error": "the jobs ask for different points", "error_kind": "PairingError"}
+    ranks = [summary("baseline", 0, **left), summary("target", 0, **left)]
+    problems = read_run_summary(write_run(tmp_path, two_layers(), ranks)).problems
+    assert problems == ["baseline 0, target 0 left with PairingError: the jobs ask for different points"]
+
+
+def test_the_newest_run_of_a_directory_is_found(tmp_path: Path) -> None:
+    """A run directory is itself; of an out directory the newest run is taken; anything else is explained."""
+    old = write_run(tmp_path / "z", two_layers(), [])
+    new = write_run(tmp_path / "a", two_layers(), [])
+    for path in old.glob("*/*"):
+        os.utime(path, (1, 1))
+    assert find_run(tmp_path) == new
+    assert find_run(old) == old
+    with pytest.raises(GrafterError, match="is no directory"):
+        find_run(tmp_path / "none")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(GrafterError, match="holds no run"):
+        find_run(tmp_path / "empty")
+
+
+def report(run: Path, **changes: Any) -> tuple[int, str]:
+    stream = io.StringIO()
+    fields: dict[str, Any] = {"exit_codes": {"baseline": 0, "target": 0}, "interrupted": False, "seconds": 1.0}
+    return report_run(PairResult(run_directory=run, **{**fields, **changes}), stream), stream.getvalue()
+
+
+def test_the_exit_code_of_a_run(tmp_path: Path) -> None:
+    """0 where points were grafted and nothing failed; else 1 with the reason; 128 + the signal that ended it."""
+    good = write_run(tmp_path / "good", two_layers(), EVERYONE)
+    assert report(good)[0] == 0
+    code, text = report(
+        good, exit_codes={"baseline": -15, "target": 3}, failed_role="target", ended_roles=("baseline",)
+    )
+    assert code == 1
+    assert "the target job exited with code 3." in text
+    assert "the baseline job was ended by grafter (was killed by SIGTERM)." in text
+    assert report(good, interrupted=True, stop_signal=2)[0] == 130
+    failed = write_run(tmp_path / "failed", [*two_layers(), record("target", 0, 3, outcome="failed")], EVERYONE)
+    assert report(failed)[0] == 1
+    skipped = write_run(tmp_path / "skipped", [*two_layers(), record("target", 0, 3, outcome="skipped")], EVERYONE)
+    assert report(skipped)[0] == 0
+    only_skipped = write_run(tmp_path / "only", [record("target", 0, 3, outcome="skipped")], EVERYONE)
+    assert report(only_skipped)[0] == 1
+    code, text = report(tmp_path / "nothing")
+    assert code == 1
+    assert "no rank closed a ledger" in text
