@@ -23,7 +23,7 @@ from grafter.chunk_sums import (
 from grafter.flat_chunks import CHUNK, FlatReader, unequal
 
 # Chunks of a step on a device: 2 million values, 16 MiB for each of some ten float64 temporaries.
-DEVICE_ROWS = 105
+DEVICE_ROWS = 70
 
 WIDE = (torch.float64, torch.complex128)
 
@@ -46,11 +46,13 @@ def pass_over_pair(x: torch.Tensor, y: torch.Tensor, level: Literal["full", "lig
         return pass_in_rows(*pair, device, statistics)
     sums = Sums()
     space = Workspace(min(CHUNK, pair[0].parts))
-    for start in range(0, pair[0].parts, CHUNK):
-        stop = min(start + CHUNK, pair[0].parts)
-        if stop - start != space.size:
-            space = Workspace(stop - start)
-        _pair_chunk(*pair, start, stop, space, level, statistics, sums)
+    # Overflow and NaN are how the fast way finds input that it must decline.
+    with np.errstate(over="ignore", invalid="ignore"):
+        for start in range(0, pair[0].parts, CHUNK):
+            stop = min(start + CHUNK, pair[0].parts)
+            if stop - start != space.size:
+                space = Workspace(stop - start)
+            _pair_chunk(*pair, start, stop, space, level, statistics, sums)
     _look_up_maximum(*pair, sums)
     return sums
 
@@ -60,20 +62,23 @@ def pass_over_tensor(tensor: torch.Tensor) -> list[TensorSums]:
     reader = FlatReader(tensor)
     if tensor.device.type != "cpu":
         return tensor_in_rows(reader)
-    wide = tensor.dtype in WIDE
-    sums = []
+    sums: list[TensorSums] = []
     space = Workspace(min(CHUNK, reader.parts))
-    for start in range(0, reader.parts, CHUNK):
-        stop = min(start + CHUNK, reader.parts)
-        if stop - start != space.size:
-            space = Workspace(stop - start)
-        space.x.tensor.copy_(reader.read(start, stop))
-        squares = space.x.squares()
-        if space.is_exact(space.x, squares, wide):
-            sums += fast_tensors(space, [squares])
-        else:
-            sums += _entries(TensorSums, tensor_rows(space.x.tensor[None], wide))
+    with np.errstate(over="ignore", invalid="ignore"):
+        for start in range(0, reader.parts, CHUNK):
+            stop = min(start + CHUNK, reader.parts)
+            if stop - start != space.size:
+                space = Workspace(stop - start)
+            space.x.tensor.copy_(reader.read(start, stop))
+            sums += _tensor_chunk(space, tensor.dtype in WIDE)
     return sums
+
+
+def _tensor_chunk(space: Workspace, wide: bool) -> list[TensorSums]:
+    squares = space.x.squares()
+    if space.is_exact(space.x, squares, wide):
+        return fast_tensors(space, [squares])
+    return _entries(TensorSums, tensor_rows(space.x.tensor[None], wide))
 
 
 def _pair_chunk(

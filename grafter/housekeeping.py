@@ -466,7 +466,10 @@ class Housekeeping:
 
     def _revive_client(self) -> bool:
         """A client that timed out has lost its place in the conversation: make a new one once its host runs again."""
-        if self.aborted is not None or self._store_host_stopped():
+        if self.aborted is not None:
+            return False
+        if self._store_host_stopped():
+            self._time_out_without_store()
             return False
         try:
             self._client = self._reconnect()
@@ -475,6 +478,15 @@ class Housekeeping:
             return False
         self._store_down = False
         return True
+
+    def _time_out_without_store(self) -> None:
+        wait = self._wait
+        if wait is not None and wait.seconds > wait.timeout and self._roster is not None and self._host_rank is not None:
+            board = describe_board(list(self._last_lines.values()), self.gone_here(), self._remarks())
+            self.aborted = PointTimeoutError(
+                f"{self._who} waited {wait.timeout:.0f} s for {wait.what} ({wait.stage}), and the rendezvous store does not "
+                f"answer: {self._roster.who(self._host_rank)}, which hosts it, is stopped. The last that was seen:\n{board}"
+            )
 
     def store_lost_error(self, error: RunError) -> RunError:
         """What the dump thread should raise when its own client lost the store: the fuller story if there is one."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Mapping
 from contextvars import ContextVar
@@ -37,7 +38,8 @@ OPTIONS_IN_USE = frozenset({"extras", "ranks", "transform", "write", "gradient"}
 OWN_TAGS = frozenset({"name", "step", "phase", "occurrence"})
 
 _SCALARS = (str, int, float, bool, type(None))
-_PACKAGE_DIRECTORY = str(Path(__file__).parent)
+# Frames that stand between the user's line and ours: our own, and what wraps calls around them.
+_PASSED_OVER = (str(Path(__file__).parent) + os.sep, f"{os.sep}contextlib.py", f"{os.sep}_dynamo{os.sep}")
 
 
 def is_rank_tag(tag: str) -> bool:
@@ -132,7 +134,7 @@ def call_site() -> str:
     frame = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
-        if not code.co_filename.startswith(_PACKAGE_DIRECTORY) and not code.co_filename.endswith("contextlib.py"):
+        if not any(part in code.co_filename for part in _PASSED_OVER):
             return f"{code.co_filename}:{frame.f_lineno} in {code.co_name}"
         if frame.f_back is None:
             break

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from dataclasses import replace
 from typing import TextIO
 
@@ -14,7 +15,12 @@ from grafter.show import show_run
 def report_run(result: PairResult, stream: TextIO, limit: int = 0) -> int:
     """Print what the run recorded; return the exit code of `grafter run`: 0, 1, or 128 + the signal that ended it."""
     summary = _read(result)
-    problems = [*_job_problems(result), *summary.problems]
+    if result.stop_signal is None:
+        problems = [*_job_problems(result), *summary.problems]
+    else:
+        # How the jobs ended, and that little was grafted, is then no news.
+        problems = [f"the run was ended by {signal.Signals(result.stop_signal).name}."]
+        problems += find_problems(summary.rows, []) if summary.rows else []
     show_run(replace(summary, problems=problems), stream, limit=limit)
     stream.flush()
     if result.stop_signal is not None:
@@ -39,6 +45,6 @@ def _job_problems(result: PairResult) -> list[str]:
             continue
         if role in result.ended_roles:
             problems.append(f"the {role} job was ended by grafter ({describe_exit(code)}).")
-        elif result.stop_signal is None:
+        else:
             problems.append(f"the {role} job {describe_exit(code)}, after that.")
     return problems

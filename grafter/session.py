@@ -80,7 +80,7 @@ class Session:
         self._server = membership.server
         self.run_directory = Path(config.dir) / membership.run_name
         timeout = config.timeout
-        self.client.set_timeout(timeout + 10)
+        self.client.set_timeout(timeout + 5)
         self._mailbox = mailbox
         courier = Courier(self.client, self.housekeeping, self.roster, self.graft_rank, mailbox)
         self.pairing = Pairing(self.client, courier, self.housekeeping, self.roster, timeout)
@@ -93,7 +93,7 @@ class Session:
             timeout,
             shared_memory,
             self.client.hall,
-            lambda: connect(address, port, timeout=30, keep_trying=lambda: True),
+            lambda: connect(address, port, timeout=30, keep_trying=lambda: True).store,
             lambda: local_address_towards(address, port),
         )
         self.agreement = Agreement(

@@ -236,6 +236,9 @@ def _relative_l2(d_squares: _Scaled, y_squares: _Scaled) -> float:
 def _cosine(products: _Scaled, x_squares: _Scaled, y_squares: _Scaled) -> float:
     if not x_squares.value or not y_squares.value:
         return 1.0 if x_squares.value == y_squares.value else 0.0
+    if x_squares == y_squares:
+        # No root, so that equal tensors have exactly 1.
+        return min(1.0, max(-1.0, products.over(x_squares)))
     x_norm, y_norm = x_squares.root(), y_squares.root()
     norms = _Scaled(x_norm.value * y_norm.value, x_norm.exponent + y_norm.exponent)
     return min(1.0, max(-1.0, products.over(norms)))

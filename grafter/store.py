@@ -6,10 +6,13 @@ Costs on loopback, for orientation: `set` is fire-and-forget (3 us), `compare_se
 
 from __future__ import annotations
 
+import os
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar, cast
 
@@ -60,7 +63,7 @@ def serve(address: str, port: int) -> TCPStore:
     )
 
 
-def connect(address: str, port: int, *, timeout: float, keep_trying: Callable[[], bool]) -> TCPStore:
+def connect(address: str, port: int, *, timeout: float, keep_trying: Callable[[], bool]) -> Connection:
     """A client of a store that may not be there yet. `timeout` in seconds; `keep_trying` is asked between tries.
 
     The waiting is done here with plain connects, since a waiting TCPStore logs a warning with a DNS lookup per try.
@@ -69,7 +72,7 @@ def connect(address: str, port: int, *, timeout: float, keep_trying: Callable[[]
     while True:
         try:
             socket.create_connection((address, port), timeout=5).close()
-            return TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=30))
+            return _open_client(address, port)
         except (OSError, DistError) as error:
             if time.monotonic() > deadline or not keep_trying():
                 raise JoinError(
@@ -78,6 +81,52 @@ def connect(address: str, port: int, *, timeout: float, keep_trying: Callable[[]
                     f"same GRAFTER_MASTER_ADDRESS and GRAFTER_MASTER_PORT, and that no firewall lies between."
                 ) from error
             time.sleep(0.1)
+
+
+# One at a time, so that the socket which a new client opens can be told from the others.
+_opening = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Connection:
+    """A TCPStore client and a second handle of its socket: the only way to bound how long an answer may take."""
+
+    store: TCPStore
+    socket: socket.socket | None
+
+    def set_timeout(self, seconds: float) -> None:
+        """For the whole of a wait, and for each answer: a store whose process is stopped would never give one."""
+        self.store.set_timeout(timedelta(seconds=seconds))
+        if self.socket is not None:
+            bound = struct.pack("ll", int(seconds) + 1, 0)
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, bound)
+
+
+def _open_client(address: str, port: int) -> Connection:
+    with _opening:
+        before = _sockets_to(port)
+        store = TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=30))
+        opened = [fd for fd in _sockets_to(port) if fd not in before]
+        # Elsewhere than on Linux a stopped store is noticed by the user alone.
+        handle = socket.socket(fileno=os.dup(opened[0])) if len(opened) == 1 else None
+    return Connection(store, handle)
+
+
+def _sockets_to(port: int) -> set[int]:
+    """The descriptors of this process that are connected to a port."""
+    found = set()
+    try:
+        names = os.listdir("/proc/self/fd")
+    except OSError:
+        return found
+    for name in names:
+        try:
+            with socket.socket(fileno=os.dup(int(name))) as candidate:
+                if candidate.family in (socket.AF_INET, socket.AF_INET6) and candidate.getpeername()[1] == port:
+                    found.add(int(name))
+        except OSError:
+            continue
+    return found
 
 
 def encode_abort(error: RunError) -> str:
@@ -97,16 +146,17 @@ class StoreClient:
     """Sealed values under one group's prefix. One client serves one thread at a time."""
 
     def __init__(
-        self, store: TCPStore, seal: Seal, group_name: str, hosted_by: str = "the process that hosts it"
+        self, connection: Connection, seal: Seal, group_name: str, hosted_by: str = "the process that hosts it"
     ) -> None:
-        self.raw = store
+        self.raw = connection.store
+        self._connection = connection
         self.seal = seal
         self.hosted_by = hosted_by
         # Unversioned, so that a peer of another protocol version is told apart instead of waited for.
         self.lobby = f"grafter/{group_name}"
 
     def set_timeout(self, seconds: float) -> None:
-        self.raw.set_timeout(timedelta(seconds=seconds))
+        self._connection.set_timeout(seconds)
 
     @property
     def hall(self) -> str:
@@ -137,12 +187,13 @@ class StoreClient:
         return [self._opened(key, value) for key, value in zip(keys, values, strict=True)]
 
     def peek(self, key: str) -> Sealed | None:
-        """A value if it is there; never waits. One round trip. An abort is returned, not raised."""
-        # A failed exchange returns what is there and changes nothing; an absent key returns what was expected.
-        found = self._guard(lambda: cast(bytes, self.raw.compare_set(key, _NEVER_STORED, _NEVER_STORED)))
-        if found == _NEVER_STORED.encode():
+        """A value if it is there; never waits. Two round trips if it is, else one. An abort is returned, not raised."""
+        # `check` first: a compare_set on an absent key wakes whoever waits for that key with an empty value.
+        if not self.exists(key):
             return None
-        return self.seal.open(key, found)
+        # Not `get`, which would wait if the key were deleted in between. A failed exchange returns what is there.
+        found = self._guard(lambda: cast(bytes, self.raw.compare_set(key, _NEVER_STORED, _NEVER_STORED)))
+        return None if found == _NEVER_STORED.encode() else self.seal.open(key, found)
 
     def exists(self, key: str) -> bool:
         return bool(self._guard(lambda: self.raw.check([key])))
@@ -182,7 +233,7 @@ class HostedStore:
         """Opens the store; port 0 takes a free one. Raises JoinError if it cannot listen there."""
         self._store = serve(address, port)
         self.address, self.port = address, self._store.port
-        self._client = StoreClient(self._store, Seal("launcher", secret), group_name, "this process")
+        self._client = StoreClient(Connection(self._store, None), Seal("launcher", secret), group_name, "this process")
         self._lock = threading.Lock()
 
     def report_job_exit(self, role: str, text: str) -> None:

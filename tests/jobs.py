@@ -168,6 +168,14 @@ class Jobs:
                 process.join(max(0.1, deadline - time.monotonic()))
         return results
 
+    def wait_for_one(self, role: str, role_rank: int, seconds: float = 60) -> Result:
+        """The result of one rank, while others may hang as the test wants it."""
+        job = self.jobs[role]
+        assert job.pipes[role_rank].poll(seconds), f"{role} rank {role_rank} hangs"
+        result: Result = job.pipes[role_rank].recv()
+        del job.pipes[role_rank], job.processes[role_rank]
+        return result
+
     def ledgers(self) -> dict[tuple[str, int], list[Any]]:
         from grafter.ledger import read_run
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import itertools
 import os
 import shlex
 import signal
@@ -15,16 +14,10 @@ from pathlib import Path
 
 import pytest
 from fake_store import FakeStore
-from hypothesis import given
-from hypothesis import strategies as st
 
 from grafter import errors, launcher
-from grafter.job_command import keep_off_shared_port, split_command
-from grafter.job_environment import job_environment, parse_settings
 from grafter.job_keeper import descendants
 from grafter.launcher import PairResult, run_pair, run_side
-from grafter.run_output import LineSplitter, RunOutput
-from grafter.supervision import WaitTeller
 
 SETTINGS = {"b2t_filter": "name == 'x'"}
 FAKE_GRAFTER = [sys.executable, str(Path(__file__).with_name("fake_store.py"))]
@@ -109,74 +102,6 @@ def test_a_chatty_job_does_not_block_the_other(store: FakeStore, tmp_path: Path)
     result, text = run(chatty, python("print('spoken'); raise SystemExit(4)"), tmp_path, grace_seconds=0.2)
     assert "[target] spoken" in text
     assert result.exit_codes["target"] == 4
-
-
-@given(st.binary(max_size=300), st.lists(st.integers(0, 300), max_size=5))
-def test_lines_do_not_depend_on_how_bytes_arrive(data: bytes, cuts: list[int]) -> None:
-    """Without progress bars, any cutting of the bytes gives the lines of the whole, bad UTF-8 replaced."""
-    data = data.replace(b"\r", b"")
-    splitter = LineSplitter(progress_seconds=1.0)
-    places = [0, *sorted(min(cut, len(data)) for cut in cuts), len(data)]
-    lines = [line for a, b in itertools.pairwise(places) for line in splitter.feed(data[a:b], now=0.0)]
-    *whole, rest = data.decode("utf-8", "replace").split("\n")
-    assert lines + splitter.finish() == whole + ([rest] if rest else [])
-
-
-def test_a_progress_bar_is_a_line_a_second_and_its_last_state() -> None:
-    """Of states that overwrite one another, one is shown each interval, and the last one before the newline."""
-    splitter = LineSplitter(progress_seconds=1.0)
-    shown = [line for i in range(40) for line in splitter.feed(b"\r%3d%%" % i, now=i * 0.1)]
-    assert shown == ["  0%", " 10%", " 20%", " 30%"]
-    assert splitter.feed(b"\r100%\nnext\r\n", now=4.0) == ["100%", "next"]
-    assert splitter.feed(b"cut\r", now=4.0) == []
-    assert splitter.feed(b"\n", now=4.0) == ["cut"]
-
-
-def test_a_line_without_end_is_printed_in_pieces() -> None:
-    """Bytes without a newline do not pile up in the launcher, and none is lost."""
-    splitter = LineSplitter(progress_seconds=1.0)
-    lines = [line for _ in range(40) for line in splitter.feed(b"x" * 10_000, now=0.0)]
-    assert lines and max(map(len, lines)) <= 64 * 1024
-    assert "".join(lines + splitter.finish()) == "x" * 400_000
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-def test_a_terminal_is_coloured_and_has_a_status_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a terminal prefixes are coloured and the status is taken away before each line; NO_COLOR keeps it plain."""
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.delenv("NO_COLOR", raising=False)
-    terminal = Terminal()
-    output = RunOutput(terminal)
-    output.status("target rank 0 waits")
-    output.lines("target", ["hello"])
-    output.status(None)
-    text = terminal.getvalue()
-    assert "\x1b[35m[target] \x1b[0mhello\n[grafter] target rank 0 waits" in text
-    assert text.endswith("\r\x1b[K")
-    monkeypatch.setenv("NO_COLOR", "1")
-    plain = Terminal()
-    RunOutput(plain).lines("target", ["hello"])
-    assert plain.getvalue() == "[target] hello\n"
-
-
-def test_an_encoding_without_the_character_costs_the_character() -> None:
-    """A stream that cannot hold a job's letter gets a question mark, and the reader goes on."""
-    raw = io.BytesIO()
-    output = RunOutput(io.TextIOWrapper(raw, encoding="ascii"))
-    output.lines("target", ["naïve", "next"])
-    assert raw.getvalue() == b"[target] na?ve\n[target] next\n"
-    assert output.broken is None
-
-
-def test_a_wait_is_told_after_ten_seconds_and_each_minute() -> None:
-    """In a pipe, a wait is told at 10 s and then each 60 s, counted anew once it ended."""
-    teller = WaitTeller()
-    told = [second for second in range(200) if teller.is_due("target waits" if second != 100 else None, float(second))]
-    assert told == [10, 70, 111, 171]
 
 
 def test_a_wait_is_printed_in_a_pipe(store: FakeStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -401,15 +326,6 @@ def test_a_program_that_is_not_there_is_told_before_anything_starts(tmp_path: Pa
     assert not mark.exists() and not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    ("command", "message"), [("", "is empty"), ("python 'a", "No closing quotation"), ("A=1 python", "env NAME=value")]
-)
-def test_bad_commands_are_explained(command: str, message: str) -> None:
-    """Commands that no shell would see are told apart by what is wrong with them."""
-    with pytest.raises(errors.UsageError, match=message):
-        split_command("target", command, os.environ)
-
-
 def test_a_bad_setting_is_told_before_anything_starts(tmp_path: Path) -> None:
     """Settings are read as the jobs will read them; the message names the filter's fault."""
     with pytest.raises(errors.FilterError, match="GRAFTER_B2T_FILTER"):
@@ -441,45 +357,6 @@ def test_a_port_in_use_is_told(tmp_path: Path) -> None:
 # Environment and commands.
 
 
-def test_the_environment_of_a_job() -> None:
-    """What belongs to another world or run is taken away, what makes this run is set, the rest is inherited."""
-    inherited = {
-        "PATH": "/bin",
-        "RANK": "3",
-        "WORLD_SIZE": "8",
-        "LOCAL_RANK": "3",
-        "MASTER_ADDR": "elsewhere",
-        "MASTER_PORT": "1",
-        "GROUP_RANK": "0",
-        "ROLE_NAME": "default",
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
-        "GRAFTER_ROLE": "target",
-        "GRAFTER_RANK": "4",
-        "DUMPER_GRAFTER_RUN_NAME": "old",
-        "DUMPER_GRAFTER_T2B_FILTER": "name == 'old'",
-        "GRAFTER_TIMEOUT": "7",
-        "GRAFTER_SECRET": "s",
-        "TORCH_CPP_LOG_LEVEL": "INFO",
-    }
-    assert job_environment(
-        inherited, "baseline", {"t2b_filter": "name == 'x'"}, master=("127.0.0.1", 5), directory="/out", run_name="r"
-    ) == {
-        "PATH": "/bin",
-        "GRAFTER_ENABLE": "1",
-        "GRAFTER_ROLE": "baseline",
-        "GRAFTER_MASTER_ADDRESS": "127.0.0.1",
-        "GRAFTER_MASTER_PORT": "5",
-        "GRAFTER_STORE_HOST": "launcher",
-        "GRAFTER_RUN_NAME": "r",
-        "GRAFTER_DIR": "/out",
-        "GRAFTER_T2B_FILTER": "name == 'x'",
-        "GRAFTER_TIMEOUT": "7",
-        "GRAFTER_SECRET": "s",
-        "TORCH_CPP_LOG_LEVEL": "INFO",
-        "PYTHONUNBUFFERED": "1",
-    }
-
-
 def test_a_job_gets_that_environment(store: FakeStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A started job sees its role and no inherited rank, has its own session, and an empty stdin."""
     monkeypatch.setenv("RANK", "5")
@@ -487,59 +364,6 @@ def test_a_job_gets_that_environment(store: FakeStore, tmp_path: Path, monkeypat
     code += "; print(e.get('RANK'), e['GRAFTER_ROLE'], own, sys.stdin.read())"
     _, text = run(python(code), ["true"], tmp_path)
     assert "[baseline] None baseline True \n" in text
-
-
-@pytest.mark.parametrize(
-    ("assignment", "message"),
-    [
-        ("timeout", "FIELD=VALUE"),
-        ("secret=abc", "list of processes"),
-        ("SECRET=abc", "list of processes"),
-        ("dir=x", "--out"),
-        ("role=target", "--role"),
-        ("master_port=1", "--host-store"),
-    ],
-)
-def test_settings_that_set_refuses(assignment: str, message: str) -> None:
-    """What `--set` cannot set is refused with what to use instead, and a secret's value is not repeated."""
-    with pytest.raises(errors.UsageError, match=message) as caught:
-        parse_settings([assignment])
-    assert "abc" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    "command",
-    [
-        "torchrun --nproc-per-node 2 a.py --standalone",
-        "python3.11 -u -m torch.distributed.run a.py",
-        "env A=1 torchrun a.py",
-    ],
-)
-def test_a_torchrun_without_port_is_kept_off_the_other(command: str) -> None:
-    """torchrun commands that would meet at port 29500 are started with --standalone, before their other arguments."""
-    words = shlex.split(command)
-    start = next(i for i, word in enumerate(words) if word.endswith(("torchrun", "distributed.run"))) + 1
-    assert keep_off_shared_port(words) == [*words[:start], "--standalone", *words[start:]]
-
-
-@pytest.mark.parametrize(
-    "command",
-    [
-        "torchrun --standalone a.py",
-        "torchrun --rdzv-endpoint localhost:0 --rdzv-backend c10d a.py",
-        "torchrun --master-port 1234 a.py",
-        "torchrun --master_port=29500 a.py",
-        "torchrun --nnodes 2 --node-rank 0 a.py",
-        "torchrun --no-such-option a.py",
-        "python torchrun",
-        "python -m mine torchrun a.py",
-        "env",
-        "sleep 1",
-    ],
-)
-def test_other_commands_are_left_as_they_are(command: str) -> None:
-    """A torchrun that says where it meets, and what is no torchrun, is started as it was given."""
-    assert keep_off_shared_port(shlex.split(command)) == shlex.split(command)
 
 
 def test_two_real_torchruns_on_one_host(store: FakeStore, tmp_path: Path) -> None:

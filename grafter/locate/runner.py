@@ -145,8 +145,8 @@ def _run_failed(run: _Run, result: PairResult, errors: Sequence[RankSummary]) ->
     # The job that failed first has the cause, the other one what it saw of it.
     errors = sorted(errors, key=lambda summary: summary.role != result.failed_role)
     lines += [f"{s.role} rank {s.role_rank}: {s.error_kind}: {s.error}" for s in errors[:2]]
-    if result.failed_role is not None and not errors:
-        # grafter saw no error, so the reason is in what the job itself printed.
+    if result.failed_role is not None and all(summary.role != result.failed_role for summary in errors):
+        # Its ranks said nothing to grafter, so the reason is in what the job itself printed.
         lines.append(f"The {result.failed_role} job failed first. Its last lines:")
         lines += [f"    {line}" for line in result.last_lines.get(result.failed_role, [])[-_LAST_LINES_SHOWN:]]
     lines.append(f"What was recorded is in {result.run_directory}.")

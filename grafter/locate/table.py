@@ -62,7 +62,8 @@ def verdict_table(verdict: Verdict, bar: str = "#") -> Table:
 
 def _scale(points: Iterable[PointVerdict]) -> tuple[float, float]:
     """(lowest, highest) exponent of ten that a bar shows."""
-    values = [value for point in points for value in (point.alone, point.added, point.floor)]
+    # With the limits, so that a clean pair, whose floors are all there is, does not fill the bars.
+    values = [value for point in points for value in (point.alone, point.added, point.floor, point.limit)]
     exponents = [math.log10(value) for value in values if value and math.isfinite(value)]
     if not exponents:
         return (0.0, 1.0)
