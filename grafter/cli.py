@@ -1,4 +1,4 @@
-"""The command line: `grafter run`, `grafter show`.
+"""The command line: `grafter run`, `grafter show`, `grafter locate`.
 
 A command is one function below, registered with `app.command`; it does its work inside `errors_told()`, which turns
 grafter's own errors into text and an exit code. What is slow to import (torch, rich, pydantic) is imported inside.
@@ -18,6 +18,7 @@ from typing import Annotated
 import typer
 
 from grafter.errors import ConfigError, GrafterError, JoinError, UsageError
+from grafter.locate.command import locate_command
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -246,3 +247,6 @@ def show(
 
 if __name__ == "__main__":
     main()
+
+
+app.command("locate")(locate_command)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -266,45 +266,6 @@ def test_dtypes_may_differ(first: torch.dtype, second: torch.dtype) -> None:
     found, expected = full(x, y), full(x.double(), y.double())
     assert found.rel == expected.rel and found.max_abs == expected.max_abs
     assert found.mismatched_fraction == expected.mismatched_fraction
-
-
-def _layouts(x: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The same values in other strides."""
-    padded = torch.zeros(*x.shape[:-1], x.shape[-1] + 3)
-    padded[..., 1:-2] = x
-    doubled = torch.zeros(2 * x.shape[0], *x.shape[1:])
-    doubled[::2] = x
-    return {
-        "transposed": x.transpose(0, 2).contiguous().transpose(0, 2),
-        "permuted": x.permute(1, 2, 0).contiguous().permute(2, 0, 1),
-        "padded rows": padded[..., 1:-2],
-        "every other": doubled[::2],
-        "offset": torch.cat([torch.zeros(5), x.reshape(-1)])[5:].view(x.shape),
-    }
-
-
-@pytest.mark.parametrize("layout", sorted(_layouts(torch.zeros(2, 2, 2))))
-def test_strides_do_not_change_a_digit(layout: str) -> None:
-    """Every strided view gives the digits of the contiguous tensor: the chunks lie on the flattened index."""
-    x, y = random(30, 41, 59), random(30, 41, 59, seed=1)
-    strided = _layouts(x)[layout]
-    assert torch.equal(strided, x)
-    assert compare(strided, y, "full") == compare(x, y, "full")
-    assert compare(y, strided, "light") == compare(y, x, "light")
-    assert summarize(strided, "full") == summarize(x, "full")
-
-
-@settings(max_examples=60)
-@given(st.data())
-def test_any_range_of_any_strided_tensor_is_read_in_flattened_order(data: st.DataObject) -> None:
-    """FlatReader.read equals a slice of reshape(-1) for permuted and sliced tensors of up to 5 dimensions."""
-    shape = data.draw(st.lists(st.integers(1, 5), max_size=5))
-    tensor = torch.arange(math.prod(shape)).view(shape).permute(data.draw(st.permutations(range(len(shape)))))
-    for dim, size in enumerate(tensor.shape):
-        tensor = tensor.narrow(dim, size // 2, size - size // 2)
-    stop = data.draw(st.integers(0, tensor.numel()))
-    start = data.draw(st.integers(0, stop))
-    assert torch.equal(FlatReader(tensor).read(start, stop), tensor.reshape(-1)[start:stop])
 
 
 def test_the_number_of_threads_does_not_change_a_digit() -> None:
