@@ -27,12 +27,11 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable
-from contextvars import Token
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from grafter.errors import GrafterError, UsageError
-from grafter.points import Surroundings, check_tags, split_options, surroundings
+from grafter.points import NO_SURROUNDINGS, Surroundings, check_tags, split_options, surroundings
 from grafter.switch import enabled
 
 if TYPE_CHECKING:
@@ -60,7 +59,7 @@ _grafter: Grafter | None = None
 
 
 def dump(name: str, value: Any, /, **arguments: Any) -> Any:
-    """A point: offer `value` to the other job, or take the other job's, as the filters say. Returns the value to go on with.
+    """A point: offer `value` to the other job, or take the other job's, as the filters say.
 
     Args:
         name: what this tensor is, the same in both jobs.
@@ -114,58 +113,81 @@ class context:
     what was before. `ranks=` is passed on to the points inside.
     """
 
-    __slots__ = ("_arguments", "_of_self", "_token")
+    __slots__ = ("_arguments", "_of_self")
 
     def __init__(self, of_self: Callable[[Any], dict[str, Any]] | None = None, /, **arguments: Any) -> None:
         if of_self is not None and not callable(of_self):
             raise UsageError(f"context takes tags as keyword arguments, or a function of self; not {of_self!r}.")
         self._of_self = of_self
         self._arguments = arguments
-        self._token: Token[Surroundings] | None = None
 
     def __enter__(self) -> None:
         if _off or (_off is None and _decide()):
             return
         if self._of_self is not None:
             raise UsageError("context(function of self) is a decorator; a `with` block has no self to give it.")
-        self._token = _push(self._arguments)
+        _push(self._arguments)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._token is not None:
-            surroundings.reset(self._token)
-            self._token = None
+        # What is left is what this thread entered last, so one object may be entered again inside of itself, and by
+        # several threads.
+        if _off or (_off is None and _decide()):
+            return
+        surroundings.set(surroundings.get().outer or NO_SURROUNDINGS)
 
     def __call__(self, function: Wrapped) -> Wrapped:
         arguments, of_self = self._arguments, self._of_self
-        if inspect.isgeneratorfunction(function) or inspect.iscoroutinefunction(function):
-            raise UsageError(
-                f"context cannot decorate {function.__qualname__}: a generator or coroutine would leave it before it runs. "
-                f"Use `with grafter.context(...)` inside."
-            )
+        why_not = _why_not_decorated(function)
+        if why_not is not None:
+            raise UsageError(f"context cannot decorate {function!r}: {why_not}")
 
         @functools.wraps(function)
         def inside(*args: Any, **kwargs: Any) -> Any:
             if _off or (_off is None and _decide()):
                 return function(*args, **kwargs)
-            token = _push({**(of_self(args[0]) if of_self is not None else {}), **arguments})
+            before = surroundings.get()
+            _push(arguments if of_self is None else {**_tags_of_self(of_self, args, function), **arguments})
             try:
                 return function(*args, **kwargs)
             finally:
-                surroundings.reset(token)
+                surroundings.set(before)
 
         return inside  # type: ignore[return-value]
 
 
-def _push(arguments: dict[str, Any]) -> Token[Surroundings]:
+def _why_not_decorated(function: Any) -> str | None:
+    if isinstance(function, (type, classmethod)):
+        return "it is no function. Decorate a method, or put @classmethod above @grafter.context."
+    if (
+        inspect.isgeneratorfunction(function)
+        or inspect.iscoroutinefunction(function)
+        or inspect.isasyncgenfunction(function)
+    ):
+        return "a generator or coroutine would leave it before it runs. Use `with grafter.context(...)` inside."
+    return None
+
+
+def _tags_of_self(of_self: Callable[[Any], Any], args: tuple[Any, ...], function: Callable[..., Any]) -> dict[str, Any]:
+    if not args:
+        raise UsageError(f"context(function of self) around {function!r}: it was called without a positional argument.")
+    tags = of_self(args[0])
+    if not isinstance(tags, dict) or not all(isinstance(tag, str) for tag in tags):
+        raise UsageError(
+            f"context(function of self) around {function!r}: the function must return a dict of tags by name."
+        )
+    return tags
+
+
+def _push(arguments: dict[str, Any]) -> None:
     tags, options = split_options(arguments)
     unfit = [option for option in options if option != "ranks"]
     if unfit:
         raise UsageError(f"context takes tags and `ranks=`; `{unfit[0]}=` belongs to a single dump.")
     check_tags(tags)
     around = surroundings.get()
-    return surroundings.set(Surroundings({**around.tags, **tags}, {**around.options, **options}))
+    surroundings.set(Surroundings({**around.tags, **tags}, {**around.options, **options}, around))
 
 
 def _decide() -> bool:
@@ -207,7 +229,7 @@ def _outside_of_graphs() -> Callable[[str, Any, dict[str, Any]], Any]:
     """`dump_point`, kept from being compiled itself."""
     import torch._dynamo
 
-    disabled: Callable[[str, Any, dict[str, Any]], Any] = torch._dynamo.disable(_active().dump_point)
+    disabled: Callable[[str, Any, dict[str, Any]], Any] = torch._dynamo.disable(_active().dump_point)  # type: ignore[no-untyped-call]
     return disabled
 
 

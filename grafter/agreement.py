@@ -1,7 +1,8 @@
 """Agreement: all receivers of a point write, or none does.
 
-The outcome is one key of the store, decided by whoever puts it first: the receivers' leader puts `commit` after all
-yes votes; a refusal, or the end of the run, may come before. Everyone obeys what lies there.
+The outcome is decided by whoever takes its place first: the receivers' leader, to commit after all yes votes, or a
+receiver that gives up because the run is over. Everyone obeys what it finds there. The place is a key of the store; for
+receivers of one host, a name of the kernel, which is quicker and goes with its process.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from grafter.store import StoreClient
 from grafter.wire import Sealed
 
 COMMIT, REFUSE, YES, NO = "commit", "refuse", "yes", "no"
+_GAVE_UP = "a receiver gave up, because the run was over before the outcome was decided"
 
 
 class Agreement:
@@ -58,26 +60,41 @@ class Agreement:
         keys = StoreKeys(self._client.hall, key.digest)
         others = [rank for rank in receivers if rank != self._role_rank]
         if self._role_rank != min(receivers):
-            return self._obey(key, keys, others)
-        ballots = [keys.vote(rank) for rank in others]
-        votes = self._fetch(key, others, ballots)
+            return self._obey(key, keys, receivers)
+        votes = self._fetch(key, others, [keys.vote(rank) for rank in others])
         no = next((vote.payload for vote in votes if vote.kind == NO), None) if refusal is None else refusal
-        found = self._client.put_if_absent(keys.outcome, COMMIT if no is None else REFUSE, no or "")
-        if found is not None:
-            no = _reason(found)
+        no = self._decide(keys, no)
         if self._courier.mail_inside:
             self._bring(others, keys.outcome, COMMIT if no is None else REFUSE, no or "")
         return no
 
-    def _obey(self, key: PointKey, keys: StoreKeys, others: Sequence[int]) -> str | None:
+    def _decide(self, keys: StoreKeys, no: str | None) -> str | None:
+        """The leader's part: put the outcome, unless somebody who gave up came first."""
+        if self._courier.mail_inside:
+            if no is None and self._courier.claim(keys.outcome) is not None:
+                self._housekeeping.check()
+                no = _GAVE_UP
+            return no
+        found = self._client.put_if_absent(keys.outcome, COMMIT if no is None else REFUSE, no or "")
+        return no if found is None else _reason(found)
+
+    def _obey(self, key: PointKey, keys: StoreKeys, receivers: Sequence[int]) -> str | None:
+        others = [rank for rank in receivers if rank != self._role_rank]
         try:
             return _reason(self._fetch(key, others, [keys.outcome])[0])
-        except RunError as over:
+        except RunError:
             # The leader may have decided just before the run ended: whoever gives up must ask, and obey what it finds.
-            found = self._client.put_if_absent(keys.outcome, REFUSE, "the run ended before the outcome was decided")
-            if found is not None and found.kind == COMMIT:
+            if self._leader_has_committed(keys, min(receivers)):
                 return None
-            raise over
+            raise
+
+    def _leader_has_committed(self, keys: StoreKeys, leader: int) -> bool:
+        """Give this point up, unless the leader has committed it."""
+        if self._courier.mail_inside:
+            holder = self._courier.claim(keys.outcome)
+            return holder is not None and holder == self._roster.side(self._role)[leader].process.pid
+        found = self._client.put_if_absent(keys.outcome, REFUSE, _GAVE_UP)
+        return found is not None and found.kind == COMMIT
 
     def _bring(self, role_ranks: Sequence[int], place: str, kind: str, payload: str) -> None:
         receivers = [self._roster.graft_rank(self._role, rank) for rank in role_ranks]
@@ -93,8 +110,9 @@ class Agreement:
         if len(receivers) == 1 or self._role_rank != min(receivers):
             return []
         keys = StoreKeys(self._client.hall, key.digest)
-        by_mail = self._courier.mail_inside
-        ballots = [] if by_mail else [keys.vote(rank) for rank in receivers if rank != self._role_rank]
+        if self._courier.mail_inside:
+            return []
+        ballots = [keys.vote(rank) for rank in receivers if rank != self._role_rank]
         return [*ballots, keys.outcome] if committed else ballots
 
 

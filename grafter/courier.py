@@ -7,6 +7,7 @@ the roles where the whole run does.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import overload
 
 from grafter.housekeeping import Housekeeping, Wait
 from grafter.mailbox import LONGEST_MAIL_BYTES, Mailbox
@@ -50,8 +51,19 @@ class Courier:
                 # Whoever needs it finds out by itself, with a better story: its process is watched.
                 continue
 
-    def fetch(self, wait: Wait, keys: Sequence[str], *, by_mail: bool) -> list[Sealed]:
-        """Wait for what was brought under these keys, looked after by the housekeeping thread."""
+    @overload
+    def fetch(self, wait: Wait, keys: Sequence[str], *, by_mail: bool) -> list[Sealed]: ...
+    @overload
+    def fetch(
+        self, wait: Wait, keys: Sequence[str], *, by_mail: bool, patience: float | None
+    ) -> list[Sealed] | None: ...
+    def fetch(
+        self, wait: Wait, keys: Sequence[str], *, by_mail: bool, patience: float | None = None
+    ) -> list[Sealed] | None:
+        """Wait for what was brought under these keys, looked after by the housekeeping thread.
+
+        `patience` in seconds, for mail alone: None is returned if the letters have not come by then.
+        """
         if not by_mail or self._mailbox is None:
             wait.awaits = tuple(keys)
             with self._housekeeping.waiting(wait):
@@ -59,8 +71,20 @@ class Courier:
         mailbox = self._mailbox
         wait.has_news = lambda: mailbox.has_news(keys)
         with self._housekeeping.waiting(wait):
-            letters = mailbox.wait(keys, self._housekeeping)
+            letters = mailbox.wait(keys, self._housekeeping, patience)
+            if letters is None:
+                return None
             return [
                 self._client.get(key) if letter.kind == _STORED else letter
                 for key, letter in zip(keys, letters, strict=True)
             ]
+
+    def discard(self, key: str) -> None:
+        """What came by another way already need not come by mail again."""
+        if self._mailbox is not None:
+            self._mailbox.discard(key)
+
+    def claim(self, key: str) -> int | None:
+        """Take the one place of this name on this host; None if this process has it now, else the pid that has it."""
+        assert self._mailbox is not None
+        return self._mailbox.claim(key)

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from grafter.errors import DirectionConflict
 from grafter.filters import Filter
+from grafter.points import OPTIONS, OWN_TAGS, call_site
 
 Direction = Literal["b2t", "t2b", "compare"]
 RoleName = Literal["baseline", "target"]
@@ -50,10 +51,11 @@ class DirectionFilters:
 
     def _conflict(self, tags: Mapping[str, Any], first: Direction, second: Direction) -> DirectionConflict:
         sources = dict(self._filters)
-        point = ", ".join(f"{tag}={value!r}" for tag, value in tags.items())
+        own = sorted(tag for tag in tags if tag not in OPTIONS and tag not in OWN_TAGS)
+        point = ", ".join(f"{tag}={tags[tag]!r}" for tag in [*own, "step"])
         return DirectionConflict(
-            f"the point ({point}) is matched by two filters, so its direction is not decided:\n"
-            f"  {first}: {sources[first].source}\n  {second}: {sources[second].source}\n"
+            f"the point {tags['name']!r} ({point}) at {call_site()} is matched by two filters, so its direction is not "
+            f"decided:\n  {first}: {sources[first].source}\n  {second}: {sources[second].source}\n"
             f"Narrow one of them, for instance with `and not (...)`."
         )
 

@@ -13,8 +13,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from grafter.board import BoardLine, BoardWriter, board_key, describe_board, read_line
@@ -65,6 +64,21 @@ class Wait:
         return time.monotonic() - self.since
 
 
+class _Watched:
+    """Begins and ends a wait. A class, since this stands in every point and a generator costs four times as much."""
+
+    __slots__ = ("_housekeeping", "_wait")
+
+    def __init__(self, housekeeping: Housekeeping, wait: Wait) -> None:
+        self._housekeeping, self._wait = housekeeping, wait
+
+    def __enter__(self) -> None:
+        self._housekeeping.begin(self._wait)
+
+    def __exit__(self, *_: object) -> None:
+        self._housekeeping.end(self._wait)
+
+
 class Housekeeping:
     """One thread per rank; started when the store is reached, stopped by `close`."""
 
@@ -101,24 +115,24 @@ class Housekeeping:
         self._graft_rank, self._host_rank = graft_rank, host_rank
         self._roster = roster
 
-    @contextmanager
-    def waiting(self, wait: Wait) -> Iterator[None]:
-        """Around a blocking `get` or transfer: while it lasts, this thread looks after it."""
+    def waiting(self, wait: Wait) -> _Watched:
+        """Around a blocking `get` or transfer: while the `with` block lasts, this thread looks after it."""
+        return _Watched(self, wait)
+
+    def begin(self, wait: Wait) -> None:
         if self.aborted is not None:
             raise self.aborted
-        # Mail and sockets are waited for in Python, which sees to signals by itself.
-        main = bool(wait.awaits) and threading.current_thread() is threading.main_thread()
-        # A signal that arrives while the main thread is blocked in the store would be seen only after the wait.
-        previous = signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False) if main else -1
-        wait.interruptible = main
-        wait.signal_fd = previous
+        # Mail and sockets are waited for in Python, which sees to signals by itself. In the store the main thread is
+        # blocked, and a signal that arrives would be seen only after the wait.
+        if wait.awaits and threading.current_thread() is threading.main_thread():
+            wait.signal_fd = signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
+            wait.interruptible = True
         self._wait = wait
-        try:
-            yield
-        finally:
-            self._wait = None
-            if main:
-                signal.set_wakeup_fd(previous)
+
+    def end(self, wait: Wait) -> None:
+        self._wait = None
+        if wait.interruptible:
+            signal.set_wakeup_fd(wait.signal_fd)
 
     def check(self) -> None:
         """Raise what ended the run, if something did. For loops that move bytes."""
@@ -481,7 +495,12 @@ class Housekeeping:
 
     def _time_out_without_store(self) -> None:
         wait = self._wait
-        if wait is not None and wait.seconds > wait.timeout and self._roster is not None and self._host_rank is not None:
+        if (
+            wait is not None
+            and wait.seconds > wait.timeout
+            and self._roster is not None
+            and self._host_rank is not None
+        ):
             board = describe_board(list(self._last_lines.values()), self.gone_here(), self._remarks())
             self.aborted = PointTimeoutError(
                 f"{self._who} waited {wait.timeout:.0f} s for {wait.what} ({wait.stage}), and the rendezvous store does not "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch.utils import _pytree as pytree
 
+from grafter.errors import UsageError
 from grafter.tensor_access import local_tensor
 
 # Numbers whose JSON form keeps apart what Python keeps apart.
@@ -81,8 +83,8 @@ class Leaves:
         if isinstance(self.value, torch.Tensor):
             return replaced[0]
         by_path = {spec.path: new for spec, new in zip(self.specs, replaced, strict=True)}
-        flat, tree = pytree.tree_flatten_with_path(self.value)
-        return pytree.tree_unflatten([by_path.get(pytree.keystr(key_path), leaf) for key_path, leaf in flat], tree)
+        flat, tree = _flatten(self.value)
+        return pytree.tree_unflatten([by_path.get(path, leaf) for path, leaf in flat], tree)
 
 
 class NothingToOffer(Exception):
@@ -95,11 +97,10 @@ def take_apart(value: Any) -> Leaves:
         tensor = local_tensor(value)
         _check_storage("the value", tensor)
         return Leaves(value, [value], [tensor], (spec_of("", tensor),), "tensor", {})
-    flat, tree = pytree.tree_flatten_with_path(value)
+    flat, _ = _flatten(value)
     found: dict[str, torch.Tensor] = {}
     others: dict[str, str] = {}
-    for key_path, leaf in flat:
-        path = pytree.keystr(key_path)
+    for path, leaf in flat:
         if isinstance(leaf, torch.Tensor):
             found[path] = leaf
         elif isinstance(leaf, _DATA):
@@ -117,13 +118,34 @@ def take_apart(value: Any) -> Leaves:
     for path, tensor in zip(paths, tensors, strict=True):
         _check_storage(path, tensor)
     specs = tuple(spec_of(path, tensor) for path, tensor in zip(paths, tensors, strict=True))
-    structure = json.dumps(sorted(pytree.keystr(key_path) for key_path, _ in flat))
+    structure = json.dumps(sorted(path for path, _ in flat))
     return Leaves(value, originals, tensors, specs, structure, others)
 
 
+def _flatten(value: Any) -> tuple[list[tuple[str, Any]], pytree.TreeSpec]:
+    """(path, leaf) of all leaves, and what puts them together again. The path is as in Python: `['kv'][0]`."""
+    try:
+        flat, tree = pytree.tree_flatten_with_path(value)
+    except ValueError:
+        # A container registered without names for its parts (a library's own output class): they are numbered.
+        leaves, tree = pytree.tree_flatten(value)
+        return [(f"[{number}]" if tree.num_children else "", leaf) for number, leaf in enumerate(leaves)], tree
+    return [(pytree.keystr(key_path), leaf) for key_path, leaf in flat], tree
+
+
 def _check_storage(name: str, tensor: torch.Tensor) -> None:
-    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.device.type == "meta":
-        kind = "on the meta device" if tensor.device.type == "meta" else f"{tensor.layout}, {tensor.dtype}"
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        raise NothingToOffer(
+            f"{name} is a tensor inside a torch.func transform (vmap, grad, ...), where it has no one value"
+        )
+    if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized or tensor.is_meta:
+        kind = (
+            "on the meta device"
+            if tensor.is_meta
+            else "nested"
+            if tensor.is_nested
+            else f"{tensor.layout}, {tensor.dtype}"
+        )
         raise NothingToOffer(f"{name} is a tensor without plain memory ({kind}); pass a dense one")
 
 
@@ -136,9 +158,9 @@ _TENSOR_MARK = "__grafter_tensor__"
 
 
 def encode_extras(extras: Any) -> tuple[str, list[torch.Tensor]]:
-    """Extras as JSON text, and the tensors in it, which travel as payload. Raises ValueError where it is no data."""
+    """Extras as JSON text, and the tensors in it, which travel as payload. Raises UsageError where it is no data."""
     if not isinstance(extras, Mapping):
-        raise ValueError(f"extras must be a dict, not {_a(extras)}")
+        raise UsageError(f"extras must be a dict, not {_a(extras)}")
     tensors: list[torch.Tensor] = []
     return json.dumps(_encode(extras, "extras", tensors)), tensors
 
@@ -148,6 +170,10 @@ def _encode(value: Any, path: str, tensors: list[torch.Tensor]) -> Any:
         return value
     if isinstance(value, torch.Tensor):
         tensor = local_tensor(value)
+        try:
+            _check_storage(path, tensor)
+        except NothingToOffer as nothing:
+            raise UsageError(str(nothing)) from None
         tensors.append(tensor)
         return {_TENSOR_MARK: len(tensors) - 1}
     if isinstance(value, (list, tuple)):
@@ -155,9 +181,12 @@ def _encode(value: Any, path: str, tensors: list[torch.Tensor]) -> Any:
     if isinstance(value, Mapping):
         for key in value:
             if not isinstance(key, str) or key == _TENSOR_MARK:
-                raise ValueError(f"{path} has the key {key!r}; keys must be strings")
+                raise UsageError(f"{path} has the key {key!r}; keys must be strings")
         return {key: _encode(item, f"{path}[{key!r}]", tensors) for key, item in value.items()}
-    raise ValueError(
+    numpy = sys.modules.get("numpy")
+    if numpy is not None and isinstance(value, numpy.generic) and type(value.item()) in _DATA:
+        return value.item()
+    raise UsageError(
         f"{path} is {_a(value)}. Extras are data: None, bool, int, float, str, tensors, and lists and dicts of them"
     )
 

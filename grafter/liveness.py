@@ -26,7 +26,7 @@ class ProcessIdentity(BaseModel):
 
 def own_identity() -> ProcessIdentity:
     return ProcessIdentity(
-        host=_host_identity(),
+        host=host_identity(),
         hostname=socket.gethostname(),
         uid=os.getuid(),
         pid=os.getpid(),
@@ -34,7 +34,7 @@ def own_identity() -> ProcessIdentity:
     )
 
 
-def _host_identity() -> str:
+def host_identity() -> str:
     """One boot of one machine, one pid namespace and one network namespace; unique where there is no `/proc`."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()

@@ -6,11 +6,14 @@ arrived: there is nothing on its way that the receiver's housekeeping thread cou
 
 from __future__ import annotations
 
+import hashlib
 import os
 import select
 import socket
 import struct
 import threading
+import time
+from collections import deque
 from collections.abc import Sequence
 
 from grafter.errors import ProtocolError
@@ -23,6 +26,7 @@ _POLL_SECONDS = 0.25
 # Well under the kernel's limit for a datagram; what is larger goes through the store.
 LONGEST_MAIL_BYTES = 64 << 10
 _MOST_UNREAD = 100_000
+_PLACES_HELD = 8
 
 
 def mailbox_name(socket_name: str) -> str:
@@ -48,6 +52,8 @@ class Mailbox:
         self._writers = {
             f"{member.role}/{member.role_rank}": (member.process.pid, member.process.uid) for member in roster.all
         }
+        self._spin_seconds = roster.spin_seconds
+        self._places: deque[socket.socket] = deque()
         self._unread: dict[str, Sealed] = {}
         self._lock = threading.Lock()
 
@@ -66,15 +72,27 @@ class Mailbox:
             except OSError as error:
                 raise PeerGone(graft_rank, f"its mailbox is closed ({error.strerror})") from error
 
-    def wait(self, keys: Sequence[str], watch: Watch) -> list[Sealed]:
-        """The letters for these keys, once all have come."""
+    def wait(self, keys: Sequence[str], watch: Watch, patience: float | None = None) -> list[Sealed] | None:
+        """The letters for these keys, once all have come; None if they have not within `patience` seconds."""
+        start = time.monotonic()
+        deadline = None if patience is None else start + patience
+        spin_until = start + self._spin_seconds
         while True:
             with self._lock:
                 if all(key in self._unread for key in keys):
                     return [self._unread.pop(key) for key in keys]
-            if not self._fetch():
-                watch.check()
+            if self._fetch() or time.monotonic() < spin_until:
+                continue
+            watch.check()
+            if deadline is None:
                 select.select([self._box], [], [], _POLL_SECONDS)
+            elif not select.select([self._box], [], [], max(0.0, deadline - time.monotonic()))[0]:
+                return None
+
+    def discard(self, key: str) -> None:
+        """Throw away a letter that came twice, by two ways."""
+        with self._lock:
+            self._unread.pop(key, None)
 
     def has_news(self, keys: Sequence[str]) -> bool:
         """Whether a letter lies there that could end a wait for these keys. May be asked from any thread."""
@@ -113,6 +131,43 @@ class Mailbox:
             self._unread[key] = sealed
         return True
 
+    def claim(self, key: str) -> int | None:
+        """Take the one place of this name on this host: None if this process has it now, else the pid that has it.
+
+        The kernel decides who is first. A process holds its last places only: a place is asked for in the instant
+        between a decision and the letter that tells it.
+        """
+        name = f"\0grafter-{hashlib.blake2b(key.encode(), digest_size=16).hexdigest()}"
+        while True:
+            place = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            try:
+                place.bind(name)
+                place.listen(1)
+            except OSError:
+                place.close()
+                holder = _holder_of(name)
+                if holder is not None:
+                    return holder
+                continue
+            self._places.append(place)
+            if len(self._places) > _PLACES_HELD:
+                self._places.popleft().close()
+            return None
+
     def close(self) -> None:
+        for place in self._places:
+            place.close()
         self._box.close()
         self._sender.close()
+
+
+def _holder_of(name: str) -> int | None:
+    """The pid that has a place; None if it has just given it up."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as question:
+        question.settimeout(5)
+        try:
+            question.connect(name)
+        except OSError:
+            return None
+        credentials = question.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    return int(_CREDENTIALS.unpack(credentials)[0])

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -281,13 +280,23 @@ class Meeting:
     def _is_receiver(self) -> bool:
         return self._session.place.role == receiver_role(self._direction)
 
-    @contextmanager
-    def _timed(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._seconds[stage] = self._seconds.get(stage, 0.0) + time.perf_counter() - start
+    def _timed(self, stage: str) -> _Stopwatch:
+        return _Stopwatch(self._seconds, stage)
+
+
+class _Stopwatch:
+    """Adds the time of a `with` block to a stage's seconds. A class, since a generator costs four times as much."""
+
+    __slots__ = ("_seconds", "_stage", "_start")
+
+    def __init__(self, seconds: dict[str, float], stage: str) -> None:
+        self._seconds, self._stage = seconds, stage
+
+    def __enter__(self) -> None:
+        self._start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self._seconds[self._stage] = self._seconds.get(self._stage, 0.0) + time.perf_counter() - self._start
 
 
 def _leaf_at(path: str, received: Received) -> torch.Tensor:
@@ -302,6 +311,6 @@ def _leaf_at(path: str, received: Received) -> torch.Tensor:
 def _badness(record: LeafRecord) -> tuple[int, float]:
     """Orders leaves by how far they differ; unequal infinities and NaN come first."""
     difference = record.difference
-    if difference is None or difference.rel is None:
+    if difference is None:
         return (0, 0.0)
-    return (difference.nan + difference.inf, difference.rel)
+    return (difference.nan + difference.inf, difference.rel or 0.0)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, overload
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter
 
@@ -22,6 +22,9 @@ from grafter.leaves import TensorSpec
 from grafter.points import PointKey
 from grafter.roster import Roster
 from grafter.store import StoreClient
+
+# How long a leader waits for the other to write first. A wait in the store costs more, but finds any leader.
+_PATIENCE_SECONDS = 0.01
 
 # What a receiver's transform asks for; "identity" where there is none.
 Needs = Literal["identity", "all", "same_rank"]
@@ -122,6 +125,10 @@ class Pairing:
     ) -> None:
         self._client, self._courier, self._housekeeping = client, courier, housekeeping
         self._roster, self._timeout = roster, timeout
+        # By own participants: the graft rank of the leader that they met.
+        self._last_other_leader: dict[tuple[int, ...], int] = {}
+        # What this rank has put into the store for the point under way.
+        self._left_in_store: list[str] = []
 
     def meet(self, key: PointKey, header: Header) -> Pair:
         """Wait for all participants of both sides. Raises what ended the run, if something does."""
@@ -142,7 +149,15 @@ class Pairing:
     def _bring(self, receivers: Sequence[int], place: str, kind: str, payload: str) -> None:
         self._courier.bring(receivers, place, kind, payload, by_mail=self._courier.mail_inside)
 
-    def _wait_for(self, key: PointKey, header: Header, places: Sequence[str], *, by_mail: bool) -> list[str]:
+    @overload
+    def _wait_for(self, key: PointKey, header: Header, places: Sequence[str], *, by_mail: bool) -> list[str]: ...
+    @overload
+    def _wait_for(
+        self, key: PointKey, header: Header, places: Sequence[str], *, by_mail: bool, patience: float
+    ) -> list[str] | None: ...
+    def _wait_for(
+        self, key: PointKey, header: Header, places: Sequence[str], *, by_mail: bool, patience: float | None = None
+    ) -> list[str] | None:
         wait = Wait(
             "pairing",
             str(key),
@@ -152,7 +167,8 @@ class Pairing:
             participants=header.participants,
             call_site=header.call_site,
         )
-        return [sealed.payload for sealed in self._courier.fetch(wait, places, by_mail=by_mail)]
+        fetched = self._courier.fetch(wait, places, by_mail=by_mail, patience=patience)
+        return [sealed.payload for sealed in fetched] if fetched is not None else None
 
     def _collect(self, key: PointKey, header: Header, keys: StoreKeys) -> Manifest:
         """The leader's part: its own role's headers, checked against each other."""
@@ -166,30 +182,68 @@ class Pairing:
     def _meet_other_leader(
         self, key: PointKey, header: Header, manifest: Manifest, keys: StoreKeys
     ) -> tuple[Manifest, Manifest]:
+        """The leaders' part: each gets the other's manifest, and hands both to its own side."""
         mine = manifest.model_dump_json()
-        across = self._courier.mail_across
-        found = self._client.put_if_absent(keys.first, "manifest", mine)
-        if found is None:
-            other = Manifest.model_validate_json(self._wait_for(key, header, [keys.second], by_mail=across)[0])
+        if self._courier.mail_across:
+            theirs, told = self._swap_by_mail(key, header, mine, keys)
         else:
-            other = Manifest.model_validate_json(found.payload)
-            first = self._roster.graft_rank(other.role, other.headers[0].role_rank)
-            self._courier.bring([first], keys.second, "manifest", mine, by_mail=across)
-        if other.role == manifest.role:
-            manifest = manifest.model_copy(update={"conflict": _two_leaders(header, other.headers[0])})
-        pair = (manifest, other) if manifest.role == "baseline" else (other, manifest)
+            theirs, told = self._swap_in_store(key, header, mine, keys), None
         others = [self._roster.graft_rank(header.role, r) for r in header.participants if r != header.role_rank]
         if others:
-            self._bring(others, keys.pair(header.role), "pair", _MANIFEST_PAIR.dump_json(pair).decode())
-        return pair
+            ordered = (mine, theirs) if header.role == "baseline" else (theirs, mine)
+            self._bring(others, keys.pair(header.role), "pair", f"[{ordered[0]},{ordered[1]}]")
+        other = Manifest.model_validate_json(theirs)
+        if self._courier.mail_across:
+            self._answer(header, other, mine, keys, told)
+        return (manifest, other) if manifest.role == "baseline" else (other, manifest)
+
+    def _swap_in_store(self, key: PointKey, header: Header, mine: str, keys: StoreKeys) -> str:
+        found = self._client.put_if_absent(keys.first, "manifest", mine)
+        if found is not None:
+            self._client.set(keys.second, "manifest", mine)
+            self._left_in_store.append(keys.second)
+            return found.payload
+        self._left_in_store.append(keys.first)
+        return self._wait_for(key, header, [keys.second], by_mail=False)[0]
+
+    def _swap_by_mail(self, key: PointKey, header: Header, mine: str, keys: StoreKeys) -> tuple[str, int | None]:
+        """(their manifest, the graft rank that was written to).
+
+        Write to the leader that these participants met last time; it has usually written, too.
+
+        Where that was the wrong one, or there was no last time, the store brings the two together: whoever comes second
+        there finds the first, and writes to it. A manifest is the same whichever way it comes.
+        """
+        told = self._last_other_leader.get(header.participants)
+        other = None
+        if told is not None:
+            self._courier.bring([told], keys.second, "manifest", mine, by_mail=True)
+            other = self._wait_for(key, header, [keys.second], by_mail=True, patience=_PATIENCE_SECONDS)
+        if other is None:
+            found = self._client.put_if_absent(keys.first, "manifest", mine)
+            if found is not None:
+                other = [found.payload]
+                self._courier.discard(keys.second)
+            else:
+                self._left_in_store.append(keys.first)
+                other = self._wait_for(key, header, [keys.second], by_mail=True)
+        return other[0], told
+
+    def _answer(self, header: Header, other: Manifest, mine: str, keys: StoreKeys, told: int | None) -> None:
+        """Write to the leader that was met, unless that was done already, and write to it first next time."""
+        leader = self._roster.graft_rank(other.role, other.headers[0].role_rank)
+        if leader != told:
+            self._courier.bring([leader], keys.second, "manifest", mine, by_mail=True)
+            self._last_other_leader[header.participants] = leader
 
     def _check(self, key: PointKey, pair: Pair) -> None:
-        for manifest in (pair.baseline, pair.target):
-            if manifest.conflict is not None:
-                error = PairingError(f"at the point {key}: {manifest.conflict}")
-                raise self._housekeeping.abort(error, self._client)
+        conflict = pair.baseline.conflict or pair.target.conflict
+        if conflict is None and pair.baseline.role == pair.target.role:
+            conflict = _two_leaders(pair.baseline.headers[0], pair.target.headers[0])
+        if conflict is not None:
+            raise self._housekeeping.abort(PairingError(f"at the point {key}: {conflict}"), self._client)
         directions = {header.direction for header in pair.headers}
-        if len(directions) != 1 or pair.baseline.role == pair.target.role:
+        if len(directions) != 1:
             error_text = f"the point {key} came with the directions {sorted(directions)}; the two jobs' filters differ."
             raise self._housekeeping.abort(ProtocolError(error_text), self._client)
 
@@ -198,14 +252,10 @@ class Pairing:
         if header.role_rank != min(header.participants):
             return []
         keys = StoreKeys(self._client.hall, key.digest)
-        mine: list[str] = []
+        mine, self._left_in_store = self._left_in_store, []
         if not self._courier.mail_inside and len(header.participants) > 1:
-            mine = [keys.header(header.role, rank) for rank in header.participants if rank != header.role_rank]
+            mine += [keys.header(header.role, rank) for rank in header.participants if rank != header.role_rank]
             mine.append(keys.pair(header.role))
-        if header.role == "baseline":
-            mine.append(keys.first)
-        elif not self._courier.mail_across:
-            mine.append(keys.second)
         return mine
 
 

@@ -18,11 +18,15 @@ def own_participants(place: Place, ranks: Any) -> tuple[int, ...]:
     """
     if ranks is None:
         return tuple(range(place.role_world_size))
+    if dist.is_available() and ranks is dist.GroupMember.NON_GROUP_MEMBER:
+        raise UsageError(
+            f"ranks= is a process group that {place.who} is not in. Only the ranks that share a point dump it."
+        )
     if dist.is_available() and isinstance(ranks, dist.ProcessGroup):
         if dist.get_rank() != place.role_rank:
             raise UsageError(
-                f"ranks= is a process group, whose ranks count in a world where this process is {dist.get_rank()}, and it is "
-                f"{place.who} for grafter. Give the role ranks as a list."
+                f"ranks= is a process group, whose ranks count in a world where this process is {dist.get_rank()}; for "
+                f"grafter it is {place.who}. Give the role ranks as a list."
             )
         declared = dist.get_process_group_ranks(ranks)
     elif isinstance(ranks, Iterable) and not isinstance(ranks, (str, bytes)):

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,8 @@ OPTIONS_IN_USE = frozenset({"extras", "ranks", "transform", "write", "gradient"}
 # Set by grafter itself for every point.
 OWN_TAGS = frozenset({"name", "step", "phase", "occurrence"})
 
+# As in grafter.rules, which imports pydantic: too dear for a rank where grafting is off. A test compares them.
+LEGAL_OPTIONS = {"write": ("in_place", "return"), "gradient": ("straight_through", "cut", "strict")}
 _SCALARS = (str, int, float, bool, type(None))
 # Frames that stand between the user's line and ours: our own, and what wraps calls around them.
 _PASSED_OVER = (str(Path(__file__).parent) + os.sep, f"{os.sep}contextlib.py", f"{os.sep}_dynamo{os.sep}")
@@ -57,13 +60,15 @@ class PointKey:
     phase: str
     occurrence: int
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """24 hex digits, the same for the same point in both jobs: the point's place in the store."""
         canonical = json.dumps([self.name, self.identifying, self.step, self.phase, self.occurrence])
         return hashlib.blake2b(canonical.encode(), digest_size=12).hexdigest()
 
-    def __str__(self) -> str:
+    @cached_property
+    def text(self) -> str:
+        """As messages show it."""
         parts = [f"{tag}={value!r}" for tag, value in self.identifying]
         parts.append(f"step={self.step}")
         if self.phase != PHASE:
@@ -71,6 +76,9 @@ class PointKey:
         if self.occurrence:
             parts.append(f"occurrence={self.occurrence}")
         return f"{self.name!r} ({', '.join(parts)})"
+
+    def __str__(self) -> str:
+        return self.text
 
 
 @dataclass
@@ -100,17 +108,40 @@ class StepCounter:
 
 
 def check_tags(tags: dict[str, Any]) -> None:
-    """Refuse what cannot be a tag, and turn NumPy scalars into Python's, in place."""
+    """Refuse what cannot be a tag, and turn NumPy scalars and enums of str, int or float into Python's, in place."""
     for tag, value in tags.items():
-        if type(value) in _SCALARS:
-            continue
-        if hasattr(value, "dtype") and hasattr(value, "item") and not hasattr(value, "device"):
-            tags[tag] = value.item()
-            continue
+        if type(value) not in _SCALARS:
+            tags[tag] = _as_scalar(tag, value)
+
+
+def _as_scalar(tag: str, value: Any) -> str | int | float | bool | None:
+    numpy = sys.modules.get("numpy")
+    if numpy is not None and isinstance(value, numpy.generic):
+        item = value.item()
+        if type(item) in _SCALARS:
+            return item  # type: ignore[no-any-return]
+    # `str()` of an enum would be its name.
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, float):
+        return float(value)
+    if hasattr(value, "dtype") and hasattr(value, "item"):
         raise UsageError(
-            f"tag {tag}={value!r} is a {type(value).__name__}. Tags are scalars (str, int, float, bool or None), because "
-            f"both jobs must be able to compare them. Pass its value (`{tag}=int(...)`), or put data into `extras=`."
+            f"tag {tag} is a {type(value).__name__} of shape {list(getattr(value, 'shape', ()))}. Tags are scalars "
+            f"(str, int, float, bool or None), because both jobs must be able to compare them. Pass its value with "
+            f"`.item()` (on a GPU this waits for it), or put it into `extras=` if it is data for a transform."
         )
+    raise UsageError(
+        f"tag {tag}={_shown(value)} is a {type(value).__name__}. Tags are scalars (str, int, float, bool or None), "
+        f"because both jobs must be able to compare them. Pass its value, or put data for a transform into `extras=`."
+    )
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def split_options(arguments: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -121,12 +152,25 @@ def split_options(arguments: dict[str, Any]) -> tuple[dict[str, Any], dict[str, 
         if name in OPTIONS:
             if name not in OPTIONS_IN_USE:
                 raise UsageError(f"`{name}=` is reserved and not in this version; a tag needs another name.")
+            legal = LEGAL_OPTIONS.get(name)
+            if legal is not None and value is not None and value not in legal:
+                raise UsageError(f"`{name}={_shown(value)}` is not known; legal values are {', '.join(legal)}.")
             options[name] = value
         elif name in OWN_TAGS:
-            raise UsageError(f"`{name}` is set by grafter for every point; a tag needs another name.")
+            raise UsageError(_why_not_a_tag(name))
         else:
             tags[name] = value
     return tags, options
+
+
+def _why_not_a_tag(name: str) -> str:
+    sets_it = {
+        "name": "the first argument of `grafter.dump`",
+        "step": "set by grafter: `grafter.step()` counts it up",
+        "phase": "set by grafter for every point",
+        "occurrence": "set by grafter: it counts the calls of one point within a step",
+    }
+    return f"`{name}` is {sets_it[name]}; a tag needs another name."
 
 
 def call_site() -> str:
@@ -144,10 +188,11 @@ def call_site() -> str:
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What the enclosing `context` blocks add to a point."""
+    """What the enclosing `context` blocks add to a point; `outer` is what was around the innermost of them."""
 
     tags: dict[str, Any]
     options: dict[str, Any]
+    outer: Surroundings | None = None
 
 
 NO_SURROUNDINGS = Surroundings({}, {})

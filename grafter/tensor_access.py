@@ -12,6 +12,10 @@ from typing import Any
 import torch
 
 
+# Most tensors are just that, and every point asks several times.
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
 def is_dtensor(tensor: torch.Tensor) -> bool:
     """True for a `torch.distributed.tensor.DTensor`, also one that is a Parameter."""
     return _is_instance(tensor, "torch.distributed.tensor", "DTensor")
@@ -34,6 +38,8 @@ def local_tensor(tensor: torch.Tensor, *, wait: bool = True) -> torch.Tensor:
     that the values may be read and written; `wait=False` is for questions about shape, dtype and memory only.
     No autograd graph is recorded. Every rank may call this alone: nothing is communicated.
     """
+    if type(tensor) in _PLAIN:
+        return tensor
     inner: Any = tensor
     if is_dtensor(inner):
         inner = inner._local_tensor

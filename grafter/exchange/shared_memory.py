@@ -19,6 +19,7 @@ import os
 import select
 import socket
 import struct
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -34,6 +35,7 @@ from grafter.watch import Abandoned, PeerGone, Watch
 
 _POLL_SECONDS = 0.25
 _LONGEST_MESSAGE = 4096
+_LONGEST_REASON = 2000
 _DIGEST_BYTES = 12
 _CREDENTIALS = struct.Struct("3i")
 _BLOCK = struct.Struct("<QQ")
@@ -68,6 +70,10 @@ class _Receiving:
     generation_told: int = 0
 
 
+class _Refused(Abandoned):
+    """The receiver itself has said that it cannot take this point."""
+
+
 class SharedMemoryExchange(Exchange):
     """One per rank. `listener` is the socket that the roster names for this rank."""
 
@@ -79,22 +85,38 @@ class SharedMemoryExchange(Exchange):
         self._from: dict[int, _Receiving] = {}
         # (generation, bytes) that each receiver announced for the coming point.
         self.announced: dict[int, tuple[int, int]] = {}
+        # (sender, digest) of points given up here before that sender had its last word, which may still come.
+        self._owed_words: set[tuple[int, str]] = set()
 
     # The sender's side.
 
     def send(self, plan: TransferPlan, outgoing: Sequence[Outgoing], watch: Watch) -> None:
+        """Once one receiver cannot have its pieces, the point is lost: the others are told, so that none waits."""
+        failure: Abandoned | None = None
         for receiver in dict.fromkeys(item.piece.receiver for item in outgoing):
-            pieces = [item for item in outgoing if item.piece.receiver == receiver]
             sending = self._connected_to(receiver)
-            block = self._mapped_block(plan, receiver, sending, watch)
-            try:
-                for item in pieces:
-                    _write_piece(block, item)
-            except (RuntimeError, ValueError) as error:
-                reason = f"{self._roster.who(self._graft_rank)} cannot write its tensor: {error}"
-                self._tell(receiver, sending.connection, b"F" + bytes.fromhex(plan.digest) + reason.encode()[:2000])
-                raise Abandoned(reason) from error
-            self._tell(receiver, sending.connection, b"D" + bytes.fromhex(plan.digest))
+            if failure is None:
+                try:
+                    block = self._mapped_block(plan, receiver, sending, watch)
+                    self._write_pieces([item for item in outgoing if item.piece.receiver == receiver], block)
+                    self._tell(receiver, sending.connection, b"D" + bytes.fromhex(plan.digest))
+                    continue
+                except _Refused as refused:
+                    failure = refused
+                    continue
+                except Abandoned as abandoned:
+                    failure = abandoned
+            reason = str(failure).encode()[:_LONGEST_REASON]
+            self._tell(receiver, sending.connection, b"F" + bytes.fromhex(plan.digest) + reason)
+        if failure is not None:
+            raise failure
+
+    def _write_pieces(self, pieces: Sequence[Outgoing], block: mmap.mmap | None) -> None:
+        try:
+            for item in pieces:
+                _write_piece(block, item)
+        except (RuntimeError, ValueError, MemoryError) as error:
+            raise Abandoned(f"{self._roster.who(self._graft_rank)} cannot write its tensor: {error}") from error
 
     def _connected_to(self, receiver: int) -> _Sending:
         sending = self._to.get(receiver)
@@ -115,24 +137,34 @@ class SharedMemoryExchange(Exchange):
         if needed == 0:
             return None
         generation, capacity = self.announced.get(receiver, (0, 0))
-        if needed <= capacity and sending.generation == generation:
-            return sending.block
-        message, descriptors = self._receive(receiver, sending.connection, watch, with_descriptor=True)
-        if message[:1] == b"R":
-            raise Abandoned(message[1 + _DIGEST_BYTES :].decode(errors="replace"))
-        if message[:1] != b"B" or len(descriptors) != 1:
-            _close_all(descriptors)
-            raise ProtocolError(f"{self._roster.who(receiver)} answered out of turn over shared memory.")
-        fd = descriptors[0]
-        try:
-            generation, nbytes = _BLOCK.unpack(message[1:])
-            if needed > nbytes or not is_sealed_block(fd, nbytes):
-                raise ProtocolError(f"{self._roster.who(receiver)} offers a block that is too small or could shrink.")
-            sending.block = mmap.mmap(fd, nbytes)
-            sending.generation = generation
-        finally:
-            os.close(fd)
+        if needed > capacity:
+            # The receiver, which announced this, makes its next block now.
+            generation += 1
+        while sending.generation != generation or sending.block is None:
+            message, descriptors = self._receive(receiver, sending.connection, watch, with_descriptor=True)
+            try:
+                self._read_answer(plan, receiver, sending, message, descriptors)
+            finally:
+                _close_all(descriptors)
+        if needed > len(sending.block):
+            raise ProtocolError(f"{self._roster.who(receiver)} offers a block that is too small.")
         return sending.block
+
+    def _read_answer(
+        self, plan: TransferPlan, receiver: int, sending: _Sending, message: bytes, descriptors: Sequence[int]
+    ) -> None:
+        """Take a block, or hear a refusal. What belongs to a point that was given up before is passed over."""
+        kind, body = message[:1], message[1:]
+        if kind == b"R":
+            if body[:_DIGEST_BYTES] == bytes.fromhex(plan.digest):
+                raise _Refused(body[_DIGEST_BYTES:].decode(errors="replace"))
+            return
+        if kind != b"B" or len(descriptors) != 1 or len(body) != _BLOCK.size:
+            raise ProtocolError(f"{self._roster.who(receiver)} answered out of turn over shared memory.")
+        generation, nbytes = _BLOCK.unpack(body)
+        if not is_sealed_block(descriptors[0], nbytes):
+            raise ProtocolError(f"{self._roster.who(receiver)} offers a block that is too small or could shrink.")
+        sending.block, sending.generation = mmap.mmap(descriptors[0], nbytes), generation
 
     # The receiver's side.
 
@@ -140,27 +172,46 @@ class SharedMemoryExchange(Exchange):
         self, plan: TransferPlan, incoming: Sequence[Piece], staging: Staging, watch: Watch
     ) -> list[torch.Tensor]:
         senders = list(dict.fromkeys(piece.sender for piece in incoming))
-        for sender in senders:
-            self._accepted_from(sender, watch)
-        if plan.staging_bytes[self._graft_rank]:
-            self._hand_out_block(senders, staging)
-        for sender in senders:
-            message, _ = self._receive(sender, self._from[sender].connection, watch)
-            kind, digest = message[:1], message[1 : 1 + _DIGEST_BYTES]
-            if digest != bytes.fromhex(plan.digest) or kind not in b"DF":
-                raise ProtocolError(f"{self._roster.who(sender)} sent another point than the one that was agreed on.")
-            if kind == b"F":
-                raise Abandoned(message[1 + _DIGEST_BYTES :].decode(errors="replace"))
+        heard: set[int] = set()
+        failure: Abandoned | None = None
+        try:
+            for sender in senders:
+                self._accepted_from(sender, watch)
+            if plan.staging_bytes[self._graft_rank]:
+                self._hand_out_block(senders, staging)
+            for sender in senders:
+                failure = self._last_word(plan, sender, watch) or failure
+                heard.add(sender)
+        except BaseException:
+            # Whoever has not had the last word may still write: it keeps this block, and its word will be late.
+            self._owed_words.update((sender, plan.digest) for sender in senders if sender not in heard)
+            staging.release()
+            raise
+        if failure is not None:
+            raise failure
         return [
             as_tensor(staging.view(piece.offset, piece.spec.nbytes), piece.spec.torch_dtype, piece.spec.shape)
             for piece in incoming
         ]
 
+    def _last_word(self, plan: TransferPlan, sender: int, watch: Watch) -> Abandoned | None:
+        """Wait until a sender has put all its pieces in place; or why it will not."""
+        while True:
+            message, _ = self._receive(sender, self._from[sender].connection, watch)
+            kind, digest = message[:1], message[1 : 1 + _DIGEST_BYTES]
+            if kind in (b"D", b"F") and digest == bytes.fromhex(plan.digest):
+                return Abandoned(message[1 + _DIGEST_BYTES :].decode(errors="replace")) if kind == b"F" else None
+            if (sender, digest.hex()) not in self._owed_words:
+                raise ProtocolError(f"{self._roster.who(sender)} sent another point than the one that was agreed on.")
+            self._owed_words.remove((sender, digest.hex()))
+
     def refuse(self, plan: TransferPlan, incoming: Sequence[Piece], reason: str, watch: Watch) -> None:
         for sender in dict.fromkeys(piece.sender for piece in incoming):
             self._accepted_from(sender, watch)
-            message = b"R" + bytes.fromhex(plan.digest) + reason.encode()[:2000]
+            message = b"R" + bytes.fromhex(plan.digest) + reason.encode()[:_LONGEST_REASON]
             self._tell(sender, self._from[sender].connection, message)
+            # A sender that failed before it read this has answered with an F.
+            self._owed_words.add((sender, plan.digest))
 
     def _hand_out_block(self, senders: Sequence[int], staging: Staging) -> None:
         """Give the block to the senders that have not got it: exactly those that wait for it."""
@@ -180,8 +231,10 @@ class SharedMemoryExchange(Exchange):
             if not readable:
                 continue
             connection, _ = self._listener.accept()
-            connection.settimeout(5)
             try:
+                # Before it may say anything: a stranger that stays silent must not hold up the run.
+                self._check_member(connection)
+                connection.settimeout(5)
                 message = connection.recv(_LONGEST_MESSAGE)
                 claimed = struct.unpack("<I", message[1:])[0] if message[:1] == b"H" and len(message) == 5 else -1
                 if not 0 <= claimed < len(self._roster.all):
@@ -197,14 +250,18 @@ class SharedMemoryExchange(Exchange):
 
     def _check_peer(self, connection: socket.socket, graft_rank: int) -> None:
         """The kernel's word for who is at the other end: the process that the roster names, of the same user."""
-        raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-        pid, uid, _ = _CREDENTIALS.unpack(raw)
+        pid, uid = _process_at(connection)
         process = self._roster.all[graft_rank].process
         if uid != os.getuid() or pid != process.pid:
             raise ProtocolError(
                 f"the socket of {self._roster.who(graft_rank)} belongs to pid {pid} of user {uid}, and the roster names "
                 f"pid {process.pid}."
             )
+
+    def _check_member(self, connection: socket.socket) -> None:
+        pid, uid = _process_at(connection)
+        if uid != os.getuid() or not any(pid == member.process.pid for member in self._roster.all):
+            raise ProtocolError("a stranger")
 
     def _tell(
         self, peer: int, connection: socket.socket, message: bytes, descriptor: array.array[int] | None = None
@@ -219,15 +276,18 @@ class SharedMemoryExchange(Exchange):
     def _receive(
         self, peer: int, connection: socket.socket, watch: Watch, *, with_descriptor: bool = False
     ) -> tuple[bytes, list[int]]:
-        connection.settimeout(_POLL_SECONDS)
+        spin_until = time.monotonic() + self._roster.spin_seconds
+        connection.setblocking(False)
         while True:
             try:
                 if with_descriptor:
-                    message, descriptors, _, _ = socket.recv_fds(connection, _LONGEST_MESSAGE, 4)
+                    message, descriptors, _, _ = socket.recv_fds(connection, _LONGEST_MESSAGE, 4, socket.MSG_CMSG_CLOEXEC)
                 else:
                     message, descriptors = connection.recv(_LONGEST_MESSAGE), []
-            except TimeoutError:
-                watch.check()
+            except BlockingIOError:
+                if time.monotonic() > spin_until:
+                    select.select([connection], [], [], _POLL_SECONDS)
+                    watch.check()
                 continue
             except OSError as error:
                 raise PeerGone(peer, f"its connection broke ({error.strerror})") from error
@@ -250,6 +310,13 @@ def _write_piece(block: mmap.mmap | None, item: Outgoing) -> None:
     assert block is not None
     place = as_tensor(view_bytes(block, item.piece.offset, spec.nbytes), spec.torch_dtype, spec.shape)
     place.copy_(item.tensor)
+
+
+def _process_at(connection: socket.socket) -> tuple[int, int]:
+    """(pid, uid) of the other end."""
+    raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    pid, uid, _ = _CREDENTIALS.unpack(raw)
+    return pid, uid
 
 
 def _close_all(descriptors: Sequence[int]) -> None:

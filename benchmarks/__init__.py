@@ -1,0 +1,12 @@
+"""What grafter costs, beside the other ways of doing the same, in one run on one machine.
+
+python -m benchmarks [--quick] [--parts ...] [--ranks ...] [--sizes ...] [--sglang DIR] [--json FILE]
+
+ways            one tensor crosses: grafter, all_gather_object, raw gloo, a copy, the grafter of sglang
+crew            the processes that do it one way, started once and told what to do next
+rounds          A B A B: every way in every round, ratios within a round, medians over rounds
+transfers, calls, footprint, summaries
+                what is measured: time by size and ranks, single calls, memory and import, statistics
+targets         what must be reached
+report          tables and JSON
+"""

@@ -1,0 +1,132 @@
+"""`python -m benchmarks`: measure, print the tables, write JSON."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from benchmarks.calls import measure_calls
+from benchmarks.footprint import measure_import, measure_memory
+from benchmarks.report import Report
+from benchmarks.sglang_grafter import find_dumper
+from benchmarks.summaries import measure_summaries
+from benchmarks.targets import KIB, MIB
+from benchmarks.transfers import Effort, measure_ranks
+from benchmarks.ways import Ranks
+
+PARTS = ("transfers", "calls", "memory", "import", "statistics")
+_RANKS = (Ranks(1, 1), Ranks(2, 2), Ranks(4, 2))
+_SIZES = (4 * KIB, 64 * KIB, MIB, 16 * MIB, 64 * MIB, 256 * MIB)
+# sglang's takes seconds where grafter takes milliseconds.
+_SGLANG_SIZES = (4 * KIB, 64 * MIB)
+_UNITS = {"": 1, "b": 1, "kib": KIB, "mib": MIB, "gib": 1024 * MIB}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is measured."""
+
+    ranks: Sequence[Ranks]
+    sizes: Sequence[int]
+    effort: Effort
+    call_rounds: int
+    calls: int
+    memory_bytes: int
+    processes: int
+    summary_bytes: int
+    summary_rounds: int
+
+
+FULL = Plan(_RANKS, _SIZES, Effort(9, 0.1, 6.0), 15, 200_000, 64 * MIB, 7, 64 * MIB, 7)
+QUICK = Plan(_RANKS[:2], (4 * KIB, MIB, 64 * MIB), Effort(5, 0.05, 3.0), 7, 100_000, 64 * MIB, 3, 64 * MIB, 3)
+
+
+def parse_size(text: str) -> int:
+    """Bytes of `4096`, `4KiB`, `1 MiB`: a multiple of 4, since tensors are float32. Raises ArgumentTypeError."""
+    found = re.fullmatch(r"\s*(\d+)\s*([a-z]*)\s*", text, re.IGNORECASE)
+    if found is None or found[2].lower() not in _UNITS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size, such as 4096, 64KiB or 1MiB")
+    nbytes = int(found[1]) * _UNITS[found[2].lower()]
+    if nbytes == 0 or nbytes % 4:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive multiple of 4 bytes (tensors are float32)")
+    return nbytes
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """0; an unmet target is no failure, since figures depend on what else the machine does."""
+    given = _parser().parse_args(arguments)
+    plan = QUICK if given.quick else FULL
+    console = Console(width=None if sys.stdout.isatty() else 180)
+    progress = Console(stderr=True)
+
+    def say(text: str) -> None:
+        if given.verbose or progress.is_terminal:
+            progress.print(f"[dim]{text}[/]")
+
+    start = time.monotonic()
+    report = Report(load_before=os.getloadavg()[0])
+    if "transfers" in given.parts:
+        for ranks in given.ranks or plan.ranks:
+            cases, stages = measure_ranks(
+                ranks, given.sizes or plan.sizes, plan.effort, say, sglang=given.sglang, sglang_sizes=_SGLANG_SIZES
+            )
+            report.cases += cases
+            report.stages += stages
+    if "calls" in given.parts:
+        say("calls")
+        report.calls = measure_calls(plan.call_rounds, plan.calls, given.sglang)
+    if "memory" in given.parts:
+        say("memory")
+        report.memory = measure_memory(max(given.sizes) if given.sizes else plan.memory_bytes, given.sglang)
+    if "import" in given.parts:
+        say("import")
+        report.imports = measure_import(plan.processes)
+    if "statistics" in given.parts:
+        say("statistics")
+        nbytes = max(given.sizes) if given.sizes else plan.summary_bytes
+        report.summaries = measure_summaries(nbytes, plan.summary_rounds, given.sglang)
+    report.seconds = time.monotonic() - start
+    report.print(console, verbose=given.verbose)
+    if given.json is not None:
+        report.write(given.json)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="under a minute: fewer sizes, ranks and rounds")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=", ".join(PARTS))
+    parser.add_argument("--ranks", nargs="+", type=Ranks.parse, metavar="N-M", help="senders-receivers, e.g. 1-1 4-2")
+    parser.add_argument(
+        "--sizes",
+        nargs="+",
+        type=parse_size,
+        metavar="SIZE",
+        help="e.g. 4KiB 64MiB; memory and statistics: the largest",
+    )
+    parser.add_argument(
+        "--sglang", type=_unpacked_wheel, metavar="DIR", help="an unpacked sglang 0.5.23 wheel: its grafter too"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there")
+    parser.add_argument("--verbose", action="store_true", help="progress, and what costs time in the import")
+    return parser
+
+
+def _unpacked_wheel(text: str) -> Path:
+    try:
+        find_dumper(Path(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return Path(text).resolve()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,233 @@
+"""What a run of the benchmarks found, as tables for a person and as JSON for a program."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.calls import CallResult
+from benchmarks.footprint import ImportResult, MemoryResult
+from benchmarks.rounds import Spread
+from benchmarks.summaries import SummaryResult
+from benchmarks.targets import Target, call_targets, import_targets, size_text, summary_targets, transfer_targets
+from benchmarks.transfers import CaseResult, StageResult
+from benchmarks.ways import AllGatherObject, Grafter, Memcpy, RawGloo, Sglang
+
+SCHEMA_VERSION = 1
+_STAGES = ("pairing", "exchange", "transform", "agreement", "write", "statistics")
+
+
+@dataclass
+class Report:
+    """Everything that was measured; parts that were not asked for are empty."""
+
+    cases: list[CaseResult] = field(default_factory=list)
+    stages: list[StageResult] = field(default_factory=list)
+    calls: list[CallResult] = field(default_factory=list)
+    memory: list[MemoryResult] = field(default_factory=list)
+    imports: ImportResult | None = None
+    summaries: list[SummaryResult] = field(default_factory=list)
+    seconds: float = 0.0
+    load_before: float = 0.0
+
+    @property
+    def targets(self) -> list[Target]:
+        return [
+            *transfer_targets(self.cases),
+            *call_targets(self.calls),
+            *(import_targets(self.imports) if self.imports is not None else []),
+            *summary_targets(self.summaries),
+        ]
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "machine": machine_facts(),
+            "seconds": self.seconds,
+            "load_before": self.load_before,
+            "transfers": [case.as_json() for case in self.cases],
+            "stages": [stage.as_json() for stage in self.stages],
+            "calls": [call.as_json() for call in self.calls],
+            "memory": [memory.as_json() for memory in self.memory],
+            "import": self.imports.as_json() if self.imports is not None else None,
+            "statistics": [summary.as_json() for summary in self.summaries],
+            "targets": [target.as_json() for target in self.targets],
+        }
+
+    def write(self, path: Path) -> None:
+        path.write_text(json.dumps(self.as_json(), indent=1, allow_nan=False) + "\n")
+
+    def print(self, console: Console, *, verbose: bool) -> None:
+        facts = machine_facts()
+        console.print(
+            f"{facts['cpus']} CPUs ({facts['processor']}), torch {facts['torch']}, Python {facts['python']}, "
+            f"{facts['date']}; {self.seconds:.0f} s; load before: {self.load_before:.2f}"
+        )
+        tables = [
+            _transfer_table(self.cases) if self.cases else None,
+            _stage_table(self.stages) if self.stages else None,
+            _call_table(self.calls) if self.calls else None,
+            _memory_table(self.memory) if self.memory else None,
+            _summary_table(self.summaries) if self.summaries else None,
+            _import_table(self.imports) if self.imports is not None and verbose else None,
+            _target_table(self.targets) if self.targets else None,
+        ]
+        for table in tables:
+            if table is not None:
+                console.print()
+                console.print(table)
+        for case in self.cases:
+            for reason in case.left_out.values():
+                console.print(f"left out of {case.ranks}, {size_text(case.nbytes)}: {reason}")
+
+
+def machine_facts() -> dict[str, Any]:
+    """What the figures depend on; nothing that names this machine."""
+    return {
+        "cpus": os.cpu_count(),
+        "processor": _processor(),
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _processor() -> str:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if number == 0 else "right", no_wrap=True)
+    return table
+
+
+def _transfer_table(cases: list[CaseResult]) -> Table:
+    others = [AllGatherObject.name, RawGloo.name, Memcpy.name, Sglang.name]
+    others = [way for way in others if any(way in case.seconds for case in cases)]
+    columns = [column for way in others for column in (way, "x")]
+    table = _table(
+        "One call. x: how many times grafter's (below 1: faster than grafter); ±: half of the middle half of rounds",
+        "ranks, size", "grafter", "±", *columns, "target", "met",
+    )  # fmt: skip
+    for case in cases:
+        own = case.spread(Grafter.name)
+        cells = [f"{case.ranks}, {size_text(case.nbytes)}", time_text(own.median), f"{own.noise:.0%}"]
+        for way in others:
+            ratio = case.ratio(way, Grafter.name)
+            cells += ["", ""] if ratio is None else [time_text(case.spread(way).median), ratio_text(ratio)]
+        targets = transfer_targets([case])
+        cells += [
+            "\n".join(f"{'≥' if t.at_least else '≤'} {t.limit:g} {_against(t)}" for t in targets),
+            "\n".join(met_text(t) for t in targets),
+        ]
+        table.add_row(*cells)
+    return table
+
+
+def _against(target: Target) -> str:
+    return "gathers" if target.unit == "times" else target.unit
+
+
+def _stage_table(stages: list[StageResult]) -> Table:
+    table = _table(
+        "Where grafter's call spends its time (rank 0 of each job)", "ranks, size, role", *_STAGES, "elsewhere"
+    )
+    for stage in stages:
+        own = [*(stage.stages.get(name, 0.0) for name in _STAGES), stage.elsewhere]
+        table.add_row(
+            f"{stage.ranks}, {size_text(stage.nbytes)}, {stage.role}", *(time_text(s) if s else "" for s in own)
+        )
+    return table
+
+
+def _call_table(calls: list[CallResult]) -> Table:
+    table = _table("A call that moves nothing", "call", "time", "x empty", "±", "target", "met")
+    for call in calls:
+        targets = call_targets([call])
+        table.add_row(
+            call.call,
+            time_text(call.nanoseconds.median / 1e9),
+            ratio_text(call.over_empty),
+            f"{call.over_empty.noise:.0%}",
+            "\n".join(f"≤ {t.limit:g}" for t in targets),
+            "\n".join(met_text(t) for t in targets),
+        )
+    return table
+
+
+def _memory_table(memory: list[MemoryResult]) -> Table:
+    table = _table(
+        "Peak memory over the tensor's own, 1->1", "way", "tensor", "sender", "receiver", "receiver, tensors"
+    )
+    for result in memory:
+        table.add_row(
+            result.way,
+            size_text(result.nbytes),
+            f"{result.sender_bytes / 2**20:.0f} MiB",
+            f"{result.receiver_bytes / 2**20:.0f} MiB",
+            f"{result.receiver_bytes / result.nbytes:.1f}",
+        )
+    return table
+
+
+def _summary_table(summaries: list[SummaryResult]) -> Table:
+    table = _table("Statistics of two float32 tensors, one thread", "what", "size each", "time", "memcpys", "±")
+    for summary in summaries:
+        table.add_row(
+            summary.case,
+            size_text(summary.nbytes),
+            time_text(summary.seconds.median),
+            f"{summary.memcpys.median:.1f}",
+            f"{summary.memcpys.noise:.0%}",
+        )
+    return table
+
+
+def _import_table(result: ImportResult) -> Table:
+    table = _table("What import grafter imports beyond torch, by own time", "module", "time")
+    for module, seconds in result.costliest:
+        table.add_row(module, time_text(seconds))
+    return table
+
+
+def _target_table(targets: list[Target]) -> Table:
+    table = _table("Targets", "what", "measured", "±", "target", "met")
+    for target in targets:
+        table.add_row(
+            target.what, f"{target.measured:.3g} {target.unit}", f"{target.noise:.0%}", target.text, met_text(target)
+        )
+    return table
+
+
+def met_text(target: Target) -> str:
+    return "[green]met[/]" if target.met else "[red]not met[/]"
+
+
+def ratio_text(ratio: Spread) -> str:
+    return f"{ratio.median:.2f}" if ratio.median < 10 else f"{ratio.median:.0f}"
+
+
+def time_text(seconds: float) -> str:
+    """Three digits and the unit that suits: 95 ns, 4.20 us, 1.52 ms, 2.31 s."""
+    for unit, factor in (("s", 1.0), ("ms", 1e3), ("us", 1e6)):
+        if seconds * factor >= 1:
+            return f"{_three_digits(seconds * factor)} {unit}"
+    return f"{_three_digits(seconds * 1e9)} ns"
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"

@@ -1,0 +1,152 @@
+"""The time that one tensor takes to cross, by size and number of ranks, every way in every round."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from benchmarks.crew import Crew
+from benchmarks.rounds import Spread, interleaved, ratio, spread
+from benchmarks.ways import WAYS, AllGatherObject, Grafter, Memcpy, RawGloo, Ranks, Sglang
+
+Say = Callable[[str], None]
+# The rest is for the other jobs of the machine, and for what the estimate does not know.
+_SHARE_OF_MEMORY = 0.7
+_CALLS_PER_ROUND = 100
+# Above this many seconds a call, neither clocks nor the start of a batch matter.
+_SLOW_CALL = 0.05
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long to measure: rounds of one batch per way, within the budget of a case where three rounds allow it."""
+
+    rounds: int
+    batch_seconds: float
+    case_seconds: float
+
+
+@dataclass
+class CaseResult:
+    """One number of ranks and one size. Seconds per call, one value per round, by way."""
+
+    ranks: Ranks
+    nbytes: int
+    seconds: dict[str, list[float]]
+    calls_per_round: dict[str, int]
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    def spread(self, way: str) -> Spread:
+        return spread(self.seconds[way])
+
+    def ratio(self, way: str, over: str) -> Spread | None:
+        """Of the seconds of two ways, within rounds; None where one was left out."""
+        if way not in self.seconds or over not in self.seconds:
+            return None
+        return ratio(self.seconds[way], self.seconds[over])
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "ranks": str(self.ranks),
+            "bytes": self.nbytes,
+            "seconds": self.seconds,
+            "median_seconds": {way: self.spread(way).median for way in self.seconds},
+            "calls_per_round": self.calls_per_round,
+            "left_out": self.left_out,
+        }
+
+
+@dataclass
+class StageResult:
+    """Where the calls of one case spend their time, by the ledger: median seconds by stage, of one role's rank 0."""
+
+    ranks: Ranks
+    nbytes: int
+    role: str
+    stages: dict[str, float]
+    call_seconds: float
+
+    @property
+    def elsewhere(self) -> float:
+        """In `dump` and in no stage: tags, key and header before, the ledger after."""
+        return max(0.0, self.call_seconds - sum(self.stages.values()))
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "ranks": str(self.ranks),
+            "bytes": self.nbytes,
+            "role": self.role,
+            "seconds": {**self.stages, "elsewhere": self.elsewhere},
+            "call_seconds": self.call_seconds,
+        }
+
+
+def measure_ranks(
+    ranks: Ranks, sizes: Sequence[int], effort: Effort, say: Say, *, sglang: Path | None, sglang_sizes: Sequence[int]
+) -> tuple[list[CaseResult], list[StageResult]]:
+    """All sizes for one number of ranks; the processes of all ways live side by side and work in turn."""
+    names = [Grafter.name, AllGatherObject.name, RawGloo.name, Memcpy.name]
+    if sglang is not None and ranks.one_to_one:
+        names.append(Sglang.name)
+    cases = []
+    with ExitStack() as stack:
+        crews = {name: stack.enter_context(Crew(name, ranks, sglang=sglang)) for name in names}
+        for nbytes in sizes:
+            say(f"{ranks}, {nbytes / 2**20:g} MiB")
+            chosen = {name: crew for name, crew in crews.items() if name != Sglang.name or nbytes in sglang_sizes}
+            cases.append(_measure_case(chosen, ranks, nbytes, effort))
+        # The size costs memory until another takes its place.
+        for crew in crews.values():
+            crew.prepare(4096)
+        stages = _read_stages(crews[Grafter.name], cases)
+    return cases, stages
+
+
+def _measure_case(crews: dict[str, Crew], ranks: Ranks, nbytes: int, effort: Effort) -> CaseResult:
+    left_out = {name: reason for name in crews if (reason := _why_left_out(name, ranks, nbytes))}
+    measured = {name: crew for name, crew in crews.items() if name not in left_out}
+    for crew in measured.values():
+        crew.prepare(nbytes)
+    measures, calls, round_seconds = {}, {}, 0.0
+    for name, crew in measured.items():
+        one = crew.seconds_per_call(1, lead_in=1)
+        calls[name] = max(1, min(_CALLS_PER_ROUND, int(effort.batch_seconds / one)))
+        # The first calls of a batch wait for ranks that are told later, and find cold caches.
+        lead_in = 0 if one > _SLOW_CALL else 1 if calls[name] < 10 else 3
+        round_seconds += one * (calls[name] + lead_in)
+        measures[name] = partial(crew.seconds_per_call, calls[name], lead_in)
+    rounds = max(3, min(effort.rounds, int(effort.case_seconds / round_seconds)))
+    return CaseResult(ranks, nbytes, interleaved(measures, rounds), calls, left_out)
+
+
+def _why_left_out(way: str, ranks: Ranks, nbytes: int) -> str | None:
+    needed, available = WAYS[way].bytes_needed(ranks, nbytes), _available_bytes()
+    if needed <= _SHARE_OF_MEMORY * available:
+        return None
+    return f"{way} needs {needed / 2**30:.1f} GiB in all, and {available / 2**30:.1f} GiB are free"
+
+
+def _available_bytes() -> int:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("/proc/meminfo has no MemAvailable")
+
+
+def _read_stages(crew: Crew, cases: Sequence[CaseResult]) -> list[StageResult]:
+    from grafter.ledger import read_run
+
+    results = []
+    for role, role_rank, records in read_run(crew.ledger_directory()):
+        for case in cases if role_rank == 0 else ():
+            # Senders answer at once but for the first two: those of the warm-up.
+            own = [record for record in records if record.tags["nbytes"] == case.nbytes][2:]
+            stages = sorted({stage for record in own for stage in record.seconds})
+            medians = {stage: statistics.median(r.seconds.get(stage, 0.0) for r in own) for stage in stages}
+            results.append(StageResult(case.ranks, case.nbytes, role, medians, case.spread(Grafter.name).median))
+    return results

@@ -1,0 +1,278 @@
+"""The ways in which a tensor crosses from the baseline's ranks to the target's, one class each.
+
+The k-th baseline rank's tensor replaces the k-th target rank's, in place. Where the counts differ, every target rank
+takes in all of the baseline's and writes the last one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+
+POINT = "h"
+_TAKE_LAST = Path(__file__).parent.parent / "transforms" / "take_last.py"
+_TIMEOUT = timedelta(seconds=300)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """How many ranks send (the baseline) and how many receive (the target)."""
+
+    baseline: int
+    target: int
+
+    @classmethod
+    def parse(cls, text: str) -> Ranks:
+        """`2-2` or `2->2`. Raises ValueError for anything else."""
+        baseline, separator, target = text.replace("->", "-").partition("-")
+        if not separator or not baseline.isdecimal() or not target.isdecimal() or not int(baseline) or not int(target):
+            raise ValueError(f"{text!r} is not a number of senders and of receivers, such as 2-2")
+        return cls(int(baseline), int(target))
+
+    @property
+    def total(self) -> int:
+        return self.baseline + self.target
+
+    @property
+    def one_to_one(self) -> bool:
+        return self.baseline == self.target
+
+    @property
+    def received_per_rank(self) -> int:
+        """Tensors that one target rank takes in."""
+        return 1 if self.one_to_one else self.baseline
+
+    def __str__(self) -> str:
+        return f"{self.baseline}->{self.target}"
+
+
+@dataclass(frozen=True)
+class Seat:
+    """Which rank of which crew a process is, and what it finds there."""
+
+    role: str
+    role_rank: int
+    ranks: Ranks
+    store_port: int
+    directory: str
+    sglang: str | None = None
+    settings: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def sends(self) -> bool:
+        return self.role == "baseline"
+
+    @property
+    def global_rank(self) -> int:
+        return self.role_rank if self.sends else self.ranks.baseline + self.role_rank
+
+    @property
+    def source(self) -> int:
+        """The baseline rank whose value this rank holds after the exchange."""
+        return self.role_rank if self.sends or self.ranks.one_to_one else self.ranks.baseline - 1
+
+
+class Way(ABC):
+    """One rank's part of one way. All ranks of the crew construct it, then call `exchange` equally often."""
+
+    name: ClassVar[str]
+
+    def __init__(self, seat: Seat) -> None:
+        self.seat = seat
+
+    @abstractmethod
+    def exchange(self, value: torch.Tensor) -> None:
+        """Send `value`, or replace it by what came: float32 `[n]`, the same n on every rank."""
+
+    def close(self) -> None:
+        """Leave, so that the process can end."""
+
+    @classmethod
+    def bytes_needed(cls, ranks: Ranks, nbytes: int) -> int:
+        """Memory of all processes of the crew together, for tensors of `nbytes`."""
+        return ranks.total * nbytes + 2 * ranks.target * ranks.received_per_rank * nbytes
+
+
+class Grafter(Way):
+    """This project, as a user's script has it."""
+
+    name = "grafter"
+
+    def __init__(self, seat: Seat) -> None:
+        super().__init__(seat)
+        settings = {
+            "enable": "1",
+            "role": seat.role,
+            "master_port": str(seat.store_port),
+            "store_host": "launcher",
+            "b2t_filter": f"name == '{POINT}'",
+            "dir": seat.directory,
+            "run_name": "run",
+            "log_level": "warning",
+            "stats": "off",
+            **({} if seat.ranks.one_to_one else {"transform_path": f"{_TAKE_LAST}:transform"}),
+            **seat.settings,
+        }
+        os.environ.update({f"GRAFTER_{name.upper()}": value for name, value in settings.items()})
+        size = seat.ranks.baseline if seat.sends else seat.ranks.target
+        os.environ.update({"RANK": str(seat.role_rank), "WORLD_SIZE": str(size)})
+        import grafter
+
+        self._grafter = grafter
+
+    def exchange(self, value: torch.Tensor) -> None:
+        # The tag tells the sizes apart in the ledger.
+        self._grafter.dump(POINT, value, nbytes=value.nbytes)
+
+    def close(self) -> None:
+        self._grafter.close()
+
+
+class _Gloo(Way):
+    """A gloo group of both jobs' ranks, the baseline's first."""
+
+    def __init__(self, seat: Seat) -> None:
+        super().__init__(seat)
+        store = dist.TCPStore("127.0.0.1", seat.store_port, is_master=False, timeout=_TIMEOUT)
+        dist.init_process_group("gloo", store=store, rank=seat.global_rank, world_size=seat.ranks.total)
+
+    def close(self) -> None:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+class AllGatherObject(_Gloo):
+    """What is written first: the senders' tensors are gathered as objects, receivers give nothing."""
+
+    name = "all_gather_object"
+
+    def exchange(self, value: torch.Tensor) -> None:
+        gathered: list[Any] = [None] * self.seat.ranks.total
+        dist.all_gather_object(gathered, value if self.seat.sends else None)
+        if not self.seat.sends:
+            value.copy_(gathered[self.seat.source])
+
+    @classmethod
+    def bytes_needed(cls, ranks: Ranks, nbytes: int) -> int:
+        # Each rank has its tensor, its pickle twice, every rank's pickle padded to the longest, and each tensor again.
+        return ranks.total * (3 + ranks.total + ranks.baseline) * nbytes
+
+
+class RawGloo(_Gloo):
+    """Send and receive, sizes known beforehand, nothing agreed on, checked or recorded."""
+
+    name = "gloo send/recv"
+
+    def __init__(self, seat: Seat) -> None:
+        super().__init__(seat)
+        self._buffers: list[torch.Tensor] = []
+
+    def exchange(self, value: torch.Tensor) -> None:
+        ranks, seat = self.seat.ranks, self.seat
+        if ranks.one_to_one:
+            if seat.sends:
+                dist.send(value, ranks.baseline + seat.role_rank)
+            else:
+                dist.recv(value, seat.source)
+            return
+        if seat.sends:
+            works = [dist.isend(value, ranks.baseline + receiver) for receiver in range(ranks.target)]
+        else:
+            if not self._buffers or self._buffers[0].shape != value.shape:
+                self._buffers = [torch.empty_like(value) for _ in range(ranks.baseline)]
+            works = [dist.irecv(buffer, sender) for sender, buffer in enumerate(self._buffers)]
+        for work in works:
+            assert work is not None
+            work.wait()
+        if not seat.sends:
+            value.copy_(self._buffers[seat.source])
+
+
+class Memcpy(Way):
+    """What one receiver takes in, copied within one process by one thread: the floor."""
+
+    name = "memcpy"
+
+    def __init__(self, seat: Seat) -> None:
+        super().__init__(seat)
+        self._sources: list[torch.Tensor] = []
+
+    def exchange(self, value: torch.Tensor) -> None:
+        if not self._sources or self._sources[0].shape != value.shape:
+            senders = [self.seat.role_rank] if self.seat.ranks.one_to_one else range(self.seat.ranks.baseline)
+            self._sources = [torch.full_like(value, sender + 1.0) for sender in senders]
+        for source in self._sources:
+            value.copy_(source)
+
+
+class Sglang(Way):
+    """The grafter inside sglang. Its log lines, which it always writes, go nowhere."""
+
+    name = "sglang"
+
+    def __init__(self, seat: Seat) -> None:
+        super().__init__(seat)
+        from benchmarks.sglang_grafter import load_dumper_module
+
+        assert seat.sglang is not None
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        # Otherwise its rank 0 would host the store on a port that must be chosen before it is free for sure.
+        os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+        store = dist.TCPStore("127.0.0.1", seat.store_port, is_master=False, timeout=_TIMEOUT)
+        size = seat.ranks.baseline if seat.sends else seat.ranks.target
+        # It wants the job's own group as the default one.
+        dist.init_process_group("gloo", store=dist.PrefixStore(seat.role, store), rank=seat.role_rank, world_size=size)
+        module = load_dumper_module(Path(seat.sglang))
+        config = module.DumperConfig(
+            enable=True,
+            exp_name="benchmark",
+            dir=seat.directory,
+            enable_output_file=False,
+            enable_output_console=False,
+            grafter_enable=True,
+            grafter_role=seat.role,
+            grafter_b2t_filter=f"name == '{POINT}'",
+            grafter_master_address="127.0.0.1",
+            grafter_master_port=seat.store_port,
+            grafter_baseline_world_size=seat.ranks.baseline,
+            grafter_target_world_size=seat.ranks.target,
+            grafter_backend="gloo",
+        )
+        self.dumper = module._Dumper(config=config)
+        self.disabled_dumper = module._Dumper(config=module.DumperConfig())
+
+    def exchange(self, value: torch.Tensor) -> None:
+        self.dumper.dump(POINT, value, nbytes=value.nbytes)
+
+    def close(self) -> None:
+        with contextlib.suppress(RuntimeError):
+            dist.destroy_process_group()
+
+    @classmethod
+    def bytes_needed(cls, ranks: Ranks, nbytes: int) -> int:
+        return AllGatherObject.bytes_needed(ranks, nbytes) + ranks.total * 8 * nbytes
+
+
+class Off(Way):
+    """grafter imported and not enabled: only its calls are measured."""
+
+    name = "off"
+
+    def exchange(self, value: torch.Tensor) -> None:
+        import grafter
+
+        grafter.dump(POINT, value)
+
+
+WAYS: dict[str, type[Way]] = {way.name: way for way in (Grafter, AllGatherObject, RawGloo, Memcpy, Sglang, Off)}
+# Those that one process does alone.
+SOLITARY = (Memcpy.name, Off.name)
