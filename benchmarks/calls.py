@@ -44,9 +44,10 @@ def measure_calls(rounds: int, count: int, sglang: Path | None) -> list[CallResu
             crews[Sglang.name] = stack.enter_context(Crew(Sglang.name, _ONE_TO_ONE, sglang=sglang))
             loops["sglang, disabled"] = (Sglang.name, "sglang disabled")
             loops["sglang, unmatched"] = (Sglang.name, "sglang")
-        for crew in crews.values():
-            crew.prepare(4096)
-        results = []
+        for name, crew in crews.items():
+            if name != Off.name:
+                crew.prepare(4096)
+        results: list[CallResult] = []
         for call, (crew_name, loop) in loops.items():
             crew = crews[crew_name]
             number = count if call == "disabled" else max(1, count // 10)

@@ -11,7 +11,7 @@ import statistics
 import tempfile
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import repeat
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks import empty
-from benchmarks.ways import POINT, SOLITARY, WAYS, Ranks, Seat, Way
+from benchmarks.ways import SOLITARY, WAYS, Ranks, Seat, Way
 from grafter.store import HostedStore, serve
 
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -74,7 +74,7 @@ class Crew:
         return max(statistics.median(seconds[lead_in:]) for seconds in self._ask("exchange", count + lead_in))
 
     def memory_bytes(self, nbytes: int) -> list[int]:
-        """Peak memory of one exchange over what was there with the tensor, per rank. For a crew used for nothing else."""
+        """Peak memory of one exchange over what was there with the tensor, per rank. For a crew of its own."""
         return list(self._ask("memory", nbytes))
 
     def nanoseconds(self, loop: str, count: int) -> float:
@@ -228,7 +228,6 @@ def _loop_empty(way: Way, value: torch.Tensor, count: int) -> float:
 def _loop_grafter(way: Way, value: torch.Tensor, count: int) -> float:
     import grafter
 
-    assert POINT != "other"
     start = time.perf_counter()
     for _ in repeat(None, count):
         grafter.dump("other", value, layer_id=3)
@@ -251,7 +250,7 @@ def _loop_sglang_disabled(way: Any, value: torch.Tensor, count: int) -> float:
     return time.perf_counter() - start
 
 
-LOOPS: dict[str, Any] = {
+LOOPS: dict[str, Callable[[Any, torch.Tensor, int], float]] = {
     "empty": _loop_empty,
     "grafter": _loop_grafter,
     "sglang": _loop_sglang,

@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmarks.crew import Crew
 from benchmarks.rounds import Spread, interleaved, ratio, spread
-from benchmarks.ways import WAYS, AllGatherObject, Grafter, Memcpy, RawGloo, Ranks, Sglang
+from benchmarks.ways import WAYS, AllGatherObject, Grafter, Memcpy, Ranks, RawGloo, Sglang
 
 Say = Callable[[str], None]
 # The rest is for the other jobs of the machine, and for what the estimate does not know.

@@ -93,7 +93,7 @@ class Way(ABC):
     def exchange(self, value: torch.Tensor) -> None:
         """Send `value`, or replace it by what came: float32 `[n]`, the same n on every rank."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - most have nothing to leave
         """Leave, so that the process can end."""
 
     @classmethod

@@ -164,7 +164,8 @@ class Grafter:
         if torch._C._current_graph_task_id() != -1 and torch.is_grad_enabled():
             raise UsageError(
                 f"the point {name!r} at {site} is in a recomputation (activation checkpointing runs the forward again "
-                f"during backward). The other job does not come to it a second time, and this version cannot replay it: "
+                "during backward). The other job does not come to it a second time, and this version cannot replay "
+                "it: "
                 f"dump outside of the checkpointed region, or switch checkpointing off."
             )
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():

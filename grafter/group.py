@@ -38,7 +38,8 @@ def make_gloo_group(
 
     Takes 1 to 2 ms; raises RuntimeError if a member does not come within `CONSTRUCTION_TIMEOUT`.
     """
-    options = ProcessGroupGloo._Options()
+    # torch's stubs leave out most of what a backend has.
+    options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     options._devices = [ProcessGroupGloo.create_device(hostname=local_address)]
     options._timeout = CONSTRUCTION_TIMEOUT
     options._threads = 2

@@ -353,7 +353,8 @@ class Housekeeping:
         board = describe_board(self.read_board(self._client), gone, self._remarks())
         self.abort(
             PointTimeoutError(
-                f"{self._who} waited {wait.timeout:.0f} s for {wait.what} ({wait.stage}), and the time is up.\n{board}\n"
+                f"{self._who} waited {wait.timeout:.0f} s for {wait.what} ({wait.stage}), and the time is "
+                f"up.\n{board}\n"
                 f"No process is known to be gone and the waits do not exclude each other, so a rank that seems to run "
                 f"is probably slow, stopped, or stuck in its own job's collectives (py-spy dump --pid tells). "
                 f"Raise GRAFTER_TIMEOUT if it only needs longer."
@@ -503,8 +504,10 @@ class Housekeeping:
         ):
             board = describe_board(list(self._last_lines.values()), self.gone_here(), self._remarks())
             self.aborted = PointTimeoutError(
-                f"{self._who} waited {wait.timeout:.0f} s for {wait.what} ({wait.stage}), and the rendezvous store does not "
-                f"answer: {self._roster.who(self._host_rank)}, which hosts it, is stopped. The last that was seen:\n{board}"
+                f"{self._who} waited {wait.timeout:.0f} s for {wait.what} ({wait.stage}), and the rendezvous store "
+                "does not "
+                f"answer: {self._roster.who(self._host_rank)}, which hosts it, is stopped. The last that was "
+                f"seen:\n{board}"
             )
 
     def store_lost_error(self, error: RunError) -> RunError:

@@ -61,7 +61,7 @@ def join(
 
     Raises JoinError where the jobs do not fit, and what ended the run where something did.
     """
-    address, port = config.master_address, config.master_port
+    address, port = config.master_address, config.master_port or 0
     hosts = config.store_host == "rank0" and place.role == "baseline" and place.role_rank == 0
     server = serve(address, port) if hosts else None
     secret = config.secret.get_secret_value() if config.secret else None
@@ -151,7 +151,8 @@ class _Handshake:
                 "other job is at other points by now. Start both jobs anew."
             )
         return text + (
-            "Each rank needs a rank of its own: GRAFTER_RANK, else torch.distributed's, else RANK, is taken. If another "
+            "Each rank needs a rank of its own: GRAFTER_RANK, else torch.distributed's, else RANK, is taken. If "
+            "another "
             "pair uses this store, give each pair its own GRAFTER_GROUP_NAME or master port."
         )
 

@@ -187,6 +187,7 @@ class Meeting:
             elif target.shape != value.shape:
                 raise WriteRefused(
                     f"a value of shape {list(value.shape)} cannot be compared with one of shape {list(target.shape)}; a "
+                    ""
                     f"transform can turn one into the other."
                 )
 
@@ -228,7 +229,8 @@ class Meeting:
         roster = self._session.roster
         process = roster.all[gone.graft_rank].process
         error = PeerLostError(
-            f"{roster.who(gone.graft_rank)} (pid {process.pid} on {process.hostname}) is gone in the middle of the point "
+            f"{roster.who(gone.graft_rank)} (pid {process.pid} on {process.hostname}) is gone in the middle of "
+            "the point "
             f"{self._key}: {gone}. Nothing of this point was written where it was not complete. Look at the end of its "
             f"output first."
         )

@@ -275,7 +275,8 @@ def find_conflict(headers: Sequence[Header]) -> str | None:
 def _two_leaders(first: Header, second: Header) -> str:
     return (
         f"ranks of one job declare different participants: {first.who} says {list(first.participants)} "
-        f"(at {first.call_site}), {second.who} says {list(second.participants)} (at {second.call_site}). All ranks that "
+        f"(at {first.call_site}), {second.who} says {list(second.participants)} (at {second.call_site}). All "
+        "ranks that "
         f"share a point must give the same `ranks=`; ranks that do not share it need another tag (such as "
         f"`pp_stage=...`) so that their points differ."
     )
@@ -327,6 +328,7 @@ def _find_shared_gpu(headers: Sequence[Header]) -> str | None:
             if other is not header:
                 return (
                     f"{other.who} and {header.who} use one GPU ({header.nccl_device}), and NCCL refuses two ranks on one "
+                    ""
                     f"device. Use GRAFTER_BACKEND=auto, or give each job GPUs of its own."
                 )
     return None
@@ -347,7 +349,8 @@ def _pair_by_position(senders: Sequence[Header], receivers: Sequence[Header], *,
         return Decision(
             {},
             "failed",
-            f"{len(senders)} ranks send and {len(receivers)} receive, so rank k of one does not belong to rank k of the "
+            f"{len(senders)} ranks send and {len(receivers)} receive, so rank k of one does not belong to rank k "
+            "of the "
             f"other. Give a transform that says what each receiver makes of all the senders' tensors "
             f"(transforms/ has one that concatenates).",
         )
@@ -369,7 +372,8 @@ def find_mismatch(sender: Header, receiver: Header) -> str | None:
         path = next(p for p in sender.others if sender.others[p] != receiver.others.get(p))
         return (
             f"the leaf {path} is {json.loads(sender.others[path])[1]!r} at {sender.who} and "
-            f"{json.loads(receiver.others.get(path, '[0, null]'))[1]!r} at {receiver.who}; leaves that are no tensors must be equal"
+            f"{json.loads(receiver.others.get(path, '[0, null]'))[1]!r} at {receiver.who}; leaves that are no "
+            "tensors must be equal"
         )
     for ours, theirs in zip(sender.leaves, receiver.leaves, strict=True):
         if ours.shape != theirs.shape:

@@ -16,7 +16,8 @@ _SPIN_SECONDS = 0.0003
 
 
 class Announcement(BaseModel):
-    """What a rank says when it joins. Its form stays readable to other protocol versions; unknown fields are left out."""
+    """What a rank says when it joins. Its form stays readable to other protocol versions; unknown "
+    "fields are left out."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -90,8 +91,10 @@ def find_disagreement(baseline: Sequence[Announcement], target: Sequence[Announc
     for member in everyone:
         if member.protocol_version != first.protocol_version:
             return (
-                f"{first.who} runs grafter {first.grafter_version} (protocol {first.protocol_version}) and {member.who} "
-                f"runs grafter {member.grafter_version} (protocol {member.protocol_version}). Install the same grafter in "
+                f"{first.who} runs grafter {first.grafter_version} (protocol {first.protocol_version}) and "
+                f"{member.who} "
+                f"runs grafter {member.grafter_version} (protocol {member.protocol_version}). Install the same "
+                "grafter in "
                 f"both jobs."
             )
     for side in (baseline, target):
@@ -108,6 +111,7 @@ def find_disagreement(baseline: Sequence[Announcement], target: Sequence[Announc
             if actual != size:
                 return (
                     f"{member.who} has GRAFTER_{role.upper()}_WORLD_SIZE={size}, and the {role} job has {actual} ranks. "
+                    ""
                     f"Correct the variable, or leave it out: the size is then discovered."
                 )
     for member in everyone:

@@ -175,7 +175,8 @@ class Session:
     # Tidying.
 
     def finished(self, members: tuple[tuple[int, ...], tuple[int, ...]], keys: list[str]) -> None:
-        """A point of these participants is over. That they all came to it proves that they are done with the one before."""
+        """A point of these participants is over. That they all came to it proves that they are done with "
+        "the one before."""
         done = self._deletable.pop(members, None)
         if done:
             self.housekeeping.delete_later(done)

@@ -53,7 +53,8 @@ class Staging:
         available = _available_bytes()
         if available is not None and nbytes > available:
             raise StagingRefused(
-                f"{nbytes / 2**20:.0f} MiB are announced for this rank and {available / 2**20:.0f} MiB of memory are free"
+                f"{nbytes / 2**20:.0f} MiB are announced for this rank and {available / 2**20:.0f} MiB of memory are "
+                "free"
             )
         self.release()
         capacity = -(-nbytes // _GRANULE_BYTES) * _GRANULE_BYTES

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar, cast
+from typing import TypeVar
 
 from torch.distributed import DistError, TCPStore
 
@@ -77,6 +77,7 @@ def connect(address: str, port: int, *, timeout: float, keep_trying: Callable[[]
             if time.monotonic() > deadline or not keep_trying():
                 raise JoinError(
                     f"no rendezvous store at {address}:{port} after {timeout:.0f} s ({error}). It is hosted by `grafter "
+                    ""
                     f"run`, else by baseline rank 0. Check that the baseline job has started, that both jobs have the "
                     f"same GRAFTER_MASTER_ADDRESS and GRAFTER_MASTER_PORT, and that no firewall lies between."
                 ) from error
@@ -114,7 +115,7 @@ def _open_client(address: str, port: int) -> Connection:
 
 def _sockets_to(port: int) -> set[int]:
     """The descriptors of this process that are connected to a port."""
-    found = set()
+    found: set[int] = set()
     try:
         names = os.listdir("/proc/self/fd")
     except OSError:
@@ -170,7 +171,7 @@ class StoreClient:
     def put_if_absent(self, key: str, kind: str, payload: str) -> Sealed | None:
         """None if the value was put; else what was there already. One round trip. Raises what an abort there says."""
         mine = self.seal.seal(key, kind, payload)
-        found = self._guard(lambda: cast(bytes, self.raw.compare_set(key, "", mine)))
+        found = self._guard(lambda: self.raw.compare_set(key, "", mine))
         if found == mine.encode():
             return None
         return self._opened(key, found)
@@ -192,7 +193,7 @@ class StoreClient:
         if not self.exists(key):
             return None
         # Not `get`, which would wait if the key were deleted in between. A failed exchange returns what is there.
-        found = self._guard(lambda: cast(bytes, self.raw.compare_set(key, _NEVER_STORED, _NEVER_STORED)))
+        found = self._guard(lambda: self.raw.compare_set(key, _NEVER_STORED, _NEVER_STORED))
         return None if found == _NEVER_STORED.encode() else self.seal.open(key, found)
 
     def exists(self, key: str) -> bool:

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-
 # Most tensors are just that, and every point asks several times.
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 

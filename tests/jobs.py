@@ -130,7 +130,13 @@ class Jobs:
         return {**environ, "RANK": str(role_rank), "LOCAL_RANK": str(role_rank), "WORLD_SIZE": str(size)}
 
     def start(
-        self, role: str, size: int, function: Callable[[Rank], Any], *arguments: Any, only: int | None = None, **settings: Any
+        self,
+        role: str,
+        size: int,
+        function: Callable[[Rank], Any],
+        *arguments: Any,
+        only: int | None = None,
+        **settings: Any,
     ) -> None:
         """Start the ranks of one job (`only`: just this one of them). `settings` are this job's alone."""
         job = self.jobs.setdefault(role, Job(role))
@@ -199,7 +205,9 @@ class Jobs:
 
 
 @contextlib.contextmanager
-def two_jobs(directory: Path, baseline: Any, target: Any, *, ranks: tuple[int, int] = (1, 1), **settings: Any) -> Iterator[Jobs]:
+def two_jobs(
+    directory: Path, baseline: Any, target: Any, *, ranks: tuple[int, int] = (1, 1), **settings: Any
+) -> Iterator[Jobs]:
     """Both jobs started, each rank running its job's function."""
     with Jobs(directory, **settings) as jobs:
         jobs.start("baseline", ranks[0], baseline)

@@ -25,7 +25,9 @@ def dump_names(rank: Rank) -> None:
         grafter.dump(name, torch.ones(2))
 
 
-def run_names(directory: Path, baseline: Any, target: Any, ranks: tuple[int, int] = (1, 1), **settings: Any) -> list[Any]:
+def run_names(
+    directory: Path, baseline: Any, target: Any, ranks: tuple[int, int] = (1, 1), **settings: Any
+) -> list[Any]:
     with Jobs(directory, compare_filter="True", timeout=FAR, **settings) as jobs:
         jobs.start("baseline", ranks[0], dump_names, baseline)
         jobs.start("target", ranks[1], dump_names, target)

@@ -45,7 +45,9 @@ class Exchange(ABC):
         """
 
     def refuse(self, plan: TransferPlan, incoming: Sequence[Piece], reason: str, watch: Watch) -> None:
-        """Tell the senders that this receiver cannot take their pieces, where the way has a way to say so."""
+        """Tell the senders at once that this receiver cannot take their pieces, where the way can carry that. Where it
+        cannot, they hear it from the outcome of the point within a second."""
+        return
 
     @abstractmethod
     def close(self) -> None:

@@ -8,7 +8,7 @@ and a closed socket is a dead peer. Nothing has a name in a file system, so noth
     receiver -> sender   R digest reason                     it has no memory for this point
     sender -> receiver   H graft rank                        first message on a connection
     sender -> receiver   D digest                            all my pieces of this point are in place
-    sender -> receiver   F digest reason                     I cannot write them
+    sender -> receiver   F digest reason                     I will not: you or another receiver refused, or I cannot
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import ClassVar
 
 import torch
 
-from grafter.errors import ProtocolError
+from grafter.errors import GrafterError, ProtocolError
 from grafter.exchange import Exchange, Outgoing
 from grafter.roster import Roster
 from grafter.staging import Staging, as_tensor, is_sealed_block, view_bytes
@@ -36,6 +36,7 @@ from grafter.watch import Abandoned, PeerGone, Watch
 _POLL_SECONDS = 0.25
 _LONGEST_MESSAGE = 4096
 _LONGEST_REASON = 2000
+_CLOSE_ON_EXEC = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
 _DIGEST_BYTES = 12
 _CREDENTIALS = struct.Struct("3i")
 _BLOCK = struct.Struct("<QQ")
@@ -70,10 +71,6 @@ class _Receiving:
     generation_told: int = 0
 
 
-class _Refused(Abandoned):
-    """The receiver itself has said that it cannot take this point."""
-
-
 class SharedMemoryExchange(Exchange):
     """One per rank. `listener` is the socket that the roster names for this rank."""
 
@@ -85,38 +82,41 @@ class SharedMemoryExchange(Exchange):
         self._from: dict[int, _Receiving] = {}
         # (generation, bytes) that each receiver announced for the coming point.
         self.announced: dict[int, tuple[int, int]] = {}
-        # (sender, digest) of points given up here before that sender had its last word, which may still come.
+        # (sender, digest) of the last words that are still to come, also of points that were given up here.
         self._owed_words: set[tuple[int, str]] = set()
 
     # The sender's side.
 
     def send(self, plan: TransferPlan, outgoing: Sequence[Outgoing], watch: Watch) -> None:
-        """Once one receiver cannot have its pieces, the point is lost: the others are told, so that none waits."""
+        """Once one receiver cannot have its pieces the point is lost, and the others are told: each hears one last word."""
         failure: Abandoned | None = None
+        digest = bytes.fromhex(plan.digest)
         for receiver in dict.fromkeys(item.piece.receiver for item in outgoing):
             sending = self._connected_to(receiver)
             if failure is None:
-                try:
-                    block = self._mapped_block(plan, receiver, sending, watch)
-                    self._write_pieces([item for item in outgoing if item.piece.receiver == receiver], block)
-                    self._tell(receiver, sending.connection, b"D" + bytes.fromhex(plan.digest))
-                    continue
-                except _Refused as refused:
-                    failure = refused
-                    continue
-                except Abandoned as abandoned:
-                    failure = abandoned
-            reason = str(failure).encode()[:_LONGEST_REASON]
-            self._tell(receiver, sending.connection, b"F" + bytes.fromhex(plan.digest) + reason)
+                pieces = [item for item in outgoing if item.piece.receiver == receiver]
+                failure = self._place_pieces(plan, receiver, pieces, sending, watch)
+            else:
+                self._pass_over_answers(plan, receiver, sending)
+            word = b"D" + digest if failure is None else b"F" + digest + str(failure).encode()[:_LONGEST_REASON]
+            self._tell(receiver, sending.connection, word)
         if failure is not None:
             raise failure
 
-    def _write_pieces(self, pieces: Sequence[Outgoing], block: mmap.mmap | None) -> None:
+    def _place_pieces(
+        self, plan: TransferPlan, receiver: int, pieces: Sequence[Outgoing], sending: _Sending, watch: Watch
+    ) -> Abandoned | None:
         try:
+            block = self._mapped_block(plan, receiver, sending, watch)
             for item in pieces:
                 _write_piece(block, item)
+        except Abandoned as abandoned:
+            return abandoned
         except (RuntimeError, ValueError, MemoryError) as error:
-            raise Abandoned(f"{self._roster.who(self._graft_rank)} cannot write its tensor: {error}") from error
+            if isinstance(error, GrafterError):
+                raise
+            return Abandoned(f"{self._roster.who(self._graft_rank)} cannot write its tensor: {error}")
+        return None
 
     def _connected_to(self, receiver: int) -> _Sending:
         sending = self._to.get(receiver)
@@ -150,6 +150,20 @@ class SharedMemoryExchange(Exchange):
             raise ProtocolError(f"{self._roster.who(receiver)} offers a block that is too small.")
         return sending.block
 
+    def _pass_over_answers(self, plan: TransferPlan, receiver: int, sending: _Sending) -> None:
+        """Take what the receiver has said without waiting for more, so that answers to lost points do not pile up."""
+        while select.select([sending.connection], [], [], 0)[0]:
+            message, descriptors, _, _ = socket.recv_fds(sending.connection, _LONGEST_MESSAGE, 4, _CLOSE_ON_EXEC)
+            try:
+                if not message:
+                    raise PeerGone(receiver, "it closed the connection")
+                self._read_answer(plan, receiver, sending, message, descriptors)
+            except Abandoned:
+                # It has given up this point, too.
+                continue
+            finally:
+                _close_all(descriptors)
+
     def _read_answer(
         self, plan: TransferPlan, receiver: int, sending: _Sending, message: bytes, descriptors: Sequence[int]
     ) -> None:
@@ -157,7 +171,7 @@ class SharedMemoryExchange(Exchange):
         kind, body = message[:1], message[1:]
         if kind == b"R":
             if body[:_DIGEST_BYTES] == bytes.fromhex(plan.digest):
-                raise _Refused(body[_DIGEST_BYTES:].decode(errors="replace"))
+                raise Abandoned(body[_DIGEST_BYTES:].decode(errors="replace"))
             return
         if kind != b"B" or len(descriptors) != 1 or len(body) != _BLOCK.size:
             raise ProtocolError(f"{self._roster.who(receiver)} answered out of turn over shared memory.")
@@ -172,19 +186,14 @@ class SharedMemoryExchange(Exchange):
         self, plan: TransferPlan, incoming: Sequence[Piece], staging: Staging, watch: Watch
     ) -> list[torch.Tensor]:
         senders = list(dict.fromkeys(piece.sender for piece in incoming))
-        heard: set[int] = set()
-        failure: Abandoned | None = None
         try:
             for sender in senders:
                 self._accepted_from(sender, watch)
             if plan.staging_bytes[self._graft_rank]:
                 self._hand_out_block(senders, staging)
-            for sender in senders:
-                failure = self._last_word(plan, sender, watch) or failure
-                heard.add(sender)
+            failure = self._last_words(plan, senders, watch)
         except BaseException:
-            # Whoever has not had the last word may still write: it keeps this block, and its word will be late.
-            self._owed_words.update((sender, plan.digest) for sender in senders if sender not in heard)
+            # Who has not had the last word may still write: it keeps this block.
             staging.release()
             raise
         if failure is not None:
@@ -194,24 +203,31 @@ class SharedMemoryExchange(Exchange):
             for piece in incoming
         ]
 
-    def _last_word(self, plan: TransferPlan, sender: int, watch: Watch) -> Abandoned | None:
-        """Wait until a sender has put all its pieces in place; or why it will not."""
-        while True:
-            message, _ = self._receive(sender, self._from[sender].connection, watch)
-            kind, digest = message[:1], message[1 : 1 + _DIGEST_BYTES]
-            if kind in (b"D", b"F") and digest == bytes.fromhex(plan.digest):
-                return Abandoned(message[1 + _DIGEST_BYTES :].decode(errors="replace")) if kind == b"F" else None
-            if (sender, digest.hex()) not in self._owed_words:
-                raise ProtocolError(f"{self._roster.who(sender)} sent another point than the one that was agreed on.")
-            self._owed_words.remove((sender, digest.hex()))
+    def _last_words(self, plan: TransferPlan, senders: Sequence[int], watch: Watch) -> Abandoned | None:
+        """Wait until each sender has put all its pieces in place, or has said why it will not."""
+        self._owed_words.update((sender, plan.digest) for sender in senders)
+        failure: Abandoned | None = None
+        for sender in senders:
+            while (sender, plan.digest) in self._owed_words:
+                message, _ = self._receive(sender, self._from[sender].connection, watch)
+                kind, digest = message[:1], message[1 : 1 + _DIGEST_BYTES].hex()
+                if kind not in (b"D", b"F") or (sender, digest) not in self._owed_words:
+                    raise ProtocolError(
+                        f"{self._roster.who(sender)} sent another point than the one that was agreed on."
+                    )
+                # That of a point which was given up here before its sender had finished is passed over.
+                self._owed_words.remove((sender, digest))
+                if kind == b"F" and digest == plan.digest:
+                    failure = Abandoned(message[1 + _DIGEST_BYTES :].decode(errors="replace"))
+        return failure
 
     def refuse(self, plan: TransferPlan, incoming: Sequence[Piece], reason: str, watch: Watch) -> None:
-        for sender in dict.fromkeys(piece.sender for piece in incoming):
+        senders = list(dict.fromkeys(piece.sender for piece in incoming))
+        message = b"R" + bytes.fromhex(plan.digest) + reason.encode()[:_LONGEST_REASON]
+        for sender in senders:
             self._accepted_from(sender, watch)
-            message = b"R" + bytes.fromhex(plan.digest) + reason.encode()[:_LONGEST_REASON]
             self._tell(sender, self._from[sender].connection, message)
-            # A sender that failed before it read this has answered with an F.
-            self._owed_words.add((sender, plan.digest))
+        self._last_words(plan, senders, watch)
 
     def _hand_out_block(self, senders: Sequence[int], staging: Staging) -> None:
         """Give the block to the senders that have not got it: exactly those that wait for it."""
@@ -254,7 +270,8 @@ class SharedMemoryExchange(Exchange):
         process = self._roster.all[graft_rank].process
         if uid != os.getuid() or pid != process.pid:
             raise ProtocolError(
-                f"the socket of {self._roster.who(graft_rank)} belongs to pid {pid} of user {uid}, and the roster names "
+                f"the socket of {self._roster.who(graft_rank)} belongs to pid {pid} of user {uid}, and the roster "
+                "names "
                 f"pid {process.pid}."
             )
 
@@ -281,7 +298,7 @@ class SharedMemoryExchange(Exchange):
         while True:
             try:
                 if with_descriptor:
-                    message, descriptors, _, _ = socket.recv_fds(connection, _LONGEST_MESSAGE, 4, socket.MSG_CMSG_CLOEXEC)
+                    message, descriptors, _, _ = socket.recv_fds(connection, _LONGEST_MESSAGE, 4, _CLOSE_ON_EXEC)
                 else:
                     message, descriptors = connection.recv(_LONGEST_MESSAGE), []
             except BlockingIOError:
