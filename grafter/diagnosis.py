@@ -78,8 +78,8 @@ def _find_conflict(stuck: Sequence[BoardLine]) -> str | None:
             if (first.role, first.digest) == (second.role, second.digest) and first.participants != second.participants:
                 return (
                     f"ranks of one job declare different participants for {first.point}: {first.who} (at "
-                    f"{first.call_site}) and {second.who} (at {second.call_site}). All ranks that share a point must give "
-                    ""
+                    f"{first.call_site}) and {second.who} (at {second.call_site}). All ranks that share a point must "
+                    "give "
                     f"the same `ranks=`; ranks that do not share it need another tag (such as `pp_stage=...`)."
                 )
     return None

@@ -186,8 +186,8 @@ class Meeting:
                 check_write(original, value, mode)
             elif target.shape != value.shape:
                 raise WriteRefused(
-                    f"a value of shape {list(value.shape)} cannot be compared with one of shape {list(target.shape)}; a "
-                    ""
+                    f"a value of shape {list(value.shape)} cannot be compared with one of shape {list(target.shape)}; "
+                    "a "
                     f"transform can turn one into the other."
                 )
 

@@ -327,8 +327,8 @@ def _find_shared_gpu(headers: Sequence[Header]) -> str | None:
             other = owners.setdefault(header.nccl_device, header)
             if other is not header:
                 return (
-                    f"{other.who} and {header.who} use one GPU ({header.nccl_device}), and NCCL refuses two ranks on one "
-                    ""
+                    f"{other.who} and {header.who} use one GPU ({header.nccl_device}), and NCCL refuses two ranks on "
+                    "one "
                     f"device. Use GRAFTER_BACKEND=auto, or give each job GPUs of its own."
                 )
     return None

@@ -110,8 +110,8 @@ def find_disagreement(baseline: Sequence[Announcement], target: Sequence[Announc
             actual = len(baseline if role == "baseline" else target)
             if actual != size:
                 return (
-                    f"{member.who} has GRAFTER_{role.upper()}_WORLD_SIZE={size}, and the {role} job has {actual} ranks. "
-                    ""
+                    f"{member.who} has GRAFTER_{role.upper()}_WORLD_SIZE={size}, and the {role} job has {actual} "
+                    "ranks. "
                     f"Correct the variable, or leave it out: the size is then discovered."
                 )
     for member in everyone:

@@ -76,8 +76,8 @@ def connect(address: str, port: int, *, timeout: float, keep_trying: Callable[[]
         except (OSError, DistError) as error:
             if time.monotonic() > deadline or not keep_trying():
                 raise JoinError(
-                    f"no rendezvous store at {address}:{port} after {timeout:.0f} s ({error}). It is hosted by `grafter "
-                    ""
+                    f"no rendezvous store at {address}:{port} after {timeout:.0f} s ({error}). It is hosted by "
+                    "`grafter "
                     f"run`, else by baseline rank 0. Check that the baseline job has started, that both jobs have the "
                     f"same GRAFTER_MASTER_ADDRESS and GRAFTER_MASTER_PORT, and that no firewall lies between."
                 ) from error

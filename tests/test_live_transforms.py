@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from jobs import Jobs, Rank, Result, succeed, two_jobs
 
 import grafter
 from grafter import GraftTransformInput
+from grafter.ledger import read_ledger
 
 CONCATENATE = f"{Path(__file__).parent.parent / 'transforms' / 'concatenate.py'}:transform"
 # This module, as a job that has it on its path names it.
@@ -215,15 +217,20 @@ def test_receivers_that_ask_for_different_things_fail_alike(tmp_path: Path) -> N
 
 def dump_and_keep(rank: Rank) -> Any:
     for i in range(5):
-        grafter.dump("h", torch.full((4,), float(i) if rank.is_baseline else 9.0), transform=keep)
-    return [kept.tolist() for kept in KEPT]
+        value = torch.full((rank.arguments[0],), float(i) if rank.is_baseline else 9.0)
+        grafter.dump("h", value, transform=keep)
+    return [kept.unique().tolist() for kept in KEPT]
 
 
-def test_what_a_transform_keeps_does_not_change_at_later_points(tmp_path: Path) -> None:
+@pytest.mark.parametrize("backend", ["auto", "gloo"])
+@pytest.mark.parametrize("size", [4, 1_000_000])
+def test_what_a_transform_keeps_does_not_change_at_later_points(tmp_path: Path, size: int, backend: str) -> None:
     """A transform that remembers a received tensor, or a view of one, still reads the values of that point."""
-    with two_jobs(tmp_path, dump_and_keep, dump_and_keep, b2t_filter="True") as jobs:
+    with Jobs(tmp_path, b2t_filter="True", backend=backend) as jobs:
+        jobs.start("baseline", 1, dump_and_keep, size)
+        jobs.start("target", 1, dump_and_keep, size)
         kept = succeed(jobs.wait())[1]
-    assert kept == [[float(i)] * size for i in range(5) for size in (4, 3)]
+    assert kept == [[float(i)] for i in range(5) for _ in range(2)]
 
 
 def draw_after_graft(rank: Rank) -> list[Any]:
@@ -279,19 +286,22 @@ def dump_good_bad_good(rank: Rank) -> Any:
             found.append(float(value))
         except grafter.GrafterError as error:
             found.append((type(error).__name__, str(error), float(value)))
-    # A sender hears of a failure within about a second; it must still be there to write it down.
-    rank.tell(f"{rank.role}{rank.role_rank}")
     if rank.is_baseline:
-        import time
-
-        time.sleep(2.5)
+        wait_to_hear_of_failures(Path(rank.arguments[0]) / "run" / "baseline" / f"rank{rank.role_rank}.ledger.jsonl")
     return found
 
 
+def wait_to_hear_of_failures(ledger: Path) -> None:
+    """A sender hears of a failure within about a second; it must still be there to write it down."""
+    deadline = time.monotonic() + 20
+    while not any(record.outcome == "failed" for record in read_ledger(ledger)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
 def run_bad(directory: Path, transform: str, **settings: Any) -> tuple[list[Any], dict[Any, Any]]:
-    signals = tuple(f"{role}{rank}" for role in ("baseline", "target") for rank in (0, 1))
-    settings = {"b2t_filter": "True", "transform_path": f"{HERE}:{transform}", "signals": signals, **settings}
-    with two_jobs(directory, dump_good_bad_good, dump_good_bad_good, ranks=(2, 2), **settings) as jobs:
+    with Jobs(directory, b2t_filter="True", transform_path=f"{HERE}:{transform}", **settings) as jobs:
+        jobs.start("baseline", 2, dump_good_bad_good, directory)
+        jobs.start("target", 2, dump_good_bad_good, directory)
         return succeed(jobs.wait()), jobs.ledgers()
 
 

@@ -88,7 +88,8 @@ class SharedMemoryExchange(Exchange):
     # The sender's side.
 
     def send(self, plan: TransferPlan, outgoing: Sequence[Outgoing], watch: Watch) -> None:
-        """Once one receiver cannot have its pieces the point is lost, and the others are told: each hears one last word."""
+        """Once one receiver cannot have its pieces the point is lost, and the others are told: each hears "
+        "one last word."""
         failure: Abandoned | None = None
         digest = bytes.fromhex(plan.digest)
         for receiver in dict.fromkeys(item.piece.receiver for item in outgoing):
