@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from rich.console import Console
 
@@ -18,16 +18,17 @@ from benchmarks.footprint import measure_import, measure_memory
 from benchmarks.report import Report
 from benchmarks.sglang_grafter import find_dumper
 from benchmarks.summaries import measure_summaries
-from benchmarks.targets import KIB, MIB
 from benchmarks.transfers import Effort, measure_ranks
+from benchmarks.units import KIB, MIB, parse_size
 from benchmarks.ways import Ranks
+
+Value = TypeVar("Value")
 
 PARTS = ("transfers", "calls", "memory", "import", "statistics")
 _RANKS = (Ranks(1, 1), Ranks(2, 2), Ranks(4, 2))
 _SIZES = (4 * KIB, 64 * KIB, MIB, 16 * MIB, 64 * MIB, 256 * MIB)
 # sglang's takes seconds where grafter takes milliseconds.
 _SGLANG_SIZES = (4 * KIB, 64 * MIB)
-_UNITS = {"": 1, "b": 1, "kib": KIB, "mib": MIB, "gib": 1024 * MIB}
 
 
 @dataclass(frozen=True)
@@ -47,17 +48,6 @@ class Plan:
 
 FULL = Plan(_RANKS, _SIZES, Effort(9, 0.1, 6.0), 15, 200_000, 64 * MIB, 7, 64 * MIB, 7)
 QUICK = Plan(_RANKS[:2], (4 * KIB, MIB, 64 * MIB), Effort(5, 0.05, 3.0), 7, 100_000, 64 * MIB, 3, 64 * MIB, 3)
-
-
-def parse_size(text: str) -> int:
-    """Bytes of `4096`, `4KiB`, `1 MiB`: a multiple of 4, since tensors are float32. Raises ArgumentTypeError."""
-    found = re.fullmatch(r"\s*(\d+)\s*([a-z]*)\s*", text, re.IGNORECASE)
-    if found is None or found[2].lower() not in _UNITS:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size, such as 4096, 64KiB or 1MiB")
-    nbytes = int(found[1]) * _UNITS[found[2].lower()]
-    if nbytes == 0 or nbytes % 4:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive multiple of 4 bytes (tensors are float32)")
-    return nbytes
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -104,16 +94,21 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="under a minute: fewer sizes, ranks and rounds")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=", ".join(PARTS))
-    parser.add_argument("--ranks", nargs="+", type=Ranks.parse, metavar="N-M", help="senders-receivers, e.g. 1-1 4-2")
+    parser.add_argument(
+        "--ranks", nargs="+", type=_explained(Ranks.parse), metavar="N-M", help="senders-receivers, e.g. 1-1 4-2"
+    )
     parser.add_argument(
         "--sizes",
         nargs="+",
-        type=parse_size,
+        type=_explained(parse_size),
         metavar="SIZE",
         help="e.g. 4KiB 64MiB; memory and statistics: the largest",
     )
     parser.add_argument(
-        "--sglang", type=_unpacked_wheel, metavar="DIR", help="an unpacked sglang 0.5.23 wheel: its grafter too"
+        "--sglang",
+        type=_explained(_unpacked_wheel),
+        metavar="DIR",
+        help="an unpacked sglang 0.5.23 wheel: its grafter too",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there")
     parser.add_argument("--verbose", action="store_true", help="progress, and what costs time in the import")
@@ -121,11 +116,20 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _unpacked_wheel(text: str) -> Path:
-    try:
-        find_dumper(Path(text))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
+    find_dumper(Path(text))
     return Path(text).resolve()
+
+
+def _explained(parse: Callable[[str], Value]) -> Callable[[str], Value]:
+    """argparse shows the text of this error, but of a ValueError only that there was one."""
+
+    def parse_or_explain(text: str) -> Value:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return parse_or_explain
 
 
 if __name__ == "__main__":

@@ -18,8 +18,9 @@ from benchmarks.calls import CallResult
 from benchmarks.footprint import ImportResult, MemoryResult
 from benchmarks.rounds import Spread
 from benchmarks.summaries import SummaryResult
-from benchmarks.targets import Target, call_targets, import_targets, size_text, summary_targets, transfer_targets
+from benchmarks.targets import Target, call_targets, import_targets, summary_targets, transfer_targets
 from benchmarks.transfers import CaseResult, StageResult
+from benchmarks.units import size_text, three_digits, time_text
 from benchmarks.ways import AllGatherObject, Grafter, Memcpy, RawGloo, Sglang
 
 SCHEMA_VERSION = 1
@@ -116,20 +117,22 @@ def _table(title: str, *columns: str) -> Table:
 
 
 def _transfer_table(cases: list[CaseResult]) -> Table:
-    others = [AllGatherObject.name, RawGloo.name, Memcpy.name, Sglang.name]
+    """Ratios as the targets have them: how many times faster than the others, and how many copies long."""
+    others = [AllGatherObject.name, RawGloo.name, Sglang.name]
     others = [way for way in others if any(way in case.seconds for case in cases)]
     columns = [column for way in others for column in (way, "x")]
     table = _table(
-        "One call. x: how many times grafter's (below 1: faster than grafter); ±: half of the middle half of rounds",
-        "ranks, size", "grafter", "±", *columns, "target", "met",
-    )  # fmt: skip
+        "One call. x: how many times grafter's; copies: how many of them grafter's is; ±: half of the middle half of rounds",
+        *("ranks, size", "grafter", "±", *columns, "memcpy", "copies", "target", "met"),
+    )
     for case in cases:
-        own = case.spread(Grafter.name)
+        own, targets = case.spread(Grafter.name), transfer_targets([case])
         cells = [f"{case.ranks}, {size_text(case.nbytes)}", time_text(own.median), f"{own.noise:.0%}"]
         for way in others:
             ratio = case.ratio(way, Grafter.name)
             cells += ["", ""] if ratio is None else [time_text(case.spread(way).median), ratio_text(ratio)]
-        targets = transfer_targets([case])
+        copies = case.ratio(Grafter.name, Memcpy.name)
+        cells += ["", ""] if copies is None else [time_text(case.spread(Memcpy.name).median), ratio_text(copies)]
         cells += [
             "\n".join(f"{'≥' if t.at_least else '≤'} {t.limit:g} {_against(t)}" for t in targets),
             "\n".join(met_text(t) for t in targets),
@@ -139,7 +142,7 @@ def _transfer_table(cases: list[CaseResult]) -> Table:
 
 
 def _against(target: Target) -> str:
-    return "gathers" if target.unit == "times" else target.unit
+    return "x gather" if target.unit == "times" else target.unit
 
 
 def _stage_table(stages: list[StageResult]) -> Table:
@@ -218,16 +221,4 @@ def met_text(target: Target) -> str:
 
 
 def ratio_text(ratio: Spread) -> str:
-    return f"{ratio.median:.2f}" if ratio.median < 10 else f"{ratio.median:.0f}"
-
-
-def time_text(seconds: float) -> str:
-    """Three digits and the unit that suits: 95 ns, 4.20 us, 1.52 ms, 2.31 s."""
-    for unit, factor in (("s", 1.0), ("ms", 1e3), ("us", 1e6)):
-        if seconds * factor >= 1:
-            return f"{_three_digits(seconds * factor)} {unit}"
-    return f"{_three_digits(seconds * 1e9)} ns"
-
-
-def _three_digits(value: float) -> str:
-    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
+    return three_digits(ratio.median)

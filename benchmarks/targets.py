@@ -11,9 +11,8 @@ from benchmarks.footprint import ImportResult
 from benchmarks.rounds import Spread
 from benchmarks.summaries import SummaryResult
 from benchmarks.transfers import CaseResult
+from benchmarks.units import KIB, MIB, size_text
 from benchmarks.ways import AllGatherObject, Grafter, Memcpy, Ranks
-
-KIB, MIB = 2**10, 2**20
 
 # (ranks, bytes) -> how many times faster than `all_gather_object`.
 FASTER_THAN_GATHERING = {
@@ -96,10 +95,6 @@ def summary_targets(summaries: Sequence[SummaryResult]) -> list[Target]:
         for s in summaries
         if s.case == "full" and s.nbytes == SUMMARY_BYTES
     ]
-
-
-def size_text(nbytes: int) -> str:
-    return f"{nbytes // MIB} MiB" if nbytes >= MIB else f"{nbytes / KIB:g} KiB"
 
 
 def _target(what: str, measured: Spread, limit: float, unit: str, *, at_least: bool = False) -> Target:

@@ -12,6 +12,7 @@ from typing import Any
 
 from benchmarks.crew import Crew
 from benchmarks.rounds import Spread, interleaved, ratio, spread
+from benchmarks.units import size_text
 from benchmarks.ways import WAYS, AllGatherObject, Grafter, Memcpy, Ranks, RawGloo, Sglang
 
 Say = Callable[[str], None]
@@ -97,7 +98,7 @@ def measure_ranks(
     with ExitStack() as stack:
         crews = {name: stack.enter_context(Crew(name, ranks, sglang=sglang)) for name in names}
         for nbytes in sizes:
-            say(f"{ranks}, {nbytes / 2**20:g} MiB")
+            say(f"{ranks}, {size_text(nbytes)}")
             chosen = {name: crew for name, crew in crews.items() if name != Sglang.name or nbytes in sglang_sizes}
             cases.append(_measure_case(chosen, ranks, nbytes, effort))
         # The size costs memory until another takes its place.

@@ -103,10 +103,10 @@ def take_apart(value: Any) -> Leaves:
     for path, leaf in flat:
         if isinstance(leaf, torch.Tensor):
             found[path] = leaf
-        elif isinstance(leaf, _DATA):
-            others[path] = json.dumps([type(leaf).__name__, leaf])
         elif not path:
             raise NothingToOffer(f"the value is {_a(leaf)}, not a tensor")
+        elif isinstance(leaf, _DATA):
+            others[path] = json.dumps([type(leaf).__name__, leaf])
         else:
             raise NothingToOffer(f"the leaf {path} is {_a(leaf)}, neither a tensor nor plain data")
     if not found:
@@ -150,6 +150,8 @@ def _check_storage(name: str, tensor: torch.Tensor) -> None:
 
 
 def _a(value: Any) -> str:
+    if value is None:
+        return "None"
     name = type(value).__name__
     return f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"
 

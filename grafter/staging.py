@@ -42,9 +42,12 @@ class Staging:
         A block that somebody still holds a view of (a transform that kept a tensor it received) is left to them, so
         that their values never change under their hands.
         """
-        if self._block is not None and sys.getrefcount(self._block) > self._idle_references:
+        if self._is_held():
             self.release()
         return self.generation, self.capacity
+
+    def _is_held(self) -> bool:
+        return self._block is not None and sys.getrefcount(self._block) > self._idle_references
 
     def reserve(self, nbytes: int) -> bool:
         """Make room; True if that took a new block. Raises StagingRefused rather than being killed for it."""
@@ -69,19 +72,22 @@ class Staging:
 
     def view(self, offset: int, nbytes: int) -> torch.Tensor:
         """Bytes of the block, as a uint8 tensor that keeps the block alive."""
+        if nbytes == 0:
+            return torch.empty(0, dtype=torch.uint8)
         assert self._block is not None
         return view_bytes(self._block, offset, nbytes)
 
     def release(self) -> None:
-        """Forget the block; its memory goes when its last view and its last mapping go."""
+        """Forget the block. Its memory goes at once, or, if somebody holds a view of it, with the last of those."""
         if self.fd >= 0:
+            if not self._is_held() and self._block is not None:
+                # Senders may have it mapped until they are given a larger one, which can be never.
+                self._block.madvise(mmap.MADV_REMOVE)
             os.close(self.fd)
         self.fd, self._block, self.capacity = -1, None, 0
 
 
 def view_bytes(block: mmap.mmap, offset: int, nbytes: int) -> torch.Tensor:
-    if nbytes == 0:
-        return torch.empty(0, dtype=torch.uint8)
     return torch.frombuffer(block, dtype=torch.uint8, count=nbytes, offset=offset)
 
 

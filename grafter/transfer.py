@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,11 +16,11 @@ from grafter.exchange.nccl import NcclExchange
 from grafter.exchange.shared_memory import SharedMemoryExchange
 from grafter.housekeeping import Housekeeping, Wait
 from grafter.leaves import TensorSpec, decode_extras
-from grafter.pairing import Pair
+from grafter.pairing import Pair, StoreKeys
 from grafter.roster import Announcement, Roster
 from grafter.staging import Staging, StagingRefused
 from grafter.transfer_plan import Piece, TransferPlan
-from grafter.watch import Abandoned
+from grafter.watch import Abandoned, Watch
 
 Way = Literal["shared memory", "gloo", "nccl"]
 Backend = Literal["auto", "gloo", "nccl"]
@@ -74,18 +74,18 @@ class Transfer:
         self._backend, self._roster, self._graft_rank = backend, roster, graft_rank
         self._housekeeping, self._timeout = housekeeping, timeout
         self._shared_memory = shared_memory
+        self._hall = hall
         self._gloo = GlooExchange(graft_rank, hall, new_store, local_address, timeout)
-        self._exchanges: dict[Way, Exchange] = {
-            "gloo": self._gloo,
-            "nccl": NcclExchange(graft_rank, hall, new_store, timeout),
-        }
+        self._nccl = NcclExchange(graft_rank, hall, new_store, timeout)
+        self._exchanges: dict[Way, Exchange] = {"gloo": self._gloo, "nccl": self._nccl}
         if shared_memory is not None:
             self._exchanges["shared memory"] = shared_memory
         self.staging = Staging()
 
     @property
     def generation(self) -> int:
-        return self._gloo.generation
+        """Of process groups: counts up when this rank gives one up. The highest of all participants counts."""
+        return max(self._gloo.generation, self._nccl.generation)
 
     def send(self, plan: TransferPlan, pair: Pair, tensors: Sequence[torch.Tensor], what: str, outcome_key: str) -> int:
         """Send this rank's tensors to whoever the plan names; bytes sent. Raises Abandoned if a receiver gave up."""
@@ -94,33 +94,54 @@ class Transfer:
         needs = frozenset(piece.receiver for piece in pieces)
         wait = Wait("exchange", what, self._timeout, needs=needs, outcome_key=outcome_key)
         with self._housekeeping.waiting(wait):
-            for way, part in self._by_way(pieces, pair).items():
+            watch = _Watch(self._housekeeping, wait)
+            by_way = self._by_way(pieces, pair)
+            for way, part in by_way.items():
                 outgoing = [Outgoing(piece, tensors[piece.index]) for piece in part]
-                self._exchanges[way].send(plan, outgoing, _Watch(self._housekeeping, wait))
+                try:
+                    self._exchanges[way].send(plan, outgoing, watch)
+                except Abandoned as abandoned:
+                    self._give_up(plan, by_way, abandoned, watch)
+                    raise
         return sum(piece.spec.nbytes for piece in pieces)
 
     def receive(self, plan: TransferPlan, pair: Pair, direction: Direction, what: str) -> tuple[list[Received], int]:
         """What the plan brings to this rank, by sender, and its bytes. Raises Abandoned if it cannot be had."""
         pieces = plan.incoming(self._graft_rank)
-        wait = Wait("exchange", what, self._timeout, needs=frozenset(piece.sender for piece in pieces))
+        # Another receiver may give the point up, and then the senders stop for all.
+        outcome_key = StoreKeys(self._hall, plan.digest).outcome
+        needs = frozenset(piece.sender for piece in pieces)
+        wait = Wait("exchange", what, self._timeout, needs=needs, outcome_key=outcome_key)
         by_way = self._by_way(pieces, pair)
         tensors: dict[Piece, torch.Tensor] = {}
         with self._housekeeping.waiting(wait):
             watch = _Watch(self._housekeeping, wait)
-            try:
-                if any(way != "nccl" for way in by_way):
-                    self.staging.reserve(plan.staging_bytes[self._graft_rank])
-            except StagingRefused as refused:
-                reason = f"{self._roster.who(self._graft_rank)} has no memory to receive into: {refused}"
-                for way, part in by_way.items():
-                    self._exchanges[way].refuse(plan, part, reason, watch)
-                self._gloo.generation += "gloo" in by_way
-                raise Abandoned(reason) from refused
+            self._make_room(plan, by_way, watch)
             for way, part in by_way.items():
-                received = self._exchanges[way].receive(plan, part, self.staging, watch)
+                try:
+                    received = self._exchanges[way].receive(plan, part, self.staging, watch)
+                except Abandoned as abandoned:
+                    self._give_up(plan, by_way, abandoned, watch)
+                    raise
                 tensors.update(zip(part, received, strict=True))
         nbytes = sum(piece.spec.nbytes for piece in pieces)
         return self._by_sender(pieces, tensors, pair, sender_role(direction)), nbytes
+
+    def _make_room(self, plan: TransferPlan, by_way: dict[Way, list[Piece]], watch: Watch) -> None:
+        if not any(way != "nccl" for way in by_way):
+            return
+        try:
+            self.staging.reserve(plan.staging_bytes[self._graft_rank])
+        except StagingRefused as refused:
+            reason = f"{self._roster.who(self._graft_rank)} has no memory to receive into: {refused}"
+            for way, part in by_way.items():
+                self._exchanges[way].refuse(plan, part, reason, watch)
+            raise Abandoned(reason) from refused
+
+    def _give_up(self, plan: TransferPlan, by_way: Iterable[Way], why: Abandoned, watch: Watch) -> None:
+        """A point that is lost on one way will not come on the others: their groups are out of step from here."""
+        for way in by_way:
+            self._exchanges[way].refuse(plan, [], str(why), watch)
 
     def _hear_announcements(self, pair: Pair) -> None:
         if self._shared_memory is not None:

@@ -75,7 +75,10 @@ def cases() -> Iterator[tuple[str, torch.Tensor]]:
     yield "empty in its last dim", torch.empty(3, 0)
     yield "expanded", random_bits((1, 4), torch.float32, 1).expand(5, 4)
     yield "channels last", random_bits((2, 3, 4, 5), torch.float32, 2).to(memory_format=torch.channels_last)
-    yield "special values", torch.tensor([-0.0, 0.0, float("nan"), float("inf"), -float("inf"), 5e-324], dtype=torch.float64)
+    yield (
+        "special values",
+        torch.tensor([-0.0, 0.0, float("nan"), float("inf"), -float("inf"), 5e-324], dtype=torch.float64),
+    )
     yield "NaN payloads", torch.tensor([0x7FC00001, 0x7F800001, -0x3FFFFF], dtype=torch.int32).view(torch.float32)
     for dtype in (torch.complex64, torch.complex128):
         yield f"{dtype} conjugated", random_bits((6, 3), dtype, 3).conj()
@@ -362,4 +365,3 @@ def test_nccl_on_one_gpu_without_host_ids_fails_the_point_with_the_reason(tmp_pa
     assert target == "untouched"
     assert record.outcome == "failed"
     assert "GRAFTER_BACKEND=auto" in record.reason
-

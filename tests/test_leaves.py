@@ -86,7 +86,7 @@ def test_leaves_that_are_no_tensors_differ_where_python_tells_them_apart(one: An
     ("value", "reason"),
     [
         ("text", "a str"),
-        (None, "a NoneType"),
+        (None, "the value is None, not a tensor"),
         (3, "an int"),
         ([], "a list and holds no tensor"),
         ({"a": 1}, "a dict and holds no tensor"),

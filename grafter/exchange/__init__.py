@@ -44,10 +44,13 @@ class Exchange(ABC):
         They lie in `staging`, or on the device for a way that moves device memory, and are valid until the next point.
         """
 
+    @abstractmethod
     def refuse(self, plan: TransferPlan, incoming: Sequence[Piece], reason: str, watch: Watch) -> None:
-        """Tell the senders at once that this receiver cannot take their pieces, where the way can carry that. Where it
-        cannot, they hear it from the outcome of the point within a second."""
-        return
+        """Give this point up before it began: tell the senders of these pieces, where the way has a way to say so.
+
+        Called by a receiver that cannot take its pieces, and, without pieces, by any rank whose point was lost on
+        another way. Raises Abandoned if the other side has given it up as well.
+        """
 
     @abstractmethod
     def close(self) -> None:

@@ -10,17 +10,19 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, ClassVar
 
 import torch
 from torch.distributed import ProcessGroupGloo, TCPStore
 
+from grafter.errors import GrafterError, PeerLostError
 from grafter.exchange import Exchange, Outgoing
 from grafter.group import make_gloo_group
 from grafter.staging import Staging, as_tensor
 from grafter.transfer_plan import Piece, TransferPlan
-from grafter.watch import PeerGone, Watch
+from grafter.watch import Abandoned, PeerGone, Watch
 
 # The sender's staging: what is not contiguous in CPU memory goes through two buffers of this size.
 CHUNK_BYTES = 8 << 20
@@ -47,53 +49,71 @@ class GlooExchange(Exchange):
         self._groups: dict[tuple[tuple[int, ...], int], ProcessGroupGloo] = {}
         self._tags: dict[tuple[tuple[int, ...], int, int], int] = {}
         self._helper: _Helper | None = None
-        # How often this rank has given a group up; announced in its headers.
+        # Announced in this rank's headers. Groups of a lower generation are given up.
         self.generation = 0
 
     def send(self, plan: TransferPlan, outgoing: Sequence[Outgoing], watch: Watch) -> None:
-        def work() -> None:
-            group: Any = self._group(plan)  # torch's stubs leave out send and recv
+        def work(at: _At) -> None:
+            group: Any = self._group(plan)
             for item in outgoing:
-                peer = plan.members.index(item.piece.receiver)
+                at.peer = item.piece.receiver
+                peer = plan.members.index(at.peer)
                 under_way: list[tuple[Any, torch.Tensor]] = []
-                for chunk in chunks_of(item.tensor):
-                    under_way.append((group.send([chunk], peer, self._next_tag(plan, item.piece.receiver)), chunk))
+                for chunk in _readable_chunks(item.tensor):
+                    under_way.append((group.send([chunk], peer, self._next_tag(plan, at.peer)), chunk))
                     if len(under_way) >= _IN_FLIGHT:
                         under_way.pop(0)[0].wait()
                 for handle, _ in under_way:
                     handle.wait()
 
-        self._run(work, watch, outgoing[0].piece.receiver)
+        self._run(work, plan, watch)
 
     def receive(
         self, plan: TransferPlan, incoming: Sequence[Piece], staging: Staging, watch: Watch
     ) -> list[torch.Tensor]:
         places = [staging.view(piece.offset, piece.spec.nbytes) for piece in incoming]
 
-        def work() -> None:
-            group: Any = self._group(plan)  # torch's stubs leave out send and recv
+        def work(at: _At) -> None:
+            group: Any = self._group(plan)
             for piece, place in zip(incoming, places, strict=True):
-                peer = plan.members.index(piece.sender)
+                at.peer = piece.sender
+                peer = plan.members.index(at.peer)
                 offset = 0
                 for nbytes in chunk_sizes(piece.spec.shape, piece.spec.torch_dtype.itemsize):
                     chunk = place[offset : offset + nbytes]
-                    group.recv([chunk], peer, self._next_tag(plan, piece.sender)).wait()
+                    group.recv([chunk], peer, self._next_tag(plan, at.peer)).wait()
                     offset += nbytes
 
-        self._run(work, watch, incoming[0].sender)
+        self._run(work, plan, watch)
         return [
             as_tensor(place, piece.spec.torch_dtype, piece.spec.shape)
             for piece, place in zip(incoming, places, strict=True)
         ]
+
+    def refuse(self, plan: TransferPlan, incoming: Sequence[Piece], reason: str, watch: Watch) -> None:
+        """gloo cannot say so; the senders hear it from the outcome of the point. All build a new group after it."""
+        self._give_up(plan)
 
     def _group(self, plan: TransferPlan) -> ProcessGroupGloo:
         place = (plan.members, plan.generation)
         if place not in self._groups:
             if self._store is None:
                 self._store = self._new_store()
-            self._groups[place] = make_gloo_group(
-                self._store, self._hall, plan, self._graft_rank, self._local_address(), self._timeout
-            )
+            try:
+                group = make_gloo_group(
+                    self._store, self._hall, plan, self._graft_rank, self._local_address(), self._timeout
+                )
+            except (RuntimeError, OSError) as error:
+                raise PeerLostError(
+                    f"no gloo connection to the other ranks of the point (graft ranks {list(plan.members)}): "
+                    f"{_first_line(error)}. Check that the hosts reach each other on any port (a firewall?)."
+                ) from error
+            if plan.generation < self.generation:
+                # Given up while it was being built.
+                return group
+            for old in [old for old in self._groups if old[0] == plan.members]:
+                del self._groups[old]
+            self._groups[place] = group
         return self._groups[place]
 
     def _next_tag(self, plan: TransferPlan, peer: int) -> int:
@@ -102,29 +122,35 @@ class GlooExchange(Exchange):
         self._tags[place] = self._tags.get(place, 0) + 1
         return self._tags[place]
 
-    def _run(self, work: Callable[[], None], watch: Watch, peer: int) -> None:
+    def _run(self, work: Callable[[_At], None], plan: TransferPlan, watch: Watch) -> None:
         if self._helper is None:
             self._helper = _Helper()
-        helper = self._helper
-        helper.start(work)
+        helper, at = self._helper, _At()
+        helper.start(lambda: work(at))
         try:
             while not helper.wait(_POLL_SECONDS):
                 watch.check()
-            helper.raise_failure()
-        except RuntimeError as error:
-            self._give_up()
-            if helper.failed_with is error:
-                raise PeerGone(peer, f"gloo reports: {str(error).splitlines()[0][:300]}") from error
-            raise
         except BaseException:
-            self._give_up()
+            self._give_up(plan)
             raise
+        failure = helper.take_failure()
+        if failure is not None:
+            self._give_up(plan)
+            if isinstance(failure, RuntimeError) and not isinstance(failure, GrafterError) and at.peer >= 0:
+                raise PeerGone(at.peer, f"gloo reports: {_first_line(failure)}") from failure
+            raise failure
 
-    def _give_up(self) -> None:
-        """The helper may hang in its transfer for ever: leave it its group and its buffers, and build new ones."""
-        self._helper = None
-        self.generation += 1
+    def _give_up(self, plan: TransferPlan) -> None:
+        """The helper may hang in its transfer for ever: leave it its group, buffers and store, and begin anew.
+
+        The highest generation among the members counts, so ours must exceed the one that is given up.
+        """
+        if self._helper is not None:
+            self._helper.close()
+        self._helper = self._store = None
+        self.generation = max(self.generation, plan.generation + 1)
         self._groups.clear()
+        self._tags.clear()
 
     def close(self) -> None:
         if self._helper is not None:
@@ -134,13 +160,20 @@ class GlooExchange(Exchange):
         self._store = None
 
 
+@dataclass
+class _At:
+    """Whom a transfer deals with at the moment; -1 while the group is built."""
+
+    peer: int = -1
+
+
 class _Helper:
     """A daemon thread that runs one piece of work at a time."""
 
     def __init__(self) -> None:
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._done = threading.Event()
-        self.failed_with: BaseException | None = None
+        self._failure: BaseException | None = None
         threading.Thread(target=self._serve, name="grafter-gloo", daemon=True).start()
 
     def _serve(self) -> None:
@@ -149,20 +182,21 @@ class _Helper:
                 with torch.no_grad():
                     job()
             except BaseException as error:
-                self.failed_with = error
+                self._failure = error
+            # It holds the user's tensor, or the staging memory: neither may be kept until the next point.
+            del job
             self._done.set()
 
     def start(self, job: Callable[[], None]) -> None:
         self._done.clear()
-        self.failed_with = None
         self._jobs.put(job)
 
     def wait(self, seconds: float) -> bool:
         return self._done.wait(seconds)
 
-    def raise_failure(self) -> None:
-        if self.failed_with is not None:
-            raise self.failed_with
+    def take_failure(self) -> BaseException | None:
+        failure, self._failure = self._failure, None
+        return failure
 
     def close(self) -> None:
         self._jobs.put(None)
@@ -195,25 +229,35 @@ def chunk_sizes(shape: Sequence[int], itemsize: int) -> Iterator[int]:
         yield nbytes
 
 
+def _readable_chunks(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The chunks; a tensor that cannot be read is this rank's own trouble, not its peer's."""
+    try:
+        yield from chunks_of(tensor)
+    except RuntimeError as error:
+        raise Abandoned(f"a sender cannot read its tensor: {_first_line(error)}") from error
+
+
 def chunks_of(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     """A tensor as contiguous uint8 chunks in CPU memory; copied, a chunk at a time, only where it is not that yet."""
-    plain = tensor.detach().resolve_conj().resolve_neg() if _is_lazy(tensor) else tensor.detach()
+    plain = tensor.detach()
+    # Conjugation and negation that torch has put off are done by the copy.
+    as_it_lies = plain.device.type == "cpu" and not plain.is_conj() and not plain.is_neg()
     buffers: list[torch.Tensor] = []
     for number, (index, nbytes) in enumerate(_split(tuple(plain.shape), plain.dtype.itemsize, CHUNK_BYTES)):
         part = plain[index] if index else plain
-        if part.device.type == "cpu" and part.is_contiguous():
+        if as_it_lies and part.is_contiguous():
             yield part.reshape(-1).view(torch.uint8)
             continue
-        if number < _IN_FLIGHT:
+        # No more than `_IN_FLIGHT` are on their way, so the chunk that was in this buffer has arrived.
+        turn = number % _IN_FLIGHT
+        if turn == len(buffers):
             buffers.append(torch.empty(nbytes, dtype=torch.uint8, pin_memory=part.device.type == "cuda"))
-        # The buffer's last chunk has arrived by now: no more than `_IN_FLIGHT` are on their way.
-        buffer = buffers[number % _IN_FLIGHT] if len(buffers) > number % _IN_FLIGHT else None
-        if buffer is None or buffer.numel() < nbytes:
-            buffer = torch.empty(nbytes, dtype=torch.uint8, pin_memory=part.device.type == "cuda")
-        chunk = buffer[:nbytes]
+        elif buffers[turn].numel() < nbytes:
+            buffers[turn] = torch.empty(nbytes, dtype=torch.uint8, pin_memory=part.device.type == "cuda")
+        chunk = buffers[turn][:nbytes]
         chunk.view(part.dtype).view(part.shape).copy_(part)
         yield chunk
 
 
-def _is_lazy(tensor: torch.Tensor) -> bool:
-    return tensor.is_conj() or tensor.is_neg()
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]

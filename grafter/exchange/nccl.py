@@ -34,9 +34,11 @@ class NcclExchange(Exchange):
         self._new_store = new_store
         self._store: TCPStore | None = None
         self._groups: dict[tuple[tuple[int, ...], int], ProcessGroupNCCL] = {}
+        # As in gloo's: groups of a lower generation are given up.
+        self.generation = 0
 
     def send(self, plan: TransferPlan, outgoing: Sequence[Outgoing], watch: Watch) -> None:
-        tensors = [item.tensor.detach().contiguous() for item in outgoing]
+        tensors = [item.tensor.detach().resolve_conj().resolve_neg().contiguous() for item in outgoing]
         peers = [plan.members.index(item.piece.receiver) for item in outgoing]
         self._move(plan, tensors, peers, watch, sending=True)
 
@@ -47,10 +49,15 @@ class NcclExchange(Exchange):
         try:
             tensors = [torch.empty(p.spec.shape, dtype=p.spec.torch_dtype, device=device) for p in incoming]
         except torch.cuda.OutOfMemoryError as error:
+            self._give_up(plan)
             raise Abandoned(f"no device memory for what is announced: {error}") from error
         peers = [plan.members.index(piece.sender) for piece in incoming]
         self._move(plan, tensors, peers, watch, sending=False)
         return tensors
+
+    def refuse(self, plan: TransferPlan, incoming: Sequence[Piece], reason: str, watch: Watch) -> None:
+        """NCCL cannot say so; the senders hear it from the outcome of the point. All build a new group after it."""
+        self._give_up(plan)
 
     def _move(
         self, plan: TransferPlan, tensors: Sequence[torch.Tensor], peers: Sequence[int], watch: Watch, *, sending: bool
@@ -76,9 +83,7 @@ class NcclExchange(Exchange):
             try:
                 watch.check()
             except BaseException:
-                # Before the watchdog does it, which would end the process.
-                group.abort()
-                self._groups.clear()
+                self._give_up(plan)
                 raise
             time.sleep(_POLL_SECONDS)
 
@@ -90,10 +95,18 @@ class NcclExchange(Exchange):
             self._groups[place] = make_nccl_group(self._store, self._hall, plan, self._graft_rank, self._timeout)
         return self._groups[place]
 
-    def close(self) -> None:
+    def _give_up(self, plan: TransferPlan) -> None:
+        """Abort before the watchdog does it, which would end the process; the next point builds a new group."""
+        self._abort_groups()
+        self.generation = max(self.generation, plan.generation + 1)
+
+    def _abort_groups(self) -> None:
         for group in self._groups.values():
             group.abort()
         self._groups.clear()
+
+    def close(self) -> None:
+        self._abort_groups()
         self._store = None
 
 

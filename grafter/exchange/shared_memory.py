@@ -113,7 +113,7 @@ class SharedMemoryExchange(Exchange):
                 _write_piece(block, item)
         except Abandoned as abandoned:
             return abandoned
-        except (RuntimeError, ValueError, MemoryError) as error:
+        except (RuntimeError, ValueError, MemoryError, OSError) as error:
             if isinstance(error, GrafterError):
                 raise
             return Abandoned(f"{self._roster.who(self._graft_rank)} cannot write its tensor: {error}")
@@ -218,6 +218,9 @@ class SharedMemoryExchange(Exchange):
                     )
                 # That of a point which was given up here before its sender had finished is passed over.
                 self._owed_words.remove((sender, digest))
+                if kind == b"F":
+                    # It may have failed before it took the block.
+                    self._from[sender].generation_told = 0
                 if kind == b"F" and digest == plan.digest:
                     failure = Abandoned(message[1 + _DIGEST_BYTES :].decode(errors="replace"))
         return failure

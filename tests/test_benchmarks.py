@@ -1,0 +1,173 @@
+"""The benchmarks run, check what they moved, and say what they measured. No time is asserted."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+ROOT = Path(__file__).parent.parent
+# They are no part of the installed package, and `pytest` alone does not look in the directory where it starts.
+sys.path.append(str(ROOT))
+
+from benchmarks.calls import CallResult  # noqa: E402
+from benchmarks.footprint import measure_import  # noqa: E402
+from benchmarks.rounds import Spread, interleaved, ratio, spread  # noqa: E402
+from benchmarks.sglang_grafter import load_dumper_module  # noqa: E402
+from benchmarks.targets import call_targets, transfer_targets  # noqa: E402
+from benchmarks.transfers import CaseResult  # noqa: E402
+from benchmarks.units import parse_size, size_text, time_text  # noqa: E402
+from benchmarks.ways import AllGatherObject, Ranks  # noqa: E402
+
+TIMES = st.floats(1e-9, 1e3)
+
+
+def run_benchmarks(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "benchmarks", *arguments], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_a_run_prints_its_tables_and_writes_json(tmp_path: Path) -> None:
+    """One run measures every way, for equal and unequal numbers of ranks; table and JSON hold what it measured."""
+    path = tmp_path / "figures.json"
+    parts = ("transfers", "calls", "memory", "statistics")
+    small = ("--quick", "--sizes", "4KiB", "--ranks", "1-1", "2-1")
+    done = run_benchmarks(*small, "--parts", *parts, "--json", str(path))
+    assert done.returncode == 0, done.stderr
+    for text in ("1->1, 4 KiB", "2->1, 4 KiB", "all_gather_object", "gloo send/recv", "memcpy", "unmatched", "Targets"):
+        assert text in done.stdout
+    figures = json.loads(path.read_text())
+    assert {"cpus", "torch", "date"} <= set(figures["machine"])
+    assert [(case["ranks"], case["bytes"]) for case in figures["transfers"]] == [("1->1", 4096), ("2->1", 4096)]
+    for case in figures["transfers"]:
+        assert set(case["seconds"]) == {"grafter", "all_gather_object", "gloo send/recv", "memcpy"}
+        assert len({len(rounds) for rounds in case["seconds"].values()}) == 1
+    assert {"pairing", "exchange", "write", "elsewhere"} <= set(stages_of(figures, "2->1", "target"))
+    assert [call["call"] for call in figures["calls"]] == ["empty function", "disabled", "unmatched"]
+    assert {memory["way"] for memory in figures["memory"]} == {"grafter", "all_gather_object", "gloo send/recv"}
+    assert {"memcpy", "full", "light"} <= {summary["case"] for summary in figures["statistics"]}
+    assert [target["unit"] for target in figures["targets"]] == ["times", "empty functions", "empty functions"]
+
+
+def stages_of(figures: dict[str, Any], ranks: str, role: str) -> dict[str, float]:
+    (found,) = [stage["seconds"] for stage in figures["stages"] if (stage["ranks"], stage["role"]) == (ranks, role)]
+    return dict(found)
+
+
+def test_import_is_measured_in_fresh_processes() -> None:
+    result = measure_import(1)
+    assert result.seconds.median > 0
+    assert "grafter" in {module.partition(".")[0] for module, _ in result.costliest}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("--sizes", "4 parsecs"), "'4 parsecs' is not a size"),
+        (("--sizes", "7"), "multiple of 4 bytes"),
+        (("--ranks", "2"), "'2' is not a number of senders and of receivers"),
+        (("--ranks", "0-1"), "'0-1' is not a number of senders and of receivers"),
+        (("--sglang", "."), "Give the directory into which the sglang 0.5.23 wheel was unpacked"),
+    ],
+)
+def test_arguments_that_mean_nothing_are_refused(
+    arguments: tuple[str, str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from benchmarks.__main__ import main
+
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert told in " ".join(capsys.readouterr().err.split())
+
+
+@given(st.lists(st.tuples(TIMES, TIMES, st.floats(0.1, 10)), min_size=1))
+def test_a_machine_that_drifts_between_rounds_changes_no_ratio(rounds: list[tuple[float, float, float]]) -> None:
+    """Slowing a whole round down by any factor leaves the ratios of its ways as they were."""
+    steady = ratio([a for a, _, _ in rounds], [b for _, b, _ in rounds])
+    drifting = ratio([a * factor for a, _, factor in rounds], [b * factor for _, b, factor in rounds])
+    assert drifting.median == pytest.approx(steady.median, rel=1e-9)
+    assert drifting.noise == pytest.approx(steady.noise, rel=1e-6, abs=1e-9)
+
+
+@given(st.lists(TIMES, min_size=1))
+def test_the_spread_holds_the_median(values: list[float]) -> None:
+    found = spread(values)
+    assert min(values) <= found.low <= found.median <= found.high <= max(values)
+
+
+def test_each_round_measures_all_and_begins_with_another() -> None:
+    order: list[str] = []
+
+    def measure(name: str) -> float:
+        order.append(name)
+        return float(len(order))
+
+    results = interleaved({"a": lambda: measure("a"), "b": lambda: measure("b"), "c": lambda: measure("c")}, 4)
+    assert order == list("abc" + "bca" + "cab" + "abc")
+    assert results == {"a": [1, 6, 8, 10], "b": [2, 4, 9, 11], "c": [3, 5, 7, 12]}
+
+
+@given(st.integers(1, 2**31).map(lambda n: 4 * n))
+def test_sizes_are_read_as_they_are_written(nbytes: int) -> None:
+    assert parse_size(str(nbytes)) == nbytes
+    assert parse_size(f"{nbytes} KiB") == nbytes * 1024
+    if nbytes % 2**20 == 0:
+        assert size_text(nbytes) == f"{nbytes // 2**20:g} MiB"
+
+
+def test_times_have_three_digits_and_a_unit() -> None:
+    assert [time_text(t) for t in (95e-9, 4.2e-6, 15.2e-3, 1.0, 123.4)] == [
+        "95.0 ns",
+        "4.20 us",
+        "15.2 ms",
+        "1.00 s",
+        "123 s",
+    ]
+
+
+def test_targets_are_judged_by_the_ratio_of_the_run() -> None:
+    """Six times faster than gathering meets the target of 1->1 at 4 KiB; a hair less does not, nor do times count."""
+    for gathering, met in ((6.0, True), (5.9, False)):
+        for slow_machine in (1.0, 1000.0):
+            seconds = {"grafter": [slow_machine], "all_gather_object": [gathering * slow_machine]}
+            (target,) = transfer_targets([CaseResult(Ranks(1, 1), 4096, seconds, {})])
+            assert target.met is met
+    for over_empty, met in ((1.5, True), (1.6, False)):
+        one = Spread(over_empty, over_empty, over_empty)
+        (target,) = call_targets([CallResult("disabled", one, one)])
+        assert target.met is met
+
+
+def test_a_way_that_was_left_out_has_no_target() -> None:
+    """Where memory does not suffice for gathering, nothing is claimed about it."""
+    case = CaseResult(Ranks(2, 2), 4096, {"grafter": [1.0]}, {}, {AllGatherObject.name: "needs 20 GiB"})
+    assert transfer_targets([case]) == []
+
+
+@pytest.fixture
+def stubs_removed() -> Iterator[None]:
+    before = set(sys.modules)
+    yield
+    for name in set(sys.modules) - before:
+        del sys.modules[name]
+
+
+@pytest.mark.usefixtures("stubs_removed")
+def test_the_dumper_of_sglang_loads_without_sglang(tmp_path: Path) -> None:
+    """What its file imports is replaced, and a replacement that is called after all says what it stands for."""
+    directory = tmp_path / "sglang" / "srt" / "debug_utils"
+    directory.mkdir(parents=True)
+    (directory / "dumper.py").write_text(
+        "import zmq\nfrom sglang.srt.utils import get_device\nfrom dataclasses import dataclass\n"
+        "@dataclass\nclass DumperConfig:\n    enable: bool = False\n"
+    )
+    module = load_dumper_module(tmp_path)
+    assert module.DumperConfig().enable is False
+    with pytest.raises(RuntimeError, match=r"sglang\.srt\.utils\.get_device"):
+        module.get_device()
