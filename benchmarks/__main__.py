@@ -95,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="under a minute: fewer sizes, ranks and rounds")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=", ".join(PARTS))
     parser.add_argument(
-        "--ranks", nargs="+", type=_explained(Ranks.parse), metavar="N-M", help="senders-receivers, e.g. 1-1 4-2"
+        "--ranks", nargs="+", type=_explained(Ranks.parse), metavar="N-M", help="senders-receivers, as 1-1 4-2"
     )
     parser.add_argument(
         "--sizes",
@@ -108,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
         "--sglang",
         type=_explained(_unpacked_wheel),
         metavar="DIR",
-        help="an unpacked sglang 0.5.23 wheel: its grafter too",
+        help="an unpacked wheel of sglang 0.5.23",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there")
     parser.add_argument("--verbose", action="store_true", help="progress, and what costs time in the import")

@@ -122,7 +122,7 @@ def _transfer_table(cases: list[CaseResult]) -> Table:
     others = [way for way in others if any(way in case.seconds for case in cases)]
     columns = [column for way in others for column in (way, "x")]
     table = _table(
-        "One call. x: how many times grafter's; copies: how many of them grafter's is; ±: half of the middle half of rounds",
+        "One call. x: how many times grafter's; copies: grafter's in copies; ±: half of the middle half of rounds",
         *("ranks, size", "grafter", "±", *columns, "memcpy", "copies", "target", "met"),
     )
     for case in cases:

@@ -12,11 +12,12 @@ from collections.abc import Sequence
 from grafter.courier import Courier
 from grafter.direction import RoleName
 from grafter.errors import RunError
-from grafter.housekeeping import Housekeeping, Wait
+from grafter.housekeeping import Housekeeping
 from grafter.pairing import StoreKeys
 from grafter.points import PointKey
 from grafter.roster import Roster
 from grafter.store import StoreClient
+from grafter.waits import Wait
 from grafter.wire import Sealed
 
 COMMIT, REFUSE, YES, NO = "commit", "refuse", "yes", "no"

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import overload
 
-from grafter.housekeeping import Housekeeping, Wait
+from grafter.housekeeping import Housekeeping
 from grafter.mailbox import LONGEST_MAIL_BYTES, Mailbox
 from grafter.roster import Announcement, Roster
 from grafter.store import StoreClient
+from grafter.waits import Wait
 from grafter.watch import PeerGone
 from grafter.wire import Sealed
 

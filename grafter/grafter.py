@@ -132,8 +132,8 @@ class Grafter:
             )
             self._sequence += 1
             grafted, outcome = meeting.hold(leaves, extras, self.config.stats, self._sequence)
-        except PeerLostError as error:
-            return self._detach_or_raise(error, value)
+        except RunError as error:
+            return self._end_run(error, value)
         except BaseException as error:
             self._fault = error
             raise
@@ -242,9 +242,16 @@ class Grafter:
 
     # The steps after.
 
-    def _detach_or_raise(self, error: PeerLostError, value: Any) -> Any:
-        if self.config.on_peer_loss == "raise":
-            self._fault = error
+    def _end_run(self, error: RunError, value: Any) -> Any:
+        """The run is over: every rank of both jobs must hear of it, and raise the same."""
+        if self._session is not None:
+            housekeeping = self._session.housekeeping
+            if isinstance(error, PeerLostError):
+                error = housekeeping.fuller_story(error)
+            elif housekeeping.aborted is None:
+                error = housekeeping.abort(error, self._session.client)
+        self._fault = error
+        if not isinstance(error, PeerLostError) or self.config.on_peer_loss == "raise":
             raise error
         self._detached = str(error)
         logger.warning("grafter: %s goes on ungrafted from here (on_peer_loss=detach): %s", self._place.who, error)

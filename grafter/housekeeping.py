@@ -1,7 +1,8 @@
 """The housekeeping thread of a rank: it diagnoses waits, wakes the waiter, watches processes, and tidies the store.
 
-The dump thread only ever blocks in one `get`. Everything that could end that wait early happens here, on a store
-client of its own, by putting an abort under the awaited key.
+The dump thread blocks in one place at a time: in the store, in its mailbox, or in a transfer. Everything that could end
+that wait early happens here, on a store client of its own: an abort is put under the awaited key, or `aborted` is set,
+which the other waits look at four times a second.
 """
 
 from __future__ import annotations
@@ -14,14 +15,15 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
 from grafter.board import BoardLine, BoardWriter, board_key, describe_board, read_line
-from grafter.diagnosis import explain_stuck, find_stuck
+from grafter.diagnosis import explain_stuck
 from grafter.errors import PeerLostError, PointTimeoutError, RunError
-from grafter.liveness import SILENT_AFTER_SECONDS, HeartbeatWatch, how_gone, is_stopped
-from grafter.roster import Announcement, Roster
+from grafter.processes import ProcessWatch
+from grafter.roster import Roster
 from grafter.store import ABORT, StoreClient, decode_abort
+from grafter.suspicion import Suspicion
+from grafter.waits import Wait, Watched
 
 logger = logging.getLogger("grafter")
 
@@ -32,53 +34,6 @@ _CHORES_EVERY_SECONDS = 1.0
 _DELETIONS_PER_TICK = 256
 
 
-@dataclass
-class Wait:
-    """What the dump thread waits for, in one stage: join, pairing, exchange or agreement."""
-
-    stage: str
-    what: str
-    timeout: float
-    # The store keys that end it, unless mail does; then `has_news` says whether there is any.
-    awaits: tuple[str, ...] = ()
-    has_news: Callable[[], bool] | None = None
-    # In pairing: the point, and who of the own side it needs (role ranks).
-    leader: bool = False
-    digest: str = ""
-    participants: tuple[int, ...] = ()
-    call_site: str = ""
-    # In exchange and agreement: the graft ranks without which the stage can't end.
-    needs: frozenset[int] = frozenset()
-    # Where the receivers say that they have given the point up, and what they said.
-    outcome_key: str | None = None
-    abandoned: str | None = None
-    since: float = field(default_factory=time.monotonic)
-    next_look: float = 0.0
-    on_board: bool = False
-    # On the main thread, blocked in the store: a signal must end the wait. And where the program hears of signals.
-    interruptible: bool = False
-    signal_fd: int = -1
-
-    @property
-    def seconds(self) -> float:
-        return time.monotonic() - self.since
-
-
-class _Watched:
-    """Begins and ends a wait. A class, since this stands in every point and a generator costs four times as much."""
-
-    __slots__ = ("_housekeeping", "_wait")
-
-    def __init__(self, housekeeping: Housekeeping, wait: Wait) -> None:
-        self._housekeeping, self._wait = housekeeping, wait
-
-    def __enter__(self) -> None:
-        self._housekeeping.begin(self._wait)
-
-    def __exit__(self, *_: object) -> None:
-        self._housekeeping.end(self._wait)
-
-
 class Housekeeping:
     """One thread per rank; started when the store is reached, stopped by `close`."""
 
@@ -87,17 +42,14 @@ class Housekeeping:
         self.board = board
         self._reconnect = reconnect
         self._who = who
+        # From joining on: the roster, and those who watch it.
         self._roster: Roster | None = None
-        self._graft_rank = -1
-        self._host_rank: int | None = None
+        self._processes: ProcessWatch | None = None
+        self._suspicion: Suspicion | None = None
         self._wait: Wait | None = None
         self._wait_on_board: Wait | None = None
-        self._idle_count = 0
-        self._suspicion: dict[int, tuple[int, int]] = {}
         self._deletions: deque[str] = deque()
-        self._beats = HeartbeatWatch()
-        self._beat_count = 0
-        self._told: set[tuple[int, str]] = set()
+        self._told_stopped: set[int] = set()
         self._last_lines: dict[int, BoardLine] = {}
         self._store_down = False
         self._closing = False
@@ -112,12 +64,13 @@ class Housekeeping:
 
     def joined(self, roster: Roster, graft_rank: int, host_rank: int | None) -> None:
         """From here on processes are watched. `host_rank`: the graft rank that hosts the store, if one does."""
-        self._graft_rank, self._host_rank = graft_rank, host_rank
+        self._processes = ProcessWatch(roster, graft_rank, host_rank)
+        self._suspicion = Suspicion(roster, graft_rank)
         self._roster = roster
 
-    def waiting(self, wait: Wait) -> _Watched:
+    def waiting(self, wait: Wait) -> Watched:
         """Around a blocking `get` or transfer: while the `with` block lasts, this thread looks after it."""
-        return _Watched(self, wait)
+        return Watched(self, wait)
 
     def begin(self, wait: Wait) -> None:
         if self.aborted is not None:
@@ -130,6 +83,7 @@ class Housekeeping:
         self._wait = wait
 
     def end(self, wait: Wait) -> None:
+        wait.over = True
         self._wait = None
         if wait.interruptible:
             signal.set_wakeup_fd(wait.signal_fd)
@@ -173,7 +127,7 @@ class Housekeeping:
             except PeerLostError as error:
                 self._store_lost(error)
             except RunError as error:
-                self.aborted = self.aborted or error
+                self._end_locally(error)
             except Exception:
                 # A fault of our own must not end the watch silently: the run would lose its safety net.
                 logger.exception(
@@ -212,12 +166,9 @@ class Housekeeping:
         if self._wait_on_board is not None and wait is not self._wait_on_board:
             self.board.running(self._client)
             self._wait_on_board = None
-        if (
-            wait is not None
-            and wait.stage == "pairing"
-            and self._wait_on_board is None
-            and wait.seconds >= _TICK_SECONDS
-        ):
+        if wait is None or wait.stage != "pairing" or self._wait_on_board is not None:
+            return
+        if wait.seconds >= _TICK_SECONDS:
             self.board.waiting(
                 self._client,
                 digest=wait.digest,
@@ -234,25 +185,21 @@ class Housekeeping:
         if time.monotonic() < self._next_chores:
             return
         self._next_chores = time.monotonic() + _CHORES_EVERY_SECONDS
-        if self._roster is not None and self._roster.several_hosts:
-            self._beat_count += 1
-            self._client.set(self._beat_key(self._graft_rank), "beat", str(self._beat_count))
+        if self._processes is not None:
+            self._processes.beat(self._client)
         if self.aborted is None:
             record = self._client.peek(f"{self._client.lobby}/abort")
             if record is not None:
                 self._wake_self(decode_abort(record.payload))
-        if self._host_rank is not None and self._host_rank != self._graft_rank:
+        if self._processes is not None and self._processes.host_rank is not None:
             # The last word of the store's host, for when the store is gone with it.
-            self.read_board(self._client, [self._host_rank])
+            self.read_board(self._client, [self._processes.host_rank])
         if self.on_second is not None:
             self.on_second(self._client)
 
     def _delete(self, count: int) -> None:
         for _ in range(count):
             self._client.delete(self._deletions.popleft())
-
-    def _beat_key(self, graft_rank: int) -> str:
-        return f"{self._client.hall}/beat/{graft_rank}"
 
     # Looking after a wait.
 
@@ -267,7 +214,9 @@ class Housekeeping:
                 return
         gone = self._gone(wait.leader)
         if wait.stage == "pairing":
-            self._confirm_idle(wait)
+            assert self._suspicion is not None
+            if wait is self._wait_on_board:
+                self._suspicion.confirm_idle(self._client, wait, self.board.sequence)
             if wait.leader or gone:
                 self._look_for_stuck(gone)
         elif any(rank in wait.needs for rank in gone):
@@ -301,56 +250,18 @@ class Housekeeping:
                 )
             )
 
-    def _confirm_idle(self, wait: Wait) -> None:
-        """Say that this wait still lasts and that nothing has come which could end it: what a diagnosis rests on."""
-        if wait is not self._wait_on_board:
-            return
-        if wait.has_news is not None and wait.has_news():
-            return
-        if any(self._client.peek(key) is not None for key in wait.awaits):
-            return
-        if wait is self._wait:
-            self._idle_count += 1
-            assert self._roster is not None
-            member = self._roster.all[self._graft_rank]
-            self._client.set(self._idle_key(member), "idle", f"{self.board.sequence} {self._idle_count}")
-
-    def _idle_key(self, member: Announcement) -> str:
-        return f"{self._client.hall}/idle/{member.role}/{member.role_rank}"
-
     def _look_for_stuck(self, gone: dict[int, str]) -> None:
-        """Suspect the ranks that the board calls stuck; be sure once each has twice confirmed since that it is idle.
-
-        The second confirmation began after the suspicion. Whatever could end one of these waits would have to come from
-        another of them, or was sent before, and then it has arrived and would have been seen.
-        """
+        assert self._suspicion is not None
         lines = self.read_board(self._client)
-        stuck = find_stuck(lines, gone)
-        confirmed = {line.graft_rank: self._idle_confirmation(line) for line in stuck}
-        suspected, self._suspicion = self._suspicion, confirmed
-        if not stuck:
-            return
-        if suspected.keys() == confirmed.keys() and all(
-            sequence == suspected[rank][0] for rank, (sequence, _) in confirmed.items()
-        ):
-            if not all(count >= suspected[rank][1] + 2 for rank, (_, count) in confirmed.items()):
-                self._suspicion = suspected
-                return
+        stuck = self._suspicion.find_stuck(self._client, lines, gone)
+        if stuck:
             crashed = {
                 line.graft_rank: f"has left with {line.note}" for line in lines if line.state == "left" and line.note
             }
-            board = describe_board(lines, gone, self._remarks())
-            self.abort(explain_stuck(stuck, gone | crashed, board))
-
-    def _idle_confirmation(self, line: BoardLine) -> tuple[int, int]:
-        """(sequence of the rank's line, how often it has confirmed that this very wait is idle)."""
-        assert self._roster is not None
-        sealed = self._client.peek(self._idle_key(self._roster.all[line.graft_rank]))
-        sequence, _, count = sealed.payload.partition(" ") if sealed is not None else ("-1", "", "0")
-        return line.sequence, int(count) if int(sequence) == line.sequence else -10
+            self.abort(explain_stuck(stuck, gone | crashed, describe_board(lines, gone, self._stopped())))
 
     def _time_out(self, wait: Wait, gone: dict[int, str]) -> None:
-        board = describe_board(self.read_board(self._client), gone, self._remarks())
+        board = describe_board(self.read_board(self._client), gone, self._stopped())
         self.abort(
             PointTimeoutError(
                 f"{self._who} waited {wait.timeout:.0f} s for {wait.what} ({wait.stage}), and the time is "
@@ -361,56 +272,35 @@ class Housekeeping:
             )
         )
 
-    def _gone(self, leader: bool = True) -> dict[int, str]:
-        """Graft rank -> how its process went, without those that left in good order.
-
-        Every waiting rank looks at the processes of its own host; heartbeats of other hosts are the leaders' to read.
-        """
-        if self._roster is None:
-            return {}
-        exits = {role: self._client.peek(f"{self._client.lobby}/exit/{role}") for role in ("baseline", "target")}
-        own_host = self._roster.all[self._graft_rank].process.host
-        gone: dict[int, str] = {}
-        for rank, member in enumerate(self._roster.all):
-            how = None
-            if member.process.host == own_host:
-                how = how_gone(member.process)
-            elif leader or member.role_rank == 0:
-                how = self._silence(rank)
-            exit_report = exits[member.role]
-            if exit_report is not None:
-                how = f"{how or 'is gone'} (its job {exit_report.payload})"
-            if how is not None:
-                gone[rank] = how
+    def _gone(self, leader: bool) -> dict[int, str]:
+        """Graft rank -> how its process went, without those that left in good order."""
+        assert self._processes is not None
+        gone = self._processes.gone(self._client, all_hosts=leader)
         for line in self.read_board(self._client, list(gone)):
             if line.state == "left":
                 del gone[line.graft_rank]
         return gone
 
-    def _silence(self, rank: int) -> str | None:
-        beat = self._client.peek(self._beat_key(rank))
-        silent = self._beats.silent_seconds(rank, beat.payload if beat else "")
-        return f"is silent for {silent:.0f} s" if silent > SILENT_AFTER_SECONDS else None
-
-    def _remarks(self) -> dict[int, str]:
-        if self._roster is None:
+    def gone_here(self) -> dict[int, str]:
+        """The same for this host alone, without asking the store."""
+        if self._processes is None:
             return {}
-        own_host = self._roster.all[self._graft_rank].process.host
-        return {
-            rank: f"its process, pid {member.process.pid}, is stopped (SIGSTOP, Ctrl-Z or a debugger)"
-            for rank, member in enumerate(self._roster.all)
-            if member.process.host == own_host and is_stopped(member.process)
-        }
+        left = {line.graft_rank for line in self._last_lines.values() if line.state == "left"}
+        return {rank: how for rank, how in self._processes.gone_here().items() if rank not in left}
+
+    def _stopped(self) -> dict[int, str]:
+        return self._processes.stopped() if self._processes is not None else {}
 
     def _warn_of_stopped(self) -> None:
-        if self._wait is None or self._wait.seconds < _LOOK_EVERY_SECONDS:
+        wait = self._wait
+        if wait is None or wait.seconds < _LOOK_EVERY_SECONDS or self._roster is None:
             return
-        for rank, remark in self._remarks().items():
-            if (rank, "stopped") not in self._told and self._roster is not None:
-                self._told.add((rank, "stopped"))
+        for rank, remark in self._stopped().items():
+            if rank not in self._told_stopped:
+                self._told_stopped.add(rank)
                 logger.warning(
                     "grafter: %s waits for %s, and %s cannot answer: %s. The point fails after %.0f s.",
-                    self._who, self._wait.what, self._roster.who(rank), remark, self._wait.timeout,
+                    self._who, wait.what, self._roster.who(rank), remark, wait.timeout,
                 )  # fmt: skip
 
     def read_board(self, client: StoreClient, ranks: Sequence[int] | None = None) -> list[BoardLine]:
@@ -447,6 +337,14 @@ class Housekeeping:
             for key in wait.awaits:
                 (client or self._client).wake(key, self.aborted)
 
+    def _end_locally(self, error: RunError) -> None:
+        """What this thread met by itself, such as a message that it cannot trust; the others are told if they can be."""
+        try:
+            self.abort(error)
+        except RunError as another:
+            logger.debug("grafter: %s could not tell the others: %s", self._who, another)
+            self.aborted = self.aborted or error
+
     def _store_lost(self, error: RunError) -> None:
         """The store does not answer. Its host may be stopped (wait for it), or gone (the run is over)."""
         if self.aborted is not None or self._closing:
@@ -461,23 +359,8 @@ class Housekeeping:
         )
         self._store_down = True
 
-    def gone_here(self) -> dict[int, str]:
-        """Graft rank -> how its process went, for this host alone, without asking the store."""
-        if self._roster is None:
-            return {}
-        own_host = self._roster.all[self._graft_rank].process.host
-        left = {line.graft_rank for line in self._last_lines.values() if line.state == "left"}
-        return {
-            rank: how
-            for rank, member in enumerate(self._roster.all)
-            if rank not in left and member.process.host == own_host and (how := how_gone(member.process))
-        }
-
     def _store_host_stopped(self) -> bool:
-        return (
-            self._roster is not None and self._host_rank is not None
-            and is_stopped(self._roster.all[self._host_rank].process)
-        )  # fmt: skip
+        return self._processes is not None and self._processes.store_host_stopped()
 
     def _revive_client(self) -> bool:
         """A client that timed out has lost its place in the conversation: make a new one once its host runs again."""
@@ -496,22 +379,15 @@ class Housekeeping:
 
     def _time_out_without_store(self) -> None:
         wait = self._wait
-        if (
-            wait is not None
-            and wait.seconds > wait.timeout
-            and self._roster is not None
-            and self._host_rank is not None
-        ):
-            board = describe_board(list(self._last_lines.values()), self.gone_here(), self._remarks())
+        if wait is not None and wait.seconds > wait.timeout:
+            board = describe_board(list(self._last_lines.values()), self.gone_here(), self._stopped())
             self.aborted = PointTimeoutError(
                 f"{self._who} waited {wait.timeout:.0f} s for {wait.what} ({wait.stage}), and the rendezvous store "
-                "does not "
-                f"answer: {self._roster.who(self._host_rank)}, which hosts it, is stopped. The last that was "
-                f"seen:\n{board}"
+                f"does not answer: {self._client.hosted_by} hosts it, and is stopped. The last that was seen:\n{board}"
             )
 
-    def store_lost_error(self, error: RunError) -> RunError:
-        """What the dump thread should raise when its own client lost the store: the fuller story if there is one."""
+    def fuller_story(self, error: RunError) -> RunError:
+        """What the dump thread should raise when its own client lost the store: this thread's account, if any."""
         deadline = time.monotonic() + 2.0
         while self.aborted is None and self._thread.is_alive() and time.monotonic() < deadline:
             time.sleep(0.05)

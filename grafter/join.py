@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import uuid
@@ -14,11 +15,12 @@ from torch.distributed import TCPStore
 from grafter.board import BoardWriter
 from grafter.config import GrafterConfig
 from grafter.direction import RoleName
-from grafter.errors import JoinError
-from grafter.housekeeping import Housekeeping, Wait
+from grafter.errors import JoinError, RunError
+from grafter.housekeeping import Housekeeping
 from grafter.liveness import own_identity
 from grafter.roster import ANNOUNCEMENTS, Announcement, Roster, find_disagreement, other_role
 from grafter.store import StoreClient, connect, serve
+from grafter.waits import Wait
 from grafter.wire import PROTOCOL_VERSION, Seal
 
 logger = logging.getLogger("grafter")
@@ -85,7 +87,11 @@ def join(
     )
     try:
         return _Handshake(config, place, client, housekeeping).run(run_name, socket_name, server)
-    except BaseException:
+    except BaseException as error:
+        # Also what could not be read: whoever has another secret cannot read this either, and learns it so.
+        if isinstance(error, RunError) and housekeeping.aborted is None:
+            with contextlib.suppress(RunError):
+                housekeeping.abort(error, client)
         housekeeping.close()
         raise
 

@@ -17,11 +17,12 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter
 from grafter.courier import Courier
 from grafter.direction import Direction, RoleName, receiver_role, sender_role
 from grafter.errors import PairingError, ProtocolError
-from grafter.housekeeping import Housekeeping, Wait
+from grafter.housekeeping import Housekeeping
 from grafter.leaves import TensorSpec
 from grafter.points import PointKey
 from grafter.roster import Roster
 from grafter.store import StoreClient
+from grafter.waits import Wait
 
 # How long a leader waits for the other to write first. A wait in the store costs more, but finds any leader.
 _PATIENCE_SECONDS = 0.01

@@ -14,12 +14,13 @@ from grafter.exchange import Exchange, Outgoing
 from grafter.exchange.gloo import GlooExchange
 from grafter.exchange.nccl import NcclExchange
 from grafter.exchange.shared_memory import SharedMemoryExchange
-from grafter.housekeeping import Housekeeping, Wait
+from grafter.housekeeping import Housekeeping
 from grafter.leaves import TensorSpec, decode_extras
 from grafter.pairing import Pair, StoreKeys
 from grafter.roster import Announcement, Roster
 from grafter.staging import Staging, StagingRefused
 from grafter.transfer_plan import Piece, TransferPlan
+from grafter.waits import Wait
 from grafter.watch import Abandoned, Watch
 
 Way = Literal["shared memory", "gloo", "nccl"]

@@ -1,0 +1,64 @@
+"""A wait of the dump thread: what it waits for, and what the housekeeping thread needs to know to look after it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+
+@dataclass
+class Wait:
+    """What the dump thread waits for, in one stage: join, pairing, exchange or agreement."""
+
+    stage: str
+    what: str
+    timeout: float
+    # The store keys that end it, unless mail does; then `has_news` says whether there is any.
+    awaits: tuple[str, ...] = ()
+    has_news: Callable[[], bool] | None = None
+    # In pairing: the point, and who of the own side it needs (role ranks).
+    leader: bool = False
+    digest: str = ""
+    participants: tuple[int, ...] = ()
+    call_site: str = ""
+    # In exchange and agreement: the graft ranks without which the stage can't end.
+    needs: frozenset[int] = frozenset()
+    # Where the receivers say that they have given the point up, and what they said.
+    outcome_key: str | None = None
+    abandoned: str | None = None
+    since: float = field(default_factory=time.monotonic)
+    next_look: float = 0.0
+    # Set when it has ended, however.
+    over: bool = False
+    # On the main thread, blocked in the store: a signal must end the wait. And where the program hears of signals.
+    interruptible: bool = False
+    signal_fd: int = -1
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.since
+
+
+class Keeper(Protocol):
+    """Who looks after waits: the housekeeping."""
+
+    def begin(self, wait: Wait) -> None: ...
+
+    def end(self, wait: Wait) -> None: ...
+
+
+class Watched:
+    """Begins and ends a wait. A class, since this stands in every point and a generator costs four times as much."""
+
+    __slots__ = ("_keeper", "_wait")
+
+    def __init__(self, keeper: Keeper, wait: Wait) -> None:
+        self._keeper, self._wait = keeper, wait
+
+    def __enter__(self) -> None:
+        self._keeper.begin(self._wait)
+
+    def __exit__(self, *_: object) -> None:
+        self._keeper.end(self._wait)
