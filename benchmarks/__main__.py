@@ -27,8 +27,6 @@ Value = TypeVar("Value")
 PARTS = ("transfers", "calls", "memory", "import", "statistics")
 _RANKS = (Ranks(1, 1), Ranks(2, 2), Ranks(4, 2))
 _SIZES = (4 * KIB, 64 * KIB, MIB, 16 * MIB, 64 * MIB, 256 * MIB)
-# sglang's takes seconds where grafter takes milliseconds.
-_SGLANG_SIZES = (4 * KIB, 64 * MIB)
 
 
 @dataclass(frozen=True)
@@ -65,9 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report = Report(load_before=os.getloadavg()[0])
     if "transfers" in given.parts:
         for ranks in given.ranks or plan.ranks:
-            cases, stages = measure_ranks(
-                ranks, given.sizes or plan.sizes, plan.effort, say, sglang=given.sglang, sglang_sizes=_SGLANG_SIZES
-            )
+            cases, stages = measure_ranks(ranks, given.sizes or plan.sizes, plan.effort, say, sglang=given.sglang)
             report.cases += cases
             report.stages += stages
     if "calls" in given.parts:

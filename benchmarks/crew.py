@@ -71,7 +71,8 @@ class Crew:
 
     def seconds_per_call(self, count: int, lead_in: int = 1) -> float:
         """The median of `count` exchanges after `lead_in` uncounted ones, as the slowest rank sees it."""
-        return max(statistics.median(seconds[lead_in:]) for seconds in self._ask("exchange", count + lead_in))
+        medians = [statistics.median(seconds[lead_in:]) for seconds in self._ask("exchange", count + lead_in)]
+        return float(max(medians))
 
     def memory_bytes(self, nbytes: int) -> list[int]:
         """Peak memory of one exchange over what was there with the tensor, per rank. For a crew of its own."""

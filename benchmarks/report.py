@@ -21,7 +21,7 @@ from benchmarks.summaries import SummaryResult
 from benchmarks.targets import Target, call_targets, import_targets, summary_targets, transfer_targets
 from benchmarks.transfers import CaseResult, StageResult
 from benchmarks.units import size_text, three_digits, time_text
-from benchmarks.ways import AllGatherObject, Grafter, Memcpy, RawGloo, Sglang
+from benchmarks.ways import AllGatherObject, AllGatherObjectOfAll, Grafter, Memcpy, RawGloo, Sglang
 
 SCHEMA_VERSION = 1
 _STAGES = ("pairing", "exchange", "transform", "agreement", "write", "statistics")
@@ -118,7 +118,7 @@ def _table(title: str, *columns: str) -> Table:
 
 def _transfer_table(cases: list[CaseResult]) -> Table:
     """Ratios as the targets have them: how many times faster than the others, and how many copies long."""
-    others = [AllGatherObject.name, RawGloo.name, Sglang.name]
+    others = [AllGatherObject.name, AllGatherObjectOfAll.name, RawGloo.name, Sglang.name]
     others = [way for way in others if any(way in case.seconds for case in cases)]
     columns = [column for way in others for column in (way, "x")]
     table = _table(

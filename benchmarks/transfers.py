@@ -12,8 +12,8 @@ from typing import Any
 
 from benchmarks.crew import Crew
 from benchmarks.rounds import Spread, interleaved, ratio, spread
-from benchmarks.units import size_text
-from benchmarks.ways import WAYS, AllGatherObject, Grafter, Memcpy, Ranks, RawGloo, Sglang
+from benchmarks.units import KIB, MIB, size_text
+from benchmarks.ways import WAYS, AllGatherObject, AllGatherObjectOfAll, Grafter, Memcpy, Ranks, RawGloo, Sglang
 
 Say = Callable[[str], None]
 # The rest is for the other jobs of the machine, and for what the estimate does not know.
@@ -21,6 +21,9 @@ _SHARE_OF_MEMORY = 0.7
 _CALLS_PER_ROUND = 100
 # Above this many seconds a call, neither clocks nor the start of a batch matter.
 _SLOW_CALL = 0.05
+# They take seconds where grafter takes milliseconds; only these sizes are theirs.
+_SLOW_WAYS = (AllGatherObjectOfAll.name, Sglang.name)
+_THEIR_SIZES = (4 * KIB, 64 * MIB)
 
 
 @dataclass(frozen=True)
@@ -88,10 +91,10 @@ class StageResult:
 
 
 def measure_ranks(
-    ranks: Ranks, sizes: Sequence[int], effort: Effort, say: Say, *, sglang: Path | None, sglang_sizes: Sequence[int]
+    ranks: Ranks, sizes: Sequence[int], effort: Effort, say: Say, *, sglang: Path | None
 ) -> tuple[list[CaseResult], list[StageResult]]:
     """All sizes for one number of ranks; the processes of all ways live side by side and work in turn."""
-    names = [Grafter.name, AllGatherObject.name, RawGloo.name, Memcpy.name]
+    names = [Grafter.name, AllGatherObject.name, AllGatherObjectOfAll.name, RawGloo.name, Memcpy.name]
     if sglang is not None and ranks.one_to_one:
         names.append(Sglang.name)
     cases = []
@@ -99,7 +102,7 @@ def measure_ranks(
         crews = {name: stack.enter_context(Crew(name, ranks, sglang=sglang)) for name in names}
         for nbytes in sizes:
             say(f"{ranks}, {size_text(nbytes)}")
-            chosen = {name: crew for name, crew in crews.items() if name != Sglang.name or nbytes in sglang_sizes}
+            chosen = {name: crew for name, crew in crews.items() if name not in _SLOW_WAYS or nbytes in _THEIR_SIZES}
             cases.append(_measure_case(chosen, ranks, nbytes, effort))
         # The size costs memory until another takes its place.
         for crew in crews.values():

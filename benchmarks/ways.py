@@ -151,20 +151,29 @@ class _Gloo(Way):
 
 
 class AllGatherObject(_Gloo):
-    """What is written first: the senders' tensors are gathered as objects, receivers give nothing."""
+    """The senders' tensors are gathered as objects, and receivers, which have nothing to say, give None."""
 
     name = "all_gather_object"
+    receivers_give_tensors: ClassVar[bool] = False
 
     def exchange(self, value: torch.Tensor) -> None:
         gathered: list[Any] = [None] * self.seat.ranks.total
-        dist.all_gather_object(gathered, value if self.seat.sends else None)
+        dist.all_gather_object(gathered, value if self.seat.sends or self.receivers_give_tensors else None)
         if not self.seat.sends:
             value.copy_(gathered[self.seat.source])
 
     @classmethod
     def bytes_needed(cls, ranks: Ranks, nbytes: int) -> int:
         # Each rank has its tensor, its pickle twice, every rank's pickle padded to the longest, and each tensor again.
-        return ranks.total * (3 + ranks.total + ranks.baseline) * nbytes
+        givers = ranks.total if cls.receivers_give_tensors else ranks.baseline
+        return ranks.total * (3 + ranks.total + givers) * nbytes
+
+
+class AllGatherObjectOfAll(AllGatherObject):
+    """What one writes first: every rank gives its tensor, wanted or not."""
+
+    name = "gathered from all"
+    receivers_give_tensors = True
 
 
 class RawGloo(_Gloo):
@@ -273,6 +282,8 @@ class Off(Way):
         grafter.dump(POINT, value)
 
 
-WAYS: dict[str, type[Way]] = {way.name: way for way in (Grafter, AllGatherObject, RawGloo, Memcpy, Sglang, Off)}
+WAYS: dict[str, type[Way]] = {
+    way.name: way for way in (Grafter, AllGatherObject, AllGatherObjectOfAll, RawGloo, Memcpy, Sglang, Off)
+}
 # Those that one process does alone.
 SOLITARY = (Memcpy.name, Off.name)

@@ -78,8 +78,16 @@ class Grafter:
             return value
         for own in ("name", "step", "phase"):
             del tags[own]
-        with self._lock:
-            return self._graft(name, value, tags, {**around.options}, direction)
+        try:
+            with self._lock:
+                return self._graft(name, value, tags, {**around.options}, direction)
+        except GrafterError as error:
+            # The way through our own files says nothing to the user, unless they debug us.
+            if logger.isEnabledFor(logging.DEBUG):
+                raise
+            if isinstance(error, RunError):
+                error.__cause__, error.__context__ = None, None
+            raise error.with_traceback(None) from error.__cause__
 
     def step(self) -> None:
         """The end of an iteration: the step counts up, occurrences start at 0 again."""

@@ -338,7 +338,7 @@ class Housekeeping:
                 (client or self._client).wake(key, self.aborted)
 
     def _end_locally(self, error: RunError) -> None:
-        """What this thread met by itself, such as a message that it cannot trust; the others are told if they can be."""
+        """What this thread met by itself, such as a message it cannot trust; the others are told if they can be."""
         try:
             self.abort(error)
         except RunError as another:

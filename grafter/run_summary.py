@@ -254,6 +254,8 @@ def _why_nothing(rows: list[PointRow], summaries: list[RankSummary]) -> str:
             f"in the program that runs?), or they ended before they had joined."
         )
     unmatched = _unmatched(summaries)
+    if any(summary.error for summary in summaries):
+        return f"{head}: the run ended before its first point was complete (see above)."
     if not unmatched:
         return f"{head}: no rank called `grafter.dump` at all."
     calls = max(max(counts.values()) for counts in unmatched.values())

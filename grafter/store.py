@@ -189,7 +189,8 @@ class StoreClient:
 
     def peek(self, key: str) -> Sealed | None:
         """A value if it is there; never waits. Two round trips if it is, else one. An abort is returned, not raised."""
-        # `check` first: a compare_set on an absent key wakes whoever waits for that key with an empty value.
+        # Asked for first: a `compare_set` that finds its key absent and changes nothing wakes whoever waits for that key,
+        # with an empty value (torch 2.13).
         if not self.exists(key):
             return None
         # Not `get`, which would wait if the key were deleted in between. A failed exchange returns what is there.

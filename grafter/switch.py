@@ -19,10 +19,12 @@ LEGAL_WORDS = f"{', '.join(TRUE_WORDS)} or {', '.join(FALSE_WORDS)}"
 def enabled(environ: Mapping[str, str] = os.environ) -> bool:
     """Whether GRAFTER_ENABLE (or DUMPER_GRAFTER_ENABLE) is on; unset or blank is off.
 
-    Raises ConfigError if it is neither a word for on nor one for off, or if both are set and differ.
+    Raises ConfigError if it is neither a word for on nor one for off, if both are set and differ, or if what is set is
+    a misspelling of it.
     """
     found = read_variable(environ, "enable")
     if found is None:
+        _refuse_misspelt(environ)
         return False
     variable, text = found
     value = switch_value(text)
@@ -31,6 +33,17 @@ def enabled(environ: Mapping[str, str] = os.environ) -> bool:
             f"{variable}={text!r} is neither on nor off, so it is not clear whether to graft. Legal: {LEGAL_WORDS}."
         )
     return value
+
+
+def _refuse_misspelt(environ: Mapping[str, str]) -> None:
+    """GRAFTER_ENABLED=1 must not be a run that silently grafts nothing. Off, no other variable is looked at."""
+    for variable, text in environ.items():
+        for prefix in (PREFIX, OLD_PREFIX):
+            name = variable.removeprefix(prefix)
+            if variable.startswith(prefix) and text.strip() and sorted(name[:6].upper()) == sorted("ENABLE"):
+                raise ConfigError(
+                    f"{variable} is no setting of grafter, so grafting is off. Did you mean {prefix}ENABLE?"
+                )
 
 
 def switch_value(text: str) -> bool | None:

@@ -7,8 +7,7 @@ import time
 from grafter.board import BoardLine, board_key
 from grafter.direction import RoleName
 from grafter.roster import ANNOUNCEMENTS, Announcement
-from grafter.store import HostedStore, StoreClient
-from grafter.wire import Sealed
+from grafter.store import ABORT, HostedStore, StoreClient
 
 _ROLES: tuple[RoleName, ...] = ("baseline", "target")
 _RANKS_NAMED = 8
@@ -32,7 +31,7 @@ class WatchedStore(HostedStore):
         About 60 us for each rank of both jobs, and no waiting. Raises RunError if the store cannot be read.
         """
         client = self._client
-        run = _look(client, f"{client.lobby}/run")
+        run = client.peek(f"{client.lobby}/run")
         if run is None:
             return "waiting for the baseline job to join; a job joins at its first call of grafter"
         client.seal.run_id = run.payload.partition(" ")[0]
@@ -47,11 +46,14 @@ class WatchedStore(HostedStore):
         """Which ranks of a role have not joined; None once all have."""
         if role in self._world_sizes:
             return None
-        roster = _look(client, f"{client.lobby}/roster/{role}")
+        roster = client.peek(f"{client.lobby}/roster/{role}")
+        if roster is not None and roster.kind == ABORT:
+            # The run is over before it began; the ranks themselves tell why.
+            return None
         if roster is not None:
             self._world_sizes[role] = len(ANNOUNCEMENTS.validate_json(roster.payload))
             return None
-        first = _look(client, f"{client.lobby}/hello/{role}/0")
+        first = client.peek(f"{client.lobby}/hello/{role}/0")
         if first is None:
             return f"waiting for the {role} job to join"
         world_size = Announcement.model_validate_json(first.payload).role_world_size
@@ -61,20 +63,11 @@ class WatchedStore(HostedStore):
 
     def _read_lines(self, client: StoreClient) -> list[BoardLine]:
         found = [
-            _look(client, board_key(client, role, rank))
+            client.peek(board_key(client, role, rank))
             for role, world_size in self._world_sizes.items()
             for rank in range(world_size)
         ]
         return [BoardLine.model_validate_json(sealed.payload) for sealed in found if sealed is not None]
-
-
-def _look(client: StoreClient, key: str) -> Sealed | None:
-    """The value if it is there. The keys looked at here are never deleted.
-
-    Asked for first: `peek` of an absent key that another rank waits for would end that wait with an empty value
-    (TCPStore wakes the waiters of a key in a `compare_set` that finds it absent and changes nothing; torch 2.13).
-    """
-    return client.peek(key) if client.exists(key) else None
 
 
 def summarize_lines(lines: list[BoardLine], now: float) -> str | None:

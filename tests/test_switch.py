@@ -31,8 +31,15 @@ def test_the_switch_reads_on_and_off(name: str, text: str, value: bool) -> None:
 
 
 def test_the_switch_is_off_when_unset_and_ignores_other_variables() -> None:
-    """Off means off: misspelt variables do not matter then."""
-    assert enabled({"GRAFTER_ENABEL": "1", "GRAFTER_ROLE": "nonsense"}) is False
+    """Off means off: other variables do not matter then."""
+    assert enabled({"GRAFTER_ROEL": "1", "GRAFTER_ROLE": "nonsense"}) is False
+
+
+@pytest.mark.parametrize("variable", ["GRAFTER_ENABEL", "GRAFTER_ENABLED", "GRAFTER_enable", "DUMPER_GRAFTER_ENALBE"])
+def test_a_misspelt_switch_is_an_error_and_not_off(variable: str) -> None:
+    """A run that was meant to graft must not silently graft nothing."""
+    with pytest.raises(ConfigError, match=r"Did you mean (DUMPER_)?GRAFTER_ENABLE\?"):
+        enabled({variable: "1"})
 
 
 def test_the_switch_refuses_what_is_neither() -> None:

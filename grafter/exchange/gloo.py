@@ -111,8 +111,11 @@ class GlooExchange(Exchange):
             if plan.generation < self.generation:
                 # Given up while it was being built.
                 return group
+            # All members have come to a new one, so none is left in an old one that would be seen to break.
             for old in [old for old in self._groups if old[0] == plan.members]:
                 del self._groups[old]
+            for tag in [tag for tag in self._tags if tag[0] == plan.members and tag[1] < plan.generation]:
+                del self._tags[tag]
             self._groups[place] = group
         return self._groups[place]
 
@@ -149,8 +152,6 @@ class GlooExchange(Exchange):
             self._helper.close()
         self._helper = self._store = None
         self.generation = max(self.generation, plan.generation + 1)
-        self._groups.clear()
-        self._tags.clear()
 
     def close(self) -> None:
         if self._helper is not None:
