@@ -44,8 +44,8 @@ class Plan:
     summary_rounds: int
 
 
-FULL = Plan(_RANKS, _SIZES, Effort(9, 0.1, 6.0), 15, 200_000, 64 * MIB, 7, 64 * MIB, 7)
-QUICK = Plan(_RANKS[:2], (4 * KIB, MIB, 64 * MIB), Effort(5, 0.05, 3.0), 7, 100_000, 64 * MIB, 3, 64 * MIB, 3)
+FULL = Plan(_RANKS, _SIZES, Effort(9, 0.1, 5.0, True), 15, 200_000, 64 * MIB, 7, 64 * MIB, 7)
+QUICK = Plan(_RANKS[:2], (4 * KIB, MIB, 64 * MIB), Effort(5, 0.05, 2.0, False), 7, 100_000, 64 * MIB, 3, 64 * MIB, 3)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

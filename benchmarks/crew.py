@@ -65,9 +65,9 @@ class Crew:
             self._kill()
             raise
 
-    def prepare(self, nbytes: int) -> None:
-        """Tensors of this size on every rank, one exchange to warm up, and a check of what came."""
-        self._ask("prepare", nbytes)
+    def prepare(self, nbytes: int) -> float:
+        """Tensors of this size on every rank, one exchange to warm up, and a check of what came. Its seconds."""
+        return float(max(self._ask("prepare", nbytes)))
 
     def seconds_per_call(self, count: int, lead_in: int = 1) -> float:
         """The median of `count` exchanges after `lead_in` uncounted ones, as the slowest rank sees it."""
@@ -171,12 +171,13 @@ class _Rank:
         self._way = way
         self._value = torch.zeros(1)
 
-    def prepare(self, nbytes: int) -> None:
+    def prepare(self, nbytes: int) -> float:
         self._fill(nbytes)
-        self._way.exchange(self._value)
+        (seconds,) = self.exchange(1)
         expected = self._way.seat.source + 1.0
         if not bool((self._value == expected).all()):
             raise AssertionError(f"{self._way.name} brought {self._value[:4].tolist()} instead of {expected}")
+        return seconds
 
     def exchange(self, count: int) -> list[float]:
         exchange, value, clock = self._way.exchange, self._value, time.perf_counter

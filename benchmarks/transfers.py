@@ -33,6 +33,7 @@ class Effort:
     rounds: int
     batch_seconds: float
     case_seconds: float
+    gather_from_all: bool
 
 
 @dataclass
@@ -94,7 +95,9 @@ def measure_ranks(
     ranks: Ranks, sizes: Sequence[int], effort: Effort, say: Say, *, sglang: Path | None
 ) -> tuple[list[CaseResult], list[StageResult]]:
     """All sizes for one number of ranks; the processes of all ways live side by side and work in turn."""
-    names = [Grafter.name, AllGatherObject.name, AllGatherObjectOfAll.name, RawGloo.name, Memcpy.name]
+    names = [Grafter.name, AllGatherObject.name, RawGloo.name, Memcpy.name]
+    if effort.gather_from_all:
+        names.append(AllGatherObjectOfAll.name)
     if sglang is not None and ranks.one_to_one:
         names.append(Sglang.name)
     cases = []
@@ -114,11 +117,11 @@ def measure_ranks(
 def _measure_case(crews: dict[str, Crew], ranks: Ranks, nbytes: int, effort: Effort) -> CaseResult:
     left_out = {name: reason for name in crews if (reason := _why_left_out(name, ranks, nbytes))}
     measured = {name: crew for name, crew in crews.items() if name not in left_out}
-    for crew in measured.values():
-        crew.prepare(nbytes)
+    first = {name: crew.prepare(nbytes) for name, crew in measured.items()}
     measures, calls, round_seconds = {}, {}, 0.0
     for name, crew in measured.items():
-        one = crew.seconds_per_call(1, lead_in=1)
+        # A first call pays for what later ones reuse; where that hardly matters, it saves two slow calls.
+        one = first[name] if first[name] > 10 * _SLOW_CALL else crew.seconds_per_call(1, lead_in=1)
         calls[name] = max(1, min(_CALLS_PER_ROUND, int(effort.batch_seconds / one)))
         # The first calls of a batch wait for ranks that are told later, and find cold caches.
         lead_in = 0 if one > _SLOW_CALL else 1 if calls[name] < 10 else 3

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 import sys
 from collections.abc import Callable
 from types import TracebackType
@@ -53,9 +54,14 @@ __all__ = [
 
 Wrapped = TypeVar("Wrapped", bound=Callable[..., Any])
 
-# None: nobody has asked yet whether grafting is on.
+# None: no eager code has asked yet whether grafting is on, or it is on and no compiler has been imported so far.
 _off: bool | None = None
+_on: bool | None = None
 _grafter: Grafter | None = None
+_hinted = False
+
+_IN_GRAPHS = "grafter is on: each of its calls breaks the compiled graph and runs between the two parts."
+_WHAT_IT_COSTS = "Less is fused, so speed suffers and last digits may change. To see where: TORCH_LOGS=graph_breaks."
 
 
 def dump(name: str, value: Any, /, **arguments: Any) -> Any:
@@ -93,7 +99,7 @@ def step() -> None:
     """The end of an iteration, on every rank. Points of the next one have a `step` that is higher by one."""
     if _off or (_off is None and _decide()):
         return
-    _active().step()
+    _step_on()
 
 
 def close() -> None:
@@ -126,7 +132,7 @@ class context:
             return
         if self._of_self is not None:
             raise UsageError("context(function of self) is a decorator; a `with` block has no self to give it.")
-        _push(self._arguments)
+        _enter(self._arguments)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -135,7 +141,7 @@ class context:
         # several threads.
         if _off or (_off is None and _decide()):
             return
-        surroundings.set(surroundings.get().outer or NO_SURROUNDINGS)
+        _leave()
 
     def __call__(self, function: Wrapped) -> Wrapped:
         arguments, of_self = self._arguments, self._of_self
@@ -147,12 +153,14 @@ class context:
         def inside(*args: Any, **kwargs: Any) -> Any:
             if _off or (_off is None and _decide()):
                 return function(*args, **kwargs)
-            before = surroundings.get()
-            _push(arguments if of_self is None else {**_tags_of_self(of_self, args, function), **arguments})
+            if of_self is None:
+                _enter(arguments)
+            else:
+                _enter_with_self(arguments, of_self, args, function)
             try:
                 return function(*args, **kwargs)
             finally:
-                surroundings.set(before)
+                _leave()
 
         return inside  # type: ignore[return-value]
 
@@ -169,18 +177,85 @@ def _why_not_decorated(function: Any) -> str | None:
     return None
 
 
-def _tags_of_self(of_self: Callable[[Any], Any], args: tuple[Any, ...], function: Callable[..., Any]) -> dict[str, Any]:
+def _untraced(function: Wrapped) -> Wrapped:
+    """The function as the compiler leaves it alone: it breaks the graph, and runs between its two parts."""
+
+    @functools.wraps(function)
+    def apart(*args: Any) -> Any:
+        return _call_apart(function, args) if "torch._dynamo" in sys.modules else function(*args)
+
+    # What `torch.compiler.disable` sets, which would import the compiler.
+    apart._torchdynamo_disable = True  # type: ignore[attr-defined]
+    apart._torchdynamo_disable_msg = _IN_GRAPHS  # type: ignore[attr-defined]
+    _apart_codes.add(apart.__code__)
+    return apart  # type: ignore[return-value]
+
+
+def _call_apart(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    from torch._C._dynamo import eval_frame
+
+    if not eval_frame.get_eval_frame_callback():
+        return function(*args)
+    if function not in _disabled:
+        import torch.compiler
+
+        _disabled[function] = torch.compiler.disable(function)
+        _disabled[_hint_once] = torch.compiler.disable(_hint_once)
+    _disabled[_hint_once]()
+    return _disabled[function](*args)
+
+
+_apart_codes = {_call_apart.__code__}
+_disabled: dict[Callable[..., Any], Callable[..., Any]] = {}
+
+
+def _hint_once() -> None:
+    global _hinted
+    if not _hinted:
+        _hinted = True
+        logging.getLogger("grafter").warning("%s %s", _IN_GRAPHS, _WHAT_IT_COSTS)
+
+
+def _decide() -> bool:
+    """True if grafting is off. Compiled code runs this while it is traced, and its answer is a constant of the graph.
+
+    Nothing that traced code reads may change meanwhile, or a second trace of the same code would not fit the first.
+    """
+    global _off, _on
+    if _on is None:
+        _on = enabled()
+    compiler = sys.modules.get("torch._dynamo")
+    if _on and compiler is not None:
+        for code in _apart_codes:
+            compiler.eval_frame.skip_code(code)
+    if (not _on or compiler is not None) and not _is_being_traced():
+        _off = not _on
+    return not _on
+
+
+# What `torch.compiler.assume_constant_result` sets; setting it here does not import the compiler.
+_decide._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _is_being_traced() -> bool:
+    guards = sys.modules.get("torch._guards")
+    return guards is not None and guards.CompileContext.try_get() is not None
+
+
+@_untraced
+def _enter_with_self(
+    arguments: dict[str, Any], of_self: Callable[[Any], Any], args: tuple[Any, ...], function: Callable[..., Any]
+) -> None:
     if not args:
         raise UsageError(f"context(function of self) around {function!r}: it was called without a positional argument.")
     tags = of_self(args[0])
     if not isinstance(tags, dict) or not all(isinstance(tag, str) for tag in tags):
-        raise UsageError(
-            f"context(function of self) around {function!r}: the function must return a dict of tags by name."
-        )
-    return tags
+        raise UsageError(f"context(function of self) around {function!r}: that function must return a dict of tags.")
+    _enter({**tags, **arguments})
 
 
-def _push(arguments: dict[str, Any]) -> None:
+@_untraced
+def _enter(arguments: dict[str, Any]) -> None:
     tags, options = split_options(arguments)
     unfit = [option for option in options if option != "ranks"]
     if unfit:
@@ -190,16 +265,19 @@ def _push(arguments: dict[str, Any]) -> None:
     surroundings.set(Surroundings({**around.tags, **tags}, {**around.options, **options}, around))
 
 
-def _decide() -> bool:
-    """True if grafting is off. Asked once; under torch.compile the answer is taken while tracing."""
-    global _off
-    if _off is None:
-        _off = not enabled()
-    return _off
+@_untraced
+def _leave() -> None:
+    surroundings.set(surroundings.get().outer or NO_SURROUNDINGS)
 
 
-# What `torch.compiler.assume_constant_result` sets; setting it here does not import the compiler.
-_decide._dynamo_marked_constant = True  # type: ignore[attr-defined]
+@_untraced
+def _dump_on(name: str, value: Any, arguments: dict[str, Any]) -> Any:
+    return _active().dump_point(name, value, arguments)
+
+
+@_untraced
+def _step_on() -> None:
+    _active().step()
 
 
 def _active() -> Grafter:
@@ -210,27 +288,6 @@ def _active() -> Grafter:
 
         _grafter = Grafter(GrafterConfig.from_environment())
     return _grafter
-
-
-def _dump_on(name: str, value: Any, arguments: dict[str, Any]) -> Any:
-    if "torch._dynamo" in sys.modules:
-        return _outside_of_graphs()(name, value, arguments)
-    return _active().dump_point(name, value, arguments)
-
-
-_dump_on._torchdynamo_disable = True  # type: ignore[attr-defined]
-_dump_on._torchdynamo_disable_msg = (  # type: ignore[attr-defined]
-    "grafter is on: each grafter.dump breaks the graph here, and runs between the two parts."
-)
-
-
-@functools.cache
-def _outside_of_graphs() -> Callable[[str, Any, dict[str, Any]], Any]:
-    """`dump_point`, kept from being compiled itself."""
-    import torch._dynamo
-
-    disabled: Callable[[str, Any, dict[str, Any]], Any] = torch._dynamo.disable(_active().dump_point)  # type: ignore[no-untyped-call]
-    return disabled
 
 
 def __getattr__(name: str) -> Any:

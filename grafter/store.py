@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
 
+import torch
 from torch.distributed import DistError, TCPStore
 
 from grafter import errors
@@ -25,6 +26,8 @@ from grafter.wire import PROTOCOL_VERSION, Seal, Sealed
 ABORT = "abort"
 _LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 _REASONABLE_BACKLOG = 4096
+# Known of this version on; a `set` more costs little where it is not needed.
+_COMPARE_SET_ROUSES = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 13)
 _NEVER_STORED = "grafter: never stored"
 
 Value = TypeVar("Value")
@@ -51,15 +54,24 @@ def listening_socket(address: str, port: int) -> socket.socket:
 
 def serve(address: str, port: int) -> TCPStore:
     """Host a store; the returned object is also its first client. Port 0 takes a free one (`.port` tells)."""
-    listener = listening_socket(address, port)
-    real_port = listener.getsockname()[1]
+    with listening_socket(address, port) as listener:
+        real_port = listener.getsockname()[1]
+        try:
+            return _serve_on(listener, address, real_port)
+        except NotImplementedError:
+            # torch before 2.7: only its older server takes a socket that is bound already.
+            return _serve_on(listener, address, real_port, use_libuv=False)
+
+
+def _serve_on(listener: socket.socket, address: str, port: int, **backend: bool) -> TCPStore:
     return TCPStore(
         "127.0.0.1" if address in _LOOPBACK else address,
-        real_port,
+        port,
         is_master=True,
         wait_for_workers=False,
         timeout=timedelta(seconds=60),
-        master_listen_fd=listener.detach(),
+        master_listen_fd=os.dup(listener.fileno()),
+        **backend,
     )
 
 
@@ -173,6 +185,7 @@ class StoreClient:
         mine = self.seal.seal(key, kind, payload)
         found = self._guard(lambda: self.raw.compare_set(key, "", mine))
         if found == mine.encode():
+            self._rouse(key, mine)
             return None
         return self._opened(key, found)
 
@@ -189,8 +202,8 @@ class StoreClient:
 
     def peek(self, key: str) -> Sealed | None:
         """A value if it is there; never waits. Two round trips if it is, else one. An abort is returned, not raised."""
-        # Asked for first: a `compare_set` that finds its key absent and changes nothing wakes whoever waits for that key,
-        # with an empty value (torch 2.13).
+        # Asked for first: a `compare_set` that finds its key absent and changes nothing wakes whoever waits for that
+        # key, with an empty value (torch 2.13).
         if not self.exists(key):
             return None
         # Not `get`, which would wait if the key were deleted in between. A failed exchange returns what is there.
@@ -205,7 +218,15 @@ class StoreClient:
 
     def wake(self, key: str, error: RunError) -> None:
         """End the wait of whoever waits for `key`, unless a value came first."""
-        self._guard(lambda: self.raw.compare_set(key, "", self.seal.seal(key, ABORT, encode_abort(error))))
+        abort = self.seal.seal(key, ABORT, encode_abort(error))
+        if self._guard(lambda: self.raw.compare_set(key, "", abort)) == abort.encode():
+            self._rouse(key, abort)
+
+    def _rouse(self, key: str, value: str) -> None:
+        """The older server that torch 2.6 needs does not wake those who wait for a key in a `compare_set`, only in a
+        `set`. Nobody else writes a key that is taken, so writing it again changes nothing."""
+        if not _COMPARE_SET_ROUSES:
+            self._guard(lambda: self.raw.set(key, value))
 
     def _opened(self, key: str, value: bytes) -> Sealed:
         sealed = self.seal.open(key, value)

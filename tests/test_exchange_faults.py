@@ -266,6 +266,8 @@ def test_a_sender_that_cannot_write_fails_the_point_everywhere_and_the_run_goes_
         for rank in range(2):
             outcomes = [r.outcome for r in ledgers[role, rank]]
             assert outcomes == ["grafted", "failed", "failed", "grafted", "grafted"]
-            assert f"baseline rank {who} cannot write its tensor: no memory on the device" in ledgers[role, rank][1].reason
+            assert (
+                f"baseline rank {who} cannot write its tensor: no memory on the device" in ledgers[role, rank][1].reason
+            )
     assert [r.outcome for r in ledgers["baseline", who]] == ["sent", "failed", "failed", "sent", "sent"]
     assert max(r.seconds for r in results) < SOON

@@ -125,7 +125,9 @@ def test_a_path_that_leads_nowhere_ends_the_job_at_its_first_call(tmp_path: Path
 
 
 def dump_shard(rank: Rank) -> Any:
-    extras = {"dim": 0, "bias": torch.full((3,), 0.5), "deep": {"list": [1, torch.ones(1)]}} if rank.is_baseline else None
+    extras = (
+        {"dim": 0, "bias": torch.full((3,), 0.5), "deep": {"list": [1, torch.ones(1)]}} if rank.is_baseline else None
+    )
     if rank.is_baseline:
         value = torch.full((2, 3), float(rank.role_rank))
     else:

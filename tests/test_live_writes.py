@@ -247,7 +247,11 @@ def test_dtypes_convert_where_that_is_safe_and_what_saturates_is_counted(tmp_pat
 
 def dump_shapes(rank: Rank) -> Any:
     found = []
-    for name, shape in (("h", (3,)), ("h", (2, 3) if rank.is_baseline else (3, 2)), ("h", (1,) if rank.is_baseline else ())):
+    for name, shape in (
+        ("h", (3,)),
+        ("h", (2, 3) if rank.is_baseline else (3, 2)),
+        ("h", (1,) if rank.is_baseline else ()),
+    ):
         value = torch.full(shape, 1.0 if rank.is_baseline else 9.0)
         grafter.dump(name, value)
         found.append(value.unique().tolist())
@@ -275,7 +279,9 @@ def dump_expanded_on_one_rank(rank: Rank) -> list[float]:
 
 
 def test_a_write_that_one_receiver_cannot_do_is_done_on_none(tmp_path: Path) -> None:
-    with two_jobs(tmp_path, dump_expanded_on_one_rank, dump_expanded_on_one_rank, ranks=(2, 2), b2t_filter="True") as jobs:
+    with two_jobs(
+        tmp_path, dump_expanded_on_one_rank, dump_expanded_on_one_rank, ranks=(2, 2), b2t_filter="True"
+    ) as jobs:
         values = succeed(jobs.wait())
         ledgers = jobs.ledgers()
     assert values[2:] == [[9.0] * 6] * 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -195,7 +196,27 @@ def dump_without_being_named(rank: Rank) -> Any:
 
 
 def test_a_rank_that_its_own_ranks_do_not_name_gets_an_error_at_once(tmp_path: Path) -> None:
-    with two_jobs(tmp_path, dump_without_being_named, dump_without_being_named, ranks=(2, 1), b2t_filter="True") as jobs:
+    with two_jobs(
+        tmp_path, dump_without_being_named, dump_without_being_named, ranks=(2, 1), b2t_filter="True"
+    ) as jobs:
         first, second, target = succeed(jobs.wait())
     assert (first, target) == (None, None), "those that are named meet"
     assert "does not name this rank, 1" in second
+
+
+def step_and_end(rank: Rank) -> None:
+    grafter.step()
+
+
+def dump_later(rank: Rank) -> float:
+    time.sleep(3)
+    return float(grafter.dump("h", torch.full((1,), 1.0 if rank.is_baseline else 9.0), ranks=[rank.role_rank]))
+
+
+def test_a_rank_without_points_may_end_before_the_others_have_joined(tmp_path: Path) -> None:
+    """The first stage of a pipeline passes its output on and ends; the run still opens, or the others know at once."""
+    with Jobs(tmp_path, b2t_filter="True", join_timeout=20) as jobs:
+        jobs.start("baseline", 2, step_and_end, only=0)
+        jobs.start("baseline", 2, dump_later, only=1)
+        jobs.start("target", 1, dump_later)
+        assert succeed(jobs.wait()) == [None, 1.0, 1.0]

@@ -100,7 +100,9 @@ def test_a_huge_tag_does_not_fill_the_message() -> None:
 
 @pytest.mark.parametrize("name", sorted(OWN_TAGS))
 def test_what_grafter_sets_is_refused_with_what_sets_it(name: str) -> None:
-    setter = {"name": "first argument", "step": r"grafter\.step\(\)", "phase": "every point", "occurrence": "counts"}[name]
+    setter = {"name": "first argument", "step": r"grafter\.step\(\)", "phase": "every point", "occurrence": "counts"}[
+        name
+    ]
     with pytest.raises(UsageError, match=rf"`{name}` is .*{setter}.*needs another name"):
         split_options({name: 1})
 

@@ -44,7 +44,9 @@ SIGNALS = ("baseline forward", "target forward")
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_a_matched_point_in_a_recomputation_is_refused_and_the_other_job_told(tmp_path: Path, use_reentrant: bool) -> None:
+def test_a_matched_point_in_a_recomputation_is_refused_and_the_other_job_told(
+    tmp_path: Path, use_reentrant: bool
+) -> None:
     """The forward pass grafts; its recomputation raises with what to do, and the other job ends with that error's name."""
     with Jobs(tmp_path, b2t_filter="True", timeout=FAR, signals=SIGNALS) as jobs:
         for role in ("baseline", "target"):

@@ -14,6 +14,7 @@ and a closed socket is a dead peer. Nothing has a name in a file system, so noth
 from __future__ import annotations
 
 import array
+import contextlib
 import mmap
 import os
 import select
@@ -94,30 +95,34 @@ class SharedMemoryExchange(Exchange):
         digest = bytes.fromhex(plan.digest)
         for receiver in dict.fromkeys(item.piece.receiver for item in outgoing):
             sending = self._connected_to(receiver)
-            if failure is None:
-                pieces = [item for item in outgoing if item.piece.receiver == receiver]
-                failure = self._place_pieces(plan, receiver, pieces, sending, watch)
-            else:
-                self._pass_over_answers(plan, receiver, sending)
+            pieces = [item for item in outgoing if item.piece.receiver == receiver]
+            failure = self._place_pieces(plan, receiver, pieces, sending, failure, watch)
             word = b"D" + digest if failure is None else b"F" + digest + str(failure).encode()[:_LONGEST_REASON]
             self._tell(receiver, sending.connection, word)
         if failure is not None:
             raise failure
 
     def _place_pieces(
-        self, plan: TransferPlan, receiver: int, pieces: Sequence[Outgoing], sending: _Sending, watch: Watch
+        self,
+        plan: TransferPlan,
+        receiver: int,
+        pieces: Sequence[Outgoing],
+        sending: _Sending,
+        failure: Abandoned | None,
+        watch: Watch,
     ) -> Abandoned | None:
+        """Write, unless the point is lost already. Either way the receiver's answer is read, if it owes one."""
         try:
             block = self._mapped_block(plan, receiver, sending, watch)
-            for item in pieces:
+            for item in pieces if failure is None else ():
                 _write_piece(block, item)
         except Abandoned as abandoned:
-            return abandoned
-        except (RuntimeError, ValueError, MemoryError, OSError) as error:
+            return failure or abandoned
+        except (RuntimeError, ValueError, MemoryError) as error:
             if isinstance(error, GrafterError):
                 raise
             return Abandoned(f"{self._roster.who(self._graft_rank)} cannot write its tensor: {error}")
-        return None
+        return failure
 
     def _connected_to(self, receiver: int) -> _Sending:
         sending = self._to.get(receiver)
@@ -150,20 +155,6 @@ class SharedMemoryExchange(Exchange):
         if needed > len(sending.block):
             raise ProtocolError(f"{self._roster.who(receiver)} offers a block that is too small.")
         return sending.block
-
-    def _pass_over_answers(self, plan: TransferPlan, receiver: int, sending: _Sending) -> None:
-        """Take what the receiver has said without waiting for more, so that answers to lost points do not pile up."""
-        while select.select([sending.connection], [], [], 0)[0]:
-            message, descriptors, _, _ = socket.recv_fds(sending.connection, _LONGEST_MESSAGE, 4, _CLOSE_ON_EXEC)
-            try:
-                if not message:
-                    raise PeerGone(receiver, "it closed the connection")
-                self._read_answer(plan, receiver, sending, message, descriptors)
-            except Abandoned:
-                # It has given up this point, too.
-                continue
-            finally:
-                _close_all(descriptors)
 
     def _read_answer(
         self, plan: TransferPlan, receiver: int, sending: _Sending, message: bytes, descriptors: Sequence[int]
@@ -218,9 +209,6 @@ class SharedMemoryExchange(Exchange):
                     )
                 # That of a point which was given up here before its sender had finished is passed over.
                 self._owed_words.remove((sender, digest))
-                if kind == b"F":
-                    # It may have failed before it took the block.
-                    self._from[sender].generation_told = 0
                 if kind == b"F" and digest == plan.digest:
                     failure = Abandoned(message[1 + _DIGEST_BYTES :].decode(errors="replace"))
         return failure
@@ -317,6 +305,8 @@ class SharedMemoryExchange(Exchange):
             return message, descriptors
 
     def close(self) -> None:
+        for sending in self._to.values():
+            _empty(sending.connection)
         for connection in [s.connection for s in self._to.values()] + [r.connection for r in self._from.values()]:
             connection.close()
         self._listener.close()
@@ -331,6 +321,17 @@ def _write_piece(block: mmap.mmap | None, item: Outgoing) -> None:
     assert block is not None
     place = as_tensor(view_bytes(block, item.piece.offset, spec.nbytes), spec.torch_dtype, spec.shape)
     place.copy_(item.tensor)
+
+
+def _empty(connection: socket.socket) -> None:
+    """Read what is left there: a socket that is closed with something unread takes its own last word back."""
+    with contextlib.suppress(OSError):
+        connection.setblocking(False)
+        while True:
+            message, descriptors, _, _ = socket.recv_fds(connection, _LONGEST_MESSAGE, 4, _CLOSE_ON_EXEC)
+            _close_all(descriptors)
+            if not message:
+                return
 
 
 def _process_at(connection: socket.socket) -> tuple[int, int]:

@@ -1,0 +1,22 @@
+"""What holds for every test: a clean environment, and no property judged by how long an example took."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import hypothesis
+import pytest
+
+# The machine is shared with other tests; an example's time says nothing.
+hypothesis.settings.register_profile("grafter", deadline=None)
+hypothesis.settings.load_profile("grafter")
+
+
+@pytest.fixture(autouse=True)
+def clean_environ(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No test sees the GRAFTER_* variables of whoever runs it."""
+    for variable in list(os.environ):
+        if variable.startswith(("GRAFTER_", "DUMPER_GRAFTER_")):
+            monkeypatch.delenv(variable)
+    yield
