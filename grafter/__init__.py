@@ -187,7 +187,8 @@ def _untraced(function: Wrapped) -> Wrapped:
     # What `torch.compiler.disable` sets, which would import the compiler.
     apart._torchdynamo_disable = True  # type: ignore[attr-defined]
     apart._torchdynamo_disable_msg = _IN_GRAPHS  # type: ignore[attr-defined]
-    _apart_codes.add(apart.__code__)
+    code: Any = apart
+    _apart_codes.add(code.__code__)
     return apart  # type: ignore[return-value]
 
 
@@ -199,8 +200,8 @@ def _call_apart(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     if function not in _disabled:
         import torch.compiler
 
-        _disabled[function] = torch.compiler.disable(function)
-        _disabled[_hint_once] = torch.compiler.disable(_hint_once)
+        _disabled[function] = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+        _disabled[_hint_once] = torch.compiler.disable(_hint_once)  # type: ignore[no-untyped-call]
     _disabled[_hint_once]()
     return _disabled[function](*args)
 

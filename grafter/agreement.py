@@ -13,7 +13,7 @@ from grafter.courier import Courier
 from grafter.direction import RoleName
 from grafter.errors import RunError
 from grafter.housekeeping import Housekeeping
-from grafter.pairing import StoreKeys
+from grafter.manifest import StoreKeys
 from grafter.points import PointKey
 from grafter.roster import Roster
 from grafter.store import StoreClient

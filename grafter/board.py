@@ -15,6 +15,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from grafter.direction import RoleName
+from grafter.points import PointKey
 from grafter.roster import Roster
 from grafter.store import StoreClient
 
@@ -55,7 +56,7 @@ class BoardWriter:
         self._role, self._role_rank = role, role_rank
         self.sequence = 0
         # Filled by the dump thread, read when a line is written.
-        self.last_points: deque[str] = deque(maxlen=10)
+        self.last_points: deque[tuple[PointKey, str]] = deque(maxlen=10)
 
     def running(self, client: StoreClient) -> None:
         self._write(client, state="running")
@@ -80,7 +81,7 @@ class BoardWriter:
             "role_rank": self._role_rank,
             "sequence": self.sequence,
             "since": time.time(),
-            "last_points": tuple(self.last_points),
+            "last_points": [f"{key} {outcome}" for key, outcome in tuple(self.last_points)],
             **fields,
         }
         client.set(board_key(client, self._role, self._role_rank), "board", json.dumps(line))

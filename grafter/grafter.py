@@ -12,6 +12,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,14 +22,33 @@ from grafter.direction import Direction, DirectionFilters
 from grafter.errors import GrafterError, PeerLostError, RunError, UsageError
 from grafter.leaves import Leaves, NothingToOffer, encode_extras, spec_of, take_apart
 from grafter.ledger import RankSummary
+from grafter.manifest import Header
 from grafter.meeting import Meeting, PointOptions
-from grafter.pairing import Header
 from grafter.participants import own_participants
 from grafter.points import OWN_TAGS, PHASE, StepCounter, call_site, check_tags, split_options, surroundings
 from grafter.session import Joining, Session, find_place
 from grafter.user_transform import UserTransform, load_transform, transform_of
 
 logger = logging.getLogger("grafter")
+
+_MOST_REMEMBERED = 4096
+# The fields of a header besides whose it is, in the order in which `_describe` gathers them.
+_DESCRIPTION = (
+    "participants", "direction", "call_site", "needs", "generation", "staging", "leaves", "structure", "others",
+    "extras", "extras_tensors", "nothing", "failure", "nccl_device",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Offer:
+    """What this rank brings to a point: leaves, or why there are none."""
+
+    value: Any
+    leaves: Leaves | None = None
+    extras_text: str | None = None
+    extras: list[torch.Tensor] = field(default_factory=list)
+    nothing: str | None = None
+    failure: Exception | None = None
 
 
 class Grafter:
@@ -42,9 +62,11 @@ class Grafter:
         self._filters = DirectionFilters(config.filters)
         self._steps = StepCounter()
         self._lock = threading.RLock()
-        self._unmatched: Counter[str] = Counter()
+        # A plain dict: counting in it costs a third of what it costs in a Counter.
+        self._unmatched: dict[str, int] = {}
         self._outcomes: Counter[str] = Counter()
         self._sequence = 0
+        self._headers: dict[tuple[Any, ...], Header] = {}
         self._joining: Joining | None = None
         self._session: Session | None = None
         self._detached: str | None = None
@@ -74,7 +96,7 @@ class Grafter:
         tags["phase"] = PHASE
         direction = self._filters.direction_of(tags)
         if direction is None:
-            self._unmatched[name] += 1
+            self._unmatched[name] = self._unmatched.get(name, 0) + 1
             return value
         for own in ("name", "step", "phase"):
             del tags[own]
@@ -134,26 +156,22 @@ class Grafter:
         try:
             session = self._joined()
             key = self._steps.next_key({**tags, "name": name}, self.config.key_tags)
-            header, leaves, extras, failure = self._describe(session, value, options, direction, site)
-            meeting = Meeting(
-                session, key, direction, header, options, {**tags, "name": name, "step": key.step, "phase": key.phase}
-            )
+            offer = self._take_up(value, options)
+            header = self._describe(session, offer, options, direction, site)
+            tags.update(name=name, step=key.step, phase=key.phase)
+            meeting = Meeting(session, key, direction, header, options, tags)
             self._sequence += 1
-            grafted, outcome = meeting.hold(leaves, extras, self.config.stats, self._sequence)
+            grafted, outcome = meeting.hold(offer.leaves, offer.extras, self.config.stats, self._sequence)
         except RunError as error:
             return self._end_run(error, value)
         except BaseException as error:
             self._fault = error
             raise
         self._outcomes[outcome] += 1
-        session.housekeeping.board.last_points.append(f"{key} {outcome}")
-        if failure is not None:
-            raise failure
-        return (
-            grafted
-            if leaves is not None
-            else (value() if callable(value) and not isinstance(value, torch.Tensor) else value)
-        )
+        session.housekeeping.board.last_points.append((key, outcome))
+        if offer.failure is not None:
+            raise offer.failure
+        return grafted if offer.leaves is not None else offer.value
 
     def _joined(self) -> Session:
         if self._session is None:
@@ -183,42 +201,56 @@ class Grafter:
                 f"`mode='default'` for torch.compile) while grafting."
             )
 
-    def _describe(
-        self, session: Session, value: Any, options: PointOptions, direction: Direction, site: str
-    ) -> tuple[Header, Leaves | None, list[torch.Tensor], BaseException | None]:
-        """This rank's header, also where it has nothing to offer or fails: the other side must hear of it."""
-        participants = own_participants(session.place, options.ranks)
-        fields: dict[str, Any] = {
-            "role": session.place.role,
-            "role_rank": session.place.role_rank,
-            "participants": participants,
-            "direction": direction,
-            "call_site": site,
-            "needs": options.transform.receives if options.transform is not None else "identity",
-            "generation": session.transfer.generation,
-            "staging": session.transfer.staging.prepare(),
-        }
-        extras: list[torch.Tensor] = []
+    def _take_up(self, value: Any, options: PointOptions) -> _Offer:
+        """The value, made if it is a function, taken apart. A failure is an offer, too: the other side must hear it."""
         try:
-            leaves = take_apart(value() if callable(value) and not isinstance(value, torch.Tensor) else value)
-            if options.extras is not None:
-                fields["extras"], extras = encode_extras(options.extras)
+            if callable(value) and not isinstance(value, torch.Tensor):
+                value = value()
+            leaves = take_apart(value)
+            extras_text, extras = encode_extras(options.extras) if options.extras is not None else (None, [])
         except NothingToOffer as nothing:
-            return Header(**fields, nothing=str(nothing)), None, [], None
+            return _Offer(value, nothing=str(nothing))
         except Exception as error:
-            failure = UsageError(f"{error}") if isinstance(error, ValueError) else error
-            return Header(**fields, failure=f"{type(error).__name__}: {error}"), None, [], failure
-        if self.config.backend == "nccl" and any(tensor.is_cuda for tensor in leaves.tensors):
-            device = torch.cuda.get_device_properties(leaves.tensors[0].device)
-            fields["nccl_device"] = f"{device.uuid} {os.environ.get('NCCL_HOSTID', '')}".strip()
-        header = Header(
-            **fields,
-            leaves=leaves.specs,
-            structure=leaves.structure,
-            others=leaves.others,
-            extras_tensors=tuple(spec_of(str(i), tensor) for i, tensor in enumerate(extras)),
+            return _Offer(value, failure=error)
+        return _Offer(value, leaves, extras_text, extras)
+
+    def _describe(
+        self, session: Session, offer: _Offer, options: PointOptions, direction: Direction, site: str
+    ) -> Header:
+        """This rank's part of the point, for the other ranks. The same description gives the same object."""
+        leaves, failure = offer.leaves, offer.failure
+        description = (
+            own_participants(session.place, options.ranks),
+            direction,
+            site,
+            options.transform.receives if options.transform is not None else "identity",
+            session.transfer.generation,
+            session.transfer.staging.prepare(),
+            leaves.specs if leaves is not None else (),
+            leaves.structure if leaves is not None else "",
+            tuple(sorted(leaves.others.items())) if leaves is not None else (),
+            offer.extras_text,
+            tuple(spec_of(str(i), tensor) for i, tensor in enumerate(offer.extras)),
+            offer.nothing,
+            f"{type(failure).__name__}: {failure}" if failure is not None else None,
+            self._nccl_device(leaves),
         )
-        return header, leaves, extras, None
+        header = self._headers.get(description)
+        if header is None:
+            place = session.place
+            header = Header(
+                role=place.role, role_rank=place.role_rank, **dict(zip(_DESCRIPTION, description, strict=True))
+            )
+            if len(self._headers) >= _MOST_REMEMBERED:
+                self._headers.clear()
+            self._headers[description] = header
+        return header
+
+    def _nccl_device(self, leaves: Leaves | None) -> str | None:
+        if self.config.backend != "nccl" or leaves is None or not leaves.tensors[0].is_cuda:
+            return None
+        uuid = torch.cuda.get_device_properties(leaves.tensors[0].device).uuid
+        return f"{uuid} {os.environ.get('NCCL_HOSTID', '')}".strip()
 
     def _options_of(self, name: str, given: dict[str, Any]) -> PointOptions:
         """Per field: the plan file's rule, since it is there to correct code; else the call; else the configuration."""

@@ -9,11 +9,12 @@ from typing import Any, Literal
 
 import torch
 
+from grafter.decision import Decision, decide
 from grafter.direction import Direction, receiver_role, sender_role
 from grafter.errors import PeerLostError, PointFailed, RunError, TransformError, WriteRefused
 from grafter.leaves import Leaves
 from grafter.ledger import LeafRecord, LedgerRecord, Outcome
-from grafter.pairing import Decision, Header, Pair, StoreKeys, decide
+from grafter.manifest import Header, Pair, StoreKeys
 from grafter.points import PointKey
 from grafter.session import Session
 from grafter.stats import compare
@@ -84,6 +85,14 @@ class Meeting:
     # The steps.
 
     def _decide(self, pair: Pair) -> tuple[Decision, TransferPlan | None]:
+        """What both manifests lead to; remembered with them, since they come again in every step."""
+        known = pair.memo.get(self._direction)
+        if known is None:
+            known = pair.memo[self._direction] = self._work_out(pair)
+        decision, plan = known
+        return decision, plan.of_point(self._key.digest) if plan is not None else None
+
+    def _work_out(self, pair: Pair) -> tuple[Decision, TransferPlan | None]:
         decision = decide(self._direction, pair)
         if decision.outcome is not None:
             return decision, None

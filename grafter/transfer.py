@@ -16,7 +16,7 @@ from grafter.exchange.nccl import NcclExchange
 from grafter.exchange.shared_memory import SharedMemoryExchange
 from grafter.housekeeping import Housekeeping
 from grafter.leaves import TensorSpec, decode_extras
-from grafter.pairing import Pair, StoreKeys
+from grafter.manifest import Pair, StoreKeys
 from grafter.roster import Announcement, Roster
 from grafter.staging import Staging, StagingRefused
 from grafter.transfer_plan import Piece, TransferPlan

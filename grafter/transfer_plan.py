@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from grafter.decision import Decision
 from grafter.direction import Direction, receiver_role, sender_role
 from grafter.leaves import TensorSpec
-from grafter.pairing import Decision, Pair
+from grafter.manifest import Pair
 from grafter.roster import Roster
 
 # Enough for every dtype, and for the widest vector loads of a copy.
@@ -39,6 +40,10 @@ class TransferPlan:
     generation: int
     pieces: tuple[Piece, ...]
     staging_bytes: dict[int, int]
+
+    def of_point(self, digest: str) -> TransferPlan:
+        """The same plan for another point with the same manifests."""
+        return TransferPlan(digest, self.members, self.generation, self.pieces, self.staging_bytes)
 
     def outgoing(self, sender: int) -> tuple[Piece, ...]:
         return tuple(piece for piece in self.pieces if piece.sender == sender)

@@ -8,7 +8,7 @@ import torch
 
 from grafter.leaves import TensorSpec, spec_of
 from grafter.liveness import ProcessIdentity
-from grafter.pairing import Header, Manifest, Pair
+from grafter.manifest import Header, Manifest, Pair
 from grafter.roster import Announcement, Roster
 
 

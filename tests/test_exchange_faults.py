@@ -31,7 +31,7 @@ def gigabyte(fill: float) -> list[torch.Tensor]:
 
 
 def hold_in_the_middle(rank: Rank, backend: str) -> None:
-    """Make this rank tell the test once its third leaf is under way, and wait there for whatever the test does to it."""
+    """Make this rank tell the test once its third leaf is under way, and wait there for what the test does to it."""
     met = {"count": 0}
 
     def pause() -> None:
@@ -244,7 +244,7 @@ def fail_to_write(rank: Rank) -> list[list[float]]:
 
         shared_memory._write_piece = write_or_fail
     values = []
-    for number in range(5):  # noqa: B007 (read by `write_or_fail`)
+    for number in range(5):
         value = torch.full((1024 << (9 if number == 2 else 0),), 1.0 if rank.is_baseline else 2.0)
         grafter.dump("h", value, number=number, transform=None if rank.is_baseline else add_all)
         values.append(sorted(set(value.tolist())))

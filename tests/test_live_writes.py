@@ -11,8 +11,8 @@ from jobs import Jobs, Rank, succeed, two_jobs
 
 import grafter
 
-# Gradients, as docs/write-modes.md has them. The target's weight is 0 and its y = exp(0) = 1, the baseline's y is 5, and
-# the loss is 2 * y * scale with scale = 1.
+# Gradients, as docs/write-modes.md has them. The target's weight is 0 and its y = exp(0) = 1, the baseline's y is 5,
+# and the loss is 2 * y * scale with scale = 1.
 
 
 def train_one_step(rank: Rank) -> dict[str, Any]:

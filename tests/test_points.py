@@ -115,7 +115,20 @@ def test_names_kept_for_later_versions_are_refused_as_tags(name: str) -> None:
 
 def test_the_reserved_names_are_those_that_were_announced() -> None:
     """Programs are written against this list: a name added later would break their tags."""
-    announced = "extras dims layout ranks tokens start new_rows_only wait transform gradient write save".split()
+    announced = [
+        "extras",
+        "dims",
+        "layout",
+        "ranks",
+        "tokens",
+        "start",
+        "new_rows_only",
+        "wait",
+        "transform",
+        "gradient",
+        "write",
+        "save",
+    ]
     assert frozenset(announced) == OPTIONS
 
 

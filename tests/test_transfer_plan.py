@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from point_parts import header, pair, roster, sides, spec
 
-from grafter.pairing import decide
+from grafter.decision import decide
 from grafter.transfer_plan import ALIGNMENT_BYTES, TransferPlan, make_plan
 
 DTYPES = [torch.uint8, torch.float16, torch.complex128, torch.bool, torch.int64]

@@ -1,0 +1,146 @@
+"""The decision about a point: one pure function of both manifests, which every participant computes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from grafter.direction import Direction
+from grafter.manifest import Header, Pair
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What happens at one point, the same on every participant.
+
+    `sources` is, for each receiving role rank, the sending role ranks whose whole value it gets, in order. Where
+    `outcome` is not None, nothing moves, and `reason` says why.
+    """
+
+    sources: dict[int, tuple[int, ...]]
+    outcome: Literal["skipped", "failed"] | None = None
+    reason: str | None = None
+
+
+def decide(direction: Direction, pair: Pair) -> Decision:
+    """One pure function of both manifests, computed by every participant."""
+    senders, receivers = pair.senders(direction), pair.receivers(direction)
+    failed = next((h for h in pair.headers if h.failure is not None), None)
+    if failed is not None:
+        return Decision({}, "failed", f"{failed.who} failed before the exchange: {failed.failure}")
+    nothing = [h for h in pair.headers if h.nothing is not None]
+    if nothing:
+        return Decision({}, "skipped", "; ".join(f"{h.who}: {h.nothing}" for h in nothing[:4]))
+    shared_gpu = _find_shared_gpu(pair.headers)
+    if shared_gpu is not None:
+        return Decision({}, "failed", shared_gpu)
+    needs = {h.needs for h in receivers}
+    if len(needs) != 1:
+        return Decision(
+            {}, "failed", f"the receivers ask for different things: {sorted(needs)}; give all one transform"
+        )
+    if needs == {"all"}:
+        everyone = tuple(h.role_rank for h in senders)
+        return Decision({h.role_rank: everyone for h in receivers})
+    if needs == {"same_rank"}:
+        return _pair_by_position(senders, receivers, same_shape=False)
+    return _identity(senders, receivers)
+
+
+def _find_shared_gpu(headers: Sequence[Header]) -> str | None:
+    owners: dict[str, Header] = {}
+    for header in headers:
+        if header.nccl_device is not None:
+            other = owners.setdefault(header.nccl_device, header)
+            if other is not header:
+                return (
+                    f"{other.who} and {header.who} use one GPU ({header.nccl_device}), and NCCL refuses two ranks on "
+                    "one "
+                    f"device. Use GRAFTER_BACKEND=auto, or give each job GPUs of its own."
+                )
+    return None
+
+
+def _identity(senders: Sequence[Header], receivers: Sequence[Header]) -> Decision:
+    """Without a transform: a single sender serves every receiver of its shape, else the k-th serves the k-th."""
+    if len(senders) == 1:
+        mismatch = next((m for h in receivers if (m := find_mismatch(senders[0], h))), None)
+        if mismatch is not None:
+            return Decision({}, "failed", mismatch)
+        return Decision({h.role_rank: (senders[0].role_rank,) for h in receivers})
+    return _pair_by_position(senders, receivers, same_shape=True)
+
+
+def _pair_by_position(senders: Sequence[Header], receivers: Sequence[Header], *, same_shape: bool) -> Decision:
+    if len(senders) != len(receivers):
+        return Decision(
+            {},
+            "failed",
+            f"{len(senders)} ranks send and {len(receivers)} receive, so rank k of one does not belong to rank k "
+            "of the "
+            f"other. Give a transform that says what each receiver makes of all the senders' tensors "
+            f"(transforms/ has one that concatenates).",
+        )
+    for sender, receiver in zip(senders, receivers, strict=True):
+        mismatch = find_mismatch(sender, receiver) if same_shape else None
+        if mismatch is not None:
+            return Decision({}, "failed", mismatch)
+    return Decision({r.role_rank: (s.role_rank,) for s, r in zip(senders, receivers, strict=True)})
+
+
+def find_mismatch(sender: Header, receiver: Header) -> str | None:
+    """Why one sender's value cannot be this receiver's as it is; None if it can."""
+    if sender.structure != receiver.structure:
+        return (
+            f"the values are built differently: {_structure(sender)} at {sender.who}, {_structure(receiver)} at "
+            f"{receiver.who}"
+        )
+    if sender.others != receiver.others:
+        sent, there = dict(sender.others), dict(receiver.others)
+        path = next(p for p in sent | there if sent.get(p) != there.get(p))
+        return (
+            f"the leaf {path} is {_value(sent.get(path))} at {sender.who} and {_value(there.get(path))} at "
+            f"{receiver.who}; leaves that are no tensors must be equal"
+        )
+    for ours, theirs in zip(sender.leaves, receiver.leaves, strict=True):
+        if ours.shape != theirs.shape:
+            leaf = f" of {ours.path}" if ours.path else ""
+            return (
+                f"the shapes{leaf} differ: {ours} at {sender.who} ({sender.call_site}), {theirs} at {receiver.who} "
+                f"({receiver.call_site}). A transform can turn one into the other (transforms/ has examples)"
+            )
+    return None
+
+
+def _value(encoded: str | None) -> str:
+    return "a tensor" if encoded is None else repr(json.loads(encoded)[1])
+
+
+def _structure(header: Header) -> str:
+    paths = json.loads(header.structure) if header.structure != "tensor" else None
+    return "a tensor" if paths is None else f"leaves {', '.join(paths[:6])}{', ...' if len(paths) > 6 else ''}"
+
+
+def find_conflict(headers: Sequence[Header]) -> str | None:
+    """Whether ranks of one role describe one point differently; the sentence says how. Pure."""
+    first = headers[0]
+    for header in headers[1:]:
+        if header.participants != first.participants:
+            return two_leaders(first, header)
+        if header.direction != first.direction:
+            return (
+                f"{first.who} takes it as {first.direction}, {header.who} as {header.direction}; their filters differ."
+            )
+    return None
+
+
+def two_leaders(first: Header, second: Header) -> str:
+    return (
+        f"ranks of one job declare different participants: {first.who} says {list(first.participants)} "
+        f"(at {first.call_site}), {second.who} says {list(second.participants)} (at {second.call_site}). All "
+        "ranks that "
+        f"share a point must give the same `ranks=`; ranks that do not share it need another tag (such as "
+        f"`pp_stage=...`) so that their points differ."
+    )
