@@ -182,21 +182,18 @@ def _untraced(function: Wrapped) -> Wrapped:
 
     @functools.wraps(function)
     def apart(*args: Any) -> Any:
-        return _call_apart(function, args) if "torch._dynamo" in sys.modules else function(*args)
+        if _compiled_caller is not None and _compiled_caller():
+            return _call_apart(function, args)
+        return function(*args)
 
     # What `torch.compiler.disable` sets, which would import the compiler.
     apart._torchdynamo_disable = True  # type: ignore[attr-defined]
     apart._torchdynamo_disable_msg = _IN_GRAPHS  # type: ignore[attr-defined]
-    code: Any = apart
-    _apart_codes.add(code.__code__)
+    _apart_codes.add(apart.__code__)  # type: ignore[attr-defined]
     return apart  # type: ignore[return-value]
 
 
 def _call_apart(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-    from torch._C._dynamo import eval_frame
-
-    if not eval_frame.get_eval_frame_callback():
-        return function(*args)
     if function not in _disabled:
         import torch.compiler
 
@@ -206,6 +203,8 @@ def _call_apart(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     return _disabled[function](*args)
 
 
+# Tells whether the frame that runs was called by compiled code; None before a compiler was imported.
+_compiled_caller: Callable[[], Any] | None = None
 _apart_codes = {_call_apart.__code__}
 _disabled: dict[Callable[..., Any], Callable[..., Any]] = {}
 
@@ -222,14 +221,17 @@ def _decide() -> bool:
 
     Nothing that traced code reads may change meanwhile, or a second trace of the same code would not fit the first.
     """
-    global _off, _on
+    global _off, _on, _compiled_caller
     if _on is None:
         _on = enabled()
     compiler = sys.modules.get("torch._dynamo")
-    if _on and compiler is not None:
+    if _on and compiler is None:
+        return False
+    if _on and compiler is not None and _compiled_caller is None:
         for code in _apart_codes:
             compiler.eval_frame.skip_code(code)
-    if (not _on or compiler is not None) and not _is_being_traced():
+        _compiled_caller = sys.modules["torch"]._C._dynamo.eval_frame.get_eval_frame_callback
+    if not _is_being_traced():
         _off = not _on
     return not _on
 
@@ -273,7 +275,7 @@ def _leave() -> None:
 
 @_untraced
 def _dump_on(name: str, value: Any, arguments: dict[str, Any]) -> Any:
-    return _active().dump_point(name, value, arguments)
+    return (_grafter or _active()).dump_point(name, value, arguments)
 
 
 @_untraced

@@ -103,7 +103,7 @@ class Agreement:
 
     def _fetch(self, key: PointKey, others: Sequence[int], places: Sequence[str]) -> list[Sealed]:
         needs = frozenset(self._roster.graft_rank(self._role, rank) for rank in others)
-        wait = Wait("agreement", str(key), self._timeout, needs=needs)
+        wait = Wait("agreement", key, self._timeout, needs=needs)
         return self._courier.fetch(wait, places, by_mail=self._courier.mail_inside)
 
     def keys_to_delete(self, key: PointKey, receivers: Sequence[int], *, committed: bool) -> list[str]:

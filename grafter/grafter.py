@@ -237,10 +237,8 @@ class Grafter:
         )
         header = self._headers.get(description)
         if header is None:
-            place = session.place
-            header = Header(
-                role=place.role, role_rank=place.role_rank, **dict(zip(_DESCRIPTION, description, strict=True))
-            )
+            fields: dict[str, Any] = dict(zip(_DESCRIPTION, description, strict=True))
+            header = Header(role=session.place.role, role_rank=session.place.role_rank, **fields)
             if len(self._headers) >= _MOST_REMEMBERED:
                 self._headers.clear()
             self._headers[description] = header

@@ -172,7 +172,7 @@ class Housekeeping:
             self.board.waiting(
                 self._client,
                 digest=wait.digest,
-                point=wait.what,
+                point=str(wait.what),
                 participants=wait.participants,
                 awaits=wait.awaits,
                 call_site=wait.call_site,

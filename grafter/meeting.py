@@ -108,7 +108,7 @@ class Meeting:
         outcome_key = StoreKeys(session.client.hall, self._key.digest).outcome
         try:
             with self._timed("exchange"), torch.no_grad():
-                self._bytes_sent = session.transfer.send(plan, pair, tensors, str(self._key), outcome_key)
+                self._bytes_sent = session.transfer.send(plan, pair, tensors, self._key, outcome_key)
         except Abandoned as abandoned:
             return "failed", str(abandoned)
         except PeerGone as gone:
@@ -152,9 +152,7 @@ class Meeting:
         """The value to write for each leaf, complete and checked; or why there is none."""
         try:
             with self._timed("exchange"), torch.no_grad():
-                received, self._bytes_received = self._session.transfer.receive(
-                    plan, pair, self._direction, str(self._key)
-                )
+                received, self._bytes_received = self._session.transfer.receive(plan, pair, self._direction, self._key)
         except Abandoned as abandoned:
             return [], str(abandoned)
         except PeerGone as gone:

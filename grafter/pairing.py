@@ -79,7 +79,7 @@ class Pairing:
     ) -> list[str] | None:
         wait = Wait(
             "pairing",
-            str(key),
+            key,
             self._timeout,
             leader=header.role_rank == min(header.participants),
             digest=key.digest,

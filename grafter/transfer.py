@@ -88,7 +88,9 @@ class Transfer:
         """Of process groups: counts up when this rank gives one up. The highest of all participants counts."""
         return max(self._gloo.generation, self._nccl.generation)
 
-    def send(self, plan: TransferPlan, pair: Pair, tensors: Sequence[torch.Tensor], what: str, outcome_key: str) -> int:
+    def send(
+        self, plan: TransferPlan, pair: Pair, tensors: Sequence[torch.Tensor], what: object, outcome_key: str
+    ) -> int:
         """Send this rank's tensors to whoever the plan names; bytes sent. Raises Abandoned if a receiver gave up."""
         pieces = plan.outgoing(self._graft_rank)
         self._hear_announcements(pair)
@@ -106,7 +108,7 @@ class Transfer:
                     raise
         return sum(piece.spec.nbytes for piece in pieces)
 
-    def receive(self, plan: TransferPlan, pair: Pair, direction: Direction, what: str) -> tuple[list[Received], int]:
+    def receive(self, plan: TransferPlan, pair: Pair, direction: Direction, what: object) -> tuple[list[Received], int]:
         """What the plan brings to this rank, by sender, and its bytes. Raises Abandoned if it cannot be had."""
         pieces = plan.incoming(self._graft_rank)
         # Another receiver may give the point up, and then the senders stop for all.

@@ -13,7 +13,8 @@ class Wait:
     """What the dump thread waits for, in one stage: join, pairing, exchange or agreement."""
 
     stage: str
-    what: str
+    # What a message says it waits for: text, or what gives it.
+    what: object
     timeout: float
     # The store keys that end it, unless mail does; then `has_news` says whether there is any.
     awaits: tuple[str, ...] = ()

@@ -47,7 +47,7 @@ SIGNALS = ("baseline forward", "target forward")
 def test_a_matched_point_in_a_recomputation_is_refused_and_the_other_job_told(
     tmp_path: Path, use_reentrant: bool
 ) -> None:
-    """The forward pass grafts; its recomputation raises with what to do, and the other job ends with that error's name."""
+    """The forward pass grafts; its recomputation raises with what to do, and the other job is told of it."""
     with Jobs(tmp_path, b2t_filter="True", timeout=FAR, signals=SIGNALS) as jobs:
         for role in ("baseline", "target"):
             jobs.start(role, 1, train_with_checkpoint, use_reentrant, "h")

@@ -109,7 +109,7 @@ def test_torchrun_beside_plain_python_with_a_transform(programs: Path) -> None:
 
 
 def reserved_port() -> tuple[socket.socket, int]:
-    """A port that nobody else gets while the socket lives, and that baseline rank 0 may listen on: bound, no listener."""
+    """A port that nobody else gets while the socket lives (bound, no listener); baseline rank 0 may listen on it."""
     reserved = socket.socket()
     reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     reserved.bind(("127.0.0.1", 0))
