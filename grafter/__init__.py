@@ -186,11 +186,15 @@ def _untraced(function: Wrapped) -> Wrapped:
             return _call_apart(function, args)
         return function(*args)
 
+    return _left_alone(apart)  # type: ignore[no-any-return]
+
+
+def _left_alone(function: Any) -> Any:
     # What `torch.compiler.disable` sets, which would import the compiler.
-    apart._torchdynamo_disable = True  # type: ignore[attr-defined]
-    apart._torchdynamo_disable_msg = _IN_GRAPHS  # type: ignore[attr-defined]
-    _apart_codes.add(apart.__code__)  # type: ignore[attr-defined]
-    return apart  # type: ignore[return-value]
+    function._torchdynamo_disable = True
+    function._torchdynamo_disable_msg = _IN_GRAPHS
+    _apart_codes.add(function.__code__)
+    return function
 
 
 def _call_apart(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
@@ -273,9 +277,16 @@ def _leave() -> None:
     surroundings.set(surroundings.get().outer or NO_SURROUNDINGS)
 
 
-@_untraced
+@_left_alone
 def _dump_on(name: str, value: Any, arguments: dict[str, Any]) -> Any:
-    return (_grafter or _active()).dump_point(name, value, arguments)
+    # As `_untraced` would do it, without the cost of passing all arguments on once more.
+    if _compiled_caller is not None and _compiled_caller():
+        return _call_apart(_dump_now, (name, value, arguments))
+    return _dump_now(name, value, arguments) if _grafter is None else _grafter.dump_point(name, value, arguments)
+
+
+def _dump_now(name: str, value: Any, arguments: dict[str, Any]) -> Any:
+    return _active().dump_point(name, value, arguments)
 
 
 @_untraced

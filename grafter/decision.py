@@ -41,6 +41,9 @@ def decide(direction: Direction, pair: Pair) -> Decision:
         return Decision(
             {}, "failed", f"the receivers ask for different things: {sorted(needs)}; give all one transform"
         )
+    unequal = next((u for s in senders for r in receivers if (u := _find_unequal_leaf(s, r))), None)
+    if unequal is not None:
+        return Decision({}, "failed", unequal)
     if needs == {"all"}:
         everyone = tuple(h.role_rank for h in senders)
         return Decision({h.role_rank: everyone for h in receivers})
@@ -97,19 +100,27 @@ def find_mismatch(sender: Header, receiver: Header) -> str | None:
             f"the values are built differently: {_structure(sender)} at {sender.who}, {_structure(receiver)} at "
             f"{receiver.who}"
         )
-    if sender.others != receiver.others:
-        sent, there = dict(sender.others), dict(receiver.others)
-        path = next(p for p in sent | there if sent.get(p) != there.get(p))
-        return (
-            f"the leaf {path} is {_value(sent.get(path))} at {sender.who} and {_value(there.get(path))} at "
-            f"{receiver.who}; leaves that are no tensors must be equal"
-        )
+    unequal = _find_unequal_leaf(sender, receiver)
+    if unequal is not None:
+        return unequal
     for ours, theirs in zip(sender.leaves, receiver.leaves, strict=True):
         if ours.shape != theirs.shape:
             leaf = f" of {ours.path}" if ours.path else ""
             return (
                 f"the shapes{leaf} differ: {ours} at {sender.who} ({sender.call_site}), {theirs} at {receiver.who} "
                 f"({receiver.call_site}). A transform can turn one into the other (transforms/ has examples)"
+            )
+    return None
+
+
+def _find_unequal_leaf(sender: Header, receiver: Header) -> str | None:
+    """Leaves that are no tensors must be equal, where both sides have them."""
+    sent, there = dict(sender.others), dict(receiver.others)
+    for path in sorted(sent | there):
+        if sent.get(path) != there.get(path):
+            return (
+                f"the leaf {path} is {_value(sent.get(path))} at {sender.who} and {_value(there.get(path))} at "
+                f"{receiver.who}; leaves that are no tensors must be equal"
             )
     return None
 

@@ -127,8 +127,8 @@ class Grafter:
             atexit.unregister(self.close)
             if self._joining is None:
                 return
-            session = self._session or self._joining.finished()
             error = _last_error(self._fault)
+            session = self._session or self._joining.finished(patient=error is None)
             if session is not None:
                 session.ledger.write_summary(self._summary(session, error))
                 session.close(

@@ -258,8 +258,19 @@ class Joining:
             raise RunError(f"{self._place.who} could not join: {type(error).__name__}: {error}") from error
         return self._session
 
-    def finished(self) -> Session | None:
-        """The session if there is one already; else the attempt is given up."""
+    def finished(self, *, patient: bool) -> Session | None:
+        """At the end of the program: the session, if it comes to one.
+
+        A rank whose points never matched may end before the others have joined, and they need it to: `patient` waits
+        for them, up to `join_timeout`. A program that ends with an error does not.
+        """
+        if patient and not self._done.wait(2.0):
+            logger.warning(
+                "grafter: %s has ended, and stays until all ranks of both jobs have joined, since they wait for it "
+                "(Ctrl-C ends it)",
+                self._place.who,
+            )
+            self._done.wait()
         self._cancelled = True
         self._done.wait(2.0)
         return self._session

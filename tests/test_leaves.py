@@ -175,7 +175,7 @@ def test_one_tensor_given_twice_arrives_twice() -> None:
         ({"t": torch.ones(2).to_sparse()}, r"extras\['t'\] is a tensor without plain memory"),
         ({"__grafter_tensor__": 0}, "has the key '__grafter_tensor__'"),
     ],
-    ids=repr,
+    ids=lambda part: part if isinstance(part, str) else type(part).__name__,
 )
 def test_extras_that_are_no_data_are_refused_with_their_place(extras: Any, reason: str) -> None:
     with pytest.raises(UsageError, match=reason):

@@ -68,8 +68,8 @@ def test_dtypes_may_differ() -> None:
 
 def test_another_structure_or_another_plain_leaf_is_told_with_both_values() -> None:
     tree = {"structure": "[\"['a']\", \"['n']\"]", "leaves": (spec(4, path="['a']"),)}
-    ours = header("baseline", 0, others={"['n']": '["int", 1]'}, **tree)
-    theirs = header("target", 0, others={"['n']": '["int", 2]'}, **tree)
+    ours = header("baseline", 0, others=(("['n']", '["int", 1]'),), **tree)
+    theirs = header("target", 0, others=(("['n']", '["int", 2]'),), **tree)
     assert "['n'] is 1 at baseline rank 0 and 2 at target rank 0" in (find_mismatch(ours, theirs) or "")
     assert "a tensor at target rank 0" in (find_mismatch(ours, header("target", 0)) or "")
 

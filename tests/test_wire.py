@@ -223,7 +223,7 @@ def test_secrets_that_differ_end_both_jobs_at_once(
     with Jobs(tmp_path, b2t_filter="True", timeout=FAR, hosted=hosted) as jobs:
         jobs.start("baseline", 1, graft_once, secret=baseline)
         jobs.start("target", 1, graft_once, secret=target)
-        results = jobs.wait(30)
+        results = jobs.wait(20)
     assert all("GRAFTER_SECRET" in r.error for r in results), results
     assert [r.error_kind for r in results] == ["ProtocolError"] * 2
     assert max(r.seconds for r in results) < SOON
