@@ -43,13 +43,16 @@ class Agreement:
     def vote(self, key: PointKey, receivers: Sequence[int], refusal: str | None) -> None:
         """Say that this receiver's value is complete and may be written (None), or why not. Never waits."""
         keys = StoreKeys(self._client.hall, key.digest)
+        if refusal is not None:
+            self.refuse(key, refusal)
         leader = min(receivers)
         if self._role_rank != leader:
             place, kind = keys.vote(self._role_rank), NO if refusal is not None else YES
             self._bring([leader], place, kind, refusal or "")
-        elif refusal is not None:
-            # Heard at once by senders that still wait, and by nobody else where one receiver decides alone.
-            self._client.set(keys.outcome, REFUSE, refusal)
+
+    def refuse(self, key: PointKey, reason: str) -> None:
+        """Give a point up: heard within a second by every rank, sender or receiver, that still moves its bytes."""
+        self._client.set(StoreKeys(self._client.hall, key.digest).outcome, REFUSE, reason)
 
     def outcome(self, key: PointKey, receivers: Sequence[int], refusal: str | None) -> str | None:
         """None: write. Else the one reason why no receiver of this point writes. Waits for all votes.

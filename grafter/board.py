@@ -18,6 +18,7 @@ from grafter.direction import RoleName
 from grafter.points import PointKey
 from grafter.roster import Roster
 from grafter.store import StoreClient
+from grafter.wire import read_message
 
 _LONGEST_BOARD = 8
 
@@ -93,7 +94,7 @@ def board_key(client: StoreClient, role: RoleName, role_rank: int) -> str:
 
 def read_line(payload: str, roster: Roster) -> BoardLine:
     """A line with the graft ranks of the reader's roster in it."""
-    line = BoardLine.model_validate_json(payload)
+    line = read_message(BoardLine.model_validate_json, payload, "a line of the board")
     return line.model_copy(
         update={
             "graft_rank": roster.graft_rank(line.role, line.role_rank),

@@ -32,6 +32,8 @@ class Courier:
         self, client: StoreClient, housekeeping: Housekeeping, roster: Roster, graft_rank: int, mailbox: Mailbox | None
     ) -> None:
         self._client, self._housekeeping, self._mailbox = client, housekeeping, mailbox
+        self._graft_rank = graft_rank
+        self._left_in_store: list[str] = []
         own_role = roster.side(roster.all[graft_rank].role)
         self.mail_inside = mailbox is not None and _one_host(own_role)
         self.mail_across = mailbox is not None and _one_host(roster.all)
@@ -42,9 +44,12 @@ class Courier:
             if receivers:
                 self._client.set(key, kind, payload)
             return
-        if len(payload) > LONGEST_MAIL_BYTES:
-            self._client.set(key, kind, payload)
-            kind, payload = _STORED, ""
+        if len(payload.encode()) > LONGEST_MAIL_BYTES:
+            # Under a key of this rank's own: the other leader's manifest may be as long, and goes by the same name.
+            place = f"{key}/{self._graft_rank}"
+            self._client.set(place, kind, payload)
+            self._left_in_store.append(place)
+            kind, payload = _STORED, place
         for receiver in receivers:
             try:
                 self._mailbox.send(receiver, key, kind, payload, self._housekeeping)
@@ -75,10 +80,7 @@ class Courier:
             letters = mailbox.wait(keys, self._housekeeping, patience)
             if letters is None:
                 return None
-            return [
-                self._client.get(key) if letter.kind == _STORED else letter
-                for key, letter in zip(keys, letters, strict=True)
-            ]
+            return [self._client.get(letter.payload) if letter.kind == _STORED else letter for letter in letters]
 
     def discard(self, key: str) -> None:
         """What came by another way already need not come by mail again."""
@@ -89,3 +91,8 @@ class Courier:
         """Take the one place of this name on this host; None if this process has it now, else the pid that has it."""
         assert self._mailbox is not None
         return self._mailbox.claim(key)
+
+    def take_left_in_store(self) -> list[str]:
+        """The store keys of letters that were too long, since this was last asked: to be deleted with their point."""
+        left, self._left_in_store = self._left_in_store, []
+        return left

@@ -7,6 +7,7 @@ which the other waits look at four times a second.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import select
@@ -339,11 +340,13 @@ class Housekeeping:
 
     def _end_locally(self, error: RunError) -> None:
         """What this thread met by itself, such as a message it cannot trust; the others are told if they can be."""
+        self.aborted = self.aborted or error
         try:
             self.abort(error)
         except RunError as another:
             logger.debug("grafter: %s could not tell the others: %s", self._who, another)
-            self.aborted = self.aborted or error
+            with contextlib.suppress(RunError):
+                self._wake_self(error)
 
     def _store_lost(self, error: RunError) -> None:
         """The store does not answer. Its host may be stopped (wait for it), or gone (the run is over)."""

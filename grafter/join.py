@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,10 +22,11 @@ from grafter.liveness import own_identity
 from grafter.roster import ANNOUNCEMENTS, Announcement, Roster, find_disagreement, other_role
 from grafter.store import StoreClient, connect, serve
 from grafter.waits import Wait
-from grafter.wire import PROTOCOL_VERSION, Seal
+from grafter.wire import PROTOCOL_VERSION, Seal, read_message
 
 logger = logging.getLogger("grafter")
 
+LINGER_SECONDS = 3.0
 SHARED_SETTINGS = ("b2t_filter", "t2b_filter", "compare_filter", "key")
 
 
@@ -92,6 +94,9 @@ def join(
         if isinstance(error, RunError) and housekeeping.aborted is None:
             with contextlib.suppress(RunError):
                 housekeeping.abort(error, client)
+        if server is not None and isinstance(error, RunError):
+            # The store goes with this process: the others get the time to read there why.
+            time.sleep(LINGER_SECONDS)
         housekeeping.close()
         raise
 
@@ -142,7 +147,7 @@ class _Handshake:
         )
         claimed = self._client.put_if_absent(self._hello(place.role_rank), "hello", announcement.model_dump_json())
         if claimed is not None:
-            raise self._refuse(self._explain_claim(Announcement.model_validate_json(claimed.payload), announcement))
+            raise self._refuse(self._explain_claim(_read_announcement(claimed.payload), announcement))
         return announcement
 
     def _hello(self, role_rank: int) -> str:
@@ -173,7 +178,7 @@ class _Handshake:
             return
         others = [self._hello(rank) for rank in range(1, self._place.role_world_size)]
         with self._housekeeping.waiting(self._wait(f"the other ranks of the {self._place.role} to join", *others)):
-            members = [Announcement.model_validate_json(sealed.payload) for sealed in self._client.get_all(others)]
+            members = [_read_announcement(sealed.payload) for sealed in self._client.get_all(others)]
         roster = ANNOUNCEMENTS.dump_json([announcement, *members]).decode()
         self._client.put_if_absent(f"{self._client.lobby}/roster/{self._place.role}", "roster", roster)
 
@@ -182,8 +187,15 @@ class _Handshake:
         keys = [f"{self._client.lobby}/roster/{role}" for role in ("baseline", "target")]
         logger.info("grafter: %s has joined and waits for the %s job", self._place.who, other)
         with self._housekeeping.waiting(self._wait(f"the {other} job to join", *keys)):
-            baseline, target = (ANNOUNCEMENTS.validate_json(s.payload) for s in self._client.get_all(keys))
+            baseline, target = (
+                read_message(ANNOUNCEMENTS.validate_json, sealed.payload, "a roster")
+                for sealed in self._client.get_all(keys)
+            )
         disagreement = find_disagreement(baseline, target)
         if disagreement is not None:
             raise self._refuse(disagreement)
         return Roster(tuple(baseline), tuple(target))
+
+
+def _read_announcement(text: str) -> Announcement:
+    return read_message(Announcement.model_validate_json, text, "an announcement")

@@ -54,6 +54,7 @@ class Mailbox:
         }
         self._spin_seconds = roster.spin_seconds
         self._places: deque[socket.socket] = deque()
+        self._unwanted: deque[str] = deque(maxlen=64)
         self._unread: dict[str, Sealed] = {}
         self._lock = threading.Lock()
 
@@ -92,7 +93,8 @@ class Mailbox:
     def discard(self, key: str) -> None:
         """Throw away a letter that came twice, by two ways."""
         with self._lock:
-            self._unread.pop(key, None)
+            if self._unread.pop(key, None) is None:
+                self._unwanted.append(key)
 
     def has_news(self, keys: Sequence[str]) -> bool:
         """Whether a letter lies there that could end a wait for these keys. May be asked from any thread."""
@@ -124,6 +126,9 @@ class Mailbox:
         if self._writers.get(sealed.writer, (None, None))[0] != pid:
             raise ProtocolError(f"pid {pid} signs as {sealed.writer}, which is another process of this run.")
         with self._lock:
+            if key in self._unwanted:
+                self._unwanted.remove(key)
+                return True
             if len(self._unread) >= _MOST_UNREAD:
                 raise ProtocolError(
                     f"{_MOST_UNREAD} letters wait for points that nobody comes to, the last from {sealed.writer}."

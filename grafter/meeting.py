@@ -110,6 +110,7 @@ class Meeting:
             with self._timed("exchange"), torch.no_grad():
                 self._bytes_sent = session.transfer.send(plan, pair, tensors, self._key, outcome_key)
         except Abandoned as abandoned:
+            session.agreement.refuse(self._key, str(abandoned))
             return "failed", str(abandoned)
         except PeerGone as gone:
             raise self._end_of_run(gone) from gone

@@ -20,6 +20,7 @@ from grafter.points import PointKey
 from grafter.roster import Roster
 from grafter.store import StoreClient
 from grafter.waits import Wait
+from grafter.wire import read_message
 
 # How long a leader waits for the other to write first. A wait in the store costs more, but finds any leader.
 _PATIENCE_SECONDS = 0.01
@@ -59,7 +60,7 @@ class Pairing:
         """Both manifests from `[baseline's,target's]`. The same text gives the same object, with what it remembers."""
         pair = self._pairs.get(text)
         if pair is None:
-            pair = Pair(*_MANIFESTS.validate_json(text))
+            pair = Pair(*read_message(_MANIFESTS.validate_json, text, "a pair of manifests"))
             if len(self._pairs) >= _MOST_REMEMBERED:
                 self._pairs.clear()
             self._pairs[text] = pair
@@ -95,7 +96,9 @@ class Pairing:
         if not places:
             return manifest_text(header.role, [header.text], None)
         texts = self._wait_for(key, header, places, by_mail=self._courier.mail_inside)
-        conflict = find_conflict([header, *(Header.model_validate_json(text) for text in texts)])
+        conflict = find_conflict(
+            [header, *(read_message(Header.model_validate_json, text, "a header") for text in texts)]
+        )
         return manifest_text(header.role, [header.text, *texts], conflict)
 
     def _meet_other_leader(self, key: PointKey, header: Header, mine: str, keys: StoreKeys) -> Pair:
@@ -167,9 +170,9 @@ class Pairing:
     def keys_to_delete(self, key: PointKey, header: Header) -> list[str]:
         """What this rank deletes of a point, once a later point proves that all participants are done with it."""
         if header.role_rank != min(header.participants):
-            return []
+            return self._courier.take_left_in_store()
         keys = StoreKeys(self._client.hall, key.digest)
-        mine, self._left_in_store = self._left_in_store, []
+        mine, self._left_in_store = self._left_in_store + self._courier.take_left_in_store(), []
         if not self._courier.mail_inside and len(header.participants) > 1:
             mine += [keys.header(header.role, rank) for rank in header.participants if rank != header.role_rank]
             mine.append(keys.pair(header.role))

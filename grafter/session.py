@@ -22,7 +22,7 @@ from grafter.courier import Courier
 from grafter.errors import ConfigError, GrafterError, RunError
 from grafter.exchange.shared_memory import SharedMemoryExchange, open_listener
 from grafter.group import local_address_towards
-from grafter.join import Membership, Place, join
+from grafter.join import LINGER_SECONDS, Membership, Place, join
 from grafter.ledger import LedgerRecord, LedgerWriter
 from grafter.mailbox import Mailbox, open_mailbox
 from grafter.pairing import Pairing
@@ -34,7 +34,6 @@ logger = logging.getLogger("grafter")
 
 # Sent points whose failure could still be heard of.
 _REMEMBERED_SENT = 4096
-_LINGER_SECONDS = 3.0
 
 
 def find_place(config: GrafterConfig) -> Place:
@@ -198,7 +197,7 @@ class Session:
         self.ledger.close()
 
     def _linger(self) -> None:
-        deadline = time.monotonic() + _LINGER_SECONDS
+        deadline = time.monotonic() + LINGER_SECONDS
         while time.monotonic() < deadline:
             lines = self.housekeeping.read_board(self.client)
             gone = self.housekeeping.gone_here()

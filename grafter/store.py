@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
+import stat
 import struct
 import threading
 import time
@@ -134,6 +135,9 @@ def _sockets_to(port: int) -> set[int]:
         return found
     for name in names:
         try:
+            # Asked first: a failed attempt to take something else for a socket would leave the duplicate open.
+            if not stat.S_ISSOCK(os.fstat(int(name)).st_mode):
+                continue
             with socket.socket(fileno=os.dup(int(name))) as candidate:
                 if candidate.family in (socket.AF_INET, socket.AF_INET6) and candidate.getpeername()[1] == port:
                     found.add(int(name))

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 from grafter.errors import ProtocolError
 
 PROTOCOL_VERSION = 1
+Message = TypeVar("Message")
 _UNSIGNED = "-"
 _FRESH = "Use a fresh master port for each run."
 
@@ -74,3 +77,15 @@ class Seal:
         if run_id != self.run_id and _UNSIGNED not in (run_id, self.run_id):
             raise ProtocolError(f"a message ({key}) is from run {run_id}, and this is run {self.run_id}. {_FRESH}")
         return key, Sealed(kind, writer, payload)
+
+
+def read_message(parse: Callable[[str], Message], text: str, what: str) -> Message:
+    """Typed data from a peer's text; raises ProtocolError where it is something else."""
+    try:
+        return parse(text)
+    except ValueError as error:
+        raise ProtocolError(
+            f"{what} that came through the store or by mail is not what the protocol allows "
+            f"({str(error).splitlines()[0]}): {text[:80]!r}. Both jobs need the same grafter, and nobody "
+            f"else may write there."
+        ) from error

@@ -22,6 +22,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "
 
 # A user's program: it knows nothing of the other job, and uses its own process group between points.
 PROGRAM = """
+import os
 import sys
 import torch
 import torch.distributed as dist
@@ -34,18 +35,19 @@ for step in range(2):
     grafter.dump("x", x, layer_id=3)
     total = x.sum()
     dist.all_reduce(total)
-    print(f"rank {dist.get_rank()} step {step}: x={x.tolist()} total={total.item()}", flush=True)
+    os.write(1, f"rank {dist.get_rank()} step {step}: x={x.tolist()} total={total.item()}\\n".encode())
     grafter.step()
 dist.destroy_process_group()
 """
 PLAIN = """
+import os
 import torch
 import grafter
 
 for step in range(2):
     x = torch.zeros(4)
     grafter.dump("x", x, layer_id=3)
-    print(f"plain step {step}: x={x.tolist()}", flush=True)
+    os.write(1, f"plain step {step}: x={x.tolist()}\\n".encode())
     grafter.step()
 """
 
