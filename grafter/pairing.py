@@ -44,6 +44,8 @@ class Pairing:
 
     def meet(self, key: PointKey, header: Header) -> Pair:
         """Wait for all participants of both sides. Raises what ended the run, if something does."""
+        # Before anything is offered: once the run is over, the other side must not take this for a point to come.
+        self._housekeeping.check()
         keys = StoreKeys(self._client.hall, key.digest)
         leader = min(header.participants)
         if header.role_rank == leader:
