@@ -5,17 +5,19 @@ compared, or written into the other's memory. The package reads in the order in 
 
     switch, config       GRAFTER_* and the plan file become one frozen GrafterConfig (filters, plan_file, rules)
     grafter              `dump`: off? return. Else tags, direction, key (points, direction, leaves, participants)
-    join                 once: both jobs' ranks find each other (store, wire, roster, liveness)
+    join                 once: both jobs' ranks find each other (store, wire, roster); session is what then exists
     meeting              one point, step by step:
-      pairing              headers -> store, both manifests back, one decision on every rank
+      pairing              each rank's header out, both sides' manifests back (manifest, courier, mailbox)
+      decision             one pure function of them, the same on every rank
       transfer_plan        which bytes go from whom to whom, and where they land (pure)
       transfer, exchange   they move: shared memory, gloo, NCCL (staging, group)
       user_transform       what came becomes what is written
       agreement            all receivers are ready, or none writes
       write_back           into the target's memory, shape and autograd rules checked (tensor_access, conversion)
       stats, ledger        what it was, what came, how far apart; one line per point
-    housekeeping         a wait explains itself (board, diagnosis), processes are watched, the store is tidied
-    launcher, cli        `grafter run`, `grafter show`, `grafter locate`
+    housekeeping         a wait explains itself (waits, board, diagnosis, suspicion), processes are watched (processes,
+                         liveness), the store is tidied
+    cli, launcher        `grafter run` (job..., supervision, run_...), `grafter show`, `grafter locate`
 
 Importing this reads no environment, opens nothing and hooks nothing. With GRAFTER_ENABLE unset, `dump` returns its
 value after one check.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 from grafter.liveness import SILENT_AFTER_SECONDS, HeartbeatWatch, how_gone, is_stopped
 from grafter.roster import Roster
 from grafter.store import StoreClient
@@ -20,10 +22,9 @@ class ProcessWatch:
         self._beat_count = 0
 
     def beat(self, client: StoreClient) -> None:
-        """Say that this process lives, where other hosts cannot see it."""
-        if self._roster.several_hosts:
-            self._beat_count += 1
-            client.set(self._beat_key(client, self._graft_rank), "beat", str(self._beat_count))
+        """Say once a second that this process lives: other hosts cannot see it, and all want to know until when."""
+        self._beat_count += 1
+        client.set(self._beat_key(client, self._graft_rank), "beat", f"{self._beat_count} {time.time():.1f}")
 
     def gone(self, client: StoreClient, *, all_hosts: bool) -> dict[int, str]:
         """Rank -> how its process went, as a phrase that follows its name; also ranks that closed before they ended.
@@ -42,7 +43,7 @@ class ProcessWatch:
             if report is not None:
                 how = f"{how or 'is gone'} (its job {report.payload})"
             if how is not None:
-                gone[rank] = how
+                gone[rank] = how + self._last_heard_of(client, rank)
         return gone
 
     def gone_here(self) -> dict[int, str]:
@@ -59,6 +60,12 @@ class ProcessWatch:
 
     def store_host_stopped(self) -> bool:
         return self.host_rank is not None and is_stopped(self._roster.all[self.host_rank].process)
+
+    def _last_heard_of(self, client: StoreClient, rank: int) -> str:
+        beat = client.peek(self._beat_key(client, rank))
+        if beat is None:
+            return ""
+        return f", last heard of {max(0.0, time.time() - float(beat.payload.partition(' ')[2])):.0f} s ago"
 
     def _silence(self, client: StoreClient, rank: int) -> str | None:
         beat = client.peek(self._beat_key(client, rank))

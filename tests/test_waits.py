@@ -157,12 +157,15 @@ def test_a_peer_killed_while_the_other_waits_is_named(tmp_path: Path, hosted: bo
         jobs.start("baseline", 1, die_or_wait)
         jobs.start("target", 1, die_or_wait)
         assert jobs.signals["met"].wait(60)
+        time.sleep(1.5)  # long enough for a first heartbeat
         jobs.kill("baseline", 0)
         killed = time.monotonic()
         _, target = jobs.wait()
         assert time.monotonic() - killed < SOON
     assert target.error_kind == "PeerLostError"
     assert "baseline rank 0" in target.error
+    # The store's own host takes its last heartbeat with it.
+    assert not hosted or "last heard of" in target.error
 
 
 def test_a_stopped_peer_is_named_at_once_and_fails_at_the_timeout(tmp_path: Path) -> None:
