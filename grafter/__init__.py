@@ -228,6 +228,8 @@ def _decide() -> bool:
     Nothing that traced code reads may change meanwhile, or a second trace of the same code would not fit the first.
     """
     global _off, _on, _compiled_caller
+    if _on and "torch._dynamo" not in sys.modules:
+        return False
     if _on is None:
         _on = enabled()
     compiler = sys.modules.get("torch._dynamo")

@@ -13,7 +13,7 @@ from grafter.courier import Courier
 from grafter.direction import RoleName
 from grafter.errors import RunError
 from grafter.housekeeping import Housekeeping
-from grafter.manifest import StoreKeys
+from grafter.manifest import StoreKeys, store_keys
 from grafter.points import PointKey
 from grafter.roster import Roster
 from grafter.store import StoreClient
@@ -42,7 +42,7 @@ class Agreement:
 
     def vote(self, key: PointKey, receivers: Sequence[int], refusal: str | None) -> None:
         """Say that this receiver's value is complete and may be written (None), or why not. Never waits."""
-        keys = StoreKeys(self._client.hall, key.digest)
+        keys = store_keys(self._client.hall, key.digest)
         if refusal is not None:
             self.refuse(key, refusal)
         leader = min(receivers)
@@ -52,7 +52,7 @@ class Agreement:
 
     def refuse(self, key: PointKey, reason: str) -> None:
         """Give a point up: heard within a second by every rank, sender or receiver, that still moves its bytes."""
-        self._client.set(StoreKeys(self._client.hall, key.digest).outcome, REFUSE, reason)
+        self._client.set(store_keys(self._client.hall, key.digest).outcome, REFUSE, reason)
 
     def outcome(self, key: PointKey, receivers: Sequence[int], refusal: str | None) -> str | None:
         """None: write. Else the one reason why no receiver of this point writes. Waits for all votes.
@@ -61,7 +61,7 @@ class Agreement:
         """
         if len(receivers) == 1:
             return refusal
-        keys = StoreKeys(self._client.hall, key.digest)
+        keys = store_keys(self._client.hall, key.digest)
         others = [rank for rank in receivers if rank != self._role_rank]
         if self._role_rank != min(receivers):
             return self._obey(key, keys, receivers)
@@ -113,7 +113,7 @@ class Agreement:
         """What the receivers' leader deletes of a point that is over. The reason of a failed one stays until close."""
         if len(receivers) == 1 or self._role_rank != min(receivers):
             return []
-        keys = StoreKeys(self._client.hall, key.digest)
+        keys = store_keys(self._client.hall, key.digest)
         if self._courier.mail_inside:
             return []
         ballots = [keys.vote(rank) for rank in receivers if rank != self._role_rank]

@@ -27,9 +27,12 @@ class DirectionFilters:
 
     def __init__(self, filters: Mapping[Direction, Filter]) -> None:
         self._filters = list(filters.items())
+        # Whether any filter matches is asked of every dump call of the program: bound once, the loop is the caller's.
+        self.matchers = tuple(filter_.matches for _, filter_ in self._filters)
         self._matched: set[Direction] = set()
         own = {"name", "step", "phase"}
-        self._tags_not_seen = {name for _, filter_ in self._filters for name in filter_.names} - own
+        # Tags that a filter reads and no point has had yet.
+        self.unseen_tags = {name for _, filter_ in self._filters for name in filter_.names} - own
 
     def direction_of(self, tags: Mapping[str, Any]) -> Direction | None:
         """b2t, t2b, compare, or None where no filter matches.
@@ -37,8 +40,6 @@ class DirectionFilters:
         Raises DirectionConflict if two match: before anything is exchanged, and in both jobs, because both hold the
         same filters.
         """
-        if self._tags_not_seen:
-            self._tags_not_seen -= tags.keys()
         found: Direction | None = None
         for direction, filter_ in self._filters:
             if filter_(tags):
@@ -63,4 +64,4 @@ class DirectionFilters:
         return [f"{d}: {f.source}" for d, f in self._filters if d not in self._matched]
 
     def tags_never_seen(self) -> list[str]:
-        return sorted(self._tags_not_seen)
+        return sorted(self.unseen_tags)

@@ -67,6 +67,7 @@ class Grafter:
         self._outcomes: Counter[str] = Counter()
         self._sequence = 0
         self._headers: dict[tuple[Any, ...], Header] = {}
+        self._options: dict[str, PointOptions] = {}
         self._joining: Joining | None = None
         self._session: Session | None = None
         self._detached: str | None = None
@@ -94,10 +95,17 @@ class Grafter:
         tags["name"] = name
         tags["step"] = self._steps.step
         tags["phase"] = PHASE
-        direction = self._filters.direction_of(tags)
-        if direction is None:
+        filters = self._filters
+        if filters.unseen_tags:
+            filters.unseen_tags -= tags.keys()
+        for matches in filters.matchers:
+            if matches(tags):
+                break
+        else:
             self._unmatched[name] = self._unmatched.get(name, 0) + 1
             return value
+        direction = filters.direction_of(tags)
+        assert direction is not None
         for own in ("name", "step", "phase"):
             del tags[own]
         try:
@@ -251,6 +259,17 @@ class Grafter:
         return f"{uuid} {os.environ.get('NCCL_HOSTID', '')}".strip()
 
     def _options_of(self, name: str, given: dict[str, Any]) -> PointOptions:
+        """How this point is treated; worked out once per name for calls that give no options of their own."""
+        if given:
+            return self._choose_options(name, given)
+        options = self._options.get(name)
+        if options is None:
+            if len(self._options) >= _MOST_REMEMBERED:
+                self._options.clear()
+            options = self._options[name] = self._choose_options(name, given)
+        return options
+
+    def _choose_options(self, name: str, given: dict[str, Any]) -> PointOptions:
         """Per field: the plan file's rule, since it is there to correct code; else the call; else the configuration."""
 
         def choose(field: str) -> Any:

@@ -22,6 +22,9 @@ from grafter.watch import PeerGone, Watch
 from grafter.wire import Seal, Sealed
 
 _CREDENTIALS = struct.Struct("3i")
+_CREDENTIALS_SPACE = socket.CMSG_SPACE(_CREDENTIALS.size)
+# As plain numbers: arithmetic with the enum costs more than the system call.
+_TRUNCATED = int(socket.MSG_TRUNC)
 _POLL_SECONDS = 0.25
 # Well under the kernel's limit for a datagram; what is larger goes through the store.
 LONGEST_MAIL_BYTES = 64 << 10
@@ -52,6 +55,7 @@ class Mailbox:
         self._writers = {
             f"{member.role}/{member.role_rank}": (member.process.pid, member.process.uid) for member in roster.all
         }
+        self._pids = {pid for pid, _ in self._writers.values()}
         self._spin_seconds = roster.spin_seconds
         self._places: deque[socket.socket] = deque()
         self._unwanted: deque[str] = deque(maxlen=64)
@@ -106,20 +110,14 @@ class Mailbox:
     def _fetch(self) -> bool:
         """Take one letter from the socket; False if there is none."""
         try:
-            letter, ancillary, flags, _ = self._box.recvmsg(
-                4 * LONGEST_MAIL_BYTES, socket.CMSG_SPACE(_CREDENTIALS.size)
-            )
+            letter, ancillary, flags, _ = self._box.recvmsg(4 * LONGEST_MAIL_BYTES, _CREDENTIALS_SPACE)
         except BlockingIOError:
             return False
         pid = uid = -1
         for level, kind, data in ancillary:
             if level == socket.SOL_SOCKET and kind == socket.SCM_CREDENTIALS:
                 pid, uid, _ = _CREDENTIALS.unpack(data[: _CREDENTIALS.size])
-        if (
-            uid != os.getuid()
-            or flags & socket.MSG_TRUNC
-            or not any(pid == known for known, _ in self._writers.values())
-        ):
+        if uid != os.getuid() or flags & _TRUNCATED or pid not in self._pids:
             # Some other process of this machine found the socket. It is no part of the run.
             return True
         key, sealed = self._seal.open_letter(letter)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -90,6 +90,12 @@ class Pair:
     @property
     def headers(self) -> tuple[Header, ...]:
         return self.baseline.headers + self.target.headers
+
+
+@lru_cache(maxsize=64)
+def store_keys(hall: str, digest: str) -> StoreKeys:
+    """The places of one point; every step of it asks again."""
+    return StoreKeys(hall, digest)
 
 
 class StoreKeys:

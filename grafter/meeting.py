@@ -14,7 +14,7 @@ from grafter.direction import Direction, receiver_role, sender_role
 from grafter.errors import PeerLostError, PointFailed, RunError, TransformError, WriteRefused
 from grafter.leaves import Leaves
 from grafter.ledger import LeafRecord, LedgerRecord, Outcome
-from grafter.manifest import Header, Pair, StoreKeys
+from grafter.manifest import Header, Pair, store_keys
 from grafter.points import PointKey
 from grafter.session import Session
 from grafter.stats import compare
@@ -105,7 +105,7 @@ class Meeting:
         session = self._session
         for receiver in {piece.receiver for piece in plan.pieces}:
             session.expect_failures_from(receiver)
-        outcome_key = StoreKeys(session.client.hall, self._key.digest).outcome
+        outcome_key = store_keys(session.client.hall, self._key.digest).outcome
         try:
             with self._timed("exchange"), torch.no_grad():
                 self._bytes_sent = session.transfer.send(plan, pair, tensors, self._key, outcome_key)

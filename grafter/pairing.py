@@ -15,7 +15,7 @@ from grafter.courier import Courier
 from grafter.decision import find_conflict, two_leaders
 from grafter.errors import PairingError, ProtocolError
 from grafter.housekeeping import Housekeeping
-from grafter.manifest import Header, Manifest, Pair, StoreKeys, manifest_text
+from grafter.manifest import Header, Manifest, Pair, StoreKeys, manifest_text, store_keys
 from grafter.points import PointKey
 from grafter.roster import Roster
 from grafter.store import StoreClient
@@ -46,7 +46,7 @@ class Pairing:
         """Wait for all participants of both sides. Raises what ended the run, if something does."""
         # Before anything is offered: once the run is over, the other side must not take this for a point to come.
         self._housekeeping.check()
-        keys = StoreKeys(self._client.hall, key.digest)
+        keys = store_keys(self._client.hall, key.digest)
         leader = min(header.participants)
         if header.role_rank == leader:
             pair = self._meet_other_leader(key, header, self._collect(key, header, keys), keys)
@@ -173,7 +173,7 @@ class Pairing:
         """What this rank deletes of a point, once a later point proves that all participants are done with it."""
         if header.role_rank != min(header.participants):
             return self._courier.take_left_in_store()
-        keys = StoreKeys(self._client.hall, key.digest)
+        keys = store_keys(self._client.hall, key.digest)
         mine, self._left_in_store = self._left_in_store + self._courier.take_left_in_store(), []
         if not self._courier.mail_inside and len(header.participants) > 1:
             mine += [keys.header(header.role, rank) for rank in header.participants if rank != header.role_rank]

@@ -16,7 +16,7 @@ from grafter.exchange.nccl import NcclExchange
 from grafter.exchange.shared_memory import SharedMemoryExchange
 from grafter.housekeeping import Housekeeping
 from grafter.leaves import TensorSpec, decode_extras
-from grafter.manifest import Pair, StoreKeys
+from grafter.manifest import Pair, store_keys
 from grafter.roster import Announcement, Roster
 from grafter.staging import Staging, StagingRefused
 from grafter.transfer_plan import Piece, TransferPlan
@@ -112,7 +112,7 @@ class Transfer:
         """What the plan brings to this rank, by sender, and its bytes. Raises Abandoned if it cannot be had."""
         pieces = plan.incoming(self._graft_rank)
         # Another receiver may give the point up, and then the senders stop for all.
-        outcome_key = StoreKeys(self._hall, plan.digest).outcome
+        outcome_key = store_keys(self._hall, plan.digest).outcome
         needs = frozenset(piece.sender for piece in pieces)
         wait = Wait("exchange", what, self._timeout, needs=needs, outcome_key=outcome_key)
         by_way = self._by_way(pieces, pair)

@@ -27,6 +27,9 @@ class WriteMode:
     gradient: Literal["straight_through", "cut", "strict"] = "straight_through"
 
 
+_PLAINEST = WriteMode()
+
+
 @dataclass(frozen=True)
 class Written:
     """What was written. `value` is what `dump` returns: the target itself for `in_place`, a new tensor for `return`.
@@ -178,6 +181,9 @@ def apply_write(target: torch.Tensor, incoming: torch.Tensor, mode: WriteMode) -
     return: the target's memory is untouched; the result has its shape, dtype and device (and mesh and placements) and
         memory of its own.
     """
+    if mode == _PLAINEST and _is_plain_copy(target, incoming):
+        target.data.copy_(incoming)
+        return Written(target, None)
     into = local_tensor(target)
     with torch.no_grad():
         value = local_tensor(incoming).detach()
@@ -190,6 +196,21 @@ def apply_write(target: torch.Tensor, incoming: torch.Tensor, mode: WriteMode) -
             value = value.clone()
     _write_in_place(target, into, value, mode)
     return Written(target, saturated)
+
+
+def _is_plain_copy(target: torch.Tensor, incoming: torch.Tensor) -> bool:
+    """Whether there is nothing to look after: no graph, no wrapper, no conversion. That is most writes, and small ones
+    cost less than what looking after them costs."""
+    return (
+        type(target) is torch.Tensor
+        and type(incoming) is torch.Tensor
+        and not target.requires_grad
+        and not incoming.requires_grad
+        and target.dtype == incoming.dtype
+        and not target.is_inference()
+        and not target._is_view()
+        and not _same_storage(target, incoming)
+    )
 
 
 def _same_storage(a: torch.Tensor, b: torch.Tensor) -> bool:

