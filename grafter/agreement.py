@@ -39,6 +39,8 @@ class Agreement:
     ) -> None:
         self._client, self._courier, self._housekeeping, self._roster = client, courier, housekeeping, roster
         self._role, self._role_rank, self._timeout = role, role_rank, timeout
+        # What interrupted this rank in a point that was committed already: to be raised once it has written.
+        self.interrupted_by: BaseException | None = None
 
     def vote(self, key: PointKey, receivers: Sequence[int], refusal: str | None) -> None:
         """Say that this receiver's value is complete and may be written (None), or why not. Never waits."""
@@ -62,22 +64,46 @@ class Agreement:
         if len(receivers) == 1:
             return refusal
         keys = store_keys(self._client.hall, key.digest)
-        others = [rank for rank in receivers if rank != self._role_rank]
         if self._role_rank != min(receivers):
             return self._obey(key, keys, receivers)
-        votes = self._fetch(key, others, [keys.vote(rank) for rank in others])
-        no = next((vote.payload for vote in votes if vote.kind == NO), None) if refusal is None else refusal
-        no = self._decide(keys, no)
+        return self._lead(key, keys, receivers, refusal)
+
+    def _lead(self, key: PointKey, keys: StoreKeys, receivers: Sequence[int], refusal: str | None) -> str | None:
+        others = [rank for rank in receivers if rank != self._role_rank]
+        committed = False
+        try:
+            votes = self._fetch(key, others, [keys.vote(rank) for rank in others])
+            no = next((vote.payload for vote in votes if vote.kind == NO), None) if refusal is None else refusal
+            no = self._decide(keys, no)
+            committed = no is None
+            self._tell(keys, others, no)
+            return no
+        except BaseException as error:
+            # Ctrl-C, say. What is decided stands; else nobody may write, and the others must not wait for it.
+            if not committed:
+                self._tell(keys, others, f"{self._role} rank {self._role_rank} left with {type(error).__name__}")
+                raise
+            self._tell(keys, others, None)
+            self.interrupted_by = error
+            return None
+
+    def _tell(self, keys: StoreKeys, others: Sequence[int], no: str | None) -> None:
         if self._courier.mail_inside:
             self._bring(others, keys.outcome, COMMIT if no is None else REFUSE, no or "")
-        return no
+
+    def leave(self, key: PointKey, receivers: Sequence[int], reason: str) -> None:
+        """Give a point up before the vote, because this rank leaves it with an error: the others must not wait."""
+        self.vote(key, receivers, reason)
+        if len(receivers) > 1 and self._role_rank == min(receivers):
+            others = [rank for rank in receivers if rank != self._role_rank]
+            self._tell(store_keys(self._client.hall, key.digest), others, reason)
 
     def _decide(self, keys: StoreKeys, no: str | None) -> str | None:
         """The leader's part: put the outcome, unless somebody who gave up came first."""
         if self._courier.mail_inside:
-            if no is None and self._courier.claim(keys.outcome) is not None:
+            if no is None:
                 self._housekeeping.check()
-                no = _GAVE_UP
+                no = _GAVE_UP if self._courier.claim(keys.outcome) is not None else None
             return no
         found = self._client.put_if_absent(keys.outcome, COMMIT if no is None else REFUSE, no or "")
         return no if found is None else _reason(found)
@@ -86,17 +112,24 @@ class Agreement:
         others = [rank for rank in receivers if rank != self._role_rank]
         try:
             return _reason(self._fetch(key, others, [keys.outcome])[0])
-        except RunError:
-            # The leader may have decided just before the run ended: whoever gives up must ask, and obey what it finds.
-            if self._leader_has_committed(keys, min(receivers)):
-                return None
-            raise
+        except BaseException as error:
+            # The leader may have decided just before the run ended, or before Ctrl-C here: whoever gives up must ask,
+            # and obey what it finds.
+            if not self._leader_has_committed(keys, min(receivers)):
+                raise
+            if not isinstance(error, RunError):
+                self.interrupted_by = error
+            return None
 
     def _leader_has_committed(self, keys: StoreKeys, leader: int) -> bool:
         """Give this point up, unless the leader has committed it."""
         if self._courier.mail_inside:
             holder = self._courier.claim(keys.outcome)
-            return holder is not None and holder == self._roster.side(self._role)[leader].process.pid
+            if holder is not None:
+                return holder == self._roster.side(self._role)[leader].process.pid
+            # The leader may have had the place before: then its letter has arrived.
+            letter = self._courier.look(keys.outcome)
+            return letter is not None and letter.kind == COMMIT
         found = self._client.put_if_absent(keys.outcome, REFUSE, _GAVE_UP)
         return found is not None and found.kind == COMMIT
 

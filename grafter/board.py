@@ -54,7 +54,7 @@ class BoardWriter:
     """Writes this rank's line. The lines of one rank go through one client at a time, so that they keep their order."""
 
     def __init__(self, role: RoleName, role_rank: int) -> None:
-        self._role, self._role_rank = role, role_rank
+        self.role, self._role_rank = role, role_rank
         self.sequence = 0
         # Filled by the dump thread, read when a line is written.
         self.last_points: deque[tuple[PointKey, str]] = deque(maxlen=10)
@@ -78,14 +78,14 @@ class BoardWriter:
     def _write(self, client: StoreClient, **fields: Any) -> None:
         self.sequence += 1
         line = {
-            "role": self._role,
+            "role": self.role,
             "role_rank": self._role_rank,
             "sequence": self.sequence,
             "since": time.time(),
             "last_points": [f"{key} {outcome}" for key, outcome in tuple(self.last_points)],
             **fields,
         }
-        client.set(board_key(client, self._role, self._role_rank), "board", json.dumps(line))
+        client.set(board_key(client, self.role, self._role_rank), "board", json.dumps(line))
 
 
 def board_key(client: StoreClient, role: RoleName, role_rank: int) -> str:

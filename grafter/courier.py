@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import overload
 
 from grafter.housekeeping import Housekeeping
-from grafter.mailbox import LONGEST_MAIL_BYTES, Mailbox
+from grafter.mailbox import LONGEST_MAIL_BYTES, RECALL, Mailbox
 from grafter.roster import Announcement, Roster
 from grafter.store import StoreClient
 from grafter.waits import Wait
@@ -86,6 +86,14 @@ class Courier:
         """What came by another way already need not come by mail again."""
         if self._mailbox is not None:
             self._mailbox.discard(key)
+
+    def look(self, key: str) -> Sealed | None:
+        """A letter that has come, without waiting for one."""
+        return self._mailbox.look(key) if self._mailbox is not None else None
+
+    def recall(self, receiver: int, key: str) -> None:
+        """Take back a letter that was written to the wrong rank, which would keep it for ever."""
+        self.bring([receiver], key, RECALL, "", by_mail=True)
 
     def claim(self, key: str) -> int | None:
         """Take the one place of this name on this host; None if this process has it now, else the pid that has it."""

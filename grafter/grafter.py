@@ -109,6 +109,8 @@ class Grafter:
         for own in ("name", "step", "phase"):
             del tags[own]
         try:
+            if os.getpid() != self._process_id:
+                self._refuse_where_impossible(name, call_site())
             with self._lock:
                 return self._graft(name, value, tags, {**around.options}, direction)
         except GrafterError as error:
@@ -123,13 +125,18 @@ class Grafter:
         """The end of an iteration: the step counts up, occurrences start at 0 again."""
         if self._joining is None:
             self._start_joining()
+        if os.getpid() != self._process_id:
+            return
         with self._lock:
             self._steps.next_step()
 
     def close(self) -> None:
         """Leave the run: say so, delete what is ours, write the summary. Later matched points are refused."""
+        # Before the lock: in a forked child it may belong to a thread that does not exist there.
+        if os.getpid() != self._process_id:
+            return
         with self._lock:
-            if self._closed or os.getpid() != self._process_id:
+            if self._closed:
                 return
             self._closed = True
             atexit.unregister(self.close)
@@ -138,7 +145,10 @@ class Grafter:
             error = _last_error(self._fault)
             session = self._session or self._joining.finished(patient=error is None)
             if session is not None:
-                session.ledger.write_summary(self._summary(session, error))
+                try:
+                    session.ledger.write_summary(self._summary(session, error))
+                except OSError as failure:
+                    logger.error("grafter: the summary of %s cannot be written: %s", self._place.who, failure)
                 session.close(
                     f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}" if error else ""
                 )
@@ -147,6 +157,8 @@ class Grafter:
     # The steps before the other side is met.
 
     def _start_joining(self) -> None:
+        if os.getpid() != self._process_id:
+            return
         with self._lock:
             if self._joining is None and not self._closed:
                 self._joining = Joining(self.config)

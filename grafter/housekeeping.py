@@ -218,9 +218,9 @@ class Housekeeping:
             assert self._suspicion is not None
             if wait is self._wait_on_board:
                 self._suspicion.confirm_idle(self._client, wait, self.board.sequence)
-            if wait.leader or gone:
+            if wait.leader or gone or self._leader_has_left(wait):
                 self._look_for_stuck(gone)
-        elif any(rank in wait.needs for rank in gone):
+        elif any(rank in wait.needs for rank in gone) or self._outcome_will_not_come(wait):
             board = describe_board(self.read_board(self._client), gone)
             self.abort(
                 PeerLostError(
@@ -230,6 +230,20 @@ class Housekeeping:
             )
         if self.aborted is None and wait is self._wait and wait.seconds > wait.timeout:
             self._time_out(wait, gone)
+
+    def _leader_has_left(self, wait: Wait) -> bool:
+        """Leaders look for mutual waits; where the own one has left, this rank must."""
+        assert self._roster is not None
+        leader = self._roster.graft_rank(self.board.role, min(wait.participants))
+        return self.read_board(self._client, [leader])[0].state == "left"
+
+    def _outcome_will_not_come(self, wait: Wait) -> bool:
+        """In agreement: a rank that was needed has left, and nothing of it has come. What it sent would be here."""
+        if wait.stage != "agreement":
+            return False
+        left = any(line.state == "left" for line in self.read_board(self._client, sorted(wait.needs)))
+        news = wait.has_news is not None and wait.has_news()
+        return left and not news and not any(self._client.exists(key) for key in wait.awaits) and not wait.over
 
     def _look_after_join(self, wait: Wait) -> None:
         for role in ("baseline", "target"):

@@ -6,6 +6,7 @@ arrived: there is nothing on its way that the receiver's housekeeping thread cou
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import select
@@ -29,7 +30,9 @@ _POLL_SECONDS = 0.25
 # Well under the kernel's limit for a datagram; what is larger goes through the store.
 LONGEST_MAIL_BYTES = 64 << 10
 _MOST_UNREAD = 100_000
+RECALL = "recall"
 _PLACES_HELD = 8
+_MOST_ASKING = 4096
 
 
 def mailbox_name(socket_name: str) -> str:
@@ -94,6 +97,13 @@ class Mailbox:
             elif not select.select([self._box], [], [], max(0.0, deadline - time.monotonic()))[0]:
                 return None
 
+    def look(self, key: str) -> Sealed | None:
+        """The letter for a key if it is there. What was sent has arrived, so this never waits."""
+        while self._fetch():
+            pass
+        with self._lock:
+            return self._unread.pop(key, None)
+
     def discard(self, key: str) -> None:
         """Throw away a letter that came twice, by two ways."""
         with self._lock:
@@ -124,6 +134,10 @@ class Mailbox:
         if self._writers.get(sealed.writer, (None, None))[0] != pid:
             raise ProtocolError(f"pid {pid} signs as {sealed.writer}, which is another process of this run.")
         with self._lock:
+            if sealed.kind == RECALL:
+                # Written to the wrong rank; letters of one writer come in order, so it is here.
+                self._unread.pop(key, None)
+                return True
             if key in self._unwanted:
                 self._unwanted.remove(key)
                 return True
@@ -145,12 +159,16 @@ class Mailbox:
             place = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             try:
                 place.bind(name)
-                place.listen(1)
-            except OSError:
+                # Nobody accepts: every rank that asks stays in the queue.
+                place.listen(_MOST_ASKING)
+            except OSError as error:
                 place.close()
+                if error.errno not in (errno.EADDRINUSE, errno.EINVAL):
+                    raise ProtocolError(f"no place can be taken on this host: {error}.") from error
                 holder = _holder_of(name)
                 if holder is not None:
                     return holder
+                time.sleep(0.001)
                 continue
             self._places.append(place)
             if len(self._places) > _PLACES_HELD:
@@ -170,7 +188,9 @@ def _holder_of(name: str) -> int | None:
         question.settimeout(5)
         try:
             question.connect(name)
-        except OSError:
+        except (ConnectionRefusedError, FileNotFoundError):
             return None
+        except OSError as error:
+            raise ProtocolError(f"it cannot be asked who has a place on this host: {error}.") from error
         credentials = question.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
     return int(_CREDENTIALS.unpack(credentials)[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from grafter.transfer_plan import TransferPlan, make_plan
 from grafter.user_transform import GraftTransformInput, UserTransform
 from grafter.watch import Abandoned, PeerGone
 from grafter.write_back import WriteMode, Written, apply_write, check_write
+
+logger = logging.getLogger("grafter")
 
 Stats = Literal["full", "light", "off"]
 
@@ -122,17 +125,16 @@ class Meeting:
         session, receivers = self._session, tuple(decision.sources)
         try:
             incoming, refusal = self._take_in(pair, decision, plan, leaves)
+            with self._timed("statistics"):
+                self._measure(leaves, incoming, stats)
         except RunError:
             raise
         except BaseException as error:
             # Ctrl-C in a transform, say: the other receivers must not write what this one does not.
-            session.agreement.vote(self._key, receivers, f"{self._header.who} left with {type(error).__name__}")
+            session.agreement.leave(self._key, receivers, f"{self._header.who} left with {type(error).__name__}")
             raise
         with self._timed("agreement"):
             session.agreement.vote(self._key, receivers, refusal)
-        with self._timed("statistics"):
-            self._measure(leaves, incoming, stats)
-        with self._timed("agreement"):
             refusal = session.agreement.outcome(self._key, receivers, refusal)
         if refusal is not None:
             return None, "failed", refusal
@@ -141,6 +143,9 @@ class Meeting:
         with self._timed("write"):
             mode = WriteMode(self._options.write, self._options.gradient)
             written = [apply_write(o, i, mode) for o, i in zip(leaves.originals, incoming, strict=True)]
+        interrupted_by, session.agreement.interrupted_by = session.agreement.interrupted_by, None
+        if interrupted_by is not None:
+            raise interrupted_by
         self._leaf_records = [
             record.model_copy(update={"saturated": w.saturated})
             for record, w in zip(self._leaf_records, written, strict=True)
@@ -219,7 +224,11 @@ class Meeting:
         for index, (spec, target) in enumerate(zip(leaves.specs, leaves.tensors, strict=True)):
             before = arrived = difference = None
             if stats != "off" and incoming:
-                before, arrived, difference = compare(target, incoming[index], stats)
+                try:
+                    before, arrived, difference = compare(target, incoming[index], stats)
+                except Exception as error:
+                    # Out of memory, say: it costs the figures, not the point.
+                    logger.warning("grafter: no statistics of %s: %s: %s", self._key, type(error).__name__, error)
             records.append(
                 LeafRecord(
                     path=spec.path,

@@ -155,6 +155,8 @@ class Pairing:
         """Write to the leader that was met, unless that was done already, and write to it first next time."""
         leader = self._roster.graft_rank(other.role, other.headers[0].role_rank)
         if leader != told:
+            if told is not None:
+                self._courier.recall(told, keys.second)
             self._courier.bring([leader], keys.second, "manifest", mine, by_mail=True)
             self._last_other_leader[header.participants] = leader
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -234,7 +235,12 @@ class Joining:
             membership.housekeeping.joined(
                 membership.roster, membership.graft_rank, 0 if config.store_host == "rank0" else None
             )
-            self._session = Session(config, membership, shared, mailbox)
+            try:
+                self._session = Session(config, membership, shared, mailbox)
+            except BaseException as error:
+                # A disk without room for the ledger, say: the others must not wait for a rank that cannot take part.
+                self._leave_at_once(membership, error)
+                raise
         except BaseException as error:
             self._error = error
             if listener is not None:
@@ -242,6 +248,12 @@ class Joining:
             if box is not None:
                 box.close()
         self._done.set()
+
+    def _leave_at_once(self, membership: Membership, error: BaseException) -> None:
+        text = f"{self._place.who} has joined and cannot go on: {type(error).__name__}: {error}"
+        with contextlib.suppress(RunError):
+            membership.housekeeping.abort(RunError(text), membership.client)
+        membership.housekeeping.close(f"{type(error).__name__}: {error}")
 
     def wait(self) -> Session:
         """The session, once both jobs are there. Raises what kept them from joining."""
