@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from grafter.errors import DirectionConflict
@@ -28,7 +28,9 @@ class DirectionFilters:
     def __init__(self, filters: Mapping[Direction, Filter]) -> None:
         self._filters = list(filters.items())
         # Whether any filter matches is asked of every dump call of the program: bound once, the loop is the caller's.
-        self.matchers = tuple(filter_.matches for _, filter_ in self._filters)
+        self.matchers: tuple[Callable[[Mapping[str, Any]], bool], ...] = tuple(
+            filter_.matches for _, filter_ in self._filters
+        )
         self._matched: set[Direction] = set()
         own = {"name", "step", "phase"}
         # Tags that a filter reads and no point has had yet.

@@ -19,7 +19,7 @@ import torch
 
 from grafter.config import GrafterConfig
 from grafter.direction import Direction, DirectionFilters
-from grafter.errors import GrafterError, PeerLostError, RunError, UsageError
+from grafter.errors import GrafterError, JoinError, PeerLostError, RunError, UsageError
 from grafter.leaves import Leaves, NothingToOffer, encode_extras, spec_of, take_apart
 from grafter.ledger import RankSummary
 from grafter.manifest import Header
@@ -161,7 +161,16 @@ class Grafter:
             return
         with self._lock:
             if self._joining is None and not self._closed:
-                self._joining = Joining(self.config)
+                self._joining = Joining(self.config, self._refuse_all)
+
+    def _refuse_all(self, error: JoinError) -> None:
+        """The two jobs do not fit. Ranks whose points match no filter must learn it, too: at their next call."""
+
+        def refuse(tags: Any) -> bool:
+            self._fault = error
+            raise error.with_traceback(None)
+
+        self._filters.matchers = (refuse,)
 
     def _graft(
         self, name: str, value: Any, arguments: dict[str, Any], around: dict[str, Any], direction: Direction

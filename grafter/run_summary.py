@@ -250,8 +250,8 @@ def _why_nothing(rows: list[PointRow], summaries: list[RankSummary]) -> str:
         return f"{head}: of {len(rows)} matched points none got through."
     if not summaries:
         return (
-            f"{head}: no rank closed a ledger. Either neither job called grafter (is its `grafter.dump` line reached, "
-            f"in the program that runs?), or they ended before they had joined."
+            f"{head}: the jobs ended before both had joined. A job joins at its first call of grafter; one that never "
+            f"calls it, or fails before, keeps the other waiting. See the ends of their outputs above."
         )
     unmatched = _unmatched(summaries)
     if any(summary.error for summary in summaries):
@@ -259,9 +259,8 @@ def _why_nothing(rows: list[PointRow], summaries: list[RankSummary]) -> str:
     if not unmatched:
         return f"{head}: no rank called `grafter.dump` at all."
     calls = max(max(counts.values()) for counts in unmatched.values())
-    return (
-        f"{head}: no filter matched a point, of {len(unmatched)} names called up to {calls} times a rank (see below)."
-    )
+    names = f"{len(unmatched)} name{'s' * (len(unmatched) != 1)}"
+    return f"{head}: no filter matched a point; {names} came, up to {calls} times a rank (see the notes above)."
 
 
 def find_notes(ledgers: list[RankLedger], rows: list[PointRow], summaries: list[RankSummary]) -> list[str]:

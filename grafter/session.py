@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ import torch.distributed as dist
 from grafter.agreement import Agreement
 from grafter.config import GrafterConfig
 from grafter.courier import Courier
-from grafter.errors import ConfigError, GrafterError, RunError
+from grafter.errors import ConfigError, GrafterError, JoinError, RunError
 from grafter.exchange.shared_memory import SharedMemoryExchange, open_listener
 from grafter.group import local_address_towards
 from grafter.join import LINGER_SECONDS, Membership, Place, join
@@ -210,8 +211,8 @@ class Session:
 class Joining:
     """The handshake, in the background: a rank whose points never match still hosts, and still says that it left."""
 
-    def __init__(self, config: GrafterConfig) -> None:
-        self._config = config
+    def __init__(self, config: GrafterConfig, on_refusal: Callable[[JoinError], None]) -> None:
+        self._config, self._on_refusal = config, on_refusal
         self._done = threading.Event()
         self._cancelled = False
         self._session: Session | None = None
@@ -243,6 +244,8 @@ class Joining:
                 raise
         except BaseException as error:
             self._error = error
+            if isinstance(error, JoinError):
+                self._on_refusal(error)
             if listener is not None:
                 listener[0].close()
             if box is not None:

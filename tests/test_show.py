@@ -279,4 +279,4 @@ def test_the_exit_code_of_a_run(tmp_path: Path) -> None:
     assert report(only_skipped)[0] == 1
     code, text = report(tmp_path / "nothing")
     assert code == 1
-    assert "no rank closed a ledger" in text
+    assert "the jobs ended before both had joined" in text

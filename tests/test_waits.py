@@ -300,3 +300,19 @@ def test_ctrl_c_ends_a_wait_at_once(tmp_path: Path, hosted: bool) -> None:
         jobs.signals["over"].set()
         jobs.wait()
     assert baseline.error_kind == "KeyboardInterrupt"
+
+
+def dump_unmatched_until_told(rank: Rank) -> None:
+    for _ in range(600):
+        grafter.dump("h", torch.ones(1))
+        time.sleep(0.05)
+
+
+def test_filters_that_differ_end_both_jobs_though_one_matches_nothing(tmp_path: Path) -> None:
+    """The side whose own filter never matches learns it at its next call, matched or not."""
+    with Jobs(tmp_path, timeout=FAR) as jobs:
+        jobs.start("baseline", 1, wait_alone, b2t_filter="name == 'h'")
+        jobs.start("target", 1, dump_unmatched_until_told, b2t_filter="name == 'nope'")
+        results = jobs.wait()
+    assert [r.error_kind for r in results] == ["JoinError", "JoinError"]
+    assert all("the two sides are set differently" in r.error for r in results)
