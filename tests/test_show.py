@@ -209,7 +209,7 @@ def test_nothing_matched_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     }
     write_run(tmp_path, [], [summary("baseline", 0, **facts), summary("target", 0, **facts)])
     text = shown(tmp_path, monkeypatch)
-    assert "nothing was grafted or compared: no filter matched a point, of 2 names called up to 8 times a rank" in text
+    assert "nothing was grafted or compared: no filter matched a point; 2 names came, up to 8 times a rank" in text
     assert "a filter never matched: b2t: name == 'atn_out' and layer_idx == 3; there are points named attn_out" in text
     assert "no point had the tag layer_idx" in text
     assert "attn_out (8 calls each), mlp_out (4 calls each)" in text
