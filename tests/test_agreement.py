@@ -181,3 +181,50 @@ def test_without_mail_a_killed_rank_is_named_to_all(tmp_path: Path) -> None:
     assert {r.error_kind for r in survivors} == {"PeerLostError"}
     assert all("baseline rank 1 is gone" in r.error for r in survivors)
     assert max(r.seconds for r in survivors) < SOON
+
+
+def lose_statistics(rank: Rank) -> list[float]:
+    """One receiver runs out of memory while it measures: that costs its figures, not the point."""
+    from grafter import meeting
+
+    def out_of_memory(*_: Any) -> Any:
+        raise MemoryError("no room for a chunk")
+
+    if not rank.is_baseline and rank.role_rank == 1:
+        meeting.compare = out_of_memory  # type: ignore[assignment]
+    value = torch.full((2,), 1.0 if rank.is_baseline else 2.0)
+    return grafter.dump("h", value).tolist()
+
+
+def test_statistics_that_fail_keep_no_receiver_from_writing(tmp_path: Path) -> None:
+    with Jobs(tmp_path, b2t_filter="True", timeout=FAR) as jobs:
+        jobs.start("baseline", 1, lose_statistics)
+        jobs.start("target", 3, lose_statistics)
+        values = succeed(jobs.wait())
+    assert values == [[1.0, 1.0]] * 4
+
+
+def leave_in_transform(rank: Rank) -> list[float]:
+    """The receivers' leader is interrupted in its transform; the others must not wait for it."""
+
+    def transform(graft_input: Any) -> torch.Tensor:
+        if graft_input.role_rank == 0:
+            raise KeyboardInterrupt
+        return graft_input.received_list[0]
+
+    value = torch.full((2,), 1.0 if rank.is_baseline else 2.0)
+    try:
+        grafter.dump("h", value, transform=None if rank.is_baseline else transform)
+    except KeyboardInterrupt:
+        return ["interrupted"]  # type: ignore[list-item]
+    return value.tolist()
+
+
+def test_a_leader_interrupted_before_its_vote_leaves_nobody_waiting_and_nothing_written(tmp_path: Path) -> None:
+    start = time.monotonic()
+    with Jobs(tmp_path, b2t_filter="True", timeout=FAR) as jobs:
+        jobs.start("baseline", 1, leave_in_transform)
+        jobs.start("target", 3, leave_in_transform)
+        values = succeed(jobs.wait())
+    assert time.monotonic() - start < SOON
+    assert values == [[1.0, 1.0], ["interrupted"], [2.0, 2.0], [2.0, 2.0]]

@@ -316,3 +316,41 @@ def test_filters_that_differ_end_both_jobs_though_one_matches_nothing(tmp_path: 
         results = jobs.wait()
     assert [r.error_kind for r in results] == ["JoinError", "JoinError"]
     assert all("the two sides are set differently" in r.error for r in results)
+
+
+def dump_one_more_on_the_last_rank(rank: Rank) -> None:
+    grafter.dump("a", torch.ones(1))
+    if rank.role_rank == 1:
+        grafter.dump("b", torch.ones(1))
+
+
+def test_a_rank_whose_own_leader_has_left_is_told_within_seconds(tmp_path: Path) -> None:
+    """Leaders look for mutual waits; where the leader left in good order, the rank that waits for it looks itself."""
+    with Jobs(tmp_path, b2t_filter="True", timeout=FAR) as jobs:
+        jobs.start("baseline", 1, dump_one_more_on_the_last_rank)
+        jobs.start("target", 2, dump_one_more_on_the_last_rank)
+        results = jobs.wait()
+    assert [r.error_kind for r in results] == [None, None, "PairingError"]
+    assert results[2].seconds < SOON
+    assert "target rank 0 has left (it ended in good order)" in results[2].error
+
+
+def close_on_a_full_disk(rank: Rank) -> None:
+    from grafter.ledger import LedgerWriter
+
+    def no_room(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    grafter.dump("a", torch.ones(1))
+    if rank.is_baseline:
+        LedgerWriter.write_summary = no_room  # type: ignore[method-assign]
+    else:
+        grafter.dump("b", torch.ones(1))
+
+
+def test_a_rank_that_cannot_write_its_summary_still_leaves_in_good_order(tmp_path: Path) -> None:
+    with two_jobs(tmp_path, close_on_a_full_disk, close_on_a_full_disk, b2t_filter="True", timeout=FAR) as jobs:
+        baseline, target = jobs.wait()
+    assert baseline.error_kind is None
+    assert target.error_kind == "PairingError"
+    assert "baseline rank 0 has left (it ended in good order)" in target.error
