@@ -59,7 +59,7 @@ def locate_command(
         )
     except GrafterError as error:
         typer.echo(f"grafter locate: {error}", err=True)
-        raise typer.Exit(2) from None
+        raise typer.Exit(getattr(error, "exit_code", 2)) from None
     if as_json:
         typer.echo(verdict_as_json(verdict))
     else:

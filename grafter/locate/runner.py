@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,14 @@ _OWN_SETTINGS = ("b2t_filter", "t2b_filter", "compare_filter")
 _LAST_LINES_SHOWN = 10
 
 Command = str | Sequence[str]
+
+
+class Interrupted(GrafterError):
+    """Ctrl-C, or a signal to end; `exit_code` as a shell gives it."""
+
+    def __init__(self, text: str, stop_signal: int | None) -> None:
+        super().__init__(text)
+        self.exit_code = 128 + (stop_signal or signal.SIGINT)
 
 
 @dataclass(frozen=True)
@@ -125,7 +134,9 @@ def _key_tags(settings: Mapping[str, str]) -> list[str] | None:
 def _check_result(run: _Run, result: PairResult) -> list[str]:
     """Notes about a run that can be used all the same; raises GrafterError for one that cannot."""
     if result.interrupted:
-        raise GrafterError(f"the run `{run.name}` was interrupted; its ledgers are in {result.run_directory}.")
+        raise Interrupted(
+            f"the run `{run.name}` was interrupted; its ledgers are in {result.run_directory}.", result.stop_signal
+        )
     summaries = read_summaries(result.run_directory)
     failed = {role: code for role, code in result.exit_codes.items() if code != 0}
     errors = [summary for summary in summaries if summary.error is not None]
