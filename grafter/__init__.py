@@ -8,9 +8,10 @@ compared, or written into the other's memory. The package reads in the order in 
     join                 once: both jobs' ranks find each other (store, wire, roster); session is what then exists
     meeting              one point, step by step:
       pairing              each rank's header out, both sides' manifests back (manifest, courier, mailbox)
-      decision             one pure function of them, the same on every rank
+      decision             one pure function of them, the same on every rank (layout: where tensors lie)
       transfer_plan        which bytes go from whom to whom, and where they land (pure)
       transfer, exchange   they move: shared memory, gloo, NCCL (staging, group)
+      assembly             what came: a tensor per sender, or this rank's own put together from pieces
       user_transform       what came becomes what is written
       agreement            all receivers are ready, or none writes
       write_back           into the target's memory, shape and autograd rules checked (tensor_access, conversion)
@@ -34,12 +35,14 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from grafter.errors import GrafterError, UsageError
-from grafter.points import NO_SURROUNDINGS, Surroundings, check_tags, split_options, surroundings
+from grafter.layout.axes import set_axes, set_mesh
+from grafter.points import CONTEXT_OPTIONS, NO_SURROUNDINGS, Surroundings, check_tags, split_options, surroundings
 from grafter.switch import enabled
 
 if TYPE_CHECKING:
     from grafter.config import GrafterConfig
     from grafter.grafter import Grafter
+    from grafter.layout.declared import Layout
     from grafter.user_transform import GraftTransformInput, transform
 
 __all__ = [
@@ -47,7 +50,10 @@ __all__ = [
     "step",
     "context",
     "close",
+    "set_axes",
+    "set_mesh",
     "transform",
+    "Layout",
     "Grafter",
     "GrafterConfig",
     "GraftTransformInput",
@@ -79,6 +85,11 @@ def dump(name: str, value: Any, /, **arguments: Any) -> Any:
             ranks: role ranks, or a process group, of this job that share the point. Default: all ranks of the job.
             transform: a function or path that overrides GRAFTER_TRANSFORM_PATH here.
             write: "in_place" or "return"; gradient: "straight_through", "cut" or "strict" (docs/write-modes.md).
+            dims: where this rank's tensor lies in the global one, such as "b s h[tp] d" (docs/layouts.md); of a pytree,
+            a dict from a leaf's path or last key to its dims. A DTensor says it by itself.
+            layout: a `grafter.Layout` (or a dict of them) for what dims cannot say.
+            axes: this rank's place on the mesh, {"tp": (rank, size)}, where `set_axes` or `set_mesh` have not said.
+            seq_lens: global lengths of the packed sequences, where dims has a zigzag over `t`.
 
     Returns:
         The value itself; with `write="return"`, a value of the same shape and dtype that holds what came. A grafted
@@ -268,9 +279,9 @@ def _enter_with_self(
 @_untraced
 def _enter(arguments: dict[str, Any]) -> None:
     tags, options = split_options(arguments)
-    unfit = [option for option in options if option != "ranks"]
+    unfit = [option for option in options if option not in CONTEXT_OPTIONS]
     if unfit:
-        raise UsageError(f"context takes tags and `ranks=`; `{unfit[0]}=` belongs to a single dump.")
+        raise UsageError(f"context takes tags, `ranks=` and `axes=`; `{unfit[0]}=` belongs to a single dump.")
     check_tags(tags)
     around = surroundings.get()
     surroundings.set(Surroundings({**around.tags, **tags}, {**around.options, **options}, around))
@@ -318,6 +329,10 @@ def __getattr__(name: str) -> Any:
         from grafter.grafter import Grafter
 
         return Grafter
+    if name == "Layout":
+        from grafter.layout.declared import Layout
+
+        return Layout
     if name in ("GraftTransformInput", "transform"):
         from grafter import user_transform
 

@@ -39,22 +39,22 @@ class Agreement:
     ) -> None:
         self._client, self._courier, self._housekeeping, self._roster = client, courier, housekeeping, roster
         self._role, self._role_rank, self._timeout = role, role_rank, timeout
+        self._hall = client.hall
         # What interrupted this rank in a point that was committed already: to be raised once it has written.
         self.interrupted_by: BaseException | None = None
 
     def vote(self, key: PointKey, receivers: Sequence[int], refusal: str | None) -> None:
         """Say that this receiver's value is complete and may be written (None), or why not. Never waits."""
-        keys = store_keys(self._client.hall, key.digest)
         if refusal is not None:
             self.refuse(key, refusal)
         leader = min(receivers)
         if self._role_rank != leader:
-            place, kind = keys.vote(self._role_rank), NO if refusal is not None else YES
-            self._bring([leader], place, kind, refusal or "")
+            place = store_keys(self._hall, key.digest).vote(self._role_rank)
+            self._bring([leader], place, NO if refusal is not None else YES, refusal or "")
 
     def refuse(self, key: PointKey, reason: str) -> None:
         """Give a point up: heard within a second by every rank, sender or receiver, that still moves its bytes."""
-        self._client.set(store_keys(self._client.hall, key.digest).outcome, REFUSE, reason)
+        self._client.set(store_keys(self._hall, key.digest).outcome, REFUSE, reason)
 
     def outcome(self, key: PointKey, receivers: Sequence[int], refusal: str | None) -> str | None:
         """None: write. Else the one reason why no receiver of this point writes. Waits for all votes.
@@ -63,7 +63,7 @@ class Agreement:
         """
         if len(receivers) == 1:
             return refusal
-        keys = store_keys(self._client.hall, key.digest)
+        keys = store_keys(self._hall, key.digest)
         if self._role_rank != min(receivers):
             return self._obey(key, keys, receivers)
         return self._lead(key, keys, receivers, refusal)
@@ -96,7 +96,7 @@ class Agreement:
         self.vote(key, receivers, reason)
         if len(receivers) > 1 and self._role_rank == min(receivers):
             others = [rank for rank in receivers if rank != self._role_rank]
-            self._tell(store_keys(self._client.hall, key.digest), others, reason)
+            self._tell(store_keys(self._hall, key.digest), others, reason)
 
     def _decide(self, keys: StoreKeys, no: str | None) -> str | None:
         """The leader's part: put the outcome, unless somebody who gave up came first."""
@@ -146,9 +146,9 @@ class Agreement:
         """What the receivers' leader deletes of a point that is over. The reason of a failed one stays until close."""
         if len(receivers) == 1 or self._role_rank != min(receivers):
             return []
-        keys = store_keys(self._client.hall, key.digest)
         if self._courier.mail_inside:
             return []
+        keys = store_keys(self._hall, key.digest)
         ballots = [keys.vote(rank) for rank in receivers if rank != self._role_rank]
         return [*ballots, keys.outcome] if committed else ballots
 

@@ -28,8 +28,9 @@ from pydantic import (
 
 from grafter.errors import ConfigError, FilterError
 from grafter.filters import Filter, parse_filter
+from grafter.layout.axes import read_axis_sizes
 from grafter.points import OPTIONS, is_rank_tag
-from grafter.rules import RULE_FIELDS, Gradient, OnTransformError, Rule, Write
+from grafter.rules import RULE_CONDITIONS, RULE_FIELDS, Gradient, OnTransformError, PartialTarget, Rule, Write
 from grafter.setting_errors import explain_validation
 from grafter.switch import LEGAL_WORDS, OLD_PREFIX, PREFIX, read_variable, switch_value
 
@@ -100,6 +101,10 @@ class GrafterConfig(BaseModel):
     on_peer_loss: Literal["raise", "detach"] = "raise"
     write: Write = "in_place"
     gradient: Gradient = "straight_through"
+    baseline_axes: str | None = None
+    target_axes: str | None = None
+    check_replicas: _Switch = False
+    partial_target: PartialTarget = "refuse"
     dump_filter: str | None = None
     dir: str = "grafter_out"
     run_name: str | None = None
@@ -159,6 +164,13 @@ class GrafterConfig(BaseModel):
             raise ValueError("dumping to files is not in this version; unset it")
         return value
 
+    @field_validator("baseline_axes", "target_axes")
+    @classmethod
+    def _check_axes(cls, value: str | None) -> str | None:
+        if value is not None:
+            read_axis_sizes(value)
+        return value
+
     @field_validator("group_name", "run_name")
     @classmethod
     def _check_name(cls, value: str | None) -> str | None:
@@ -210,12 +222,26 @@ class GrafterConfig(BaseModel):
         return default if value is None else value
 
     def _first_rule_value(self, field: str, name: str) -> Any:
-        if field not in RULE_FIELDS or field == "match":
+        if field not in RULE_FIELDS or field in RULE_CONDITIONS:
             raise KeyError(f"rules have no field {field!r}")
-        for rule in self.rules:
-            if rule.has(field) and rule.matches(name):
-                return getattr(rule, field) or None
-        return getattr(self, _RULE_FALLBACK.get(field, field))
+        rule = self.rule_for(field, name)
+        if rule is not None:
+            return getattr(rule, field) or None
+        return getattr(self, _RULE_FALLBACK.get(field, field), None)
+
+    def rule_for(self, field: str, name: str) -> Rule | None:
+        """The first rule for the point `name` in this job that has the field."""
+        return next((rule for rule in self.own_rules if rule.has(field) and rule.matches(name)), None)
+
+    @cached_property
+    def own_rules(self) -> tuple[Rule, ...]:
+        """The rules for both jobs and for this one."""
+        return tuple(rule for rule in self.rules if rule.role in (None, self.role))
+
+    @property
+    def axes(self) -> str | None:
+        """The mesh of this job, where a setting says it."""
+        return self.baseline_axes if self.role == "baseline" else self.target_axes
 
     def public_dict(self) -> dict[str, Any]:
         """What run.json may hold: every field as JSON-able data, but not the secret."""

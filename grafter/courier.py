@@ -44,7 +44,8 @@ class Courier:
             if receivers:
                 self._client.set(key, kind, payload)
             return
-        if len(payload.encode()) > LONGEST_MAIL_BYTES:
+        # A character takes four bytes at most.
+        if len(payload) * 4 > LONGEST_MAIL_BYTES and len(payload.encode()) > LONGEST_MAIL_BYTES:
             # Under a key of this rank's own: the other leader's manifest may be as long, and goes by the same name.
             place = f"{key}/{self._graft_rank}"
             self._client.set(place, kind, payload)

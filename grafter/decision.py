@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from grafter.direction import Direction
+from grafter.errors import LayoutError
+from grafter.layout.resharding import Resharding
+from grafter.layout.shares import find_shares, whole_tensor
 from grafter.manifest import Header, Pair
 
 
@@ -16,12 +19,14 @@ class Decision:
     """What happens at one point, the same on every participant.
 
     `sources` is, for each receiving role rank, the sending role ranks whose whole value it gets, in order. Where
+    layouts decide, `reshardings` has for each leaf what goes where, and `sources` whose extras a receiver gets. Where
     `outcome` is not None, nothing moves, and `reason` says why.
     """
 
     sources: dict[int, tuple[int, ...]]
     outcome: Literal["skipped", "failed"] | None = None
     reason: str | None = None
+    reshardings: tuple[Resharding, ...] | None = None
 
 
 def decide(direction: Direction, pair: Pair) -> Decision:
@@ -41,15 +46,67 @@ def decide(direction: Direction, pair: Pair) -> Decision:
         return Decision(
             {}, "failed", f"the receivers ask for different things: {sorted(needs)}; give all one transform"
         )
-    unequal = next((u for s in senders for r in receivers if (u := _find_unequal_leaf(s, r))), None)
+    # Equal is transitive: all are compared with one.
+    unequal = next((u for h in (*receivers, *senders) if (u := _find_unequal_leaf(senders[0], h))), None)
     if unequal is not None:
         return Decision({}, "failed", unequal)
+    if needs == {"resharded"} or (needs == {"identity"} and any(h.layouts for h in pair.headers)):
+        resharded = _reshard(senders, receivers, asked=needs == {"resharded"})
+        if resharded is not None:
+            return resharded
     if needs == {"all"}:
         everyone = tuple(h.role_rank for h in senders)
         return Decision({h.role_rank: everyone for h in receivers})
     if needs == {"same_rank"}:
         return _pair_by_position(senders, receivers, same_shape=False)
     return _identity(senders, receivers)
+
+
+def _reshard(senders: Sequence[Header], receivers: Sequence[Header], *, asked: bool) -> Decision | None:
+    """What the layouts say. None where a side declares none, so that the rules for whole tensors hold."""
+    for header in (*senders[1:], *receivers):
+        if header.structure != senders[0].structure or len(header.leaves) != len(senders[0].leaves):
+            return Decision({}, "failed", _differently_built(senders[0], header))
+    try:
+        reshardings = [_reshard_leaf(senders, receivers, leaf) for leaf in range(len(senders[0].leaves))]
+    except LayoutError as error:
+        return Decision({}, "failed", str(error))
+    known = tuple(one for one in reshardings if one is not None)
+    if len(known) == len(reshardings):
+        lowest = (min(h.role_rank for h in senders),) if asked else ()
+        return Decision({h.role_rank: lowest for h in receivers}, reshardings=known)
+    if not asked:
+        return None
+    return Decision(
+        {},
+        "failed",
+        "the transform asks for the resharded tensor, and a side with several ranks declares no layout. Give dims= (at "
+        "dump, or in a rule of the plan file) on both sides.",
+    )
+
+
+def _reshard_leaf(senders: Sequence[Header], receivers: Sequence[Header], leaf: int) -> Resharding | None:
+    sides = []
+    for headers in (senders, receivers):
+        shares = find_shares(headers, leaf)
+        if shares is None and len(headers) == 1:
+            # One rank holds all that there is.
+            shares = whole_tensor(headers[0], leaf)
+        if shares is None:
+            return None
+        sides.append(shares)
+    for header in senders[1:]:
+        if header.leaves[leaf].dtype != senders[0].leaves[leaf].dtype:
+            raise LayoutError(
+                f"the parts have two dtypes: {senders[0].leaves[leaf]} at {senders[0].who}, {header.leaves[leaf]} at "
+                f"{header.who}. One tensor has one."
+            )
+    return Resharding(
+        sides[0],
+        sides[1],
+        check_replicas=any(header.check_replicas for header in (*senders, *receivers)),
+        first_summand_gets_all=all(header.partial_target == "first" for header in receivers),
+    )
 
 
 def _find_shared_gpu(headers: Sequence[Header]) -> str | None:
@@ -96,10 +153,7 @@ def _pair_by_position(senders: Sequence[Header], receivers: Sequence[Header], *,
 def find_mismatch(sender: Header, receiver: Header) -> str | None:
     """Why one sender's value cannot be this receiver's as it is; None if it can."""
     if sender.structure != receiver.structure:
-        return (
-            f"the values are built differently: {_structure(sender)} at {sender.who}, {_structure(receiver)} at "
-            f"{receiver.who}"
-        )
+        return _differently_built(sender, receiver)
     unequal = _find_unequal_leaf(sender, receiver)
     if unequal is not None:
         return unequal
@@ -111,6 +165,10 @@ def find_mismatch(sender: Header, receiver: Header) -> str | None:
                 f"({receiver.call_site}). A transform can turn one into the other (transforms/ has examples)"
             )
     return None
+
+
+def _differently_built(one: Header, other: Header) -> str:
+    return f"the values are built differently: {_structure(one)} at {one.who}, {_structure(other)} at {other.who}"
 
 
 def _find_unequal_leaf(sender: Header, receiver: Header) -> str | None:

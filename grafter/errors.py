@@ -4,7 +4,8 @@ GrafterError
 |-- ConfigError            a setting is missing, misspelt or illegal; read before anything is opened
 |   `-- FilterError        a filter expression does not parse, or uses what filters may not use
 |-- UsageError             one call of the public functions was made with arguments it cannot take
-|   `-- DirectionConflict  two filters match one point
+|   |-- DirectionConflict  two filters match one point
+|   `-- LayoutError        a layout is none: its text, its sizes, or how the ranks of a job fit together
 |-- RunError               the run is over for every rank of both jobs
 |   |-- JoinError          the two jobs could not agree to start
 |   |-- PairingError       the two jobs ask for different points
@@ -37,6 +38,10 @@ class UsageError(GrafterError, TypeError):
 
 class DirectionConflict(UsageError):
     """Two filters match the same point, so its direction is not decided."""
+
+
+class LayoutError(UsageError, ValueError):
+    """A layout is none: its text does not parse, or what it says of the ranks of a job does not fit together."""
 
 
 class RunError(GrafterError):

@@ -11,7 +11,6 @@ import os
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,14 +19,16 @@ import torch
 from grafter.config import GrafterConfig
 from grafter.direction import Direction, DirectionFilters
 from grafter.errors import GrafterError, JoinError, PeerLostError, RunError, UsageError
+from grafter.layout.axes import axes_from_text, axes_of_job, read_axes
+from grafter.layout.declared import DeclaredLayout, declare_layouts
 from grafter.leaves import Leaves, NothingToOffer, encode_extras, spec_of, take_apart
 from grafter.ledger import RankSummary
 from grafter.manifest import Header
-from grafter.meeting import Meeting, PointOptions
+from grafter.meeting import Meeting
+from grafter.options import OptionChooser, PointOptions
 from grafter.participants import own_participants
 from grafter.points import OWN_TAGS, PHASE, StepCounter, call_site, check_tags, split_options, surroundings
 from grafter.session import Joining, Session, find_place
-from grafter.user_transform import UserTransform, load_transform, transform_of
 
 logger = logging.getLogger("grafter")
 
@@ -35,7 +36,8 @@ _MOST_REMEMBERED = 4096
 # The fields of a header besides whose it is, in the order in which `_describe` gathers them.
 _DESCRIPTION = (
     "participants", "direction", "call_site", "needs", "generation", "staging", "leaves", "structure", "others",
-    "extras", "extras_tensors", "nothing", "failure", "nccl_device",
+    "extras", "extras_tensors", "nothing", "failure", "nccl_device", "layouts", "axes", "check_replicas",
+    "partial_target",
 )  # fmt: skip
 
 
@@ -47,6 +49,8 @@ class _Offer:
     leaves: Leaves | None = None
     extras_text: str | None = None
     extras: list[torch.Tensor] = field(default_factory=list)
+    layouts: tuple[DeclaredLayout | None, ...] = ()
+    axes: tuple[tuple[str, int, int], ...] = ()
     nothing: str | None = None
     failure: Exception | None = None
 
@@ -67,14 +71,13 @@ class Grafter:
         self._outcomes: Counter[str] = Counter()
         self._sequence = 0
         self._headers: dict[tuple[Any, ...], Header] = {}
-        self._options: dict[str, PointOptions] = {}
         self._joining: Joining | None = None
         self._session: Session | None = None
         self._detached: str | None = None
         self._closed = False
         self._fault: BaseException | None = None
         self._process_id = os.getpid()
-        self._transforms = _load_transforms(config)
+        self._options = OptionChooser(config)
         self._place = find_place(config)
         _set_up_logging(config.log_level)
         atexit.register(self.close)
@@ -181,7 +184,7 @@ class Grafter:
         check_tags(tags)
         if self._detached is not None:
             return value
-        options = self._options_of(name, {**around, **given})
+        options = self._options.options_of(name, {**around, **given})
         try:
             session = self._joined()
             key = self._steps.next_key({**tags, "name": name}, self.config.key_tags)
@@ -237,11 +240,20 @@ class Grafter:
                 value = value()
             leaves = take_apart(value)
             extras_text, extras = encode_extras(options.extras) if options.extras is not None else (None, [])
+            layouts = declare_layouts(leaves, options.dims, options.layout, options.seq_lens)
+            axes = self._axes(options.axes) if layouts else ()
         except NothingToOffer as nothing:
             return _Offer(value, nothing=str(nothing))
         except Exception as error:
             return _Offer(value, failure=error)
-        return _Offer(value, leaves, extras_text, extras)
+        return _Offer(value, leaves, extras_text, extras, layouts, axes)
+
+    def _axes(self, given: Any) -> tuple[tuple[str, int, int], ...]:
+        """This rank's place on the mesh: what the call says, else what was set, else the configuration."""
+        place = self._place
+        settled = axes_from_text(self.config.axes, place.role_rank, place.role_world_size) if self.config.axes else {}
+        axes = {**settled, **axes_of_job(), **(read_axes(given) if given is not None else {})}
+        return tuple((axis, coordinate, size) for axis, (coordinate, size) in sorted(axes.items()))
 
     def _describe(
         self, session: Session, offer: _Offer, options: PointOptions, direction: Direction, site: str
@@ -263,6 +275,10 @@ class Grafter:
             offer.nothing,
             f"{type(failure).__name__}: {failure}" if failure is not None else None,
             self._nccl_device(leaves),
+            offer.layouts,
+            offer.axes,
+            bool(offer.layouts) and self.config.check_replicas,
+            options.partial_target,
         )
         header = self._headers.get(description)
         if header is None:
@@ -278,45 +294,6 @@ class Grafter:
             return None
         uuid = torch.cuda.get_device_properties(leaves.tensors[0].device).uuid
         return f"{uuid} {os.environ.get('NCCL_HOSTID', '')}".strip()
-
-    def _options_of(self, name: str, given: dict[str, Any]) -> PointOptions:
-        """How this point is treated; worked out once per name for calls that give no options of their own."""
-        if given:
-            return self._choose_options(name, given)
-        options = self._options.get(name)
-        if options is None:
-            if len(self._options) >= _MOST_REMEMBERED:
-                self._options.clear()
-            options = self._options[name] = self._choose_options(name, given)
-        return options
-
-    def _choose_options(self, name: str, given: dict[str, Any]) -> PointOptions:
-        """Per field: the plan file's rule, since it is there to correct code; else the call; else the configuration."""
-
-        def choose(field: str) -> Any:
-            for rule in self.config.rules:
-                if rule.has(field) and rule.matches(name):
-                    return getattr(rule, field)
-            if given.get(field) is not None:
-                return given[field]
-            return getattr(self.config, {"transform": "transform_path"}.get(field, field))
-
-        transform = choose("transform")
-        return PointOptions(
-            transform=self._transform(transform) if transform else None,
-            write=choose("write"),
-            gradient=choose("gradient"),
-            on_transform_error=choose("on_transform_error"),
-            extras=given.get("extras"),
-            ranks=given.get("ranks"),
-        )
-
-    def _transform(self, transform: str | Callable[..., Any]) -> UserTransform:
-        if isinstance(transform, str):
-            if transform not in self._transforms:
-                self._transforms[transform] = load_transform(transform)
-            return self._transforms[transform]
-        return transform_of(transform)
 
     # The steps after.
 
@@ -362,12 +339,6 @@ class Grafter:
             logger.warning(
                 "grafter: %s: no point had a tag %r, which a filter reads (points seen: %s)", self._place.who, tag, seen
             )
-
-
-def _load_transforms(config: GrafterConfig) -> dict[str, UserTransform]:
-    """All transforms that the configuration names, loaded now: a wrong path fails before any model has run."""
-    paths = {config.transform_path} | {rule.transform for rule in config.rules if rule.has("transform")}
-    return {path: load_transform(path) for path in sorted(path for path in paths if path)}
 
 
 def _set_up_logging(level: str) -> None:

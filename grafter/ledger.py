@@ -70,6 +70,10 @@ class LeafRecord(_Record):
     difference: Difference | None = None
     # How many values left the range of the target's dtype in the write (they became its largest, or infinite).
     saturated: int | None = None
+    # What this rank declared of where the tensor lies; None where it declared nothing.
+    layout: str | None = None
+    # How far the sender's replicas are apart (GRAFTER_CHECK_REPLICAS=1); None where none were compared.
+    replicas: Difference | None = None
 
 
 class LedgerRecord(_Record):

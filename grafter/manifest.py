@@ -11,10 +11,11 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from grafter.direction import Direction, RoleName, receiver_role, sender_role
+from grafter.layout.declared import DeclaredLayout
 from grafter.leaves import TensorSpec
 
 # What a receiver's transform asks for; "identity" where there is none.
-Needs = Literal["identity", "all", "same_rank"]
+Needs = Literal["identity", "all", "same_rank", "resharded"]
 
 
 class Header(BaseModel):
@@ -40,6 +41,14 @@ class Header(BaseModel):
     generation: int = 0
     # The GPU that NCCL would use, where this rank asks for NCCL; set apart by NCCL_HOSTID.
     nccl_device: str | None = None
+    # Where each leaf lies in its global tensor, parallel to `leaves`; empty where nothing is declared.
+    layouts: tuple[DeclaredLayout | None, ...] = ()
+    # The mesh axes of this rank: (axis, coordinate, size).
+    axes: tuple[tuple[str, int, int], ...] = ()
+    # Whether this rank wants all replicas of the sender compared; one that does is enough.
+    check_replicas: bool = False
+    # Whether a value may be written into a tensor that holds summands: the first gets it, the others zeros.
+    partial_target: Literal["refuse", "first"] = "refuse"
     # The memory this rank receives into: (generation, bytes). A sender that has mapped it writes at once.
     staging: tuple[int, int] = (0, 0)
 

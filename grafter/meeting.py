@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -13,33 +12,22 @@ import torch
 from grafter.decision import Decision, decide
 from grafter.direction import Direction, receiver_role, sender_role
 from grafter.errors import PeerLostError, PointFailed, RunError, TransformError, WriteRefused
+from grafter.incoming import IncomingLeaf, Reception
+from grafter.layout.declared import DeclaredLayout
 from grafter.leaves import Leaves
 from grafter.ledger import LeafRecord, LedgerRecord, Outcome
 from grafter.manifest import Header, Pair, store_keys
+from grafter.options import PointOptions
 from grafter.points import PointKey
 from grafter.session import Session
 from grafter.stats import compare
-from grafter.transfer import Received
 from grafter.transfer_plan import TransferPlan, make_plan
-from grafter.user_transform import GraftTransformInput, UserTransform
 from grafter.watch import Abandoned, PeerGone
 from grafter.write_back import WriteMode, Written, apply_write, check_write
 
 logger = logging.getLogger("grafter")
 
 Stats = Literal["full", "light", "off"]
-
-
-@dataclass(frozen=True)
-class PointOptions:
-    """How one point is treated, chosen among call, plan file and configuration."""
-
-    transform: UserTransform | None
-    write: Literal["in_place", "return"]
-    gradient: Literal["straight_through", "cut", "strict"]
-    on_transform_error: Literal["skip", "raise"]
-    extras: Any = None
-    ranks: Any = None
 
 
 class Meeting:
@@ -100,7 +88,9 @@ class Meeting:
         if decision.outcome is not None:
             return decision, None
         try:
-            return decision, make_plan(self._key.digest, self._direction, pair, decision, self._session.roster)
+            roster = self._session.roster
+            me = roster.graft_rank(self._header.role, self._header.role_rank)
+            return decision, make_plan(self._key.digest, self._direction, pair, decision, roster, me)
         except ValueError as error:
             return Decision({}, "failed", str(error)), None
 
@@ -142,67 +132,50 @@ class Meeting:
             return None, "compared", None
         with self._timed("write"):
             mode = WriteMode(self._options.write, self._options.gradient)
-            written = [apply_write(o, i, mode) for o, i in zip(leaves.originals, incoming, strict=True)]
+            written = [apply_write(o, i.to_write, mode) for o, i in zip(leaves.originals, incoming, strict=True)]
         interrupted_by, session.agreement.interrupted_by = session.agreement.interrupted_by, None
         if interrupted_by is not None:
             raise interrupted_by
         self._leaf_records = [
-            record.model_copy(update={"saturated": w.saturated})
-            for record, w in zip(self._leaf_records, written, strict=True)
+            record.model_copy(update={"saturated": i.saturated if i.saturated is not None else w.saturated})
+            for record, i, w in zip(self._leaf_records, incoming, written, strict=True)
         ]
         return written, "grafted", None
 
     def _take_in(
         self, pair: Pair, decision: Decision, plan: TransferPlan, leaves: Leaves
-    ) -> tuple[list[torch.Tensor], str | None]:
-        """The value to write for each leaf, complete and checked; or why there is none."""
+    ) -> tuple[list[IncomingLeaf], str | None]:
+        """What comes in for each leaf, complete and checked; or why there is nothing."""
         try:
             with self._timed("exchange"), torch.no_grad():
-                received, self._bytes_received = self._session.transfer.receive(plan, pair, self._direction, self._key)
+                values, self._bytes_received = self._session.transfer.receive(plan, pair, self._key)
         except Abandoned as abandoned:
             return [], str(abandoned)
         except PeerGone as gone:
             raise self._end_of_run(gone) from gone
         try:
-            with self._timed("transform"):
-                incoming = [self._incoming_leaf(i, leaves, received) for i in range(len(leaves.tensors))]
+            place, roster, transform = self._session.place, self._session.roster, self._options.transform
+            reception = Reception(
+                self._key, self._tags, self._direction, place, roster, pair, decision, self._header, transform
+            )
+            with self._timed("transform"), torch.no_grad():
+                incoming = reception.incoming(values, leaves)
             self._check(leaves, incoming)
         except Exception as error:
             return [], self._explain(error)
         return incoming, None
 
-    def _incoming_leaf(self, index: int, leaves: Leaves, received: Sequence[Received]) -> torch.Tensor:
-        path, target = leaves.specs[index].path, leaves.tensors[index]
-        if self._options.transform is None:
-            value = received[0].tensors[index]
-        else:
-            value = self._options.transform(
-                GraftTransformInput(
-                    tags=dict(self._tags),
-                    received_list=[_leaf_at(path, one) for one in received],
-                    received_extras_list=[one.extras for one in received],
-                    target=target.detach(),
-                    direction=self._direction,
-                    role=self._session.place.role,
-                    role_rank=self._session.place.role_rank,
-                    role_world_size=self._session.place.role_world_size,
-                    sender_ranks=[one.sender_rank for one in received],
-                    path=path,
-                )
-            )
-        return value.detach().to(target.device)
-
-    def _check(self, leaves: Leaves, incoming: Sequence[torch.Tensor]) -> None:
+    def _check(self, leaves: Leaves, incoming: Sequence[IncomingLeaf]) -> None:
         mode = WriteMode(self._options.write, self._options.gradient)
-        for original, target, value in zip(leaves.originals, leaves.tensors, incoming, strict=True):
-            if self._direction != "compare":
-                check_write(original, value, mode)
-            elif target.shape != value.shape:
+        for original, one in zip(leaves.originals, incoming, strict=True):
+            if one.target.shape != one.value.shape and (self._direction == "compare" or one.is_padded):
                 raise WriteRefused(
-                    f"a value of shape {list(value.shape)} cannot be compared with one of shape {list(target.shape)}; "
-                    "a "
-                    f"transform can turn one into the other."
+                    f"a value of shape {list(one.value.shape)} cannot be compared with one of shape "
+                    f"{list(one.target.shape)}; a transform can turn one into the other."
                 )
+            if self._direction != "compare":
+                one.prepare()
+                check_write(original, one.to_write, mode)
 
     def _explain(self, error: Exception) -> str:
         """Why this receiver cannot write, for the ledgers of all of them."""
@@ -219,13 +192,13 @@ class Meeting:
         name = f"the transform {transform.path}" if transform is not None else "reading what came"
         return f"{who}: {name} failed with {type(error).__name__}: {error}{where}"
 
-    def _measure(self, leaves: Leaves, incoming: Sequence[torch.Tensor], stats: Stats) -> None:
+    def _measure(self, leaves: Leaves, incoming: Sequence[IncomingLeaf], stats: Stats) -> None:
         records = []
         for index, (spec, target) in enumerate(zip(leaves.specs, leaves.tensors, strict=True)):
             before = arrived = difference = None
             if stats != "off" and incoming:
                 try:
-                    before, arrived, difference = compare(target, incoming[index], stats)
+                    before, arrived, difference = compare(incoming[index].target, incoming[index].value, stats)
                 except Exception as error:
                     # Out of memory, say: it costs the figures, not the point.
                     logger.warning("grafter: no statistics of %s: %s: %s", self._key, type(error).__name__, error)
@@ -238,9 +211,14 @@ class Meeting:
                     before=before,
                     incoming=arrived,
                     difference=difference,
+                    layout=str(layout) if (layout := self._layout_of(index)) is not None else None,
+                    replicas=incoming[index].replicas if incoming else None,
                 )
             )
         self._leaf_records = records
+
+    def _layout_of(self, leaf: int) -> DeclaredLayout | None:
+        return self._header.layouts[leaf] if self._header.layouts else None
 
     def _end_of_run(self, gone: PeerGone) -> RunError:
         roster = self._session.roster
@@ -316,15 +294,6 @@ class _Stopwatch:
 
     def __exit__(self, *_: object) -> None:
         self._seconds[self._stage] = self._seconds.get(self._stage, 0.0) + time.perf_counter() - self._start
-
-
-def _leaf_at(path: str, received: Received) -> torch.Tensor:
-    for spec, tensor in zip(received.specs, received.tensors, strict=True):
-        if spec.path == path:
-            return tensor
-    raise ValueError(
-        f"sender {received.sender_rank} has no leaf {path}; it has {[spec.path for spec in received.specs]}"
-    )
 
 
 def _badness(record: LeafRecord) -> tuple[int, float]:

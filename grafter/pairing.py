@@ -36,9 +36,12 @@ class Pairing:
     ) -> None:
         self._client, self._courier, self._housekeeping = client, courier, housekeeping
         self._roster, self._timeout = roster, timeout
+        self._hall = client.hall
         # By own participants: the graft rank of the leader that they met.
         self._last_other_leader: dict[tuple[int, ...], int] = {}
+        # What came again is not worked out again: pairs by their text, manifests by the texts of their headers.
         self._pairs: dict[str, Pair] = {}
+        self._manifests: dict[tuple[str, ...], str] = {}
         # What this rank has put into the store for the point under way.
         self._left_in_store: list[str] = []
 
@@ -46,7 +49,7 @@ class Pairing:
         """Wait for all participants of both sides. Raises what ended the run, if something does."""
         # Before anything is offered: once the run is over, the other side must not take this for a point to come.
         self._housekeeping.check()
-        keys = store_keys(self._client.hall, key.digest)
+        keys = store_keys(self._hall, key.digest)
         leader = min(header.participants)
         if header.role_rank == leader:
             pair = self._meet_other_leader(key, header, self._collect(key, header, keys), keys)
@@ -55,7 +58,8 @@ class Pairing:
             self._bring([self._roster.graft_rank(header.role, leader)], own, "header", header.text)
             payload = self._wait_for(key, header, [keys.pair(header.role)], by_mail=self._courier.mail_inside)[0]
             pair = self._read_pair(payload)
-        self._check(key, pair)
+        if not pair.memo:
+            self._check(key, pair)
         return pair
 
     def _read_pair(self, text: str) -> Pair:
@@ -97,11 +101,15 @@ class Pairing:
         places = [keys.header(header.role, rank) for rank in header.participants if rank != header.role_rank]
         if not places:
             return manifest_text(header.role, [header.text], None)
-        texts = self._wait_for(key, header, places, by_mail=self._courier.mail_inside)
-        conflict = find_conflict(
-            [header, *(read_message(Header.model_validate_json, text, "a header") for text in texts)]
-        )
-        return manifest_text(header.role, [header.text, *texts], conflict)
+        texts = (header.text, *self._wait_for(key, header, places, by_mail=self._courier.mail_inside))
+        manifest = self._manifests.get(texts)
+        if manifest is None:
+            headers = [read_message(Header.model_validate_json, text, "a header") for text in texts[1:]]
+            manifest = manifest_text(header.role, texts, find_conflict([header, *headers]))
+            if len(self._manifests) >= _MOST_REMEMBERED:
+                self._manifests.clear()
+            self._manifests[texts] = manifest
+        return manifest
 
     def _meet_other_leader(self, key: PointKey, header: Header, mine: str, keys: StoreKeys) -> Pair:
         """The leaders' part: each gets the other's manifest, and hands both to its own side."""
@@ -111,8 +119,8 @@ class Pairing:
         else:
             theirs = self._swap_in_store(key, header, mine, keys)
         text = f"[{mine},{theirs}]" if header.role == "baseline" else f"[{theirs},{mine}]"
-        others = [self._roster.graft_rank(header.role, r) for r in header.participants if r != header.role_rank]
-        if others:
+        if len(header.participants) > 1:
+            others = [self._roster.graft_rank(header.role, r) for r in header.participants if r != header.role_rank]
             self._bring(others, keys.pair(header.role), "pair", text)
         pair = self._read_pair(text)
         if self._courier.mail_across:
@@ -170,12 +178,13 @@ class Pairing:
         if len(directions) != 1:
             error_text = f"the point {key} came with the directions {sorted(directions)}; the two jobs' filters differ."
             raise self._housekeeping.abort(ProtocolError(error_text), self._client)
+        pair.memo["checked"] = True
 
     def keys_to_delete(self, key: PointKey, header: Header) -> list[str]:
         """What this rank deletes of a point, once a later point proves that all participants are done with it."""
         if header.role_rank != min(header.participants):
             return self._courier.take_left_in_store()
-        keys = store_keys(self._client.hall, key.digest)
+        keys = store_keys(self._hall, key.digest)
         mine, self._left_in_store = self._left_in_store + self._courier.take_left_in_store(), []
         if not self._courier.mail_inside and len(header.participants) > 1:
             mine += [keys.header(header.role, rank) for rank in header.participants if rank != header.role_rank]

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from grafter.errors import ConfigError
-from grafter.rules import RULE_FIELDS, Rule, compile_match
+from grafter.rules import RULE_FIELDS, RULE_FIELDS_THAT_MAY_BE_EMPTY, Rule, compile_match
 from grafter.setting_errors import explain_validation
 
 if TYPE_CHECKING:
@@ -179,7 +179,7 @@ class _PlanReader:
             if name not in RULE_FIELDS:
                 raise self._unknown(key_node, name, RULE_FIELDS, "field of a rule")
             text = self._text_of(value, name) or ""
-            if not text and name != "transform":  # an empty transform is: none for these names
+            if not text and name not in RULE_FIELDS_THAT_MAY_BE_EMPTY:
                 raise self._error(value, f"{name} has no value.")
             values[name], nodes[name] = text, value
         if "match" not in values:

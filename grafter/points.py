@@ -27,6 +27,8 @@ OPTIONS = frozenset(
         "gradient",
         "dims",
         "layout",
+        "axes",
+        "seq_lens",
         "tokens",
         "start",
         "new_rows_only",
@@ -34,7 +36,9 @@ OPTIONS = frozenset(
         "save",
     }
 )
-OPTIONS_IN_USE = frozenset({"extras", "ranks", "transform", "write", "gradient"})
+OPTIONS_IN_USE = frozenset({"extras", "ranks", "transform", "write", "gradient", "dims", "layout", "axes", "seq_lens"})
+# What a `context` may give to the points inside of it.
+CONTEXT_OPTIONS = frozenset({"ranks", "axes"})
 # Set by grafter itself for every point.
 OWN_TAGS = frozenset({"name", "step", "phase", "occurrence"})
 

@@ -9,23 +9,36 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, field_validator
 
 from grafter.errors import ConfigError
+from grafter.layout.dims import parse_dims
 
 OnTransformError = Literal["skip", "raise"]
 Write = Literal["in_place", "return"]
 Gradient = Literal["straight_through", "cut", "strict"]
+PartialTarget = Literal["refuse", "first"]
 
 
 class Rule(BaseModel):
     """One rule. A field that is None is one that the rule does not have; `transform=""` is: no transform for these
-    names, though `transform_path` or a later rule has one."""
+    names, though `transform_path` or a later rule has one; `dims=""` in the same way. With `role`, the rule is for that
+    job alone: both may have the same name in another layout."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
     match: str
+    role: Literal["baseline", "target"] | None = None
     transform: str | None = None
     on_transform_error: OnTransformError | None = None
     write: Write | None = None
     gradient: Gradient | None = None
+    dims: str | None = None
+    partial_target: PartialTarget | None = None
+
+    @field_validator("dims")
+    @classmethod
+    def _check_dims(cls, dims: str | None) -> str | None:
+        if dims:
+            parse_dims(dims)
+        return dims
 
     @field_validator("match")
     @classmethod
@@ -41,6 +54,9 @@ class Rule(BaseModel):
 
 
 RULE_FIELDS = tuple(Rule.model_fields)
+# What a rule is for, not what it sets; and fields whose empty text means "none for these names".
+RULE_CONDITIONS = ("match", "role")
+RULE_FIELDS_THAT_MAY_BE_EMPTY = ("transform", "dims")
 
 _PART = re.compile(r"(?P<star>\*+)|(?P<any>\?)|\{(?P<capture>[^{}]*)\}|(?P<brace>[{}])|(?P<literal>[^*?{}]+)")
 

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch.distributed import TCPStore
 
-from grafter.direction import Direction, RoleName, sender_role
-from grafter.exchange import Exchange, Outgoing
+from grafter.exchange import Exchange, Incoming, Outgoing
 from grafter.exchange.gloo import GlooExchange
 from grafter.exchange.nccl import NcclExchange
 from grafter.exchange.shared_memory import SharedMemoryExchange
 from grafter.housekeeping import Housekeeping
-from grafter.leaves import TensorSpec, decode_extras
 from grafter.manifest import Pair, store_keys
 from grafter.roster import Announcement, Roster
-from grafter.staging import Staging, StagingRefused
-from grafter.transfer_plan import Piece, TransferPlan
+from grafter.staging import Staging, StagingRefused, as_tensor
+from grafter.transfer_plan import Piece, TransferPlan, Value
 from grafter.waits import Wait
 from grafter.watch import Abandoned, Watch
 
@@ -35,16 +32,6 @@ def choose_way(backend: Backend, sender: Announcement, receiver: Announcement, d
     if backend != "gloo" and one_host and sender.socket_name and receiver.socket_name:
         return "shared memory"
     return "gloo"
-
-
-@dataclass(frozen=True)
-class Received:
-    """What one sender sent: its leaves in the order of their paths, and its extras."""
-
-    sender_rank: int
-    specs: tuple[TensorSpec, ...]
-    tensors: list[torch.Tensor]
-    extras: dict[str, Any] | None
 
 
 class _Watch:
@@ -100,7 +87,7 @@ class Transfer:
             watch = _Watch(self._housekeeping, wait)
             by_way = self._by_way(pieces, pair)
             for way, part in by_way.items():
-                outgoing = [Outgoing(piece, tensors[piece.index]) for piece in part]
+                outgoing = [Outgoing(piece, piece.taken_from(tensors[piece.index])) for piece in part]
                 try:
                     self._exchanges[way].send(plan, outgoing, watch)
                 except Abandoned as abandoned:
@@ -108,38 +95,52 @@ class Transfer:
                     raise
         return sum(piece.spec.nbytes for piece in pieces)
 
-    def receive(self, plan: TransferPlan, pair: Pair, direction: Direction, what: object) -> tuple[list[Received], int]:
-        """What the plan brings to this rank, by sender, and its bytes. Raises Abandoned if it cannot be had."""
+    def receive(self, plan: TransferPlan, pair: Pair, what: object) -> tuple[dict[Value, torch.Tensor], int]:
+        """The values that the plan stages at this rank, complete, and the bytes that came. Raises Abandoned if they
+
+        cannot be had. They lie in the staging memory, or on the device if NCCL brings them, until the next point.
+        """
         pieces = plan.incoming(self._graft_rank)
         # Another receiver may give the point up, and then the senders stop for all.
         outcome_key = store_keys(self._hall, plan.digest).outcome
         needs = frozenset(piece.sender for piece in pieces)
         wait = Wait("exchange", what, self._timeout, needs=needs, outcome_key=outcome_key)
         by_way = self._by_way(pieces, pair)
-        tensors: dict[Piece, torch.Tensor] = {}
         with self._housekeeping.waiting(wait):
             watch = _Watch(self._housekeeping, wait)
-            self._make_room(plan, by_way, watch)
+            values = self._make_room(plan, by_way, watch)
             for way, part in by_way.items():
+                incoming = [Incoming(piece, piece.landing(values[piece.value])) for piece in part]
                 try:
-                    received = self._exchanges[way].receive(plan, part, self.staging, watch)
+                    self._exchanges[way].receive(plan, incoming, self.staging, watch)
                 except Abandoned as abandoned:
                     self._give_up(plan, by_way, abandoned, watch)
                     raise
-                tensors.update(zip(part, received, strict=True))
-        nbytes = sum(piece.spec.nbytes for piece in pieces)
-        return self._by_sender(pieces, tensors, pair, sender_role(direction)), nbytes
+        return values, sum(piece.spec.nbytes for piece in pieces)
 
-    def _make_room(self, plan: TransferPlan, by_way: dict[Way, list[Piece]], watch: Watch) -> None:
-        if not any(way != "nccl" for way in by_way):
-            return
+    def _make_room(self, plan: TransferPlan, by_way: dict[Way, list[Piece]], watch: Watch) -> dict[Value, torch.Tensor]:
+        """Memory for all values: on the device for what NCCL brings, else in staging."""
+        on_device = {piece.value for piece in by_way.get("nccl", ())}
         try:
-            self.staging.reserve(plan.staging_bytes[self._graft_rank])
-        except StagingRefused as refused:
+            if any(way != "nccl" for way in by_way) or not by_way:
+                self.staging.reserve(plan.staging_bytes[self._graft_rank])
+            return {
+                value: self._device_memory(value) if value in on_device else self._staged(value)
+                for value in plan.values_of(self._graft_rank)
+            }
+        except (StagingRefused, torch.OutOfMemoryError) as refused:
             reason = f"{self._roster.who(self._graft_rank)} has no memory to receive into: {refused}"
             for way, part in by_way.items():
                 self._exchanges[way].refuse(plan, part, reason, watch)
             raise Abandoned(reason) from refused
+
+    def _staged(self, value: Value) -> torch.Tensor:
+        spec = value.spec
+        return as_tensor(self.staging.view(value.offset, spec.nbytes), spec.torch_dtype, spec.shape)
+
+    def _device_memory(self, value: Value) -> torch.Tensor:
+        device = torch.device("cuda", torch.cuda.current_device())
+        return torch.empty(value.spec.shape, dtype=value.spec.torch_dtype, device=device)
 
     def _give_up(self, plan: TransferPlan, by_way: Iterable[Way], why: Abandoned, watch: Watch) -> None:
         """A point that is lost on one way will not come on the others: their groups are out of step from here."""
@@ -161,22 +162,6 @@ class Transfer:
             sender, receiver = members[piece.sender], members[piece.receiver]
             by_way[choose_way(self._backend, sender, receiver, piece.spec.device, all_cuda)].append(piece)
         return {way: part for way, part in by_way.items() if part}
-
-    def _by_sender(
-        self, pieces: Sequence[Piece], tensors: dict[Piece, torch.Tensor], pair: Pair, role: RoleName
-    ) -> list[Received]:
-        headers = {self._roster.graft_rank(role, h.role_rank): h for h in pair.side(role).headers}
-        received = []
-        for sender in dict.fromkeys(piece.sender for piece in pieces):
-            header = headers[sender]
-            own = [tensors[piece] for piece in pieces if piece.sender == sender]
-            leaves, extras_tensors = own[: len(header.leaves)], own[len(header.leaves) :]
-            # Extras are small and are kept by users: they get memory of their own.
-            extras = None
-            if header.extras is not None:
-                extras = decode_extras(header.extras, [tensor.clone() for tensor in extras_tensors])
-            received.append(Received(header.role_rank, header.leaves, leaves, extras))
-        return received
 
     def close(self) -> None:
         for exchange in self._exchanges.values():

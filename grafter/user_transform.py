@@ -25,7 +25,7 @@ import torch
 
 from grafter.errors import TransformError
 
-Receives = Literal["all", "same_rank"]
+Receives = Literal["all", "same_rank", "resharded"]
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 _RECEIVES_MARK = "__grafter_receives__"
@@ -44,7 +44,8 @@ class GraftTransformInput:
     received_extras_list: parallel to `received_list`: what that sender gave as `extras`, or None.
     target: this rank's tensor before the write. Read it; never write into it: another rank may still abort the point.
     sender_ranks: role ranks of the senders, parallel to `received_list`.
-    sender_layouts, target_layout: the declared layouts, None where there is none.
+    sender_layouts, target_layout: where these tensors lie in the global one, as `grafter.Layout`s (parallel to
+        `received_list`; resharded: of all senders); None where a side declares nothing.
     path: the leaf's path in a pytree, "" for a bare tensor.
     """
 
@@ -74,16 +75,14 @@ def transform(
     receives: "all" (the default, also without this decorator): the whole tensor of every sender.
         "same_rank": only that of the sender which would serve this rank without a transform: `received_list` has
         length 1.
+        "resharded": this rank's own part of the senders' tensor, put together by the layouts of both sides:
+        `received_list` has length 1, and its tensor the shape of the target (without padding). The extras are those of
+        the lowest sending rank.
 
     Raises TransformError for any other value of `receives`.
     """
     # A plain str, so that the value a user really passed can be looked at.
     asked: str = receives
-    if asked == "resharded":
-        raise TransformError(
-            "receives='resharded' is not available yet: it needs layouts, which come in a later version. "
-            "Use receives='all' and assemble the tensors in the transform."
-        )
     if asked not in get_args(Receives):
         raise TransformError(f"receives={asked!r} is not known; legal values are {', '.join(get_args(Receives))}.")
 

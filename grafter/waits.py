@@ -28,14 +28,15 @@ class Wait:
     needs: frozenset[int] = frozenset()
     # Where the receivers say that they have given the point up, and what they said.
     outcome_key: str | None = None
-    abandoned: str | None = None
     since: float = field(default_factory=time.monotonic)
-    next_look: float = 0.0
+    # What follows is not given, and so costs nothing to make.
+    abandoned: str | None = field(default=None, init=False)
+    next_look: float = field(default=0.0, init=False)
     # Set when it has ended, however.
-    over: bool = False
+    over: bool = field(default=False, init=False)
     # On the main thread, blocked in the store: a signal must end the wait. And where the program hears of signals.
-    interruptible: bool = False
-    signal_fd: int = -1
+    interruptible: bool = field(default=False, init=False)
+    signal_fd: int = field(default=-1, init=False)
 
     @property
     def seconds(self) -> float:

@@ -43,6 +43,10 @@ EXAMPLES: dict[str, tuple[str, Any]] = {
     "dir": ("out/here", "out/here"),
     "run_name": ("monday", "monday"),
     "store_host": ("launcher", "launcher"),
+    "baseline_axes": ("dp=2 tp=4", "dp=2 tp=4"),
+    "target_axes": ("tp=4", "tp=4"),
+    "check_replicas": ("on", True),
+    "partial_target": ("first", "first"),
 }
 # `plan` and `secret` have tests of their own; `dump_filter` is not in this version.
 OTHERS = {"plan", "secret", "dump_filter"}

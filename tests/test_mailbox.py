@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import threading
 import uuid
 from collections.abc import Iterator
 
 import pytest
 from point_parts import roster
 
+from grafter.errors import ProtocolError
 from grafter.liveness import own_identity
 from grafter.mailbox import RECALL, Mailbox, open_mailbox
 from grafter.roster import Roster
+from grafter.watch import PeerGone
 from grafter.wire import Seal
 
 
@@ -73,3 +76,59 @@ def test_a_letter_that_has_come_is_seen_without_waiting(boxes: tuple[Mailbox, Ma
     first.send(1, "point/o", "commit", "", NoEnd())
     found = second.look("point/o")
     assert found is not None and found.kind == "commit"
+
+
+def test_a_letter_that_does_not_come_is_waited_for_no_longer_than_patience(boxes: tuple[Mailbox, Mailbox]) -> None:
+    """Letters for other points do not end the wait, and are kept."""
+    first, second = boxes
+    first.send(1, "other", "manifest", "kept", NoEnd())
+    assert second.wait(["point"], NoEnd(), patience=0.01) is None
+    kept = second.wait(["other"], NoEnd())
+    assert kept is not None and kept[0].payload == "kept"
+
+
+def test_a_letter_taken_back_while_it_is_waited_for_does_not_count(boxes: tuple[Mailbox, Mailbox]) -> None:
+    first, second = boxes
+    for key, kind, payload in (("a", "x", "1"), ("a", RECALL, ""), ("b", "x", "2")):
+        first.send(1, key, kind, payload, NoEnd())
+    assert second.wait(["a", "b"], NoEnd(), patience=0.01) is None
+    first.send(1, "a", "x", "3", NoEnd())
+    letters = second.wait(["a", "b"], NoEnd())
+    assert letters is not None and [letter.payload for letter in letters] == ["3", "2"]
+
+
+def test_a_full_mailbox_is_waited_for_until_it_is_read(boxes: tuple[Mailbox, Mailbox]) -> None:
+    """More letters than the kernel keeps for one mailbox: none is lost, and they come in order."""
+    first, second = boxes
+    keys = [f"point/{number}" for number in range(2000)]
+    writer = threading.Thread(target=lambda: [first.send(1, key, "vote", key, NoEnd()) for key in keys])
+    writer.start()
+    letters = second.wait(keys, NoEnd())
+    writer.join()
+    assert letters is not None and [letter.payload for letter in letters] == keys
+
+
+def test_a_closed_mailbox_is_told_each_time(boxes: tuple[Mailbox, Mailbox]) -> None:
+    first, second = boxes
+    first.send(1, "point", "vote", "", NoEnd())
+    second.close()
+    for _ in range(3):
+        with pytest.raises(PeerGone, match="mailbox is closed"):
+            first.send(1, "point", "vote", "", NoEnd())
+
+
+def test_a_letter_from_another_process_that_signs_as_a_rank_is_refused(boxes: tuple[Mailbox, Mailbox]) -> None:
+    """The kernel says who wrote it. One from a process of the run ends the run; a stranger's is dropped."""
+    first, second = boxes
+    first._seal = Seal("baseline/7", None)
+    first.send(1, "point", "vote", "", NoEnd())
+    with pytest.raises(ProtocolError, match="signs as baseline/7"):
+        second.wait(["point"], NoEnd(), patience=5)
+    child = os.fork()
+    if child == 0:
+        first._seal = Seal("baseline/0", None)
+        first.send(1, "point", "vote", "", NoEnd())
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert second.has_news(["point"])
+    assert second.wait(["point"], NoEnd(), patience=0.01) is None

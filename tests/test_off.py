@@ -84,7 +84,8 @@ print(*sorted(name for name in new if name.startswith("grafter")))
 """
     heavy, own = run_python(print_state % USE_EVERYTHING).split("\n")[:2]
     assert heavy == ""
-    assert own.split() == ["grafter", "grafter.errors", "grafter.points", "grafter.switch"]
+    modules = ["errors", "layout", "layout.axes", "points", "switch"]
+    assert own.split() == ["grafter", *(f"grafter.{name}" for name in modules)]
 
 
 def test_off_adds_no_module_to_a_program_that_has_torch() -> None:

@@ -121,6 +121,8 @@ def test_the_reserved_names_are_those_that_were_announced() -> None:
         "extras",
         "dims",
         "layout",
+        "axes",
+        "seq_lens",
         "ranks",
         "tokens",
         "start",

@@ -16,9 +16,12 @@ def test_public_names_are_exactly_these() -> None:
         "Grafter",
         "GrafterConfig",
         "GrafterError",
+        "Layout",
         "close",
         "context",
         "dump",
+        "set_axes",
+        "set_mesh",
         "step",
         "transform",
     ]

@@ -267,16 +267,11 @@ def test_the_decorator_says_what_is_received() -> None:
         "t.py",
         "from grafter.user_transform import transform\n"
         "@transform\ndef plain(i): ...\n@transform()\ndef called(i): ...\n"
-        "@transform(receives='same_rank')\ndef same_rank(i): ...\n",
+        "@transform(receives='same_rank')\ndef same_rank(i): ...\n"
+        "@transform(receives='resharded')\ndef resharded(i): ...\n",
     )
-    receives = {name: load_transform(f"t.py:{name}").receives for name in ("plain", "called", "same_rank")}
-    assert receives == {"plain": "all", "called": "all", "same_rank": "same_rank"}
-
-
-def test_resharded_is_refused_for_now() -> None:
-    """It needs layouts; the message says so and what to do."""
-    with pytest.raises(TransformError, match=r"needs layouts.*receives='all'"):
-        transform(receives="resharded")  # type: ignore[call-overload]
+    receives = {name: load_transform(f"t.py:{name}").receives for name in ("plain", "called", "same_rank", "resharded")}
+    assert receives == {"plain": "all", "called": "all", "same_rank": "same_rank", "resharded": "resharded"}
 
 
 def test_an_unknown_declaration_names_the_legal_ones() -> None:

@@ -20,14 +20,22 @@ from grafter.watch import Watch
 
 @dataclass(frozen=True)
 class Outgoing:
-    """A piece and the tensor that it is: on the sender's device, of any strides."""
+    """A piece and the view of the sender's tensor that it is: on its device, of any strides."""
+
+    piece: Piece
+    tensor: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Incoming:
+    """A piece and the view of the staged value in which it lands: of any strides, in `staging` or on the device."""
 
     piece: Piece
     tensor: torch.Tensor
 
 
 class Exchange(ABC):
-    """One way to move whole tensors between ranks. Both calls are made by the dump thread, one point at a time."""
+    """One way to move tensors, or parts of them, between ranks. The dump thread calls it, one point at a time."""
 
     name: ClassVar[str]
 
@@ -36,12 +44,10 @@ class Exchange(ABC):
         """Called by every sender of a point that uses this way. The tensors may be changed once it returns."""
 
     @abstractmethod
-    def receive(
-        self, plan: TransferPlan, incoming: Sequence[Piece], staging: Staging, watch: Watch
-    ) -> list[torch.Tensor]:
-        """Called by every receiver. The pieces' tensors, in their order: contiguous, bit for bit what was sent.
+    def receive(self, plan: TransferPlan, incoming: Sequence[Incoming], staging: Staging, watch: Watch) -> None:
+        """Called by every receiver. Once it returns, each piece lies in its place, bit for bit as it was sent.
 
-        They lie in `staging`, or on the device for a way that moves device memory, and are valid until the next point.
+        The pieces between two ranks come in the order in which their sender has them.
         """
 
     @abstractmethod

@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch.distributed import ProcessGroupGloo, TCPStore
 
 from grafter.errors import GrafterError, PeerLostError
-from grafter.exchange import Exchange, Outgoing
+from grafter.exchange import Exchange, Incoming, Outgoing
 from grafter.group import make_gloo_group
 from grafter.staging import Staging, as_tensor
 from grafter.transfer_plan import Piece, TransferPlan
@@ -26,8 +26,12 @@ from grafter.watch import Abandoned, PeerGone, Watch
 
 # The sender's staging: what is not contiguous in CPU memory goes through two buffers of this size.
 CHUNK_BYTES = 8 << 20
+# Pieces up to this size share a message: on its own, each would cost a round of its own.
+SMALL_BYTES = 256 << 10
 _IN_FLIGHT = 2
 _POLL_SECONDS = 0.25
+
+_Item = TypeVar("_Item")
 
 
 class GlooExchange(Exchange):
@@ -55,12 +59,11 @@ class GlooExchange(Exchange):
     def send(self, plan: TransferPlan, outgoing: Sequence[Outgoing], watch: Watch) -> None:
         def work(at: _At) -> None:
             group: Any = self._group(plan)
-            for item in outgoing:
-                at.peer = item.piece.receiver
+            for at.peer, items in _by_peer((item.piece.receiver, item) for item in outgoing):
                 peer = plan.members.index(at.peer)
                 under_way: list[tuple[Any, torch.Tensor]] = []
-                for chunk in _readable_chunks(item.tensor):
-                    under_way.append((group.send([chunk], peer, self._next_tag(plan, at.peer)), chunk))
+                for message in _messages([item.tensor for item in items]):
+                    under_way.append((group.send([message], peer, self._next_tag(plan, at.peer)), message))
                     if len(under_way) >= _IN_FLIGHT:
                         under_way.pop(0)[0].wait()
                 for handle, _ in under_way:
@@ -68,27 +71,17 @@ class GlooExchange(Exchange):
 
         self._run(work, plan, watch)
 
-    def receive(
-        self, plan: TransferPlan, incoming: Sequence[Piece], staging: Staging, watch: Watch
-    ) -> list[torch.Tensor]:
-        places = [staging.view(piece.offset, piece.spec.nbytes) for piece in incoming]
-
+    def receive(self, plan: TransferPlan, incoming: Sequence[Incoming], staging: Staging, watch: Watch) -> None:
         def work(at: _At) -> None:
             group: Any = self._group(plan)
-            for piece, place in zip(incoming, places, strict=True):
-                at.peer = piece.sender
+            for at.peer, items in _by_peer((item.piece.sender, item) for item in incoming):
                 peer = plan.members.index(at.peer)
-                offset = 0
-                for nbytes in chunk_sizes(piece.spec.shape, piece.spec.torch_dtype.itemsize):
-                    chunk = place[offset : offset + nbytes]
-                    group.recv([chunk], peer, self._next_tag(plan, at.peer)).wait()
-                    offset += nbytes
+                for landing in _landings([item.tensor for item in items]):
+                    message = landing.room()
+                    group.recv([message], peer, self._next_tag(plan, at.peer)).wait()
+                    landing.unpack(message)
 
         self._run(work, plan, watch)
-        return [
-            as_tensor(place, piece.spec.torch_dtype, piece.spec.shape)
-            for piece, place in zip(incoming, places, strict=True)
-        ]
 
     def refuse(self, plan: TransferPlan, incoming: Sequence[Piece], reason: str, watch: Watch) -> None:
         """gloo cannot say so; the senders hear it from the outcome of the point. All build a new group after it."""
@@ -203,6 +196,101 @@ class _Helper:
         self._jobs.put(None)
 
 
+# --- what travels as one message
+
+
+def _by_peer(items: Iterable[tuple[int, _Item]]) -> Iterator[tuple[int, list[_Item]]]:
+    """Peers in order of rank on both sides, so that no two wait for one another; each peer's items in their order."""
+    by_peer: dict[int, list[_Item]] = {}
+    for peer, item in items:
+        by_peer.setdefault(peer, []).append(item)
+    yield from sorted(by_peer.items())
+
+
+def parcels(sizes: Sequence[int]) -> Iterator[range]:
+    """Which neighbouring pieces between two ranks share a message, by their bytes: small ones, up to a chunk."""
+    start = together = 0
+    for number, nbytes in enumerate(sizes):
+        if nbytes > SMALL_BYTES or together + _aligned(nbytes) > CHUNK_BYTES:
+            if number > start:
+                yield range(start, number)
+            start, together = number, 0
+            if nbytes > SMALL_BYTES:
+                yield range(number, number + 1)
+                start = number + 1
+                continue
+        together += _aligned(nbytes)
+    if len(sizes) > start:
+        yield range(start, len(sizes))
+
+
+def _aligned(nbytes: int) -> int:
+    """Every part of a message begins where any dtype may."""
+    return -(-nbytes // 16) * 16
+
+
+def _messages(tensors: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """The messages that bring these tensors to one peer: contiguous bytes in CPU memory."""
+    for parcel in parcels([tensor.numel() * tensor.element_size() for tensor in tensors]):
+        if len(parcel) == 1:
+            yield from _readable_chunks(tensors[parcel[0]])
+            continue
+        parts = [tensors[number] for number in parcel]
+        message = torch.empty(sum(_aligned(part.numel() * part.element_size()) for part in parts), dtype=torch.uint8)
+        for place, part in _places(message, parts):
+            _read_into(place, part)
+        yield message
+
+
+def _places(message: torch.Tensor, parts: Sequence[torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Where each part lies in a message, as a contiguous tensor of its dtype and shape."""
+    offset = 0
+    for part in parts:
+        nbytes = part.numel() * part.element_size()
+        yield as_tensor(message[offset : offset + nbytes], part.dtype, tuple(part.shape)), part
+        offset += _aligned(nbytes)
+
+
+def _landings(tensors: Sequence[torch.Tensor]) -> Iterator[_Landing]:
+    """The messages that bring these tensors from one peer, and where their bytes belong."""
+    for parcel in parcels([tensor.numel() * tensor.element_size() for tensor in tensors]):
+        parts = [tensors[number] for number in parcel]
+        if len(parts) > 1:
+            yield _Landing(parts, sum(_aligned(part.numel() * part.element_size()) for part in parts))
+            continue
+        shape, itemsize = tuple(parts[0].shape), parts[0].element_size()
+        indices = [index for index, _ in _split(shape, itemsize, CHUNK_BYTES)]
+        for index, nbytes in zip(indices, chunk_sizes(shape, itemsize), strict=True):
+            yield _Landing([parts[0][index] if index else parts[0]], nbytes)
+
+
+@dataclass(frozen=True)
+class _Landing:
+    """Parts of staged values that one message brings."""
+
+    parts: Sequence[torch.Tensor]
+    nbytes: int
+
+    def room(self) -> torch.Tensor:
+        """Memory to receive into: the part itself where it lies in one stretch, else a buffer of at most a chunk."""
+        if self._lies_flat:
+            return _as_bytes(self.parts[0])
+        return torch.empty(self.nbytes, dtype=torch.uint8)
+
+    def unpack(self, message: torch.Tensor) -> None:
+        if not self._lies_flat:
+            for place, part in _places(message, self.parts):
+                part.copy_(place)
+
+    @property
+    def _lies_flat(self) -> bool:
+        return len(self.parts) == 1 and self.parts[0].is_contiguous()
+
+
+def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.view(-1).view(torch.uint8) if tensor.numel() else torch.empty(0, dtype=torch.uint8)
+
+
 def _split(shape: Sequence[int], itemsize: int, limit: int) -> Iterator[tuple[tuple[slice | int, ...], int]]:
     """Indices that cut a tensor into parts, in row-major order, each at most `limit` bytes; with each part's bytes."""
     row_bytes = itemsize
@@ -234,6 +322,13 @@ def _readable_chunks(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     """The chunks; a tensor that cannot be read is this rank's own trouble, not its peer's."""
     try:
         yield from chunks_of(tensor)
+    except RuntimeError as error:
+        raise Abandoned(f"a sender cannot read its tensor: {_first_line(error)}") from error
+
+
+def _read_into(place: torch.Tensor, tensor: torch.Tensor) -> None:
+    try:
+        place.copy_(tensor.detach())
     except RuntimeError as error:
         raise Abandoned(f"a sender cannot read its tensor: {_first_line(error)}") from error
 

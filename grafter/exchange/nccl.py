@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch.distributed import TCPStore
 
-from grafter.exchange import Exchange, Outgoing
+from grafter.exchange import Exchange, Incoming, Outgoing
 from grafter.group import make_nccl_group
 from grafter.staging import Staging
 from grafter.transfer_plan import Piece, TransferPlan
@@ -42,18 +42,23 @@ class NcclExchange(Exchange):
         peers = [plan.members.index(item.piece.receiver) for item in outgoing]
         self._move(plan, tensors, peers, watch, sending=True)
 
-    def receive(
-        self, plan: TransferPlan, incoming: Sequence[Piece], staging: Staging, watch: Watch
-    ) -> list[torch.Tensor]:
-        device = torch.device("cuda", torch.cuda.current_device())
+    def receive(self, plan: TransferPlan, incoming: Sequence[Incoming], staging: Staging, watch: Watch) -> None:
         try:
-            tensors = [torch.empty(p.spec.shape, dtype=p.spec.torch_dtype, device=device) for p in incoming]
+            # What lies strided in its value is received apart, and copied into its place.
+            landings = [
+                item.tensor
+                if item.tensor.is_contiguous()
+                else torch.empty_like(item.tensor, memory_format=torch.contiguous_format)
+                for item in incoming
+            ]
         except torch.cuda.OutOfMemoryError as error:
             self._give_up(plan)
             raise Abandoned(f"no device memory for what is announced: {error}") from error
-        peers = [plan.members.index(piece.sender) for piece in incoming]
-        self._move(plan, tensors, peers, watch, sending=False)
-        return tensors
+        peers = [plan.members.index(item.piece.sender) for item in incoming]
+        self._move(plan, landings, peers, watch, sending=False)
+        for item, landing in zip(incoming, landings, strict=True):
+            if landing is not item.tensor:
+                item.tensor.copy_(landing)
 
     def refuse(self, plan: TransferPlan, incoming: Sequence[Piece], reason: str, watch: Watch) -> None:
         """NCCL cannot say so; the senders hear it from the outcome of the point. All build a new group after it."""

@@ -22,13 +22,14 @@ import socket
 import struct
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 
 from grafter.errors import GrafterError, ProtocolError
-from grafter.exchange import Exchange, Outgoing
+from grafter.exchange import Exchange, Incoming, Outgoing
+from grafter.leaves import TensorSpec
 from grafter.roster import Roster
 from grafter.staging import Staging, as_tensor, is_sealed_block, view_bytes
 from grafter.transfer_plan import Piece, TransferPlan
@@ -37,7 +38,12 @@ from grafter.watch import Abandoned, PeerGone, Watch
 _POLL_SECONDS = 0.25
 _LONGEST_MESSAGE = 4096
 _LONGEST_REASON = 2000
-_CLOSE_ON_EXEC = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
+_CLOSE_ON_EXEC = int(getattr(socket, "MSG_CMSG_CLOEXEC", 0))
+_AT_ONCE = int(getattr(socket, "MSG_DONTWAIT", 0))
+_NO_SIGNAL = int(getattr(socket, "MSG_NOSIGNAL", 0))
+_TIMEVAL = struct.Struct("ll")
+_LONGEST_SEND_SECONDS = 30
+_MOST_PLACES = 1024
 _DIGEST_BYTES = 12
 _CREDENTIALS = struct.Struct("3i")
 _BLOCK = struct.Struct("<QQ")
@@ -62,6 +68,20 @@ class _Sending:
     connection: socket.socket
     generation: int = 0
     block: mmap.mmap | None = None
+    # Tensors that lie in the block, by offset, dtype and shape: the same pieces come again at every point.
+    places: dict[tuple[int, str, tuple[int, ...]], torch.Tensor] = field(default_factory=dict)
+
+    def place_of(self, offset: int, spec: TensorSpec) -> torch.Tensor:
+        """A tensor in the block: contiguous, not empty."""
+        known = (offset, spec.dtype, spec.shape)
+        place = self.places.get(known)
+        if place is None:
+            assert self.block is not None
+            place = as_tensor(view_bytes(self.block, offset, spec.nbytes), spec.torch_dtype, spec.shape)
+            if len(self.places) >= _MOST_PLACES:
+                self.places.clear()
+            self.places[known] = place
+        return place
 
 
 @dataclass
@@ -113,9 +133,9 @@ class SharedMemoryExchange(Exchange):
     ) -> Abandoned | None:
         """Write, unless the point is lost already. Either way the receiver's answer is read, if it owes one."""
         try:
-            block = self._mapped_block(plan, receiver, sending, watch)
+            self._map_block(plan, receiver, sending, watch)
             for item in pieces if failure is None else ():
-                _write_piece(block, item)
+                _write_piece(sending, item)
         except Abandoned as abandoned:
             return failure or abandoned
         except (RuntimeError, ValueError, MemoryError) as error:
@@ -134,14 +154,16 @@ class SharedMemoryExchange(Exchange):
                 connection.close()
                 raise PeerGone(receiver, f"its socket is closed ({error.strerror})") from error
             self._check_peer(connection, receiver)
+            _set_timeouts(connection)
             sending = self._to[receiver] = _Sending(connection)
             self._tell(receiver, connection, b"H" + struct.pack("<I", self._graft_rank))
         return sending
 
-    def _mapped_block(self, plan: TransferPlan, receiver: int, sending: _Sending, watch: Watch) -> mmap.mmap | None:
+    def _map_block(self, plan: TransferPlan, receiver: int, sending: _Sending, watch: Watch) -> None:
+        """Have the receiver's block of this point, which may have to come first."""
         needed = plan.staging_bytes[receiver]
         if needed == 0:
-            return None
+            return
         generation, capacity = self.announced.get(receiver, (0, 0))
         if needed > capacity:
             # The receiver, which announced this, makes its next block now.
@@ -154,7 +176,6 @@ class SharedMemoryExchange(Exchange):
                 _close_all(descriptors)
         if needed > len(sending.block):
             raise ProtocolError(f"{self._roster.who(receiver)} offers a block that is too small.")
-        return sending.block
 
     def _read_answer(
         self, plan: TransferPlan, receiver: int, sending: _Sending, message: bytes, descriptors: Sequence[int]
@@ -170,17 +191,17 @@ class SharedMemoryExchange(Exchange):
         generation, nbytes = _BLOCK.unpack(body)
         if not is_sealed_block(descriptors[0], nbytes):
             raise ProtocolError(f"{self._roster.who(receiver)} offers a block that is too small or could shrink.")
+        sending.places.clear()
         sending.block, sending.generation = mmap.mmap(descriptors[0], nbytes), generation
 
     # The receiver's side.
 
-    def receive(
-        self, plan: TransferPlan, incoming: Sequence[Piece], staging: Staging, watch: Watch
-    ) -> list[torch.Tensor]:
-        senders = list(dict.fromkeys(piece.sender for piece in incoming))
+    def receive(self, plan: TransferPlan, incoming: Sequence[Incoming], staging: Staging, watch: Watch) -> None:
+        senders = list(dict.fromkeys(item.piece.sender for item in incoming))
         try:
             for sender in senders:
-                self._accepted_from(sender, watch)
+                if sender not in self._from:
+                    self._accepted_from(sender, watch)
             if plan.staging_bytes[self._graft_rank]:
                 self._hand_out_block(senders, staging)
             failure = self._last_words(plan, senders, watch)
@@ -190,10 +211,6 @@ class SharedMemoryExchange(Exchange):
             raise
         if failure is not None:
             raise failure
-        return [
-            as_tensor(staging.view(piece.offset, piece.spec.nbytes), piece.spec.torch_dtype, piece.spec.shape)
-            for piece in incoming
-        ]
 
     def _last_words(self, plan: TransferPlan, senders: Sequence[int], watch: Watch) -> Abandoned | None:
         """Wait until each sender has put all its pieces in place, or has said why it will not."""
@@ -252,6 +269,7 @@ class SharedMemoryExchange(Exchange):
                 # Some other process of this machine found the socket. It is no part of the run.
                 connection.close()
                 continue
+            _set_timeouts(connection)
             self._from[claimed] = _Receiving(connection)
 
     # Both sides.
@@ -275,28 +293,35 @@ class SharedMemoryExchange(Exchange):
     def _tell(
         self, peer: int, connection: socket.socket, message: bytes, descriptor: array.array[int] | None = None
     ) -> None:
-        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, descriptor)] if descriptor is not None else []
         try:
-            connection.settimeout(30)
-            connection.sendmsg([message], ancillary, socket.MSG_NOSIGNAL)
+            if descriptor is None:
+                connection.send(message, _NO_SIGNAL)
+            else:
+                ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, descriptor)]
+                connection.sendmsg([message], ancillary, _NO_SIGNAL)
         except OSError as error:
             raise PeerGone(peer, f"its connection is closed ({error.strerror or error})") from error
 
     def _receive(
         self, peer: int, connection: socket.socket, watch: Watch, *, with_descriptor: bool = False
     ) -> tuple[bytes, list[int]]:
-        spin_until = time.monotonic() + self._roster.spin_seconds
-        connection.setblocking(False)
+        spin_seconds = self._roster.spin_seconds
+        spin_until = time.monotonic() + spin_seconds if spin_seconds else 0.0
+        flags = _AT_ONCE if spin_seconds else 0
         while True:
             try:
                 if with_descriptor:
-                    message, descriptors, _, _ = socket.recv_fds(connection, _LONGEST_MESSAGE, 4, _CLOSE_ON_EXEC)
+                    message, descriptors, _, _ = socket.recv_fds(
+                        connection, _LONGEST_MESSAGE, 4, flags | _CLOSE_ON_EXEC
+                    )
                 else:
-                    message, descriptors = connection.recv(_LONGEST_MESSAGE), []
+                    message, descriptors = connection.recv(_LONGEST_MESSAGE, flags), []
             except BlockingIOError:
-                if time.monotonic() > spin_until:
-                    select.select([connection], [], [], _POLL_SECONDS)
+                if not flags:
                     watch.check()
+                elif time.monotonic() > spin_until:
+                    # From here on the kernel waits, as long as a look may take.
+                    flags = 0
                 continue
             except OSError as error:
                 raise PeerGone(peer, f"its connection broke ({error.strerror})") from error
@@ -314,13 +339,18 @@ class SharedMemoryExchange(Exchange):
         self._from.clear()
 
 
-def _write_piece(block: mmap.mmap | None, item: Outgoing) -> None:
-    spec = item.piece.spec
-    if spec.nbytes == 0:
-        return
-    assert block is not None
-    place = as_tensor(view_bytes(block, item.piece.offset, spec.nbytes), spec.torch_dtype, spec.shape)
-    place.copy_(item.tensor)
+def _write_piece(sending: _Sending, item: Outgoing) -> None:
+    if item.tensor.numel():
+        value = item.piece.value
+        item.piece.landing(sending.place_of(value.offset, value.spec)).copy_(item.tensor)
+
+
+def _set_timeouts(connection: socket.socket) -> None:
+    """Receive by one call that looks up four times a second. In the kernel: `settimeout` would be more calls."""
+    connection.setblocking(True)
+    look_up = _TIMEVAL.pack(0, int(_POLL_SECONDS * 1e6))
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, look_up)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _TIMEVAL.pack(_LONGEST_SEND_SECONDS, 0))
 
 
 def _empty(connection: socket.socket) -> None:

@@ -1,0 +1,258 @@
+"""The dims language: what the dimensions of a local tensor are, and over which mesh axes they are split.
+
+    b s[cp:zigzag] (heads*d)[tp]  # dp:replicated ep:=moe_ep
+
+    layout   = dim (space dim)* ['#' declaration*]
+    dim      = '1' | factor [mods] | '(' factor ('*' factor)* ')' [mods]
+    factor   = name ['=' size]
+    mods     = '[' axis [':' qualifier ('+' qualifier)*] (',' ...)* ']'      outer to inner
+    declaration = axis ':replicated' | axis ':=' axis of the job
+
+A text has one reading, which does not depend on the job: `parse_dims` is pure and remembers what it has read.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import NoReturn
+
+from grafter.errors import LayoutError
+
+QUALIFIERS = ("sharded", "natural", "zigzag", "partial")
+_CONTRADICTIONS = (("zigzag", "partial"), ("zigzag", "natural"), ("sharded", "partial"), ("natural", "partial"))
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_SIZE = re.compile(r"[0-9]+")
+_LONGEST = 2000
+
+
+@dataclass(frozen=True)
+class Factor:
+    """A dimension as the model knows it. `size` is the global one, where the text declares it."""
+
+    name: str
+    size: int | None = None
+
+
+@dataclass(frozen=True)
+class Split:
+    """One mesh axis over which a dim is split; `zigzag`: each rank has the k-th and the k-th last of 2n chunks."""
+
+    axis: str
+    zigzag: bool = False
+
+
+@dataclass(frozen=True)
+class Dim:
+    """One dimension of the local tensor: its factors, outer first (none: size 1), and its splits, outer first."""
+
+    factors: tuple[Factor, ...]
+    splits: tuple[Split, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(factor.name for factor in self.factors)
+
+    def __str__(self) -> str:
+        names = "*".join(self.names)
+        return f"({names})" if len(self.factors) > 1 else names or "1"
+
+
+@dataclass(frozen=True)
+class Dims:
+    """A text that was read. `partial`: axes over which the values are summands; `renamed`: axis here -> of the job."""
+
+    text: str
+    dims: tuple[Dim, ...]
+    partial: tuple[str, ...] = ()
+    replicated: tuple[str, ...] = ()
+    renamed: dict[str, str] = field(default_factory=dict, hash=False)
+
+    @property
+    def split_axes(self) -> tuple[str, ...]:
+        return tuple(split.axis for dim in self.dims for split in dim.splits)
+
+    def axis_of_job(self, axis: str) -> str:
+        return self.renamed.get(axis, axis)
+
+
+@lru_cache(maxsize=4096)
+def parse_dims(text: str) -> Dims:
+    """Read a layout. Raises LayoutError, with a mark under the character, where the text is none."""
+    return _Parser(text).layout()
+
+
+class _Parser:
+    def __init__(self, text: str) -> None:
+        self._text, self._at = text, 0
+        self._axes: dict[str, str] = {}
+        self._partial: list[str] = []
+        if len(text) > _LONGEST:
+            raise LayoutError(f"dims has {len(text)} characters; at most {_LONGEST} are read.")
+
+    def layout(self) -> Dims:
+        dims: list[Dim] = []
+        seen: set[str] = set()
+        self._skip_spaces()
+        while self._next() not in ("", "#"):
+            start = self._at
+            dim = self._dim()
+            for name in dim.names:
+                if name in seen:
+                    self._fail(f"the dim {name!r} is there twice", start)
+                seen.add(name)
+            dims.append(dim)
+            if self._next() not in ("", "#", " ", "\t", "\n"):
+                self._fail("a space must stand between two dims")
+            self._skip_spaces()
+        if not dims and self._next() == "":
+            self._fail(
+                "there is no dim; a tensor without dimensions is written `# axis:replicated`, or left undeclared"
+            )
+        replicated, renamed = self._declarations()
+        return Dims(self._text, tuple(dims), tuple(self._partial), replicated, renamed)
+
+    # The parts.
+
+    def _dim(self) -> Dim:
+        if self._next() == "(":
+            self._take("(")
+            factors = [self._factor()]
+            while self._skip_spaces() or self._next() == "*":
+                self._take("*")
+                self._skip_spaces()
+                factors.append(self._factor())
+            self._take(")", "`*` or `)`")
+        elif _SIZE.match(self._text, self._at):
+            start = self._at
+            if self._match(_SIZE) != "1":
+                self._fail(
+                    "a number is no dim; only `1` is, for a dim of size 1. A size is declared as `name=8`", start
+                )
+            return Dim(())
+        else:
+            factors = [self._factor()]
+        return Dim(tuple(factors), self._mods())
+
+    def _factor(self) -> Factor:
+        name = self._word("the name of a dim")
+        if self._next() != "=":
+            return Factor(name)
+        self._take("=")
+        start = self._at
+        size = self._match(_SIZE)
+        if size is None or int(size) < 1:
+            self._fail("a size must be a whole number of at least 1", start)
+        return Factor(name, int(size))
+
+    def _mods(self) -> tuple[Split, ...]:
+        splits: list[Split] = []
+        if self._next() != "[":
+            return ()
+        self._take("[")
+        while True:
+            self._skip_spaces()
+            split = self._mod()
+            if split is not None:
+                splits.append(split)
+            self._skip_spaces()
+            if self._next() != ",":
+                break
+            self._take(",")
+        self._take("]", "`,` or `]`")
+        return tuple(splits)
+
+    def _mod(self) -> Split | None:
+        start = self._at
+        axis = self._word("the name of a mesh axis")
+        self._claim(axis, start, "split")
+        qualifiers: list[str] = []
+        if self._next() == ":":
+            self._take(":")
+            qualifiers.append(self._qualifier())
+            while self._next() == "+":
+                self._take("+")
+                qualifiers.append(self._qualifier())
+        for one, other in _CONTRADICTIONS:
+            if one in qualifiers and other in qualifiers:
+                self._fail(f"`{one}` and `{other}` contradict each other", start)
+        if "partial" in qualifiers:
+            self._partial.append(axis)
+            return None
+        return Split(axis, "zigzag" in qualifiers)
+
+    def _qualifier(self) -> str:
+        start = self._at
+        word = self._word("a qualifier")
+        if word not in QUALIFIERS:
+            self._fail(f"{word!r} is no qualifier; legal are {', '.join(QUALIFIERS)}", start)
+        return word
+
+    def _declarations(self) -> tuple[tuple[str, ...], dict[str, str]]:
+        replicated: list[str] = []
+        renamed: dict[str, str] = {}
+        if self._next() != "#":
+            return (), {}
+        self._take("#")
+        self._skip_spaces()
+        while self._next():
+            start = self._at
+            axis = self._word("the name of a mesh axis")
+            self._take(":", "`:replicated` or `:=`")
+            if self._next() == "=":
+                self._take("=")
+                if axis in renamed:
+                    self._fail(f"the axis {axis!r} is given another name twice", start)
+                renamed[axis] = self._word("the name of an axis of the job")
+            else:
+                word_at = self._at
+                if self._word("`replicated`") != "replicated":
+                    self._fail("here stands `replicated`, or `:=` and an axis of the job", word_at)
+                self._claim(axis, start, "replicated")
+                replicated.append(axis)
+            if self._next() not in ("", " ", "\t", "\n", ","):
+                self._fail("a space must stand between two declarations")
+            while self._next() == "," or self._skip_spaces():
+                self._at += self._next() == ","
+        return tuple(replicated), renamed
+
+    def _claim(self, axis: str, start: int, use: str) -> None:
+        if axis in self._axes:
+            self._fail(f"the axis {axis!r} is there twice ({self._axes[axis]} before)", start)
+        self._axes[axis] = use
+
+    # Characters.
+
+    def _next(self) -> str:
+        return self._text[self._at : self._at + 1]
+
+    def _match(self, pattern: re.Pattern[str]) -> str | None:
+        found = pattern.match(self._text, self._at)
+        if found is None:
+            return None
+        self._at = found.end()
+        return found[0]
+
+    def _word(self, what: str) -> str:
+        word = self._match(_NAME)
+        if word is None:
+            self._fail(f"here must stand {what}")
+        return word
+
+    def _take(self, character: str, what: str | None = None) -> None:
+        if self._next() != character:
+            self._fail(f"here must stand {what or f'`{character}`'}")
+        self._at += 1
+
+    def _skip_spaces(self) -> bool:
+        start = self._at
+        while self._next().isspace():
+            self._at += 1
+        return self._at > start
+
+    def _fail(self, why: str, at: int | None = None) -> NoReturn:
+        place = self._at if at is None else at
+        shown = self._text.replace("\n", " ").replace("\t", " ")
+        found = "the end" if place >= len(self._text) else repr(self._text[place])
+        raise LayoutError(f"dims, character {place + 1} ({found}): {why}.\n    {shown}\n    {' ' * place}^")
