@@ -16,6 +16,7 @@ compared, or written into the other's memory. The package reads in the order in 
       agreement            all receivers are ready, or none writes
       write_back           into the target's memory, shape and autograd rules checked (tensor_access, conversion)
       stats, ledger        what it was, what came, how far apart; one line per point
+    capture              points that nobody wrote into the program: hooks by `attach` (names)
     housekeeping         a wait explains itself (waits, board, diagnosis, suspicion), processes are watched (processes,
                          liveness), the store is tidied
     cli, launcher        `grafter run` (job..., supervision, run_...), `grafter show`, `grafter locate`
@@ -40,6 +41,9 @@ from grafter.points import CONTEXT_OPTIONS, NO_SURROUNDINGS, Surroundings, check
 from grafter.switch import enabled
 
 if TYPE_CHECKING:
+    import torch
+
+    from grafter.capture.attachment import Attachment
     from grafter.config import GrafterConfig
     from grafter.grafter import Grafter
     from grafter.layout.declared import Layout
@@ -50,6 +54,8 @@ __all__ = [
     "step",
     "context",
     "close",
+    "attach",
+    "dump_model",
     "set_axes",
     "set_mesh",
     "transform",
@@ -106,6 +112,43 @@ def dump(name: str, value: Any, /, **arguments: Any) -> Any:
     if _off or (_off is None and _decide()):
         return value
     return _dump_on(name, value, arguments)
+
+
+def attach(model: torch.nn.Module, *patterns: str, inputs: bool = True, outputs: bool = True) -> Attachment | None:
+    """Points for a model's modules, without a line in the model: hooks on the inputs and outputs of those selected.
+
+    Args:
+        model: any module; wrappers around it (DDP, torch.compile, FSDP) are seen through. Of the model itself, calls of
+            `model.forward(...)` are reached, too.
+        patterns: over module paths and classes (docs/capture.md): `"model.layers.*"`, `":*DecoderLayer"`,
+            `"!*.rotary_emb"`. Default: GRAFTER_ATTACH, else all modules.
+        inputs, outputs: whether inputs, and whether outputs, are points.
+
+    Returns:
+        An attachment, whose `detach()` (or end of a `with` block) leaves the model as it was; None while grafting is
+        off.
+
+    A module `model.layers.3.mlp` has the points `model.layers.mlp.in.<argument>` and `model.layers.mlp.out` with the
+    tag `layer_id=3`; a tuple's or dict's tensors are `.out.0`, `.out.<key>`. The plan file's `names` give other names.
+    What a graft brings is handed on in the place of the module's own tensor, whose memory stays as it is, unless
+    GRAFTER_WRITE or a rule says `in_place`. Called by every rank, before its first point where both jobs' modules are
+    to be compared.
+    """
+    if _off or (_off is None and _decide()):
+        return None
+    return _active().attach(model, patterns, inputs=inputs, outputs=outputs)
+
+
+def dump_model(model: torch.nn.Module) -> int:
+    """All parameters and persistent buffers as points, in the order of their paths; how many there are.
+
+    Grafting them b2t makes two jobs start from the same weights, across layouts (DTensors say theirs; `dims` come from
+    the plan file). Names are as with `attach`: `model.layers.mlp.up_proj.weight` with `layer_id=3`. Written in place.
+    Called by every rank that has the model. 0 while grafting is off.
+    """
+    if _off or (_off is None and _decide()):
+        return 0
+    return _active().dump_model(model)
 
 
 def step() -> None:

@@ -29,6 +29,7 @@ from pydantic import (
 from grafter.errors import ConfigError, FilterError
 from grafter.filters import Filter, parse_filter
 from grafter.layout.axes import read_axis_sizes
+from grafter.names import NameRule
 from grafter.points import OPTIONS, is_rank_tag
 from grafter.rules import RULE_CONDITIONS, RULE_FIELDS, Gradient, OnTransformError, PartialTarget, Rule, Write
 from grafter.setting_errors import explain_validation
@@ -111,8 +112,10 @@ class GrafterConfig(BaseModel):
     plan: str | None = None
     secret: SecretStr | None = None
     store_host: Literal["rank0", "launcher"] = "rank0"
+    attach: str | None = None
     rules: tuple[Rule, ...] = ()
-    """From the plan file; no variable sets it."""
+    names: tuple[NameRule, ...] = ()
+    """Both from the plan file; no variable sets them."""
 
     def __init__(self, **values: Any) -> None:
         self._initialise(values, {name: name for name in values}, lambda name: f"{name}=")
@@ -249,7 +252,7 @@ class GrafterConfig(BaseModel):
 
 
 # What a variable or the command line can set.
-SETTING_FIELDS: tuple[str, ...] = tuple(name for name in GrafterConfig.model_fields if name != "rules")
+SETTING_FIELDS: tuple[str, ...] = tuple(name for name in GrafterConfig.model_fields if name not in ("rules", "names"))
 
 
 def _split_key(key: str) -> list[str]:
@@ -300,9 +303,9 @@ def _with_plan_file(values: dict[str, Any], labels: dict[str, str]) -> tuple[dic
     plan = read_plan_file(given["plan"], SETTING_FIELDS)
     merged: dict[str, Any] = {name: value.text for name, value in plan.fields.items()}
     # A copy made from a whole model has the rules already.
-    merged["rules"] = plan.rules
+    merged["rules"], merged["names"] = plan.rules, plan.names
     places = {name: f"{value.place}: {name}" for name, value in plan.fields.items()}
-    return {**merged, **given}, {"rules": "rules", **places, **labels}
+    return {**merged, **given}, {"rules": "rules", "names": "names", **places, **labels}
 
 
 def _refuse_missing(values: Mapping[str, Any], setter_of: Callable[[str], str]) -> None:

@@ -10,24 +10,31 @@ import logging
 import os
 import sys
 import threading
+import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
+from grafter.capture.attachment import Attachment
+from grafter.capture.naming import Naming
+from grafter.capture.parameters import dump_weights
+from grafter.capture.selection import read_patterns
 from grafter.config import GrafterConfig
 from grafter.direction import Direction, DirectionFilters
 from grafter.errors import GrafterError, JoinError, PeerLostError, RunError, UsageError
 from grafter.layout.axes import axes_from_text, axes_of_job, read_axes
 from grafter.layout.declared import DeclaredLayout, declare_layouts
 from grafter.leaves import Leaves, NothingToOffer, encode_extras, spec_of, take_apart
-from grafter.ledger import RankSummary
+from grafter.ledger import LedgerRecord, RankSummary
 from grafter.manifest import Header
 from grafter.meeting import Meeting
+from grafter.names import PointName
 from grafter.options import OptionChooser, PointOptions
 from grafter.participants import own_participants
-from grafter.points import OWN_TAGS, PHASE, StepCounter, call_site, check_tags, split_options, surroundings
+from grafter.points import OWN_TAGS, PHASE, PointKey, StepCounter, call_site, check_tags, split_options, surroundings
+from grafter.roster import other_role
 from grafter.session import Joining, Session, find_place
 
 logger = logging.getLogger("grafter")
@@ -71,6 +78,10 @@ class Grafter:
         self._outcomes: Counter[str] = Counter()
         self._sequence = 0
         self._headers: dict[tuple[Any, ...], Header] = {}
+        self._naming = Naming(config.names, config.role)
+        self._attachments: list[Attachment] = []
+        # Where a hook can hand on another tensor, nothing needs to be written into the model's memory.
+        self._hook_write = {} if "write" in config.model_fields_set else {"write": "return"}
         self._joining: Joining | None = None
         self._session: Session | None = None
         self._detached: str | None = None
@@ -88,7 +99,8 @@ class Grafter:
         """One point. See `grafter.dump`."""
         return self.dump_point(name, value, arguments)
 
-    def dump_point(self, name: str, value: Any, arguments: dict[str, Any]) -> Any:
+    def dump_point(self, name: str, value: Any, arguments: dict[str, Any], module: str | None = None) -> Any:
+        """`module`: as which module's announcement the point counts, where a hook has taken it."""
         if self._joining is None:
             self._start_joining()
         if not OWN_TAGS.isdisjoint(arguments):
@@ -115,7 +127,7 @@ class Grafter:
             if os.getpid() != self._process_id:
                 self._refuse_where_impossible(name, call_site())
             with self._lock:
-                return self._graft(name, value, tags, {**around.options}, direction)
+                return self._graft(name, value, tags, {**around.options}, direction, module)
         except GrafterError as error:
             # The way through our own files says nothing to the user, unless they debug us.
             if logger.isEnabledFor(logging.DEBUG):
@@ -132,6 +144,27 @@ class Grafter:
             return
         with self._lock:
             self._steps.next_step()
+
+    def attach(
+        self, model: torch.nn.Module, patterns: tuple[str, ...], *, inputs: bool = True, outputs: bool = True
+    ) -> Attachment:
+        """Hooks on a model's modules. See `grafter.attach`."""
+        selected = read_patterns(patterns or ((self.config.attach,) if self.config.attach else ()))
+        attachment = Attachment(model, selected, self._naming, self._offer_hooked, inputs=inputs, outputs=outputs)
+        if not attachment.points:
+            logger.warning("grafter: %s: no module of %s matches %s", self._place.who, type(model).__name__, patterns)
+        self._attachments.append(attachment)
+        if self._joining is None:
+            self._start_joining()
+        return attachment
+
+    def dump_model(self, model: torch.nn.Module) -> int:
+        """All weights as points. See `grafter.dump_model`."""
+        return dump_weights(model, self._naming, lambda name, tensor: self.dump_point(name.name, tensor, {**name.tags}))
+
+    def _offer_hooked(self, name: PointName, module: str, tensor: torch.Tensor) -> torch.Tensor:
+        value: torch.Tensor = self.dump_point(name.name, tensor, {**self._hook_write, **name.tags}, module)
+        return value
 
     def close(self) -> None:
         """Leave the run: say so, delete what is ours, write the summary. Later matched points are refused."""
@@ -164,7 +197,8 @@ class Grafter:
             return
         with self._lock:
             if self._joining is None and not self._closed:
-                self._joining = Joining(self.config, self._refuse_all)
+                modules = tuple(key for attachment in self._attachments for key in attachment.keys)
+                self._joining = Joining(self.config, self._refuse_all, modules if self._attachments else None)
 
     def _refuse_all(self, error: JoinError) -> None:
         """The two jobs do not fit. Ranks whose points match no filter must learn it, too: at their next call."""
@@ -176,7 +210,13 @@ class Grafter:
         self._filters.matchers = (refuse,)
 
     def _graft(
-        self, name: str, value: Any, arguments: dict[str, Any], around: dict[str, Any], direction: Direction
+        self,
+        name: str,
+        value: Any,
+        arguments: dict[str, Any],
+        around: dict[str, Any],
+        direction: Direction,
+        module: str | None,
     ) -> Any:
         site = call_site()
         self._refuse_where_impossible(name, site)
@@ -188,6 +228,11 @@ class Grafter:
         try:
             session = self._joined()
             key = self._steps.next_key({**tags, "name": name}, self.config.key_tags)
+            if module is not None:
+                options, missing = self._among_holders(session, module, options)
+                if missing is not None:
+                    self._skip(session, key, direction, tags, site, missing)
+                    return value
             offer = self._take_up(value, options)
             header = self._describe(session, offer, options, direction, site)
             tags.update(name=name, step=key.step, phase=key.phase)
@@ -205,10 +250,45 @@ class Grafter:
             raise offer.failure
         return grafted if offer.leaves is not None else offer.value
 
+    def _among_holders(self, session: Session, module: str, options: PointOptions) -> tuple[PointOptions, str | None]:
+        """The participants are the ranks that have the module; and why the point is skipped, if that is so."""
+        place, roster = session.place, session.roster
+        own = roster.ranks_with(place.role, module)
+        other = roster.ranks_with(other_role(place.role), module)
+        if not own or other is None:
+            return options, None
+        if not other:
+            return options, f"no rank of the {other_role(place.role)} has a module of this name"
+        if options.ranks is None and len(own) < place.role_world_size:
+            options = replace(options, ranks=own)
+        return options, None
+
+    def _skip(
+        self, session: Session, key: PointKey, direction: Direction, tags: dict[str, Any], site: str, reason: str
+    ) -> None:
+        """A point that cannot meet anybody is in the ledger, too."""
+        self._sequence += 1
+        self._outcomes["skipped"] += 1
+        session.record(
+            LedgerRecord(
+                sequence=self._sequence, time=time.time(), name=key.name, tags=tags, step=key.step, phase=key.phase,
+                occurrence=key.occurrence, direction=direction, role=session.place.role,
+                role_rank=session.place.role_rank, outcome="skipped", reason=reason, call_site=site, participants={},
+            )
+        )  # fmt: skip
+
     def _joined(self) -> Session:
         if self._session is None:
             assert self._joining is not None
             self._session = self._joining.wait()
+            only_here = self._session.roster.only_at(self._place.role)
+            if only_here:
+                logger.warning(
+                    "grafter: %s: %d modules with hooks are in this job alone, and their points are skipped: %s%s "
+                    "(give "
+                    "both jobs' modules one name: `names` in the plan file)",
+                    self._place.who, len(only_here), ", ".join(only_here[:5]), ", ..." if len(only_here) > 5 else "",
+                )  # fmt: skip
         return self._session
 
     def _refuse_where_impossible(self, name: str, site: str) -> None:
@@ -320,6 +400,8 @@ class Grafter:
             unmatched=dict(self._unmatched),
             filters_never_matched=self._filters.never_matched(),
             tags_never_seen=self._filters.tags_never_seen(),
+            hooks_never_fired=[path for attachment in self._attachments for path in attachment.never_fired()],
+            modules_only_here=session.roster.only_at(session.place.role),
             error=self._detached or (str(error) if error is not None else None),
             error_kind="Detached" if self._detached else (type(error).__name__ if error is not None else None),
         )

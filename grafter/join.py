@@ -59,9 +59,16 @@ class Membership:
 
 
 def join(
-    config: GrafterConfig, place: Place, run_name: str, socket_name: str, keep_trying: Callable[[], bool]
+    config: GrafterConfig,
+    place: Place,
+    run_name: str,
+    socket_name: str,
+    keep_trying: Callable[[], bool],
+    modules: tuple[str, ...] | None = None,
 ) -> Membership:
     """Called once by every rank of both jobs, in the background. Waits up to `join_timeout` seconds.
+
+    modules: what this rank announces of its hooks.
 
     Raises JoinError where the jobs do not fit, and what ended the run where something did.
     """
@@ -88,7 +95,7 @@ def join(
         new_housekeeping_client(), new_housekeeping_client, BoardWriter(place.role, place.role_rank), place.who
     )
     try:
-        return _Handshake(config, place, client, housekeeping).run(run_name, socket_name, server)
+        return _Handshake(config, place, client, housekeeping, modules).run(run_name, socket_name, server)
     except BaseException as error:
         # Also what could not be read: whoever has another secret cannot read this either, and learns it so.
         if isinstance(error, RunError) and housekeeping.aborted is None:
@@ -104,8 +111,16 @@ def join(
 class _Handshake:
     """The steps of joining, in the order in which they happen."""
 
-    def __init__(self, config: GrafterConfig, place: Place, client: StoreClient, housekeeping: Housekeeping) -> None:
+    def __init__(
+        self,
+        config: GrafterConfig,
+        place: Place,
+        client: StoreClient,
+        housekeeping: Housekeeping,
+        modules: tuple[str, ...] | None,
+    ) -> None:
         self._config, self._place, self._client, self._housekeeping = config, place, client, housekeeping
+        self._modules = modules
 
     def run(self, run_name: str, socket_name: str, server: TCPStore | None) -> Membership:
         run_id, run_name = self._learn_run(run_name)
@@ -144,6 +159,7 @@ class _Handshake:
             shared_settings={s: str(getattr(config, s)) for s in SHARED_SETTINGS if getattr(config, s)},
             expected_world_sizes={role: size for role, size in expected.items() if size is not None},
             socket_name=socket_name,
+            modules=self._modules,
         )
         claimed = self._client.put_if_absent(self._hello(place.role_rank), "hello", announcement.model_dump_json())
         if claimed is not None:

@@ -114,6 +114,9 @@ class RankSummary(_Record):
     unmatched: dict[str, int]
     filters_never_matched: list[str]
     tags_never_seen: list[str]
+    # Modules with hooks that no call reached, and those that no rank of the other job has.
+    hooks_never_fired: list[str] = []
+    modules_only_here: list[str] = []
     # None: closed in good order. Else the error with which this rank left.
     error: str | None = None
     # The class of that error, e.g. "PairingError".

@@ -58,7 +58,7 @@ class Pairing:
             self._bring([self._roster.graft_rank(header.role, leader)], own, "header", header.text)
             payload = self._wait_for(key, header, [keys.pair(header.role)], by_mail=self._courier.mail_inside)[0]
             pair = self._read_pair(payload)
-        if not pair.memo:
+        if "checked" not in pair.memo:
             self._check(key, pair)
         return pair
 

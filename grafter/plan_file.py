@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from grafter.errors import ConfigError
+from grafter.names import NAME_FIELDS, NameRule
 from grafter.rules import RULE_FIELDS, RULE_FIELDS_THAT_MAY_BE_EMPTY, Rule, compile_match
 from grafter.setting_errors import explain_validation
 
@@ -53,6 +54,7 @@ class PlanFile:
     path: str
     fields: dict[str, PlanValue]
     rules: tuple[Rule, ...]
+    names: tuple[NameRule, ...] = ()
 
 
 def read_plan_file(path: str | os.PathLike[str], field_names: Iterable[str]) -> PlanFile:
@@ -73,19 +75,22 @@ class _PlanReader:
         root = self._compose(self._read_text())
         fields: dict[str, PlanValue] = {}
         rules: tuple[Rule, ...] = ()
+        names: tuple[NameRule, ...] = ()
         legal = tuple(name for name in self._field_names if name not in _REFUSED)
         for name, key_node, node in self._items(root, "the plan file"):
             if name == "rules":
-                rules = self._rules(node)
+                rules = tuple(self._rule(item) for item in self._list(node, "rules", "match"))
+            elif name == "names":
+                names = tuple(self._name_rule(item) for item in self._list(node, "names", "path"))
             elif name in _REFUSED and name in self._field_names:
                 raise self._error(key_node, f"{name}: {_REFUSED[name]}.")
             elif name not in legal:
-                raise self._unknown(key_node, name, (*legal, "rules"), "field")
+                raise self._unknown(key_node, name, (*legal, "rules", "names"), "field")
             else:
                 text = self._text_of(node, name)
                 if text:
                     fields[name] = PlanValue(text, self._place(node))
-        return PlanFile(self._path, fields, rules)
+        return PlanFile(self._path, fields, rules, names)
 
     def _read_text(self) -> str:
         try:
@@ -163,14 +168,32 @@ class _PlanReader:
             raise self._error(node, f"{name}: the tag {node.tag!r} is not allowed; write the plain value.")
         return str(node.value).strip()
 
-    def _rules(self, node: Node) -> tuple[Rule, ...]:
+    def _list(self, node: Node, what: str, first: str) -> list[Node]:
         from ruamel.yaml.nodes import ScalarNode, SequenceNode
 
         if isinstance(node, ScalarNode) and node.tag == _YAML_TAG + "null":
-            return ()
+            return []
         if not isinstance(node, SequenceNode):
-            raise self._error(node, "rules is a list; start each rule with `- match: ...`.")
-        return tuple(self._rule(item) for item in node.value)
+            raise self._error(node, f"{what} is a list; start each entry with `- {first}: ...`.")
+        return list(node.value)
+
+    def _name_rule(self, node: Node) -> NameRule:
+        values: dict[str, Any] = {}
+        nodes: dict[str, Node] = {}
+        for name, key_node, value in self._items(node, "an entry of names"):
+            if name not in NAME_FIELDS:
+                raise self._unknown(key_node, name, NAME_FIELDS, "field of an entry of names")
+            values[name], nodes[name] = self._text_of(value, name) or "", value
+        for needed in ("path", "name"):
+            if not values.get(needed):
+                raise self._error(node, f"an entry of names needs `{needed}`.")
+        try:
+            return NameRule(**values)
+        except ConfigError as error:
+            raise self._error(nodes["path"], str(error)) from None
+        except ValidationError as error:
+            name, problem = explain_validation(error)[0]
+            raise self._error(nodes.get(name, node), f"{name}: {problem}" if name else problem) from None
 
     def _rule(self, node: Node) -> Rule:
         values: dict[str, Any] = {}

@@ -46,7 +46,12 @@ OWN_TAGS = frozenset({"name", "step", "phase", "occurrence"})
 LEGAL_OPTIONS = {"write": ("in_place", "return"), "gradient": ("straight_through", "cut", "strict")}
 _SCALARS = (str, int, float, bool, type(None))
 # Frames that stand between the user's line and ours: our own, and what wraps calls around them.
-_PASSED_OVER = (str(Path(__file__).parent) + os.sep, f"{os.sep}contextlib.py", f"{os.sep}_dynamo{os.sep}")
+_PASSED_OVER = (
+    str(Path(__file__).parent) + os.sep,
+    f"{os.sep}contextlib.py",
+    f"{os.sep}_dynamo{os.sep}",
+    os.sep.join(["", "torch", "nn", "modules", "module.py"]),
+)
 
 
 def is_rank_tag(tag: str) -> bool:

@@ -34,6 +34,8 @@ class Announcement(BaseModel):
     expected_world_sizes: dict[str, int]
     # The abstract socket of the shared-memory exchange; empty where there is none.
     socket_name: str = ""
+    # The modules that this rank has hooks on, where `attach` came before the join.
+    modules: tuple[str, ...] | None = None
     # How the rendezvous store sees this rank's address: what other hosts can reach.
     address: str = ""
 
@@ -67,6 +69,22 @@ class Roster:
         member = self.all[graft_rank]
         return f"{member.role} rank {member.role_rank}"
 
+    def ranks_with(self, role: RoleName, module: str) -> tuple[int, ...] | None:
+        """Which ranks of a job have announced a module; None where a rank of it has announced none at all."""
+        side = self._modules_of[role]
+        return None if side is None else side.get(module, ())
+
+    @cached_property
+    def _modules_of(self) -> dict[RoleName, dict[str, tuple[int, ...]] | None]:
+        return {"baseline": _modules_of(self.baseline), "target": _modules_of(self.target)}
+
+    def only_at(self, role: RoleName) -> list[str]:
+        """Modules that this job has announced and no rank of the other has; none where one of both says nothing."""
+        own, others = self._modules_of[role], self._modules_of[other_role(role)]
+        if own is None or others is None:
+            return []
+        return [module for module in own if module not in others]
+
     @cached_property
     def spin_seconds(self) -> float:
         """How long a wait on this host may spin before it sleeps: being woken costs 40 us, which is most of a small
@@ -78,6 +96,16 @@ class Roster:
     @cached_property
     def several_hosts(self) -> bool:
         return len({member.process.host for member in self.all}) > 1
+
+
+def _modules_of(side: Sequence[Announcement]) -> dict[str, tuple[int, ...]] | None:
+    holders: dict[str, list[int]] = {}
+    for member in side:
+        if member.modules is None:
+            return None
+        for module in dict.fromkeys(member.modules):
+            holders.setdefault(module, []).append(member.role_rank)
+    return {module: tuple(ranks) for module, ranks in holders.items()}
 
 
 def other_role(role: RoleName) -> RoleName:

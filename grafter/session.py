@@ -211,8 +211,13 @@ class Session:
 class Joining:
     """The handshake, in the background: a rank whose points never match still hosts, and still says that it left."""
 
-    def __init__(self, config: GrafterConfig, on_refusal: Callable[[JoinError], None]) -> None:
-        self._config, self._on_refusal = config, on_refusal
+    def __init__(
+        self,
+        config: GrafterConfig,
+        on_refusal: Callable[[JoinError], None],
+        modules: tuple[str, ...] | None = None,
+    ) -> None:
+        self._config, self._on_refusal, self._modules = config, on_refusal, modules
         self._done = threading.Event()
         self._cancelled = False
         self._session: Session | None = None
@@ -228,7 +233,9 @@ class Joining:
             box = open_mailbox(socket_name) if socket_name else None
             config = self._config
             run_name = config.run_name or time.strftime("%Y%m%d-%H%M%S")
-            membership = join(config, self._place, run_name, socket_name, lambda: not self._cancelled)
+            membership = join(
+                config, self._place, run_name, socket_name, lambda: not self._cancelled, modules=self._modules
+            )
             shared = mailbox = None
             if listener is not None and box is not None:
                 shared = SharedMemoryExchange(membership.graft_rank, membership.roster, listener[0])

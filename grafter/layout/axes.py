@@ -7,6 +7,7 @@ GRAFTER_BASELINE_AXES and GRAFTER_TARGET_AXES.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -95,7 +96,7 @@ def read_axis_sizes(text: str) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for word in text.replace(",", " ").split():
         axis, _, size = word.partition("=")
-        if not axis.isidentifier() or not size.isdecimal() or int(size) < 1:
+        if not axis.isidentifier() or not re.fullmatch("0*[1-9][0-9]{0,8}", size):
             raise LayoutError(f"{word!r} is not `axis=size`, such as tp=4.")
         if axis in sizes:
             raise LayoutError(f"the axis {axis!r} is there twice.")

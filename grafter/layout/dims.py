@@ -25,6 +25,9 @@ _CONTRADICTIONS = (("zigzag", "partial"), ("zigzag", "natural"), ("sharded", "pa
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _SIZE = re.compile(r"[0-9]+")
 _LONGEST = 2000
+_MOST_DIMS = 64
+# Sums of two of them stay within int64, in which torch counts.
+LARGEST_SIZE = 2**62
 
 
 @dataclass(frozen=True)
@@ -86,24 +89,21 @@ def parse_dims(text: str) -> Dims:
 class _Parser:
     def __init__(self, text: str) -> None:
         self._text, self._at = text, 0
+        self._names: set[str] = set()
         self._axes: dict[str, str] = {}
         self._partial: list[str] = []
+        self._renamed_at: dict[str, int] = {}
         if len(text) > _LONGEST:
             raise LayoutError(f"dims has {len(text)} characters; at most {_LONGEST} are read.")
 
     def layout(self) -> Dims:
         dims: list[Dim] = []
-        seen: set[str] = set()
         self._skip_spaces()
         while self._next() not in ("", "#"):
-            start = self._at
-            dim = self._dim()
-            for name in dim.names:
-                if name in seen:
-                    self._fail(f"the dim {name!r} is there twice", start)
-                seen.add(name)
-            dims.append(dim)
-            if self._next() not in ("", "#", " ", "\t", "\n"):
+            if len(dims) == _MOST_DIMS:
+                self._fail(f"a tensor has at most {_MOST_DIMS} dims")
+            dims.append(self._dim())
+            if self._next() not in ("", "#") and not self._next().isspace():
                 self._fail("a space must stand between two dims")
             self._skip_spaces()
         if not dims and self._next() == "":
@@ -111,6 +111,7 @@ class _Parser:
                 "there is no dim; a tensor without dimensions is written `# axis:replicated`, or left undeclared"
             )
         replicated, renamed = self._declarations()
+        self._check_apart(renamed)
         return Dims(self._text, tuple(dims), tuple(self._partial), replicated, renamed)
 
     # The parts.
@@ -118,11 +119,10 @@ class _Parser:
     def _dim(self) -> Dim:
         if self._next() == "(":
             self._take("(")
-            factors = [self._factor()]
-            while self._skip_spaces() or self._next() == "*":
+            factors = [self._spaced_factor()]
+            while self._next() == "*":
                 self._take("*")
-                self._skip_spaces()
-                factors.append(self._factor())
+                factors.append(self._spaced_factor())
             self._take(")", "`*` or `)`")
         elif _SIZE.match(self._text, self._at):
             start = self._at
@@ -135,15 +135,27 @@ class _Parser:
             factors = [self._factor()]
         return Dim(tuple(factors), self._mods())
 
+    def _spaced_factor(self) -> Factor:
+        self._skip_spaces()
+        factor = self._factor()
+        self._skip_spaces()
+        return factor
+
     def _factor(self) -> Factor:
+        start = self._at
         name = self._word("the name of a dim")
+        if name in self._names:
+            self._fail(f"the dim {name!r} is there twice", start)
+        if len(self._names) == _MOST_DIMS:
+            self._fail(f"at most {_MOST_DIMS} names are read", start)
+        self._names.add(name)
         if self._next() != "=":
             return Factor(name)
         self._take("=")
         start = self._at
         size = self._match(_SIZE)
-        if size is None or int(size) < 1:
-            self._fail("a size must be a whole number of at least 1", start)
+        if size is None or not 1 <= int(size) <= LARGEST_SIZE:
+            self._fail(f"a size must be a whole number of at least 1{' and at most 2**62' if size else ''}", start)
         return Factor(name, int(size))
 
     def _mods(self) -> tuple[Split, ...]:
@@ -205,17 +217,30 @@ class _Parser:
                 if axis in renamed:
                     self._fail(f"the axis {axis!r} is given another name twice", start)
                 renamed[axis] = self._word("the name of an axis of the job")
+                self._renamed_at[axis] = start
             else:
                 word_at = self._at
                 if self._word("`replicated`") != "replicated":
                     self._fail("here stands `replicated`, or `:=` and an axis of the job", word_at)
                 self._claim(axis, start, "replicated")
                 replicated.append(axis)
-            if self._next() not in ("", " ", "\t", "\n", ","):
+            if self._next() not in ("", ",") and not self._next().isspace():
                 self._fail("a space must stand between two declarations")
             while self._next() == "," or self._skip_spaces():
                 self._at += self._next() == ","
         return tuple(replicated), renamed
+
+    def _check_apart(self, renamed: dict[str, str]) -> None:
+        """Two axes here must be two axes of the job."""
+        users: dict[str, str] = {}
+        for axis in self._axes:
+            other = users.setdefault(renamed.get(axis, axis), axis)
+            if other != axis:
+                one = axis if axis in renamed else other
+                self._fail(
+                    f"{other!r} and {axis!r} would both be the axis {renamed.get(axis, axis)!r} of the job",
+                    self._renamed_at[one],
+                )
 
     def _claim(self, axis: str, start: int, use: str) -> None:
         if axis in self._axes:
@@ -253,6 +278,7 @@ class _Parser:
 
     def _fail(self, why: str, at: int | None = None) -> NoReturn:
         place = self._at if at is None else at
-        shown = self._text.replace("\n", " ").replace("\t", " ")
+        # One character of the text is one column, so that the mark stands under it.
+        shown = "".join(character if character.isprintable() else " " for character in self._text)
         found = "the end" if place >= len(self._text) else repr(self._text[place])
         raise LayoutError(f"dims, character {place + 1} ({found}): {why}.\n    {shown}\n    {' ' * place}^")

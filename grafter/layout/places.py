@@ -6,7 +6,8 @@ that nobody would see (two data-parallel replicas with different batches are not
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from grafter.errors import LayoutError
@@ -15,72 +16,75 @@ from grafter.layout.dims import Dims
 Coordinates = tuple[int, ...]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Member:
     """One participant: its axes (axis of the job -> (coordinate, size)) and its tensor's local shape."""
 
+    role: str
     role_rank: int
-    who: str
     axes: dict[str, tuple[int, int]]
     shape: tuple[int, ...]
-    call_site: str = ""
-
-    @property
-    def role(self) -> str:
-        return self.who.split(" ")[0]
 
     def __str__(self) -> str:
-        return self.who
+        return f"{self.role} rank {self.role_rank}"
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """The axes that a layout mentions: their sizes, and each member's coordinates. An axis nobody has is of size 1."""
+    """The axes that a layout mentions: their sizes, and the coordinates of all members, in order, on each.
+
+    An axis that the job has not got is of size 1.
+    """
 
     sizes: dict[str, int]
-    coordinates: dict[int, dict[str, int]]
+    coordinates: dict[str, Sequence[int]]
+    count: int
 
-    def of(self, role_rank: int, axes: Sequence[str]) -> Coordinates:
-        own = self.coordinates[role_rank]
-        return tuple(own[axis] for axis in axes)
+    def places(self, axes: Sequence[str]) -> list[Coordinates]:
+        """For each member, its coordinates on these axes."""
+        if not axes:
+            return [()] * self.count
+        return list(zip(*(self.coordinates[axis] for axis in axes), strict=True))
 
 
 def find_places(dims: Dims, members: Sequence[Member]) -> Mesh:
     """Raises LayoutError, naming axis and ranks, unless every place of the layout is held by equally many ranks."""
     placing = (*dims.split_axes, *dims.partial)
-    sizes = {axis: _size_of(axis, dims, members) for axis in (*placing, *dims.replicated)}
-    coordinates = {
-        member.role_rank: {axis: member.axes.get(dims.axis_of_job(axis), (0, 1))[0] for axis in sizes}
-        for member in members
-    }
-    mesh = Mesh(sizes, coordinates)
-    _check_unique(dims, members, mesh, (*placing, *dims.replicated))
+    mesh = Mesh({}, {}, len(members))
+    for axis in (*placing, *dims.replicated):
+        mesh.sizes[axis], mesh.coordinates[axis] = _along(dims.axis_of_job(axis), members)
+    _check_unique(dims, members, mesh.places((*placing, *dims.replicated)))
     _check_complete(dims, members, mesh, placing)
     return mesh
 
 
-def _size_of(axis: str, dims: Dims, members: Sequence[Member]) -> int:
-    name = dims.axis_of_job(axis)
-    first = members[0]
-    size = first.axes.get(name, (0, 1))[1]
-    for member in members:
-        own = member.axes.get(name)
-        if (own is None) != (name not in first.axes) or (own is not None and own[1] != size):
+def _along(axis: str, members: Sequence[Member]) -> tuple[int, Sequence[int]]:
+    """The size of an axis of the job, and every member's coordinate on it."""
+    given = [member.axes.get(axis) for member in members]
+    first = given[0]
+    for own, member in zip(given, members, strict=True):
+        if (own is None) != (first is None) or (own is not None and first is not None and own[1] != first[1]):
             raise LayoutError(
-                f"the axis {name!r} is {_said(first, name)} and {_said(member, name)}. Set it on every rank of the "
-                f"job: grafter.set_axes({name}=(rank, size))."
+                f"the axis {axis!r} is {_said(members[0], axis)} and {_said(member, axis)}. Set it on every rank of "
+                f"the job: grafter.set_axes({axis}=(rank, size))."
             )
-    return size
+        if own is not None and not 0 <= own[0] < own[1]:
+            raise LayoutError(f"the axis {axis!r} has no place {own[0]} of {own[1]}, as {member} says.")
+    if first is None:
+        return 1, [0] * len(members)
+    return first[1], [own[0] for own in given if own is not None]
 
 
 def _said(member: Member, axis: str) -> str:
     return f"of size {member.axes[axis][1]} at {member}" if axis in member.axes else f"unknown at {member}"
 
 
-def _check_unique(dims: Dims, members: Sequence[Member], mesh: Mesh, axes: Sequence[str]) -> None:
+def _check_unique(dims: Dims, members: Sequence[Member], places: Sequence[Coordinates]) -> None:
+    if len(set(places)) == len(members):
+        return
     holders: dict[Coordinates, Member] = {}
-    for member in members:
-        other = holders.setdefault(mesh.of(member.role_rank, axes), member)
+    for member, place in zip(members, places, strict=True):
+        other = holders.setdefault(place, member)
         if other is not member:
             raise LayoutError(_why_one_place(dims, other, member))
 
@@ -95,7 +99,8 @@ def _why_one_place(dims: Dims, one: Member, other: Member) -> str:
             f"write `# {apart[0]}:replicated` at its end; if not (other batches, say), they are not one tensor: give "
             "ranks= of those that share it."
         )
-    unset = [axis for axis in (*dims.split_axes, *dims.partial) if dims.axis_of_job(axis) not in one.axes]
+    unset = [dims.axis_of_job(axis) for axis in (*dims.split_axes, *dims.partial, *dims.replicated)]
+    unset = [axis for axis in unset if axis not in one.axes]
     if unset:
         return (
             f"{both}, since this job has no axis {unset[0]!r}. Say where each rank stands: "
@@ -108,25 +113,22 @@ def _why_one_place(dims: Dims, one: Member, other: Member) -> str:
 
 
 def _check_complete(dims: Dims, members: Sequence[Member], mesh: Mesh, axes: Sequence[str]) -> None:
-    holders: dict[Coordinates, int] = {}
-    for member in members:
-        place = mesh.of(member.role_rank, axes)
-        holders[place] = holders.get(place, 0) + 1
+    holders = Counter(mesh.places(axes))
+    sizes = [mesh.sizes[axis] for axis in axes]
     expected = 1
-    for axis in axes:
-        expected *= mesh.sizes[axis]
+    for size in sizes:
+        expected *= size
     if len(holders) != expected:
-        missing = _first_missing(holders, [mesh.sizes[axis] for axis in axes])
-        where = ", ".join(f"{axis}={number}" for axis, number in zip(axes, missing, strict=True))
         raise LayoutError(
             f"{dims.text!r} needs {expected} places, and no rank among {', '.join(map(str, members[:4]))}"
-            f"{', ...' if len(members) > 4 else ''} is at {where}. All ranks that hold a part take part in the point."
+            f"{', ...' if len(members) > 4 else ''} is at {_at(axes, _first_missing(holders, sizes))}. All ranks that "
+            "hold a part take part in the point."
         )
-    most, fewest = max(holders, key=lambda p: holders[p]), min(holders, key=lambda p: holders[p])
-    if holders[most] != holders[fewest]:
+    (most, highest), (fewest, lowest) = (end(holders.items(), key=lambda item: item[1]) for end in (max, min))
+    if highest != lowest:
         raise LayoutError(
-            f"{dims.text!r}: the part at {_at(axes, most)} is held by {holders[most]} ranks, that at "
-            f"{_at(axes, fewest)} by {holders[fewest]}; replicas must be equally many."
+            f"{dims.text!r}: the part at {_at(axes, most)} is held by {highest} ranks, that at {_at(axes, fewest)} by "
+            f"{lowest}; replicas must be equally many."
         )
 
 
@@ -134,7 +136,7 @@ def _at(axes: Sequence[str], place: Coordinates) -> str:
     return ", ".join(f"{axis}={number}" for axis, number in zip(axes, place, strict=True)) or "the whole"
 
 
-def _first_missing(holders: dict[Coordinates, int], sizes: Sequence[int]) -> Coordinates:
+def _first_missing(holders: Collection[Coordinates], sizes: Sequence[int]) -> Coordinates:
     """The lowest coordinates that nobody has; looked for along the holders, not along all products of sizes."""
     place: list[int] = []
     known = set(holders)
@@ -142,10 +144,9 @@ def _first_missing(holders: dict[Coordinates, int], sizes: Sequence[int]) -> Coo
         below = 1
         for other in sizes[number + 1 :]:
             below *= other
-        for coordinate in range(size):
-            inside = {own for own in known if own[number] == coordinate}
-            if len(inside) < below:
-                place.append(coordinate)
-                known = inside
-                break
+        # Of `size` coordinates one is not full, and at most as many are full as there are holders.
+        full = Counter(own[number] for own in known)
+        coordinate = next(one for one in range(size) if full[one] < below)
+        place.append(coordinate)
+        known = {own for own in known if own[number] == coordinate}
     return tuple(place)

@@ -8,7 +8,9 @@ A run is (start in the global dim, length, start in the local dim). Pure, and th
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
+from operator import itemgetter
 
 Run = tuple[int, int, int]
 Runs = tuple[Run, ...]
@@ -41,7 +43,10 @@ def total(runs: Runs) -> int:
 def cut(runs: Runs, start: int, stop: int) -> list[tuple[int, int]]:
     """The parts of a local dim's stretch [start, stop)."""
     parts = []
-    for begin, length, local in runs:
+    # The last run that begins at or before `start`, and those after it.
+    for begin, length, local in runs[max(bisect_right(runs, start, key=itemgetter(2)) - 1, 0) :]:
+        if local >= stop:
+            break
         low, high = max(start, local), min(stop, local + length)
         if low < high:
             parts.append((begin + low - local, high - low))
