@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -54,12 +55,13 @@ class TensorSpec(BaseModel):
 
 
 def spec_of(path: str, tensor: torch.Tensor) -> TensorSpec:
-    return TensorSpec(
-        path=path,
-        shape=tuple(tensor.shape),
-        dtype=str(tensor.dtype).removeprefix("torch."),
-        device=tensor.device.type,
-    )
+    return _spec(path, tuple(tensor.shape), tensor.dtype, tensor.device.type)
+
+
+@lru_cache(maxsize=4096)
+def _spec(path: str, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> TensorSpec:
+    # The same tensors come again at every step, and a model that is validated costs ten times a look-up.
+    return TensorSpec(path=path, shape=shape, dtype=str(dtype).removeprefix("torch."), device=device)
 
 
 @dataclass(frozen=True)

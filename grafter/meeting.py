@@ -136,10 +136,14 @@ class Meeting:
         interrupted_by, session.agreement.interrupted_by = session.agreement.interrupted_by, None
         if interrupted_by is not None:
             raise interrupted_by
-        self._leaf_records = [
-            record.model_copy(update={"saturated": i.saturated if i.saturated is not None else w.saturated})
-            for record, i, w in zip(self._leaf_records, incoming, written, strict=True)
+        saturated = [
+            i.saturated if i.saturated is not None else w.saturated for i, w in zip(incoming, written, strict=True)
         ]
+        if any(count is not None for count in saturated):
+            self._leaf_records = [
+                record.model_copy(update={"saturated": count})
+                for record, count in zip(self._leaf_records, saturated, strict=True)
+            ]
         return written, "grafted", None
 
     def _take_in(

@@ -59,6 +59,20 @@ def is_rank_tag(tag: str) -> bool:
     return tag == "rank" or tag.endswith("_rank")
 
 
+_MOST_REMEMBERED = 4096
+_encoded: dict[tuple[str, str], str] = {}
+
+
+def _encode_once(name: str, shown: str, identifying: tuple[tuple[str, Any], ...]) -> str:
+    # Remembered by `shown`, since 1, 1.0 and True are equal as keys of a dict.
+    known = _encoded.get((name, shown))
+    if known is None:
+        if len(_encoded) >= _MOST_REMEMBERED:
+            _encoded.clear()
+        known = _encoded[name, shown] = json.dumps([name, identifying])[1:-1]
+    return known
+
+
 @dataclass(frozen=True)
 class PointKey:
     """What identifies a point in both jobs. `identifying` holds only the tags that identify."""
@@ -72,7 +86,9 @@ class PointKey:
     @cached_property
     def digest(self) -> str:
         """24 hex digits, the same for the same point in both jobs: the point's place in the store."""
-        canonical = json.dumps([self.name, self.identifying, self.step, self.phase, self.occurrence])
+        # What `json.dumps` makes of all five. The first two stay from step to step, and are encoded once.
+        stays = _encode_once(self.name, repr(self.identifying), self.identifying)
+        canonical = f'[{stays}, {self.step}, "{self.phase}", {self.occurrence}]'
         return hashlib.blake2b(canonical.encode(), digest_size=12).hexdigest()
 
     @cached_property

@@ -7,6 +7,7 @@ that has mapped it can rely on it.
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 import sys
@@ -76,6 +77,15 @@ class Staging:
             return torch.empty(0, dtype=torch.uint8)
         assert self._block is not None
         return view_bytes(self._block, offset, nbytes)
+
+    def tensor(self, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+        """A value in the block, contiguous, that keeps the block alive. By as few calls of torch as that takes."""
+        numel = math.prod(shape)
+        if numel == 0:
+            return torch.empty(shape, dtype=dtype)
+        assert self._block is not None
+        flat = torch.frombuffer(self._block, dtype=dtype, count=numel, offset=offset)
+        return flat if len(shape) == 1 else flat.view(shape)
 
     def release(self) -> None:
         """Forget the block. Its memory goes at once, or, if somebody holds a view of it, with the last of those."""

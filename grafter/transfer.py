@@ -15,7 +15,7 @@ from grafter.exchange.shared_memory import SharedMemoryExchange
 from grafter.housekeeping import Housekeeping
 from grafter.manifest import Pair, store_keys
 from grafter.roster import Announcement, Roster
-from grafter.staging import Staging, StagingRefused, as_tensor
+from grafter.staging import Staging, StagingRefused
 from grafter.transfer_plan import Piece, TransferPlan, Value
 from grafter.waits import Wait
 from grafter.watch import Abandoned, Watch
@@ -32,6 +32,14 @@ def choose_way(backend: Backend, sender: Announcement, receiver: Announcement, d
     if backend != "gloo" and one_host and sender.socket_name and receiver.socket_name:
         return "shared memory"
     return "gloo"
+
+
+class _Part:
+    """This rank's part of a plan. It follows from the pair alone, and is remembered with it."""
+
+    def __init__(self, pieces: Sequence[Piece], by_way: dict[Way, list[Piece]], needs: Iterable[int]) -> None:
+        self.by_way, self.needs = by_way, frozenset(needs)
+        self.nbytes = sum(piece.spec.nbytes for piece in pieces)
 
 
 class _Watch:
@@ -79,13 +87,16 @@ class Transfer:
         self, plan: TransferPlan, pair: Pair, tensors: Sequence[torch.Tensor], what: object, outcome_key: str
     ) -> int:
         """Send this rank's tensors to whoever the plan names; bytes sent. Raises Abandoned if a receiver gave up."""
-        pieces = plan.outgoing(self._graft_rank)
+        known = pair.memo.get("outgoing")
+        if known is None:
+            pieces = plan.outgoing(self._graft_rank)
+            known = pair.memo["outgoing"] = _Part(pieces, self._by_way(pieces, pair), {p.receiver for p in pieces})
         self._hear_announcements(pair)
-        needs = frozenset(piece.receiver for piece in pieces)
+        needs = known.needs
         wait = Wait("exchange", what, self._timeout, needs=needs, outcome_key=outcome_key)
         with self._housekeeping.waiting(wait):
             watch = _Watch(self._housekeeping, wait)
-            by_way = self._by_way(pieces, pair)
+            by_way = known.by_way
             for way, part in by_way.items():
                 outgoing = [Outgoing(piece, piece.taken_from(tensors[piece.index])) for piece in part]
                 try:
@@ -93,19 +104,22 @@ class Transfer:
                 except Abandoned as abandoned:
                     self._give_up(plan, by_way, abandoned, watch)
                     raise
-        return sum(piece.spec.nbytes for piece in pieces)
+        return known.nbytes
 
     def receive(self, plan: TransferPlan, pair: Pair, what: object) -> tuple[dict[Value, torch.Tensor], int]:
         """The values that the plan stages at this rank, complete, and the bytes that came. Raises Abandoned if they
 
         cannot be had. They lie in the staging memory, or on the device if NCCL brings them, until the next point.
         """
-        pieces = plan.incoming(self._graft_rank)
+        known = pair.memo.get("incoming")
+        if known is None:
+            pieces = plan.incoming(self._graft_rank)
+            known = pair.memo["incoming"] = _Part(pieces, self._by_way(pieces, pair), {p.sender for p in pieces})
         # Another receiver may give the point up, and then the senders stop for all.
         outcome_key = store_keys(self._hall, plan.digest).outcome
-        needs = frozenset(piece.sender for piece in pieces)
+        needs = known.needs
         wait = Wait("exchange", what, self._timeout, needs=needs, outcome_key=outcome_key)
-        by_way = self._by_way(pieces, pair)
+        by_way = known.by_way
         with self._housekeeping.waiting(wait):
             watch = _Watch(self._housekeeping, wait)
             values = self._make_room(plan, by_way, watch)
@@ -116,7 +130,7 @@ class Transfer:
                 except Abandoned as abandoned:
                     self._give_up(plan, by_way, abandoned, watch)
                     raise
-        return values, sum(piece.spec.nbytes for piece in pieces)
+        return values, known.nbytes
 
     def _make_room(self, plan: TransferPlan, by_way: dict[Way, list[Piece]], watch: Watch) -> dict[Value, torch.Tensor]:
         """Memory for all values: on the device for what NCCL brings, else in staging."""
@@ -135,8 +149,7 @@ class Transfer:
             raise Abandoned(reason) from refused
 
     def _staged(self, value: Value) -> torch.Tensor:
-        spec = value.spec
-        return as_tensor(self.staging.view(value.offset, spec.nbytes), spec.torch_dtype, spec.shape)
+        return self.staging.tensor(value.offset, value.spec.torch_dtype, value.spec.shape)
 
     def _device_memory(self, value: Value) -> torch.Tensor:
         device = torch.device("cuda", torch.cuda.current_device())
@@ -149,9 +162,12 @@ class Transfer:
 
     def _hear_announcements(self, pair: Pair) -> None:
         if self._shared_memory is not None:
-            self._shared_memory.announced = {
-                self._roster.graft_rank(header.role, header.role_rank): header.staging for header in pair.headers
-            }
+            known = pair.memo.get("announced")
+            if known is None:
+                known = pair.memo["announced"] = {
+                    self._roster.graft_rank(header.role, header.role_rank): header.staging for header in pair.headers
+                }
+            self._shared_memory.announced = known
 
     def _by_way(self, pieces: Sequence[Piece], pair: Pair) -> dict[Way, list[Piece]]:
         """The pieces by how they travel; the ways in one order on all ranks, so that no two wait for each other."""

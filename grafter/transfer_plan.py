@@ -42,6 +42,10 @@ class Value:
     spec: TensorSpec
     layer: int = 0
 
+    def __hash__(self) -> int:
+        # Without the spec, whose hash costs more than all the rest of a look-up.
+        return hash((self.receiver, self.offset))
+
 
 @dataclass(frozen=True)
 class Piece:
