@@ -14,17 +14,18 @@ from typing import TypeVar
 from rich.console import Console
 
 from benchmarks.calls import measure_calls
+from benchmarks.capture import measure_capture
 from benchmarks.footprint import measure_import, measure_memory
 from benchmarks.report import Report
 from benchmarks.sglang_grafter import find_dumper
 from benchmarks.summaries import measure_summaries
 from benchmarks.transfers import Effort, measure_ranks
 from benchmarks.units import KIB, MIB, parse_size
-from benchmarks.ways import Ranks
+from benchmarks.ways import ModelShape, Ranks
 
 Value = TypeVar("Value")
 
-PARTS = ("transfers", "calls", "memory", "import", "statistics")
+PARTS = ("transfers", "calls", "memory", "import", "statistics", "capture")
 _RANKS = (Ranks(1, 1), Ranks(2, 2), Ranks(4, 2))
 _SIZES = (4 * KIB, 64 * KIB, MIB, 16 * MIB, 64 * MIB, 256 * MIB)
 
@@ -42,10 +43,11 @@ class Plan:
     processes: int
     summary_bytes: int
     summary_rounds: int
+    capture_rounds: int
 
 
-FULL = Plan(_RANKS, _SIZES, Effort(9, 0.1, 5.0, True), 15, 200_000, 64 * MIB, 7, 64 * MIB, 7)
-QUICK = Plan(_RANKS[:2], (4 * KIB, MIB, 64 * MIB), Effort(5, 0.05, 2.0, False), 7, 100_000, 64 * MIB, 3, 64 * MIB, 3)
+FULL = Plan(_RANKS, _SIZES, Effort(9, 0.1, 5.0, True), 15, 200_000, 64 * MIB, 7, 64 * MIB, 7, 9)
+QUICK = Plan(_RANKS[:2], (4 * KIB, MIB, 64 * MIB), Effort(5, 0.05, 2.0, False), 7, 100_000, 64 * MIB, 3, 64 * MIB, 3, 5)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -79,6 +81,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         say("statistics")
         nbytes = max(given.sizes) if given.sizes else plan.summary_bytes
         report.summaries = measure_summaries(nbytes, plan.summary_rounds, given.sglang)
+    if "capture" in given.parts:
+        say("capture")
+        report.capture = measure_capture(ModelShape(), plan.capture_rounds, 3)
     report.seconds = time.monotonic() - start
     report.print(console, verbose=given.verbose)
     if given.json is not None:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks import empty
-from benchmarks.ways import SOLITARY, WAYS, Ranks, Seat, Way
+from benchmarks.ways import SOLITARY, WAYS, Grafter, Model, Ranks, Seat, Way
 from grafter.store import HostedStore, serve
 
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -39,7 +39,7 @@ class Crew:
         """`settings` are GRAFTER_ fields. Raises CrewError if a process does not come up."""
         self.way, self.ranks = way, ranks
         self._directory = tempfile.TemporaryDirectory()
-        self._store: Any = HostedStore() if way == "grafter" else serve("127.0.0.1", 0)
+        self._store: Any = HostedStore() if issubclass(WAYS[way], Grafter) else serve("127.0.0.1", 0)
         self._processes: list[Any] = []
         self._pipes: list[Connection] = []
         roles = [("baseline", k) for k in range(ranks.baseline)] + [("target", k) for k in range(ranks.target)]
@@ -81,6 +81,16 @@ class Crew:
     def nanoseconds(self, loop: str, count: int) -> float:
         """Per call of one of `LOOPS`, in the last target rank alone."""
         return float(self._ask("loop", loop, count, of=[len(self._pipes) - 1])[0])
+
+    def seconds_per_pass(self, mode: str, count: int, *, alone: bool = False) -> float:
+        """The median of `count` forward passes of a model, as the slower job sees it; or in the target's rank alone."""
+        chosen = [len(self._pipes) - 1] if alone else None
+        return float(max(statistics.median(seconds) for seconds in self._ask("passes", mode, count, of=chosen)))
+
+    def model_facts(self) -> tuple[int, int]:
+        """Hooks in the model, and points of one pass."""
+        hooks, points = self._ask("facts", of=[len(self._pipes) - 1])[0]
+        return int(hooks), int(points)
 
     def ledger_directory(self) -> Path:
         return Path(self._directory.name) / "run"
@@ -187,6 +197,19 @@ class _Rank:
             exchange(value)
             seconds.append(clock() - start)
         return seconds
+
+    def passes(self, mode: str, count: int) -> list[float]:
+        assert isinstance(self._way, Model)
+        seconds = []
+        for _ in range(count):
+            start = time.perf_counter()
+            self._way.run(mode)
+            seconds.append(time.perf_counter() - start)
+        return seconds
+
+    def facts(self) -> tuple[int, int]:
+        assert isinstance(self._way, Model)
+        return self._way.facts()
 
     def memory(self, nbytes: int) -> int:
         # Connections, groups and first pages of whatever a first call brings along are no part of the point's memory.

@@ -15,10 +15,11 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.calls import CallResult
+from benchmarks.capture import CaptureResult
 from benchmarks.footprint import ImportResult, MemoryResult
 from benchmarks.rounds import Spread
 from benchmarks.summaries import SummaryResult
-from benchmarks.targets import Target, call_targets, import_targets, summary_targets, transfer_targets
+from benchmarks.targets import Target, call_targets, capture_targets, import_targets, summary_targets, transfer_targets
 from benchmarks.transfers import CaseResult, StageResult
 from benchmarks.units import size_text, three_digits, time_text
 from benchmarks.ways import AllGatherObject, AllGatherObjectOfAll, Grafter, Memcpy, RawGloo, Sglang
@@ -37,6 +38,7 @@ class Report:
     memory: list[MemoryResult] = field(default_factory=list)
     imports: ImportResult | None = None
     summaries: list[SummaryResult] = field(default_factory=list)
+    capture: list[CaptureResult] = field(default_factory=list)
     seconds: float = 0.0
     load_before: float = 0.0
 
@@ -47,6 +49,7 @@ class Report:
             *call_targets(self.calls),
             *(import_targets(self.imports) if self.imports is not None else []),
             *summary_targets(self.summaries),
+            *capture_targets(self.capture),
         ]
 
     def as_json(self) -> dict[str, Any]:
@@ -61,6 +64,7 @@ class Report:
             "memory": [memory.as_json() for memory in self.memory],
             "import": self.imports.as_json() if self.imports is not None else None,
             "statistics": [summary.as_json() for summary in self.summaries],
+            "capture": [result.as_json() for result in self.capture],
             "targets": [target.as_json() for target in self.targets],
         }
 
@@ -79,6 +83,7 @@ class Report:
             _call_table(self.calls) if self.calls else None,
             _memory_table(self.memory) if self.memory else None,
             _summary_table(self.summaries) if self.summaries else None,
+            _capture_table(self.capture) if self.capture else None,
             _import_table(self.imports) if self.imports is not None and verbose else None,
             _target_table(self.targets) if self.targets else None,
         ]
@@ -196,6 +201,23 @@ def _summary_table(summaries: list[SummaryResult]) -> Table:
             time_text(summary.seconds.median),
             f"{summary.memcpys.median:.1f}",
             f"{summary.memcpys.noise:.0%}",
+        )
+    return table
+
+
+def _capture_table(results: list[CaptureResult]) -> Table:
+    table = _table("A forward pass of a model", "pass", "time", "x plain", "±", "hooks", "points", "target", "met")
+    for result in results:
+        targets = capture_targets([result])
+        table.add_row(
+            result.case,
+            time_text(result.seconds.median),
+            f"{result.over_plain.median:.3f}",
+            f"{result.over_plain.noise:.1%}",
+            str(result.hooks or ""),
+            str(result.points or ""),
+            "\n".join(f"≤ {t.limit:g}" for t in targets),
+            "\n".join(met_text(t) for t in targets),
         )
     return table
 

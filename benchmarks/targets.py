@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.calls import CallResult
+from benchmarks.capture import ALONE, CaptureResult
 from benchmarks.footprint import ImportResult
 from benchmarks.rounds import Spread
 from benchmarks.summaries import SummaryResult
@@ -28,6 +29,7 @@ UNMATCHED_OVER_EMPTY = 10.0
 IMPORT_SECONDS = 0.020
 FULL_SUMMARY_MEMCPYS = 15.0
 SUMMARY_BYTES = 64 * MIB
+HOOKED_OVER_PLAIN = 1.05
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,14 @@ def summary_targets(summaries: Sequence[SummaryResult]) -> list[Target]:
         _target(f"full statistics of {size_text(s.nbytes)}: as long as", s.memcpys, FULL_SUMMARY_MEMCPYS, "memcpys")
         for s in summaries
         if s.case == "full" and s.nbytes == SUMMARY_BYTES
+    ]
+
+
+def capture_targets(results: Sequence[CaptureResult]) -> list[Target]:
+    return [
+        _target("a forward pass with hooks and no match: as long as", r.over_plain, HOOKED_OVER_PLAIN, "plain passes")
+        for r in results
+        if r.case == ALONE
     ]
 
 

@@ -7,10 +7,11 @@ takes in all of the baseline's and writes the last one.
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import sys
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, ClassVar
@@ -135,6 +136,68 @@ class Grafter(Way):
 
     def close(self) -> None:
         self._grafter.close()
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A Llama of transformers, with random weights, and the length of what it reads."""
+
+    layers: int = 12
+    hidden: int = 1024
+    tokens: int = 16
+
+
+class Model(Grafter):
+    """A forward pass of a model: without hooks, and with hooks on every module and what a filter makes of it."""
+
+    name = "model"
+
+    def __init__(self, seat: Seat) -> None:
+        self.shape = ModelShape(*(int(seat.settings[name.name]) for name in fields(ModelShape)))
+        filters = {f"{way}_filter": f"mode == '{mode}'" for way, mode in (("compare", "compare"), ("b2t", "graft"))}
+        super().__init__(replace(seat, settings={**filters, "stats": "full"}))
+        self._plain = self._make()
+        # The same weights, so that neither model has more of them in the cache.
+        self._hooked = copy.deepcopy(self._plain, {id(weight): weight for weight in self._plain.parameters()})
+        self._attachment = self._grafter.attach(self._hooked)
+        self._tokens = torch.arange(self.shape.tokens)[None] % self._plain.config.vocab_size
+
+    def _make(self) -> Any:
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        torch.manual_seed(0)
+        hidden = self.shape.hidden
+        config = LlamaConfig(
+            vocab_size=1024,
+            hidden_size=hidden,
+            intermediate_size=hidden * 11 // 4,
+            num_hidden_layers=self.shape.layers,
+            num_attention_heads=hidden // 64,
+            num_key_value_heads=hidden // 64,
+        )
+        return LlamaForCausalLM(config).eval()
+
+    def exchange(self, value: torch.Tensor) -> None:
+        self.run("graft")
+
+    def run(self, mode: str) -> None:
+        """One forward pass: `plain`, `unmatched`, `compare` or `graft`."""
+        with torch.no_grad():
+            if mode == "plain":
+                self._plain(self._tokens, use_cache=False)
+                return
+            with self._grafter.context(mode=mode):
+                self._hooked(self._tokens, use_cache=False)
+            # What one rank does alone is no step of the other job.
+            if mode != "unmatched":
+                self._grafter.step()
+
+    def facts(self) -> tuple[int, int]:
+        """Hooks, and points of one pass."""
+        grafter = self._grafter._grafter
+        before = sum(grafter._unmatched.values())
+        self.run("unmatched")
+        return self._attachment.hook_count, sum(grafter._unmatched.values()) - before
 
 
 class _Gloo(Way):
@@ -283,7 +346,7 @@ class Off(Way):
 
 
 WAYS: dict[str, type[Way]] = {
-    way.name: way for way in (Grafter, AllGatherObject, AllGatherObjectOfAll, RawGloo, Memcpy, Sglang, Off)
+    way.name: way for way in (Grafter, AllGatherObject, AllGatherObjectOfAll, RawGloo, Memcpy, Sglang, Off, Model)
 }
 # Those that one process does alone.
 SOLITARY = (Memcpy.name, Off.name)

@@ -16,6 +16,9 @@ compared, or written into the other's memory. The package reads in the order in 
       agreement            all receivers are ready, or none writes
       write_back           into the target's memory, shape and autograd rules checked (tensor_access, conversion)
       stats, ledger        what it was, what came, how far apart; one line per point
+    compiled             points inside of a torch.compile region
+    gradients            points of phase backward
+    recompute            points that fire again in activation checkpointing (regions, kept_writes)
     capture              points that nobody wrote into the program: hooks by `attach` (names)
     housekeeping         a wait explains itself (waits, board, diagnosis, suspicion), processes are watched (processes,
                          liveness), the store is tidied
@@ -73,6 +76,7 @@ _off: bool | None = None
 _on: bool | None = None
 _grafter: Grafter | None = None
 _hinted = False
+_compiler_is_here = False
 
 _IN_GRAPHS = "grafter is on: each of its calls breaks the compiled graph and runs between the two parts."
 _WHAT_IT_COSTS = "Less is fused, so speed suffers and last digits may change. To see where: TORCH_LOGS=graph_breaks."
@@ -111,6 +115,8 @@ def dump(name: str, value: Any, /, **arguments: Any) -> Any:
     """
     if _off or (_off is None and _decide()):
         return value
+    if _compiler_is_here and _is_traced():
+        return _dump_traced(name, value, arguments)
     return _dump_on(name, value, arguments)
 
 
@@ -281,7 +287,7 @@ def _decide() -> bool:
 
     Nothing that traced code reads may change meanwhile, or a second trace of the same code would not fit the first.
     """
-    global _off, _on, _compiled_caller
+    global _off, _on, _compiled_caller, _compiler_is_here
     if _on and "torch._dynamo" not in sys.modules:
         return False
     if _on is None:
@@ -290,6 +296,7 @@ def _decide() -> bool:
     if _on and compiler is None:
         return False
     if _on and compiler is not None and _compiled_caller is None:
+        _compiler_is_here = True
         for code in _apart_codes:
             compiler.eval_frame.skip_code(code)
         _compiled_caller = sys.modules["torch"]._C._dynamo.eval_frame.get_eval_frame_callback
@@ -305,6 +312,51 @@ _decide._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def _is_being_traced() -> bool:
     guards = sys.modules.get("torch._guards")
     return guards is not None and guards.CompileContext.try_get() is not None
+
+
+def _is_traced() -> bool:
+    """True, as a constant, in code that is being compiled."""
+    return _is_being_traced()
+
+
+_is_traced._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _dump_traced(name: str, value: Any, arguments: dict[str, Any]) -> Any:
+    """`dump` as the compiler traces it: an operator where that can be, else as in eager code, with a break."""
+    for told in arguments.values():
+        if not (told is None or isinstance(told, (str, int, float, bool))):
+            return _dump_on(name, value, arguments)
+    if not _is_tensor(value):
+        return _dump_on(name, value, arguments)
+    site = _site_of(name, tuple(arguments.items()))
+    if site == -1:
+        return _dump_on(name, value, arguments)
+    if site == -2:
+        return value
+    return _offer_traced(value, site)
+
+
+def _is_tensor(value: Any) -> bool:
+    import torch
+
+    return isinstance(value, torch.Tensor)
+
+
+# Set while code is traced, with the module that has the operator.
+_offer_traced: Any = None
+
+
+def _site_of(name: str, arguments: tuple[tuple[str, Any], ...]) -> int:
+    """The point's operator, as a constant of the graph."""
+    global _offer_traced
+    from grafter.compiled import find_site, offer_traced
+
+    _offer_traced = offer_traced
+    return find_site(_active(), name, arguments)
+
+
+_site_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @_untraced

@@ -1,4 +1,4 @@
-"""The command line: `grafter run`, `grafter show`, `grafter locate`.
+"""The command line: `grafter run`, `grafter show`, `grafter locate`, `grafter doctor`.
 
 A command is one function below, registered with `app.command`; it does its work inside `errors_told()`, which turns
 grafter's own errors into text and an exit code. What is slow to import (torch, rich, pydantic) is imported inside.
@@ -17,8 +17,10 @@ from typing import Annotated
 
 import typer
 
+from grafter.doctor.command import doctor_command
 from grafter.errors import ConfigError, GrafterError, JoinError, UsageError
 from grafter.locate.command import locate_command
+from grafter.plan_suggest.command import plan_app
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -28,6 +30,7 @@ _OPTION_BY_VARIABLE = {
     "GRAFTER_T2B_FILTER": "--t2b",
     "GRAFTER_COMPARE_FILTER": "--compare",
     "GRAFTER_TRANSFORM_PATH": "--transform",
+    "GRAFTER_ATTACH": "--attach",
 }
 
 app = typer.Typer(
@@ -103,6 +106,10 @@ _B2t = Annotated[str | None, typer.Option(metavar="EXPR", help="Points whose bas
 _T2b = Annotated[str | None, typer.Option(metavar="EXPR", help="Points whose target tensor replaces the baseline's.")]
 _Compare = Annotated[str | None, typer.Option(metavar="EXPR", help="Points to compare; nothing is written.")]
 _Transform = Annotated[str | None, typer.Option(metavar="PATH", help="package.module:function or file.py:function.")]
+_Attach = Annotated[
+    list[str] | None,
+    typer.Option(metavar="PATTERN", help="Modules to reach in programs that never import grafter; may be repeated."),
+]
 _Plan = Annotated[Path | None, typer.Option(metavar="FILE", help="A plan file (YAML) for both jobs.")]
 _Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Any other setting; may be repeated.")
@@ -135,6 +142,7 @@ def run(
     t2b: _T2b = None,
     compare: _Compare = None,
     transform: _Transform = None,
+    attach: _Attach = None,
     plan: _Plan = None,
     assignments: _Set = None,
     out: _Out = None,
@@ -151,6 +159,8 @@ def run(
     \b
     grafter run --baseline "python a.py" --target "torchrun --nproc-per-node 2 b.py" \\
                 --b2t "name == 'attn_out'"
+    grafter run --baseline "python a.py" --target "python b.py" --attach ":*DecoderLayer" \\
+                --compare "name.endswith('.out')"
     grafter run --role baseline --host-store 29400 --address 10.0.0.1 \\
                 --b2t "name == 'attn_out'" -- python a.py
     grafter run --role target --master 10.0.0.1:29400 \\
@@ -164,7 +174,12 @@ def run(
         from grafter.run_report import report_run
 
         filters = {"b2t_filter": b2t, "t2b_filter": t2b, "compare_filter": compare}
-        own = {**filters, "transform_path": transform, "plan": str(plan) if plan is not None else None}
+        own = {
+            **filters,
+            "transform_path": transform,
+            "attach": ",".join(attach) if attach else None,
+            "plan": str(plan) if plan is not None else None,
+        }
         settings = _merge_settings(
             {field: value for field, value in own.items() if value is not None}, assignments or []
         )
@@ -245,8 +260,10 @@ def show(
         show_run(summary, sys.stdout, only_trouble=failed, sort=sort.value, limit=limit, with_ranks=all_ranks)
 
 
+app.command("locate")(locate_command)
+app.add_typer(plan_app)
+app.command("doctor", short_help="Is this machine, is this pair of commands, able to graft?")(doctor_command)
+
+
 if __name__ == "__main__":
     main()
-
-
-app.command("locate")(locate_command)

@@ -31,7 +31,7 @@ from grafter.filters import Filter, parse_filter
 from grafter.layout.axes import read_axis_sizes
 from grafter.names import NameRule
 from grafter.points import OPTIONS, is_rank_tag
-from grafter.rules import RULE_CONDITIONS, RULE_FIELDS, Gradient, OnTransformError, PartialTarget, Rule, Write
+from grafter.rules import RULE_CONDITIONS, RULE_FIELDS, Gradient, OnTransformError, PartialTarget, Rule, Switch, Write
 from grafter.setting_errors import explain_validation
 from grafter.switch import LEGAL_WORDS, OLD_PREFIX, PREFIX, read_variable, switch_value
 
@@ -45,15 +45,6 @@ _ABSENT = object()
 _MAX_CACHED_RULE_VALUES = 100_000
 
 
-def _to_switch(value: object) -> object:
-    if isinstance(value, str):
-        word = switch_value(value)
-        if word is None:
-            raise ValueError(f"legal: {LEGAL_WORDS}")
-        return word
-    return value
-
-
 def _to_number(value: object) -> object:
     if isinstance(value, bool):  # a bool is an int to Python, and 1 to pydantic
         raise ValueError("it must be a number")
@@ -64,7 +55,6 @@ def _to_word(value: object) -> object:
     return value.lower() if isinstance(value, str) else value
 
 
-_Switch = Annotated[bool, BeforeValidator(_to_switch)]
 _Count = Annotated[int, BeforeValidator(_to_number), Field(ge=1)]
 _Index = Annotated[int, BeforeValidator(_to_number), Field(ge=0)]
 _Port = Annotated[int, BeforeValidator(_to_number), Field(ge=1, le=65535)]
@@ -80,7 +70,7 @@ class GrafterConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
-    enable: _Switch = False
+    enable: Switch = False
     role: Literal["baseline", "target"] | None = None
     b2t_filter: str | None = None
     t2b_filter: str | None = None
@@ -104,7 +94,7 @@ class GrafterConfig(BaseModel):
     gradient: Gradient = "straight_through"
     baseline_axes: str | None = None
     target_axes: str | None = None
-    check_replicas: _Switch = False
+    check_replicas: Switch = False
     partial_target: PartialTarget = "refuse"
     dump_filter: str | None = None
     dir: str = "grafter_out"
@@ -113,6 +103,8 @@ class GrafterConfig(BaseModel):
     secret: SecretStr | None = None
     store_host: Literal["rank0", "launcher"] = "rank0"
     attach: str | None = None
+    step: Literal["auto", "optimizer", "forward", "manual"] = "auto"
+    gradients: Switch = False
     rules: tuple[Rule, ...] = ()
     names: tuple[NameRule, ...] = ()
     """Both from the plan file; no variable sets them."""

@@ -88,6 +88,10 @@ class Courier:
         if self._mailbox is not None:
             self._mailbox.discard(key)
 
+    def has(self, key: str) -> bool:
+        """Whether a letter has come; it stays where it is."""
+        return self._mailbox is not None and self._mailbox.has(key)
+
     def look(self, key: str) -> Sealed | None:
         """A letter that has come, without waiting for one."""
         return self._mailbox.look(key) if self._mailbox is not None else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from grafter.direction import Direction
@@ -59,7 +59,22 @@ def decide(direction: Direction, pair: Pair) -> Decision:
         return Decision({h.role_rank: everyone for h in receivers})
     if needs == {"same_rank"}:
         return _pair_by_position(senders, receivers, same_shape=False)
-    return _identity(senders, receivers)
+    return _with_missing_layout(_identity(senders, receivers), senders, receivers)
+
+
+def _with_missing_layout(decision: Decision, senders: Sequence[Header], receivers: Sequence[Header]) -> Decision:
+    """What the rules for whole tensors refuse, layouts might do: say which side has declared none."""
+    declared = next((h for h in (*senders, *receivers) if h.layouts), None)
+    without = next((side for side in (senders, receivers) if not any(h.layouts for h in side) and len(side) > 1), None)
+    if decision.outcome != "failed" or declared is None or without is None:
+        return decision
+    layout = next(one for one in declared.layouts if one is not None)
+    return replace(
+        decision,
+        reason=f"{decision.reason} (The {declared.role} declares a layout, {layout}, and the {without[0].role}, of "
+        f"{len(without)} ranks, none: with dims= there, too, in its call or in a rule of the plan file, each receiver "
+        "gets its own part.)",
+    )
 
 
 def _reshard(senders: Sequence[Header], receivers: Sequence[Header], *, asked: bool) -> Decision | None:
@@ -75,14 +90,32 @@ def _reshard(senders: Sequence[Header], receivers: Sequence[Header], *, asked: b
     if len(known) == len(reshardings):
         lowest = (min(h.role_rank for h in senders),) if asked else ()
         return Decision({h.role_rank: lowest for h in receivers}, reshardings=known)
-    if not asked:
-        return None
-    return Decision(
-        {},
-        "failed",
-        "the transform asks for the resharded tensor, and a side with several ranks declares no layout. Give dims= (at "
-        "dump, or in a rule of the plan file) on both sides.",
+    if asked or known:
+        return Decision({}, "failed", _why_not_resharded(senders, receivers, reshardings, asked=asked))
+    return None
+
+
+def _why_not_resharded(
+    senders: Sequence[Header], receivers: Sequence[Header], reshardings: Sequence[Resharding | None], *, asked: bool
+) -> str:
+    """Some leaves would go by layouts and others by ranks, or a transform asks for what layouts alone can give."""
+    leaf = next(number for number, one in enumerate(reshardings) if one is None)
+    side = next(side for side in (senders, receivers) if len(side) > 1 and not _declares(side, leaf))
+    path = senders[0].leaves[leaf].path
+    who = f"the {side[0].role}, of {len(side)} ranks, declares no layout{f' of {path}' if path else ''}"
+    if asked:
+        return (
+            f"the transform asks for the resharded tensor, and {who}. Give dims= (at dump, or in a rule of the plan "
+            "file) on both sides."
+        )
+    return (
+        f"{who}, and other leaves of the point have theirs on both sides. Give dims= for every leaf "
+        "(`... # tp:replicated` where all ranks have the same), or dump it apart."
     )
+
+
+def _declares(side: Sequence[Header], leaf: int) -> bool:
+    return any(header.layouts and header.layouts[leaf] is not None for header in side)
 
 
 def _reshard_leaf(senders: Sequence[Header], receivers: Sequence[Header], leaf: int) -> Resharding | None:

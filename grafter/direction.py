@@ -52,6 +52,15 @@ class DirectionFilters:
             self._matched.add(found)
         return found
 
+    def could_match(self, tags: Mapping[str, Any]) -> set[Direction]:
+        """Directions whose filters match these tags, or could with another step or with tags of a context."""
+        known = tags.keys() | {"name", "phase"}
+        return {
+            direction
+            for direction, filter_ in self._filters
+            if filter_.names - known or "step" in filter_.names or filter_(tags)
+        }
+
     def _conflict(self, tags: Mapping[str, Any], first: Direction, second: Direction) -> DirectionConflict:
         sources = dict(self._filters)
         own = sorted(tag for tag in tags if tag not in OPTIONS and tag not in OWN_TAGS)

@@ -12,54 +12,38 @@ import sys
 import threading
 import time
 from collections import Counter
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 
 from grafter.capture.attachment import Attachment
+from grafter.capture.module_tree import write_module_trees
 from grafter.capture.naming import Naming
+from grafter.capture.parameter_gradients import watch_gradients
 from grafter.capture.parameters import dump_weights
 from grafter.capture.selection import read_patterns
 from grafter.config import GrafterConfig
 from grafter.direction import Direction, DirectionFilters
 from grafter.errors import GrafterError, JoinError, PeerLostError, RunError, UsageError
-from grafter.layout.axes import axes_from_text, axes_of_job, read_axes
-from grafter.layout.declared import DeclaredLayout, declare_layouts
-from grafter.leaves import Leaves, NothingToOffer, encode_extras, spec_of, take_apart
+from grafter.gradients import PHASE as BACKWARD
+from grafter.gradients import GradientPoints, WatchedGradient
+from grafter.kept_writes import unobserved
 from grafter.ledger import LedgerRecord, RankSummary
-from grafter.manifest import Header
 from grafter.meeting import Meeting
 from grafter.names import PointName
+from grafter.offer import Offer, OfferMaker
 from grafter.options import OptionChooser, PointOptions
 from grafter.participants import own_participants
 from grafter.points import OWN_TAGS, PHASE, PointKey, StepCounter, call_site, check_tags, split_options, surroundings
+from grafter.recompute import Recomputations
+from grafter.regions import Recomputation, current_recomputation, is_graph_differentiated, scopes
 from grafter.roster import other_role
 from grafter.session import Joining, Session, find_place
 
 logger = logging.getLogger("grafter")
 
-_MOST_REMEMBERED = 4096
-# The fields of a header besides whose it is, in the order in which `_describe` gathers them.
-_DESCRIPTION = (
-    "participants", "direction", "call_site", "needs", "generation", "staging", "leaves", "structure", "others",
-    "extras", "extras_tensors", "nothing", "failure", "nccl_device", "layouts", "axes", "check_replicas",
-    "partial_target",
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class _Offer:
-    """What this rank brings to a point: leaves, or why there are none."""
-
-    value: Any
-    leaves: Leaves | None = None
-    extras_text: str | None = None
-    extras: list[torch.Tensor] = field(default_factory=list)
-    layouts: tuple[DeclaredLayout | None, ...] = ()
-    axes: tuple[tuple[str, int, int], ...] = ()
-    nothing: str | None = None
-    failure: Exception | None = None
+_graph_task, _scopes = torch._C._current_graph_task_id, scopes.get
 
 
 class Grafter:
@@ -72,14 +56,17 @@ class Grafter:
         self.config = config
         self._filters = DirectionFilters(config.filters)
         self._steps = StepCounter()
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
         # A plain dict: counting in it costs a third of what it costs in a Counter.
         self._unmatched: dict[str, int] = {}
         self._outcomes: Counter[str] = Counter()
         self._sequence = 0
-        self._headers: dict[tuple[Any, ...], Header] = {}
         self._naming = Naming(config.names, config.role)
         self._attachments: list[Attachment] = []
+        wanted = config.gradients or any(rule.gradients for rule in config.own_rules)
+        self._gradients = GradientPoints(self) if wanted else None
+        if wanted:
+            self.dump_point = self._dump_with_gradients  # type: ignore[method-assign]
         # Where a hook can hand on another tensor, nothing needs to be written into the model's memory.
         self._hook_write = {} if "write" in config.model_fields_set else {"write": "return"}
         self._joining: Joining | None = None
@@ -90,6 +77,8 @@ class Grafter:
         self._process_id = os.getpid()
         self._options = OptionChooser(config)
         self._place = find_place(config)
+        self._offers = OfferMaker(config, self._place)
+        self._recomputations = Recomputations(self._steps)
         _set_up_logging(config.log_level)
         atexit.register(self.close)
 
@@ -105,6 +94,9 @@ class Grafter:
             self._start_joining()
         if not OWN_TAGS.isdisjoint(arguments):
             split_options(arguments)
+        # Asked here, since a call costs as much as the answer: nearly every `dump` is in a plain forward pass.
+        if (_graph_task() != -1 or _scopes()) and (recomputation := current_recomputation()) is not None:
+            return self._dump_again(recomputation, name, value, arguments)
         around = surroundings.get()
         tags = {**around.tags, **arguments} if around.tags else arguments
         tags["name"] = name
@@ -126,7 +118,7 @@ class Grafter:
         try:
             if os.getpid() != self._process_id:
                 self._refuse_where_impossible(name, call_site())
-            with self._lock:
+            with self.lock:
                 return self._graft(name, value, tags, {**around.options}, direction, module)
         except GrafterError as error:
             # The way through our own files says nothing to the user, unless they debug us.
@@ -136,13 +128,41 @@ class Grafter:
                 error.__cause__, error.__context__ = None, None
             raise error.with_traceback(None) from error.__cause__
 
+    def _dump_again(self, recomputation: Recomputation, name: str, value: Any, arguments: dict[str, Any]) -> Any:
+        """A point that fires again: it meets nobody, and writes what it wrote in the forward pass."""
+        own, _ = split_options(arguments)
+        check_tags(own)
+        kept = recomputation.next_kept(self._steps, name, own, self.config.key_tags)
+        if kept is not None:
+            if callable(value) and not isinstance(value, torch.Tensor):
+                value = value()
+            self._recomputations.keep_entry(kept)
+            recomputation.has_cut |= kept.is_cut
+            return kept.write_again(value)
+        step = recomputation.step_of(self._steps)
+        tags = {**surroundings.get().tags, **own, "name": name, "step": step, "phase": PHASE}
+        if self._detached is None and self._filters.direction_of(tags) is not None:
+            raise UsageError(recomputation.why_unknown(name, call_site()))
+        return value
+
+    def _dump_with_gradients(self, name: str, value: Any, arguments: dict[str, Any], module: str | None = None) -> Any:
+        """`dump_point` where gradients are points, too. In its place, so that nobody else pays for the question."""
+        given = dict(arguments)
+        value = Grafter.dump_point(self, name, value, arguments, module)
+        differentiated = is_graph_differentiated() if torch.is_grad_enabled() else self._recomputations.lead_to_graph()
+        if self._gradients is not None and differentiated:
+            self._watch_gradients(self._gradients, name, value, given, module)
+        return value
+
     def step(self) -> None:
         """The end of an iteration: the step counts up, occurrences start at 0 again."""
         if self._joining is None:
             self._start_joining()
         if os.getpid() != self._process_id:
             return
-        with self._lock:
+        with self.lock:
+            if self._gradients is not None and (self._gradients.watched or self._session is not None):
+                self._gradients.end_step(self._session)
             self._steps.next_step()
 
     def attach(
@@ -153,38 +173,76 @@ class Grafter:
         attachment = Attachment(model, selected, self._naming, self._offer_hooked, inputs=inputs, outputs=outputs)
         if not attachment.points:
             logger.warning("grafter: %s: no module of %s matches %s", self._place.who, type(model).__name__, patterns)
+        if self._gradients is not None:
+            paths = [points.path for points in attachment.points]
+            attachment.keep(watch_gradients(model, paths, self._naming, self._gradients.parameter_came))
+        if self._joining is not None:
+            logger.warning(
+                "grafter: %s: this attach comes after the first point, so the names of its modules are not compared",
+                self._place.who,
+            )
+        # What is attached until the first point is announced together, so that is when joining begins.
         self._attachments.append(attachment)
-        if self._joining is None:
-            self._start_joining()
         return attachment
 
     def dump_model(self, model: torch.nn.Module) -> int:
         """All weights as points. See `grafter.dump_model`."""
-        return dump_weights(model, self._naming, lambda name, tensor: self.dump_point(name.name, tensor, {**name.tags}))
+        # Weights are leaves, where `cut` is refused, and a value that is returned would change nothing.
+        given = {"write": "in_place", "gradient": "straight_through"}
+        # Not `self.dump_point`, which would watch for the weights' gradients: those are points of their own.
+        return dump_weights(
+            model,
+            self._naming,
+            lambda name, tensor: Grafter.dump_point(self, name.name, tensor, {**given, **name.tags}),
+        )
 
     def _offer_hooked(self, name: PointName, module: str, tensor: torch.Tensor) -> torch.Tensor:
         value: torch.Tensor = self.dump_point(name.name, tensor, {**self._hook_write, **name.tags}, module)
         return value
+
+    def compiled_verdict(
+        self, name: str, arguments: dict[str, Any], *, only_compare: bool = False
+    ) -> Literal["operator", "break", "nothing"]:
+        """How a point in code that is being compiled is taken; `only_compare`: where nothing may be grafted at all.
+
+        An operator where nothing needs to be written into the value's memory; else the call breaks the graph. Nothing,
+        where no filter can ever match.
+        """
+        tags, given = split_options(arguments)
+        possible = self._filters.could_match({**tags, "name": name, "phase": PHASE})
+        if not possible and self._gradients is None:
+            self._unmatched.setdefault(name, 0)
+            return "nothing"
+        in_memory = only_compare or self._options.options_of(name, given).write == "in_place"
+        in_memory = in_memory and not possible <= {"compare"}
+        return "break" if in_memory or self._gradients is not None else "operator"
 
     def close(self) -> None:
         """Leave the run: say so, delete what is ours, write the summary. Later matched points are refused."""
         # Before the lock: in a forked child it may belong to a thread that does not exist there.
         if os.getpid() != self._process_id:
             return
-        with self._lock:
+        if self._joining is None and self._attachments:
+            # No call reached a hook: the others wait for this rank to join, and must hear that it leaves.
+            self._start_joining()
+        with self.lock:
             if self._closed:
                 return
             self._closed = True
             atexit.unregister(self.close)
+            self._recomputations.close()
             if self._joining is None:
                 return
             error = _last_error(self._fault)
             session = self._session or self._joining.finished(patient=error is None)
+            if self._gradients is not None and session is not None and error is None:
+                self._gradients.end_step(session)
             if session is not None:
                 try:
                     session.ledger.write_summary(self._summary(session, error))
                 except OSError as failure:
                     logger.error("grafter: the summary of %s cannot be written: %s", self._place.who, failure)
+                self._write_module_trees(session)
                 session.close(
                     f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}" if error else ""
                 )
@@ -195,7 +253,7 @@ class Grafter:
     def _start_joining(self) -> None:
         if os.getpid() != self._process_id:
             return
-        with self._lock:
+        with self.lock:
             if self._joining is None and not self._closed:
                 modules = tuple(key for attachment in self._attachments for key in attachment.keys)
                 self._joining = Joining(self.config, self._refuse_all, modules if self._attachments else None)
@@ -232,23 +290,130 @@ class Grafter:
                 options, missing = self._among_holders(session, module, options)
                 if missing is not None:
                     self._skip(session, key, direction, tags, site, missing)
+                    self._recomputations.keep_nothing(key)
                     return value
-            offer = self._take_up(value, options)
-            header = self._describe(session, offer, options, direction, site)
-            tags.update(name=name, step=key.step, phase=key.phase)
-            meeting = Meeting(session, key, direction, header, options, tags)
-            self._sequence += 1
-            grafted, outcome = meeting.hold(offer.leaves, offer.extras, self.config.stats, self._sequence)
+            offer = self._offers.take_up(value, options)
+            grafted = self._meet(session, key, direction, offer, options, tags, site)
         except RunError as error:
             return self._end_run(error, value)
         except BaseException as error:
             self._fault = error
             raise
-        self._outcomes[outcome] += 1
-        session.housekeeping.board.last_points.append((key, outcome))
         if offer.failure is not None:
             raise offer.failure
         return grafted if offer.leaves is not None else offer.value
+
+    # Gradients, whose points are settled in the forward pass.
+
+    def _watch_gradients(
+        self, gradients: GradientPoints, name: str, value: Any, arguments: dict[str, Any], module: str | None
+    ) -> None:
+        around = surroundings.get()
+        own, _ = split_options(arguments)
+        tags, given = split_options({**around.tags, **arguments})
+        given = {option: told for option, told in {**around.options, **given}.items() if option != "extras"}
+
+        def register(path: str) -> WatchedGradient | None:
+            point = name + path
+            recomputation = current_recomputation()
+            if recomputation is not None:
+                # Its place in the order of the program is that of the forward pass.
+                known: WatchedGradient | None = recomputation.next_kept(
+                    self._steps, point, own, self.config.key_tags, BACKWARD
+                )
+                return known
+            full = {**tags, "name": point, "step": self._steps.step, "phase": BACKWARD}
+            direction = self._filters.direction_of(full)
+            if direction is None:
+                return None
+            options = self._options.options_of(point, given)
+            if not options.gradients:
+                return None
+            check_tags(tags)
+            key = self._steps.next_key({**tags, "name": point}, self.config.key_tags, BACKWARD)
+            options = replace(options, write="return", gradient="straight_through")
+            return WatchedGradient(key, direction, dict(tags), options, call_site(), module)
+
+        with self.lock:
+            if torch.is_grad_enabled():
+                gradients.watch(value, register)
+            else:
+                self._recomputations.keep_gradients(value, register)
+
+    @property
+    def session(self) -> Session:
+        return self._joined()
+
+    def dump_gradient(self, name: PointName, gradient: torch.Tensor) -> None:
+        """The gradient of a parameter as a point: both sides come to it in the order of names, and wait."""
+        full = {**name.tags, "name": name.name, "step": self._steps.step, "phase": BACKWARD}
+        direction = self._filters.direction_of(full)
+        options = self._options.options_of(name.name, {})
+        if direction is None or not options.gradients:
+            return
+        key = self._steps.next_key({**name.tags, "name": name.name}, self.config.key_tags, BACKWARD)
+        options = replace(options, write="in_place", gradient="straight_through")
+        watched = WatchedGradient(key, direction, dict(name.tags), options, f"the parameter {name.name}")
+        self.meet_gradient(self.session, watched, gradient)
+
+    def participants_of(self, session: Session, watched: WatchedGradient) -> tuple[int, ...]:
+        """Role ranks of this side."""
+        options = watched.options
+        if watched.module is not None:
+            options, _ = self._among_holders(session, watched.module, options)
+        return own_participants(session.place, options.ranks)
+
+    def skip(self, session: Session, watched: WatchedGradient, reason: str) -> None:
+        """A gradient that meets nobody is in the ledger, too."""
+        self._skip(session, watched.key, watched.direction, watched.tags, watched.call_site, reason)
+
+    def meet_gradient(
+        self, session: Session, watched: WatchedGradient, gradient: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """One point of phase backward; what takes the gradient's place, if something does. None offers nothing."""
+        if self._detached is not None:
+            return None
+        options = watched.options
+        try:
+            if watched.module is not None:
+                options, missing = self._among_holders(session, watched.module, options)
+                if missing is not None:
+                    self.skip(session, watched, missing)
+                    return None
+            offer = self._offers.take_up(gradient, options)
+            if gradient is None:
+                offer = Offer(None, nothing="no gradient came to this point")
+            grafted = self._meet(
+                session, watched.key, watched.direction, offer, options, watched.tags, watched.call_site
+            )
+        except RunError as error:
+            return self._end_run(error, None)  # type: ignore[no-any-return]
+        if offer.failure is not None:
+            raise offer.failure
+        return grafted if grafted is not None and grafted is not gradient else None
+
+    def _meet(
+        self,
+        session: Session,
+        key: PointKey,
+        direction: Direction,
+        offer: Offer,
+        options: PointOptions,
+        tags: dict[str, Any],
+        site: str,
+    ) -> Any:
+        """Meet the other side at one point; what `dump` returns."""
+        header = self._offers.describe(session, offer, options, direction, site)
+        named = {**tags, "name": key.name, "step": key.step, "phase": key.phase}
+        self._sequence += 1
+        meeting = Meeting(session, key, direction, header, options, named)
+        with unobserved():
+            grafted, outcome = meeting.hold(offer.leaves, offer.extras, self.config.stats, self._sequence)
+        if key.phase == PHASE:
+            self._recomputations.keep(key, options, offer.leaves if outcome == "grafted" else None, grafted)
+        self._outcomes[outcome] += 1
+        session.housekeeping.board.last_points.append((key, outcome))
+        return grafted
 
     def _among_holders(self, session: Session, module: str, options: PointOptions) -> tuple[PointOptions, str | None]:
         """The participants are the ranks that have the module; and why the point is skipped, if that is so."""
@@ -281,6 +446,7 @@ class Grafter:
         if self._session is None:
             assert self._joining is not None
             self._session = self._joining.wait()
+            self._write_module_trees(self._session)
             only_here = self._session.roster.only_at(self._place.role)
             if only_here:
                 logger.warning(
@@ -291,6 +457,13 @@ class Grafter:
                 )  # fmt: skip
         return self._session
 
+    def _write_module_trees(self, session: Session) -> None:
+        directory = session.run_directory / self._place.role
+        try:
+            write_module_trees(directory, self._attachments, self._place.role_rank, session.roster)
+        except OSError as failure:
+            logger.error("grafter: the modules of %s cannot be written: %s", self._place.who, failure)
+
     def _refuse_where_impossible(self, name: str, site: str) -> None:
         if os.getpid() != self._process_id:
             raise UsageError(
@@ -299,81 +472,12 @@ class Grafter:
             )
         if self._closed:
             raise UsageError(f"the point {name!r} at {site} comes after grafter.close().")
-        if torch._C._current_graph_task_id() != -1 and torch.is_grad_enabled():
-            raise UsageError(
-                f"the point {name!r} at {site} is in a recomputation (activation checkpointing runs the forward again "
-                "during backward). The other job does not come to it a second time, and this version cannot replay "
-                "it: "
-                f"dump outside of the checkpointed region, or switch checkpointing off."
-            )
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             raise UsageError(
                 f"the point {name!r} at {site} is in a CUDA graph capture, where nothing can be read or exchanged: the "
                 f"replay would repeat the capture's values. Run this part without CUDA graphs (eager, or "
                 f"`mode='default'` for torch.compile) while grafting."
             )
-
-    def _take_up(self, value: Any, options: PointOptions) -> _Offer:
-        """The value, made if it is a function, taken apart. A failure is an offer, too: the other side must hear it."""
-        try:
-            if callable(value) and not isinstance(value, torch.Tensor):
-                value = value()
-            leaves = take_apart(value)
-            extras_text, extras = encode_extras(options.extras) if options.extras is not None else (None, [])
-            layouts = declare_layouts(leaves, options.dims, options.layout, options.seq_lens)
-            axes = self._axes(options.axes) if layouts else ()
-        except NothingToOffer as nothing:
-            return _Offer(value, nothing=str(nothing))
-        except Exception as error:
-            return _Offer(value, failure=error)
-        return _Offer(value, leaves, extras_text, extras, layouts, axes)
-
-    def _axes(self, given: Any) -> tuple[tuple[str, int, int], ...]:
-        """This rank's place on the mesh: what the call says, else what was set, else the configuration."""
-        place = self._place
-        settled = axes_from_text(self.config.axes, place.role_rank, place.role_world_size) if self.config.axes else {}
-        axes = {**settled, **axes_of_job(), **(read_axes(given) if given is not None else {})}
-        return tuple((axis, coordinate, size) for axis, (coordinate, size) in sorted(axes.items()))
-
-    def _describe(
-        self, session: Session, offer: _Offer, options: PointOptions, direction: Direction, site: str
-    ) -> Header:
-        """This rank's part of the point, for the other ranks. The same description gives the same object."""
-        leaves, failure = offer.leaves, offer.failure
-        description = (
-            own_participants(session.place, options.ranks),
-            direction,
-            site,
-            options.transform.receives if options.transform is not None else "identity",
-            session.transfer.generation,
-            session.transfer.staging.prepare(),
-            leaves.specs if leaves is not None else (),
-            leaves.structure if leaves is not None else "",
-            tuple(sorted(leaves.others.items())) if leaves is not None else (),
-            offer.extras_text,
-            tuple(spec_of(str(i), tensor) for i, tensor in enumerate(offer.extras)),
-            offer.nothing,
-            f"{type(failure).__name__}: {failure}" if failure is not None else None,
-            self._nccl_device(leaves),
-            offer.layouts,
-            offer.axes,
-            bool(offer.layouts) and self.config.check_replicas,
-            options.partial_target,
-        )
-        header = self._headers.get(description)
-        if header is None:
-            fields: dict[str, Any] = dict(zip(_DESCRIPTION, description, strict=True))
-            header = Header(role=session.place.role, role_rank=session.place.role_rank, **fields)
-            if len(self._headers) >= _MOST_REMEMBERED:
-                self._headers.clear()
-            self._headers[description] = header
-        return header
-
-    def _nccl_device(self, leaves: Leaves | None) -> str | None:
-        if self.config.backend != "nccl" or leaves is None or not leaves.tensors[0].is_cuda:
-            return None
-        uuid = torch.cuda.get_device_properties(leaves.tensors[0].device).uuid
-        return f"{uuid} {os.environ.get('NCCL_HOSTID', '')}".strip()
 
     # The steps after.
 

@@ -5,24 +5,24 @@ from __future__ import annotations
 import hashlib
 import os
 import socket
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
 
-from grafter.transfer_plan import TransferPlan
-
 if TYPE_CHECKING:
+    import torch
     from torch.distributed import ProcessGroupNCCL
 
 # Members meet here at the same point, so whoever is missing after this long is not coming.
 CONSTRUCTION_TIMEOUT = timedelta(seconds=60)
 
 
-def group_prefix(hall: str, plan: TransferPlan, kind: str) -> str:
+def group_prefix(hall: str, members: Sequence[int], generation: int, kind: str) -> str:
     """The place of one set of members in the store; a new generation is a new place."""
-    members = hashlib.blake2b(",".join(map(str, plan.members)).encode(), digest_size=8).hexdigest()
-    return f"{hall}/group/{kind}/{members}/{plan.generation}"
+    digest = hashlib.blake2b(",".join(map(str, members)).encode(), digest_size=8).hexdigest()
+    return f"{hall}/group/{kind}/{digest}/{generation}"
 
 
 def local_address_towards(address: str, port: int) -> str:
@@ -32,9 +32,15 @@ def local_address_towards(address: str, port: int) -> str:
 
 
 def make_gloo_group(
-    store: TCPStore, hall: str, plan: TransferPlan, graft_rank: int, local_address: str, timeout: timedelta
+    store: TCPStore,
+    hall: str,
+    members: Sequence[int],
+    generation: int,
+    graft_rank: int,
+    local_address: str,
+    timeout: timedelta,
 ) -> ProcessGroupGloo:
-    """Called by all members of the plan. Ranks within the group are places in `plan.members`.
+    """Called by all members. Ranks within the group are places in `members`.
 
     Takes 1 to 2 ms; raises RuntimeError if a member does not come within `CONSTRUCTION_TIMEOUT`.
     """
@@ -42,22 +48,30 @@ def make_gloo_group(
     options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     options._devices = [ProcessGroupGloo.create_device(hostname=local_address)]
     options._timeout = CONSTRUCTION_TIMEOUT
-    options._threads = 2
-    prefixed = PrefixStore(group_prefix(hall, plan, "gloo"), store)
-    group = ProcessGroupGloo(prefixed, plan.members.index(graft_rank), len(plan.members), options)
+    options._threads = 1
+    prefixed = PrefixStore(group_prefix(hall, members, generation, "gloo"), store)
+    group = ProcessGroupGloo(prefixed, members.index(graft_rank), len(members), options)
     group._set_default_timeout(timeout)
     return group
 
 
 def make_nccl_group(
-    store: TCPStore, hall: str, plan: TransferPlan, graft_rank: int, timeout: timedelta
+    store: TCPStore,
+    hall: str,
+    members: Sequence[int],
+    generation: int,
+    graft_rank: int,
+    timeout: timedelta,
+    device: torch.device,
 ) -> ProcessGroupNCCL:
-    """Called by all members of the plan. The communicator itself is built at the first transfer."""
+    """Called by all members, those with nothing to move, too: the communicator is built here, and waits for all."""
     from torch.distributed import ProcessGroupNCCL
 
     # Its watchdog would end the process when a transfer is late; ours is to raise in the user's program instead.
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
     options = ProcessGroupNCCL.Options()
     options._timeout = timeout
-    prefixed = PrefixStore(group_prefix(hall, plan, "nccl"), store)
-    return ProcessGroupNCCL(prefixed, plan.members.index(graft_rank), len(plan.members), options)
+    prefixed = PrefixStore(group_prefix(hall, members, generation, "nccl"), store)
+    group = ProcessGroupNCCL(prefixed, members.index(graft_rank), len(members), options)
+    group.eager_connect_single_device(device)
+    return group

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from grafter.assembly import (
+    Assembled,
     Received,
     Values,
     assembled_leaves,
@@ -39,13 +40,14 @@ class IncomingLeaf:
     """What comes in for one leaf.
 
     value, target: what came and this rank's tensor, both without padding. padded: the whole local tensor, where layouts
-    brought the value. replicas: how far the sender's copies are apart, where they were compared. `to_write` has the
-    shape of the whole local tensor.
+    brought the value. room: memory of ours in which the value lies, with place for the padding. replicas: how far the
+    sender's copies are apart, where they were compared. `to_write` has the shape of the whole local tensor.
     """
 
     value: torch.Tensor
     target: torch.Tensor
     padded: torch.Tensor | None = None
+    room: torch.Tensor | None = None
     replicas: Difference | None = None
     saturated: int | None = None
     to_write: torch.Tensor = field(init=False)
@@ -71,7 +73,8 @@ class IncomingLeaf:
             raise WriteRefused(f"{self.value.dtype} cannot be written into {self.padded.dtype}: {why}.")
         if self.value.dtype != self.padded.dtype:
             self.saturated = count_saturated(self.value, self.padded.dtype)
-        self.to_write = with_padding(self.padded, self.value)
+        fits = self.room is not None and (self.room.dtype, self.room.device) == (self.padded.dtype, self.padded.device)
+        self.to_write = with_padding(self.padded, self.value, self.room if fits else None)
 
 
 @dataclass(frozen=True)
@@ -115,12 +118,13 @@ class Reception:
         sender = self.roster.graft_rank(lowest.role, lowest.role_rank)
         for index, one in enumerate(assembled_leaves(self.decision, values, self.header)):
             target = without_padding(leaves.tensors[index], one.held)
-            value = one.tensor
+            value, room = one.tensor, one.room
             if self.transform is not None:
                 extras = received_extras(values, lowest, sender)
-                value = self._transformed(index, [value], [extras], [lowest.role_rank], target)
-            incoming.append(IncomingLeaf(value.detach().to(target.device), target, leaves.tensors[index], one.replicas))
-            self._tell_replicas(one.replicas)
+                value, room = self._transformed(index, [value], [extras], [lowest.role_rank], target), None
+            value = value.detach().to(target.device)
+            incoming.append(IncomingLeaf(value, target, leaves.tensors[index], room, one.replicas))
+            self._tell_replicas(one)
         return incoming
 
     def _transformed(
@@ -154,19 +158,33 @@ class Reception:
         """Where the senders' tensors and this one lie, as boxes; None where a side declares nothing that fits."""
         if not any(header.layouts for header in self.pair.headers):
             return None, None
-        senders = layouts_of(self.pair.senders(self.direction), leaf)
-        receivers = layouts_of(self.pair.receivers(self.direction), leaf)
+        known = f"layouts {self.direction} {leaf}"
+        if known not in self.pair.memo:
+            self.pair.memo[known] = (
+                layouts_of(self.pair.senders(self.direction), leaf),
+                layouts_of(self.pair.receivers(self.direction), leaf),
+            )
+        senders, receivers = self.pair.memo[known]
         return (
             None if senders is None else [senders[h.role_rank] for h in self.pair.senders(self.direction)],
             None if receivers is None else receivers[self.header.role_rank],
         )
 
-    def _tell_replicas(self, apart: Difference | None) -> None:
-        if apart is not None and apart.mismatched_fraction:
-            logger.warning(
-                "grafter: the replicas of %s differ: rel %.3g, max |d| %.3g, %.3g of the values (the first is taken)",
-                self.key, apart.rel or 0.0, apart.max_abs or 0.0, apart.mismatched_fraction,
-            )  # fmt: skip
+    def _tell_replicas(self, one: Assembled) -> None:
+        apart = one.replicas
+        if apart is None or not apart.mismatched_fraction:
+            return
+        role = sender_role(self.direction)
+        first, other = (f"{role} rank {' and '.join(map(str, ranks))}" for ranks in one.copies)
+        at = ""
+        if apart.max_abs_index is not None and apart.max_abs_values is not None:
+            values = apart.max_abs_values
+            at = f", most at {apart.max_abs_index} of its part ({values[0]:.9g} against {values[1]:.9g})"
+        logger.warning(
+            "grafter: the replicas of %s differ: %s and %s, as %s sees them, in %.3g of the values%s. They should be "
+            "equal; that of %s is taken.",
+            self.key, first, other, self.header.who, apart.mismatched_fraction, at, first,
+        )  # fmt: skip
 
 
 def _leaf_at(path: str, received: Received) -> torch.Tensor:

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePath
 
+from grafter.capture.startup.sitecustomize import HELPER_MARK
 from grafter.errors import UsageError
 from grafter.switch import OLD_PREFIX, PREFIX
+
+# First on a job's PYTHONPATH, it is reached by every Python of the job before its program.
+STARTUP_DIRECTORY = str(Path(__file__).parent / "capture" / "startup")
 
 # What torchrun, or another launcher around this one, said about this process; a job that inherited it would take
 # itself for a rank of that world. torchrun passes TORCHELASTIC_USE_AGENT_STORE down, which makes env:// hang.
@@ -59,10 +66,38 @@ def job_environment(
         for prefix in (PREFIX, OLD_PREFIX):
             environment.pop(prefix + field.upper(), None)
     environment.update({PREFIX + field.upper(): value for field, value in {**settings, **own}.items()})
+    environment.pop(HELPER_MARK, None)
+    if environment.get(f"{PREFIX}ATTACH", "").strip():
+        # An empty entry would be the working directory.
+        paths = [STARTUP_DIRECTORY, *filter(None, [environment.get("PYTHONPATH")])]
+        environment["PYTHONPATH"] = os.pathsep.join(paths)
     # TCPStore's warnings look up the host's name, which was seen to take seconds.
     environment.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     environment.setdefault("PYTHONUNBUFFERED", "1")
     return environment
+
+
+def what_defeats_attach(words: Sequence[str]) -> str | None:
+    """What in a command keeps Python from running our start-up module; None where nothing is seen to."""
+    start = 0
+    if PurePath(words[0]).name == "env":
+        while (start := start + 1) < len(words) and re.match(r"-|[A-Za-z_]\w*=", words[start]):
+            if words[start] in ("-i", "-", "--ignore-environment") or words[start].startswith("PYTHONPATH="):
+                return f"`env {words[start]}`, which takes PYTHONPATH away"
+    if start >= len(words) or not re.fullmatch(r"python[\d.]*", PurePath(words[start]).name):
+        return None
+    for number in range(start + 1, len(words)):
+        word = words[number]
+        if not re.fullmatch("-[A-Za-z]+.*", word):
+            return None
+        # Letters stand together (-uI); of these four the rest of the word, or the next one, is the value.
+        flags = re.split("[cmWX]", word[1:])[0]
+        found = next((letter for letter in flags if letter in "IES"), None)
+        if found is not None:
+            return f"python -{found}, which leaves out PYTHONPATH's start-up module"
+        if re.search("[cm]", word[1:]) or word.endswith(("W", "X")):
+            return None
+    return None
 
 
 def parse_settings(assignments: list[str]) -> dict[str, str]:

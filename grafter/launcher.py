@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, TextIO
 from grafter.errors import ConfigError, UsageError
 from grafter.job import Job
 from grafter.job_command import keep_off_shared_port, split_command
-from grafter.job_environment import job_environment
+from grafter.job_environment import job_environment, what_defeats_attach
 from grafter.run_output import RunOutput
 from grafter.supervision import RendezvousStore, Supervisor
 
@@ -40,6 +40,7 @@ class PairResult:
 
     `exit_codes` by role: negative for a signal, None where a job was never started or its end was not seen.
     `failed_role` is the job that failed by itself, and first; `ended_roles` are the jobs that the launcher ended.
+    `unreached` are the jobs in which `attach` found no model, as far as this process can tell.
     `last_lines` are the last lines (200 at most) of each job's output, by role, also of a quiet run.
     """
 
@@ -50,6 +51,7 @@ class PairResult:
     stop_signal: int | None = None
     failed_role: str | None = None
     ended_roles: tuple[str, ...] = ()
+    unreached: tuple[str, ...] = ()
     last_lines: dict[str, list[str]] = field(default_factory=dict)
 
 
@@ -130,6 +132,9 @@ class _Run:
             # A job may change its directory before it reads it.
             self._settings["plan"] = os.path.abspath(self._settings["plan"])
         self._config = _read_configuration(next(iter(commands)), self._settings, out, run_name)
+        if self._config.attach is not None:
+            # A plan file may say it, which the start of a Python does not read.
+            self._settings["attach"] = self._config.attach
         self._out = Path(self._config.dir)
         self._given_name = run_name
         self._output = RunOutput(output or sys.stdout, quiet)
@@ -164,7 +169,7 @@ class _Run:
                 for job in supervisor.jobs:
                     if job.gone:
                         job.close()
-            return self._result(supervisor, name)
+            return self._result(supervisor, name, self._tell_unreached(store))
 
     def _start_jobs(self, supervisor: Supervisor, master: tuple[str, int], name: str | None) -> None:
         commands = {role: self._on_own_port(role, command) for role, command in self._commands.items()}
@@ -174,6 +179,9 @@ class _Run:
             environment = job_environment(
                 os.environ, role, self._settings, master=master, directory=str(self._out), run_name=name
             )
+            defeat = what_defeats_attach(command) if self._config.attach is not None else None
+            if defeat is not None:
+                self._output.say(f"--attach will not reach the {role} job: its command has {defeat}.")
             supervisor.add(Job(role, command, environment, self._output))
 
     @contextmanager
@@ -236,7 +244,15 @@ class _Run:
             )
         return kept_off
 
-    def _result(self, supervisor: Supervisor, name: str | None) -> PairResult:
+    def _tell_unreached(self, store: RendezvousStore | None) -> tuple[str, ...]:
+        if store is None or self._config.attach is None:
+            return ()
+        unreached = tuple(role for role in self._commands if not store.has_announced(role))
+        if unreached:
+            self._output.say(describe_unreached(unreached))
+        return unreached
+
+    def _result(self, supervisor: Supervisor, name: str | None, unreached: tuple[str, ...]) -> PairResult:
         directory = self._out / name if name is not None else newest_run_of_role(self._out, next(iter(self._commands)))
         exit_codes: dict[str, int | None] = dict.fromkeys(self._commands)
         exit_codes.update({job.role: job.exit_code for job in supervisor.jobs})
@@ -248,8 +264,18 @@ class _Run:
             stop_signal=supervisor.signals[0] if supervisor.signals else None,
             failed_role=supervisor.first_failure.role if supervisor.first_failure else None,
             ended_roles=tuple(job.role for job in supervisor.jobs if job.ended_by_launcher),
+            unreached=unreached,
             last_lines={role: list(self._output.last_lines.get(role, ())) for role in self._commands},
         )
+
+
+def describe_unreached(roles: Sequence[str]) -> str:
+    """Why `--attach` may have found nothing, as sentences."""
+    return (
+        f"--attach reached no model in the {' job and in the '.join(roles)} job: nothing there has hooks. Either its "
+        "program called no torch module that has parameters, or its Python does not look at PYTHONPATH (python -I, -E "
+        "or -S; a command that sets PYTHONPATH itself). See docs/zero-code.md."
+    )
 
 
 def newest_run_of_role(out: Path, role: str) -> Path:

@@ -127,6 +127,12 @@ class Mailbox:
             pass
         return self._unread.pop(key, None)
 
+    def has(self, key: str) -> bool:
+        """Whether the letter for a key has come; it stays where it is."""
+        while self._fetch(_AT_ONCE):
+            pass
+        return key in self._unread
+
     def discard(self, key: str) -> None:
         """Throw away a letter that came twice, by two ways."""
         if self._unread.pop(key, None) is None:

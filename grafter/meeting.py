@@ -96,8 +96,9 @@ class Meeting:
 
     def _send(self, pair: Pair, plan: TransferPlan, tensors: Sequence[torch.Tensor]) -> tuple[Outcome, str | None]:
         session = self._session
-        for receiver in {piece.receiver for piece in plan.pieces}:
-            session.expect_failures_from(receiver)
+        # The lowest receiver tells, whoever of them gets what this rank sends, if any does.
+        leader = min(header.role_rank for header in pair.receivers(self._direction))
+        session.expect_failures_from(session.roster.graft_rank(receiver_role(self._direction), leader))
         outcome_key = store_keys(session.client.hall, self._key.digest).outcome
         try:
             with self._timed("exchange"), torch.no_grad():

@@ -26,6 +26,7 @@ class PointOptions:
     gradient: Literal["straight_through", "cut", "strict"]
     on_transform_error: Literal["skip", "raise"]
     partial_target: Literal["refuse", "first"] = "refuse"
+    gradients: bool = False
     extras: Any = None
     ranks: Any = None
     dims: str | dict[str, str] | None = None
@@ -72,6 +73,7 @@ class OptionChooser:
             gradient=choose("gradient"),
             on_transform_error=choose("on_transform_error"),
             partial_target=choose("partial_target"),
+            gradients=choose("gradients"),
             dims=choose("dims") or None,
             layout=None if dims_are_ruled else given.get("layout"),
             axes=given.get("axes"),

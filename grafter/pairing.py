@@ -62,6 +62,14 @@ class Pairing:
             self._check(key, pair)
         return pair
 
+    def is_asked_by_mail(self, digest: str) -> bool:
+        """Whether the other side's leader has come to a point that this one has not. Never waits."""
+        return self._courier.mail_across and self._courier.has(store_keys(self._hall, digest).second)
+
+    def is_asked_in_store(self, digest: str) -> bool:
+        """The same, of a leader that does not know yet whom to write to. One round trip."""
+        return self._client.exists(store_keys(self._hall, digest).first)
+
     def _read_pair(self, text: str) -> Pair:
         """Both manifests from `[baseline's,target's]`. The same text gives the same object, with what it remembers."""
         pair = self._pairs.get(text)

@@ -106,6 +106,15 @@ class PointKey:
         return self.text
 
 
+def identify(tags: Mapping[str, Any], identifying_tags: frozenset[str] | None) -> tuple[tuple[str, Any], ...]:
+    """The tags that identify a point, sorted. `identifying_tags` None: all but rank tags."""
+    return tuple(
+        (tag, value)
+        for tag, value in sorted(tags.items())
+        if tag not in OWN_TAGS and (tag in identifying_tags if identifying_tags is not None else not is_rank_tag(tag))
+    )
+
+
 @dataclass
 class StepCounter:
     """The step, and how often each key was matched within it."""
@@ -117,19 +126,16 @@ class StepCounter:
         self.step += 1
         self._occurrences.clear()
 
-    def next_key(self, tags: Mapping[str, Any], identifying_tags: frozenset[str] | None) -> PointKey:
+    def next_key(
+        self, tags: Mapping[str, Any], identifying_tags: frozenset[str] | None, phase: str = PHASE
+    ) -> PointKey:
         """The key of a matched point; counts it. `identifying_tags` None: all but rank tags."""
-        identifying = tuple(
-            (tag, value)
-            for tag, value in sorted(tags.items())
-            if tag not in OWN_TAGS
-            and (tag in identifying_tags if identifying_tags is not None else not is_rank_tag(tag))
-        )
+        identifying = identify(tags, identifying_tags)
         # repr keeps 1, 1.0 and True apart, which compare equal.
-        counted = (tags["name"], repr(identifying))
+        counted = (tags["name"], phase, repr(identifying))
         occurrence = self._occurrences.get(counted, 0)
         self._occurrences[counted] = occurrence + 1
-        return PointKey(tags["name"], identifying, self.step, PHASE, occurrence)
+        return PointKey(tags["name"], identifying, self.step, phase, occurrence)
 
 
 def check_tags(tags: dict[str, Any]) -> None:
@@ -198,8 +204,15 @@ def _why_not_a_tag(name: str) -> str:
     return f"`{name}` is {sets_it[name]}; a tag needs another name."
 
 
+# The user's line of a point in compiled code, where no frame shows it.
+traced_call_site: ContextVar[str | None] = ContextVar("grafter_traced_call_site", default=None)
+
+
 def call_site() -> str:
     """`file:line in function` of the user's line: the first frame outside of this package."""
+    traced = traced_call_site.get()
+    if traced is not None:
+        return traced
     frame = sys._getframe(1)
     while frame is not None:
         code = frame.f_code

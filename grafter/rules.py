@@ -4,17 +4,30 @@ from __future__ import annotations
 
 import re
 from functools import lru_cache
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, field_validator
 
 from grafter.errors import ConfigError
 from grafter.layout.dims import parse_dims
+from grafter.switch import LEGAL_WORDS, switch_value
 
 OnTransformError = Literal["skip", "raise"]
 Write = Literal["in_place", "return"]
 Gradient = Literal["straight_through", "cut", "strict"]
 PartialTarget = Literal["refuse", "first"]
+
+
+def _to_switch(value: object) -> object:
+    if isinstance(value, str):
+        word = switch_value(value)
+        if word is None:
+            raise ValueError(f"legal: {LEGAL_WORDS}")
+        return word
+    return value
+
+
+Switch = Annotated[bool, BeforeValidator(_to_switch)]
 
 
 class Rule(BaseModel):
@@ -32,6 +45,7 @@ class Rule(BaseModel):
     gradient: Gradient | None = None
     dims: str | None = None
     partial_target: PartialTarget | None = None
+    gradients: Switch | None = None
 
     @field_validator("dims")
     @classmethod

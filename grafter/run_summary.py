@@ -54,6 +54,8 @@ class PointRow:
     bytes_received: int
     call_site: str
     disagreement: str | None = None
+    # How far the sender's copies are apart, where they were compared and are not equal.
+    replicas: Difference | None = None
 
     @property
     def label(self) -> str:
@@ -71,7 +73,8 @@ class PointRow:
 
     def as_json(self) -> str:
         """One line; NaN and Infinity as in the ledger."""
-        return json.dumps(asdict(self))
+        replicas = self.replicas.model_dump() if self.replicas is not None else None
+        return json.dumps({**asdict(self), "replicas": replicas})
 
 
 @dataclass(frozen=True)
@@ -191,7 +194,13 @@ def _row(group: list[LedgerRecord], tags: dict[str, Any], disagreement: str | No
         bytes_received=sum(record.bytes_received for record in group),
         call_site=worst.call_site,
         disagreement=disagreement,
+        replicas=_unequal_replicas(group),
     )
+
+
+def _unequal_replicas(group: list[LedgerRecord]) -> Difference | None:
+    compared = (leaf.replicas for record in group for leaf in record.leaves if leaf.replicas is not None)
+    return next((replicas for replicas in compared if replicas.mismatched_fraction), None)
 
 
 def _worst_leaf(receivers: list[LedgerRecord]) -> tuple[LeafRecord | None, Difference | None]:
@@ -233,6 +242,15 @@ def find_problems(rows: list[PointRow], summaries: list[RankSummary]) -> list[st
     if failed:
         points = "1 point" if len(failed) == 1 else f"{len(failed)} points"
         problems.append(f"{points} failed; the first is {failed[0].label} at step {failed[0].step}.")
+    apart = [row for row in rows if row.replicas is not None]
+    if apart:
+        points = "1 point" if len(apart) == 1 else f"{len(apart)} points"
+        worst = max(apart, key=lambda row: row.replicas.max_abs or 0.0 if row.replicas else 0.0)
+        figure = worst.replicas.max_abs if worst.replicas else None
+        problems.append(
+            f"the sender's replicas differ at {points}, though they were declared copies; the worst is {worst.label} at "
+            f"step {worst.step}" + (f" (max |d| {figure:.3g})." if figure is not None else ".")
+        )
     by_error: dict[str, list[str]] = {}
     for summary in summaries:
         if summary.error:

@@ -80,7 +80,7 @@ class Session:
         self.client, self.housekeeping = membership.client, membership.housekeeping
         self._server = membership.server
         self.run_directory = Path(config.dir) / membership.run_name
-        timeout = config.timeout
+        self.timeout = timeout = config.timeout
         self.client.set_timeout(timeout + 5)
         self._mailbox = mailbox
         courier = Courier(self.client, self.housekeeping, self.roster, self.graft_rank, mailbox)

@@ -136,7 +136,7 @@ class Transfer:
         """Memory for all values: on the device for what NCCL brings, else in staging."""
         on_device = {piece.value for piece in by_way.get("nccl", ())}
         try:
-            if any(way != "nccl" for way in by_way) or not by_way:
+            if any(value not in on_device for value in plan.values_of(self._graft_rank)):
                 self.staging.reserve(plan.staging_bytes[self._graft_rank])
             return {
                 value: self._device_memory(value) if value in on_device else self._staged(value)
@@ -177,7 +177,9 @@ class Transfer:
         for piece in pieces:
             sender, receiver = members[piece.sender], members[piece.receiver]
             by_way[choose_way(self._backend, sender, receiver, piece.spec.device, all_cuda)].append(piece)
-        return {way: part for way, part in by_way.items() if part}
+        # NCCL's communicator is built by all participants, those with nothing to move, too.
+        joined = self._backend == "nccl" and all_cuda
+        return {way: part for way, part in by_way.items() if part or (joined and way == "nccl")}
 
     def close(self) -> None:
         for exchange in self._exchanges.values():

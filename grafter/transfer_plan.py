@@ -146,12 +146,18 @@ class _Planner:
 
     def plan_resharding(self) -> None:
         staged = {rank: self._stage(rank) for rank in self._receivers if self._only in (None, self._to(rank))}
+        specs: dict[tuple[int, str, tuple[int, ...]], TensorSpec] = {}
         for index, resharding in enumerate(self._decision.reshardings or ()):
             for item in self._items_of(resharding):
                 if item.receiver not in staged:
                     staged[item.receiver] = self._stage(item.receiver)
                 value = staged[item.receiver][index, item.layer]
-                spec = self._senders[item.sender].leaves[index].model_copy(update={"shape": item.place.sizes})
+                # Senders share a leaf's dtype, so pieces of one shape share their description.
+                known = (index, self._senders[item.sender].leaves[index].device, item.place.sizes)
+                spec = specs.get(known)
+                if spec is None:
+                    leaf = self._senders[item.sender].leaves[index]
+                    spec = specs[known] = leaf.model_copy(update={"shape": item.place.sizes})
                 sender = self._from(item.sender)
                 self.pieces.append(Piece(sender, value.receiver, index, spec, value, item.source, item.place))
         self._plan_extras(staged)

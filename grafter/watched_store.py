@@ -6,6 +6,7 @@ import time
 
 from grafter.board import BoardLine, board_key
 from grafter.direction import RoleName
+from grafter.errors import RunError
 from grafter.roster import ANNOUNCEMENTS, Announcement
 from grafter.store import ABORT, HostedStore, StoreClient
 
@@ -41,6 +42,15 @@ class WatchedStore(HostedStore):
                 self._joined_since = time.monotonic()
             return f"{' and '.join(missing)}, since {time.monotonic() - self._joined_since:.0f} s"
         return summarize_lines(self._read_lines(client), time.time())
+
+    def has_announced(self, role: str) -> bool:
+        """Whether any rank of the role has come to its join, however the run ended. False if the store is broken."""
+        client = self._client
+        try:
+            # Ranks of one job start together, so one of the first is there if any is.
+            return any(client.exists(f"{client.lobby}/hello/{role}/{rank}") for rank in range(8))
+        except RunError:
+            return False
 
     def _missing(self, client: StoreClient, role: RoleName) -> str | None:
         """Which ranks of a role have not joined; None once all have."""

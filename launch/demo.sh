@@ -43,6 +43,8 @@ python launch/demo/make_model.py "$model"
 
 target="torchrun --standalone --nproc-per-node 2 launch/demo/target.py $model"
 arguments=(--baseline "python launch/demo/baseline.py $model" --target "$target --fault $fault --layer $layer")
+# Neither script mentions grafter: this is all that says where to look.
+arguments+=(--attach "model.embed_tokens" --attach ":LlamaDecoderLayer" --points "name.endswith('.out')")
 if [[ "$with_floor" == yes ]]; then arguments+=(--floor "$target --fault none"); fi
 
 code=0

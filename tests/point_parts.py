@@ -6,14 +6,14 @@ from typing import Any
 
 import torch
 
-from grafter.leaves import TensorSpec, spec_of
+from grafter.leaves import TensorSpec
 from grafter.liveness import ProcessIdentity
 from grafter.manifest import Header, Manifest, Pair
 from grafter.roster import Announcement, Roster
 
 
 def spec(*shape: int, dtype: torch.dtype = torch.float32, path: str = "") -> TensorSpec:
-    return spec_of(path, torch.empty(shape, dtype=dtype, device="meta")).model_copy(update={"device": "cpu"})
+    return TensorSpec(path=path, shape=shape, dtype=str(dtype).removeprefix("torch."), device="cpu")
 
 
 def header(role: Any, role_rank: int, of: int = 1, **fields: Any) -> Header:

@@ -18,13 +18,14 @@ ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT))
 
 from benchmarks.calls import CallResult  # noqa: E402
+from benchmarks.capture import ALONE, measure_capture  # noqa: E402
 from benchmarks.footprint import measure_import  # noqa: E402
 from benchmarks.rounds import Spread, interleaved, ratio, spread  # noqa: E402
 from benchmarks.sglang_grafter import load_dumper_module  # noqa: E402
-from benchmarks.targets import call_targets, transfer_targets  # noqa: E402
+from benchmarks.targets import call_targets, capture_targets, transfer_targets  # noqa: E402
 from benchmarks.transfers import CaseResult  # noqa: E402
 from benchmarks.units import parse_size, size_text, time_text  # noqa: E402
-from benchmarks.ways import AllGatherObject, Ranks  # noqa: E402
+from benchmarks.ways import AllGatherObject, ModelShape, Ranks  # noqa: E402
 
 TIMES = st.floats(1e-9, 1e3)
 
@@ -171,3 +172,18 @@ def test_the_dumper_of_sglang_loads_without_sglang(tmp_path: Path) -> None:
     assert module.DumperConfig().enable is False
     with pytest.raises(RuntimeError, match=r"sglang\.srt\.utils\.get_device"):
         module.get_device()
+
+
+def test_capture_is_measured_with_hooks_everywhere() -> None:
+    """A model of one layer: two hooks on each of its modules, a point for each tensor, and what a target is judged by.
+
+    Its modules are the embedding, the rotary embedding, the norm, the head, the inner model, and 13 of the layer; the
+    model itself has no hook, since its own forward is wrapped.
+    """
+    results = measure_capture(ModelShape(layers=1, hidden=64, tokens=4), rounds=2, passes=1)
+    assert [r.case for r in results] == ["plain", ALONE, "plain, both jobs", "compared", "grafted"]
+    assert [r.hooks for r in results] == [0, 36, 0, 36, 36]
+    assert all(r.points > 36 for r in results if r.hooks)
+    assert all(r.seconds.median > 0 and r.over_plain.median > 0 for r in results)
+    (target,) = capture_targets(results)
+    assert target.limit == 1.05 and target.measured == results[1].over_plain.median

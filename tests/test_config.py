@@ -47,7 +47,9 @@ EXAMPLES: dict[str, tuple[str, Any]] = {
     "target_axes": ("tp=4", "tp=4"),
     "check_replicas": ("on", True),
     "partial_target": ("first", "first"),
+    "gradients": ("on", True),
     "attach": ("model.layers.* !*.norm", "model.layers.* !*.norm"),
+    "step": ("forward", "forward"),
 }
 # `plan` and `secret` have tests of their own; `dump_filter` is not in this version.
 OTHERS = {"plan", "secret", "dump_filter"}

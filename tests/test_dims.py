@@ -31,9 +31,7 @@ READINGS: dict[str, Dims] = {
         "", (dim("b"), dim("h", over=("cp",))), partial=("tp",), replicated=("ep",)
     ),
     "b[dp] h # dp:=moe_dp": Dims("", (dim("b", over=("dp",)), dim("h")), renamed={"dp": "moe_dp"}),
-    "b h # dp:=moe_dp ep:replicated": Dims(
-        "", (dim("b"), dim("h")), replicated=("ep",), renamed={"dp": "moe_dp"}
-    ),
+    "b h # dp:=moe_dp ep:replicated": Dims("", (dim("b"), dim("h")), replicated=("ep",), renamed={"dp": "moe_dp"}),
     "b h # dp:replicated, ep:replicated": Dims("", (dim("b"), dim("h")), replicated=("dp", "ep")),
     "(n=8*d)[tp]": Dims("", (dim("n=8", "d", over=("tp",)),)),
     "v=32000[tp] h": Dims("", (dim("v=32000", over=("tp",)), dim("h"))),

@@ -262,6 +262,161 @@ def test_a_pytree_arrives_as_one_point(tmp_path: Path, backend: str) -> None:
     assert target == baseline == [[[7, 7], [7, 7]], [[1.0] * 3, [], True], 4]
 
 
+# Parts of tensors: what layouts say goes to one receiver is strided at both ends, and comes from several senders.
+
+
+def rows_and_columns(rank: Rank, whole: torch.Tensor) -> torch.Tensor:
+    return whole.chunk(2, 0 if rank.is_baseline else 1)[rank.role_rank]
+
+
+def dump_parts(rank: Rank) -> list[str]:
+    """Rows of two senders into columns of two receivers, of every dtype. The names of what did not arrive."""
+    device = device_of(rank)
+    wrong = []
+    grafter.set_axes(tp=(rank.role_rank, 2))
+    for number, (name, whole) in enumerate(cases()):
+        if whole.dim() != 2 or whole.numel() == 0:
+            continue
+        part = rows_and_columns(rank, whole)
+        if rank.is_baseline:
+            grafter.dump("part", part.to(device), number=number, dims="a[tp] b")
+            continue
+        target = torch.zeros_like(part, memory_format=torch.contiguous_format).to(device)
+        grafter.dump("part", target, number=number, dims="a b[tp]")
+        if bits_of(target) != bits_of(part):
+            wrong.append(name)
+    return wrong
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_parts_of_every_dtype_land_strided_bit_for_bit(tmp_path: Path, backend: str) -> None:
+    with two_jobs(tmp_path, dump_parts, dump_parts, ranks=(2, 2), **settings_of(backend)) as jobs:
+        values = succeed(jobs.wait())
+        ledgers = jobs.ledgers()
+    records = ledgers["target", 0] + ledgers["target", 1]
+    assert len(records) > 100
+    assert [(r.tags, r.reason) for r in records if r.outcome != "grafted"] == []
+    assert values == [[], [], [], []]
+    for record in records:
+        (leaf,) = record.leaves
+        assert record.bytes_received == torch.Size(leaf.shape).numel() * getattr(torch, leaf.dtype).itemsize
+
+
+def dump_large_parts(rank: Rank) -> bool:
+    """Over several chunks, between ranks whose dims have another order."""
+    device = device_of(rank)
+    whole = random_bits((1300, 5200), torch.float64, 1)
+    part = rows_and_columns(rank, whole)
+    axes = {"tp": (rank.role_rank, 2)}
+    if rank.is_baseline:
+        grafter.dump("large", part.to(device), dims="a[tp] b", axes=axes)
+        return True
+    target = torch.zeros(2600, 1300, dtype=torch.float64).to(device)
+    grafter.dump("large", target, dims="b[tp] a", axes=axes)
+    return bits_of(target.t()) == bits_of(part)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_large_parts_land_whole_in_another_order_of_dims(tmp_path: Path, backend: str) -> None:
+    with two_jobs(tmp_path, dump_large_parts, dump_large_parts, ranks=(2, 2), **settings_of(backend)) as jobs:
+        assert succeed(jobs.wait()) == [True] * 4
+
+
+# More pieces than NCCL takes in one call, of 1 to 3 rows each.
+SEQUENCES = tuple(4 * (1 + number % 3) for number in range(300))
+
+
+def dump_many_pieces(rank: Rank) -> Any:
+    """Packed sequences, each cut zigzag over two ranks, into plain halves. (arrived, messages to or from each peer)."""
+    from grafter.exchange.gloo import GlooExchange
+
+    device = device_of(rank)
+    messages = 0
+    next_tag = GlooExchange._next_tag
+
+    def count(self: GlooExchange, plan: Any, peer: int) -> int:
+        nonlocal messages
+        messages += 1
+        return next_tag(self, plan, peer)
+
+    GlooExchange._next_tag = count  # type: ignore[method-assign]
+    whole = random_bits((sum(SEQUENCES), 3), torch.float32, 7)
+    axes = {"cp": (rank.role_rank, 2)}
+    if not rank.is_baseline:
+        part = whole.chunk(2, 0)[rank.role_rank]
+        target = torch.zeros_like(part).to(device)
+        grafter.dump("t", target, dims="t[cp] h", axes=axes)
+        return bits_of(target) == bits_of(part), messages
+    chunks = [sequence.chunk(4, 0) for sequence in whole.split(list(SEQUENCES), 0)]
+    part = torch.cat([one[number] for one in chunks for number in (rank.role_rank, 3 - rank.role_rank)])
+    grafter.dump("t", part.to(device), dims="t[cp:zigzag] h", axes=axes, seq_lens=SEQUENCES)
+    return True, messages
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_many_small_pieces_travel_as_one_message(tmp_path: Path, backend: str) -> None:
+    """Over gloo one message for each pair of ranks, whatever the number of pieces; in place on every way."""
+    with two_jobs(tmp_path, dump_many_pieces, dump_many_pieces, ranks=(2, 2), **settings_of(backend)) as jobs:
+        values = succeed(jobs.wait())
+        ledgers = jobs.ledgers()
+    nbytes = sum(SEQUENCES) * 3 * 4
+    assert [arrived for arrived, _ in values] == [True] * 4
+    assert [messages for _, messages in values] == [2 if backend == "gloo" else 0] * 4
+    assert [ledgers["target", role_rank][0].bytes_received for role_rank in range(2)] == [nbytes // 2] * 2
+
+
+# A large piece between small ones, so that messages of several pieces and chunks of one follow one another.
+ROW_BYTES = [8, 16, 3 * CHUNK_BYTES // 2, 24, 0, 8, CHUNK_BYTES // 32 + 8, 40]
+
+
+def dump_mixed_sizes(rank: Rank) -> Any:
+    """A pytree of shards: its leaves are pieces of all sizes between the same two ranks."""
+    device = device_of(rank)
+    wholes = {f"k{n}": random_bits((2, size // 8), torch.float64, n) for n, size in enumerate(ROW_BYTES)}
+    axes = {"tp": (rank.role_rank, rank.world_size)}
+    if rank.is_baseline:
+        grafter.dump("tree", {name: whole.to(device) for name, whole in wholes.items()}, dims="a b", axes=axes)
+        return []
+    targets = {name: torch.zeros(1, whole.shape[1], dtype=whole.dtype).to(device) for name, whole in wholes.items()}
+    grafter.dump("tree", targets, dims="a[tp] b", axes=axes)
+    return [n for n, target in targets.items() if bits_of(target) != bits_of(wholes[n].chunk(2, 0)[rank.role_rank])]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_pieces_of_all_sizes_follow_one_another_in_order(tmp_path: Path, backend: str) -> None:
+    with two_jobs(tmp_path, dump_mixed_sizes, dump_mixed_sizes, ranks=(1, 2), **settings_of(backend)) as jobs:
+        assert succeed(jobs.wait()) == [[]] * 3
+        ledgers = jobs.ledgers()
+    assert [ledgers["target", role_rank][0].bytes_received for role_rank in range(2)] == [sum(ROW_BYTES)] * 2
+
+
+def dump_from_the_second(rank: Rank) -> bool:
+    """Of two senders, the second alone has something to move, and then both."""
+    device = device_of(rank)
+    right = True
+    for number, sizes in enumerate([(0, 4), (2, 2), (4, 0)]):
+        whole = random_bits((4, 3), torch.float32, number)
+        if rank.is_baseline:
+            part = whole.split(list(sizes), 0)[rank.role_rank]
+            grafter.dump("h", part.to(device), dims="a[tp] b", axes={"tp": (rank.role_rank, 2)}, number=number)
+        else:
+            target = torch.zeros(4, 3).to(device)
+            grafter.dump("h", target, number=number)
+            right = right and bits_of(target) == bits_of(whole)
+    return right
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_rank_with_nothing_to_move_holds_nobody_up(tmp_path: Path, backend: str) -> None:
+    with two_jobs(tmp_path, dump_from_the_second, dump_from_the_second, ranks=(2, 1), **settings_of(backend)) as jobs:
+        assert succeed(jobs.wait()) == [True] * 3
+        ledgers = jobs.ledgers()
+    assert [[r.bytes_sent for r in ledgers["baseline", role_rank]] for role_rank in range(2)] == [
+        [0, 24, 48],
+        [48, 24, 0],
+    ]
+
+
 # Memory, in counts.
 
 MIB = 1 << 20

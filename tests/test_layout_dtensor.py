@@ -77,10 +77,9 @@ def dump_distributed(rank: Rank) -> dict[str, bool]:
     return found
 
 
-@pytest.mark.parametrize("backend", ["auto", "gloo"])
-def test_between_dtensors_of_any_placements(tmp_path: Path, backend: str) -> None:
+def test_between_dtensors_of_any_placements(tmp_path: Path) -> None:
     """Each receiving rank's bytes come once, from one of those that hold them."""
-    values, ledgers = run_both(tmp_path, dump_distributed, (4, 4), backend=backend)
+    values, ledgers = run_both(tmp_path, dump_distributed, (4, 4))
     assert values[4:] == [dict.fromkeys(CASES, True)] * 4
     for role_rank in range(4):
         for record in ledgers["target", role_rank]:
@@ -154,13 +153,9 @@ def dump_partial(rank: Rank) -> Any:
         grafter.dump("sharded and partial", DTensor.from_local(half, square, [Shard(0), Partial()]))
         leave()
         return None
-    for reduction in ("sum", "avg", "max", "min", "product", "sharded and partial"):
-        target = torch.zeros(SHAPE)
-        grafter.dump(reduction, target, ranks=[0])
-        found[reduction] = target
-    target = torch.zeros(4, 2)
-    grafter.dump("in bfloat16", target)
-    found["in bfloat16"] = target
+    for name in ("sum", "avg", "max", "min", "product", "in bfloat16", "sharded and partial"):
+        found[name] = torch.zeros((4, 2) if name == "in bfloat16" else SHAPE)
+        grafter.dump(name, found[name])
     return {name: value.tolist() for name, value in found.items()}
 
 
@@ -175,7 +170,7 @@ def test_a_partial_dtensor_is_reduced_by_its_own_operation_in_float32(tmp_path: 
     assert found["product"] == parts.prod(0).tolist()
     assert found["in bfloat16"] == [[259.0] * 2] * 4
     assert found["sharded and partial"] == whole().tolist()
-    assert [r.bytes_received for r in ledgers["target", 0]] == [4 * 240] * 5 + [2 * 240, 4 * 16]
+    assert [r.bytes_received for r in ledgers["target", 0]] == [4 * 240] * 5 + [4 * 16, 2 * 240]
 
 
 # A collective that is still under way.
@@ -239,8 +234,9 @@ def dump_parameters(rank: Rank) -> Any:
     return [value.tolist() for value in full], kinds
 
 
-@pytest.mark.parametrize("ranks", [(1, 4), (4, 1)], ids=["to FSDP x TP", "from FSDP x TP"])
-@pytest.mark.parametrize("backend", ["auto", "gloo"])
+@pytest.mark.parametrize(
+    ("ranks", "backend"), [((1, 4), "auto"), ((4, 1), "gloo")], ids=["to FSDP x TP", "from FSDP x TP"]
+)
 def test_parameters_of_fsdp2_over_tensor_parallel(tmp_path: Path, ranks: tuple[int, int], backend: str) -> None:
     values, ledgers = run_both(tmp_path, dump_parameters, ranks, backend=backend)
     expected = [parameter.detach().tolist() for parameter in make_block(0).parameters()]
@@ -292,8 +288,7 @@ def test_dtensors_that_lie_or_contradict_are_refused_on_all_ranks_alike(tmp_path
     outcomes = {r.outcome for own in ledgers.values() for r in own}
     assert outcomes == {"failed"}
     (uneven,), (two,), (summands,) = reasons.values()
-    assert uneven is not None and "from_local" in uneven and "failed before the exchange" in uneven
+    assert uneven is not None and "baseline rank 0 declares DTensor of [6, 2]" in uneven and "from_local" in uneven
     assert two is not None and "baseline rank 0 and baseline rank 1" in two and "replicated" in two
     assert summands is not None and "GRAFTER_PARTIAL_TARGET=first" in summands
-    assert any(errors[0] is not None and "from_local" in errors[0] for errors in values)
-    assert all(errors[1:] == [None, None] for errors in values), "a matched point that fails raises nothing"
+    assert values == [[None, None, None]] * 4, "a matched point that fails raises nothing"

@@ -66,10 +66,6 @@ def zigzag(dim: int, count: int) -> Cut:
     return cut
 
 
-def qkv_of_a_group(whole: torch.Tensor, rank: int) -> torch.Tensor:
-    return whole.view(6, 4, 4, 2).chunk(2, 1)[rank].reshape(6, 16)
-
-
 def two_axes(whole: torch.Tensor, rank: int) -> torch.Tensor:
     return whole.chunk(2, 1)[rank // 2].chunk(2, 2)[rank % 2]
 
@@ -253,7 +249,7 @@ def test_compare_finds_a_value_that_differs_on_the_rank_and_at_the_index_where_i
 # Several tensors, and the ways to write them.
 
 
-def tree_of(rank: Rank, dims_of: Any = None) -> Any:
+def tree_of(rank: Rank) -> Any:
     full = torch.arange(2 * 6 * 8, dtype=torch.float32).view(2, 6, 8)
     ids = torch.arange(12).view(2, 6)
     if rank.is_baseline:
@@ -320,6 +316,38 @@ def test_what_layouts_bring_is_written_in_every_mode(tmp_path: Path) -> None:
     with two_jobs(tmp_path, dump_modes, dump_modes, ranks=(1, 2), b2t_filter="True") as jobs:
         _, *got = succeed(jobs.wait())
     assert got == [dict.fromkeys(("left alone", "returned", "written", "gradient", "parameter"), True)] * 2
+
+
+GROUPS, HEAD = 4, 2
+# Per KV group, in a fused dim: two heads of q, one of k, one of v.
+PARTS = {"q": (0, 2), "k": (2, 1), "v": (3, 1)}
+
+
+def dump_fused(rank: Rank) -> Any:
+    """Fused `[q q k v]` per group over two ranks, against a tensor for each, whose place boxes tell."""
+    whole = torch.arange(6.0 * GROUPS * 4 * HEAD).view(6, -1)
+    for name, (first, count) in PARTS.items():
+        if rank.is_baseline:
+            part = whole.chunk(2, 1)[rank.role_rank]
+            grafter.dump(name, part, dims="s qkv[tp]", axes={"tp": (rank.role_rank, 2)})
+            continue
+        width = count * HEAD
+        boxes = [((0, (4 * g + first) * HEAD), (6, width), (0, g * width)) for g in range(GROUPS)]
+        target = torch.zeros(6, GROUPS * width)
+        grafter.dump(name, target, layout=grafter.Layout(tuple(whole.shape), boxes))
+        expected = whole.view(6, GROUPS, 4, HEAD)[:, :, first : first + count].reshape(6, -1)
+        assert torch.equal(target, expected), name
+    return True
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_boxes_take_q_k_and_v_out_of_what_is_fused_by_group(tmp_path: Path, backend: str) -> None:
+    """Only what is asked for crosses."""
+    with two_jobs(tmp_path, dump_fused, dump_fused, ranks=(2, 1), b2t_filter="True", backend=backend) as jobs:
+        succeed(jobs.wait())
+        ledgers = jobs.ledgers()
+    assert [record.bytes_received for record in ledgers["target", 0]] == [4 * 6 * 16, 4 * 6 * 8, 4 * 6 * 8]
+    assert [record.bytes_sent for record in ledgers["baseline", 1]] == [2 * 6 * 16, 2 * 6 * 8, 2 * 6 * 8]
 
 
 def dump_steps(rank: Rank) -> list[list[float]]:

@@ -39,6 +39,7 @@ class StubLauncher:
     failed_role: str | None = None
     # Roles whose ranks never reached the end.
     lost_roles: tuple[str, ...] = ()
+    unreached: tuple[str, ...] = ()
     calls: list[dict[str, Any]] = field(default_factory=list)
 
     def run_pair(
@@ -67,7 +68,15 @@ class StubLauncher:
             )
             writer.close()
         return PairResult(
-            out / run_name, self.exit_codes, self.interrupted, 1.0, None, self.failed_role, (), {"target": ["Killed"]}
+            out / run_name,
+            self.exit_codes,
+            self.interrupted,
+            1.0,
+            None,
+            self.failed_role,
+            (),
+            self.unreached,
+            {"target": ["Killed"]},
         )
 
 
@@ -159,6 +168,20 @@ def test_settings_that_locate_makes_itself_are_refused(launcher: StubLauncher, t
     assert launcher.calls == []
 
 
+def test_a_job_that_attach_did_not_reach_is_the_error(launcher: StubLauncher, tmp_path: Path) -> None:
+    """It is told in place of the words about `grafter.dump`, which such a program does not call."""
+    launcher.unreached, launcher.rels["alone"] = ("target",), []
+    with pytest.raises(GrafterError, match="--attach reached no model in the target job"):
+        run_locate(tmp_path)
+
+
+def test_the_command_passes_its_patterns_on_as_one_setting(launcher: StubLauncher, tmp_path: Path) -> None:
+    """--attach may be repeated, and not also be a --set."""
+    assert invoke("--out", str(tmp_path / "x"), "--attach", "a.*", "--attach", ":B").exit_code == 1
+    assert all(call["settings"]["attach"] == "a.*,:B" for call in launcher.calls)
+    assert invoke("--out", str(tmp_path / "y"), "--attach", "a", "--set", "attach=b").exit_code == 2
+
+
 @pytest.mark.parametrize("command", [" ", "no-such-program-here c.sh"])
 def test_a_floor_that_cannot_start_is_refused(launcher: StubLauncher, tmp_path: Path, command: str) -> None:
     """A misspelt floor is told before the first run, not after two."""
@@ -212,11 +235,14 @@ def demo_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize(("fault", "layer", "named"), [("rope", "1", "layer layer_id=1"), ("none", "2", None)])
+@pytest.mark.parametrize(
+    ("fault", "layer", "named"), [("rope", "1", "model.layers.out layer_id=1"), ("none", "2", None)]
+)
 def test_the_demo_names_the_faulty_layer_or_none(
     demo_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str, layer: str, named: str | None
 ) -> None:
-    """Two real jobs, the target tensor parallel under torchrun: the planted layer is named, wherever it is."""
+    """Two real jobs that never heard of grafter, the target tensor parallel under torchrun: the planted layer is named,
+    wherever it is."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -224,12 +250,14 @@ def test_the_demo_names_the_faulty_layer_or_none(
         [sys.executable, str(DEMO / "baseline.py"), str(demo_model)],
         [*torchrun, str(DEMO / "target.py"), str(demo_model), "--fault", fault, "--layer", layer],
         out=tmp_path / "out",
-        settings={"timeout": "120"},
+        points="name.endswith('.out')",
+        settings={"timeout": "120", "attach": "model.embed_tokens,:LlamaDecoderLayer"},
         console=Console(quiet=True),
         quiet=True,
     )
     assert verdict.named == named
     assert verdict.guilty == (() if named is None else (named,))
-    assert verdict.inputs.startswith("Inputs: equal; the first point, embedding, is the same in both jobs")
-    assert [point.point for point in verdict.points] == ["embedding", *(f"layer layer_id={i}" for i in range(4))]
+    assert verdict.inputs.startswith("Inputs: equal; the first point, model.embed_tokens.out, is the same in both jobs")
+    layers = [f"model.layers.out layer_id={i}" for i in range(4)]
+    assert [point.point for point in verdict.points] == ["model.embed_tokens.out", *layers]
     assert all(point.judged for point in verdict.points)

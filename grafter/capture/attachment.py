@@ -6,22 +6,22 @@ ways (`model.forward(x)` among them, which runs no hooks), so its own `forward` 
 
 from __future__ import annotations
 
-import functools
-import logging
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch.utils.hooks import RemovableHandle
 
-from grafter.capture.containers import Arguments, replace_tensors
+from grafter.capture.containers import Arguments, Found, find_tensors, replace_tensors
+from grafter.capture.model_forward import watch_forward
+from grafter.capture.module_tree import tree_of
 from grafter.capture.naming import Naming
 from grafter.capture.selection import Pattern, select_modules
+from grafter.capture.untraced import forget_compiled_code, untraced
 from grafter.names import PointName
-
-logger = logging.getLogger("grafter")
+from grafter.tensor_access import local_tensor
 
 # Offers one tensor as a point: (name and tags, module's key, tensor) -> what takes its place.
 Offer = Callable[[PointName, str, torch.Tensor], torch.Tensor]
@@ -30,25 +30,86 @@ Offer = Callable[[PointName, str, torch.Tensor], torch.Tensor]
 class ModulePoints:
     """The points of one module. Names of its tensors are worked out when they are first met."""
 
-    def __init__(self, path: str, module: torch.nn.Module, name: PointName, naming: Naming, offer: Offer) -> None:
+    def __init__(
+        self, path: str, module: torch.nn.Module, name: PointName, name_of: Callable[[str], PointName], offer: Offer
+    ) -> None:
         self.path, self.name = path, name
         self.fired = False
-        self._naming, self._offer = naming, offer
+        self._key = name.key
+        self._name_of, self._offer = name_of, offer
         self._arguments = Arguments(module)
         self._names: dict[str, PointName] = {}
+        # By the paths of tensors that come together: the order in which they are offered.
+        self._orders: dict[tuple[str, ...], list[int]] = {}
 
-    def inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return self._arguments.replace(args, kwargs, self._visit)
-
-    def output(self, value: Any) -> Any:
+    def take_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What the module gets instead: the same objects where nothing was replaced."""
         self.fired = True
-        return replace_tensors(value, ".out", self._visit)
+        found = self._arguments.find(args, kwargs)
+        replacements = self._offer_all(found)
+        return (args, kwargs) if replacements is None else self._arguments.replace(args, kwargs, iter(replacements))
 
-    def _visit(self, suffix: str, tensor: torch.Tensor) -> torch.Tensor:
-        name = self._names.get(suffix)
-        if name is None:
-            name = self._names[suffix] = self._naming.of_tensor(self.name, self.path, suffix)
-        return self._offer(name, self.name.key, tensor)
+    def take_output(self, value: Any) -> Any:
+        """What the module gives instead: the same object where nothing was replaced."""
+        self.fired = True
+        if type(value) is torch.Tensor:
+            return self._offer_one(".out", value)
+        found: Found = []
+        find_tensors(value, ".out", found)
+        replacements = self._offer_all(found)
+        return value if replacements is None else replace_tensors(value, iter(replacements))
+
+    def _offer_one(self, suffix: str, tensor: torch.Tensor) -> torch.Tensor:
+        return self._offer(self._names.get(suffix) or self._named(suffix), self._key, tensor)
+
+    def _named(self, suffix: str) -> PointName:
+        name = self._names[suffix] = self._name_of(suffix)
+        return name
+
+    def _offer_all(self, found: Found) -> list[torch.Tensor] | None:
+        """Offer all; what takes their places, or None where nothing does."""
+        if len(found) == 1:
+            suffix, tensor = found[0]
+            replacement = self._offer_one(suffix, tensor)
+            return None if replacement is tensor else [replacement]
+        replacements = [tensor for _, tensor in found]
+        changed = False
+        for number in self._order(found):
+            suffix, tensor = found[number]
+            replacements[number] = self._offer_one(suffix, tensor)
+            changed = changed or replacements[number] is not tensor
+        if not changed:
+            return None
+        return _with_one_for_one([tensor for _, tensor in found], replacements)
+
+    def _order(self, found: Found) -> list[int]:
+        """By their common names: the other program may have them in another order, and each point waits for the other
+        side."""
+        suffixes = tuple([suffix for suffix, _ in found])
+        order = self._orders.get(suffixes)
+        if order is None:
+            names = [self._names.get(suffix) or self._named(suffix) for suffix in suffixes]
+            order = sorted(range(len(suffixes)), key=lambda number: (names[number].name, names[number].key))
+            self._orders[suffixes] = order
+        return order
+
+
+def _with_one_for_one(tensors: list[torch.Tensor], replacements: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The replacements, one for all places where one tensor stood: code asks for `key is query`."""
+    first: dict[int, torch.Tensor] = {}
+    for number, tensor in enumerate(tensors):
+        known = first.setdefault(id(tensor), replacements[number])
+        if known is not replacements[number] and torch.equal(local_tensor(known), local_tensor(replacements[number])):
+            replacements[number] = known
+    return replacements
+
+
+class _Watcher:
+    """A module's points, as the model's own `forward` sees them."""
+
+    def __init__(self, points: ModulePoints, inputs: bool, outputs: bool) -> None:
+        self.inputs = untraced(points.take_inputs) if inputs else None
+        self.output = untraced(points.take_output) if outputs else None
 
 
 class Attachment:
@@ -64,20 +125,27 @@ class Attachment:
         inputs: bool = True,
         outputs: bool = True,
     ) -> None:
-        self.points: list[ModulePoints] = []
-        self._model = model
         self._handles: list[RemovableHandle] = []
-        self._restore: Callable[[], None] | None = None
-        for path, module in select_modules(model, patterns):
-            points = ModulePoints(path, module, naming.of_module(model, path), naming, offer)
-            self.points.append(points)
-            if module is model:
-                self._wrap_forward(module, points, inputs, outputs)
-            else:
+        self._stop_watching: Callable[[], None] | None = None
+        # For `grafter plan suggest`; the model may be gone when this is written down.
+        self.tree = tree_of(model)
+        selected = select_modules(model, patterns)
+        self.points: list[ModulePoints] = []
+        for path, module in selected:
+            name = naming.of_module(model, path)
+            name_of = partial(naming.of_tensor, name, path)
+            self.points.append(ModulePoints(path, module, name, name_of, offer))
+        for (path, module), points in zip(selected, self.points, strict=True):
+            if path:
                 self._hook(module, points, inputs, outputs)
-        if any(_is_compiled(module) for module in model.modules()):
-            # Code that was compiled without hooks never runs them.
-            sys.modules["torch._dynamo"].reset()
+            else:
+                self._stop_watching = watch_forward(module, _Watcher(points, inputs, outputs))
+        if selected:
+            forget_compiled_code()
+
+    def keep(self, handles: Iterable[RemovableHandle]) -> None:
+        """Hooks that go when this attachment does."""
+        self._handles += handles
 
     @property
     def keys(self) -> list[str]:
@@ -86,6 +154,7 @@ class Attachment:
 
     @property
     def hook_count(self) -> int:
+        """Hooks in the model, but for the wrapper around its own `forward`."""
         return len(self._handles)
 
     def never_fired(self) -> list[str]:
@@ -94,12 +163,15 @@ class Attachment:
 
     def detach(self) -> None:
         """Take all hooks away. May be called twice."""
+        if not self._handles and self._stop_watching is None:
+            return
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        if self._restore is not None:
-            self._restore()
-            self._restore = None
+        if self._stop_watching is not None:
+            self._stop_watching()
+            self._stop_watching = None
+        forget_compiled_code()
 
     def __enter__(self) -> Attachment:
         return self
@@ -113,40 +185,14 @@ class Attachment:
         if inputs:
 
             def before(_: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-                new_args, new_kwargs = points.inputs(args, kwargs)
+                new_args, new_kwargs = points.take_inputs(args, kwargs)
                 return None if new_args is args and new_kwargs is kwargs else (new_args, new_kwargs)
 
-            self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+            self._handles.append(module.register_forward_pre_hook(untraced(before), with_kwargs=True))
         if outputs:
 
             def after(_: torch.nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-                new = points.output(output)
+                new = points.take_output(output)
                 return None if new is output else new
 
-            self._handles.append(module.register_forward_hook(after))
-
-    def _wrap_forward(self, module: torch.nn.Module, points: ModulePoints, inputs: bool, outputs: bool) -> None:
-        inner = module.forward
-        had_own = "forward" in module.__dict__
-
-        @functools.wraps(inner)
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            if inputs:
-                args, kwargs = points.inputs(args, kwargs)
-            output = inner(*args, **kwargs)
-            return points.output(output) if outputs else output
-
-        def restore() -> None:
-            if module.__dict__.get("forward") is not forward:
-                logger.warning("grafter: the model's forward was replaced since attach; it is left as it is")
-            elif had_own:
-                module.forward = inner
-            else:
-                del module.forward
-
-        module.forward = forward
-        self._restore = restore
-
-
-def _is_compiled(module: torch.nn.Module) -> bool:
-    return type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None
+            self._handles.append(module.register_forward_hook(untraced(after)))

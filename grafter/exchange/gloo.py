@@ -50,20 +50,21 @@ class GlooExchange(Exchange):
         self._graft_rank, self._hall, self._timeout = graft_rank, hall, timedelta(seconds=timeout + 30)
         self._new_store, self._local_address = new_store, local_address
         self._store: TCPStore | None = None
-        self._groups: dict[tuple[tuple[int, ...], int], ProcessGroupGloo] = {}
-        self._tags: dict[tuple[tuple[int, ...], int, int], int] = {}
+        self._groups: dict[tuple[tuple[int, int], int], ProcessGroupGloo] = {}
+        self._tags: dict[tuple[int, int], int] = {}
         self._helper: _Helper | None = None
         # Announced in this rank's headers. Groups of a lower generation are given up.
         self.generation = 0
 
     def send(self, plan: TransferPlan, outgoing: Sequence[Outgoing], watch: Watch) -> None:
         def work(at: _At) -> None:
-            group: Any = self._group(plan)
-            for at.peer, items in _by_peer((item.piece.receiver, item) for item in outgoing):
-                peer = plan.members.index(at.peer)
+            by_peer = list(_by_peer((item.piece.receiver, item) for item in outgoing))
+            for at.peer, group in self._groups_with(plan, [peer for peer, _ in by_peer]):
+                items = dict(by_peer)[at.peer]
+                other = int(at.peer > self._graft_rank)
                 under_way: list[tuple[Any, torch.Tensor]] = []
                 for message in _messages([item.tensor for item in items]):
-                    under_way.append((group.send([message], peer, self._next_tag(plan, at.peer)), message))
+                    under_way.append((group.send([message], other, self._next_tag(plan, at.peer)), message))
                     if len(under_way) >= _IN_FLIGHT:
                         under_way.pop(0)[0].wait()
                 for handle, _ in under_way:
@@ -73,12 +74,13 @@ class GlooExchange(Exchange):
 
     def receive(self, plan: TransferPlan, incoming: Sequence[Incoming], staging: Staging, watch: Watch) -> None:
         def work(at: _At) -> None:
-            group: Any = self._group(plan)
-            for at.peer, items in _by_peer((item.piece.sender, item) for item in incoming):
-                peer = plan.members.index(at.peer)
+            by_peer = list(_by_peer((item.piece.sender, item) for item in incoming))
+            for at.peer, group in self._groups_with(plan, [peer for peer, _ in by_peer]):
+                items = dict(by_peer)[at.peer]
+                other = int(at.peer > self._graft_rank)
                 for landing in _landings([item.tensor for item in items]):
                     message = landing.room()
-                    group.recv([message], peer, self._next_tag(plan, at.peer)).wait()
+                    group.recv([message], other, self._next_tag(plan, at.peer)).wait()
                     landing.unpack(message)
 
         self._run(work, plan, watch)
@@ -87,40 +89,56 @@ class GlooExchange(Exchange):
         """gloo cannot say so; the senders hear it from the outcome of the point. All build a new group after it."""
         self._give_up(plan)
 
-    def _group(self, plan: TransferPlan) -> ProcessGroupGloo:
-        place = (plan.members, plan.generation)
+    def _groups_with(self, plan: TransferPlan, peers: Sequence[int]) -> list[tuple[int, Any]]:
+        """A group with each peer, all built before a byte moves: a peer waits for it no longer than its turn takes.
+
+        Groups are of two ranks: one of all participants would wait for those that have nothing to move.
+        """
+        return [(peer, self._group(plan, peer)) for peer in peers]
+
+    def _group(self, plan: TransferPlan, peer: int) -> ProcessGroupGloo:
+        pair = (min(peer, self._graft_rank), max(peer, self._graft_rank))
+        place = (pair, plan.generation)
         if place not in self._groups:
             if self._store is None:
                 self._store = self._new_store()
             try:
                 group = make_gloo_group(
-                    self._store, self._hall, plan, self._graft_rank, self._local_address(), self._timeout
+                    self._store,
+                    self._hall,
+                    pair,
+                    plan.generation,
+                    self._graft_rank,
+                    self._local_address(),
+                    self._timeout,
                 )
             except (RuntimeError, OSError) as error:
                 raise PeerLostError(
-                    f"no gloo connection to the other ranks of the point (graft ranks {list(plan.members)}): "
-                    f"{_first_line(error)}. Check that the hosts reach each other on any port (a firewall?)."
+                    f"no gloo connection between graft ranks {pair[0]} and {pair[1]}: {_first_line(error)}. Check "
+                    f"that the hosts reach each other on any port (a firewall?)."
                 ) from error
             if plan.generation < self.generation:
                 # Given up while it was being built.
                 return group
-            # All members have come to a new one, so none is left in an old one that would be seen to break.
-            for old in [old for old in self._groups if old[0] == plan.members]:
+            # Both have come to the new one, so neither is left in an old one that would be seen to break.
+            for old in [old for old in self._groups if old[0] == pair]:
                 del self._groups[old]
-            for tag in [tag for tag in self._tags if tag[0] == plan.members and tag[1] < plan.generation]:
+            for tag in [tag for tag in self._tags if tag[0] == peer and tag[1] < plan.generation]:
                 del self._tags[tag]
             self._groups[place] = group
         return self._groups[place]
 
     def _next_tag(self, plan: TransferPlan, peer: int) -> int:
         """Both ends count the chunks between them alike, so no tag is ever used twice in a group."""
-        place = (plan.members, plan.generation, peer)
+        place = (peer, plan.generation)
         self._tags[place] = self._tags.get(place, 0) + 1
         return self._tags[place]
 
     def _run(self, work: Callable[[_At], None], plan: TransferPlan, watch: Watch) -> None:
         if self._helper is None:
             self._helper = _Helper()
+        # Told in the next headers, so that the generation of a pair's group never goes down, whoever else takes part.
+        self.generation = max(self.generation, plan.generation)
         helper, at = self._helper, _At()
         helper.start(lambda: work(at))
         try:

@@ -68,9 +68,9 @@ class NcclExchange(Exchange):
         self, plan: TransferPlan, tensors: Sequence[torch.Tensor], peers: Sequence[int], watch: Watch, *, sending: bool
     ) -> None:
         """Coalesced calls in graft-rank order. The CPU polls an event, so that a lost peer does not hang it."""
-        device = tensors[0].device
+        device = tensors[0].device if tensors else torch.device("cuda", torch.cuda.current_device())
         torch.cuda.current_stream(device).synchronize()
-        group: Any = self._group(plan)  # torch's stubs leave out most of what a backend has
+        group: Any = self._group(plan, device)  # torch's stubs leave out most of what a backend has
         operations = sorted(zip(peers, range(len(tensors)), strict=True))
         flat = [_as_bytes(tensor) for tensor in tensors]
         for start in range(0, len(operations), MOST_OPERATIONS):
@@ -92,12 +92,14 @@ class NcclExchange(Exchange):
                 raise
             time.sleep(_POLL_SECONDS)
 
-    def _group(self, plan: TransferPlan) -> ProcessGroupNCCL:
+    def _group(self, plan: TransferPlan, device: torch.device) -> ProcessGroupNCCL:
         place = (plan.members, plan.generation)
         if place not in self._groups:
             if self._store is None:
                 self._store = self._new_store()
-            self._groups[place] = make_nccl_group(self._store, self._hall, plan, self._graft_rank, self._timeout)
+            self._groups[place] = make_nccl_group(
+                self._store, self._hall, plan.members, plan.generation, self._graft_rank, self._timeout, device
+            )
         return self._groups[place]
 
     def _give_up(self, plan: TransferPlan) -> None:

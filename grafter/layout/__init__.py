@@ -3,8 +3,11 @@
 dims, axes         what a user says: "b s h[tp] d", and where this rank stands on tp
 dtensor            what a DTensor says of itself
 declared           what one rank puts into its header (and `Layout`, explicit boxes)
-places, shares     all headers of a role -> the part of the global tensor that each rank holds (runs)
-space              the dims of both sides, brought together: names, sizes, fused and split dims
-resharding         shares x shares -> which values go from whom to whom (pure)
+places, cuts       all headers of a role -> who stands where on the mesh; how each dim is cut (runs)
+shares             -> the part of the global tensor that each rank holds
+common_dims        the dims of both sides: names and sizes that agree
+space              what they make together: fused and split dims, the boxes of a share
+holdings, meetings who has which boxes, and which of the two sides' boxes share places
+resharding         -> which values go from whom to whom (coverage: all of them, from one owner each)
 region             a part of a tensor as a strided view of it
 """

@@ -115,8 +115,8 @@ def axes_from_text(text: str, role_rank: int, role_world_size: int) -> Axes:
         inner *= size
     if inner != role_world_size:
         raise LayoutError(
-            f"the axes {text!r} make {inner} ranks, and this job has {role_world_size}. Name every axis of its mesh, "
-            "outermost first."
+            f"the axes {text!r} make {inner} ranks, and this job has {role_world_size}. Name every axis of its mesh in "
+            "GRAFTER_BASELINE_AXES or GRAFTER_TARGET_AXES, outermost first."
         )
     axes: Axes = {}
     for axis, size in sizes.items():

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import operator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from math import prod
+from typing import Annotated, Any
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from grafter.errors import LayoutError
-from grafter.layout.dims import Dims, parse_dims
-from grafter.layout.dtensor import read_dtensor
-from grafter.layout.runs import Run
+from grafter.layout.dims import LARGEST_SIZE, Dims, parse_dims
+from grafter.layout.dtensor import REDUCTIONS, read_dtensor
+from grafter.layout.overlap import find_overlap
 from grafter.leaves import Leaves
 from grafter.tensor_access import is_dtensor
 
 Numbers = tuple[int, ...]
+# As they travel: what a peer sends is checked before anything is computed from it.
+Size = Annotated[int, Field(strict=True, ge=0, le=LARGEST_SIZE)]
+Sizes = tuple[Size, ...]
 
 
 @dataclass(frozen=True)
@@ -51,15 +56,14 @@ class Layout:
         for box in boxes:
             if any(o + s > g for o, s, g in zip(box.offset, box.size, shape, strict=True)):
                 raise LayoutError(f"the box at {list(box.offset)} of size {list(box.size)} leaves {list(shape)}.")
-        for number, box in enumerate(boxes):
-            for other in boxes[:number]:
-                if _overlap(box.local_offset, box.size, other.local_offset, other.size):
-                    raise LayoutError(
-                        f"two boxes lie over each other in the local tensor: at {list(other.local_offset)} and at "
-                        f"{list(box.local_offset)}."
-                    )
+        overlap = find_overlap([box.local_offset for box in boxes], [box.size for box in boxes])
+        if overlap is not None:
+            one, other = (boxes[number].local_offset for number in overlap)
+            raise LayoutError(
+                f"two boxes lie over each other in the local tensor: at {list(one)} and at {list(other)}."
+            )
         if self.dims is not None:
-            _names_only(parse_dims(self.dims), len(shape))
+            names_of_boxes(self.dims, shape)
         object.__setattr__(self, "global_shape", shape)
         object.__setattr__(self, "boxes", boxes)
 
@@ -79,15 +83,37 @@ def _box(box: Any, ndim: int, count: int) -> Box:
     return Box(*parts)
 
 
+def names_of_boxes(text: str, global_shape: Sequence[int]) -> Dims:
+    """What a Layout's `dims` says, which is names and nothing more. Raises LayoutError where it says more."""
+    dims = parse_dims(text)
+    _names_only(dims, len(global_shape))
+    if dims.split_axes or dims.partial:
+        raise LayoutError(
+            f"the dims {text!r} of a Layout are names; its boxes say what a rank holds. Leave out what stands in "
+            "brackets."
+        )
+    for dim, size in zip(dims.dims, global_shape, strict=True):
+        declared = [factor.size for factor in dim.factors if factor.size is not None]
+        if not dim.factors and size != 1:
+            raise LayoutError(
+                f"the dims {text!r} have a dim of size 1, and global_shape {list(global_shape)} has {size} there."
+            )
+        if len(dim.factors) == 1 and declared not in ([], [size]):
+            raise LayoutError(
+                f"the dims {text!r} say {declared[0]}, and global_shape {list(global_shape)} says {size}. A Layout has "
+                "no padding: give the true global_shape, and dump a view without it."
+            )
+    return dims
+
+
 def _numbers(value: Any, what: str) -> Numbers:
-    numbers = tuple(value) if isinstance(value, Iterable) else ()
-    if not isinstance(value, Iterable) or not all(isinstance(n, int) and n >= 0 for n in numbers):
+    try:
+        numbers = tuple(operator.index(number) for number in value)
+    except TypeError:
+        numbers = (-1,)
+    if not all(0 <= number <= LARGEST_SIZE for number in numbers):
         raise LayoutError(f"{what}: {value!r} must be whole numbers of at least 0, one per dim.")
-    return tuple(int(number) for number in numbers)
-
-
-def _overlap(a_start: Numbers, a_size: Numbers, b_start: Numbers, b_size: Numbers) -> bool:
-    return all(max(a, b) < min(a + n, b + m) for a, n, b, m in zip(a_start, a_size, b_start, b_size, strict=True))
+    return numbers
 
 
 class DeclaredLayout(BaseModel):
@@ -100,13 +126,27 @@ class DeclaredLayout(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     dims: str | None = None
-    seq_lens: Numbers | None = None
-    global_shape: Numbers | None = None
-    runs: tuple[tuple[Run, ...], ...] | None = None
-    place: Numbers | None = None
+    seq_lens: Sizes | None = None
+    global_shape: Sizes | None = None
+    runs: tuple[tuple[tuple[Size, Size, Size], ...], ...] | None = None
+    place: Sizes | None = None
     mesh: str | None = None
-    summand: tuple[str, int, int] | None = None
-    boxes: tuple[tuple[Numbers, Numbers, Numbers], ...] | None = None
+    summand: tuple[str, Size, Size] | None = None
+    boxes: tuple[tuple[Sizes, Sizes, Sizes], ...] | None = None
+
+    @model_validator(mode="after")
+    def _is_of_one_kind(self) -> DeclaredLayout:
+        if self.runs is not None:
+            fits = self.boxes is None and None not in (self.global_shape, self.place, self.mesh)
+        elif self.boxes is not None:
+            fits = self.global_shape is not None and self.summand is None
+        else:
+            fits = self.dims is not None and self.global_shape is None and self.summand is None
+        if not fits:
+            raise ValueError("a layout is dims, or what a DTensor says, or boxes")
+        if self.summand is not None and not (self.summand[0] in REDUCTIONS and self.summand[1] < self.summand[2]):
+            raise ValueError(f"{self.summand} is no summand")
+        return self
 
     def __str__(self) -> str:
         if self.runs is not None or self.boxes is not None:
@@ -179,21 +219,14 @@ def _of_boxes(layout: Layout, shape: Sequence[int]) -> DeclaredLayout:
                 f"the box at local offset {list(box.local_offset)} of size {list(box.size)} leaves the local tensor, "
                 f"which is {list(shape)}."
             )
-        held += _volume(box.size)
-    if held != _volume(shape):
+        held += prod(box.size)
+    if held != prod(shape):
         raise LayoutError(
-            f"the boxes of layout= hold {held} values, and the local tensor {list(shape)} has {_volume(shape)}. Boxes "
+            f"the boxes of layout= hold {held} values, and the local tensor {list(shape)} has {prod(shape)}. Boxes "
             "fill the local tensor; dump a view of it (`x[:n]`) where a part has no place."
         )
     boxes = tuple((box.offset, box.size, box.local_offset) for box in layout.boxes)
     return DeclaredLayout(dims=layout.dims, global_shape=tuple(layout.global_shape), boxes=boxes)
-
-
-def _volume(size: Iterable[int]) -> int:
-    product = 1
-    for number in size:
-        product *= number
-    return product
 
 
 def _check_fits(dims: Dims, shape: Sequence[int]) -> None:
@@ -227,6 +260,8 @@ def by_path(given: Any, paths: Sequence[str], option: str) -> list[Any]:
     if not isinstance(given, Mapping):
         return [given] * len(paths)
     found: dict[str, Any] = {}
+    if list(paths) == [""]:
+        raise LayoutError(f"{option}= is a dict, and the point is a bare tensor: give what the dict has for it, alone.")
     for key, value in given.items():
         matching = [path for path in paths if path in (key, f"[{key!r}]") or path.endswith((f"[{key!r}]", f".{key}"))]
         if not matching:

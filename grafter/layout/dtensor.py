@@ -39,6 +39,8 @@ def read_dtensor(tensor: Any) -> DTensorLayout:
         raise LayoutError(
             "this rank is not in the mesh of its DTensor, so it holds nothing of it. Leave it out: ranks=."
         )
+    from torch.distributed.tensor import Replicate
+
     _check_order(spec)
     runs = [whole(size) for size in spec.shape]
     summand: tuple[str, int, int] | None = None
@@ -47,7 +49,7 @@ def read_dtensor(tensor: Any) -> DTensorLayout:
         reduction = _reduction(placement)
         if reduction is not None:
             summand = _join_summands(summand, reduction, coordinate, size)
-        elif not placement.is_replicate():
+        elif type(placement) is not Replicate:
             dim, factor = _shard_of(placement, len(runs))
             runs[dim] = _split(runs[dim], factor, size)[coordinate]
     held = [total(own) for own in runs]
@@ -100,8 +102,7 @@ def _reduction(placement: Any) -> str | None:
     if type(placement) is not Partial or placement.reduce_op not in REDUCTIONS:
         raise LayoutError(
             f"a DTensor has the placement {placement!r}, whose summands have an operation of their own. Redistribute "
-            f"it "
-            "to Shard or Replicate before this point."
+            "it to Shard or Replicate before this point."
         )
     return str(placement.reduce_op)
 

@@ -40,8 +40,7 @@ def find_overlap(starts: Sequence[Numbers], sizes: Sequence[Numbers]) -> tuple[i
 def share_a_place(starts: Numbers, sizes: Numbers, other_starts: Numbers, other_sizes: Numbers) -> bool:
     """Whether two boxes overlap; an empty one overlaps nothing."""
     return all(
-        max(a, b) < min(a + n, b + m)
-        for a, n, b, m in zip(starts, sizes, other_starts, other_sizes, strict=True)
+        max(a, b) < min(a + n, b + m) for a, n, b, m in zip(starts, sizes, other_starts, other_sizes, strict=True)
     )
 
 

@@ -8,22 +8,24 @@ for both manifests, in time linear in their ranks; the pieces of one rank in tim
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import product
+
+import numpy as np
+import numpy.typing as npt
 
 from grafter.errors import LayoutError
 from grafter.layout.coverage import check_coverage
-from grafter.layout.region import Region
-from grafter.layout.shares import RoleShares, Share
-from grafter.layout.space import Boxes, Component, Numbers, SideDims, Space, SpaceBox, find_space
+from grafter.layout.holdings import Place, places, places_by_box
+from grafter.layout.meetings import Shared, Table
+from grafter.layout.region import Frame, Region
+from grafter.layout.shares import RoleShares
+from grafter.layout.space import Numbers, Space, find_space
 
-# (sizes, where it begins in the sender's local dims, where in the receiver's), of one component.
-_Shared = tuple[Numbers, Numbers, Numbers]
-# For each component, the number of this rank's boxes among the distinct ones.
-_Place = tuple[int, ...]
+# A part of the tensor, whichever ranks hold it: as a place, the lowest of the numbers that are the same part.
+_Part = tuple[int, ...]
 Near = Callable[[int, int], bool]
 
 
@@ -41,6 +43,14 @@ class CopyItem:
     place: Region
 
 
+@dataclass(frozen=True)
+class _Holder:
+    """A rank that has a part, and where among its boxes."""
+
+    rank: int
+    place: Place
+
+
 class Resharding:
     """One tensor between two roles. Role ranks everywhere; raises LayoutError where the two do not fit."""
 
@@ -52,28 +62,31 @@ class Resharding:
         check_replicas: bool = False,
         first_summand_gets_all: bool = False,
     ) -> None:
-        if receiver.summands > 1 and not first_summand_gets_all:
-            raise LayoutError(
-                f"{receiver.text!r} at {receiver.who} is partial: its ranks hold summands, and a value has no one way "
-                "to be shared out among them. Graft it after its reduction, or set GRAFTER_PARTIAL_TARGET=first: the "
-                "first rank gets the value, the others zeros."
-            )
+        _check_receiver(receiver, first_summand_gets_all=first_summand_gets_all)
         self.sender, self.receiver = sender, receiver
         self.space: Space = find_space(sender, receiver)
-        self._tables = [_Table() for _ in self.space.components]
-        self._senders = {rank: self._place(share, sender=True) for rank, share in sender.shares.items()}
+        self._tables = [Table(component) for component in self.space.components]
+        self._senders: dict[int, list[Place]] = {}
+        if self._tables and any(share.boxes is not None for share in sender.shares.values()):
+            self._senders.update(places_by_box(sender, self.space, self._tables[0]))
+        else:
+            self._senders.update(
+                (rank, [place]) for rank, place in places(sender, self.space, self._tables, sender=True)
+            )
         self._receivers = {
-            rank: self._place(share, sender=False)
-            for rank, share in receiver.shares.items()
-            if receiver.summands == 1 or share.summand == 0
+            rank: place
+            for rank, place in places(receiver, self.space, self._tables, sender=False)
+            if not self.gets_zeros(rank)
         }
-        self._holders: dict[tuple[_Place, int], list[int]] = {}
-        for rank, place in self._senders.items():
-            self._holders.setdefault((place, sender.shares[rank].summand), []).append(rank)
+        self._holders: dict[tuple[_Part, int], list[_Holder]] = {}
+        for rank, held in self._senders.items():
+            for place in held:
+                key = self._part(place), sender.shares[rank].summand
+                self._holders.setdefault(key, []).append(_Holder(rank, place))
         self._check_coverage()
+        for share in receiver.shares.values() if self.space.padded else ():
+            self.space.held_sizes(share, receiver.global_shape)
         self._replicas = max(map(len, self._holders.values()), default=1) if check_replicas else 1
-        for table in self._tables:
-            table.index()
 
     @property
     def layers(self) -> int:
@@ -87,221 +100,156 @@ class Resharding:
 
     def gets_zeros(self, receiver: int) -> bool:
         """A summand that is not the first: the value is the first's."""
-        return receiver not in self._receivers
+        return self.receiver.shares[receiver].summand > 0
 
     def held_sizes(self, receiver: int, shape: Sequence[int]) -> Numbers:
         """The receiver's local shape without padding."""
-        return self.space.held_sizes(self.receiver.shares[receiver], shape, sender=False)
+        return self.space.held_sizes(self.receiver.shares[receiver], shape)
 
     def incoming(self, receiver: int, near: Near) -> Iterator[CopyItem]:
         """What one receiver gets, from whom. `near(sender, receiver)`: whether the two share a host."""
         if receiver not in self._receivers:
             return
-        place = self._receivers[receiver]
-        touching = [table.senders_at(number) for table, number in zip(self._tables, place, strict=True)]
-        for other in product(*touching):
+        numbers = self._receivers[receiver]
+        met = [table.met_by_receiver(number) for table, number in zip(self._tables, numbers, strict=True)]
+        parts = [sorted({table.parts[number] for number in own}) for table, own in zip(self._tables, met, strict=True)]
+        for part in product(*parts):
             for summand in range(self.sender.summands):
-                holders = self._holders.get((other, summand))
-                if holders is not None:
-                    for replica, sender in enumerate(self._chosen(other, holders, receiver, near)):
-                        yield from self._items(sender, receiver, summand * self._replicas + replica)
+                holders = self._holders.get((part, summand), ())
+                for replica, holder in enumerate(self._serving(part, holders, receiver, near) if holders else ()):
+                    shared = [own[number] for own, number in zip(met, holder.place, strict=True)]
+                    layer = summand * self._replicas + replica
+                    yield from self._items(holder.rank, receiver, layer, shared)
 
     def outgoing(self, sender: int, near: Near) -> Iterator[CopyItem]:
-        """What one sender gives, to whom: the same items that the receivers ask for."""
-        place, summand = self._senders[sender], self.sender.shares[sender].summand
-        holders = self._holders[place, summand]
-        for receiver in self._takers(place):
-            chosen = self._chosen(place, holders, receiver, near)
-            for replica, one in enumerate(chosen):
-                if one == sender:
-                    yield from self._items(sender, receiver, summand * self._replicas + replica)
+        """What one sender gives, to whom: the same items that the receivers ask for, in their order for each."""
+        summand = self.sender.shares[sender].summand
+        for place in sorted(self._senders.get(sender, ()), key=self._part):
+            met = [table.met_by_sender(number) for table, number in zip(self._tables, place, strict=True)]
+            for receiver, replica in self._served(sender, self._part(place), summand, near):
+                numbers = self._receivers[receiver]
+                shared = [own[number] for own, number in zip(met, numbers, strict=True)]
+                yield from self._items(sender, receiver, summand * self._replicas + replica, shared)
 
     # Who.
 
-    def _chosen(self, place: _Place, holders: Sequence[int], receiver: int, near: Near) -> list[int]:
+    def _serving(self, part: _Part, holders: Sequence[_Holder], receiver: int, near: Near) -> list[_Holder]:
         """The replicas that serve a receiver: all of them to be compared, else one, near, and in turn."""
         if self._replicas > 1:
             return [holders[number % len(holders)] for number in range(self._replicas)]
         if len(holders) == 1:
             return [holders[0]]
-        candidates = [holder for holder in holders if near(holder, receiver)] or holders
-        return [candidates[self._turn(place)[receiver] % len(candidates)]]
+        candidates = [holder for holder in holders if near(holder.rank, receiver)] or holders
+        turn = int(np.searchsorted(self._takers(part), self._rows[receiver]))
+        return [candidates[turn % len(candidates)]]
 
-    def _turn(self, place: _Place) -> dict[int, int]:
-        turns = self._turns.get(place)
-        if turns is None:
-            turns = self._turns[place] = {receiver: turn for turn, receiver in enumerate(self._takers(place))}
-        return turns
+    def _served(self, sender: int, part: _Part, summand: int, near: Near) -> Iterator[tuple[int, int]]:
+        """The receivers that a sender serves with a part, and as which of its replicas; as `_serving` has it."""
+        holders = [holder.rank for holder in self._holders[part, summand]]
+        near_holders: list[int] = []
+        for turn, row in enumerate(self._takers(part)):
+            receiver = self._receiver_ranks[row]
+            if self._replicas > 1:
+                yield from (
+                    (receiver, replica)
+                    for replica in range(self._replicas)
+                    if holders[replica % len(holders)] == sender
+                )
+            elif len(holders) == 1:
+                yield receiver, 0
+            elif near(sender, receiver):
+                # The same for all receivers on this host.
+                near_holders = near_holders or [holder for holder in holders if near(holder, receiver)]
+                if near_holders[turn % len(near_holders)] == sender:
+                    yield receiver, 0
+            elif holders[turn % len(holders)] == sender and not any(near(holder, receiver) for holder in holders):
+                yield receiver, 0
+
+    def _takers(self, part: _Part) -> npt.NDArray[np.int64]:
+        """The receivers that need something of a part, in order, as rows of `_receiver_ranks`."""
+        taking = self._takers_of.get(part)
+        if taking is None:
+            mask = np.ones(len(self._receiver_ranks), dtype=bool)
+            for table, number, column in zip(self._tables, part, self._receiver_numbers, strict=True):
+                mask &= table.takes(number)[column]
+            taking = self._takers_of[part] = np.flatnonzero(mask)
+        return taking
 
     @cached_property
-    def _turns(self) -> dict[_Place, dict[int, int]]:
+    def _takers_of(self) -> dict[_Part, npt.NDArray[np.int64]]:
         return {}
 
-    def _takers(self, place: _Place) -> list[int]:
-        """The receivers that need something of a sender's place, in order."""
-        touching = [set(table.receivers_at(number)) for table, number in zip(self._tables, place, strict=True)]
-        return [
-            rank
-            for rank, own in self._receivers.items()
-            if all(number in numbers for number, numbers in zip(own, touching, strict=True))
-        ]
+    @cached_property
+    def _receiver_ranks(self) -> list[int]:
+        return list(self._receivers)
+
+    @cached_property
+    def _rows(self) -> dict[int, int]:
+        return {rank: row for row, rank in enumerate(self._receiver_ranks)}
+
+    @cached_property
+    def _receiver_numbers(self) -> list[npt.NDArray[np.int64]]:
+        """Per component, the number of each receiver's boxes."""
+        return [np.array(column, dtype=np.int64) for column in zip(*self._receivers.values(), strict=True)]
 
     # What.
 
-    def _place(self, share: Share, *, sender: bool) -> _Place:
-        numbers = []
-        for component, table in zip(self.space.components, self._tables, strict=True):
-            side = component.sender if sender else component.receiver
-            key = share.boxes if share.boxes is not None else tuple(share.runs[dim] for dim in side.dims)
-            numbers.append(table.number(key, partial(self.space.boxes, share, component, side), sender=sender))
-        return tuple(numbers)
+    def _part(self, place: Place) -> _Part:
+        return tuple([table.parts[number] for table, number in zip(self._tables, place, strict=True)])
 
-    def _items(self, sender: int, receiver: int, layer: int) -> Iterator[CopyItem]:
-        theirs, ours = self._senders[sender], self._receivers[receiver]
-        parts = [
-            table.shared(component, number, own)
-            for component, table, number, own in zip(self.space.components, self._tables, theirs, ours, strict=True)
-        ]
-        for combination in product(*parts):
-            yield CopyItem(
-                sender,
-                receiver,
-                layer,
-                self._region(combination, sender=True),
-                self._region(combination, sender=False),
-            )
-
-    def _region(self, parts: Sequence[_Shared], *, sender: bool) -> Region:
-        side = self.sender if sender else self.receiver
-        starts = [0] * len(side.global_shape)
-        for component, part in zip(self.space.components, parts, strict=True):
-            own = component.sender if sender else component.receiver
-            for dim, start in zip(own.dims, part[1 if sender else 2], strict=True):
-                starts[dim] = start
-        sizes = tuple(parts[c][0][f] for c, f in self._order)
-        sides = [component.sender if sender else component.receiver for component in self.space.components]
-        along = tuple(sides[c].along[f] for c, f in self._order)
-        steps = tuple(sides[c].steps[f] for c, f in self._order)
-        return Region(tuple(starts), sizes, along, steps)
+    def _items(self, sender: int, receiver: int, layer: int, shared: Sequence[Sequence[Shared]]) -> Iterator[CopyItem]:
+        for combination in product(*shared):
+            yield CopyItem(sender, receiver, layer, *self._frame.regions(combination))
 
     @cached_property
-    def _order(self) -> list[tuple[int, int]]:
-        """All factors, as (component, factor), in the order of the receiver's dims, so that it is written in order."""
-        places = [
-            (component.receiver.along[f], -component.receiver.steps[f], c, f)
-            for c, component in enumerate(self.space.components)
-            for f in range(len(component.names))
-        ]
-        return [(c, f) for _, _, c, f in sorted(places)]
+    def _frame(self) -> Frame:
+        return Frame(self.space, len(self.sender.global_shape), len(self.receiver.global_shape))
 
     def _check_coverage(self) -> None:
+        if not all(component.volume for component in self.space.components):
+            # A tensor without values, of which nobody holds anything.
+            return
         holder_of: list[dict[int, int]] = [{} for _ in self._tables]
-        for rank, place in self._senders.items():
-            for own, number in zip(holder_of, place, strict=True):
-                own.setdefault(number, rank)
-        who = self.sender.who
-        expected = self.sender.summands
+        for (part, _), holders in self._holders.items():
+            for own, number in zip(holder_of, part, strict=True):
+                own.setdefault(number, holders[0].rank)
+        who, expected = self.sender.who, self.sender.summands
         for component, table, own in zip(self.space.components, self._tables, holder_of, strict=True):
-            lists = [(table.sender_boxes[number], f"{who} rank {rank}") for number, rank in own.items()]
+            lists = [(table.senders.boxes[number], f"{who} rank {rank}") for number, rank in own.items()]
             check_coverage(component, lists, f"{self.sender.text} at {who}")
-            expected *= sum(1 for boxes, _ in lists if boxes)
-        holding = sum(
-            1
-            for place, _ in self._holders
-            if all(table.sender_boxes[number] for table, number in zip(self._tables, place, strict=True))
-        )
-        if holding != expected:
+            expected *= len(own)
+        if len(self._holders) != expected:
+            missing = next(
+                (part, summand)
+                for part in product(*holder_of)
+                for summand in range(self.sender.summands)
+                if (part, summand) not in self._holders
+            )
             raise LayoutError(
-                f"the parts of {self.sender.text} at {who} leave a hole: its dims are cut into {expected} parts, and "
-                f"the ranks of the point hold {holding} of them. All ranks that hold a part take part in the point."
+                f"the parts of {self.sender.text} at {who} leave a hole: it is cut into {expected} parts, the ranks of "
+                f"the point hold {len(self._holders)} of them, and nobody holds {self._named(*missing)}. All ranks "
+                "that hold a part take part in the point."
             )
 
-
-class _Table:
-    """The distinct box lists of one component on both sides, and which of them share places."""
-
-    def __init__(self) -> None:
-        self.sender_boxes: list[Boxes] = []
-        self.receiver_boxes: list[Boxes] = []
-        self._numbers: tuple[dict[object, int], dict[object, int]] = ({}, {})
-        self._shared: dict[tuple[int, int], list[_Shared]] = {}
-        self._index: tuple[_Index, _Index] | None = None
-
-    def number(self, key: object, make: Callable[[], Boxes], *, sender: bool) -> int:
-        numbers, lists = self._numbers[sender], self.sender_boxes if sender else self.receiver_boxes
-        number = numbers.get(key)
-        if number is None:
-            number = numbers[key] = len(lists)
-            lists.append(make())
-        return number
-
-    def index(self) -> None:
-        self._index = (_Index(self.sender_boxes), _Index(self.receiver_boxes))
-
-    def senders_at(self, receiver: int) -> list[int]:
-        assert self._index is not None
-        return self._index[0].touching(self.receiver_boxes[receiver])
-
-    def receivers_at(self, sender: int) -> list[int]:
-        assert self._index is not None
-        return self._index[1].touching(self.sender_boxes[sender])
-
-    def shared(self, component: Component, sender: int, receiver: int) -> list[_Shared]:
-        found = self._shared.get((sender, receiver))
-        if found is None:
-            found = self._shared[sender, receiver] = [
-                part
-                for theirs in self.sender_boxes[sender]
-                for ours in self.receiver_boxes[receiver]
-                if (part := _intersect(component, theirs, ours)) is not None
-            ]
-        return found
+    def _named(self, part: _Part, summand: int) -> str:
+        boxes = [
+            component.place(table.senders.boxes[number][0])
+            for component, table, number in zip(self.space.components, self._tables, part, strict=True)
+        ]
+        return ", ".join([*boxes, *([f"summand {summand}"] if self.sender.summands > 1 else [])]) or "the value"
 
 
-class _Index:
-    """Finds the box lists that share a place with given boxes: by bisection along the first factor."""
-
-    def __init__(self, lists: Sequence[Boxes]) -> None:
-        entries = [(box.starts[0], box.starts[0] + box.sizes[0], n, box) for n, own in enumerate(lists) for box in own]
-        entries.sort(key=lambda entry: entry[:3])
-        self._entries = entries
-        self._starts = [entry[0] for entry in entries]
-        # The highest end so far: beyond it to the left, nothing reaches a place.
-        self._reach: list[int] = []
-        for entry in entries:
-            self._reach.append(max(entry[1], self._reach[-1] if self._reach else 0))
-
-    def touching(self, boxes: Boxes) -> list[int]:
-        found: dict[int, None] = {}
-        for box in boxes:
-            low, high = box.starts[0], box.starts[0] + box.sizes[0]
-            # Reach rises, so it can be searched, too.
-            for entry in self._entries[bisect_right(self._reach, low) : bisect_right(self._starts, high - 1)]:
-                if entry[1] > low and entry[2] not in found and _touch(box, entry[3]):
-                    found[entry[2]] = None
-        return sorted(found)
-
-
-def _touch(one: SpaceBox, other: SpaceBox) -> bool:
-    return all(
-        a < b + m and b < a + n for a, n, b, m in zip(one.starts, one.sizes, other.starts, other.sizes, strict=True)
-    )
-
-
-def _intersect(component: Component, theirs: SpaceBox, ours: SpaceBox) -> _Shared | None:
-    starts = tuple(map(max, theirs.starts, ours.starts))
-    sizes = tuple(
-        min(a + n, b + m) - start
-        for start, a, n, b, m in zip(starts, theirs.starts, theirs.sizes, ours.starts, ours.sizes, strict=True)
-    )
-    if any(size <= 0 for size in sizes):
-        return None
-    return sizes, _local(component.sender, theirs, starts), _local(component.receiver, ours, starts)
-
-
-def _local(side: SideDims, box: SpaceBox, starts: Numbers) -> Numbers:
-    """Where a place inside of a box lies in the local dims of a side."""
-    local = dict(zip(side.dims, box.local, strict=True))
-    for dim, step, begin, start in zip(side.along, side.steps, box.starts, starts, strict=True):
-        local[dim] += (start - begin) * step
-    return tuple(local[dim] for dim in side.dims)
+def _check_receiver(receiver: RoleShares, *, first_summand_gets_all: bool) -> None:
+    if receiver.summands == 1:
+        return
+    if not first_summand_gets_all:
+        raise LayoutError(
+            f"{receiver.text!r} at {receiver.who} is partial: its ranks hold summands, and a value has no one way "
+            "to be shared out among them. Graft it after its reduction, or set GRAFTER_PARTIAL_TARGET=first: the "
+            "first rank gets the value, the others zeros."
+        )
+    if receiver.reduction != "sum":
+        raise LayoutError(
+            f"{receiver.text!r} at {receiver.who} is partial by {receiver.reduction}, and a value and zeros have it "
+            "only as their sum. Graft it after its reduction."
+        )

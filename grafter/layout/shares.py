@@ -11,19 +11,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import product
+from math import prod
 from typing import TYPE_CHECKING
 
 from grafter.errors import LayoutError
-from grafter.layout.declared import Box, DeclaredLayout, Layout
-from grafter.layout.dims import Dim, Dims, parse_dims
-from grafter.layout.places import Coordinates, Member, Mesh, find_places
-from grafter.layout.runs import Runs, from_parts, split_in_order, split_zigzag, total, whole
+from grafter.layout.cuts import cut_dim
+from grafter.layout.declared import Box, DeclaredLayout, Layout, names_of_boxes
+from grafter.layout.dims import LARGEST_SIZE, Dim, Dims, parse_dims
+from grafter.layout.overlap import find_overlap
+from grafter.layout.places import Member, find_places
+from grafter.layout.runs import Runs, from_parts, whole
 
 if TYPE_CHECKING:
     from grafter.manifest import Header
 
-# The dim that holds packed sequences: zigzag is per sequence there.
-PACKED_DIM = "t"
+# A share in more parts than this is a mistake, or meant to do harm.
+MOST_BOXES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -53,30 +56,48 @@ class RoleShares:
 
 def find_shares(headers: Sequence[Header], leaf: int) -> RoleShares | None:
     """None where this role declares nothing. Raises LayoutError where what its ranks declare does not fit together."""
-    declared = [header.layouts[leaf] if header.layouts else None for header in headers]
-    members = [
-        Member(h.role_rank, h.who, {axis: (at, size) for axis, at, size in h.axes}, h.leaves[leaf].shape, h.call_site)
-        for h in headers
-    ]
+    members = [_member(header, leaf) for header in headers]
+    declared = [_declared(header, leaf) for header in headers]
     first = declared[0]
+    form = _form(first)
     for layout, member in zip(declared, members, strict=True):
-        if (layout is None) != (first is None) or _form(layout) != _form(first):
-            raise LayoutError(f"{members[0]} declares {_shown(first)}, and {member} declares {_shown(layout)}.")
+        if layout is not first and _form(layout) != form:
+            raise LayoutError(_why_two_forms(members[0], first, member, layout))
     present = [layout for layout in declared if layout is not None]
     if not present:
         return None
     if present[0].runs is not None:
-        return _of_dtensors(members, present)
+        return _checked(_of_dtensors(members, present))
     if present[0].boxes is not None:
-        return _of_boxes(members, present)
-    return _of_dims(members, present[0])
+        return _checked(_of_boxes(members, present))
+    return _checked(_of_dims(members, present[0]))
 
 
 def whole_tensor(header: Header, leaf: int) -> RoleShares:
     """A role of one rank that declares nothing: its tensor is the whole one."""
-    shape = header.leaves[leaf].shape
+    shape = _member(header, leaf).shape
     share = Share(tuple(whole(size) for size in shape))
-    return RoleShares(header.role, "the whole tensor", None, shape, {header.role_rank: share})
+    return _checked(RoleShares(header.role, "the whole tensor", None, shape, {header.role_rank: share}))
+
+
+def _member(header: Header, leaf: int) -> Member:
+    shape = header.leaves[leaf].shape
+    for size in shape:
+        if not 0 <= size <= LARGEST_SIZE:
+            raise LayoutError(f"{header.who} says that its tensor is {list(shape)}.")
+    return Member(header.role, header.role_rank, {axis: (at, size) for axis, at, size in header.axes}, shape)
+
+
+def _declared(header: Header, leaf: int) -> DeclaredLayout | None:
+    if header.layouts and len(header.layouts) != len(header.leaves):
+        raise LayoutError(f"{header.who} has {len(header.leaves)} tensors and {len(header.layouts)} layouts.")
+    return header.layouts[leaf] if header.layouts else None
+
+
+def _checked(shares: RoleShares) -> RoleShares:
+    if any(size > LARGEST_SIZE for size in shares.global_shape):
+        raise LayoutError(f"{shares.text!r} at {shares.who} makes a tensor of {list(shares.global_shape)}.")
+    return shares
 
 
 def _form(layout: DeclaredLayout | None) -> tuple[object, ...]:
@@ -93,11 +114,27 @@ def _form(layout: DeclaredLayout | None) -> tuple[object, ...]:
     )
 
 
+def _why_two_forms(one: Member, first: DeclaredLayout | None, other: Member, second: DeclaredLayout | None) -> str:
+    hint = " Ranks that share a point declare it alike; if they hold two tensors, give ranks= of those that share one."
+    if (
+        first is not None
+        and second is not None
+        and first.runs is not None
+        and first.global_shape != second.global_shape
+    ):
+        hint = (
+            " One of them was made by `from_local` of uneven shards, probably: give `from_local` the true shape= and "
+            "stride=."
+        )
+    return f"{one} declares {_shown(first)}, and {other} declares {_shown(second)}.{hint}"
+
+
 def _shown(layout: DeclaredLayout | None) -> str:
     if layout is None:
         return "no layout"
     lengths = f" with seq_lens of {len(layout.seq_lens)} sequences" if layout.seq_lens is not None else ""
-    return f"{layout}{lengths}"
+    summand = f" partial by {layout.summand[0]} over {layout.summand[2]}" if layout.summand is not None else ""
+    return f"{layout}{summand}{lengths}"
 
 
 # --- dims
@@ -110,116 +147,21 @@ def _of_dims(members: Sequence[Member], layout: DeclaredLayout) -> RoleShares:
         if len(member.shape) != len(dims.dims):
             raise LayoutError(f"{dims.text!r} names {len(dims.dims)} dims, and {member} has {list(member.shape)}.")
     mesh = find_places(dims, members)
-    tables = [_runs_of_dim(number, dim, dims, members, mesh, layout) for number, dim in enumerate(dims.dims)]
-    shares: dict[int, Share] = {}
-    for member in members:
-        own = mesh.coordinates[member.role_rank]
-        runs = tuple(
-            table.runs[tuple(own[split.axis] for split in dim.splits)]
-            for dim, table in zip(dims.dims, tables, strict=True)
-        )
-        summand = 0
-        for axis in dims.partial:
-            summand = summand * mesh.sizes[axis] + own[axis]
-        shares[member.role_rank] = Share(runs, summand=summand)
+    tables = [cut_dim(number, dim, dims, members, mesh, layout) for number, dim in enumerate(dims.dims)]
+    columns = [[table.runs[place] for place in table.places] for table in tables]
+    runs_of_members = list(zip(*columns, strict=True)) if columns else [()] * len(members)
     summands = 1
+    numbers = [0] * len(members)
     for axis in dims.partial:
-        summands *= mesh.sizes[axis]
+        size = mesh.sizes[axis]
+        summands *= size
+        numbers = [number * size + own for number, own in zip(numbers, mesh.coordinates[axis], strict=True)]
+    shares = {
+        member.role_rank: Share(runs, summand=number)
+        for member, runs, number in zip(members, runs_of_members, numbers, strict=True)
+    }
     global_shape = tuple(table.size for table in tables)
     return RoleShares(_role(members), dims.text, dims.dims, global_shape, shares, "sum", summands)
-
-
-@dataclass(frozen=True)
-class _DimTable:
-    size: int
-    runs: dict[Coordinates, Runs]
-
-
-def _runs_of_dim(
-    number: int, dim: Dim, dims: Dims, members: Sequence[Member], mesh: Mesh, layout: DeclaredLayout
-) -> _DimTable:
-    """Where each place of this dim's axes begins: prefix sums of the sizes that its holders announce."""
-    axes = [split.axis for split in dim.splits]
-    sizes: dict[Coordinates, int] = {}
-    holders: dict[Coordinates, Member] = {}
-    for member in members:
-        place = mesh.of(member.role_rank, axes)
-        size = member.shape[number]
-        if sizes.setdefault(place, size) != size:
-            other = holders[place]
-            at = f"at {', '.join(f'{a}={c}' for a, c in zip(axes, place, strict=True))} " if axes else ""
-            raise LayoutError(
-                f"the dim {dim} {at}has size {sizes[place]} at {other} and {size} at {member}; one part has one size. "
-                f"If {dim} is split over an axis, {dims.text!r} must say so: `{dim}[tp]`."
-            )
-        holders.setdefault(place, member)
-    runs: dict[Coordinates, Runs] = {}
-    size = sum(sizes.values())
-    _assign(dim, dims, mesh, layout, sizes, (), whole(size), runs)
-    return _DimTable(size, runs)
-
-
-def _assign(
-    dim: Dim,
-    dims: Dims,
-    mesh: Mesh,
-    layout: DeclaredLayout,
-    sizes: dict[Coordinates, int],
-    prefix: Coordinates,
-    held: Runs,
-    result: dict[Coordinates, Runs],
-) -> None:
-    """Cut what the outer axes have left (`held`) over the next axis, and go on inwards."""
-    level = len(prefix)
-    if level == len(dim.splits):
-        result[prefix] = held
-        return
-    split = dim.splits[level]
-    count = mesh.sizes[split.axis]
-    inner: list[dict[Coordinates, int]] = [{} for _ in range(count)]
-    for place, size in sizes.items():
-        inner[place[level]][place] = size
-    parts = [sum(own.values()) for own in inner]
-    if split.zigzag and count > 1:
-        stretches = _zigzag(dim, dims, split.axis, level, count, held, parts, layout)
-    else:
-        stretches = split_in_order(held, parts)
-    for coordinate, stretch in enumerate(stretches):
-        _assign(dim, dims, mesh, layout, inner[coordinate], (*prefix, coordinate), stretch, result)
-
-
-def _zigzag(
-    dim: Dim,
-    dims: Dims,
-    axis: str,
-    level: int,
-    count: int,
-    held: Runs,
-    parts: Sequence[int],
-    layout: DeclaredLayout,
-) -> list[Runs]:
-    where = f"{dims.text!r}: {dim}[{axis}:zigzag]"
-    lengths = None
-    if dim.names == (PACKED_DIM,):
-        lengths = layout.seq_lens
-        if lengths is None:
-            raise LayoutError(
-                f"{where} is of packed sequences, each of which is cut by itself: give seq_lens=, the global length of "
-                "each sequence. (A dim of another name, such as s, is cut as one.)"
-            )
-        if level > 0:
-            raise LayoutError(f"{where}: on packed sequences zigzag is the outermost split.")
-        if sum(lengths) != total(held):
-            raise LayoutError(f"{where}: seq_lens= makes {sum(lengths)}, and the ranks hold {total(held)} together.")
-    for length in lengths if lengths is not None else (total(held),):
-        if length % (2 * count):
-            raise LayoutError(
-                f"{where} cuts {length} into 2 x {count} equal chunks, which does not go. Pad each sequence to a "
-                f"multiple of {2 * count}."
-            )
-    if any(part != parts[0] for part in parts):
-        raise LayoutError(f"{where} gives every rank as much, and the ranks of {axis} hold {list(parts)}.")
-    return split_zigzag(held, count, lengths)
 
 
 # --- DTensor and boxes
@@ -227,25 +169,36 @@ def _zigzag(
 
 def _of_dtensors(members: Sequence[Member], layouts: Sequence[DeclaredLayout]) -> RoleShares:
     first = layouts[0]
-    assert first.global_shape is not None
+    global_shape = first.global_shape or ()
     dims = parse_dims(first.dims) if first.dims is not None else None
-    replicated = dims.replicated if dims is not None else ()
-    holders: dict[tuple[object, ...], Member] = {}
+    if dims is not None and len(dims.dims) != len(global_shape):
+        raise LayoutError(f"{dims.text!r} names {len(dims.dims)} dims, and the DTensor is {list(global_shape)}.")
+    _check_one_mesh(members, layouts, dims)
     shares: dict[int, Share] = {}
     for member, layout in zip(members, layouts, strict=True):
-        own = tuple(member.axes.get(dims.axis_of_job(axis), (0, 1))[0] for axis in replicated) if dims else ()
-        other = holders.setdefault((layout.place, *own), member)
-        if other is not member:
-            raise LayoutError(
-                f"the DTensors of {other} and {member} are two tensors, each on a mesh of its own. If they are copies, "
-                'name the axis in which their ranks differ: dims="... # dp:replicated", with set_axes or set_mesh; if '
-                "not, give ranks= of those that share one."
-            )
         _check_runs(member, layout, first)
         shares[member.role_rank] = Share(_as_runs(layout), summand=layout.summand[1] if layout.summand else 0)
     reduction, _, summands = first.summand or ("sum", 0, 1)
-    text = f"DTensor of {list(first.global_shape)}"
-    return RoleShares(_role(members), text, _named(dims), first.global_shape, shares, reduction, summands)
+    text = f"DTensor of {list(global_shape)}"
+    return RoleShares(_role(members), text, _named(dims), global_shape, shares, reduction, summands)
+
+
+def _check_one_mesh(members: Sequence[Member], layouts: Sequence[DeclaredLayout], dims: Dims | None) -> None:
+    """All on one mesh, each at a place of its own; or on several that an axis sets apart which is replicated."""
+    replicated = [dims.axis_of_job(axis) for axis in dims.replicated] if dims is not None else []
+    copies = [tuple(member.axes.get(axis, (0, 1))[0] for axis in replicated) for member in members]
+    holders: dict[object, int] = {}
+    meshes: dict[object, int] = {}
+    for number, (layout, copy) in enumerate(zip(layouts, copies, strict=True)):
+        other = holders.setdefault((copy, layout.place), number)
+        if other == number:
+            other = meshes.setdefault(copy, number)
+        if other != number and (layouts[other].mesh != layout.mesh or layouts[other].place == layout.place):
+            raise LayoutError(
+                f"the DTensors of {members[other]} and {members[number]} are two tensors, each on a mesh of its own. "
+                'If they are copies, name the axis in which their ranks differ: dims="... # dp:replicated", with '
+                "set_axes or set_mesh; if not, give ranks= of those that share one."
+            )
 
 
 def _check_runs(member: Member, layout: DeclaredLayout, first: DeclaredLayout) -> None:
@@ -268,16 +221,22 @@ def _as_runs(layout: DeclaredLayout) -> tuple[Runs, ...]:
 
 def _of_boxes(members: Sequence[Member], layouts: Sequence[DeclaredLayout]) -> RoleShares:
     first = layouts[0]
-    assert first.global_shape is not None
+    global_shape = first.global_shape or ()
     shares: dict[int, Share] = {}
+    # Ranks are mostly alike in how their boxes fill the local tensor.
+    filled: set[object] = set()
     for member, layout in zip(members, layouts, strict=True):
         boxes = tuple(Box(offset, size, local) for offset, size, local in layout.boxes or ())
         for box in boxes:
-            _check_box(member, box, first.global_shape)
+            _check_box(member, box, global_shape)
+        filling = (member.shape, tuple((box.local_offset, box.size) for box in boxes))
+        if filling not in filled:
+            _check_filled(member, boxes)
+            filled.add(filling)
         shares[member.role_rank] = Share(boxes=boxes)
-    dims = parse_dims(first.dims) if first.dims is not None else None
-    text = f"Layout of {list(first.global_shape)}"
-    return RoleShares(_role(members), text, _named(dims), first.global_shape, shares)
+    dims = names_of_boxes(first.dims, global_shape) if first.dims is not None else None
+    text = f"Layout of {list(global_shape)}"
+    return RoleShares(_role(members), text, _named(dims), global_shape, shares)
 
 
 def _check_box(member: Member, box: Box, global_shape: tuple[int, ...]) -> None:
@@ -289,6 +248,13 @@ def _check_box(member: Member, box: Box, global_shape: tuple[int, ...]) -> None:
         )
     ):
         raise LayoutError(f"a box of {member} leaves the tensor: {box}.")
+
+
+def _check_filled(member: Member, boxes: Sequence[Box]) -> None:
+    held = sum(prod(box.size) for box in boxes)
+    overlap = find_overlap([box.local_offset for box in boxes], [box.size for box in boxes])
+    if held != prod(member.shape) or overlap is not None:
+        raise LayoutError(f"the boxes of {member} do not fill its local tensor {list(member.shape)}, each place once.")
 
 
 def _named(dims: Dims | None) -> tuple[Dim, ...] | None:
@@ -304,17 +270,20 @@ def layouts_of(headers: Sequence[Header], leaf: int) -> dict[int, Layout] | None
     """Every rank's layout as boxes, for a transform that wants to know; None where there is none that fits."""
     try:
         found = find_shares(headers, leaf)
+        if found is None:
+            return None
+        return {rank: Layout(found.global_shape, boxes_of(share)) for rank, share in found.shares.items()}
     except LayoutError:
         return None
-    if found is None:
-        return None
-    return {rank: Layout(found.global_shape, boxes_of(share)) for rank, share in found.shares.items()}
 
 
 def boxes_of(share: Share) -> tuple[Box, ...]:
     """A share as boxes of the global tensor, for a transform that wants to know."""
     if share.boxes is not None:
         return share.boxes
+    count = prod(map(len, share.runs))
+    if count > MOST_BOXES:
+        raise LayoutError(f"a share is {count} boxes, and at most {MOST_BOXES} are listed.")
     boxes = []
     for combination in product(*share.runs):
         boxes.append(

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from grafter.errors import GrafterError
+from grafter.errors import GrafterError, UsageError
 from grafter.job_environment import parse_settings
 
 
@@ -22,6 +22,10 @@ def locate_command(
     points: Annotated[
         str, typer.Option(metavar="EXPR", help="Which points: a filter expression over the tags. Default: all.")
     ] = "",
+    attach: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="Modules to reach in programs that never import grafter; repeatable."),
+    ] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="A setting for both jobs; repeatable.")
     ] = None,
@@ -53,7 +57,7 @@ def locate_command(
             floor=floor,
             points=points,
             out=out or Path("grafter_out") / time.strftime("locate-%Y%m%d-%H%M%S"),
-            settings=parse_settings(settings or []),
+            settings=_merge(parse_settings(settings or []), attach or []),
             console=console,
             quiet=quiet or as_json,
         )
@@ -66,3 +70,9 @@ def locate_command(
         console.print()
         print_verdict(verdict, console)
     raise typer.Exit(verdict.exit_code)
+
+
+def _merge(settings: dict[str, str], patterns: list[str]) -> dict[str, str]:
+    if patterns and "attach" in settings:
+        raise UsageError("attach is given twice, by --attach and by --set; give it once.")
+    return {**settings, "attach": ",".join(patterns)} if patterns else settings

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from grafter.errors import GrafterError, UsageError
 from grafter.job_command import split_command
-from grafter.launcher import PairResult, run_pair
+from grafter.launcher import PairResult, describe_unreached, run_pair
 from grafter.ledger import RankSummary, read_run, read_summaries
 from grafter.locate.judgement import judge
 from grafter.locate.measure import RunMeasurement, measure_run
@@ -151,6 +151,8 @@ def _check_result(run: _Run, result: PairResult) -> list[str]:
 
 
 def _run_failed(run: _Run, result: PairResult, errors: Sequence[RankSummary]) -> str:
+    if result.unreached:
+        return f"the run `{run.name}` failed, so nothing can be judged. {describe_unreached(result.unreached)}"
     codes = ", ".join(f"{role} {code}" for role, code in result.exit_codes.items())
     lines = [f"the run `{run.name}` failed, so nothing can be judged (exit codes: {codes})."]
     # The job that failed first has the cause, the other one what it saw of it.
@@ -165,8 +167,11 @@ def _run_failed(run: _Run, result: PairResult, errors: Sequence[RankSummary]) ->
 
 
 def _nothing_measured(run: _Run, result: PairResult, point_filter: str) -> str:
+    if result.unreached:
+        return f"in the run `{run.name}` nothing was compared or grafted. {describe_unreached(result.unreached)}"
     return (
         f"in the run `{run.name}` no point met its other side under `{point_filter}`: nothing was compared or grafted. "
-        f"Do both scripts call grafter.dump, and does the filter match their tags? "
+        f"Do both scripts call grafter.dump (or does --attach name their modules), and does the filter match their "
+        f"tags? "
         f"{result.run_directory} holds what each rank saw."
     )

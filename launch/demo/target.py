@@ -1,5 +1,7 @@
 """The demo's target: the same weights, tensor parallel over the ranks of torchrun, with one fault planted.
 
+It knows nothing of grafter either.
+
 torchrun --standalone --nproc-per-node 2 target.py MODEL_DIRECTORY [--fault norm|rope|none] [--layer N]
 """
 
@@ -9,8 +11,6 @@ import os
 import torch
 from faults import plant_fault
 from transformers import DistributedConfig, LlamaForCausalLM
-
-import grafter
 
 parser = argparse.ArgumentParser()
 parser.add_argument("model_directory")
@@ -25,9 +25,6 @@ model = LlamaForCausalLM.from_pretrained(
     distributed_config=DistributedConfig(tp_plan="auto"),
 ).eval()
 plant_fault(model, options.fault, options.layer)
-model.model.embed_tokens.register_forward_hook(lambda module, args, out: grafter.dump("embedding", out))
-for i, layer in enumerate(model.model.layers):
-    layer.register_forward_hook(lambda module, args, out, i=i: grafter.dump("layer", out, layer_id=i))
 
 token_ids = torch.arange(2 * 2 * 32).reshape(2, 2, 32) * 37 % 512
 with torch.no_grad():
@@ -35,5 +32,4 @@ with torch.no_grad():
         logits = model(input_ids=token_ids[step]).logits
         if os.environ["RANK"] == "0":
             print(f"step {step}: sum of |logits| = {logits.abs().sum().item():.6f}", flush=True)
-        grafter.step()
 torch.distributed.destroy_process_group()

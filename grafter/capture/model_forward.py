@@ -1,0 +1,87 @@
+"""The model itself: programs call `model.forward(...)`, too, which runs no hooks, so its `forward` is wrapped."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import types
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+logger = logging.getLogger("grafter")
+
+_MARK = "_grafter_watched"
+
+
+class Watcher(Protocol):
+    """Sees each call of the model, and may replace what goes in and what comes out; None: does not care."""
+
+    @property
+    def inputs(self) -> Callable[[tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]]] | None: ...
+
+    @property
+    def output(self) -> Callable[[Any], Any] | None: ...
+
+
+@dataclass(eq=False)
+class _Watched:
+    """A module whose `forward` is wrapped. `own`: the instance's own one that it had, if it had one."""
+
+    own: Callable[..., Any] | None
+    watchers: list[Watcher] = field(default_factory=list)
+
+
+def watch_forward(module: torch.nn.Module, watcher: Watcher) -> Callable[[], None]:
+    """Have the watcher see all calls; what is returned ends that. Several share one wrapper, in their order."""
+    watched: _Watched | None = getattr(module.__dict__.get("forward"), _MARK, None)
+    if watched is None:
+        watched = _Watched(module.__dict__.get("forward"))
+        module.__dict__["forward"] = _wrapper(module, watched)
+    watched.watchers.append(watcher)
+    return functools.partial(_stop, module, watched, watcher)
+
+
+def _wrapper(module: torch.nn.Module, watched: _Watched) -> Callable[..., Any]:
+    watchers, own = watched.watchers, watched.own
+
+    def run(inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        for watcher in watchers:
+            if watcher.inputs is not None:
+                args, kwargs = watcher.inputs(args, kwargs)
+        output = inner(*args, **kwargs)
+        for watcher in watchers:
+            if watcher.output is not None:
+                output = watcher.output(output)
+        return output
+
+    if own is not None:
+
+        @functools.wraps(own)
+        def own_forward(*args: Any, **kwargs: Any) -> Any:
+            return run(own, args, kwargs)
+
+        setattr(own_forward, _MARK, watched)
+        return own_forward
+
+    @functools.wraps(type(module).forward)
+    def forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return run(functools.partial(type(self).forward, self), args, kwargs)
+
+    setattr(forward, _MARK, watched)
+    # A method, so that a deep copy of the model has one bound to the copy.
+    return types.MethodType(forward, module)
+
+
+def _stop(module: torch.nn.Module, watched: _Watched, watcher: Watcher) -> None:
+    watched.watchers.remove(watcher)
+    if watched.watchers:
+        return
+    if getattr(module.__dict__.get("forward"), _MARK, None) is not watched:
+        logger.warning("grafter: the model's forward was replaced since attach; it is left as it is")
+    elif watched.own is None:
+        del module.__dict__["forward"]
+    else:
+        module.__dict__["forward"] = watched.own

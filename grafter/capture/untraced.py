@@ -1,0 +1,56 @@
+"""Code that torch.compile leaves alone: it breaks the graph, and runs between its two parts."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+import grafter
+
+# Set while code that torch.compile has made, or is about to make, calls us.
+_compiled_caller = torch._C._dynamo.eval_frame.get_eval_frame_callback
+_WHY = "grafter is on: each hook breaks the compiled graph."
+
+
+def untraced(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function for positional arguments, as compiled code may call it."""
+    apart: Callable[..., Any] | None = None
+
+    def run(*args: Any) -> Any:
+        nonlocal apart
+        if not _compiled_caller():
+            return function(*args)
+        if apart is None:
+            apart = _disabled(function)
+        return apart(*args)
+
+    # A copied model's hooks are known by it.
+    run.__module__ = function.__module__
+    # What `torch.compiler.disable` sets, which would import the compiler, and would cost more in eager code.
+    run._torchdynamo_disable = True  # type: ignore[attr-defined]
+    run._torchdynamo_disable_msg = _WHY  # type: ignore[attr-defined]
+    return run
+
+
+def _disabled(function: Callable[..., Any]) -> Callable[..., Any]:
+    def hinted(*args: Any) -> Any:
+        grafter._hint_once()
+        return function(*args)
+
+    disabled: Callable[..., Any] = torch.compiler.disable(hinted)  # type: ignore[no-untyped-call]
+    return disabled
+
+
+def forget_compiled_code() -> None:
+    """Code that was compiled without a hook never runs it, nor loses one that it was compiled with."""
+    compiler = sys.modules.get("torch._dynamo")
+    if compiler is not None:
+        # The frames between compiled code and a hook's own work are not for it, either.
+        compiler.eval_frame.skip_code(_RUN_CODE)
+        compiler.reset()
+
+
+_RUN_CODE = untraced(lambda: None).__code__

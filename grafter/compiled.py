@@ -1,0 +1,115 @@
+"""Points inside a compiled region, without a break in its graph: an operator that the compiler leaves where it is.
+
+The operator declares that it changes a token, so that it is neither removed nor moved past another point, and never
+that it changes the value: it returns a new tensor. What a point is called, and whether any filter could ever match it,
+is settled when the code is traced; what matches is asked again at each call, since the step and the context change.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from grafter.errors import UsageError
+from grafter.grafter import Grafter
+from grafter.points import traced_call_site
+
+# What the code is traced into, in place of the number of a site.
+BREAK, NOTHING = -1, -2
+
+
+@dataclass(frozen=True)
+class Site:
+    """One `dump` in compiled code: what its operator does when it runs."""
+
+    name: str
+    arguments: tuple[tuple[str, Any], ...]
+    call_site: str
+
+
+_sites: list[Site] = []
+_known: dict[Site, int] = {}
+_grafter: Grafter | None = None
+_token = torch.zeros(0)
+
+
+def find_site(grafter: Grafter, name: str, arguments: tuple[tuple[str, Any], ...]) -> int:
+    """Called while code is traced: the number of a site, or BREAK (the call breaks the graph and runs as in eager
+    code),
+
+    or NOTHING (no filter can ever match: the call is left out).
+    """
+    global _grafter
+    _grafter = grafter
+    verdict = grafter.compiled_verdict(name, dict(arguments))
+    if verdict != "operator":
+        return BREAK if verdict == "break" else NOTHING
+    site = Site(name, arguments, _users_line())
+    number = _known.get(site)
+    if number is None:
+        number = _known[site] = len(_sites)
+        _sites.append(site)
+    return number
+
+
+def _users_line() -> str:
+    frames = torch._guards.TracingContext.extract_stack()
+    own = [frame for frame in frames if "/grafter/__init__.py" not in frame.filename.replace("\\", "/")]
+    if not own:
+        return "compiled code"
+    return f"{own[-1].filename}:{own[-1].lineno} in {own[-1].name} (compiled)"
+
+
+@torch.library.custom_op("grafter::point", mutates_args=("token",))
+def _point(value: torch.Tensor, token: torch.Tensor, site: int) -> torch.Tensor:
+    assert _grafter is not None
+    point = _sites[site]
+    if torch._C._current_graph_task_id() != -1:
+        _refuse_replay(point)
+        return value.clone()
+    reset = traced_call_site.set(point.call_site)
+    try:
+        # The graph around the operator records gradients; in here is only the value.
+        result: torch.Tensor = _grafter.dump_point(point.name, value, dict(point.arguments))
+    finally:
+        traced_call_site.reset(reset)
+    # An operator's result has memory of its own.
+    return value.clone() if result is value else result
+
+
+def _refuse_replay(point: Site) -> None:
+    """The backward pass repeats this part of the forward pass (checkpointing). A comparison was made already."""
+    assert _grafter is not None
+    if _grafter.compiled_verdict(point.name, dict(point.arguments), only_compare=True) != "operator":
+        raise UsageError(
+            f"the point {point.name!r} at {point.call_site} is in a checkpointed region of compiled code, which the "
+            "backward pass repeats. What was grafted there is not kept for that. Dump it outside of the region, compile "
+            "without checkpointing, or only compare it."
+        )
+
+
+@_point.register_fake
+def _(value: torch.Tensor, token: torch.Tensor, site: int) -> torch.Tensor:
+    like: torch.Tensor = torch.empty_like(value)
+    return like
+
+
+class _StraightThrough(torch.autograd.Function):
+    """The gradient of what comes out is that of what went in, as a graft with `write=return` has it in eager code."""
+
+    @staticmethod
+    def forward(ctx: Any, value: torch.Tensor, token: torch.Tensor, site: int) -> torch.Tensor:
+        result: torch.Tensor = _point(value, token, site)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return gradients[0], None, None
+
+
+def offer_traced(value: torch.Tensor, site: int) -> torch.Tensor:
+    """What traced code calls."""
+    through: torch.Tensor = _StraightThrough.apply(value, _token, site)  # type: ignore[no-untyped-call]
+    return through

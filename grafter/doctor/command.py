@@ -1,0 +1,132 @@
+"""`grafter doctor` on the command line."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from grafter.errors import GrafterError, UsageError
+from grafter.job_environment import parse_settings
+
+if TYPE_CHECKING:
+    from grafter.doctor.finding import Finding
+    from grafter.doctor.page import Page
+
+
+def doctor_command(
+    baseline: Annotated[str | None, typer.Option(metavar="CMD", help="Examine this command, as the baseline.")] = None,
+    target: Annotated[str | None, typer.Option(metavar="CMD", help="Examine this command, as the target.")] = None,
+    b2t: Annotated[str | None, typer.Option(metavar="EXPR", help="For the run of the pair, as in grafter run.")] = None,
+    t2b: Annotated[str | None, typer.Option(metavar="EXPR", help="For the run of the pair, as in grafter run.")] = None,
+    compare: Annotated[
+        str | None, typer.Option(metavar="EXPR", help="For the run of the pair. Default with no filter: all points.")
+    ] = None,
+    transform: Annotated[str | None, typer.Option(metavar="PATH", help="As in grafter run.")] = None,
+    attach: Annotated[
+        list[str] | None, typer.Option(metavar="PATTERN", help="As in grafter run; may be repeated.")
+    ] = None,
+    plan: Annotated[Path | None, typer.Option(metavar="FILE", help="A plan file (YAML), as in grafter run.")] = None,
+    assignments: Annotated[
+        list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Any other setting; may be repeated.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="For ledgers. Default: doctor-<time> in grafter_out.")
+    ] = None,
+    master: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Is the store that another machine hosts reached from here?")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON and nothing else.")] = False,
+) -> None:
+    """Is this machine able to graft, and is this pair of commands?
+
+    Alone it looks at the machine. With --baseline and --target (or one of them) it also runs the commands, five to
+    seven times as pairs: without grafter, armed, each against itself, and one against the other.
+
+    \b
+    grafter doctor
+    grafter doctor --master 10.0.0.1:29400
+    grafter doctor --baseline "python a.py" --target "torchrun --nproc-per-node 2 b.py" --attach "*"
+
+    Exit code: 0 no fault; 1 a fault; 2 wrong usage; 130 Ctrl-C.
+    """
+    # Slow to import (pydantic, rich), and every command of the program imports this file.
+    from grafter.doctor.finding import has_fault
+    from grafter.doctor.machine import check_machine
+    from grafter.doctor.page import Page
+    from grafter.doctor.page import as_json as findings_as_json
+    from grafter.show import make_console
+
+    given = {
+        "b2t_filter": b2t,
+        "t2b_filter": t2b,
+        "compare_filter": compare,
+        "transform_path": transform,
+        "attach": ",".join(attach) if attach else None,
+        "plan": str(plan.absolute()) if plan is not None else None,
+    }
+    page = Page(make_console(sys.stderr if as_json else sys.stdout))
+    findings: list[Finding] = []
+    exit_code = 2
+    try:
+        settings = _settings({field: value for field, value in given.items() if value is not None}, assignments or [])
+        commands = {role: text for role, text in (("baseline", baseline), ("target", target)) if text is not None}
+        if not commands and settings:
+            raise UsageError("filters, --attach, --plan and --set go with --baseline CMD and --target CMD.")
+        place = out or Path(os.environ.get("GRAFTER_DIR", "").strip() or "grafter_out")
+        page.heading("this machine")
+        for finding in check_machine(place, None if master is None else _parse_master(master)):
+            findings.append(finding)
+            page.show(finding)
+        if commands and not has_fault(findings):
+            _examine(commands, settings, out or place / time.strftime("doctor-%Y%m%d-%H%M%S"), findings, page)
+        elif commands:
+            page.heading("the commands were not run: clear the faults above first.")
+        exit_code = 1 if has_fault(findings) else 0
+    except GrafterError as error:
+        typer.echo(f"grafter doctor: {error}", err=True)
+        exit_code = getattr(error, "exit_code", 2)
+    except KeyboardInterrupt:
+        exit_code = 130
+    if exit_code in (0, 1):
+        if as_json:
+            typer.echo(findings_as_json(findings))
+        else:
+            page.verdict(findings)
+    raise typer.Exit(exit_code)
+
+
+def _examine(
+    commands: dict[str, str], settings: dict[str, str], out: Path, findings: list[Finding], page: Page
+) -> None:
+    from grafter.doctor.examination import Examination
+    from grafter.doctor.trials import FILTER_FIELDS
+
+    examination = Examination(
+        commands,
+        out=out,
+        settings={field: value for field, value in settings.items() if field not in FILTER_FIELDS},
+        filters={field: value for field, value in settings.items() if field in FILTER_FIELDS},
+        tell=page.progress,
+    )
+    page.heading("the commands" if len(commands) > 1 else "the command")
+    for finding in examination.findings():
+        findings.append(finding)
+        page.show(finding)
+
+
+def _settings(own: dict[str, str], assignments: list[str]) -> dict[str, str]:
+    assigned = parse_settings(assignments)
+    for field in sorted(own.keys() & assigned.keys()):
+        raise UsageError(f"{field} is given twice, by its own option and by --set; give it once.")
+    return {**assigned, **own}
+
+
+def _parse_master(text: str) -> tuple[str, int]:
+    from grafter.cli import parse_master
+
+    return parse_master(text)

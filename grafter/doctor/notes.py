@@ -1,0 +1,142 @@
+"""The notes of the witnesses of one run, read, and compared to the last bit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+# Of each tensor by its path: shape, dtype, digest; of weights the mean of their absolute values, too.
+Tensors = dict[str, dict[str, Any]]
+
+
+@dataclass
+class ProcessNotes:
+    """One process that called a model. `first` is its first call; `outputs` by call; `end` None: it did not say."""
+
+    first: dict[str, Any]
+    outputs: dict[int, Tensors] = field(default_factory=dict)
+    end: dict[str, Any] | None = None
+    trouble: list[str] = field(default_factory=list)
+
+    @property
+    def rank(self) -> int:
+        return int(self.first["rank"])
+
+
+@dataclass
+class JobNotes:
+    """One job: how many Pythons looked at our path, whether one of them used grafter, and those that called a model,
+    by rank."""
+
+    pythons: int = 0
+    uses_grafter: bool = False
+    processes: list[ProcessNotes] = field(default_factory=list)
+
+    @property
+    def first_process(self) -> ProcessNotes | None:
+        return self.processes[0] if self.processes else None
+
+
+def read_notes(directory: Path) -> dict[str, JobNotes]:
+    """By role. A line that a killed process did not finish is left out."""
+    jobs = {"baseline": JobNotes(), "target": JobNotes()}
+    for path in sorted(directory.glob("*.jsonl")):
+        job = jobs.get(path.name.split("-")[0])
+        if job is None:
+            continue
+        job.pythons += 1
+        lines = list(_lines(path))
+        job.uses_grafter = job.uses_grafter or any(line.get("uses_grafter") for line in lines)
+        process = _read_process(lines)
+        if process is not None:
+            job.processes.append(process)
+    for job in jobs.values():
+        job.processes.sort(key=lambda process: (process.rank, process.first["time"]))
+    return jobs
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    for line in path.read_bytes().split(b"\n")[:-1]:
+        try:
+            yield json.loads(line)
+        except ValueError:
+            continue
+
+
+def _read_process(lines: Sequence[dict[str, Any]]) -> ProcessNotes | None:
+    first = next((line for line in lines if line["kind"] == "first call"), None)
+    if first is None:
+        return None
+    process = ProcessNotes(first)
+    for line in lines:
+        if line["kind"] == "call":
+            process.outputs[line["number"]] = line["outputs"]
+        elif line["kind"] == "end":
+            process.end = line
+        elif line["kind"] == "trouble":
+            process.trouble.append(line["text"])
+    return process
+
+
+def first_change(one: JobNotes, other: JobNotes) -> str | None:
+    """What two runs of one command did not do alike, the earliest first; None where they agree to the last bit."""
+    if len(one.processes) != len(other.processes):
+        return f"{len(one.processes)} processes called a model in one run, {len(other.processes)} in the other"
+    for a, b in zip(one.processes, other.processes, strict=True):
+        change = _change(a, b)
+        if change is not None:
+            return change if len(one.processes) == 1 else f"{change} (rank {a.rank})"
+    return None
+
+
+def _change(a: ProcessNotes, b: ProcessNotes) -> str | None:
+    for what in ("weights", "inputs"):
+        name = first_different(a.first[what], b.first[what])
+        if name is not None:
+            return f"{what[:-1]} {name} of the first call differs"
+    if _calls(a) != _calls(b):
+        return f"models were called {_calls(a)} times in one run, {_calls(b)} in the other"
+    for number in sorted(a.outputs.keys() & b.outputs.keys()):
+        name = first_different(a.outputs[number], b.outputs[number])
+        if name is not None:
+            return f"output {name} of call {number + 1} differs"
+    if a.end is not None and b.end is not None:
+        name = first_different(a.end["weights"], b.end["weights"])
+        if name is not None:
+            return f"weight {name} at the end differs"
+        for kind in a.first["random_states"]:
+            # One that nobody seeded differs from the start, and says nothing.
+            before, after = (
+                [p[when]["random_states"].get(kind) for p in (vars(a), vars(b))] for when in ("first", "end")
+            )
+            if before[0] == before[1] and after[0] != after[1]:
+                return f"the random state of {kind} at the end differs"
+    return None
+
+
+def _calls(process: ProcessNotes) -> int:
+    return int(process.end["calls"]) if process.end is not None else len(process.outputs)
+
+
+def first_different(one: Tensors, other: Tensors) -> str | None:
+    """The first tensor that only one has, or that is not the same to the last bit; unreadable ones are passed over."""
+    for name in [*one, *(name for name in other if name not in one)]:
+        if name not in one or name not in other:
+            return name
+        digests = one[name].get("digest"), other[name].get("digest")
+        if None not in digests and digests[0] != digests[1]:
+            return name
+    return None
+
+
+def what_was_seen(job: JobNotes) -> str:
+    """What an agreement rests on: `3 calls, 12 weights at the end, random states`."""
+    calls = sum(len(process.outputs) for process in job.processes)
+    seen = [f"{calls} model call{'s' * (calls != 1)}"]
+    ends: list[Mapping[str, Any]] = [process.end for process in job.processes if process.end is not None]
+    if ends:
+        seen += [f"{sum(len(end['weights']) for end in ends)} weights at the end", "random states"]
+    return ", ".join(seen)

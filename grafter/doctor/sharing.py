@@ -1,0 +1,69 @@
+"""Shared memory as two ranks of one host use it: a sealed block, passed over an abstract socket, written and read."""
+
+from __future__ import annotations
+
+import array
+import mmap
+import os
+import socket
+from pathlib import Path
+
+from grafter.doctor.finding import Finding, first_line, ok, warning
+from grafter.exchange.shared_memory import open_listener
+from grafter.staging import Staging, StagingRefused, is_sealed_block
+
+_TRIAL_BYTES = 64 << 20
+_WORD = b"grafter doctor"
+_ADVICE = (
+    "Grafting works without it, over gloo and more slowly; a container's seccomp rules or `ulimit -f` may forbid it."
+)
+
+
+def check_sharing() -> Finding:
+    """Both ends are in this process; the kernel makes no difference."""
+    check = "shared memory"
+    if not Path("/proc/self/fd").is_dir():
+        return warning(check, "/proc/self/fd is not there", _ADVICE)
+    try:
+        problem = _pass_block()
+    except (OSError, StagingRefused, ValueError) as error:
+        problem = first_line(error)
+    if problem:
+        return warning(check, f"tensors cannot be shared between processes: {problem}", _ADVICE)
+    return ok(check, "a sealed block of 64 MiB went over a socket; ranks of one machine write straight to one another")
+
+
+def _pass_block() -> str:
+    """What went wrong, or nothing."""
+    opened = open_listener()
+    if opened is None:
+        return "this Python or system has no memfd_create"
+    listener, name = opened
+    staging = Staging()
+    with listener, socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sender:
+        try:
+            staging.reserve(_TRIAL_BYTES)
+            sender.connect(f"\0{name}")
+            receiver, _ = listener.accept()
+            with receiver:
+                return _write_through(staging, sender, receiver)
+        finally:
+            staging.release()
+
+
+def _write_through(staging: Staging, sender: socket.socket, receiver: socket.socket) -> str:
+    descriptor = array.array("i", [staging.fd])
+    receiver.sendmsg([b"B"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, descriptor)])
+    sender.settimeout(5)
+    _, descriptors, _, _ = socket.recv_fds(sender, 16, 1)
+    if len(descriptors) != 1:
+        return "no descriptor came over the socket"
+    try:
+        if not is_sealed_block(descriptors[0], _TRIAL_BYTES):
+            return "the block came unsealed"
+        with mmap.mmap(descriptors[0], _TRIAL_BYTES) as block:
+            block[-len(_WORD) :] = _WORD
+    finally:
+        os.close(descriptors[0])
+    came = bytes(staging.view(_TRIAL_BYTES - len(_WORD), len(_WORD)).tolist())
+    return "" if came == _WORD else "what was written at one end was not there at the other"

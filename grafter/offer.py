@@ -1,0 +1,112 @@
+"""Offers: what this rank brings to a point, and the header that says so to the other ranks."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from grafter.config import GrafterConfig
+from grafter.direction import Direction
+from grafter.join import Place
+from grafter.layout.axes import axes_from_text, axes_of_job, read_axes
+from grafter.layout.declared import DeclaredLayout, declare_layouts
+from grafter.leaves import Leaves, NothingToOffer, encode_extras, spec_of, take_apart
+from grafter.manifest import Header
+from grafter.options import PointOptions
+from grafter.participants import own_participants
+from grafter.session import Session
+
+_MOST_REMEMBERED = 4096
+# The fields of a header besides whose it is, in the order in which `_describe` gathers them.
+_DESCRIPTION = (
+    "participants", "direction", "call_site", "needs", "generation", "staging", "leaves", "structure", "others",
+    "extras", "extras_tensors", "nothing", "failure", "nccl_device", "layouts", "axes", "check_replicas",
+    "partial_target",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What this rank brings to a point: leaves, or why there are none."""
+
+    value: Any
+    leaves: Leaves | None = None
+    extras_text: str | None = None
+    extras: list[torch.Tensor] = field(default_factory=list)
+    layouts: tuple[DeclaredLayout | None, ...] = ()
+    axes: tuple[tuple[str, int, int], ...] = ()
+    nothing: str | None = None
+    failure: Exception | None = None
+
+
+class OfferMaker:
+    """One per rank."""
+
+    def __init__(self, config: GrafterConfig, place: Place) -> None:
+        self._config, self._place = config, place
+        self._headers: dict[tuple[Any, ...], Header] = {}
+
+    def take_up(self, value: Any, options: PointOptions) -> Offer:
+        """The value, made if it is a function, taken apart. A failure is an offer, too: the other side must hear it."""
+        try:
+            if callable(value) and not isinstance(value, torch.Tensor):
+                value = value()
+            leaves = take_apart(value)
+            extras_text, extras = encode_extras(options.extras) if options.extras is not None else (None, [])
+            layouts = declare_layouts(leaves, options.dims, options.layout, options.seq_lens)
+            axes = self._axes(options.axes) if layouts else ()
+        except NothingToOffer as nothing:
+            return Offer(value, nothing=str(nothing))
+        except Exception as error:
+            return Offer(value, failure=error)
+        return Offer(value, leaves, extras_text, extras, layouts, axes)
+
+    def _axes(self, given: Any) -> tuple[tuple[str, int, int], ...]:
+        """This rank's place on the mesh: what the call says, else what was set, else the configuration."""
+        place = self._place
+        settled = axes_from_text(self._config.axes, place.role_rank, place.role_world_size) if self._config.axes else {}
+        axes = {**settled, **axes_of_job(), **(read_axes(given) if given is not None else {})}
+        return tuple((axis, coordinate, size) for axis, (coordinate, size) in sorted(axes.items()))
+
+    def describe(
+        self, session: Session, offer: Offer, options: PointOptions, direction: Direction, site: str
+    ) -> Header:
+        """This rank's part of the point, for the other ranks. The same description gives the same object."""
+        leaves, failure = offer.leaves, offer.failure
+        description = (
+            own_participants(session.place, options.ranks),
+            direction,
+            site,
+            options.transform.receives if options.transform is not None else "identity",
+            session.transfer.generation,
+            session.transfer.staging.prepare(),
+            leaves.specs if leaves is not None else (),
+            leaves.structure if leaves is not None else "",
+            tuple(sorted(leaves.others.items())) if leaves is not None else (),
+            offer.extras_text,
+            tuple(spec_of(str(i), tensor) for i, tensor in enumerate(offer.extras)),
+            offer.nothing,
+            f"{type(failure).__name__}: {failure}" if failure is not None else None,
+            self._nccl_device(leaves),
+            offer.layouts,
+            offer.axes,
+            bool(offer.layouts) and self._config.check_replicas,
+            options.partial_target,
+        )
+        header = self._headers.get(description)
+        if header is None:
+            fields: dict[str, Any] = dict(zip(_DESCRIPTION, description, strict=True))
+            header = Header(role=session.place.role, role_rank=session.place.role_rank, **fields)
+            if len(self._headers) >= _MOST_REMEMBERED:
+                self._headers.clear()
+            self._headers[description] = header
+        return header
+
+    def _nccl_device(self, leaves: Leaves | None) -> str | None:
+        if self._config.backend != "nccl" or leaves is None or not leaves.tensors[0].is_cuda:
+            return None
+        uuid = torch.cuda.get_device_properties(leaves.tensors[0].device).uuid
+        return f"{uuid} {os.environ.get('NCCL_HOSTID', '')}".strip()

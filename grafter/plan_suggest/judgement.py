@@ -1,0 +1,120 @@
+"""Judgement: how sure a pair is, and the reasons in words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from grafter.plan_suggest.pairs import Confidence, Pair
+from grafter.plan_suggest.shapes import Relation
+from grafter.plan_suggest.tree import Module
+from grafter.plan_suggest.vocabulary import ALIKE, KNOWN, SAME, class_likeness, name_likeness
+
+# By how much the score of a pair exceeds that of the next best for either module, where nothing else comes close.
+_CLEAR, _NARROW = 1.0, 0.3
+
+
+def judge_leaf(
+    baseline: Module,
+    target: Module,
+    relation: Relation,
+    margin: float,
+    like_baseline: Sequence[Module],
+    like_target: Sequence[Module],
+    ratios: tuple[int, ...],
+) -> Pair:
+    """Two modules with weights. like_baseline: modules of the target whose shapes fit the baseline's; like_target: the
+    other way round. High only where shapes fit, and names or the absence of any other candidate agree."""
+    likeness = name_likeness(baseline.segment, target.segment)
+    alone = len(like_baseline) == len(like_target) == 1
+    reasons = [shape_reason(baseline, target, relation), name_reason(baseline, target)]
+    undivided = bool(ratios) and relation.kind == "equal" and likeness < SAME and _could_be_divided(baseline, target)
+    in_order = relation.fits and _same_place(baseline, target, like_baseline, like_target)
+    if alone:
+        reasons.append("no other has this shape")
+    elif in_order:
+        reasons.append("order equal")
+    if undivided:
+        reasons.append("not divided, as others are")
+    if not relation.fits:
+        confidence = Confidence.low
+    elif (
+        relation.kind in ("equal", "divided")
+        and not relation.missing
+        and not undivided
+        and margin >= _CLEAR
+        and (likeness >= KNOWN or (alone and likeness >= 0))
+    ):
+        confidence = Confidence.high
+    elif margin >= _NARROW and (likeness >= ALIKE or alone or in_order):
+        confidence = Confidence.medium
+    else:
+        confidence = Confidence.low
+        reasons.append("another fits nearly as well")
+    return Pair(baseline, target, confidence, tuple(reasons), relation)
+
+
+def judge_holder(baseline: Module, target: Module, overlap: float, surest: Confidence, *, alone: bool) -> Pair:
+    """Two modules that hold others. overlap: the part of these that are pairs; surest: the confidence of the least
+    sure of them; alone: no other module holds the same."""
+    known = name_likeness(baseline.segment, target.segment) >= KNOWN
+    reasons = [holder_reason(overlap), name_reason(baseline, target)]
+    if overlap == 1 and (known or alone):
+        confidence = max(surest, Confidence.medium) if known else surest
+    elif known or overlap == 1:
+        confidence = Confidence.medium
+    else:
+        confidence = Confidence.low
+    return Pair(baseline, target, confidence, tuple(reason for reason in reasons if reason), same_inputs=overlap == 1)
+
+
+def judge_bare(baseline: Module, target: Module) -> Pair:
+    """Two modules without weights: there are no shapes to agree, so it is never high."""
+    known = name_likeness(baseline.segment, target.segment) >= KNOWN
+    alike = class_likeness(baseline.node.class_name, target.node.class_name) > 0
+    confidence = Confidence.medium if known and alike else Confidence.low
+    reasons = ("no weights to compare", name_reason(baseline, target), "classes alike" if alike else "classes unlike")
+    return Pair(baseline, target, confidence, reasons)
+
+
+def shape_reason(baseline: Module, target: Module, relation: Relation) -> str:
+    if relation.kind == "divided":
+        dims = sorted({dim for _, dim in relation.split})
+        side = "the target's" if relation.ratio > 1 else "the baseline's"
+        return f"shapes equal, {side} divided by {abs(relation.ratio)} in dim {', '.join(map(str, dims))}"
+    text = {
+        "equal": "shapes equal",
+        "padded": f"shapes equal but for padded rows ({shapes_of(baseline)}, {shapes_of(target)})",
+        "transposed": f"shapes transposed ({shapes_of(baseline)}, {shapes_of(target)})",
+    }.get(relation.kind, f"shapes differ ({shapes_of(baseline)}, {shapes_of(target)})")
+    return text + (f" but for {', '.join(relation.missing)}, which one side has not got" if relation.missing else "")
+
+
+def holder_reason(overlap: float) -> str:
+    if overlap == 1:
+        return "all in it is paired"
+    return f"{overlap:.0%} of what is in it is paired" if overlap else "nothing in it is paired"
+
+
+def name_reason(baseline: Module, target: Module) -> str:
+    if not baseline.segment or not target.segment:
+        return "" if baseline.segment or target.segment else "the models themselves"
+    likeness = name_likeness(baseline.segment, target.segment)
+    if likeness == SAME:
+        return "names equal"
+    return "names alike" if likeness >= ALIKE else "names unlike"
+
+
+def shapes_of(module: Module) -> str:
+    """`256x128`, or those of several weights."""
+    return ", ".join("x".join(map(str, weight.shape)) or "scalar" for weight in module.weights.values())
+
+
+def _same_place(
+    baseline: Module, target: Module, like_baseline: Sequence[Module], like_target: Sequence[Module]
+) -> bool:
+    return len(like_baseline) == len(like_target) and like_target.index(baseline) == like_baseline.index(target)
+
+
+def _could_be_divided(baseline: Module, target: Module) -> bool:
+    weights = [*baseline.weights.values(), *target.weights.values()]
+    return any(len(weight.shape) > 1 for weight in weights) and not all(weight.is_global for weight in weights)

@@ -1,0 +1,157 @@
+"""Points inside a compiled region: in one graph, in program order, neither removed nor repeated."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from jobs import Rank, succeed, two_jobs
+
+import grafter
+
+BACKENDS = ["eager", "aot_eager", "inductor"]
+
+
+def forward(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    h = x @ weight
+    # What a comparison returns need not be used.
+    grafter.dump("h", h, layer_id=0)
+    for i in range(2):
+        h = grafter.dump("r", torch.relu(h) * 2, layer_id=i)
+        h = grafter.dump("never", h)
+    return h.sum()
+
+
+def run_compiled(rank: Rank) -> Any:
+    (backend,) = rank.arguments
+    compiled = torch.compile(forward, backend=backend, fullgraph=True)
+    x = torch.ones(3, 4)
+    results = []
+    for step in range(2):
+        weight = torch.full((4, 5), 1.0 + step + (0.5 if rank.is_baseline else 0.0), requires_grad=True)
+        out = compiled(x, weight)
+        out.backward()
+        assert weight.grad is not None
+        results.append((float(out.detach()), float(weight.grad.sum())))
+        grafter.step()
+    return results
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_comparisons_run_in_one_graph_and_in_program_order(tmp_path: Path, backend: str) -> None:
+    settings = {"compare_filter": "name != 'never'", "timeout": 90}
+    with Jobs_with(tmp_path, run_compiled, backend, **settings) as jobs:
+        baseline, target = succeed(jobs.wait())
+        ledgers = jobs.ledgers()
+    assert target == [(240.0, 240.0), (480.0, 240.0)]
+    assert baseline == [(360.0, 240.0), (600.0, 240.0)]
+    expected = [(n, t, s) for s in range(2) for n, t in (("h", 0), ("r", 0), ("r", 1))]
+    for records in ledgers.values():
+        assert [(r.name, r.tags["layer_id"], r.step) for r in records] == expected
+        assert {r.outcome for r in records} == {"compared"}
+    assert "test_compiled_points.py:" in ledgers["target", 0][0].call_site
+    assert [r.difference.max_abs for r in ledgers["target", 0][:3] if r.difference] == [2.0, 4.0, 8.0]
+
+
+def graft_compiled(rank: Rank) -> Any:
+    (backend,) = rank.arguments
+
+    def function(weight: torch.Tensor) -> torch.Tensor:
+        y = grafter.dump("y", weight.exp() + (4 if rank.is_baseline else 0), write="return")
+        return (2 * y * y).sum()
+
+    weight = torch.zeros(3, requires_grad=True)
+    out = torch.compile(function, backend=backend, fullgraph=True)(weight)
+    out.backward()
+    assert weight.grad is not None
+    return float(out.detach()), weight.grad.tolist()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_graft_that_returns_goes_on_in_the_graph_and_gradients_are_exact(tmp_path: Path, backend: str) -> None:
+    """y is 5 for the consumer; exp differentiates at its own 0: 2 * 2 * 5 * exp(0) = 20."""
+    with Jobs_with(tmp_path, graft_compiled, backend, b2t_filter="True", timeout=90) as jobs:
+        baseline, target = succeed(jobs.wait())
+    assert target == baseline == (150.0, [20.0] * 3)
+
+
+def choose_by_step(rank: Rank) -> Any:
+    """A filter on the step, and one on a tag of the context around the compiled code."""
+    compiled = torch.compile(lambda x: grafter.dump("h", x * 2) + 1, backend="eager", fullgraph=True)
+    for layer_id in range(2):
+        for _ in range(2):
+            with grafter.context(layer_id=layer_id):
+                compiled(torch.ones(2))
+            grafter.step()
+
+
+def test_what_matches_is_asked_again_at_each_call(tmp_path: Path) -> None:
+    with two_jobs(tmp_path, choose_by_step, choose_by_step, compare_filter="layer_id == 1 and step >= 3") as jobs:
+        succeed(jobs.wait())
+        records = jobs.ledgers()["target", 0]
+    assert [(r.step, r.tags) for r in records] == [(3, {"layer_id": 1})]
+
+
+def checkpoint_inside(rank: Rank) -> Any:
+    from torch.utils.checkpoint import checkpoint
+
+    (backend,) = rank.arguments
+
+    def function(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = checkpoint(forward, x, weight, use_reentrant=False)
+        return result
+
+    weight = torch.ones(4, 5, requires_grad=True)
+    torch.compile(function, backend=backend, fullgraph=True)(torch.ones(3, 4), weight).backward()
+    assert weight.grad is not None
+    return float(weight.grad.sum())
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_checkpointed_region_inside_does_not_repeat_a_point(tmp_path: Path, backend: str) -> None:
+    with Jobs_with(tmp_path, checkpoint_inside, backend, compare_filter="True", timeout=90) as jobs:
+        assert succeed(jobs.wait()) == [240.0, 240.0]
+        records = jobs.ledgers()["target", 0]
+    assert [(r.name, r.tags.get("layer_id")) for r in records] == [
+        ("h", 0),
+        ("r", 0),
+        ("never", None),
+        ("r", 1),
+        ("never", None),
+    ]
+
+
+def graft_in_checkpoint(rank: Rank) -> Any:
+    from torch.utils.checkpoint import checkpoint
+
+    def region(w: torch.Tensor) -> torch.Tensor:
+        return grafter.dump("y", w.exp(), write="return").sin()
+
+    def function(weight: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = checkpoint(region, weight, use_reentrant=False)
+        return result.sum()
+
+    weight = torch.zeros(3, requires_grad=True)
+    out = torch.compile(function, backend="aot_eager", fullgraph=True)(weight)
+    try:
+        out.backward()
+    except grafter.GrafterError as error:
+        return str(error)
+    return "done"
+
+
+def test_a_graft_that_a_checkpoint_would_repeat_is_an_error_and_no_wrong_number(tmp_path: Path) -> None:
+    with two_jobs(tmp_path, graft_in_checkpoint, graft_in_checkpoint, b2t_filter="True", timeout=90) as jobs:
+        for text in succeed(jobs.wait()):
+            assert text == "done" or "in a checkpointed region of compiled code" in text
+
+
+def Jobs_with(directory: Path, function: Any, argument: Any, **settings: Any) -> Any:
+    from jobs import Jobs
+
+    jobs = Jobs(directory, **settings)
+    jobs.start("baseline", 1, function, argument)
+    jobs.start("target", 1, function, argument)
+    return jobs
