@@ -16,7 +16,9 @@ from rich.console import Console
 from benchmarks.calls import measure_calls
 from benchmarks.capture import measure_capture
 from benchmarks.footprint import measure_import, measure_memory
+from benchmarks.planning import measure_planning
 from benchmarks.report import Report
+from benchmarks.resharding import ReshardingEffort, measure_resharding, shape_of
 from benchmarks.sglang_grafter import find_dumper
 from benchmarks.summaries import measure_summaries
 from benchmarks.transfers import Effort, measure_ranks
@@ -25,7 +27,7 @@ from benchmarks.ways import ModelShape, Ranks
 
 Value = TypeVar("Value")
 
-PARTS = ("transfers", "calls", "memory", "import", "statistics", "capture")
+PARTS = ("transfers", "calls", "memory", "import", "statistics", "capture", "resharding", "planning")
 _RANKS = (Ranks(1, 1), Ranks(2, 2), Ranks(4, 2))
 _SIZES = (4 * KIB, 64 * KIB, MIB, 16 * MIB, 64 * MIB, 256 * MIB)
 
@@ -44,16 +46,32 @@ class Plan:
     summary_bytes: int
     summary_rounds: int
     capture_rounds: int
+    resharding_bytes: int
+    resharding: ReshardingEffort
+    planning_rounds: int
 
 
-FULL = Plan(_RANKS, _SIZES, Effort(9, 0.1, 5.0, True), 15, 200_000, 64 * MIB, 7, 64 * MIB, 7, 9)
-QUICK = Plan(_RANKS[:2], (4 * KIB, MIB, 64 * MIB), Effort(5, 0.05, 2.0, False), 7, 100_000, 64 * MIB, 3, 64 * MIB, 3, 5)
+FULL = Plan(
+    *(_RANKS, _SIZES, Effort(9, 0.1, 5.0, True), 15, 200_000, 64 * MIB, 7, 64 * MIB, 7, 9),
+    *(256 * MIB, ReshardingEffort(15, 2, 0.4), 7),
+)
+QUICK = Plan(
+    *(_RANKS[:2], (4 * KIB, MIB, 64 * MIB), Effort(5, 0.05, 2.0, False), 7, 100_000, 64 * MIB, 3, 64 * MIB, 3, 5),
+    *(64 * MIB, ReshardingEffort(5, 1, 0.1), 3),
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """0; an unmet target is no failure, since figures depend on what else the machine does."""
-    given = _parser().parse_args(arguments)
+    parser = _parser()
+    given = parser.parse_args(arguments)
     plan = QUICK if given.quick else FULL
+    sharded_bytes = max(given.sizes) if given.sizes else plan.resharding_bytes
+    if "resharding" in given.parts:
+        try:
+            shape_of(sharded_bytes)
+        except ValueError as error:
+            parser.error(f"--sizes, for the part resharding: {error}")
     console = Console(width=None if sys.stdout.isatty() else 180)
     progress = Console(stderr=True)
 
@@ -84,6 +102,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if "capture" in given.parts:
         say("capture")
         report.capture = measure_capture(ModelShape(), plan.capture_rounds, 3)
+    if "resharding" in given.parts:
+        report.resharding = measure_resharding(sharded_bytes, plan.resharding, say)
+    if "planning" in given.parts:
+        say("planning")
+        report.planning = measure_planning(plan.planning_rounds)
     report.seconds = time.monotonic() - start
     report.print(console, verbose=given.verbose)
     if given.json is not None:
@@ -103,7 +126,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         type=_explained(parse_size),
         metavar="SIZE",
-        help="e.g. 4KiB 64MiB; memory and statistics: the largest",
+        help="e.g. 4KiB 64MiB; memory, statistics, resharding: the largest",
     )
     parser.add_argument(
         "--sglang",

@@ -12,14 +12,26 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from benchmarks.calls import CallResult
 from benchmarks.capture import CaptureResult
 from benchmarks.footprint import ImportResult, MemoryResult
+from benchmarks.planning import PlanningResult
+from benchmarks.resharding import GATHERED, PLAIN, RESHARDED, ReshardingResult
 from benchmarks.rounds import Spread
 from benchmarks.summaries import SummaryResult
-from benchmarks.targets import Target, call_targets, capture_targets, import_targets, summary_targets, transfer_targets
+from benchmarks.targets import (
+    Target,
+    call_targets,
+    capture_targets,
+    import_targets,
+    planning_targets,
+    resharding_targets,
+    summary_targets,
+    transfer_targets,
+)
 from benchmarks.transfers import CaseResult, StageResult
 from benchmarks.units import size_text, three_digits, time_text
 from benchmarks.ways import AllGatherObject, AllGatherObjectOfAll, Grafter, Memcpy, RawGloo, Sglang
@@ -39,6 +51,8 @@ class Report:
     imports: ImportResult | None = None
     summaries: list[SummaryResult] = field(default_factory=list)
     capture: list[CaptureResult] = field(default_factory=list)
+    resharding: list[ReshardingResult] = field(default_factory=list)
+    planning: list[PlanningResult] = field(default_factory=list)
     seconds: float = 0.0
     load_before: float = 0.0
 
@@ -50,6 +64,8 @@ class Report:
             *(import_targets(self.imports) if self.imports is not None else []),
             *summary_targets(self.summaries),
             *capture_targets(self.capture),
+            *resharding_targets(self.resharding),
+            *planning_targets(self.planning),
         ]
 
     def as_json(self) -> dict[str, Any]:
@@ -65,6 +81,8 @@ class Report:
             "import": self.imports.as_json() if self.imports is not None else None,
             "statistics": [summary.as_json() for summary in self.summaries],
             "capture": [result.as_json() for result in self.capture],
+            "resharding": [result.as_json() for result in self.resharding],
+            "planning": [result.as_json() for result in self.planning],
             "targets": [target.as_json() for target in self.targets],
         }
 
@@ -84,6 +102,10 @@ class Report:
             _memory_table(self.memory) if self.memory else None,
             _summary_table(self.summaries) if self.summaries else None,
             _capture_table(self.capture) if self.capture else None,
+            _resharding_table(self.resharding) if self.resharding else None,
+            _resharding_stage_table(self.resharding) if self.resharding and verbose else None,
+            _planning_table(self.planning) if self.planning else None,
+            _scaling_table(self.planning) if self.planning else None,
             _import_table(self.imports) if self.imports is not None and verbose else None,
             _target_table(self.targets) if self.targets else None,
         ]
@@ -94,6 +116,9 @@ class Report:
         for case in self.cases:
             for reason in case.left_out.values():
                 console.print(f"left out of {case.ranks}, {size_text(case.nbytes)}: {reason}")
+        for result in self.resharding:
+            for reason in result.left_out.values():
+                console.print(f"left out of {result}: {reason}")
 
 
 def machine_facts() -> dict[str, Any]:
@@ -219,6 +244,86 @@ def _capture_table(results: list[CaptureResult]) -> Table:
             "\n".join(f"≤ {t.limit:g}" for t in targets),
             "\n".join(met_text(t) for t in targets),
         )
+    return table
+
+
+def _resharding_table(results: list[ReshardingResult]) -> Table:
+    table = _table(
+        "Another number of shards of [b, s, h]. x: resharded in grafts that reshard nothing; faster: than gathering",
+        *("shards, split dim, size", RESHARDED, *(column for way in PLAIN for column in (way, "x"))),
+        *("x the faster", "±", "target", "met", GATHERED, "faster"),
+    )
+    for result in results:
+        cells = [str(result), time_text(result.spread(RESHARDED).median)]
+        for way in PLAIN:
+            over = result.ratio(RESHARDED, way)
+            assert over is not None
+            cells += [time_text(result.spread(way).median), ratio_text(over)]
+        targets = resharding_targets([result])
+        cells += [
+            ratio_text(result.over_plain),
+            f"{result.over_plain.noise:.0%}",
+            "".join(f"≤ {t.limit:g}" for t in targets),
+            "".join(met_text(t) for t in targets),
+        ]
+        faster = result.ratio(GATHERED, RESHARDED)
+        cells += ["", ""] if faster is None else [time_text(result.spread(GATHERED).median), ratio_text(faster)]
+        table.add_row(*cells)
+    return table
+
+
+def _resharding_stage_table(results: list[ReshardingResult]) -> Table:
+    table = _table("Where its calls spend their time (rank 0 of each job)", "shards, way, role", *_STAGES)
+    for result in results:
+        for stage in result.stages:
+            own = [stage.stages.get(name, 0.0) for name in _STAGES]
+            table.add_row(f"{result.ranks}, {stage.case}, {stage.role}", *(time_text(s) if s else "" for s in own))
+    return table
+
+
+def _planning_table(results: list[PlanningResult]) -> Table:
+    table = _table(
+        "Decision and plan of one rank among 1024 + 1024, both axes of 32 ranks; parsing: of both manifests",
+        *("layouts", "pieces", "decision", "sender", "receiver", "±", "target", "met", "parsing", "JSON"),
+    )
+    for result in results:
+        if result.table != "layouts" or result.parsing is None:
+            continue
+        targets = planning_targets([result])
+        table.add_row(
+            f"{result.name}\n  {escape(result.layouts)}",
+            str(max(result.pieces.values())),
+            time_text(result.decision.median),
+            *(time_text(result.seconds[role].median) for role in ("baseline", "target")),
+            f"{result.slower_seconds.noise:.0%}",
+            "".join(f"≤ {t.limit:g} ms" for t in targets),
+            "".join(met_text(t) for t in targets),
+            time_text(result.parsing.median),
+            f"{result.message_bytes / 2**20:.1f} MiB",
+        )
+    return table
+
+
+def _scaling_table(results: list[PlanningResult]) -> Table:
+    """More: what each piece, or each rank of a job, costs beyond the row above."""
+    table = _table(
+        "By pieces, and by ranks; more: per piece or rank of a job beyond the row above",
+        *("what", "sender", "more", "receiver", "more"),
+    )
+    for name in ("pieces", "world"):
+        rows = [result for result in results if result.table == name]
+        for before, result in zip([None, *rows], rows, strict=False):
+            cells = [result.name]
+            for role in ("baseline", "target"):
+                seconds = result.seconds[role].median
+                cells.append(time_text(seconds))
+                if before is None:
+                    cells.append("")
+                    continue
+                more = (seconds - before.seconds[role].median) * 1e6
+                number = result.pieces[role] - before.pieces[role] if name == "pieces" else result.world - before.world
+                cells.append(f"{more / number:.1f} us")
+            table.add_row(*cells, end_section=result is rows[-1])
     return table
 
 

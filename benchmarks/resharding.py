@@ -28,7 +28,7 @@ import torch.distributed as dist
 
 from benchmarks.crew import Crew
 from benchmarks.rounds import Spread, interleaved, ratio, spread
-from benchmarks.transfers import _available_bytes as available_bytes
+from benchmarks.transfers import _available_bytes
 from benchmarks.units import size_text
 from benchmarks.ways import AllGatherObject, Ranks
 from grafter.store import HostedStore, serve
@@ -73,6 +73,15 @@ class Crossing:
         )
         rows = (b[:, None] * self.shape[1] + s) * self.shape[2]
         return (rows[:, :, None] + h).remainder_(_MODULUS).float()
+
+
+@dataclass(frozen=True)
+class ReshardingEffort:
+    """Rounds of one batch per way. Gathering takes seconds a call: one call in each of the first rounds."""
+
+    rounds: int
+    gathering_rounds: int
+    batch_seconds: float
 
 
 @dataclass(frozen=True)
@@ -155,9 +164,7 @@ def shape_of(nbytes: int) -> tuple[int, int, int]:
     return 2, count // (2 * h), h
 
 
-def measure_resharding(
-    nbytes: int, rounds: int, gathering_rounds: int, batch_seconds: float, say: Callable[[str], None]
-) -> list[ReshardingResult]:
+def measure_resharding(nbytes: int, effort: ReshardingEffort, say: Callable[[str], None]) -> list[ReshardingResult]:
     """2->4 and 4->2, of h and of s. All processes live side by side, and those of one way work at a time."""
     shape = shape_of(nbytes)
     results = []
@@ -165,26 +172,19 @@ def measure_resharding(
         for ranks in (Ranks(2, 4), Ranks(4, 2)):
             for dim in ("h", "s"):
                 say(f"resharding {ranks} of {dim}, {size_text(nbytes)}")
-                results.append(_measure(grafts, gathers, ranks, dim, shape, rounds, gathering_rounds, batch_seconds))
+                results.append(_measure(grafts, gathers, ranks, dim, shape, effort))
     return results
 
 
 def _measure(
-    grafts: ShardCrew,
-    gathers: ShardCrew,
-    ranks: Ranks,
-    dim: str,
-    shape: tuple[int, int, int],
-    rounds: int,
-    gathering_rounds: int,
-    batch_seconds: float,
+    grafts: ShardCrew, gathers: ShardCrew, ranks: Ranks, dim: str, shape: tuple[int, int, int], effort: ReshardingEffort
 ) -> ReshardingResult:
     ways = {RESHARDED: ranks, **{way: Ranks.parse(way) for way in PLAIN}}
     crossings = {way: Crossing(way, own, dim, shape) for way, own in ways.items()}
     measures, calls = {}, {}
     for way, crossing in crossings.items():
         grafts.prepare_crossing(crossing)
-        calls[way] = max(2, int(batch_seconds / grafts.seconds_of(crossing, 1, lead_in=1)))
+        calls[way] = max(2, int(effort.batch_seconds / grafts.seconds_of(crossing, 1, lead_in=1)))
         measures[way] = partial(grafts.seconds_of, crossing, calls[way], 1)
     gathering, left_out = Crossing(GATHERED, ranks, dim, shape), {}
     reason = _why_left_out(gathering)
@@ -192,12 +192,12 @@ def _measure(
         gathers.prepare_crossing(gathering)
         calls[GATHERED] = 1
         both = {**measures, GATHERED: partial(gathers.seconds_of, gathering, 1, 0)}
-        seconds = interleaved(both, min(rounds, gathering_rounds))
+        seconds = interleaved(both, min(effort.rounds, effort.gathering_rounds))
         gathers.forget_tensors()
     else:
         left_out[GATHERED] = reason
         seconds = {way: [] for way in measures}
-    more = interleaved(measures, rounds - len(seconds[RESHARDED]))
+    more = interleaved(measures, effort.rounds - len(seconds[RESHARDED]))
     seconds = {way: own + more.get(way, []) for way, own in seconds.items()}
     grafts.forget_tensors()
     stages, received = _read_ledger(grafts.ledger_directory(), crossings, seconds)
@@ -210,7 +210,7 @@ def _why_left_out(crossing: Crossing) -> str | None:
     # Beside what gathering itself takes, each receiver puts the global tensor together.
     needed = AllGatherObject.bytes_needed(crossing.ranks, nbytes // crossing.ranks.baseline)
     needed += crossing.ranks.target * nbytes
-    available = available_bytes()
+    available = _available_bytes()
     if needed <= _SHARE_OF_MEMORY * available:
         return None
     return f"{crossing.way} needs {needed / 2**30:.1f} GiB in all, and {available / 2**30:.1f} GiB are free"

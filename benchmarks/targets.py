@@ -9,6 +9,8 @@ from typing import Any
 from benchmarks.calls import CallResult
 from benchmarks.capture import ALONE, CaptureResult
 from benchmarks.footprint import ImportResult
+from benchmarks.planning import PlanningResult
+from benchmarks.resharding import ReshardingResult
 from benchmarks.rounds import Spread
 from benchmarks.summaries import SummaryResult
 from benchmarks.transfers import CaseResult
@@ -30,6 +32,11 @@ IMPORT_SECONDS = 0.020
 FULL_SUMMARY_MEMCPYS = 15.0
 SUMMARY_BYTES = 64 * MIB
 HOOKED_OVER_PLAIN = 1.05
+# Of 256 MiB; the faster of 2->2 and 4->4 is what it is compared with.
+RESHARDED_OVER_PLAIN = 1.5
+RESHARDED_BYTES = 256 * MIB
+# One rank's, among 1024 + 1024.
+PLANNING_SECONDS = 0.020
 
 
 @dataclass(frozen=True)
@@ -87,8 +94,7 @@ def call_targets(calls: Sequence[CallResult]) -> list[Target]:
 
 
 def import_targets(result: ImportResult) -> list[Target]:
-    milliseconds = Spread(result.seconds.median * 1e3, result.seconds.low * 1e3, result.seconds.high * 1e3)
-    return [_target("import grafter, after torch", milliseconds, IMPORT_SECONDS * 1e3, "ms")]
+    return [_target("import grafter, after torch", _milliseconds(result.seconds), IMPORT_SECONDS * 1e3, "ms")]
 
 
 def summary_targets(summaries: Sequence[SummaryResult]) -> list[Target]:
@@ -105,6 +111,26 @@ def capture_targets(results: Sequence[CaptureResult]) -> list[Target]:
         for r in results
         if r.case == ALONE
     ]
+
+
+def resharding_targets(results: Sequence[ReshardingResult]) -> list[Target]:
+    return [
+        _target(f"resharding {r}: as long as", r.over_plain, RESHARDED_OVER_PLAIN, "plain grafts")
+        for r in results
+        if r.nbytes == RESHARDED_BYTES
+    ]
+
+
+def planning_targets(results: Sequence[PlanningResult]) -> list[Target]:
+    return [
+        _target(f"planning {r.name}", _milliseconds(r.slower_seconds), PLANNING_SECONDS * 1e3, "ms")
+        for r in results
+        if r.table == "layouts"
+    ]
+
+
+def _milliseconds(seconds: Spread) -> Spread:
+    return Spread(seconds.median * 1e3, seconds.low * 1e3, seconds.high * 1e3)
 
 
 def _target(what: str, measured: Spread, limit: float, unit: str, *, at_least: bool = False) -> Target:

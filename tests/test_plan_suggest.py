@@ -275,6 +275,33 @@ def test_a_padded_vocabulary_is_a_medium_pair() -> None:
     assert confidence_of(match_trees(ours, theirs), "wte") == "medium"
 
 
+def test_a_dropout_elsewhere_is_another_one() -> None:
+    """Modules without weights need a place in common: what holds them is a pair, or is called alike."""
+    ours = tree(
+        node("attn"), node("attn.q", 4, 4), node("attn.dropout", kind="Dropout"), node("ffn"), node("ffn.w", 8, 4)
+    )
+    theirs = tree(
+        node("attn"), node("attn.q", 4, 4), node("ffn"), node("ffn.w", 8, 4), node("ffn.dropout", kind="Dropout")
+    )
+    suggestion = match_trees(ours, theirs)
+    assert "attn.dropout" not in found_pairs(suggestion)
+    assert left_of(suggestion, "baseline") == {
+        "attn.dropout": "it has no weights, and none in its place there has a like name"
+    }
+
+
+def test_one_name_for_two_meanings_is_not_high(llama_tree: ModuleTree) -> None:
+    """Gemma 2's `post_attention_layernorm` is not what comes before the feed-forward, as it is Llama's."""
+    nodes = []
+    for one in llama_tree.modules:
+        nodes.append(one)
+        if one.path.endswith("post_attention_layernorm"):
+            path = one.path.replace("post_attention", "pre_feedforward")
+            nodes.append(one.model_copy(update={"path": path}))
+    suggestion = match_trees(llama_tree, ModuleTree(modules=tuple(nodes)))
+    assert confidence_of(suggestion, "model.layers.{layer_id}.post_attention_layernorm") != "high"
+
+
 def test_nothing_in_common() -> None:
     """Only the models themselves, which are not sure."""
     suggestion = match_trees(tree(node("up", 8, 4)), tree(node("conv", 3, 3, 7, 7, kind="Conv2d")))

@@ -175,9 +175,12 @@ def _of_dtensors(members: Sequence[Member], layouts: Sequence[DeclaredLayout]) -
         raise LayoutError(f"{dims.text!r} names {len(dims.dims)} dims, and the DTensor is {list(global_shape)}.")
     _check_one_mesh(members, layouts, dims)
     shares: dict[int, Share] = {}
+    joined: dict[Runs, Runs] = {}
     for member, layout in zip(members, layouts, strict=True):
         _check_runs(member, layout, first)
-        shares[member.role_rank] = Share(_as_runs(layout), summand=layout.summand[1] if layout.summand else 0)
+        # One object for equal runs: what follows is then worked out once, and not for each rank.
+        runs = tuple(joined.get(own) or joined.setdefault(own, _joined(own)) for own in layout.runs or ())
+        shares[member.role_rank] = Share(runs, summand=layout.summand[1] if layout.summand else 0)
     reduction, _, summands = first.summand or ("sum", 0, 1)
     text = f"DTensor of {list(global_shape)}"
     return RoleShares(_role(members), text, _named(dims), global_shape, shares, reduction, summands)
@@ -215,8 +218,8 @@ def _check_runs(member: Member, layout: DeclaredLayout, first: DeclaredLayout) -
             raise LayoutError(f"the DTensor of {member} has {local} values in dim {dim}, and its local tensor {size}.")
 
 
-def _as_runs(layout: DeclaredLayout) -> tuple[Runs, ...]:
-    return tuple(from_parts((start, length) for start, length, _ in runs) for runs in layout.runs or ())
+def _joined(runs: Runs) -> Runs:
+    return from_parts((start, length) for start, length, _ in runs)
 
 
 def _of_boxes(members: Sequence[Member], layouts: Sequence[DeclaredLayout]) -> RoleShares:

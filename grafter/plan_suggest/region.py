@@ -17,7 +17,7 @@ from grafter.plan_suggest.tree import Module, Region
 from grafter.plan_suggest.vocabulary import FUSED, OPPOSED, class_likeness, meanings_of, name_likeness
 
 _SHAPE_SCORE = {"equal": 4.0, "divided": 3.8, "padded": 3.0, "transposed": 2.5, "different": -1.5, "none": -1.5}
-_LEAF_THRESHOLD, _HOLDER_THRESHOLD, _BARE_THRESHOLD, _STACK_THRESHOLD = 3.0, 2.5, 3.9, 3.0
+_LEAF_THRESHOLD, _HOLDER_THRESHOLD, _BARE_THRESHOLD, _STACK_THRESHOLD = 3.0, 2.5, 4.4, 3.0
 
 Score = Callable[[Module, Module], float]
 

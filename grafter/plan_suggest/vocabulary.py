@@ -12,7 +12,7 @@ _MEANINGS = {
     "key": "k k_proj wk key k_lin to_k linear_k key_proj k_projection",
     "value": "v v_proj wv value v_lin to_v linear_v value_proj v_projection",
     "qkv": "qkv qkv_proj linear_qkv wqkv query_key_value c_attn in_proj to_qkv attn_qkv",
-    "attention output": "o_proj wo out_proj linear_proj to_out c_proj dense proj attn_out out_lin o out",
+    "attention output": "o_proj wo out_proj linear_proj to_out c_proj proj attn_out out_lin o out",
     "attention": "self_attn attention self_attention attn selfattention sa mha",
     "cross attention": "cross_attn cross_attention encoder_attn crossattention encdecattention",
     "inner attention": "core_attention inner_attention dot_product_attention sdpa attn_fn",
@@ -24,7 +24,7 @@ _MEANINGS = {
     "norm before attention": "input_layernorm attention_norm norm1 norm_1 ln_1 ln1 attn_norm input_norm "
     "pre_attention_layernorm self_attn_layer_norm pre_attn_norm attention_layernorm",
     "norm before feed-forward": "post_attention_layernorm ffn_norm norm2 norm_2 ln_2 ln2 mlp_norm pre_mlp_layernorm "
-    "post_attention_norm final_layer_norm pre_mlp_norm ff_norm feed_forward_norm",
+    "post_attention_norm pre_feedforward_layernorm final_layer_norm pre_mlp_norm ff_norm feed_forward_norm",
     "final norm": "norm final_layernorm ln_f final_norm norm_f final_layer_norm ln_final last_norm",
     "query norm": "q_norm q_layernorm query_norm q_ln",
     "key norm": "k_norm k_layernorm key_norm k_ln",

@@ -1,7 +1,4 @@
-"""FSDP2: the axes of a mesh without names, which `fully_shard` makes where it is given none.
-
-`fsdp` is the axis over which parameters are sharded, `dp_replicate` the one over which the shards are repeated.
-"""
+"""FSDP2: the axis `fsdp` of a mesh without names, which `fully_shard` makes where it is given no mesh."""
 
 from __future__ import annotations
 
@@ -30,10 +27,5 @@ def _parameter_groups(module: Any) -> list[Any]:
 
 def _axes_of(info: Any) -> Axes:
     if info.mesh.mesh_dim_names:
-        return {}  # its DTensors have said it
-    found: Axes = {}
-    for axis, kind in (("fsdp", "shard"), ("dp_replicate", "replicate")):
-        size = getattr(info, f"{kind}_mesh_size", None)
-        if size is not None:
-            found[axis] = (getattr(info, f"{kind}_mesh_rank"), size)
-    return found
+        return {}  # its DTensors have said it; a mesh of two dims must have names
+    return {"fsdp": (info.shard_mesh_rank, info.shard_mesh_size)}
