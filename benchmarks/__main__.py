@@ -53,7 +53,7 @@ class Plan:
 
 FULL = Plan(
     *(_RANKS, _SIZES, Effort(9, 0.1, 5.0, True), 15, 200_000, 64 * MIB, 7, 64 * MIB, 7, 9),
-    *(256 * MIB, ReshardingEffort(15, 2, 0.4), 7),
+    *(256 * MIB, ReshardingEffort(15, 1, 0.4), 7),
 )
 QUICK = Plan(
     *(_RANKS[:2], (4 * KIB, MIB, 64 * MIB), Effort(5, 0.05, 2.0, False), 7, 100_000, 64 * MIB, 3, 64 * MIB, 3, 5),

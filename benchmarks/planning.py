@@ -32,7 +32,7 @@ _SIZES = {"b": 1024, "s": 1024, "h": 1024, "d": 128}
 LARGEST_WORLD = 1024
 _RANKS_PER_HOST = 8
 _MANIFESTS = TypeAdapter(tuple[Manifest, Manifest])
-# For `time`: nothing else runs on this thread, and other programs do not count.
+# Other programs and threads do not count.
 _clock = time.thread_time
 
 
@@ -162,7 +162,7 @@ class _Planning:
         world = (self.case.sender if role == "baseline" else self.case.receiver).world
         me = self._roster.graft_rank(role, world // 2 + 1)
         # What is remembered is remembered with the pair.
-        pair = Pair(*self._manifests)
+        pair = Pair(self._manifests[0], self._manifests[1])
         start = _clock()
         decision = decide("b2t", pair)
         decided = _clock()

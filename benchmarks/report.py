@@ -19,8 +19,9 @@ from benchmarks.calls import CallResult
 from benchmarks.capture import CaptureResult
 from benchmarks.footprint import ImportResult, MemoryResult
 from benchmarks.planning import PlanningResult
-from benchmarks.resharding import GATHERED, PLAIN, RESHARDED, ReshardingResult
+from benchmarks.resharding import PLAIN, ReshardingResult
 from benchmarks.rounds import Spread
+from benchmarks.sharding import GATHERED, RESHARDED
 from benchmarks.summaries import SummaryResult
 from benchmarks.targets import (
     Target,
@@ -249,7 +250,7 @@ def _capture_table(results: list[CaptureResult]) -> Table:
 
 def _resharding_table(results: list[ReshardingResult]) -> Table:
     table = _table(
-        "Another number of shards of [b, s, h]. x: resharded in grafts that reshard nothing; faster: than gathering",
+        r"Another number of shards of \[b, s, h]. x: resharded in grafts that reshard nothing; faster: than gathering",
         *("shards, split dim, size", RESHARDED, *(column for way in PLAIN for column in (way, "x"))),
         *("x the faster", "±", "target", "met", GATHERED, "faster"),
     )

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import torch
 
+from grafter.capture.adapters import mesh_axes
 from grafter.capture.attachment import Attachment
 from grafter.capture.module_tree import write_module_trees
 from grafter.capture.naming import Naming
@@ -29,6 +30,7 @@ from grafter.errors import GrafterError, JoinError, PeerLostError, RunError, Usa
 from grafter.gradients import PHASE as BACKWARD
 from grafter.gradients import GradientPoints, WatchedGradient
 from grafter.kept_writes import unobserved
+from grafter.layout.axes import axes_of_job, set_axes
 from grafter.ledger import LedgerRecord, RankSummary
 from grafter.meeting import Meeting
 from grafter.names import PointName
@@ -181,6 +183,8 @@ class Grafter:
                 "grafter: %s: this attach comes after the first point, so the names of its modules are not compared",
                 self._place.who,
             )
+        if self.config.axes is None and not axes_of_job():
+            set_axes(**mesh_axes(model))
         # What is attached until the first point is announced together, so that is when joining begins.
         self._attachments.append(attachment)
         return attachment

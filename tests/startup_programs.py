@@ -168,6 +168,16 @@ def forward_alone() -> Any:
     return found()
 
 
+def compiled() -> Any:
+    """The model is called for the first time by code that is being compiled."""
+    model = Model()
+    function = torch.compile(lambda x: model(x) + 1, backend="eager")
+    with torch.no_grad():
+        for _ in range(3):
+            function(torch.ones(1, 4))
+    return found()
+
+
 def training() -> Any:
     """Two iterations of two microbatches, with a validation after each."""
     model = Model()

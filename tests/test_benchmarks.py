@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -20,9 +21,12 @@ sys.path.append(str(ROOT))
 from benchmarks.calls import CallResult  # noqa: E402
 from benchmarks.capture import ALONE, measure_capture  # noqa: E402
 from benchmarks.footprint import measure_import  # noqa: E402
+from benchmarks.planning import PlanningResult, measure_planning  # noqa: E402
+from benchmarks.resharding import ReshardingResult, shape_of  # noqa: E402
 from benchmarks.rounds import Spread, interleaved, ratio, spread  # noqa: E402
 from benchmarks.sglang_grafter import load_dumper_module  # noqa: E402
-from benchmarks.targets import call_targets, capture_targets, transfer_targets  # noqa: E402
+from benchmarks.sharding import DIMS, Crossing  # noqa: E402
+from benchmarks.targets import call_targets, capture_targets, planning_targets, resharding_targets, transfer_targets  # noqa: E402
 from benchmarks.transfers import CaseResult  # noqa: E402
 from benchmarks.units import parse_size, size_text, time_text  # noqa: E402
 from benchmarks.ways import AllGatherObject, ModelShape, Ranks  # noqa: E402
@@ -61,6 +65,51 @@ def stages_of(figures: dict[str, Any], ranks: str, role: str) -> dict[str, float
     return dict(found)
 
 
+def test_resharding_is_measured_beside_grafts_and_gathering(tmp_path: Path) -> None:
+    """Each value crosses once; every way is measured, its result checked by the ranks, and all of it is told."""
+    path = tmp_path / "figures.json"
+    done = run_benchmarks("--quick", "--sizes", "4KiB", "--parts", "resharding", "--json", str(path), "--verbose")
+    assert done.returncode == 0, done.stderr
+    for text in ("2->4 of h, 4 KiB", "4->2 of s, 4 KiB", "gather, then slice", "2->4, 4->4 of s, target"):
+        assert text in done.stdout
+    results = json.loads(path.read_text())["resharding"]
+    assert [(r["ranks"], r["dim"]) for r in results] == [("2->4", "h"), ("2->4", "s"), ("4->2", "h"), ("4->2", "s")]
+    for result in results:
+        assert set(result["seconds"]) == {"resharded", "2->2", "4->4", "gather, then slice"}
+        assert result["bytes_received"] == result["bytes"] == 4096
+        roles = {"baseline": {"pairing", "exchange"}, "target": {"pairing", "exchange", "agreement", "write"}}
+        for stage in result["stages"]:
+            assert roles[stage["role"]] <= set(stage["seconds"])
+
+
+@given(st.sampled_from([(2, 4), (4, 2), (4, 4), (2, 2)]), st.sampled_from(["h", "s"]), st.integers(0, 8))
+def test_the_shards_of_both_jobs_make_one_tensor_of_distinct_values(
+    ranks: tuple[int, int], dim: str, doublings: int
+) -> None:
+    shape = shape_of(1024 << doublings)
+    crossing = Crossing("resharded", Ranks(*ranks), dim, shape)
+    for role, parts in zip(("baseline", "target"), ranks, strict=True):
+        whole = torch.cat([crossing.shard(role, rank) for rank in range(parts)], DIMS.index(dim))
+        assert torch.equal(whole.flatten(), torch.arange(whole.numel(), dtype=torch.float32))
+        assert (tuple(whole.shape), whole.nbytes) == (shape, 1024 << doublings)
+
+
+def test_planning_is_measured_for_as_many_pieces_as_the_layouts_cross_in() -> None:
+    """In one world the pieces double, in many worlds they stay; a rank's headers are those of all the ranks."""
+    results = measure_planning(1)
+    tables = {name: [r for r in results if r.table == name] for name in ("layouts", "pieces", "world")}
+    assert [r.pieces["target"] for r in tables["pieces"]] == [32, 64, 128, 256, 512, 1024]
+    assert {r.world for r in tables["pieces"] + tables["layouts"]} == {1024}
+    assert {r.pieces["target"] for r in tables["world"]} == {32}
+    assert [r.world for r in tables["world"]] == [64, 128, 256, 512, 1024]
+    pieces = {r.name: r.pieces for r in tables["layouts"]}
+    assert pieces["dp x tp to cp x tp"] == pieces["DTensors"] == {"baseline": 32, "target": 32}
+    # Two stretches of s from each of 32 senders.
+    assert pieces["zigzag"]["target"] == 64
+    assert pieces["no dim in common"] == {"baseline": 1024, "target": 1024}
+    assert all(r.parsing is not None and r.message_bytes > 2 * r.world * 100 for r in tables["layouts"])
+
+
 def test_import_is_measured_in_fresh_processes() -> None:
     result = measure_import(1)
     assert result.seconds.median > 0
@@ -72,6 +121,7 @@ def test_import_is_measured_in_fresh_processes() -> None:
     [
         (("--sizes", "4 parsecs"), "'4 parsecs' is not a size"),
         (("--sizes", "7"), "multiple of 4 bytes"),
+        (("--sizes", "12", "--parts", "resharding"), "12 bytes are no [2, s, 4] of float32"),
         (("--ranks", "2"), "'2' is not a number of senders and of receivers"),
         (("--ranks", "0-1"), "'0-1' is not a number of senders and of receivers"),
         (("--sglang", "."), "Give the directory into which the sglang 0.5.23 wheel was unpacked"),
@@ -143,6 +193,24 @@ def test_targets_are_judged_by_the_ratio_of_the_run() -> None:
         one = Spread(over_empty, over_empty, over_empty)
         (target,) = call_targets([CallResult("disabled", one, one)])
         assert target.met is met
+
+
+def test_resharding_is_judged_by_the_faster_graft_that_reshards_nothing() -> None:
+    """Round by round, 1.5 times the faster of 2->2 and 4->4 meets the target; another size has none."""
+    for resharded, met in ((1.5, True), (1.6, False)):
+        seconds = {"resharded": [resharded, 10 * resharded], "2->2": [1.0, 90.0], "4->4": [9.0, 10.0]}
+        for nbytes, count in ((256 << 20, 1), (64 << 20, 0)):
+            result = ReshardingResult(Ranks(2, 4), "h", (2, 8192, 4096), nbytes, seconds, {}, nbytes)
+            targets = resharding_targets([result])
+            assert [target.met for target in targets] == [met] * count
+
+
+def test_planning_is_judged_by_the_slower_of_sender_and_receiver() -> None:
+    for slower, met in ((0.020, True), (0.021, False)):
+        seconds: Any = {"baseline": Spread(0.001, 0.001, 0.001), "target": Spread(slower, slower, slower)}
+        for table, count in (("layouts", 1), ("pieces", 0)):
+            one = PlanningResult("one", table, "", 1024, {}, seconds, seconds["baseline"])
+            assert [target.met for target in planning_targets([one])] == [met] * count
 
 
 def test_a_way_that_was_left_out_has_no_target() -> None:

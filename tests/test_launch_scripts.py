@@ -213,3 +213,10 @@ def test_the_demo_refuses_what_it_does_not_know(arguments: list[str]) -> None:
     )
     assert result.returncode == 2
     assert "usage: ./launch/demo.sh" in result.stderr
+
+
+@pytest.mark.parametrize("script", sorted((REPOSITORY / "launch" / "demo").glob("*.py")), ids=lambda path: path.name)
+def test_the_demos_programs_know_nothing_of_grafter(script: Path) -> None:
+    """No line of code mentions it: `grafter locate --attach` alone says where to look."""
+    mentions = [line for line in script.read_text().splitlines() if "grafter" in line and "knows nothing" not in line]
+    assert mentions == []

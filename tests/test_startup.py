@@ -145,6 +145,13 @@ def test_a_model_called_through_forward_is_reached() -> None:
     assert points["root.out"] == points["root.in.x"] == 1
 
 
+def test_a_model_that_compiled_code_calls_first_is_reached() -> None:
+    """And the compiler has torch's own function again, not the one that awaited the call."""
+    result = program("compiled")
+    assert result["points"] == times(CALL, 3)
+    assert result["torch"][:2] == ["Module._wrapped_call_impl", False]
+
+
 # --- steps ---------------------------------------------------------------------------------------------------------
 
 

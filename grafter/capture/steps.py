@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from grafter.capture.untraced import untraced
 from grafter.grafter import Grafter
 
 
@@ -83,17 +84,18 @@ class CountedForward:
     """A model's `forward` with a count around it. A copy or pickle of the model has the model's own in its place."""
 
     def __init__(self, model: torch.nn.Module, steps: AutomaticSteps) -> None:
-        self._model, self._steps = model, steps
+        self._model = model
+        self._enter, self._leave = untraced(steps.enter), untraced(steps.leave)
         self._had_own = "forward" in model.__dict__
         self._inner = model.forward
         functools.update_wrapper(self, self._inner)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self._steps.enter()
+        self._enter()
         try:
             return self._inner(*args, **kwargs)
         finally:
-            self._steps.leave()
+            self._leave()
 
     def take_away(self) -> None:
         if self._model.__dict__.get("forward") is self:

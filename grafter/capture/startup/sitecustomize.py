@@ -8,7 +8,11 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Any
+
+# As mypy reads it; importing typing would be half of what a start costs here.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 # Set by a process that has joined the run as a rank: what it starts are its helpers, and no ranks.
 HELPER_MARK = "_GRAFTER_RANK_PROCESS"
@@ -73,13 +77,14 @@ def _find_grafter() -> None:
 
 def _run_hidden() -> None:
     """The next `sitecustomize` on the path, as if this one were not there; what it raises is raised here."""
-    from importlib.machinery import PathFinder
+    # importlib itself, which most programs do not need, takes milliseconds; this part of it is always there.
+    from _frozen_importlib_external import PathFinder
 
     here = os.path.dirname(os.path.abspath(__file__))
     spec = PathFinder.find_spec("sitecustomize", [entry for entry in sys.path if os.path.abspath(entry) != here])
     if spec is None or spec.loader is None:
         return
-    from importlib.util import module_from_spec
+    from _frozen_importlib import module_from_spec
 
     module = module_from_spec(spec)
     sys.modules["sitecustomize"] = module

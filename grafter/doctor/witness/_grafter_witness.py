@@ -146,7 +146,7 @@ def _inputs(module: Any, args: Any, kwargs: Any) -> dict[str, Any]:
     try:
         names = [
             parameter.name
-            for parameter in inspect.signature(module.forward).parameters.values()
+            for parameter in inspect.signature(_unwrapped(module).forward).parameters.values()
             if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
         ]
     except (TypeError, ValueError):
@@ -157,6 +157,12 @@ def _inputs(module: Any, args: Any, kwargs: Any) -> dict[str, Any]:
     for name, value in kwargs.items():
         found.update(_digests(value, name))
     return found
+
+
+def _unwrapped(module: Any) -> Any:
+    """What a wrapper wraps: its `forward` has the names of the inputs."""
+    inner = [module._modules[name] for name in _WRAPPER_SEGMENTS if name in module._modules]
+    return _unwrapped(inner[0]) if len(inner) == len(module._modules) == 1 else module
 
 
 def _digests(value: Any, name: str) -> dict[str, Any]:
@@ -183,9 +189,13 @@ def _digests(value: Any, name: str) -> dict[str, Any]:
 def _weights(module: Any, with_means: bool = False) -> dict[str, Any]:
     found = {}
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-        plain = ".".join(segment for segment in name.split(".") if segment not in _WRAPPER_SEGMENTS)
-        found[plain] = _describe(tensor, with_means)
+        found[_plain(name)] = _describe(tensor, with_means)
     return found
+
+
+def _plain(name: str) -> str:
+    """Without the segments of wrappers: torch.compile's, DDP's, ..."""
+    return ".".join(segment for segment in name.split(".") if segment not in _WRAPPER_SEGMENTS)
 
 
 def _random_states() -> dict[str, str]:
@@ -213,7 +223,7 @@ def _active_dropout(module: Any) -> list[str]:
         if isinstance(part, torch.nn.modules.dropout._DropoutNd):
             rates.append(part.p)
         if any(rate > 0 for rate in rates):
-            found.append(name or type(part).__name__)
+            found.append(_plain(name) or type(part).__name__)
     return found
 
 
