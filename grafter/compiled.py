@@ -85,7 +85,8 @@ def _refuse_replay(point: Site) -> None:
     if _grafter.compiled_verdict(point.name, dict(point.arguments), only_compare=True) != "operator":
         raise UsageError(
             f"the point {point.name!r} at {point.call_site} is in a checkpointed region of compiled code, which the "
-            "backward pass repeats. What was grafted there is not kept for that. Dump it outside of the region, compile "
+            "backward pass repeats. What was grafted there is not kept for that. Dump it outside of the region, "
+            "compile "
             "without checkpointing, or only compare it."
         )
 

@@ -33,7 +33,7 @@ from grafter.names import NameRule
 from grafter.points import OPTIONS, is_rank_tag
 from grafter.rules import RULE_CONDITIONS, RULE_FIELDS, Gradient, OnTransformError, PartialTarget, Rule, Switch, Write
 from grafter.setting_errors import explain_validation
-from grafter.switch import LEGAL_WORDS, OLD_PREFIX, PREFIX, read_variable, switch_value
+from grafter.switch import OLD_PREFIX, PREFIX, read_variable, switch_value
 
 FilterDirection = Literal["b2t", "t2b", "compare"]
 FILTER_FIELDS: dict[FilterDirection, str] = {"b2t": "b2t_filter", "t2b": "t2b_filter", "compare": "compare_filter"}

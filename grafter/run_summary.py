@@ -248,7 +248,8 @@ def find_problems(rows: list[PointRow], summaries: list[RankSummary]) -> list[st
         worst = max(apart, key=lambda row: row.replicas.max_abs or 0.0 if row.replicas else 0.0)
         figure = worst.replicas.max_abs if worst.replicas else None
         problems.append(
-            f"the sender's replicas differ at {points}, though they were declared copies; the worst is {worst.label} at "
+            f"the sender's replicas differ at {points}, though they were declared copies; the worst is {worst.label} "
+            f"at "
             f"step {worst.step}" + (f" (max |d| {figure:.3g})." if figure is not None else ".")
         )
     by_error: dict[str, list[str]] = {}

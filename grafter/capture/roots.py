@@ -68,6 +68,7 @@ class Roots:
             return
         _take_copied_hooks_away(root)
         self._namings[id(root)] = self._naming_of(root)
+        self._set_axes(root)
         attachment = self._hook(root)
         logger.info(
             "grafter: %s: %d modules of %s have hooks",
@@ -75,7 +76,6 @@ class Roots:
         )  # fmt: skip
         self._attached.append((root, attachment))
         self._steps.wrap(root)
-        self._set_axes(root)
 
     def _renew(self, root: torch.nn.Module) -> None:
         """A model has got new modules (adapters, a new head): they get their hooks, too."""
