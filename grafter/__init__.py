@@ -7,7 +7,7 @@ compared, or written into the other's memory. The package reads in the order in 
     grafter              `dump`: off? return. Else tags, direction, key (points, direction, leaves, participants)
     join                 once: both jobs' ranks find each other (store, wire, roster); session is what then exists
     meeting              one point, step by step:
-      pairing              each rank's header out, both sides' manifests back (manifest, courier, mailbox)
+      pairing              each rank's header out, both sides' manifests back (manifest, rank_set, courier, mailbox)
       decision             one pure function of them, the same on every rank (layout: where tensors lie)
       transfer_plan        which bytes go from whom to whom, and where they land (pure)
       transfer, exchange   they move: shared memory, gloo, NCCL (staging, group)
@@ -329,12 +329,26 @@ def _dump_traced(name: str, value: Any, arguments: dict[str, Any]) -> Any:
             return _dump_on(name, value, arguments)
     if not _is_tensor(value):
         return _dump_on(name, value, arguments)
-    site = _site_of(name, tuple(arguments.items()))
+    has_gradient = _has_gradient(value)
+    site = _site_of(name, tuple(arguments.items()), has_gradient)
     if site == -1:
         return _dump_on(name, value, arguments)
     if site == -2:
         return value
-    return _offer_traced(value, site)
+    return _offer_traced(value, site, has_gradient)
+
+
+def _has_gradient(value: Any) -> bool:
+    import torch
+
+    return torch.is_grad_enabled() and value.requires_grad and _gradients_are_on()
+
+
+def _gradients_are_on() -> bool:
+    return _active().has_gradients
+
+
+_gradients_are_on._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _is_tensor(value: Any) -> bool:
@@ -347,13 +361,13 @@ def _is_tensor(value: Any) -> bool:
 _offer_traced: Any = None
 
 
-def _site_of(name: str, arguments: tuple[tuple[str, Any], ...]) -> int:
+def _site_of(name: str, arguments: tuple[tuple[str, Any], ...], has_gradient: bool) -> int:
     """The point's operator, as a constant of the graph."""
     global _offer_traced
     from grafter.compiled import find_site, offer_traced
 
     _offer_traced = offer_traced
-    return find_site(_active(), name, arguments)
+    return find_site(_active(), name, arguments, has_gradient=has_gradient)
 
 
 _site_of._dynamo_marked_constant = True  # type: ignore[attr-defined]

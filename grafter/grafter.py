@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -204,22 +205,44 @@ class Grafter:
         value: torch.Tensor = self.dump_point(name.name, tensor, {**self._hook_write, **name.tags}, module)
         return value
 
-    def compiled_verdict(
-        self, name: str, arguments: dict[str, Any], *, only_compare: bool = False
-    ) -> Literal["operator", "break", "nothing"]:
-        """How a point in code that is being compiled is taken; `only_compare`: where nothing may be grafted at all.
+    def compiled_verdict(self, name: str, arguments: dict[str, Any]) -> Literal["operator", "break", "nothing"]:
+        """How a point in code that is being compiled is taken.
 
         An operator where nothing needs to be written into the value's memory; else the call breaks the graph. Nothing,
         where no filter can ever match.
         """
         tags, given = split_options(arguments)
         possible = self._filters.could_match({**tags, "name": name, "phase": PHASE})
-        if not possible and self._gradients is None:
+        options = self._options.options_of(name, given)
+        if not possible and not (self.has_gradients and options.gradients):
             self._unmatched.setdefault(name, 0)
             return "nothing"
-        in_memory = only_compare or self._options.options_of(name, given).write == "in_place"
-        in_memory = in_memory and not possible <= {"compare"}
-        return "break" if in_memory or self._gradients is not None else "operator"
+        return "break" if options.write == "in_place" and not possible <= {"compare"} else "operator"
+
+    def is_only_compared(self, name: str, arguments: dict[str, Any]) -> bool:
+        """Whether no filter can ever graft a point."""
+        tags, _ = split_options(arguments)
+        return self._filters.could_match({**tags, "name": name, "phase": PHASE}) <= {"compare"}
+
+    @property
+    def has_gradients(self) -> bool:
+        """Whether gradients of any point are points."""
+        return self._gradients is not None
+
+    def expect_gradient(self, name: str, arguments: dict[str, Any]) -> WatchedGradient | None:
+        """Of a point in compiled code, which tells by itself when its gradient comes."""
+        assert self._gradients is not None
+        with self.lock:
+            watched: WatchedGradient | None = self._gradient_register(name, arguments, None)("")
+            if watched is not None:
+                self._gradients.watched[watched.key.digest] = watched
+            return watched
+
+    def gradient_came(self, watched: WatchedGradient, gradient: torch.Tensor) -> torch.Tensor | None:
+        """What takes its place; None: it stays as it is."""
+        assert self._gradients is not None
+        with self.lock, torch.no_grad():
+            return self._gradients.came(watched, gradient)
 
     def close(self) -> None:
         """Leave the run: say so, delete what is ours, write the summary. Later matched points are refused."""
@@ -312,6 +335,17 @@ class Grafter:
     def _watch_gradients(
         self, gradients: GradientPoints, name: str, value: Any, arguments: dict[str, Any], module: str | None
     ) -> None:
+        register = self._gradient_register(name, arguments, module)
+        with self.lock:
+            if torch.is_grad_enabled():
+                gradients.watch(value, register)
+            else:
+                self._recomputations.keep_gradients(value, register)
+
+    def _gradient_register(
+        self, name: str, arguments: dict[str, Any], module: str | None
+    ) -> Callable[[str], WatchedGradient | None]:
+        """Of the path of a tensor in the point's value: its gradient's point, where a filter matches that."""
         around = surroundings.get()
         own, _ = split_options(arguments)
         tags, given = split_options({**around.tags, **arguments})
@@ -338,11 +372,7 @@ class Grafter:
             options = replace(options, write="return", gradient="straight_through")
             return WatchedGradient(key, direction, dict(tags), options, call_site(), module)
 
-        with self.lock:
-            if torch.is_grad_enabled():
-                gradients.watch(value, register)
-            else:
-                self._recomputations.keep_gradients(value, register)
+        return register
 
     @property
     def session(self) -> Session:

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict
 from grafter.direction import Direction, RoleName, receiver_role, sender_role
 from grafter.layout.declared import DeclaredLayout
 from grafter.leaves import TensorSpec
+from grafter.rank_set import RankSet
 
 # What a receiver's transform asks for; "identity" where there is none.
 Needs = Literal["identity", "all", "same_rank", "resharded"]
@@ -25,7 +26,7 @@ class Header(BaseModel):
 
     role: RoleName
     role_rank: int
-    participants: tuple[int, ...]
+    participants: RankSet
     direction: Direction
     call_site: str
     leaves: tuple[TensorSpec, ...] = ()

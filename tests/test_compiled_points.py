@@ -155,3 +155,41 @@ def Jobs_with(directory: Path, function: Any, argument: Any, **settings: Any) ->
     jobs.start("baseline", 1, function, argument)
     jobs.start("target", 1, function, argument)
     return jobs
+
+
+def chain_compiled(rank: Rank) -> Any:
+    """h = 2x, y = 3h; the baseline's loss weighs y by 10. Gradients cross in the compiled backward graph."""
+    (backend,) = rank.arguments
+    weight = 10.0 if rank.is_baseline else 1.0
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        h = grafter.dump("h", 2 * x, layer_id=1)
+        return (weight * grafter.dump("y", 3 * h)).sum()
+
+    compiled = torch.compile(function, backend=backend, fullgraph=True)
+    results = []
+    for _ in range(2):
+        x = torch.ones(4, requires_grad=True)
+        compiled(x).backward()
+        assert x.grad is not None
+        results.append(x.grad.tolist())
+        grafter.step()
+    return results
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_are_points_in_the_compiled_backward_graph(tmp_path: Path, backend: str) -> None:
+    """The target's gradient at h becomes the baseline's (30), so x gets 60, where it had 6."""
+    filters = {
+        "b2t_filter": "phase == 'backward' and name == 'h'",
+        "compare_filter": "phase == 'backward' and name == 'y'",
+    }
+    with Jobs_with(tmp_path, chain_compiled, backend, gradients="1", timeout=90, **filters) as jobs:
+        baseline, target = succeed(jobs.wait())
+        records = jobs.ledgers()["target", 0]
+    assert baseline == target == [[60.0] * 4] * 2
+    assert [(r.name, r.phase, r.step, r.outcome) for r in records] == [
+        (name, "backward", step, outcome)
+        for step in range(2)
+        for name, outcome in (("y", "compared"), ("h", "grafted"))
+    ]

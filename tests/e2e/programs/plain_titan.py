@@ -1,0 +1,64 @@
+"""torchtitan's Llama 3 with tensor and sequence parallelism, as somebody has it who never heard of grafting.
+
+torchrun --standalone --nproc-per-node 2 plain_titan.py OUT --weights FILE --seed N [--own-layers I ...] [--steps N]
+"""
+
+import sys
+from types import ModuleType
+
+import torch
+import torch.distributed as dist
+from common import (
+    HEADS,
+    HIDDEN,
+    INTERMEDIATE,
+    KV_HEADS,
+    LAYERS,
+    NORM_EPS,
+    ROPE_THETA,
+    SEQUENCE,
+    VOCAB,
+    Seen,
+    load_weights,
+    parse_arguments,
+    token_ids,
+)
+from torch.distributed.device_mesh import init_device_mesh
+
+# As in titan.py: what it imports for its mixture of experts needs triton.
+kernels = ModuleType("torchtitan.models.moe.kernels")
+kernels.generate_permute_indices = None
+sys.modules.setdefault(kernels.__name__, kernels)
+
+from torchtitan.models.llama3.infra.parallelize import apply_tp  # noqa: E402
+from torchtitan.models.llama3.model.args import RoPEScalingArgs, TransformerModelArgs  # noqa: E402
+from torchtitan.models.llama3.model.model import Transformer  # noqa: E402
+from torchtitan.models.llama3.model.state_dict_adapter import Llama3StateDictAdapter  # noqa: E402
+
+options = parse_arguments()
+dist.init_process_group("gloo")
+arguments = TransformerModelArgs(
+    dim=HIDDEN,
+    n_layers=LAYERS,
+    n_heads=HEADS,
+    n_kv_heads=KV_HEADS,
+    vocab_size=VOCAB,
+    multiple_of=INTERMEDIATE,
+    ffn_dim_multiplier=0.75,  # titan rounds 8/3 of the hidden size, times this, up to `multiple_of`
+    norm_eps=NORM_EPS,
+    rope_theta=ROPE_THETA,
+    rope_scaling_args=RoPEScalingArgs(scaling_factor=1.0),
+    max_seq_len=SEQUENCE,
+)
+model = Transformer(arguments)
+model.load_state_dict(Llama3StateDictAdapter(arguments, None).from_hf(load_weights(options)))
+mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
+apply_tp(model, mesh, loss_parallel=False, enable_float8_tensorwise_tp=False)
+model.eval()
+
+seen = Seen()
+with torch.no_grad():
+    for seen.step in range(options.steps):
+        seen.keep("logits", model(token_ids()))
+seen.save(options.out, dist.get_rank())
+dist.destroy_process_group()
