@@ -65,6 +65,7 @@ class GradientPoints:
     _offered: dict[str, WatchedGradient] = field(default_factory=dict)
     _parameters: dict[str, tuple[PointName, torch.Tensor]] = field(default_factory=dict)
     _end_is_queued: bool = False
+    _parameters_are_queued: bool = False
     _served: int = 0
     # Words of a leader to its followers that can go once all of them have met after it.
     _told: list[str] = field(default_factory=list)
@@ -119,12 +120,21 @@ class GradientPoints:
     def _queue_end(self) -> None:
         if not self._end_is_queued:
             self._end_is_queued = True
-            torch.autograd.Variable._execution_engine.queue_callback(self._end_of_backward)
+            _call_after_backward(self._end_of_backward)
 
     def _end_of_backward(self) -> None:
         self._end_is_queued = False
         with self.grafter.lock, torch.no_grad():
             self.serve()
+        if self._parameters and not self._parameters_are_queued:
+            # FSDP2 and DDP end their reductions in callbacks of their own, which may stand behind this one, but before
+            # one that is queued now.
+            self._parameters_are_queued = True
+            _call_after_backward(self._take_parameters)
+
+    def _take_parameters(self) -> None:
+        self._parameters_are_queued = False
+        with self.grafter.lock, torch.no_grad():
             parameters, self._parameters = self._parameters, {}
             for _, (name, parameter) in sorted(parameters.items()):
                 # Megatron adds to a buffer of its own.
@@ -279,6 +289,11 @@ class _Hook:
     def __call__(self, gradient: torch.Tensor) -> torch.Tensor | None:
         with self._points.grafter.lock, torch.no_grad():
             return self._points.came(self._watched, gradient)
+
+
+def _call_after_backward(function: Callable[[], None]) -> None:
+    """Autograd calls it once the backward pass that runs now is over, after what was queued before."""
+    torch.autograd.Variable._execution_engine.queue_callback(function)
 
 
 def _tensors_in(value: Any) -> list[tuple[str, torch.Tensor]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +171,12 @@ def dump_from_threads_in_other_orders(rank: Rank) -> Any:
 
     one = threading.Thread(target=work, args=(first,))
     one.start()
+    grafter_of_process = grafter._grafter
+    assert grafter_of_process is not None
+    # Until the first thread is at its point, the second could come before it.
+    while grafter_of_process.lock.acquire(blocking=False):
+        grafter_of_process.lock.release()
+        time.sleep(0.001)
     rank.tell(f"{rank.role} first")
     rank.wait_for("target first" if rank.is_baseline else "baseline first")
     two = threading.Thread(target=work, args=(second,))
