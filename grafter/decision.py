@@ -47,7 +47,9 @@ def decide(direction: Direction, pair: Pair) -> Decision:
             {}, "failed", f"the receivers ask for different things: {sorted(needs)}; give all one transform"
         )
     # Equal is transitive: all are compared with one.
-    unequal = next((u for h in (*receivers, *senders) if (u := _find_unequal_leaf(senders[0], h))), None)
+    first = senders[0].others
+    others = (h for h in (*receivers, *senders) if h.others != first)
+    unequal = next((u for h in others if (u := _find_unequal_leaf(senders[0], h))), None)
     if unequal is not None:
         return Decision({}, "failed", unequal)
     if needs == {"resharded"} or (needs == {"identity"} and any(h.layouts for h in pair.headers)):
@@ -79,8 +81,9 @@ def _with_missing_layout(decision: Decision, senders: Sequence[Header], receiver
 
 def _reshard(senders: Sequence[Header], receivers: Sequence[Header], *, asked: bool) -> Decision | None:
     """What the layouts say. None where a side declares none, so that the rules for whole tensors hold."""
+    structure, count = senders[0].structure, len(senders[0].leaves)
     for header in (*senders[1:], *receivers):
-        if header.structure != senders[0].structure or len(header.leaves) != len(senders[0].leaves):
+        if header.structure != structure or len(header.leaves) != count:
             return Decision({}, "failed", _differently_built(senders[0], header))
     try:
         reshardings = [_reshard_leaf(senders, receivers, leaf) for leaf in range(len(senders[0].leaves))]
@@ -206,6 +209,8 @@ def _differently_built(one: Header, other: Header) -> str:
 
 def _find_unequal_leaf(sender: Header, receiver: Header) -> str | None:
     """Leaves that are no tensors must be equal, where both sides have them."""
+    if sender.others == receiver.others:
+        return None
     sent, there = dict(sender.others), dict(receiver.others)
     for path in sorted(sent | there):
         if sent.get(path) != there.get(path):
