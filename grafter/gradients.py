@@ -231,6 +231,9 @@ class GradientPoints:
 
     def end_step(self, session: Session | None) -> None:
         """Nothing of this step comes any more: say so to whoever might wait for it."""
+        # A backward pass that failed never called back.
+        self._end_is_queued = self._parameters_are_queued = False
+        self._parameters.clear()
         if session is None:
             self.watched.clear()
             return

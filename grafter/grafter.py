@@ -164,7 +164,7 @@ class Grafter:
         if os.getpid() != self._process_id:
             return
         with self.lock:
-            if self._gradients is not None and (self._gradients.watched or self._session is not None):
+            if self._gradients is not None:
                 self._gradients.end_step(self._session)
             self._steps.next_step()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -183,3 +184,32 @@ def test_everything_grafted_forward_and_backward_gives_the_other_jobs_gradients(
         outcomes = {r.outcome for r in jobs.ledgers()["target", 0]}
     assert outcomes == {"grafted"}
     torch.testing.assert_close(target, baseline)
+
+
+def fail_in_backward(rank: Rank) -> list[list[float]]:
+    """The first step's backward pass raises, and the program goes on."""
+    torch.manual_seed(3)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
+    grafter.attach(model)
+    x = torch.arange(6.0).view(2, 3).requires_grad_()
+
+    def refuse(_: torch.Tensor) -> None:
+        raise ValueError("the program's own")
+
+    for step in range(2):
+        if step == 0:
+            x.register_hook(refuse)
+        with contextlib.suppress(ValueError):
+            (model(x if step == 0 else x.detach()).sum() * (7.0 if rank.is_baseline else 1.0)).backward()
+        model.zero_grad() if step == 0 else None
+        grafter.step()
+    return [p.grad.flatten().tolist() for p in model.parameters() if p.grad is not None]
+
+
+def test_a_backward_pass_that_fails_costs_its_own_step_alone(tmp_path: Path) -> None:
+    filters = {"b2t_filter": f"{BACKWARD} and step == 1 and name.endswith('weight')"}
+    with two_jobs(tmp_path, fail_in_backward, fail_in_backward, gradients="1", **filters) as jobs:
+        baseline, target = succeed(jobs.wait())
+        records = jobs.ledgers()["target", 0]
+    assert [target[0], target[2]] == [baseline[0], baseline[2]]
+    assert [(r.step, r.outcome) for r in records] == [(1, "grafted")] * 2

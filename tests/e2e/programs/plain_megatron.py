@@ -107,6 +107,7 @@ unloaded = model.load_state_dict(megatron_state(load_weights(options)), strict=F
 assert not unloaded.unexpected_keys
 assert all(key.endswith("_extra_state") for key in unloaded.missing_keys), unloaded.missing_keys
 model.eval()
+
 seen = Seen()
 positions = torch.arange(SEQUENCE).expand(*token_ids().shape)
 causal_mask = torch.ones(1, 1, SEQUENCE, SEQUENCE).triu(1).bool()
