@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from grafter.errors import LayoutError
 from grafter.layout.dims import Dims
@@ -16,14 +17,27 @@ from grafter.layout.dims import Dims
 Coordinates = tuple[int, ...]
 
 
-@dataclass
-class Member:
-    """One participant: its axes (axis of the job -> (coordinate, size)) and its tensor's local shape."""
+class Member(NamedTuple):
+    """One participant: its place on the axes of the job (axis, coordinate, size) and its tensor's local shape.
+
+    A tuple, since there is one for each rank of a large job at every new point.
+    """
 
     role: str
     role_rank: int
-    axes: dict[str, tuple[int, int]]
+    placed: tuple[tuple[str, int, int], ...]
     shape: tuple[int, ...]
+
+    def on(self, axis: str) -> tuple[int, int] | None:
+        """(coordinate, size) on an axis of the job; None where this rank knows of none."""
+        for name, at, size in self.placed:
+            if name == axis:
+                return at, size
+        return None
+
+    @property
+    def axes(self) -> dict[str, tuple[int, int]]:
+        return {axis: (at, size) for axis, at, size in self.placed}
 
     def __str__(self) -> str:
         return f"{self.role} rank {self.role_rank}"
@@ -60,7 +74,7 @@ def find_places(dims: Dims, members: Sequence[Member]) -> Mesh:
 
 def _along(axis: str, members: Sequence[Member]) -> tuple[int, Sequence[int]]:
     """The size of an axis of the job, and every member's coordinate on it."""
-    given = [member.axes.get(axis) for member in members]
+    given = [member.on(axis) for member in members]
     first = given[0]
     for own, member in zip(given, members, strict=True):
         if (own is None) != (first is None) or (own is not None and first is not None and own[1] != first[1]):

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from grafter.errors import LayoutError
 from grafter.layout.cuts import cut_dim
@@ -29,8 +29,7 @@ if TYPE_CHECKING:
 MOST_BOXES = 1 << 20
 
 
-@dataclass(frozen=True)
-class Share:
+class Share(NamedTuple):
     """What one rank holds: a product of runs, one per local dim; or boxes. `summand`: which, if it is partial."""
 
     runs: tuple[Runs, ...] = ()
@@ -85,7 +84,7 @@ def _member(header: Header, leaf: int) -> Member:
     for size in shape:
         if not 0 <= size <= LARGEST_SIZE:
             raise LayoutError(f"{header.who} says that its tensor is {list(shape)}.")
-    return Member(header.role, header.role_rank, {axis: (at, size) for axis, at, size in header.axes}, shape)
+    return Member(header.role, header.role_rank, header.axes, shape)
 
 
 def _declared(header: Header, leaf: int) -> DeclaredLayout | None:
@@ -176,8 +175,9 @@ def _of_dtensors(members: Sequence[Member], layouts: Sequence[DeclaredLayout]) -
     _check_one_mesh(members, layouts, dims)
     shares: dict[int, Share] = {}
     joined: dict[Runs, Runs] = {}
+    checked: set[object] = set()
     for member, layout in zip(members, layouts, strict=True):
-        _check_runs(member, layout, first)
+        _check_runs(member, layout, first, checked)
         # One object for equal runs: what follows is then worked out once, and not for each rank.
         runs = tuple(joined.get(own) or joined.setdefault(own, _joined(own)) for own in layout.runs or ())
         shares[member.role_rank] = Share(runs, summand=layout.summand[1] if layout.summand else 0)
@@ -189,7 +189,7 @@ def _of_dtensors(members: Sequence[Member], layouts: Sequence[DeclaredLayout]) -
 def _check_one_mesh(members: Sequence[Member], layouts: Sequence[DeclaredLayout], dims: Dims | None) -> None:
     """All on one mesh, each at a place of its own; or on several that an axis sets apart which is replicated."""
     replicated = [dims.axis_of_job(axis) for axis in dims.replicated] if dims is not None else []
-    copies = [tuple(member.axes.get(axis, (0, 1))[0] for axis in replicated) for member in members]
+    copies = [tuple((member.on(axis) or (0, 1))[0] for axis in replicated) for member in members]
     holders: dict[object, int] = {}
     meshes: dict[object, int] = {}
     for number, (layout, copy) in enumerate(zip(layouts, copies, strict=True)):
@@ -204,11 +204,15 @@ def _check_one_mesh(members: Sequence[Member], layouts: Sequence[DeclaredLayout]
             )
 
 
-def _check_runs(member: Member, layout: DeclaredLayout, first: DeclaredLayout) -> None:
+def _check_runs(member: Member, layout: DeclaredLayout, first: DeclaredLayout, checked: set[object]) -> None:
+    """`checked`: what was found possible before, of this rank or another."""
     runs = layout.runs or ()
     if len(runs) != len(member.shape) or len(first.global_shape or ()) != len(member.shape):
         raise LayoutError(f"the DTensor of {member} has another number of dims than its local tensor.")
     for dim, (own, size, limit) in enumerate(zip(runs, member.shape, first.global_shape or (), strict=True)):
+        if (own, size, limit) in checked:
+            continue
+        checked.add((own, size, limit))
         local = 0
         for start, length, at in own:
             if length < 1 or at != local or start < 0 or start + length > limit:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
 from math import prod
+from typing import NamedTuple
 
 from grafter.errors import LayoutError
 from grafter.layout.common_dims import Sizes, fused_alike, named_alike
@@ -27,8 +28,7 @@ from grafter.layout.shares import MOST_BOXES, RoleShares, Share
 Numbers = tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class SpaceBox:
+class SpaceBox(NamedTuple):
     """A box of one component: per factor start and size; and per local dim of this side where it begins there."""
 
     starts: Numbers
@@ -200,12 +200,13 @@ def _side(names: Sequence[str], dims: Sequence[Dim], sizes: dict[str, int]) -> S
 
 def _product(component: Component, side: SideDims, runs_of_dims: Sequence[Runs]) -> Boxes:
     """Boxes of all combinations of runs. A run that cuts into a fused dim becomes several boxes."""
+    if len(component.names) == 1:
+        runs = clip(runs_of_dims[0], component.sizes[0])
+        return tuple([SpaceBox((start,), (length,), (local,)) for start, length, local in runs])
     per_dim = [
         _cut(runs, [component.sizes[factor] for factor in factors])
         for factors, runs in zip(side.factors, runs_of_dims, strict=True)
     ]
-    if len(component.names) == 1:
-        return tuple([SpaceBox(*box) for box in per_dim[0]])
     if prod(map(len, per_dim)) > MOST_BOXES:
         raise LayoutError(f"a share is more than {MOST_BOXES} boxes of {', '.join(component.names)}.")
     found = []
