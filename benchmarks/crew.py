@@ -21,7 +21,7 @@ import torch
 
 from benchmarks import empty
 from benchmarks.ways import SOLITARY, WAYS, Grafter, Model, Ranks, Seat, Way
-from grafter.store import HostedStore, serve
+from grafter.rendezvous.store import HostedStore, serve
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "grafter.grafter", "grafter.session", "benchmarks.ways"])

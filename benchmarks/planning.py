@@ -17,15 +17,15 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from benchmarks.rounds import Spread, interleaved, spread
-from grafter.decision import decide
 from grafter.direction import RoleName
+from grafter.exchange.transfer_plan import make_plan
 from grafter.layout.declared import DeclaredLayout
 from grafter.layout.runs import split_in_order, whole
 from grafter.leaves import TensorSpec
-from grafter.liveness import ProcessIdentity
-from grafter.manifest import Header, Manifest, Pair, manifest_text
-from grafter.roster import Announcement, Roster
-from grafter.transfer_plan import make_plan
+from grafter.pairing.decision import decide
+from grafter.pairing.manifest import Header, Manifest, Pair, manifest_text
+from grafter.rendezvous.roster import Announcement, Roster
+from grafter.watching.liveness import ProcessIdentity
 
 # One global tensor for all: b=1024 s=1024 h=1024 d=128, whose sizes all the meshes divide.
 _SIZES = {"b": 1024, "s": 1024, "h": 1024, "d": 128}

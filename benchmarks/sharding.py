@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from benchmarks.crew import Crew
 from benchmarks.ways import Ranks
-from grafter.store import HostedStore, serve
+from grafter.rendezvous.store import HostedStore, serve
 
 DIMS = ("b", "s", "h")
 RESHARDED, GATHERED = "resharded", "gather, then slice"

@@ -3,26 +3,24 @@
 Two jobs run side by side, a baseline and a target. Named tensors cross between them while they run, and what came is
 compared, or written into the other's memory. The package reads in the order in which one tensor travels:
 
-    switch, config       GRAFTER_* and the plan file become one frozen GrafterConfig (filters, plan_file, rules)
-    grafter              `dump`: off? return. Else tags, direction, key (points, direction, leaves, participants)
-    join                 once: both jobs' ranks find each other (store, wire, roster); session is what then exists
+    switch, settings     GRAFTER_* and the plan file become one frozen GrafterConfig (filters: its expressions)
+    grafter              `dump`: off? return. Else tags, direction, key (points, options, leaves, offer)
+    rendezvous           once: both jobs' ranks find each other (join, roster); how they talk (store, wire, mailbox,
+                         courier); session is what then exists
     meeting              one point, step by step:
-      pairing              each rank's header out, both sides' manifests back (manifest, rank_set, courier, mailbox)
-      decision             one pure function of them, the same on every rank (layout: where tensors lie)
-      transfer_plan        which bytes go from whom to whom, and where they land (pure)
-      transfer, exchange   they move: shared memory, gloo, NCCL (staging, group)
-      assembly             what came: a tensor per sender, or this rank's own put together from pieces
+      pairing              each rank's header out, both sides' manifests back, and one pure decision, the same on every
+                           rank (layout: where tensors lie)
+      exchange             which bytes go from whom to whom (transfer_plan), how they move (shared memory, gloo, NCCL),
+                           and what came, put together (assembly)
       user_transform       what came becomes what is written
-      agreement            all receivers are ready, or none writes
-      write_back           into the target's memory, shape and autograd rules checked (tensor_access, conversion)
-      stats, ledger        what it was, what came, how far apart; one line per point
+      pairing.agreement    all receivers are ready, or none writes
+      writing              into the target's memory, shape and autograd rules checked
+      measures, ledger     what it was, what came, how far apart; one line per point
     compiled             points inside of a torch.compile region
-    gradients            points of phase backward
-    recompute            points that fire again in activation checkpointing (regions, kept_writes)
+    backward             gradients as points; points that fire again in activation checkpointing
     capture              points that nobody wrote into the program: hooks by `attach` (names)
-    housekeeping         a wait explains itself (waits, board, diagnosis, suspicion), processes are watched (processes,
-                         liveness), the store is tidied
-    cli, launcher        `grafter run` (job..., supervision, run_...), `grafter show`, `grafter locate`
+    watching             a wait explains itself; processes are watched; the store is tidied
+    cli                  `grafter run` (running), `show`, `locate`, `plan suggest`, `doctor`
 
 Importing this reads no environment, opens nothing and hooks nothing. With GRAFTER_ENABLE unset, `dump` returns its
 value after one check.
@@ -47,9 +45,9 @@ if TYPE_CHECKING:
     import torch
 
     from grafter.capture.attachment import Attachment
-    from grafter.config import GrafterConfig
     from grafter.grafter import Grafter
     from grafter.layout.declared import Layout
+    from grafter.settings.config import GrafterConfig
     from grafter.user_transform import GraftTransformInput, transform
 
 __all__ = [
@@ -421,8 +419,8 @@ def _step_on() -> None:
 def _active() -> Grafter:
     global _grafter
     if _grafter is None:
-        from grafter.config import GrafterConfig
         from grafter.grafter import Grafter
+        from grafter.settings.config import GrafterConfig
 
         _grafter = Grafter(GrafterConfig.from_environment())
     return _grafter
@@ -431,7 +429,7 @@ def _active() -> Grafter:
 def __getattr__(name: str) -> Any:
     # Imported when first used, so that importing the package costs no pydantic.
     if name == "GrafterConfig":
-        from grafter.config import GrafterConfig
+        from grafter.settings.config import GrafterConfig
 
         return GrafterConfig
     if name == "Grafter":

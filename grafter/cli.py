@@ -170,8 +170,8 @@ def run(
     2 wrong usage; 130 Ctrl-C.
     """
     with errors_told():
-        from grafter.launcher import PairResult, run_pair, run_side
-        from grafter.run_report import report_run
+        from grafter.running.launcher import PairResult, run_pair, run_side
+        from grafter.running.run_report import report_run
 
         filters = {"b2t_filter": b2t, "t2b_filter": t2b, "compare_filter": compare}
         own = {
@@ -209,7 +209,7 @@ def run(
 
 def _merge_settings(own: dict[str, str], assignments: list[str]) -> dict[str, str]:
     """Settings by field, of options of their own and of --set. Raises UsageError where both give one."""
-    from grafter.job_environment import parse_settings
+    from grafter.running.job_environment import parse_settings
 
     assigned = parse_settings(assignments)
     for field in sorted(own.keys() & assigned.keys()):
@@ -246,7 +246,7 @@ def show(
     shows it on a logarithmic scale from 1e-16 to 1. In a pipe the tables are plain and not wrapped.
     """
     with errors_told():
-        from grafter.run_summary import find_run, read_run_summary
+        from grafter.running.run_summary import find_run, read_run_summary
 
         summary = read_run_summary(find_run(directory), all_ranks)
         if as_json:

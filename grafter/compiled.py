@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
+from grafter.backward.gradients import WatchedGradient
 from grafter.errors import UsageError
-from grafter.gradients import WatchedGradient
 from grafter.grafter import Grafter
 from grafter.points import traced_call_site
 
@@ -105,7 +105,8 @@ def _refuse_replay(point: Site) -> None:
 
 
 def _expect_gradient(grafter: Grafter, point: Site) -> int:
-    watched = grafter.expect_gradient(point.name, dict(point.arguments))
+    assert grafter.gradients is not None
+    watched = grafter.gradients.expect(point.name, dict(point.arguments))
     if watched is None:
         return _NO_GRADIENT
     number = next(_numbers)
@@ -116,9 +117,9 @@ def _expect_gradient(grafter: Grafter, point: Site) -> int:
 @torch.library.custom_op("grafter::gradient", mutates_args=("token",))
 def _gradient(gradient: torch.Tensor, token: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
     watched = _expected.pop(int(number), None)
-    if watched is None or _grafter is None:
+    if watched is None or _grafter is None or _grafter.gradients is None:
         return gradient.clone()
-    replaced = _grafter.gradient_came(watched, gradient)
+    replaced = _grafter.gradients.came(watched, gradient)
     return gradient.clone() if replaced is None or replaced is gradient else replaced
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from grafter.errors import DirectionConflict
-from grafter.filters import Filter
+from grafter.filters.expression import Filter
 from grafter.points import OPTIONS, OWN_TAGS, call_site
 
 Direction = Literal["b2t", "t2b", "compare"]

@@ -8,16 +8,17 @@ from __future__ import annotations
 import atexit
 import logging
 import os
-import sys
 import threading
 import time
-from collections import Counter, defaultdict
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 
+from grafter.backward.kept_writes import unobserved
+from grafter.backward.points import BackwardPoints
+from grafter.backward.recompute import Recomputations
+from grafter.backward.regions import Recomputation, current_recomputation, is_graph_differentiated, scopes
 from grafter.capture.adapters import mesh_axes
 from grafter.capture.attachment import Attachment
 from grafter.capture.module_tree import write_module_trees
@@ -25,24 +26,19 @@ from grafter.capture.naming import Naming
 from grafter.capture.parameter_gradients import watch_gradients
 from grafter.capture.parameters import dump_weights
 from grafter.capture.selection import read_patterns
-from grafter.config import GrafterConfig
 from grafter.direction import Direction, DirectionFilters
 from grafter.errors import GrafterError, JoinError, PeerLostError, RunError, UsageError
-from grafter.gradients import PHASE as BACKWARD
-from grafter.gradients import GradientPoints, WatchedGradient
-from grafter.kept_writes import unobserved
+from grafter.farewell import Tally, last_error, say_goodbye, set_up_logging, summarise
 from grafter.layout.axes import axes_of_job, set_axes
-from grafter.ledger import LedgerRecord, RankSummary
+from grafter.ledger import LedgerRecord
 from grafter.meeting import Meeting
 from grafter.names import PointName
 from grafter.offer import Offer, OfferMaker
 from grafter.options import OptionChooser, PointOptions
-from grafter.participants import own_participants
 from grafter.points import OWN_TAGS, PHASE, PointKey, StepCounter, call_site, check_tags, split_options, surroundings
-from grafter.recompute import Recomputations
-from grafter.regions import Recomputation, current_recomputation, is_graph_differentiated, scopes
-from grafter.roster import other_role
+from grafter.rendezvous.roster import other_role
 from grafter.session import Joining, Session, find_place
+from grafter.settings.config import GrafterConfig
 
 logger = logging.getLogger("grafter")
 
@@ -57,17 +53,16 @@ class Grafter:
 
     def __init__(self, config: GrafterConfig) -> None:
         self.config = config
-        self._filters = DirectionFilters(config.filters)
-        self._steps = StepCounter()
+        self.filters = DirectionFilters(config.filters)
+        self.steps = StepCounter()
         self.lock = threading.RLock()
-        # Counting in it costs a third of what it costs in a Counter.
-        self._unmatched: defaultdict[str, int] = defaultdict(int)
-        self._outcomes: Counter[str] = Counter()
+        self._tally = Tally()
+        self._unmatched = self._tally.unmatched
         self._sequence = 0
         self._naming = Naming(config.names, config.role)
         self._attachments: list[Attachment] = []
         wanted = config.gradients or any(rule.gradients for rule in config.own_rules)
-        self._gradients = GradientPoints(self) if wanted else None
+        self.gradients = BackwardPoints(self) if wanted else None
         if wanted:
             self.dump_point = self._dump_with_gradients  # type: ignore[method-assign]
         # Where a hook can hand on another tensor, nothing needs to be written into the model's memory.
@@ -78,11 +73,11 @@ class Grafter:
         self._closed = False
         self._fault: BaseException | None = None
         self._process_id = os.getpid()
-        self._options = OptionChooser(config)
+        self.options = OptionChooser(config)
         self._place = find_place(config)
-        self._offers = OfferMaker(config, self._place)
-        self._recomputations = Recomputations(self._steps)
-        _set_up_logging(config.log_level)
+        self.offers = OfferMaker(config, self._place)
+        self.recomputations = Recomputations(self.steps)
+        set_up_logging(config.log_level)
         atexit.register(self.close)
 
     # What users call.
@@ -103,9 +98,9 @@ class Grafter:
         around = surroundings.get()
         tags = {**around.tags, **arguments} if around.tags else arguments
         tags["name"] = name
-        tags["step"] = self._steps.step
+        tags["step"] = self.steps.step
         tags["phase"] = PHASE
-        filters = self._filters
+        filters = self.filters
         if filters.unseen_tags:
             filters.unseen_tags -= tags.keys()
         for matches in filters.matchers:
@@ -135,16 +130,16 @@ class Grafter:
         """A point that fires again: it meets nobody, and writes what it wrote in the forward pass."""
         own, _ = split_options(arguments)
         check_tags(own)
-        kept = recomputation.next_kept(self._steps, name, own, self.config.key_tags)
+        kept = recomputation.next_kept(self.steps, name, own, self.config.key_tags)
         if kept is not None:
             if callable(value) and not isinstance(value, torch.Tensor):
                 value = value()
-            self._recomputations.keep_entry(kept)
+            self.recomputations.keep_entry(kept)
             recomputation.has_cut |= kept.is_cut
             return kept.write_again(value)
-        step = recomputation.step_of(self._steps)
+        step = recomputation.step_of(self.steps)
         tags = {**surroundings.get().tags, **own, "name": name, "step": step, "phase": PHASE}
-        if self._detached is None and self._filters.direction_of(tags) is not None:
+        if self._detached is None and self.filters.direction_of(tags) is not None:
             raise UsageError(recomputation.why_unknown(name, call_site()))
         return value
 
@@ -152,9 +147,9 @@ class Grafter:
         """`dump_point` where gradients are points, too. In its place, so that nobody else pays for the question."""
         given = dict(arguments)
         value = Grafter.dump_point(self, name, value, arguments, module)
-        differentiated = is_graph_differentiated() if torch.is_grad_enabled() else self._recomputations.lead_to_graph()
-        if self._gradients is not None and differentiated:
-            self._watch_gradients(self._gradients, name, value, given, module)
+        differentiated = is_graph_differentiated() if torch.is_grad_enabled() else self.recomputations.lead_to_graph()
+        if self.gradients is not None and differentiated:
+            self.gradients.watch(name, value, given, module)
         return value
 
     def step(self) -> None:
@@ -164,9 +159,9 @@ class Grafter:
         if os.getpid() != self._process_id:
             return
         with self.lock:
-            if self._gradients is not None:
-                self._gradients.end_step(self._session)
-            self._steps.next_step()
+            if self.gradients is not None:
+                self.gradients.pending.end_step(self._session)
+            self.steps.next_step()
 
     def attach(
         self, model: torch.nn.Module, patterns: tuple[str, ...], *, inputs: bool = True, outputs: bool = True
@@ -176,9 +171,9 @@ class Grafter:
         attachment = Attachment(model, selected, self._naming, self._offer_hooked, inputs=inputs, outputs=outputs)
         if not attachment.points:
             logger.warning("grafter: %s: no module of %s matches %s", self._place.who, type(model).__name__, patterns)
-        if self._gradients is not None:
+        if self.gradients is not None:
             paths = [points.path for points in attachment.points]
-            attachment.keep(watch_gradients(model, paths, self._naming, self._gradients.parameter_came))
+            attachment.keep(watch_gradients(model, paths, self._naming, self.gradients.pending.parameter_came))
         if self._joining is not None:
             logger.warning(
                 "grafter: %s: this attach comes after the first point, so the names of its modules are not compared",
@@ -212,9 +207,9 @@ class Grafter:
         where no filter can ever match.
         """
         tags, given = split_options(arguments)
-        possible = self._filters.could_match({**tags, "name": name, "phase": PHASE})
-        options = self._options.options_of(name, given)
-        if not possible and not (self.has_gradients and options.gradients):
+        possible = self.filters.could_match({**tags, "name": name, "phase": PHASE})
+        options = self.options.options_of(name, given)
+        if not possible and not (self.gradients is not None and options.gradients):
             self._unmatched.setdefault(name, 0)
             return "nothing"
         return "break" if options.write == "in_place" and not possible <= {"compare"} else "operator"
@@ -222,27 +217,12 @@ class Grafter:
     def is_only_compared(self, name: str, arguments: dict[str, Any]) -> bool:
         """Whether no filter can ever graft a point."""
         tags, _ = split_options(arguments)
-        return self._filters.could_match({**tags, "name": name, "phase": PHASE}) <= {"compare"}
+        return self.filters.could_match({**tags, "name": name, "phase": PHASE}) <= {"compare"}
 
     @property
     def has_gradients(self) -> bool:
         """Whether gradients of any point are points."""
-        return self._gradients is not None
-
-    def expect_gradient(self, name: str, arguments: dict[str, Any]) -> WatchedGradient | None:
-        """Of a point in compiled code, which tells by itself when its gradient comes."""
-        assert self._gradients is not None
-        with self.lock:
-            watched: WatchedGradient | None = self._gradient_register(name, arguments, None)("")
-            if watched is not None:
-                self._gradients.watched[watched.key.digest] = watched
-            return watched
-
-    def gradient_came(self, watched: WatchedGradient, gradient: torch.Tensor) -> torch.Tensor | None:
-        """What takes its place; None: it stays as it is."""
-        assert self._gradients is not None
-        with self.lock, torch.no_grad():
-            return self._gradients.came(watched, gradient)
+        return self.gradients is not None
 
     def close(self) -> None:
         """Leave the run: say so, delete what is ours, write the summary. Later matched points are refused."""
@@ -257,23 +237,24 @@ class Grafter:
                 return
             self._closed = True
             atexit.unregister(self.close)
-            self._recomputations.close()
+            self.recomputations.close()
             if self._joining is None:
                 return
-            error = _last_error(self._fault)
+            error = last_error(self._fault)
             session = self._session or self._joining.finished(patient=error is None)
-            if self._gradients is not None and session is not None and error is None:
-                self._gradients.end_step(session)
+            if self.gradients is not None and session is not None and error is None:
+                self.gradients.pending.end_step(session)
             if session is not None:
                 try:
-                    session.ledger.write_summary(self._summary(session, error))
+                    summary = summarise(session, self._tally, self.filters, self._attachments, self._detached, error)
+                    session.ledger.write_summary(summary)
                 except OSError as failure:
                     logger.error("grafter: the summary of %s cannot be written: %s", self._place.who, failure)
                 self._write_module_trees(session)
                 session.close(
                     f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}" if error else ""
                 )
-            self._say_goodbye()
+            say_goodbye(self._place, self._tally, self.filters)
 
     # The steps before the other side is met.
 
@@ -292,7 +273,7 @@ class Grafter:
             self._fault = error
             raise error.with_traceback(None)
 
-        self._filters.matchers = (refuse,)
+        self.filters.matchers = (refuse,)
 
     def _graft(
         self,
@@ -309,20 +290,20 @@ class Grafter:
         check_tags(tags)
         if self._detached is not None:
             return value
-        options = self._options.options_of(name, {**around, **given})
+        options = self.options.options_of(name, {**around, **given})
         try:
             session = self._joined()
-            key = self._steps.next_key({**tags, "name": name}, self.config.key_tags)
+            key = self.steps.next_key({**tags, "name": name}, self.config.key_tags)
             if module is not None:
-                options, missing = self._among_holders(session, module, options)
+                options, missing = self.among_holders(session, module, options)
                 if missing is not None:
-                    self._skip(session, key, direction, tags, site, missing)
-                    self._recomputations.keep_nothing(key)
+                    self.record_skipped(session, key, direction, tags, site, missing)
+                    self.recomputations.keep_nothing(key)
                     return value
-            offer = self._offers.take_up(value, options)
-            grafted = self._meet(session, key, direction, offer, options, tags, site)
+            offer = self.offers.take_up(value, options)
+            grafted = self.meet(session, key, direction, offer, options, tags, site)
         except RunError as error:
-            return self._end_run(error, value)
+            return self.end_run(error, value)
         except BaseException as error:
             self._fault = error
             raise
@@ -330,103 +311,17 @@ class Grafter:
             raise offer.failure
         return grafted if offer.leaves is not None else offer.value
 
-    # Gradients, whose points are settled in the forward pass.
-
-    def _watch_gradients(
-        self, gradients: GradientPoints, name: str, value: Any, arguments: dict[str, Any], module: str | None
-    ) -> None:
-        register = self._gradient_register(name, arguments, module)
-        with self.lock:
-            if torch.is_grad_enabled():
-                gradients.watch(value, register)
-            else:
-                self._recomputations.keep_gradients(value, register)
-
-    def _gradient_register(
-        self, name: str, arguments: dict[str, Any], module: str | None
-    ) -> Callable[[str], WatchedGradient | None]:
-        """Of the path of a tensor in the point's value: its gradient's point, where a filter matches that."""
-        around = surroundings.get()
-        own, _ = split_options(arguments)
-        tags, given = split_options({**around.tags, **arguments})
-        given = {option: told for option, told in {**around.options, **given}.items() if option != "extras"}
-
-        def register(path: str) -> WatchedGradient | None:
-            point = name + path
-            recomputation = current_recomputation()
-            if recomputation is not None:
-                # Its place in the order of the program is that of the forward pass.
-                known: WatchedGradient | None = recomputation.next_kept(
-                    self._steps, point, own, self.config.key_tags, BACKWARD
-                )
-                return known
-            full = {**tags, "name": point, "step": self._steps.step, "phase": BACKWARD}
-            direction = self._filters.direction_of(full)
-            if direction is None:
-                return None
-            options = self._options.options_of(point, given)
-            if not options.gradients:
-                return None
-            check_tags(tags)
-            key = self._steps.next_key({**tags, "name": point}, self.config.key_tags, BACKWARD)
-            options = replace(options, write="return", gradient="straight_through")
-            return WatchedGradient(key, direction, dict(tags), options, call_site(), module)
-
-        return register
-
     @property
     def session(self) -> Session:
+        """Waits until both jobs have joined."""
         return self._joined()
 
-    def dump_gradient(self, name: PointName, gradient: torch.Tensor) -> None:
-        """The gradient of a parameter as a point: both sides come to it in the order of names, and wait."""
-        full = {**name.tags, "name": name.name, "step": self._steps.step, "phase": BACKWARD}
-        direction = self._filters.direction_of(full)
-        options = self._options.options_of(name.name, {})
-        if direction is None or not options.gradients:
-            return
-        key = self._steps.next_key({**name.tags, "name": name.name}, self.config.key_tags, BACKWARD)
-        options = replace(options, write="in_place", gradient="straight_through")
-        watched = WatchedGradient(key, direction, dict(name.tags), options, f"the parameter {name.name}")
-        self.meet_gradient(self.session, watched, gradient)
+    @property
+    def is_detached(self) -> bool:
+        """Whether the other job was lost and this one goes on ungrafted."""
+        return self._detached is not None
 
-    def participants_of(self, session: Session, watched: WatchedGradient) -> tuple[int, ...]:
-        """Role ranks of this side."""
-        options = watched.options
-        if watched.module is not None:
-            options, _ = self._among_holders(session, watched.module, options)
-        return own_participants(session.place, options.ranks)
-
-    def skip(self, session: Session, watched: WatchedGradient, reason: str) -> None:
-        """A gradient that meets nobody is in the ledger, too."""
-        self._skip(session, watched.key, watched.direction, watched.tags, watched.call_site, reason)
-
-    def meet_gradient(
-        self, session: Session, watched: WatchedGradient, gradient: torch.Tensor | None
-    ) -> torch.Tensor | None:
-        """One point of phase backward; what takes the gradient's place, if something does. None offers nothing."""
-        if self._detached is not None:
-            return None
-        options = watched.options
-        try:
-            if watched.module is not None:
-                options, missing = self._among_holders(session, watched.module, options)
-                if missing is not None:
-                    self.skip(session, watched, missing)
-                    return None
-            offer = self._offers.take_up(gradient, options)
-            if gradient is None:
-                offer = Offer(None, nothing="no gradient came to this point")
-            grafted = self._meet(
-                session, watched.key, watched.direction, offer, options, watched.tags, watched.call_site
-            )
-        except RunError as error:
-            return self._end_run(error, None)  # type: ignore[no-any-return]
-        if offer.failure is not None:
-            raise offer.failure
-        return grafted if grafted is not None and grafted is not gradient else None
-
-    def _meet(
+    def meet(
         self,
         session: Session,
         key: PointKey,
@@ -437,19 +332,19 @@ class Grafter:
         site: str,
     ) -> Any:
         """Meet the other side at one point; what `dump` returns."""
-        header = self._offers.describe(session, offer, options, direction, site)
+        header = self.offers.describe(session, offer, options, direction, site)
         named = {**tags, "name": key.name, "step": key.step, "phase": key.phase}
         self._sequence += 1
         meeting = Meeting(session, key, direction, header, options, named)
         with unobserved():
             grafted, outcome = meeting.hold(offer.leaves, offer.extras, self.config.stats, self._sequence)
         if key.phase == PHASE:
-            self._recomputations.keep(key, options, offer.leaves if outcome == "grafted" else None, grafted)
-        self._outcomes[outcome] += 1
+            self.recomputations.keep(key, options, offer.leaves if outcome == "grafted" else None, grafted)
+        self._tally.outcomes[outcome] += 1
         session.housekeeping.board.last_points.append((key, outcome))
         return grafted
 
-    def _among_holders(self, session: Session, module: str, options: PointOptions) -> tuple[PointOptions, str | None]:
+    def among_holders(self, session: Session, module: str, options: PointOptions) -> tuple[PointOptions, str | None]:
         """The participants are the ranks that have the module; and why the point is skipped, if that is so."""
         place, roster = session.place, session.roster
         own = roster.ranks_with(place.role, module)
@@ -462,12 +357,12 @@ class Grafter:
             options = replace(options, ranks=own)
         return options, None
 
-    def _skip(
+    def record_skipped(
         self, session: Session, key: PointKey, direction: Direction, tags: dict[str, Any], site: str, reason: str
     ) -> None:
         """A point that cannot meet anybody is in the ledger, too."""
         self._sequence += 1
-        self._outcomes["skipped"] += 1
+        self._tally.outcomes["skipped"] += 1
         session.record(
             LedgerRecord(
                 sequence=self._sequence, time=time.time(), name=key.name, tags=tags, step=key.step, phase=key.phase,
@@ -515,7 +410,7 @@ class Grafter:
 
     # The steps after.
 
-    def _end_run(self, error: RunError, value: Any) -> Any:
+    def end_run(self, error: RunError, value: Any) -> Any:
         """The run is over: every rank of both jobs must hear of it, and raise the same."""
         if self._session is not None:
             housekeeping = self._session.housekeeping
@@ -529,50 +424,3 @@ class Grafter:
         self._detached = str(error)
         logger.warning("grafter: %s goes on ungrafted from here (on_peer_loss=detach): %s", self._place.who, error)
         return value
-
-    def _summary(self, session: Session, error: BaseException | None) -> RankSummary:
-        return RankSummary(
-            role=session.place.role,
-            role_rank=session.place.role_rank,
-            outcomes=dict(self._outcomes),
-            unmatched=dict(self._unmatched),
-            filters_never_matched=self._filters.never_matched(),
-            tags_never_seen=self._filters.tags_never_seen(),
-            hooks_never_fired=[path for attachment in self._attachments for path in attachment.never_fired()],
-            modules_only_here=session.roster.only_at(session.place.role),
-            error=self._detached or (str(error) if error is not None else None),
-            error_kind="Detached" if self._detached else (type(error).__name__ if error is not None else None),
-        )
-
-    def _say_goodbye(self) -> None:
-        counts = ", ".join(f"{count} {outcome}" for outcome, count in self._outcomes.items())
-        unmatched = sum(self._unmatched.values())
-        logger.info(
-            "grafter: %s closes: %s; %d calls matched no filter", self._place.who, counts or "no point", unmatched
-        )
-        if not self._outcomes:
-            logger.warning("grafter: %s has grafted and compared nothing", self._place.who)
-        for filter_text in self._filters.never_matched():
-            logger.warning("grafter: %s: the filter %s never matched", self._place.who, filter_text)
-        for tag in self._filters.tags_never_seen():
-            seen = sorted(self._unmatched)[:8]
-            logger.warning(
-                "grafter: %s: no point had a tag %r, which a filter reads (points seen: %s)", self._place.who, tag, seen
-            )
-
-
-def _set_up_logging(level: str) -> None:
-    """Give our own logger a handler, unless the program has logging of its own."""
-    logger.setLevel(level.upper())
-    if not logger.handlers and not logging.getLogger().handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        logger.addHandler(handler)
-
-
-def _last_error(fault: BaseException | None) -> BaseException | None:
-    """The error with which this process ends: what nobody caught, else what ended the run at a point."""
-    unhandled = getattr(sys, "last_value", None)
-    if isinstance(unhandled, BaseException) and not isinstance(unhandled, SystemExit):
-        return unhandled
-    return fault if isinstance(fault, (RunError, GrafterError)) else None

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict
 from torch.utils import _pytree as pytree
 
 from grafter.errors import UsageError
-from grafter.tensor_access import local_tensor
+from grafter.writing.tensor_access import local_tensor
 
 # Numbers whose JSON form keeps apart what Python keeps apart.
 _DATA = (str, int, float, bool, type(None))

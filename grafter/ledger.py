@@ -44,7 +44,7 @@ class TensorStatistics(_Record):
 
 
 class Difference(_Record):
-    """x (the receiver's value before the write) against y (what came). DESIGN of the fields: `grafter/stats.py`."""
+    """x (the receiver's value before the write) against y (what came). The fields: `grafter/measures/stats.py`."""
 
     rel: float | None = None
     rel_l2: float | None = None

@@ -9,21 +9,21 @@ from typing import Any, Literal
 
 import torch
 
-from grafter.decision import Decision, decide
 from grafter.direction import Direction, receiver_role, sender_role
 from grafter.errors import PeerLostError, PointFailed, RunError, TransformError, WriteRefused
-from grafter.incoming import IncomingLeaf, Reception
+from grafter.exchange.incoming import IncomingLeaf, Reception
+from grafter.exchange.transfer_plan import TransferPlan, make_plan
 from grafter.layout.declared import DeclaredLayout
 from grafter.leaves import Leaves
 from grafter.ledger import LeafRecord, LedgerRecord, Outcome
-from grafter.manifest import Header, Pair, store_keys
+from grafter.measures.stats import compare
 from grafter.options import PointOptions
+from grafter.pairing.decision import Decision, decide
+from grafter.pairing.manifest import Header, Pair, store_keys
 from grafter.points import PointKey
 from grafter.session import Session
-from grafter.stats import compare
-from grafter.transfer_plan import TransferPlan, make_plan
-from grafter.watch import Abandoned, PeerGone
-from grafter.write_back import WriteMode, Written, apply_write, check_write
+from grafter.watching.watch import Abandoned, PeerGone
+from grafter.writing.write_back import WriteMode, Written, apply_write, check_write
 
 logger = logging.getLogger("grafter")
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
 from grafter.points import OPTIONS, OWN_TAGS
-from grafter.rules import compile_match
+from grafter.settings.rules import compile_match
 
 _CAPTURE = re.compile(r"\{([A-Za-z][A-Za-z0-9_]*)\}")
 # Where a module's path ends and that of one of its tensors begins.

@@ -8,16 +8,16 @@ from typing import Any
 
 import torch
 
-from grafter.config import GrafterConfig
 from grafter.direction import Direction
-from grafter.join import Place
 from grafter.layout.axes import axes_from_text, axes_of_job, read_axes
 from grafter.layout.declared import DeclaredLayout, declare_layouts
 from grafter.leaves import Leaves, NothingToOffer, encode_extras, spec_of, take_apart
-from grafter.manifest import Header
 from grafter.options import PointOptions
-from grafter.participants import own_participants
+from grafter.pairing.manifest import Header
+from grafter.pairing.participants import own_participants
+from grafter.rendezvous.join import Place
 from grafter.session import Session
+from grafter.settings.config import GrafterConfig
 
 _MOST_REMEMBERED = 4096
 # The fields of a header besides whose it is, in the order in which `_describe` gathers them.

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from grafter.config import GrafterConfig
+from grafter.settings.config import GrafterConfig
 from grafter.user_transform import UserTransform, load_transform, transform_of
 
 if TYPE_CHECKING:

@@ -18,19 +18,19 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from grafter.agreement import Agreement
-from grafter.config import GrafterConfig
-from grafter.courier import Courier
 from grafter.errors import ConfigError, GrafterError, JoinError, RunError
+from grafter.exchange.group import local_address_towards
 from grafter.exchange.shared_memory import SharedMemoryExchange, open_listener
-from grafter.group import local_address_towards
-from grafter.join import LINGER_SECONDS, Membership, Place, join
+from grafter.exchange.transfer import Transfer
 from grafter.ledger import LedgerRecord, LedgerWriter
-from grafter.mailbox import Mailbox, open_mailbox
-from grafter.pairing import Pairing
+from grafter.pairing.agreement import Agreement
+from grafter.pairing.pairing import Pairing
 from grafter.points import PointKey
-from grafter.store import StoreClient, connect
-from grafter.transfer import Transfer
+from grafter.rendezvous.courier import Courier
+from grafter.rendezvous.join import LINGER_SECONDS, Membership, Place, join
+from grafter.rendezvous.mailbox import Mailbox, open_mailbox
+from grafter.rendezvous.store import StoreClient, connect
+from grafter.settings.config import GrafterConfig
 
 logger = logging.getLogger("grafter")
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-PRELOAD = ["torch", "torch.distributed.tensor", "grafter.grafter", "grafter.store", "numpy"]
+PRELOAD = ["torch", "torch.distributed.tensor", "grafter.grafter", "grafter.rendezvous.store", "numpy"]
 _CONTEXT.set_forkserver_preload(PRELOAD)
 
 
@@ -97,7 +97,7 @@ class Jobs:
     """Both jobs of one test. Leaves no process behind, whatever the test does."""
 
     def __init__(self, directory: Path, *, hosted: bool = True, signals: tuple[str, ...] = (), **settings: Any) -> None:
-        from grafter.store import HostedStore
+        from grafter.rendezvous.store import HostedStore
 
         self.directory = directory
         self._settings = {"timeout": 30, "join_timeout": 60, "log_level": "warning", **settings}

@@ -19,7 +19,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from grafter.layout.declared import DeclaredLayout, Layout, declare
 from grafter.layout.dims import Dims
 from grafter.layout.dtensor import read_dtensor
-from grafter.manifest import Header
+from grafter.pairing.manifest import Header
 
 NAMES = ["b", "s", "t", "h", "d", "n", "v", "num_heads", "head_dim", "e", "_x1"]
 AXES = ["dp", "tp", "cp", "sp", "ep", "pp", "etp", "moe_dp"]

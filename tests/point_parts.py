@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from grafter.leaves import TensorSpec
-from grafter.liveness import ProcessIdentity
-from grafter.manifest import Header, Manifest, Pair
-from grafter.roster import Announcement, Roster
+from grafter.pairing.manifest import Header, Manifest, Pair
+from grafter.rendezvous.roster import Announcement, Roster
+from grafter.watching.liveness import ProcessIdentity
 
 
 def spec(*shape: int, dtype: torch.dtype = torch.float32, path: str = "") -> TensorSpec:

@@ -64,7 +64,7 @@ def found() -> dict[str, Any]:
         ],
         "hooks": len(module._global_forward_pre_hooks) + len(module._global_forward_hooks),
         "armed": watcher is not None and watcher.armed,
-        "step": own and own._steps.step,
+        "step": own and own.steps.step,
         "points": own and own._unmatched,
         "rank": own and own._place.role_rank,
     }

@@ -21,7 +21,7 @@ SOON = 20.0
 
 def by_store(rank: Rank) -> None:
     """As between hosts: no mail. Called first in each rank."""
-    from grafter import courier
+    from grafter.rendezvous import courier
 
     if rank.arguments[0] == "store":
         courier._one_host = lambda members: False

@@ -15,9 +15,9 @@ from test_show import EVERYONE, two_layers, write_run
 from typer.main import get_command
 from typer.testing import CliRunner, Result
 
-from grafter import launcher
 from grafter.cli import app, parse_master
 from grafter.errors import UsageError
+from grafter.running import launcher
 
 REPOSITORY = Path(__file__).parents[1]
 PAGE = (REPOSITORY / "docs" / "cli.md").read_text()

@@ -8,9 +8,9 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grafter.board import BoardLine
-from grafter.diagnosis import explain_stuck, find_stuck
 from grafter.errors import PairingError, PeerLostError
+from grafter.watching.board import BoardLine
+from grafter.watching.diagnosis import explain_stuck, find_stuck
 
 # A rank: "running", "gone", or (point, participants of its own side).
 State = Any

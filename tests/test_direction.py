@@ -10,10 +10,10 @@ import torch
 from jobs import Jobs, Rank, succeed, two_jobs
 
 import grafter
-from grafter.config import GrafterConfig
 from grafter.direction import DirectionFilters, receiver_role, sender_role
 from grafter.errors import DirectionConflict, UsageError
 from grafter.points import PHASE, PointKey
+from grafter.settings.config import GrafterConfig
 
 
 def filters(**sources: str) -> DirectionFilters:

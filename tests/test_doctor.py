@@ -23,7 +23,7 @@ from grafter.doctor.finding import Finding, fault, has_fault, ok, warning
 from grafter.doctor.page import Page, as_json, describe
 from grafter.doctor.sharing import check_sharing
 from grafter.errors import JoinError
-from grafter.store import HostedStore
+from grafter.rendezvous.store import HostedStore
 
 
 @pytest.fixture(scope="module")
@@ -235,7 +235,7 @@ def test_a_store_that_cannot_be_hosted_is_a_fault(monkeypatch: pytest.MonkeyPatc
     def refuse(address: str, port: int) -> Any:
         raise JoinError("cannot host the rendezvous store: no loopback")
 
-    monkeypatch.setattr("grafter.store.serve", refuse)
+    monkeypatch.setattr("grafter.rendezvous.store.serve", refuse)
     assert "no loopback" in network.check_store().text
     assert [network.check_store().level, network.check_gloo().level] == ["fault", "fault"]
 

@@ -12,8 +12,7 @@ import torch
 from jobs import Jobs, Rank, succeed
 
 import grafter
-from grafter import staging
-from grafter.exchange import gloo, shared_memory
+from grafter.exchange import gloo, shared_memory, staging
 
 FAR = 100.0
 SOON = 20.0

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grafter.errors import FilterError
-from grafter.filters import MAX_LENGTH, Filter, parse_filter
+from grafter.filters.expression import MAX_LENGTH, Filter, parse_filter
 
 DOCS = Path(__file__).parent.parent / "docs" / "filters.md"
 
@@ -257,7 +257,9 @@ def test_a_compiled_filter_has_no_builtins_and_calls_nothing_but_its_operations(
 
 def test_the_language_needs_no_pydantic() -> None:
     """Filters and the switch can be imported before anything says that grafting is on."""
-    program = "import sys, grafter.filters, grafter.switch; print({'pydantic', 'ruamel.yaml'} & set(sys.modules))"
+    program = (
+        "import sys, grafter.filters.expression, grafter.switch; print({'pydantic', 'ruamel.yaml'} & set(sys.modules))"
+    )
     finished = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert finished.stdout.strip() == "set()"
 

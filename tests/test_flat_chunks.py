@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grafter.flat_chunks import FlatReader
-from grafter.stats import compare, summarize
+from grafter.measures.flat_chunks import FlatReader
+from grafter.measures.stats import compare, summarize
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:

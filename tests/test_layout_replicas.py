@@ -13,7 +13,7 @@ from jobs import Jobs, Rank, succeed, two_jobs
 
 import grafter
 from grafter.ledger import LedgerRecord
-from grafter.run_summary import read_run_summary
+from grafter.running.run_summary import read_run_summary
 
 
 def full_tensor() -> torch.Tensor:

@@ -16,11 +16,11 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from grafter.errors import GrafterError, UsageError
-from grafter.launcher import PairResult
 from grafter.ledger import Difference, LedgerWriter, RankSummary
 from grafter.locate import runner
 from grafter.locate.command import locate_command
 from grafter.locate.verdict import Verdict
+from grafter.running.launcher import PairResult
 
 DEMO = Path(__file__).parent.parent / "launch" / "demo"
 

@@ -11,11 +11,11 @@ import pytest
 from point_parts import roster
 
 from grafter.errors import ProtocolError
-from grafter.liveness import own_identity
-from grafter.mailbox import RECALL, Mailbox, open_mailbox
-from grafter.roster import Roster
-from grafter.watch import PeerGone
-from grafter.wire import Seal
+from grafter.rendezvous.mailbox import RECALL, Mailbox, open_mailbox
+from grafter.rendezvous.roster import Roster
+from grafter.rendezvous.wire import Seal
+from grafter.watching.liveness import own_identity
+from grafter.watching.watch import PeerGone
 
 
 class NoEnd:

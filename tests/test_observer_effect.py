@@ -12,7 +12,7 @@ from jobs import Jobs, Rank, succeed, two_jobs
 from torch import nn
 
 import grafter
-from grafter.write_back import WriteMode, apply_write
+from grafter.writing.write_back import WriteMode, apply_write
 
 # Outputs and gradients of one program, without grafter's own tensors in them.
 Results = dict[str, torch.Tensor]

@@ -14,16 +14,16 @@ import pytest
 from jobs import Jobs, Rank, succeed
 from point_parts import header
 
-from grafter import courier
-from grafter.agreement import Agreement
 from grafter.direction import RoleName
-from grafter.liveness import ProcessIdentity
-from grafter.mailbox import Mailbox
-from grafter.pairing import Pairing
+from grafter.pairing.agreement import Agreement
+from grafter.pairing.pairing import Pairing
 from grafter.points import PointKey
-from grafter.roster import Announcement, Roster
-from grafter.store import Connection, StoreClient
-from grafter.wire import Seal, Sealed
+from grafter.rendezvous import courier
+from grafter.rendezvous.mailbox import Mailbox
+from grafter.rendezvous.roster import Announcement, Roster
+from grafter.rendezvous.store import Connection, StoreClient
+from grafter.rendezvous.wire import Seal, Sealed
+from grafter.watching.liveness import ProcessIdentity
 
 SIZES = (8, 64, 1024)
 # How the ranks are spread: all on one host, each job on one of its own, or eight of a job to a host.

@@ -12,8 +12,8 @@ from jobs import Jobs, Rank, succeed, two_jobs
 
 import grafter
 from grafter.errors import UsageError
-from grafter.join import Place
-from grafter.participants import own_participants
+from grafter.pairing.participants import own_participants
+from grafter.rendezvous.join import Place
 
 CONCATENATE = f"{Path(__file__).parent.parent / 'transforms' / 'concatenate.py'}:transform"
 

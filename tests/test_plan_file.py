@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grafter.config import SETTING_FIELDS
 from grafter.errors import ConfigError
-from grafter.plan_file import MAX_BYTES, PlanFile, read_plan_file
-from grafter.rules import Rule, compile_match
+from grafter.settings.config import SETTING_FIELDS
+from grafter.settings.plan_file import MAX_BYTES, PlanFile, read_plan_file
+from grafter.settings.rules import Rule, compile_match
 
 
 @pytest.fixture

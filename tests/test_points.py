@@ -23,7 +23,7 @@ from grafter.points import (
     check_tags,
     split_options,
 )
-from grafter.rules import Gradient, Write
+from grafter.settings.rules import Gradient, Write
 
 tag_names = st.from_regex(r"[a-z][a-z_]{0,8}", fullmatch=True).filter(lambda n: n not in OPTIONS | OWN_TAGS)
 tag_values = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8)

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grafter.run_output import LineSplitter, RunOutput
-from grafter.supervision import WaitTeller
+from grafter.running.run_output import LineSplitter, RunOutput
+from grafter.running.supervision import WaitTeller
 
 
 @given(st.binary(max_size=300), st.lists(st.integers(0, 300), max_size=5))

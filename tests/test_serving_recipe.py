@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from grafter.config import SETTING_FIELDS, GrafterConfig
 from grafter.layout.dims import parse_dims
-from grafter.plan_file import PlanFile, read_plan_file
+from grafter.settings.config import SETTING_FIELDS, GrafterConfig
+from grafter.settings.plan_file import PlanFile, read_plan_file
 
 PAGE = (Path(__file__).parent.parent / "docs" / "serving-engines.md").read_text()
 VLLM = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)[0]

@@ -17,7 +17,7 @@ from grafter.errors import LayoutError
 from grafter.layout.declared import DeclaredLayout, Layout, by_path
 from grafter.layout.runs import cut, from_parts, split_in_order
 from grafter.layout.shares import RoleShares, boxes_of, find_shares, layouts_of
-from grafter.manifest import Header
+from grafter.pairing.manifest import Header
 
 
 def shares(headers: list[Header]) -> RoleShares:

@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grafter.errors import GrafterError
-from grafter.launcher import PairResult
 from grafter.ledger import Difference, LeafRecord, LedgerRecord, LedgerWriter, RankSummary, Role
-from grafter.run_report import report_run
-from grafter.run_summary import find_run, merge_ranks, read_run_summary
+from grafter.running.launcher import PairResult
+from grafter.running.run_report import report_run
+from grafter.running.run_summary import find_run, merge_ranks, read_run_summary
 from grafter.show import log_bar, printable, show_run
 
 

@@ -18,7 +18,7 @@ from grafter.layout.overlap import find_overlap, share_a_place
 from grafter.layout.resharding import Resharding
 from grafter.layout.shares import find_shares, whole_tensor
 from grafter.layout.space import rectangles
-from grafter.manifest import Header
+from grafter.pairing.manifest import Header
 
 
 def side(role: str, dims: str | None, *shapes: Sequence[int], axis: str = "tp", **fields: Any) -> list[Header]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from grafter.job_environment import STARTUP_DIRECTORY, job_environment, what_defeats_attach
+from grafter.running.job_environment import STARTUP_DIRECTORY, job_environment, what_defeats_attach
 
 HERE = Path(__file__).parent
 PROGRAMS = str(HERE / "startup_programs.py")

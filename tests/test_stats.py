@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from grafter import chunk_pass
 from grafter.errors import UsageError
-from grafter.flat_chunks import CHUNK, FlatReader
 from grafter.ledger import Difference
-from grafter.stats import _difference, _statistics, compare, difference, summarize
+from grafter.measures import chunk_pass
+from grafter.measures.flat_chunks import CHUNK, FlatReader
+from grafter.measures.stats import _difference, _statistics, compare, difference, summarize
 
 NAN, INF = math.nan, math.inf
 FLOAT8 = [dtype for name in dir(torch) if name.startswith("float8_") and (dtype := getattr(torch, name))]

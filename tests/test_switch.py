@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from grafter.config import GrafterConfig
 from grafter.errors import ConfigError
+from grafter.settings.config import GrafterConfig
 from grafter.switch import enabled
 
 

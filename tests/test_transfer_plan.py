@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from layout_parts import HeldSide, on_axis, role_headers, two_sides
 from point_parts import header, pair, roster, sides, spec
 
-from grafter.assembly import assembled_leaves
-from grafter.decision import decide
-from grafter.manifest import Pair
-from grafter.transfer_plan import ALIGNMENT_BYTES, TransferPlan, make_plan
+from grafter.exchange.assembly import assembled_leaves
+from grafter.exchange.transfer_plan import ALIGNMENT_BYTES, TransferPlan, make_plan
+from grafter.pairing.decision import decide
+from grafter.pairing.manifest import Pair
 
 DTYPES = [torch.uint8, torch.float16, torch.complex128, torch.bool, torch.int64]
 

@@ -8,13 +8,13 @@ from collections.abc import Iterator
 
 import pytest
 
-from grafter.board import BoardLine, BoardWriter
 from grafter.direction import RoleName
-from grafter.liveness import ProcessIdentity
-from grafter.roster import ANNOUNCEMENTS, Announcement
-from grafter.store import StoreClient, connect
-from grafter.watched_store import WatchedStore, summarize_lines
-from grafter.wire import Seal
+from grafter.rendezvous.roster import ANNOUNCEMENTS, Announcement
+from grafter.rendezvous.store import StoreClient, connect
+from grafter.rendezvous.wire import Seal
+from grafter.running.watched_store import WatchedStore, summarize_lines
+from grafter.watching.board import BoardLine, BoardWriter
+from grafter.watching.liveness import ProcessIdentity
 
 PROCESS = ProcessIdentity(host="h", hostname="h", uid=0, pid=1, start_time=1)
 

@@ -18,7 +18,7 @@ from torch.distributed import TCPStore
 
 import grafter
 from grafter.errors import ProtocolError
-from grafter.wire import Seal
+from grafter.rendezvous.wire import Seal
 
 FAR = 100.0
 SOON = 20.0
@@ -170,7 +170,7 @@ def key_of_first(directory: Path, number: int) -> str:
 
 
 def through_the_store(rank: Rank) -> list[float]:
-    from grafter import courier
+    from grafter.rendezvous import courier
 
     courier._one_host = lambda members: False
     return graft_after_joining(rank)
@@ -297,7 +297,7 @@ def fail_of_both(results: list[Result], *texts: str) -> None:
 
 def join_with_version(rank: Rank) -> None:
     if not rank.is_baseline:
-        from grafter import join, store, wire
+        from grafter.rendezvous import join, store, wire
 
         for module in (wire, join, store):
             module.PROTOCOL_VERSION = 2  # type: ignore[attr-defined]

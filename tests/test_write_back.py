@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grafter.errors import WriteRefused
-from grafter.write_back import WriteMode, Written, apply_write, check_write
+from grafter.writing.write_back import WriteMode, Written, apply_write, check_write
 
 IN_PLACE = WriteMode()
 CUT = WriteMode(gradient="cut")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from grafter.errors import WriteRefused
-from grafter.write_back import WriteMode, Written, apply_write, check_write
+from grafter.writing.write_back import WriteMode, Written, apply_write, check_write
 
 IN_PLACE = WriteMode()
 CUT = WriteMode(gradient="cut")

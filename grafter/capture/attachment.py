@@ -21,7 +21,7 @@ from grafter.capture.naming import Naming
 from grafter.capture.selection import Pattern, select_modules
 from grafter.capture.untraced import forget_compiled_code, untraced
 from grafter.names import PointName
-from grafter.tensor_access import local_tensor
+from grafter.writing.tensor_access import local_tensor
 
 # Offers one tensor as a point: (name and tags, module's key, tensor) -> what takes its place.
 Offer = Callable[[PointName, str, torch.Tensor], torch.Tensor]

@@ -19,11 +19,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from grafter.capture.naming import layer_id_at
 from grafter.capture.selection import select_modules, unwrapped, walk
 from grafter.errors import UsageError
-from grafter.tensor_access import is_dtensor
+from grafter.writing.tensor_access import is_dtensor
 
 if TYPE_CHECKING:
     from grafter.capture.attachment import Attachment
-    from grafter.roster import Roster
+    from grafter.rendezvous.roster import Roster
 
 SCHEMA_VERSION = 1
 _FILE = re.compile(r"modules(?:\.rank(\d+))?\.json")

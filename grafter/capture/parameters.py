@@ -9,7 +9,7 @@ import torch
 from grafter.capture.naming import Naming
 from grafter.capture.selection import walk
 from grafter.names import PointName
-from grafter.tensor_access import local_tensor
+from grafter.writing.tensor_access import local_tensor
 
 
 def named_weights(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:

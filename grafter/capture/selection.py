@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from grafter.errors import ConfigError, UsageError
-from grafter.rules import compile_match
+from grafter.settings.rules import compile_match
 
 # What the model itself is called, whose path is empty.
 ROOT = "root"

@@ -30,7 +30,7 @@ class AutomaticSteps:
     def __init__(self, grafter: Grafter, mode: str) -> None:
         self._grafter = grafter
         self._by_optimizer, self._by_forward = mode in ("auto", "optimizer"), mode in ("auto", "forward")
-        self._expected = grafter._steps.step
+        self._expected = grafter.steps.step
         self._due = False
         self._has_optimizer = mode == "auto" and _finds_optimizer()
         self._depth = threading.local()
@@ -73,11 +73,11 @@ class AutomaticSteps:
         self._has_optimizer = self._due = True
 
     def _draw_boundary(self) -> None:
-        if self._grafter._steps.step != self._expected:
+        if self._grafter.steps.step != self._expected:
             self.stop()  # the program counts for itself
             return
         self._grafter.step()
-        self._expected = self._grafter._steps.step
+        self._expected = self._grafter.steps.step
 
 
 class CountedForward:

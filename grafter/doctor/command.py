@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from grafter.errors import GrafterError, UsageError
-from grafter.job_environment import parse_settings
+from grafter.running.job_environment import parse_settings
 
 if TYPE_CHECKING:
     from grafter.doctor.finding import Finding

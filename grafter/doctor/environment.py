@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from grafter.doctor.finding import Finding, fault, listed, ok, warning
 from grafter.errors import ConfigError
-from grafter.job_environment import job_environment
+from grafter.running.job_environment import job_environment
 from grafter.switch import OLD_PREFIX, PREFIX
 
 
@@ -17,7 +17,7 @@ def check_environment(environ: Mapping[str, str]) -> Iterator[Finding]:
 
 def check_settings(environ: Mapping[str, str]) -> Finding:
     """As a rank would read them; what only a run can say (a role, a port) may be missing."""
-    from grafter.config import GrafterConfig
+    from grafter.settings.config import GrafterConfig
 
     names = sorted(name for name in environ if name.startswith((PREFIX, OLD_PREFIX)) and environ[name].strip())
     try:

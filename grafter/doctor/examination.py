@@ -20,8 +20,8 @@ from grafter.doctor.observer import judge_observer, observed_change
 from grafter.doctor.pairing import common_points, judge_names, judge_pair, names_by_role
 from grafter.doctor.repeats import judge_determinism, judge_self_graft
 from grafter.doctor.trials import EVERY_POINT, NO_POINT, Laboratory, Trial
-from grafter.job_command import split_command
-from grafter.job_environment import job_environment, what_defeats_attach
+from grafter.running.job_command import split_command
+from grafter.running.job_environment import job_environment, what_defeats_attach
 
 ROLES = ("baseline", "target")
 
@@ -78,7 +78,7 @@ class Examination:
 
     def _read_settings(self, settings: Mapping[str, str]) -> tuple[str | None, bool]:
         """(pattern of --attach, whether there is a filter), wherever they stand."""
-        from grafter.config import GrafterConfig
+        from grafter.settings.config import GrafterConfig
 
         environment = job_environment(
             os.environ, "target", settings, master=("127.0.0.1", 1), directory=None, run_name=None

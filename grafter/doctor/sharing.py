@@ -10,7 +10,7 @@ from pathlib import Path
 
 from grafter.doctor.finding import Finding, first_line, ok, warning
 from grafter.exchange.shared_memory import open_listener
-from grafter.staging import Staging, StagingRefused, is_sealed_block
+from grafter.exchange.staging import Staging, StagingRefused, is_sealed_block
 
 _TRIAL_BYTES = 64 << 20
 _WORD = b"grafter doctor"

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 
 from grafter.doctor.finding import Finding, fault, first_line, ok, warning
-from grafter.job_environment import STARTUP_DIRECTORY, job_environment
+from grafter.running.job_environment import STARTUP_DIRECTORY, job_environment
 
 LOWEST_PYTHON = (3, 10)
 TESTED_PYTHON = (3, 11)

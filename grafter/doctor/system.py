@@ -13,8 +13,8 @@ from pathlib import Path
 
 import grafter
 from grafter.doctor.finding import Finding, fault, first_line, ok, warning
-from grafter.liveness import host_identity, process_state
-from grafter.staging import _available_bytes
+from grafter.exchange.staging import _available_bytes
+from grafter.watching.liveness import host_identity, process_state
 
 _GIB = 2**30
 _LEAST_FREE_DISK_BYTES = 1 * _GIB

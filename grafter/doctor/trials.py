@@ -14,11 +14,11 @@ from pathlib import Path
 from grafter.doctor.notes import JobNotes, read_notes
 from grafter.doctor.witness.sitecustomize import DIRECTORY
 from grafter.errors import GrafterError
-from grafter.job import describe_exit
-from grafter.launcher import PairResult, run_pair
 from grafter.ledger import RankSummary, read_run, read_summaries
 from grafter.locate.measure import RunMeasurement, measure_run
-from grafter.run_summary import RunSummary, read_run_summary
+from grafter.running.job import describe_exit
+from grafter.running.launcher import PairResult, run_pair
+from grafter.running.run_summary import RunSummary, read_run_summary
 
 WITNESS_DIRECTORY = Path(__file__).parent / "witness"
 EVERY_POINT = "name is not None"

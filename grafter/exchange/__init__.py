@@ -13,9 +13,9 @@ from typing import ClassVar
 
 import torch
 
-from grafter.staging import Staging
-from grafter.transfer_plan import Piece, TransferPlan
-from grafter.watch import Watch
+from grafter.exchange.staging import Staging
+from grafter.exchange.transfer_plan import Piece, TransferPlan
+from grafter.watching.watch import Watch
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,10 @@ from torch.distributed import ProcessGroupGloo, TCPStore
 
 from grafter.errors import GrafterError, PeerLostError
 from grafter.exchange import Exchange, Incoming, Outgoing
-from grafter.group import make_gloo_group
-from grafter.staging import Staging, as_tensor
-from grafter.transfer_plan import Piece, TransferPlan
-from grafter.watch import Abandoned, PeerGone, Watch
+from grafter.exchange.group import make_gloo_group
+from grafter.exchange.staging import Staging, as_tensor
+from grafter.exchange.transfer_plan import Piece, TransferPlan
+from grafter.watching.watch import Abandoned, PeerGone, Watch
 
 # The sender's staging: what is not contiguous in CPU memory goes through two buffers of this size.
 CHUNK_BYTES = 8 << 20

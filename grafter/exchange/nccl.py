@@ -11,10 +11,10 @@ import torch
 from torch.distributed import TCPStore
 
 from grafter.exchange import Exchange, Incoming, Outgoing
-from grafter.group import make_nccl_group
-from grafter.staging import Staging
-from grafter.transfer_plan import Piece, TransferPlan
-from grafter.watch import Abandoned, Watch
+from grafter.exchange.group import make_nccl_group
+from grafter.exchange.staging import Staging
+from grafter.exchange.transfer_plan import Piece, TransferPlan
+from grafter.watching.watch import Abandoned, Watch
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroupNCCL

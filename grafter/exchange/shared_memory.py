@@ -29,11 +29,11 @@ import torch
 
 from grafter.errors import GrafterError, ProtocolError
 from grafter.exchange import Exchange, Incoming, Outgoing
+from grafter.exchange.staging import Staging, as_tensor, is_sealed_block, view_bytes
+from grafter.exchange.transfer_plan import Piece, TransferPlan
 from grafter.leaves import TensorSpec
-from grafter.roster import Roster
-from grafter.staging import Staging, as_tensor, is_sealed_block, view_bytes
-from grafter.transfer_plan import Piece, TransferPlan
-from grafter.watch import Abandoned, PeerGone, Watch
+from grafter.rendezvous.roster import Roster
+from grafter.watching.watch import Abandoned, PeerGone, Watch
 
 _POLL_SECONDS = 0.25
 _LONGEST_MESSAGE = 4096

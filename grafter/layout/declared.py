@@ -16,7 +16,7 @@ from grafter.layout.dims import LARGEST_SIZE, Dims, parse_dims
 from grafter.layout.dtensor import REDUCTIONS, read_dtensor
 from grafter.layout.overlap import find_overlap
 from grafter.leaves import Leaves
-from grafter.tensor_access import is_dtensor
+from grafter.writing.tensor_access import is_dtensor
 
 Numbers = tuple[int, ...]
 # As they travel: what a peer sends is checked before anything is computed from it.

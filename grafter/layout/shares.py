@@ -23,7 +23,7 @@ from grafter.layout.places import Member, find_places
 from grafter.layout.runs import Runs, from_parts, whole
 
 if TYPE_CHECKING:
-    from grafter.manifest import Header
+    from grafter.pairing.manifest import Header
 
 # A share in more parts than this is a mistake, or meant to do harm.
 MOST_BOXES = 1 << 20

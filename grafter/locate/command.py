@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from grafter.errors import GrafterError, UsageError
-from grafter.job_environment import parse_settings
+from grafter.running.job_environment import parse_settings
 
 
 def locate_command(

@@ -12,14 +12,14 @@ from rich.console import Console
 from rich.text import Text
 
 from grafter.errors import GrafterError, UsageError
-from grafter.job_command import split_command
-from grafter.launcher import PairResult, describe_unreached, run_pair
 from grafter.ledger import RankSummary, read_run, read_summaries
 from grafter.locate.judgement import judge
 from grafter.locate.measure import RunMeasurement, measure_run
 from grafter.locate.table import verdict_as_json
 from grafter.locate.verdict import Verdict
 from grafter.locate.wording import describe_inputs_alone
+from grafter.running.job_command import split_command
+from grafter.running.launcher import PairResult, describe_unreached, run_pair
 
 ALL_POINTS = "name is not None"
 # locate gives these itself; set by a caller they would silently change what the two runs mean.

@@ -81,7 +81,7 @@ def _read(sources: list[Path]) -> tuple[list[ModuleTree], list[ModuleTree]]:
     from grafter.capture.module_tree import read_role_trees, read_trees
 
     if len(sources) == 1:
-        from grafter.run_summary import find_run
+        from grafter.running.run_summary import find_run
 
         run = sources[0] if (sources[0] / "baseline").is_dir() else find_run(sources[0])
         return read_role_trees(run / "baseline"), read_role_trees(run / "target")

@@ -33,7 +33,7 @@ _TITLES = {
 
 
 def plan_text(suggestion: Suggestion, others: tuple[str, ...] = ()) -> str:
-    """The plan file, which `grafter.plan_file` reads. others: models that were not looked at, in words."""
+    """The plan file, which `grafter.settings.plan_file` reads. others: models that were not looked at, in words."""
     return "\n".join(_lines(suggestion, others)) + "\n"
 
 

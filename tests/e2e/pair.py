@@ -13,8 +13,8 @@ import torch
 from common import SEQUENCE
 from safetensors import safe_open
 
-from grafter.launcher import run_pair
 from grafter.ledger import LedgerRecord, read_run
+from grafter.running.launcher import run_pair
 
 PROGRAMS = Path(__file__).parent / "programs"
 ROLES = ("baseline", "target")

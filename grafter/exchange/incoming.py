@@ -1,0 +1,196 @@
+"""Incoming: for each leaf, what is to be written into it, made of what the exchange has brought."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from grafter.direction import Direction, sender_role
+from grafter.errors import WriteRefused
+from grafter.exchange.assembly import (
+    Assembled,
+    Received,
+    Values,
+    assembled_leaves,
+    received_by_sender,
+    received_extras,
+    with_padding,
+    without_padding,
+)
+from grafter.layout.declared import Layout
+from grafter.layout.shares import layouts_of
+from grafter.leaves import Leaves
+from grafter.ledger import Difference
+from grafter.pairing.decision import Decision
+from grafter.pairing.manifest import Header, Pair
+from grafter.points import PointKey
+from grafter.rendezvous.join import Place
+from grafter.rendezvous.roster import Roster
+from grafter.user_transform import GraftTransformInput, UserTransform
+from grafter.writing.conversion import count_saturated, why_not_convertible
+
+logger = logging.getLogger("grafter")
+
+
+@dataclass
+class IncomingLeaf:
+    """What comes in for one leaf.
+
+    value, target: what came and this rank's tensor, both without padding. padded: the whole local tensor, where layouts
+    brought the value. room: memory of ours in which the value lies, with place for the padding. replicas: how far the
+    sender's copies are apart, where they were compared. `to_write` has the shape of the whole local tensor.
+    """
+
+    value: torch.Tensor
+    target: torch.Tensor
+    padded: torch.Tensor | None = None
+    room: torch.Tensor | None = None
+    replicas: Difference | None = None
+    saturated: int | None = None
+    to_write: torch.Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.to_write = self.value
+
+    @property
+    def is_padded(self) -> bool:
+        return self.padded is not None and self.padded.shape != self.target.shape
+
+    def prepare(self) -> None:
+        """Put the padding, as it is, around the value. Raises WriteRefused for a dtype that may not be converted."""
+        if self.padded is None or not self.is_padded:
+            return
+        if self.value.shape != self.target.shape:
+            raise WriteRefused(
+                f"a value of shape {list(self.value.shape)} does not fit into {list(self.target.shape)}, which is the "
+                f"tensor {list(self.padded.shape)} without its padding."
+            )
+        why = why_not_convertible(self.value.dtype, self.padded.dtype)
+        if why is not None:
+            raise WriteRefused(f"{self.value.dtype} cannot be written into {self.padded.dtype}: {why}.")
+        if self.value.dtype != self.padded.dtype:
+            self.saturated = count_saturated(self.value, self.padded.dtype)
+        fits = self.room is not None and (self.room.dtype, self.room.device) == (self.padded.dtype, self.padded.device)
+        self.to_write = with_padding(self.padded, self.value, self.room if fits else None)
+
+
+@dataclass(frozen=True)
+class Reception:
+    """One point on one receiver, once its bytes have come."""
+
+    key: PointKey
+    tags: dict[str, Any]
+    direction: Direction
+    place: Place
+    roster: Roster
+    pair: Pair
+    decision: Decision
+    header: Header
+    transform: UserTransform | None
+
+    def incoming(self, values: Values, leaves: Leaves) -> list[IncomingLeaf]:
+        """The value for each leaf. Raises what the transform raises."""
+        if self.decision.reshardings is None:
+            return self._from_senders(values, leaves)
+        return self._from_layouts(values, leaves)
+
+    def _from_senders(self, values: Values, leaves: Leaves) -> list[IncomingLeaf]:
+        """Whole tensors: that of the one sender that serves this rank, or what the transform makes of all."""
+        received = received_by_sender(values, self.pair, sender_role(self.direction), self.roster)
+        incoming = []
+        for index, (spec, target) in enumerate(zip(leaves.specs, leaves.tensors, strict=True)):
+            if self.transform is None:
+                value = received[0].tensors[index]
+            else:
+                tensors = [_leaf_at(spec.path, one) for one in received]
+                ranks = [one.sender_rank for one in received]
+                value = self._transformed(index, tensors, [one.extras for one in received], ranks, target)
+            incoming.append(IncomingLeaf(value.detach().to(target.device), target))
+        return incoming
+
+    def _from_layouts(self, values: Values, leaves: Leaves) -> list[IncomingLeaf]:
+        """This rank's own leaves, put together. A transform receives that alone, and the lowest sender's extras."""
+        incoming = []
+        lowest = min(self.pair.senders(self.direction), key=lambda header: header.role_rank)
+        sender = self.roster.graft_rank(lowest.role, lowest.role_rank)
+        for index, one in enumerate(assembled_leaves(self.decision, values, self.header)):
+            target = without_padding(leaves.tensors[index], one.held)
+            value, room = one.tensor, one.room
+            if self.transform is not None:
+                extras = received_extras(values, lowest, sender)
+                value, room = self._transformed(index, [value], [extras], [lowest.role_rank], target), None
+            value = value.detach().to(target.device)
+            incoming.append(IncomingLeaf(value, target, leaves.tensors[index], room, one.replicas))
+            self._tell_replicas(one)
+        return incoming
+
+    def _transformed(
+        self,
+        leaf: int,
+        tensors: list[torch.Tensor],
+        extras: list[dict[str, Any] | None],
+        sender_ranks: list[int],
+        target: torch.Tensor,
+    ) -> torch.Tensor:
+        assert self.transform is not None
+        sender_layouts, target_layout = self._layouts(leaf)
+        return self.transform(
+            GraftTransformInput(
+                tags=dict(self.tags),
+                received_list=tensors,
+                received_extras_list=extras,
+                target=target.detach(),
+                direction=self.direction,
+                role=self.place.role,
+                role_rank=self.place.role_rank,
+                role_world_size=self.place.role_world_size,
+                sender_ranks=sender_ranks,
+                sender_layouts=sender_layouts,
+                target_layout=target_layout,
+                path=self.header.leaves[leaf].path,
+            )
+        )
+
+    def _layouts(self, leaf: int) -> tuple[list[Layout] | None, Layout | None]:
+        """Where the senders' tensors and this one lie, as boxes; None where a side declares nothing that fits."""
+        if not any(header.layouts for header in self.pair.headers):
+            return None, None
+        known = f"layouts {self.direction} {leaf}"
+        if known not in self.pair.memo:
+            self.pair.memo[known] = (
+                layouts_of(self.pair.senders(self.direction), leaf),
+                layouts_of(self.pair.receivers(self.direction), leaf),
+            )
+        senders, receivers = self.pair.memo[known]
+        return (
+            None if senders is None else [senders[h.role_rank] for h in self.pair.senders(self.direction)],
+            None if receivers is None else receivers[self.header.role_rank],
+        )
+
+    def _tell_replicas(self, one: Assembled) -> None:
+        apart = one.replicas
+        if apart is None or not apart.mismatched_fraction:
+            return
+        role = sender_role(self.direction)
+        first, other = (f"{role} rank {' and '.join(map(str, ranks))}" for ranks in one.copies)
+        at = ""
+        if apart.max_abs_index is not None and apart.max_abs_values is not None:
+            values = apart.max_abs_values
+            at = f", most at {apart.max_abs_index} of its part ({values[0]:.9g} against {values[1]:.9g})"
+        logger.warning(
+            "grafter: the replicas of %s differ: %s and %s, as %s sees them, in %.3g of the values%s. They should be "
+            "equal; that of %s is taken.",
+            self.key, first, other, self.header.who, apart.mismatched_fraction, at, first,
+        )  # fmt: skip
+
+
+def _leaf_at(path: str, received: Received) -> torch.Tensor:
+    for spec, tensor in zip(received.specs, received.tensors, strict=True):
+        if spec.path == path:
+            return tensor
+    raise ValueError(
+        f"sender {received.sender_rank} has no leaf {path}; it has {[spec.path for spec in received.specs]}"
+    )

@@ -1,0 +1,83 @@
+"""What a rank says when it leaves: the summary beside its ledger, and what it did in a few lines of log."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from grafter.capture.attachment import Attachment
+from grafter.direction import DirectionFilters
+from grafter.errors import GrafterError, RunError
+from grafter.ledger import RankSummary
+from grafter.rendezvous.join import Place
+from grafter.session import Session
+
+logger = logging.getLogger("grafter")
+
+
+@dataclass
+class Tally:
+    """What became of one rank's points: matched ones by outcome, the others by name."""
+
+    outcomes: Counter[str] = field(default_factory=Counter)
+    # Counting in it costs a third of what it costs in a Counter.
+    unmatched: defaultdict[str, int] = field(default_factory=lambda: defaultdict(int))
+
+
+def summarise(
+    session: Session,
+    tally: Tally,
+    filters: DirectionFilters,
+    attachments: Sequence[Attachment],
+    detached: str | None,
+    error: BaseException | None,
+) -> RankSummary:
+    """detached: why this rank went on ungrafted, if it did. error: that with which it ends."""
+    place = session.place
+    return RankSummary(
+        role=place.role,
+        role_rank=place.role_rank,
+        outcomes=dict(tally.outcomes),
+        unmatched=dict(tally.unmatched),
+        filters_never_matched=filters.never_matched(),
+        tags_never_seen=filters.tags_never_seen(),
+        hooks_never_fired=[path for attachment in attachments for path in attachment.never_fired()],
+        modules_only_here=session.roster.only_at(place.role),
+        error=detached or (str(error) if error is not None else None),
+        error_kind="Detached" if detached else (type(error).__name__ if error is not None else None),
+    )
+
+
+def say_goodbye(place: Place, tally: Tally, filters: DirectionFilters) -> None:
+    counts = ", ".join(f"{count} {outcome}" for outcome, count in tally.outcomes.items())
+    unmatched = sum(tally.unmatched.values())
+    logger.info("grafter: %s closes: %s; %d calls matched no filter", place.who, counts or "no point", unmatched)
+    if not tally.outcomes:
+        logger.warning("grafter: %s has grafted and compared nothing", place.who)
+    for filter_text in filters.never_matched():
+        logger.warning("grafter: %s: the filter %s never matched", place.who, filter_text)
+    for tag in filters.tags_never_seen():
+        seen = sorted(tally.unmatched)[:8]
+        logger.warning(
+            "grafter: %s: no point had a tag %r, which a filter reads (points seen: %s)", place.who, tag, seen
+        )
+
+
+def last_error(fault: BaseException | None) -> BaseException | None:
+    """The error with which this process ends: what nobody caught, else what ended the run at a point."""
+    unhandled = getattr(sys, "last_value", None)
+    if isinstance(unhandled, BaseException) and not isinstance(unhandled, SystemExit):
+        return unhandled
+    return fault if isinstance(fault, (RunError, GrafterError)) else None
+
+
+def set_up_logging(level: str) -> None:
+    """Give our own logger a handler, unless the program has logging of its own."""
+    logger.setLevel(level.upper())
+    if not logger.handlers and not logging.getLogger().handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        logger.addHandler(handler)

@@ -1,0 +1,253 @@
+"""The decision about a point: one pure function of both manifests, which every participant computes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from grafter.direction import Direction
+from grafter.errors import LayoutError
+from grafter.layout.resharding import Resharding
+from grafter.layout.shares import find_shares, whole_tensor
+from grafter.pairing.manifest import Header, Pair
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What happens at one point, the same on every participant.
+
+    `sources` is, for each receiving role rank, the sending role ranks whose whole value it gets, in order. Where
+    layouts decide, `reshardings` has for each leaf what goes where, and `sources` whose extras a receiver gets. Where
+    `outcome` is not None, nothing moves, and `reason` says why.
+    """
+
+    sources: dict[int, tuple[int, ...]]
+    outcome: Literal["skipped", "failed"] | None = None
+    reason: str | None = None
+    reshardings: tuple[Resharding, ...] | None = None
+
+
+def decide(direction: Direction, pair: Pair) -> Decision:
+    """One pure function of both manifests, computed by every participant."""
+    senders, receivers = pair.senders(direction), pair.receivers(direction)
+    failed = next((h for h in pair.headers if h.failure is not None), None)
+    if failed is not None:
+        return Decision({}, "failed", f"{failed.who} failed before the exchange: {failed.failure}")
+    nothing = [h for h in pair.headers if h.nothing is not None]
+    if nothing:
+        return Decision({}, "skipped", "; ".join(f"{h.who}: {h.nothing}" for h in nothing[:4]))
+    shared_gpu = _find_shared_gpu(pair.headers)
+    if shared_gpu is not None:
+        return Decision({}, "failed", shared_gpu)
+    needs = {h.needs for h in receivers}
+    if len(needs) != 1:
+        return Decision(
+            {}, "failed", f"the receivers ask for different things: {sorted(needs)}; give all one transform"
+        )
+    # Equal is transitive: all are compared with one.
+    first = senders[0].others
+    others = (h for h in (*receivers, *senders) if h.others != first)
+    unequal = next((u for h in others if (u := _find_unequal_leaf(senders[0], h))), None)
+    if unequal is not None:
+        return Decision({}, "failed", unequal)
+    if needs == {"resharded"} or (needs == {"identity"} and any(h.layouts for h in pair.headers)):
+        resharded = _reshard(senders, receivers, asked=needs == {"resharded"})
+        if resharded is not None:
+            return resharded
+    if needs == {"all"}:
+        everyone = tuple(h.role_rank for h in senders)
+        return Decision({h.role_rank: everyone for h in receivers})
+    if needs == {"same_rank"}:
+        return _pair_by_position(senders, receivers, same_shape=False)
+    return _with_missing_layout(_identity(senders, receivers), senders, receivers)
+
+
+def _with_missing_layout(decision: Decision, senders: Sequence[Header], receivers: Sequence[Header]) -> Decision:
+    """What the rules for whole tensors refuse, layouts might do: say which side has declared none."""
+    declared = next((h for h in (*senders, *receivers) if h.layouts), None)
+    without = next((side for side in (senders, receivers) if not any(h.layouts for h in side) and len(side) > 1), None)
+    if decision.outcome != "failed" or declared is None or without is None:
+        return decision
+    layout = next(one for one in declared.layouts if one is not None)
+    return replace(
+        decision,
+        reason=f"{decision.reason} (The {declared.role} declares a layout, {layout}, and the {without[0].role}, of "
+        f"{len(without)} ranks, none: with dims= there, too, in its call or in a rule of the plan file, each receiver "
+        "gets its own part.)",
+    )
+
+
+def _reshard(senders: Sequence[Header], receivers: Sequence[Header], *, asked: bool) -> Decision | None:
+    """What the layouts say. None where a side declares none, so that the rules for whole tensors hold."""
+    structure, count = senders[0].structure, len(senders[0].leaves)
+    for header in (*senders[1:], *receivers):
+        if header.structure != structure or len(header.leaves) != count:
+            return Decision({}, "failed", _differently_built(senders[0], header))
+    try:
+        reshardings = [_reshard_leaf(senders, receivers, leaf) for leaf in range(len(senders[0].leaves))]
+    except LayoutError as error:
+        return Decision({}, "failed", str(error))
+    known = tuple(one for one in reshardings if one is not None)
+    if len(known) == len(reshardings):
+        lowest = (min(h.role_rank for h in senders),) if asked else ()
+        return Decision({h.role_rank: lowest for h in receivers}, reshardings=known)
+    if asked or known:
+        return Decision({}, "failed", _why_not_resharded(senders, receivers, reshardings, asked=asked))
+    return None
+
+
+def _why_not_resharded(
+    senders: Sequence[Header], receivers: Sequence[Header], reshardings: Sequence[Resharding | None], *, asked: bool
+) -> str:
+    """Some leaves would go by layouts and others by ranks, or a transform asks for what layouts alone can give."""
+    leaf = next(number for number, one in enumerate(reshardings) if one is None)
+    side = next(side for side in (senders, receivers) if len(side) > 1 and not _declares(side, leaf))
+    path = senders[0].leaves[leaf].path
+    who = f"the {side[0].role}, of {len(side)} ranks, declares no layout{f' of {path}' if path else ''}"
+    if asked:
+        return (
+            f"the transform asks for the resharded tensor, and {who}. Give dims= (at dump, or in a rule of the plan "
+            "file) on both sides."
+        )
+    return (
+        f"{who}, and other leaves of the point have theirs on both sides. Give dims= for every leaf "
+        "(`... # tp:replicated` where all ranks have the same), or dump it apart."
+    )
+
+
+def _declares(side: Sequence[Header], leaf: int) -> bool:
+    return any(header.layouts and header.layouts[leaf] is not None for header in side)
+
+
+def _reshard_leaf(senders: Sequence[Header], receivers: Sequence[Header], leaf: int) -> Resharding | None:
+    sides = []
+    for headers in (senders, receivers):
+        shares = find_shares(headers, leaf)
+        if shares is None and len(headers) == 1:
+            # One rank holds all that there is.
+            shares = whole_tensor(headers[0], leaf)
+        if shares is None:
+            return None
+        sides.append(shares)
+    for header in senders[1:]:
+        if header.leaves[leaf].dtype != senders[0].leaves[leaf].dtype:
+            raise LayoutError(
+                f"the parts have two dtypes: {senders[0].leaves[leaf]} at {senders[0].who}, {header.leaves[leaf]} at "
+                f"{header.who}. One tensor has one."
+            )
+    return Resharding(
+        sides[0],
+        sides[1],
+        check_replicas=any(header.check_replicas for header in (*senders, *receivers)),
+        first_summand_gets_all=all(header.partial_target == "first" for header in receivers),
+    )
+
+
+def _find_shared_gpu(headers: Sequence[Header]) -> str | None:
+    owners: dict[str, Header] = {}
+    for header in headers:
+        if header.nccl_device is not None:
+            other = owners.setdefault(header.nccl_device, header)
+            if other is not header:
+                return (
+                    f"{other.who} and {header.who} use one GPU ({header.nccl_device}), and NCCL refuses two ranks on "
+                    "one "
+                    f"device. Use GRAFTER_BACKEND=auto, or give each job GPUs of its own."
+                )
+    return None
+
+
+def _identity(senders: Sequence[Header], receivers: Sequence[Header]) -> Decision:
+    """Without a transform: a single sender serves every receiver of its shape, else the k-th serves the k-th."""
+    if len(senders) == 1:
+        mismatch = next((m for h in receivers if (m := find_mismatch(senders[0], h))), None)
+        if mismatch is not None:
+            return Decision({}, "failed", mismatch)
+        return Decision({h.role_rank: (senders[0].role_rank,) for h in receivers})
+    return _pair_by_position(senders, receivers, same_shape=True)
+
+
+def _pair_by_position(senders: Sequence[Header], receivers: Sequence[Header], *, same_shape: bool) -> Decision:
+    if len(senders) != len(receivers):
+        return Decision(
+            {},
+            "failed",
+            f"{len(senders)} ranks send and {len(receivers)} receive, so rank k of one does not belong to rank k "
+            "of the "
+            f"other. Give a transform that says what each receiver makes of all the senders' tensors "
+            f"(transforms/ has one that concatenates).",
+        )
+    for sender, receiver in zip(senders, receivers, strict=True):
+        mismatch = find_mismatch(sender, receiver) if same_shape else None
+        if mismatch is not None:
+            return Decision({}, "failed", mismatch)
+    return Decision({r.role_rank: (s.role_rank,) for s, r in zip(senders, receivers, strict=True)})
+
+
+def find_mismatch(sender: Header, receiver: Header) -> str | None:
+    """Why one sender's value cannot be this receiver's as it is; None if it can."""
+    if sender.structure != receiver.structure:
+        return _differently_built(sender, receiver)
+    unequal = _find_unequal_leaf(sender, receiver)
+    if unequal is not None:
+        return unequal
+    for ours, theirs in zip(sender.leaves, receiver.leaves, strict=True):
+        if ours.shape != theirs.shape:
+            leaf = f" of {ours.path}" if ours.path else ""
+            return (
+                f"the shapes{leaf} differ: {ours} at {sender.who} ({sender.call_site}), {theirs} at {receiver.who} "
+                f"({receiver.call_site}). A transform can turn one into the other (transforms/ has examples)"
+            )
+    return None
+
+
+def _differently_built(one: Header, other: Header) -> str:
+    return f"the values are built differently: {_structure(one)} at {one.who}, {_structure(other)} at {other.who}"
+
+
+def _find_unequal_leaf(sender: Header, receiver: Header) -> str | None:
+    """Leaves that are no tensors must be equal, where both sides have them."""
+    if sender.others == receiver.others:
+        return None
+    sent, there = dict(sender.others), dict(receiver.others)
+    for path in sorted(sent | there):
+        if sent.get(path) != there.get(path):
+            return (
+                f"the leaf {path} is {_value(sent.get(path))} at {sender.who} and {_value(there.get(path))} at "
+                f"{receiver.who}; leaves that are no tensors must be equal"
+            )
+    return None
+
+
+def _value(encoded: str | None) -> str:
+    return "a tensor" if encoded is None else repr(json.loads(encoded)[1])
+
+
+def _structure(header: Header) -> str:
+    paths = json.loads(header.structure) if header.structure != "tensor" else None
+    return "a tensor" if paths is None else f"leaves {', '.join(paths[:6])}{', ...' if len(paths) > 6 else ''}"
+
+
+def find_conflict(headers: Sequence[Header]) -> str | None:
+    """Whether ranks of one role describe one point differently; the sentence says how. Pure."""
+    first = headers[0]
+    for header in headers[1:]:
+        if header.participants != first.participants:
+            return two_leaders(first, header)
+        if header.direction != first.direction:
+            return (
+                f"{first.who} takes it as {first.direction}, {header.who} as {header.direction}; their filters differ."
+            )
+    return None
+
+
+def two_leaders(first: Header, second: Header) -> str:
+    return (
+        f"ranks of one job declare different participants: {first.who} says {list(first.participants)} "
+        f"(at {first.call_site}), {second.who} says {list(second.participants)} (at {second.call_site}). All "
+        "ranks that "
+        f"share a point must give the same `ranks=`; ranks that do not share it need another tag (such as "
+        f"`pp_stage=...`) so that their points differ."
+    )

@@ -1,0 +1,130 @@
+"""What the ranks of a point say about it: one header per rank, one manifest per role, and both manifests as a pair."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from grafter.direction import Direction, RoleName, receiver_role, sender_role
+from grafter.layout.declared import DeclaredLayout
+from grafter.leaves import TensorSpec
+from grafter.pairing.rank_set import RankSet
+
+# What a receiver's transform asks for; "identity" where there is none.
+Needs = Literal["identity", "all", "same_rank", "resharded"]
+
+
+class Header(BaseModel):
+    """One rank's part of a point. `nothing` and `failure` say why there is none; then `leaves` is empty."""
+
+    model_config = ConfigDict(frozen=True)
+
+    role: RoleName
+    role_rank: int
+    participants: RankSet
+    direction: Direction
+    call_site: str
+    leaves: tuple[TensorSpec, ...] = ()
+    structure: str = ""
+    # Path and value, as JSON, of the leaves that are no tensors.
+    others: tuple[tuple[str, str], ...] = ()
+    extras: str | None = None
+    extras_tensors: tuple[TensorSpec, ...] = ()
+    needs: Needs = "identity"
+    nothing: str | None = None
+    failure: str | None = None
+    # How often this rank has given up a transfer group: the highest of all participants names the next group.
+    generation: int = 0
+    # The GPU that NCCL would use, where this rank asks for NCCL; set apart by NCCL_HOSTID.
+    nccl_device: str | None = None
+    # Where each leaf lies in its global tensor, parallel to `leaves`; empty where nothing is declared.
+    layouts: tuple[DeclaredLayout | None, ...] = ()
+    # The mesh axes of this rank: (axis, coordinate, size).
+    axes: tuple[tuple[str, int, int], ...] = ()
+    # Whether this rank wants all replicas of the sender compared; one that does is enough.
+    check_replicas: bool = False
+    # Whether a value may be written into a tensor that holds summands: the first gets it, the others zeros.
+    partial_target: Literal["refuse", "first"] = "refuse"
+    # The memory this rank receives into: (generation, bytes). A sender that has mapped it writes at once.
+    staging: tuple[int, int] = (0, 0)
+
+    @property
+    def who(self) -> str:
+        return f"{self.role} rank {self.role_rank}"
+
+    @cached_property
+    def text(self) -> str:
+        """As it travels."""
+        return self.model_dump_json()
+
+
+class Manifest(BaseModel):
+    """All headers of one role for one key, in the order of role ranks."""
+
+    model_config = ConfigDict(frozen=True)
+
+    role: RoleName
+    headers: tuple[Header, ...]
+    # Ranks that describe one point differently: told to everyone instead of headers.
+    conflict: str | None = None
+
+
+def manifest_text(role: RoleName, header_texts: Sequence[str], conflict: str | None) -> str:
+    """A manifest as it travels, made of headers as they travelled."""
+    return f'{{"role":"{role}","headers":[{",".join(header_texts)}],"conflict":{json.dumps(conflict)}}}'
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Both manifests of one point."""
+
+    baseline: Manifest
+    target: Manifest
+    # What follows from it, once it has been worked out: the same manifests come again in every step.
+    memo: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    def side(self, role: RoleName) -> Manifest:
+        return self.baseline if role == "baseline" else self.target
+
+    def senders(self, direction: Direction) -> tuple[Header, ...]:
+        return self.side(sender_role(direction)).headers
+
+    def receivers(self, direction: Direction) -> tuple[Header, ...]:
+        return self.side(receiver_role(direction)).headers
+
+    @property
+    def headers(self) -> tuple[Header, ...]:
+        return self.baseline.headers + self.target.headers
+
+
+@lru_cache(maxsize=64)
+def store_keys(hall: str, digest: str) -> StoreKeys:
+    """The places of one point; every step of it asks again."""
+    return StoreKeys(hall, digest)
+
+
+class StoreKeys:
+    """The places of one point in the store."""
+
+    def __init__(self, hall: str, digest: str) -> None:
+        self.base = f"{hall}/p/{digest}"
+        self.first = f"{self.base}/1"
+        self.second = f"{self.base}/2"
+
+    def header(self, role: RoleName, role_rank: int) -> str:
+        return f"{self.base}/{role[0]}/{role_rank}"
+
+    def pair(self, role: RoleName) -> str:
+        return f"{self.base}/{role[0]}"
+
+    def vote(self, role_rank: int) -> str:
+        return f"{self.base}/v/{role_rank}"
+
+    @property
+    def outcome(self) -> str:
+        return f"{self.base}/o"

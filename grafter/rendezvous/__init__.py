@@ -1,0 +1,9 @@
+"""Rendezvous: how the ranks of both jobs find each other and what they say is carried.
+
+store     the TCPStore that both jobs share: hosted on loopback, signed, bounded
+wire      records as checked JSON, with run, key and writer
+join      a rank tells who it is, and waits until everybody has
+roster    who is there, on which host, with which modules
+mailbox   letters between processes of one host, which save the store's round trips
+courier   takes a letter or the store, whichever reaches the other rank
+"""

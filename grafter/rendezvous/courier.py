@@ -1,0 +1,111 @@
+"""The courier: brings a header, a manifest or a vote to other ranks, by mail on one host, else through the store.
+
+Which way is a matter of the roster alone, so both ends know it: inside a role whose ranks share one host, and between
+the roles where the whole run does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import overload
+
+from grafter.rendezvous.mailbox import LONGEST_MAIL_BYTES, RECALL, Mailbox
+from grafter.rendezvous.roster import Announcement, Roster
+from grafter.rendezvous.store import StoreClient
+from grafter.rendezvous.wire import Sealed
+from grafter.watching.housekeeping import Housekeeping
+from grafter.watching.waits import Wait
+from grafter.watching.watch import PeerGone
+
+# A letter that says: too long for mail, look into the store.
+_STORED = "stored"
+
+
+def _one_host(members: Sequence[Announcement]) -> bool:
+    return all(m.socket_name for m in members) and len({(m.process.host, m.process.uid) for m in members}) == 1
+
+
+class Courier:
+    """One per rank; used by the dump thread."""
+
+    def __init__(
+        self, client: StoreClient, housekeeping: Housekeeping, roster: Roster, graft_rank: int, mailbox: Mailbox | None
+    ) -> None:
+        self._client, self._housekeeping, self._mailbox = client, housekeeping, mailbox
+        self._graft_rank = graft_rank
+        self._left_in_store: list[str] = []
+        own_role = roster.side(roster.all[graft_rank].role)
+        self.mail_inside = mailbox is not None and _one_host(own_role)
+        self.mail_across = mailbox is not None and _one_host(roster.all)
+
+    def bring(self, receivers: Sequence[int], key: str, kind: str, payload: str, *, by_mail: bool) -> None:
+        """To these graft ranks. Does not wait for them."""
+        if not by_mail or self._mailbox is None:
+            if receivers:
+                self._client.set(key, kind, payload)
+            return
+        # A character takes four bytes at most.
+        if len(payload) * 4 > LONGEST_MAIL_BYTES and len(payload.encode()) > LONGEST_MAIL_BYTES:
+            # Under a key of this rank's own: the other leader's manifest may be as long, and goes by the same name.
+            place = f"{key}/{self._graft_rank}"
+            self._client.set(place, kind, payload)
+            self._left_in_store.append(place)
+            kind, payload = _STORED, place
+        for receiver in receivers:
+            try:
+                self._mailbox.send(receiver, key, kind, payload, self._housekeeping)
+            except PeerGone:
+                # Whoever needs it finds out by itself, with a better story: its process is watched.
+                continue
+
+    @overload
+    def fetch(self, wait: Wait, keys: Sequence[str], *, by_mail: bool) -> list[Sealed]: ...
+    @overload
+    def fetch(
+        self, wait: Wait, keys: Sequence[str], *, by_mail: bool, patience: float | None
+    ) -> list[Sealed] | None: ...
+    def fetch(
+        self, wait: Wait, keys: Sequence[str], *, by_mail: bool, patience: float | None = None
+    ) -> list[Sealed] | None:
+        """Wait for what was brought under these keys, looked after by the housekeeping thread.
+
+        `patience` in seconds, for mail alone: None is returned if the letters have not come by then.
+        """
+        if not by_mail or self._mailbox is None:
+            wait.awaits = tuple(keys)
+            with self._housekeeping.waiting(wait):
+                return self._client.get_all(keys)
+        mailbox = self._mailbox
+        wait.has_news = lambda: mailbox.has_news(keys)
+        with self._housekeeping.waiting(wait):
+            letters = mailbox.wait(keys, self._housekeeping, patience)
+            if letters is None:
+                return None
+            return [self._client.get(letter.payload) if letter.kind == _STORED else letter for letter in letters]
+
+    def discard(self, key: str) -> None:
+        """What came by another way already need not come by mail again."""
+        if self._mailbox is not None:
+            self._mailbox.discard(key)
+
+    def has(self, key: str) -> bool:
+        """Whether a letter has come; it stays where it is."""
+        return self._mailbox is not None and self._mailbox.has(key)
+
+    def look(self, key: str) -> Sealed | None:
+        """A letter that has come, without waiting for one."""
+        return self._mailbox.look(key) if self._mailbox is not None else None
+
+    def recall(self, receiver: int, key: str) -> None:
+        """Take back a letter that was written to the wrong rank, which would keep it for ever."""
+        self.bring([receiver], key, RECALL, "", by_mail=True)
+
+    def claim(self, key: str) -> int | None:
+        """Take the one place of this name on this host; None if this process has it now, else the pid that has it."""
+        assert self._mailbox is not None
+        return self._mailbox.claim(key)
+
+    def take_left_in_store(self) -> list[str]:
+        """The store keys of letters that were too long, since this was last asked: to be deleted with their point."""
+        left, self._left_in_store = self._left_in_store, []
+        return left

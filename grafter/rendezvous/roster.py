@@ -1,0 +1,154 @@
+"""The roster: who takes part in the run, as each rank announced itself, and whether the two jobs fit together."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from pydantic import BaseModel, ConfigDict, TypeAdapter
+
+from grafter.direction import RoleName
+from grafter.watching.liveness import ProcessIdentity, host_identity
+
+_SPIN_SECONDS = 0.0003
+
+
+class Announcement(BaseModel):
+    """What a rank says when it joins. Its form stays readable to other protocol versions; unknown "
+    "fields are left out."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    protocol_version: int
+    grafter_version: str
+    role: RoleName
+    role_rank: int
+    role_world_size: int
+    process: ProcessIdentity
+    restart_count: int
+    # What both jobs must have alike, by setting: the filters, the key.
+    shared_settings: dict[str, str]
+    # World sizes that this rank's configuration expects, where it gives any.
+    expected_world_sizes: dict[str, int]
+    # The abstract socket of the shared-memory exchange; empty where there is none.
+    socket_name: str = ""
+    # The modules that this rank has hooks on, where `attach` came before the join.
+    modules: tuple[str, ...] | None = None
+    # How the rendezvous store sees this rank's address: what other hosts can reach.
+    address: str = ""
+
+    @property
+    def who(self) -> str:
+        return f"{self.role} rank {self.role_rank} (pid {self.process.pid} on {self.process.hostname})"
+
+
+ANNOUNCEMENTS = TypeAdapter(list[Announcement])
+
+
+@dataclass(frozen=True)
+class Roster:
+    """Both jobs' ranks. A graft rank counts baseline ranks first, then target ranks."""
+
+    baseline: tuple[Announcement, ...]
+    target: tuple[Announcement, ...]
+
+    @cached_property
+    def all(self) -> tuple[Announcement, ...]:
+        """By graft rank."""
+        return self.baseline + self.target
+
+    def side(self, role: RoleName) -> tuple[Announcement, ...]:
+        return self.baseline if role == "baseline" else self.target
+
+    def graft_rank(self, role: RoleName, role_rank: int) -> int:
+        return role_rank if role == "baseline" else len(self.baseline) + role_rank
+
+    def who(self, graft_rank: int) -> str:
+        member = self.all[graft_rank]
+        return f"{member.role} rank {member.role_rank}"
+
+    def ranks_with(self, role: RoleName, module: str) -> tuple[int, ...] | None:
+        """Which ranks of a job have announced a module; None where a rank of it has announced none at all."""
+        side = self._modules_of[role]
+        return None if side is None else side.get(module, ())
+
+    @cached_property
+    def _modules_of(self) -> dict[RoleName, dict[str, tuple[int, ...]] | None]:
+        return {"baseline": _modules_of(self.baseline), "target": _modules_of(self.target)}
+
+    def only_at(self, role: RoleName) -> list[str]:
+        """Modules that this job has announced and no rank of the other has; none where one of both says nothing."""
+        own, others = self._modules_of[role], self._modules_of[other_role(role)]
+        if own is None or others is None:
+            return []
+        return [module for module in own if module not in others]
+
+    @cached_property
+    def spin_seconds(self) -> float:
+        """How long a wait on this host may spin before it sleeps: being woken costs 40 us, which is most of a small
+        point. Only where every rank can have a core, since a spinning rank would else keep its peer from running."""
+        own_host = host_identity()
+        here = sum(member.process.host == own_host for member in self.all)
+        return _SPIN_SECONDS if here <= len(os.sched_getaffinity(0)) else 0.0
+
+    @cached_property
+    def several_hosts(self) -> bool:
+        return len({member.process.host for member in self.all}) > 1
+
+
+def _modules_of(side: Sequence[Announcement]) -> dict[str, tuple[int, ...]] | None:
+    holders: dict[str, list[int]] = {}
+    for member in side:
+        if member.modules is None:
+            return None
+        for module in dict.fromkeys(member.modules):
+            holders.setdefault(module, []).append(member.role_rank)
+    return {module: tuple(ranks) for module, ranks in holders.items()}
+
+
+def other_role(role: RoleName) -> RoleName:
+    return "target" if role == "baseline" else "baseline"
+
+
+def find_disagreement(baseline: Sequence[Announcement], target: Sequence[Announcement]) -> str | None:
+    """What keeps the two jobs from grafting, as a sentence both can raise; None if they fit. Pure."""
+    everyone = [*baseline, *target]
+    first = everyone[0]
+    for member in everyone:
+        if member.protocol_version != first.protocol_version:
+            return (
+                f"{first.who} runs grafter {first.grafter_version} (protocol {first.protocol_version}) and "
+                f"{member.who} "
+                f"runs grafter {member.grafter_version} (protocol {member.protocol_version}). Install the same "
+                "grafter in "
+                f"both jobs."
+            )
+    for side in (baseline, target):
+        for member in side:
+            if member.role_world_size != len(side):
+                return (
+                    f"{side[0].who} says that the {member.role} has {len(side)} ranks, {member.who} says "
+                    f"{member.role_world_size}. All ranks of one job must see the same world size (WORLD_SIZE, or "
+                    f"GRAFTER_{member.role.upper()}_WORLD_SIZE)."
+                )
+    for member in everyone:
+        for role, size in member.expected_world_sizes.items():
+            actual = len(baseline if role == "baseline" else target)
+            if actual != size:
+                return (
+                    f"{member.who} has GRAFTER_{role.upper()}_WORLD_SIZE={size}, and the {role} job has {actual} "
+                    "ranks. "
+                    f"Correct the variable, or leave it out: the size is then discovered."
+                )
+    for member in everyone:
+        for setting in sorted(first.shared_settings.keys() | member.shared_settings.keys()):
+            mine, theirs = first.shared_settings.get(setting, "unset"), member.shared_settings.get(setting, "unset")
+            if mine != theirs:
+                return (
+                    f"the two sides are set differently: GRAFTER_{setting.upper()} is\n  {mine}\nfor {first.who}, and\n"
+                    f"  {theirs}\nfor {member.who}. Give both jobs the same filters (a shared plan file does), since "
+                    f"each decides by itself which points meet."
+                )
+    return None

@@ -1,0 +1,316 @@
+"""`grafter run` as functions: host the store, start both jobs, watch over them, say how it went.
+
+settings    checked before anything is opened or started
+commands    their programs found; two torchruns kept off one port
+store       hosted in this process
+jobs        each below its keeper (`grafter/running/job_keeper.py`), so that nothing of them is left
+watch       until both are gone (`grafter/running/supervision.py`)
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+from grafter.errors import ConfigError, UsageError
+from grafter.running.job import Job
+from grafter.running.job_command import keep_off_shared_port, split_command
+from grafter.running.job_environment import job_environment, what_defeats_attach
+from grafter.running.run_output import RunOutput
+from grafter.running.supervision import RendezvousStore, Supervisor
+
+if TYPE_CHECKING:
+    from grafter.settings.config import GrafterConfig
+
+GRACE_SECONDS = 15.0
+# So long a rank of the other machine may need to read and write its last words in the store.
+_LINGER_SECONDS = 3.0
+_ROLES = ("baseline", "target")
+
+
+@dataclass(frozen=True)
+class PairResult:
+    """How a run went, as far as its processes can tell; what was grafted is in `run_directory`.
+
+    `exit_codes` by role: negative for a signal, None where a job was never started or its end was not seen.
+    `failed_role` is the job that failed by itself, and first; `ended_roles` are the jobs that the launcher ended.
+    `unreached` are the jobs in which `attach` found no model, as far as this process can tell.
+    `last_lines` are the last lines (200 at most) of each job's output, by role, also of a quiet run.
+    """
+
+    run_directory: Path
+    exit_codes: dict[str, int | None]
+    interrupted: bool
+    seconds: float
+    stop_signal: int | None = None
+    failed_role: str | None = None
+    ended_roles: tuple[str, ...] = ()
+    unreached: tuple[str, ...] = ()
+    last_lines: dict[str, list[str]] = field(default_factory=dict)
+
+
+def run_pair(
+    baseline: Sequence[str] | str,
+    target: Sequence[str] | str,
+    *,
+    settings: Mapping[str, str],
+    out: Path | None = None,
+    run_name: str | None = None,
+    quiet: bool = False,
+    output: TextIO | None = None,
+    grace_seconds: float = GRACE_SECONDS,
+) -> PairResult:
+    """Run both jobs to their end and return how it went; nothing of them is left then, whatever happens.
+
+    Commands are lists of words, or text that is split by a shell's quoting rules and given to no shell. `settings` are
+    fields of GrafterConfig by name, as text; they win over GRAFTER_* variables, and an empty one unsets what was
+    inherited. `out` None: GRAFTER_DIR, or what the plan file says, or `grafter_out`. `quiet` prints nothing. `output`
+    defaults to sys.stdout. In the main thread, SIGINT, SIGTERM and SIGHUP end both jobs.
+
+    Raises ConfigError or UsageError, before anything is started, where settings or commands are at fault, and
+    JoinError if the store cannot be hosted.
+    """
+    commands = {"baseline": baseline, "target": target}
+    return _Run(commands, settings, out, run_name, quiet, output, grace_seconds).host("127.0.0.1", 0)
+
+
+def run_side(
+    role: str,
+    command: Sequence[str] | str,
+    *,
+    settings: Mapping[str, str],
+    host: tuple[str, int] | None = None,
+    master: tuple[str, int] | None = None,
+    out: Path | None = None,
+    run_name: str | None = None,
+    quiet: bool = False,
+    output: TextIO | None = None,
+) -> PairResult:
+    """Run one job of a pair whose other job another `grafter run` starts, on another machine or in another terminal.
+
+    Exactly one of `host` (address and port on which this process hosts the store) and `master` (where it is hosted).
+    Otherwise as `run_pair`.
+    """
+    if (host is None) == (master is None):
+        raise UsageError("one side of a pair either hosts the store (--host-store) or says where it is (--master).")
+    run = _Run({role: command}, settings, out, run_name, quiet, output, GRACE_SECONDS)
+    if host is not None:
+        return run.host(*host)
+    assert master is not None
+    return run.supervise(None, master)
+
+
+def host_store(address: str, port: int, *, group_name: str, secret: str | None) -> RendezvousStore:
+    """The rendezvous store of the run, in this process. Raises JoinError if it cannot listen there."""
+    from grafter.running.watched_store import WatchedStore  # imports torch, which takes seconds
+
+    return WatchedStore(address, port, group_name=group_name, secret=secret)
+
+
+class _Run:
+    """One run, from its arguments to its result. The constructor checks everything that can be checked."""
+
+    def __init__(
+        self,
+        commands: Mapping[str, Sequence[str] | str],
+        settings: Mapping[str, str],
+        out: Path | None,
+        run_name: str | None,
+        quiet: bool,
+        output: TextIO | None,
+        grace_seconds: float,
+    ) -> None:
+        self._started = time.monotonic()
+        self._settings = dict(settings)
+        if self._settings.get("plan"):
+            # A job may change its directory before it reads it.
+            self._settings["plan"] = os.path.abspath(self._settings["plan"])
+        self._config = _read_configuration(next(iter(commands)), self._settings, out, run_name)
+        if self._config.attach is not None:
+            # A plan file may say it, which the start of a Python does not read.
+            self._settings["attach"] = self._config.attach
+        self._out = Path(self._config.dir)
+        self._given_name = run_name
+        self._output = RunOutput(output or sys.stdout, quiet)
+        self._grace_seconds = grace_seconds
+        self._commands = {role: split_command(role, command, os.environ) for role, command in commands.items()}
+        self._refuse_used_name()
+
+    def host(self, address: str, port: int) -> PairResult:
+        """Host the store here, and run the jobs."""
+        config = self._config
+        secret = config.secret.get_secret_value() if config.secret else None
+        store = host_store(address, port, group_name=config.group_name, secret=secret)
+        try:
+            return self.supervise(store, (_reachable(store.address), store.port))
+        finally:
+            store.close()
+
+    def supervise(self, store: RendezvousStore | None, master: tuple[str, int]) -> PairResult:
+        """Run the jobs against the store at `master`, which is `store` where this process hosts it."""
+        supervisor = Supervisor(store, self._output, self._grace_seconds)
+        with self._run_directory() as name, supervisor.stop_signals_handled():
+            self._announce(store, name)
+            try:
+                self._start_jobs(supervisor, master, name)
+                supervisor.watch()
+                if len(self._commands) == 1 and store is not None:
+                    supervisor.linger(_LINGER_SECONDS)
+            except BaseException:
+                supervisor.kill_all()
+                raise
+            finally:
+                for job in supervisor.jobs:
+                    if job.gone:
+                        job.close()
+            return self._result(supervisor, name, self._tell_unreached(store))
+
+    def _start_jobs(self, supervisor: Supervisor, master: tuple[str, int], name: str | None) -> None:
+        commands = {role: self._on_own_port(role, command) for role, command in self._commands.items()}
+        for role, command in commands.items():
+            if supervisor.signals:
+                return
+            environment = job_environment(
+                os.environ, role, self._settings, master=master, directory=str(self._out), run_name=name
+            )
+            defeat = what_defeats_attach(command) if self._config.attach is not None else None
+            if defeat is not None:
+                self._output.say(f"--attach will not reach the {role} job: its command has {defeat}.")
+            supervisor.add(Job(role, command, environment, self._output))
+
+    @contextmanager
+    def _run_directory(self) -> Iterator[str | None]:
+        """The run's name, and its directory, which is taken away again if nothing was written into it.
+
+        A side whose other side may be the one to give the name has none, unless it was given one.
+        """
+        if self._given_name is None and "baseline" not in self._commands:
+            yield None
+            return
+        directory = self._claim_directory()
+        try:
+            yield directory.name
+        finally:
+            for empty in (directory, self._out):
+                if empty.is_dir() and not any(empty.iterdir()):
+                    empty.rmdir()
+
+    def _claim_directory(self) -> Path:
+        """Make `<out>/<name>`; without a given name, one of the time that no other run has taken."""
+        self._out.mkdir(parents=True, exist_ok=True)
+        if self._given_name is not None:
+            (self._out / self._given_name).mkdir(exist_ok=True)
+            return self._out / self._given_name
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        number = 1
+        while True:
+            directory = self._out / (stamp if number == 1 else f"{stamp}-{number}")
+            try:
+                directory.mkdir()
+                return directory
+            except FileExistsError:
+                number += 1
+
+    def _refuse_used_name(self) -> None:
+        """Ledgers are appended to: a second run of one name would mix with the first."""
+        for role in self._commands if self._given_name is not None else ():
+            assert self._given_name is not None
+            directory = self._out / self._given_name / role
+            if any(directory.glob("rank*")):
+                raise UsageError(
+                    f"{directory} already holds a run, and this one would be mixed with it. Give another --name, or "
+                    f"move that directory away."
+                )
+
+    def _announce(self, store: RendezvousStore | None, name: str | None) -> None:
+        if name is not None:
+            self._output.say(f"run {name}; its ledgers go to {_shown_path(self._out / name)}")
+        if store is not None and len(self._commands) == 1:
+            other = next(role for role in _ROLES if role not in self._commands)
+            self._output.say(f"hosts the store; start the other side with --role {other} --master HOST:{store.port}")
+
+    def _on_own_port(self, role: str, command: list[str]) -> list[str]:
+        kept_off = keep_off_shared_port(command)
+        if kept_off != command:
+            self._output.say(
+                f"the {role} command is a torchrun that names no port: started with --standalone (a free port), "
+                f"so that two of them do not meet on one."
+            )
+        return kept_off
+
+    def _tell_unreached(self, store: RendezvousStore | None) -> tuple[str, ...]:
+        if store is None or self._config.attach is None:
+            return ()
+        unreached = tuple(role for role in self._commands if not store.has_announced(role))
+        if unreached:
+            self._output.say(describe_unreached(unreached))
+        return unreached
+
+    def _result(self, supervisor: Supervisor, name: str | None, unreached: tuple[str, ...]) -> PairResult:
+        directory = self._out / name if name is not None else newest_run_of_role(self._out, next(iter(self._commands)))
+        exit_codes: dict[str, int | None] = dict.fromkeys(self._commands)
+        exit_codes.update({job.role: job.exit_code for job in supervisor.jobs})
+        return PairResult(
+            run_directory=directory,
+            exit_codes=exit_codes,
+            interrupted=bool(supervisor.signals),
+            seconds=time.monotonic() - self._started,
+            stop_signal=supervisor.signals[0] if supervisor.signals else None,
+            failed_role=supervisor.first_failure.role if supervisor.first_failure else None,
+            ended_roles=tuple(job.role for job in supervisor.jobs if job.ended_by_launcher),
+            unreached=unreached,
+            last_lines={role: list(self._output.last_lines.get(role, ())) for role in self._commands},
+        )
+
+
+def describe_unreached(roles: Sequence[str]) -> str:
+    """Why `--attach` may have found nothing, as sentences."""
+    return (
+        f"--attach reached no model in the {' job and in the '.join(roles)} job: nothing there has hooks. Either its "
+        "program called no torch module that has parameters, or its Python does not look at PYTHONPATH (python -I, -E "
+        "or -S; a command that sets PYTHONPATH itself). See docs/zero-code.md."
+    )
+
+
+def newest_run_of_role(out: Path, role: str) -> Path:
+    """The run directory under `out` into which a job of `role` wrote last; `out` itself if there is none."""
+    written = [(path.stat().st_mtime, path.parent.parent) for path in out.glob(f"*/{role}/rank*")]
+    return max(written)[1] if written else out
+
+
+def _read_configuration(
+    role: str, settings: Mapping[str, str], out: Path | None, run_name: str | None
+) -> GrafterConfig:
+    """The configuration as a job will read it, with `dir` absolute: a bad filter is told now and not by every rank."""
+    from grafter.settings.config import GrafterConfig  # imports pydantic
+
+    # The port is not known yet; any legal one does for the check.
+    environment = job_environment(
+        os.environ,
+        role,
+        settings,
+        master=("127.0.0.1", 1),
+        directory=None if out is None else str(out),
+        run_name=run_name,
+    )
+    config = GrafterConfig.from_environment(environment)
+    directory = os.path.abspath(config.dir)
+    if os.path.exists(directory) and not os.path.isdir(directory):
+        raise ConfigError(f"{directory} is to hold the ledgers of this run and is not a directory; give another --out.")
+    return config.model_copy(update={"dir": directory})
+
+
+def _reachable(address: str) -> str:
+    """Where this machine's own job reaches a store that listens on `address`."""
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address, address)
+
+
+def _shown_path(path: Path) -> str:
+    relative = os.path.relpath(path)
+    return str(path) if relative.startswith("..") else relative

@@ -1,0 +1,85 @@
+"""Who can never go on: the check for mutual waits, as a pure function over the state board.
+
+Sound: a rank is called stuck only if no order of events could free it. Not complete: a rank that hangs in its own
+job's collectives looks as if it ran, and then only the timeout tells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from grafter.errors import PairingError, PeerLostError, RunError
+from grafter.watching.board import BoardLine
+
+
+def find_stuck(lines: Sequence[BoardLine], gone: Collection[int] = ()) -> list[BoardLine]:
+    """The waiting ranks that can never go on. `gone`: graft ranks whose process has ended.
+
+    A waiting rank may run once every participant that is still missing may: on its own side, and on the other side,
+    where those who have come to the same point say who must still come; where nobody has, anyone there still may.
+    """
+    gone_ranks = set(gone) | {line.graft_rank for line in lines if line.state == "left"}
+    waiting = [line for line in lines if line.state == "waiting" and line.graft_rank not in gone_ranks]
+    may_run = {line.graft_rank for line in lines if line.state == "running"} - gone_ranks
+    at_point: dict[str, set[int]] = {}
+    for line in waiting:
+        at_point.setdefault(line.digest, set()).add(line.graft_rank)
+
+    declared = {line.graft_rank: line.participants for line in waiting}
+
+    def can_come(line: BoardLine) -> bool:
+        here = at_point[line.digest]
+        # A rank of the own side that is here with other participants in mind does not wait for this rank.
+        for rank in line.participants:
+            if rank not in may_run and not (rank in here and declared[rank] == line.participants):
+                return False
+        others_here = [other for other in waiting if other.role != line.role and other.digest == line.digest]
+        if others_here:
+            return all(rank in here or rank in may_run for other in others_here for rank in other.participants)
+        return any(other.graft_rank in may_run for other in lines if other.role != line.role)
+
+    while True:
+        freed = {line.graft_rank for line in waiting if line.graft_rank not in may_run and can_come(line)}
+        if not freed:
+            return [line for line in waiting if line.graft_rank not in may_run]
+        may_run |= freed
+
+
+def same_state(first: Sequence[BoardLine], second: Sequence[BoardLine]) -> bool:
+    """Whether nothing moved between two readings of the board."""
+    return [line.sequence for line in first] == [line.sequence for line in second]
+
+
+def explain_stuck(stuck: Sequence[BoardLine], gone: dict[int, str], board: str) -> RunError:
+    """The error that every rank raises. `gone`: graft rank -> how its process ended (not those that left in order)."""
+    points = sorted({f"{line.role} waits for {line.point}" for line in stuck})
+    if gone:
+        return PeerLostError(
+            "a process of the run is gone, and the others wait for it in vain.\n"
+            f"{board}\n"
+            "Look at the end of its output first: the cause is there, not here."
+        )
+    conflict = _find_conflict(stuck)
+    if conflict is not None:
+        return PairingError(f"{conflict}\n{board}")
+    return PairingError(
+        "the two jobs ask for different points, and nobody is left who could bring them together: "
+        f"{'; '.join(points[:4])}{'; ...' if len(points) > 4 else ''}.\n"
+        f"{board}\n"
+        "Compare the two lists of last points: the first place where they part is where one job dumps a point that the "
+        "other does not (another name, another tag, another count, one more step). Make the two programs dump the same "
+        "points in the same order, or narrow the filters to points that both have."
+    )
+
+
+def _find_conflict(stuck: Sequence[BoardLine]) -> str | None:
+    for first in stuck:
+        for second in stuck:
+            if (first.role, first.digest) == (second.role, second.digest) and first.participants != second.participants:
+                return (
+                    f"ranks of one job declare different participants for {first.point}: {first.who} (at "
+                    f"{first.call_site}) and {second.who} (at {second.call_site}). All ranks that share a point must "
+                    "give "
+                    f"the same `ranks=`; ranks that do not share it need another tag (such as `pp_stage=...`)."
+                )
+    return None

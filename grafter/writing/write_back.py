@@ -1,0 +1,287 @@
+"""Write-back: the incoming value goes into the target's memory (or beside it), and gradients stay defined.
+
+Two steps, because the receivers agree between them: `check_write` on every receiver says whether the write may happen;
+once all have said yes, `apply_write` does it and has no reason left to fail. What each mode means for values and
+gradients is in `docs/write-modes.md`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter as preserve_version_counter
+from torch.autograd.graph import increment_version
+
+from grafter.errors import WriteRefused
+from grafter.writing.conversion import count_saturated, why_not_convertible
+from grafter.writing.tensor_access import is_async_collective, is_dtensor, local_tensor, wrap_like
+
+
+@dataclass(frozen=True)
+class WriteMode:
+    """Where the value goes (`write`) and what becomes of the gradient there (`gradient`)."""
+
+    write: Literal["in_place", "return"] = "in_place"
+    gradient: Literal["straight_through", "cut", "strict"] = "straight_through"
+
+
+_PLAINEST = WriteMode()
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was written. `value` is what `dump` returns: the target itself for `in_place`, a new tensor for `return`.
+
+    saturated: how many values left the range of the target's dtype; None where the dtype did not change.
+    """
+
+    value: torch.Tensor
+    saturated: int | None
+
+
+def check_write(target: torch.Tensor, incoming: torch.Tensor, mode: WriteMode) -> None:
+    """Raise WriteRefused, with the reason and what to do, unless `apply_write` with these arguments can succeed.
+
+    target: any dense tensor; of a DTensor, the local shard is meant. incoming: a dense tensor of the same shape (as the
+    local shard), of a dtype that converts without loss beyond rounding, on any device. Nothing is changed, and a
+    pending collective is not waited for. Running out of memory is the one thing that cannot be foreseen here.
+    """
+    _check_kind(target, "the tensor to write into")
+    _check_kind(incoming, "the incoming value")
+    into, value = local_tensor(target, wait=False), local_tensor(incoming, wait=False)
+    if into.shape != value.shape:
+        raise _refused(
+            f"a value of shape {list(value.shape)} cannot be written into a tensor of shape {list(into.shape)}. Shapes "
+            "must be equal, nothing is broadcast; a transform can turn one into the other."
+        )
+    why = why_not_convertible(value.dtype, into.dtype)
+    if why is not None:
+        raise _refused(
+            f"{value.dtype} cannot be written into {into.dtype}: {why}. A transform that casts can decide it."
+        )
+    if mode.write == "in_place":
+        _check_memory(into)
+        if _records_graph(target):
+            _check_gradient(target, mode)
+
+
+def _refused(text: str) -> WriteRefused:
+    return WriteRefused(f"{text} Nothing was written.")
+
+
+def _check_kind(tensor: torch.Tensor, what: str) -> None:
+    """Refuse every kind of tensor that is not simply values in memory."""
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        raise _refused(f"{what} is inside a torch.func transform (vmap, grad, ...), where there is no one value.")
+    if torch.nn.parameter.is_lazy(tensor):
+        raise _refused(f"{what} is an uninitialised parameter. Run the module once before this point.")
+    inner = local_tensor(tensor, wait=False)
+    if type(inner).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        raise _refused(
+            f"{what} is a {type(inner).__name__}, which is made of other tensors; only DTensor and "
+            "AsyncCollectiveTensor can be looked through. Dump the tensors inside it."
+        )
+    if inner.is_nested or inner.layout != torch.strided:
+        kind = "nested" if inner.is_nested else f"of layout {inner.layout}"
+        raise _refused(f"{what} is {kind}; only dense (strided) tensors can be grafted. Dump its dense parts.")
+    if inner.is_quantized:
+        raise _refused(f"{what} is quantised ({inner.dtype}); graft its `int_repr()` or its dequantised values.")
+    if inner.is_meta:
+        raise _refused(f"{what} is on the meta device and has no values.")
+
+
+def _check_memory(into: torch.Tensor) -> None:
+    if into._is_zerotensor():
+        raise _refused("the tensor to write into is autograd's shared all-zero tensor. Dump a `.clone()`, or `return`.")
+    if _may_overlap_itself(into):
+        raise _refused(
+            f"the tensor to write into (shape {list(into.shape)}, strides {list(into.stride())}) has elements that "
+            "may share memory (expand, as_strided), so no write gives each its own value. Dump it `.contiguous()`, or "
+            "use write=return."
+        )
+    if not _has_memory(into):
+        raise _refused("the storage of the tensor to write into was freed (FSDP does this to resharded parameters).")
+
+
+def _has_memory(tensor: torch.Tensor) -> bool:
+    """False where the storage was freed, and for autograd's shared zero tensor."""
+    if tensor._is_zerotensor():
+        return False
+    return not tensor.numel() or tensor.untyped_storage().nbytes() >= _span_bytes(tensor)
+
+
+def _may_overlap_itself(tensor: torch.Tensor) -> bool:
+    """True unless the strides prove that no two elements share memory.
+
+    Dims in order of stride: each step must lead beyond everything that the dims below it reach.
+    """
+    if tensor.numel() == 0:
+        return False
+    reach = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size == 1:
+            continue
+        if stride <= reach:
+            return True
+        reach += (size - 1) * stride
+    return False
+
+
+def _span_bytes(tensor: torch.Tensor) -> int:
+    """Bytes from the start of the storage to the end of the last element."""
+    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return int(tensor.storage_offset() + reach + 1) * tensor.element_size()
+
+
+def _records_graph(target: torch.Tensor) -> bool:
+    return target.requires_grad and torch.is_grad_enabled()
+
+
+def _check_gradient(target: torch.Tensor, mode: WriteMode) -> None:
+    """What autograd would refuse at the write (cut), or in the next consumer (strict), is refused here."""
+    if mode.gradient == "straight_through":
+        return
+    if target._is_view():
+        made = _forbidden_view(target)
+        if made is not None:
+            raise _refused(
+                f"gradient={mode.gradient} cannot be done in place on {made}: autograd does not let such a view be "
+                "modified. Use write=return."
+            )
+    if mode.gradient == "strict":
+        return
+    base = target._base if target._is_view() else target
+    if base is not None and base.is_leaf and base.requires_grad:
+        raise _refused(
+            "gradient=cut cannot be done in place on a leaf that requires grad (a parameter), or on a view of one: it "
+            "has no producer to cut off, and would stop being trained. Use write=return."
+        )
+    # torch offers no way here: `detach_` refuses views, and acts on the inner tensor of a pending collective alone.
+    if is_async_collective(target):
+        raise _refused(
+            "gradient=cut cannot be done in place on the result of a functional collective. Use write=return."
+        )
+    if is_dtensor(target) and target._is_view():
+        raise _refused("gradient=cut cannot be done in place on a view of a DTensor. Use write=return.")
+
+
+def _forbidden_view(view: torch.Tensor) -> str | None:
+    """How a view was made, where autograd forbids to modify it; None for an ordinary view."""
+    autograd: Any = torch._C._autograd
+    how = autograd._get_creation_meta(view)
+    named: dict[Any, str] = {
+        autograd.CreationMeta.MULTI_OUTPUT_NODE: "an output of chunk, split or unbind",
+        autograd.CreationMeta.IN_CUSTOM_FUNCTION: "a view made inside a torch.autograd.Function",
+        autograd.CreationMeta.NO_GRAD_MODE: "a view made under no_grad",
+        autograd.CreationMeta.INFERENCE_MODE: "a view made under inference_mode",
+    }
+    return named.get(how)
+
+
+def apply_write(target: torch.Tensor, incoming: torch.Tensor, mode: WriteMode) -> Written:
+    """Write what `check_write` has accepted. `incoming` may be overwritten as soon as this returns (on a GPU: by work
+    queued on the current stream).
+
+    in_place: the values in the target's memory change and `target` is returned; shape, strides and dtype stay.
+    return: the target's memory is untouched; the result has its shape, dtype and device (and mesh and placements) and
+        memory of its own. Where the values are those of the target, bit by bit, it is the target.
+    """
+    if mode == _PLAINEST and _is_plain_copy(target, incoming):
+        target.data.copy_(incoming)
+        return Written(target, None)
+    into = local_tensor(target)
+    with torch.no_grad():
+        value = local_tensor(incoming).detach()
+        saturated = None if value.dtype == into.dtype else count_saturated(value, into.dtype)
+    if mode.write == "return":
+        # Another node in the graph would change the order in which autograd adds gradients up, though no value did.
+        if mode.gradient != "cut" and _same_bits(into, value):
+            return Written(target, saturated)
+        return Written(_return_value(target, into, value, mode), saturated)
+    with torch.no_grad():
+        # A transform may return the target itself, or a view of it; torch refuses to copy between overlapping tensors.
+        if _same_storage(into, value):
+            value = value.clone()
+    _write_in_place(target, into, value, mode)
+    return Written(target, saturated)
+
+
+def _is_plain_copy(target: torch.Tensor, incoming: torch.Tensor) -> bool:
+    """Whether there is nothing to look after: no graph, no wrapper, no conversion. That is most writes, and small ones
+    cost less than what looking after them costs."""
+    return (
+        type(target) is torch.Tensor
+        and type(incoming) is torch.Tensor
+        and not target.requires_grad
+        and not incoming.requires_grad
+        and target.dtype == incoming.dtype
+        and not target.is_inference()
+        and not target._is_view()
+        and not _same_storage(target, incoming)
+    )
+
+
+def _same_storage(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.device == b.device and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Also where both are NaN, but not where one is 0 and the other -0."""
+    if a.dtype != b.dtype or a.device != b.device or not (_has_memory(a) and _has_memory(b)):
+        return False
+    with torch.no_grad():
+        if a.is_complex():
+            a, b = torch.view_as_real(a.resolve_conj()), torch.view_as_real(b.resolve_conj())
+        integer = _INTEGERS[a.element_size()]
+        return torch.equal(a.resolve_neg().detach().view(integer), b.resolve_neg().detach().view(integer))
+
+
+def _write_in_place(target: torch.Tensor, into: torch.Tensor, value: torch.Tensor, mode: WriteMode) -> None:
+    if mode.gradient == "cut" and _records_graph(target) and target._is_view():
+        # A view can't be detached in place. Copied into under autograd, its base learns that this part has another
+        # producer, which has no gradient. The values that the producer saved stay usable: its version isn't raised.
+        with preserve_version_counter(target):
+            target.copy_(value)
+        return
+    with torch.no_grad():
+        # `.data` shares the memory but not the version counter, and works on leaves, views and inference tensors.
+        into.data.copy_(value)
+    if mode.gradient == "cut" and _records_graph(target):
+        target.detach_()
+    if mode.gradient == "strict" and not target.is_inference():
+        increment_version(target)
+        if into is not target and not into.is_inference():
+            increment_version(into)
+
+
+def _return_value(target: torch.Tensor, into: torch.Tensor, value: torch.Tensor, mode: WriteMode) -> torch.Tensor:
+    with torch.no_grad():
+        # Staging is used again for the next point, so the result is a copy.
+        grafted = wrap_like(target, torch.empty_like(into).copy_(value))
+    if mode.gradient == "cut" or not _records_graph(target):
+        return grafted
+    through: torch.Tensor = _StraightThrough.apply(target, (grafted,))  # type: ignore[no-untyped-call]
+    return through
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Forward: the grafted value. Backward: its gradient, unchanged, is the gradient of the tensor it replaces."""
+
+    @staticmethod
+    def forward(ctx: Any, target: torch.Tensor, grafted: tuple[torch.Tensor]) -> torch.Tensor:
+        # In a tuple, so that it is no input of the Function: an input that is returned becomes a view, and a model
+        # that then adds its residual in place would be refused.
+        return grafted[0]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradients[0], None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        return tangents[0].view_as(tangents[0])
