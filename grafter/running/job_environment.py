@@ -12,7 +12,7 @@ from grafter.errors import UsageError
 from grafter.switch import OLD_PREFIX, PREFIX
 
 # First on a job's PYTHONPATH, it is reached by every Python of the job before its program.
-STARTUP_DIRECTORY = str(Path(__file__).parent / "capture" / "startup")
+STARTUP_DIRECTORY = str(Path(__file__).parents[1] / "capture" / "startup")
 
 # What torchrun, or another launcher around this one, said about this process; a job that inherited it would take
 # itself for a rank of that world. torchrun passes TORCHELASTIC_USE_AGENT_STORE down, which makes env:// hang.
