@@ -20,20 +20,21 @@ from common import (
 )
 from transformers import LlamaConfig, LlamaForCausalLM
 
+CONFIG = LlamaConfig(
+    vocab_size=VOCAB,
+    hidden_size=HIDDEN,
+    intermediate_size=INTERMEDIATE,
+    num_hidden_layers=LAYERS,
+    num_attention_heads=HEADS,
+    num_key_value_heads=KV_HEADS,
+    rms_norm_eps=NORM_EPS,
+    rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA},
+    use_cache=False,
+)
+
 
 def make_model(weights: dict[str, torch.Tensor]) -> LlamaForCausalLM:
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=HIDDEN,
-        intermediate_size=INTERMEDIATE,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        num_key_value_heads=KV_HEADS,
-        rms_norm_eps=NORM_EPS,
-        rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA},
-        use_cache=False,
-    )
-    model = LlamaForCausalLM(config)
+    model = LlamaForCausalLM(CONFIG)
     model.load_state_dict(weights)
     return model.eval()
 

@@ -23,9 +23,10 @@ from common import (
     parse_arguments,
     token_ids,
 )
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-# As in titan.py: what it imports for its mixture of experts needs triton.
+# torchtitan imports the kernels of its mixture of experts, which need triton: too large for a machine without a GPU.
+# Llama 3 has no experts.
 kernels = ModuleType("torchtitan.models.moe.kernels")
 kernels.generate_permute_indices = None
 sys.modules.setdefault(kernels.__name__, kernels)
@@ -35,9 +36,7 @@ from torchtitan.models.llama3.model.args import RoPEScalingArgs, TransformerMode
 from torchtitan.models.llama3.model.model import Transformer  # noqa: E402
 from torchtitan.models.llama3.model.state_dict_adapter import Llama3StateDictAdapter  # noqa: E402
 
-options = parse_arguments()
-dist.init_process_group("gloo")
-arguments = TransformerModelArgs(
+ARGUMENTS = TransformerModelArgs(
     dim=HIDDEN,
     n_layers=LAYERS,
     n_heads=HEADS,
@@ -50,15 +49,25 @@ arguments = TransformerModelArgs(
     rope_scaling_args=RoPEScalingArgs(scaling_factor=1.0),
     max_seq_len=SEQUENCE,
 )
-model = Transformer(arguments)
-model.load_state_dict(Llama3StateDictAdapter(arguments, None).from_hf(load_weights(options)))
-mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
-apply_tp(model, mesh, loss_parallel=False, enable_float8_tensorwise_tp=False)
-model.eval()
 
-seen = Seen()
-with torch.no_grad():
-    for seen.step in range(options.steps):
-        seen.keep("logits", model(token_ids()))
-seen.save(options.out, dist.get_rank())
-dist.destroy_process_group()
+
+def make_model(weights: dict[str, torch.Tensor]) -> tuple[Transformer, DeviceMesh]:
+    """Called by every rank, once torch.distributed is initialised."""
+    model = Transformer(ARGUMENTS)
+    # The adapter permutes the rows of wq and wk: titan's RoPE turns neighbours, transformers' the two halves of a head.
+    model.load_state_dict(Llama3StateDictAdapter(ARGUMENTS, None).from_hf(weights))
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
+    apply_tp(model, mesh, loss_parallel=False, enable_float8_tensorwise_tp=False)
+    return model.eval(), mesh
+
+
+if __name__ == "__main__":
+    options = parse_arguments()
+    dist.init_process_group("gloo")
+    model, _ = make_model(load_weights(options))
+    seen = Seen()
+    with torch.no_grad():
+        for seen.step in range(options.steps):
+            seen.keep("logits", model(token_ids()))
+    seen.save(options.out, dist.get_rank())
+    dist.destroy_process_group()
