@@ -153,15 +153,15 @@ class Crew:
 # In a rank's process.
 
 
-def _serve(pipe: Connection, way_name: str, seat: Seat) -> None:
-    """Obey commands until `close`; an error is told and ends the process."""
+def obey(pipe: Connection, make_rank: Callable[[], Any]) -> None:
+    """Carry out commands, which are methods of a rank, until `close`; an error is told and ends the process."""
     for name in [name for name in os.environ if name.startswith(("GRAFTER_", "DUMPER_GRAFTER_"))]:
         del os.environ[name]
     # Host names that do not resolve are no reason to fail, nor is a firewall.
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     try:
-        rank = _Rank(WAYS[way_name](seat))
+        rank = make_rank()
         pipe.send((True, None))
         while True:
             command, arguments = pipe.recv()
@@ -172,6 +172,10 @@ def _serve(pipe: Connection, way_name: str, seat: Seat) -> None:
         return
     except BaseException:
         pipe.send((False, traceback.format_exc()))
+
+
+def _serve(pipe: Connection, way_name: str, seat: Seat) -> None:
+    obey(pipe, lambda: _Rank(WAYS[way_name](seat)))
 
 
 class _Rank:

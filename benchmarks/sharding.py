@@ -10,7 +10,7 @@ import os
 import statistics
 import tempfile
 import time
-import traceback
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from benchmarks.crew import Crew
+from benchmarks.crew import Crew, obey
 from benchmarks.ways import Ranks
 from grafter.rendezvous.store import HostedStore, serve
 
@@ -114,27 +114,11 @@ class ShardCrew(Crew):
 
 
 def _serve(pipe: Connection, way: str, role: str, role_rank: int, port: int, directory: str) -> None:
-    """Obey commands until `close`; an error is told and ends the process."""
-    for name in [name for name in os.environ if name.startswith(("GRAFTER_", "DUMPER_GRAFTER_"))]:
-        del os.environ[name]
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    torch.set_num_threads(1)
-    try:
-        kind: type[_Rank] = _GraftingRank if way == "grafter" else _GatheringRank
-        rank = kind(role, role_rank, port, directory)
-        pipe.send((True, None))
-        while True:
-            command, arguments = pipe.recv()
-            pipe.send((True, getattr(rank, command)(*arguments)))
-            if command == "close":
-                return
-    except EOFError:
-        return
-    except BaseException:
-        pipe.send((False, traceback.format_exc()))
+    kind: type[_Rank] = _GraftingRank if way == "grafter" else _GatheringRank
+    obey(pipe, lambda: kind(role, role_rank, port, directory))
 
 
-class _Rank:
+class _Rank(ABC):
     """The commands, as one rank carries them out."""
 
     def __init__(self, role: str, role_rank: int, port: int, directory: str) -> None:
@@ -145,8 +129,8 @@ class _Rank:
     def _sends(self) -> bool:
         return self._role == "baseline"
 
-    def _cross(self, crossing: Crossing, value: torch.Tensor) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _cross(self, crossing: Crossing, value: torch.Tensor) -> None: ...
 
     def prepare(self, crossing: Crossing) -> None:
         expected = crossing.shard(self._role, self._role_rank)
@@ -168,8 +152,8 @@ class _Rank:
     def forget(self) -> None:
         self._values.clear()
 
-    def close(self) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def close(self) -> None: ...
 
 
 class _GraftingRank(_Rank):
