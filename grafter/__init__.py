@@ -4,7 +4,8 @@ Two jobs run side by side, a baseline and a target. Named tensors cross between 
 compared, or written into the other's memory. The package reads in the order in which one tensor travels:
 
     switch, settings     GRAFTER_* and the plan file become one frozen GrafterConfig (filters: its expressions)
-    grafter              `dump`: off? return. Else tags, direction, key (points, options, leaves, offer)
+    grafter              `dump`: off? return. Else tags, direction, key (points, options, leaves, offer); which token
+                         each row is (tokens), and which rows count (windows)
     rendezvous           once: both jobs' ranks find each other (join, roster); how they talk (store, wire, mailbox,
                          courier); session is what then exists
     meeting              one point, step by step:
@@ -16,11 +17,17 @@ compared, or written into the other's memory. The package reads in the order in 
       pairing.agreement    all receivers are ready, or none writes
       writing              into the target's memory, shape and autograd rules checked
       measures, ledger     what it was, what came, how far apart; one line per point
-    compiled             points inside of a torch.compile region
+    outbox               points that never wait for the other job
+    compiled             points inside of a torch.compile region (operators)
     backward             gradients as points; points that fire again in activation checkpointing
     capture              points that nobody wrote into the program: hooks by `attach` (names)
+    dumps                points on disk, and read back: `open_dumps` (tokens: which token each row is)
+    compare              the dumps of two jobs, point by point: how far apart, and does it matter
+    offline              one of the jobs is a recording: kept, and played later by ranks of its own
     watching             a wait explains itself; processes are watched; the store is tidied
-    cli                  `grafter run` (running), `show`, `locate`, `plan suggest`, `doctor`
+    report               a run, or a comparison, as one HTML page
+    cli                  `grafter run` (running), `show`, `compare`, `report`, `locate`, `plan suggest`, `doctor`
+    requests             the requests that drove a server: recorded, and sent again
 
 Importing this reads no environment, opens nothing and hooks nothing. With GRAFTER_ENABLE unset, `dump` returns its
 value after one check.
@@ -45,9 +52,13 @@ if TYPE_CHECKING:
     import torch
 
     from grafter.capture.attachment import Attachment
+    from grafter.dumps.reader import open_dumps
     from grafter.grafter import Grafter
     from grafter.layout.declared import Layout
+    from grafter.outbox.counts import Pending
+    from grafter.requests.recorder import RequestRecorder
     from grafter.settings.config import GrafterConfig
+    from grafter.tokens import Tokens
     from grafter.user_transform import GraftTransformInput, transform
 
 __all__ = [
@@ -61,6 +72,10 @@ __all__ = [
     "set_mesh",
     "transform",
     "Layout",
+    "Tokens",
+    "open_dumps",
+    "RequestRecorder",
+    "pending",
     "Grafter",
     "GrafterConfig",
     "GraftTransformInput",
@@ -91,6 +106,8 @@ def dump(name: str, value: Any, /, **arguments: Any) -> Any:
             within the step identify the point; and these options, which are no tags:
             extras: a dict of data (tensors included) that the other side's transform receives beside the tensor.
             ranks: role ranks, or a process group, of this job that share the point. Default: all ranks of the job.
+            wait: "both", or "job": never wait for the other job (docs/non-blocking.md). A value that is sent is copied,
+            and may be changed once this returns; one that is received is grafted only if it is there already.
             transform: a function or path that overrides GRAFTER_TRANSFORM_PATH here.
             write: "in_place" or "return"; gradient: "straight_through", "cut" or "strict" (docs/write-modes.md).
             dims: where this rank's tensor lies in the global one, such as "b s h[tp] d" (docs/layouts.md); of a pytree,
@@ -98,6 +115,10 @@ def dump(name: str, value: Any, /, **arguments: Any) -> Any:
             layout: a `grafter.Layout` (or a dict of them) for what dims cannot say.
             axes: this rank's place on the mesh, {"tp": (rank, size)}, where `set_axes` or `set_mesh` have not said.
             seq_lens: global lengths of the packed sequences, where dims has a zigzag over `t`.
+            tokens: a `grafter.Tokens`, which token each row of `t`, or of `b s`, is: rows meet those of the same token,
+            whatever the batches (docs/tokens.md).
+            start: of the tokens' sequences (one position, one for each, or a dict): rows before it do not count.
+            new_rows_only: True: rows count from where this point and sequence met the other side last.
 
     Returns:
         The value itself; with `write="return"`, a value of the same shape and dtype that holds what came. A grafted
@@ -171,12 +192,26 @@ def close() -> None:
         _off = True
 
 
+def pending() -> Pending:
+    """What lies in this rank's outbox and has not been taken: how many points, and their bytes (docs/non-blocking.md).
+
+    Of points with `wait="job"` that this rank sends. All 0 where there are none, and while grafting is off. Each rank
+    asks for itself, at any time; nothing is waited for.
+    """
+    if _grafter is not None:
+        return _grafter.pending()
+    from grafter.outbox.counts import Pending
+
+    return Pending()
+
+
 class context:
     """Tags for every point inside: `with grafter.context(layer_id=3): ...`, or a decorator.
 
     As a decorator it also takes a function of the decorated call's `self` that gives the tags:
     `@grafter.context(lambda self: {"layer_id": self.layer_id})`. Blocks nest, inner tags win, and an exception restores
-    what was before. `ranks=` is passed on to the points inside.
+    what was before. `ranks=`, `axes=`, `tokens=`, `start=` and `new_rows_only=` are passed on to the points inside,
+    also to those of modules.
     """
 
     __slots__ = ("_arguments", "_of_self")
@@ -333,7 +368,7 @@ def _dump_traced(name: str, value: Any, arguments: dict[str, Any]) -> Any:
         return _dump_on(name, value, arguments)
     if site == -2:
         return value
-    return _offer_traced(value, site, has_gradient)
+    return _offer_traced(value, site)
 
 
 def _has_gradient(value: Any) -> bool:
@@ -350,9 +385,10 @@ _gradients_are_on._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _is_tensor(value: Any) -> bool:
+    """Whether an operator can take it: of a subclass (DTensor), it would be given the wrapper's parts."""
     import torch
 
-    return isinstance(value, torch.Tensor)
+    return type(value) is torch.Tensor or type(value) is torch.nn.Parameter
 
 
 # Set while code is traced, with the module that has the operator.
@@ -388,7 +424,10 @@ def _enter(arguments: dict[str, Any]) -> None:
     tags, options = split_options(arguments)
     unfit = [option for option in options if option not in CONTEXT_OPTIONS]
     if unfit:
-        raise UsageError(f"context takes tags, `ranks=` and `axes=`; `{unfit[0]}=` belongs to a single dump.")
+        raise UsageError(
+            f"context takes tags, `ranks=`, `axes=` and `tokens=` (with `start=`, `new_rows_only=`); `{unfit[0]}=` "
+            "belongs to a single dump."
+        )
     check_tags(tags)
     around = surroundings.get()
     surroundings.set(Surroundings({**around.tags, **tags}, {**around.options, **options}, around))
@@ -440,6 +479,18 @@ def __getattr__(name: str) -> Any:
         from grafter.layout.declared import Layout
 
         return Layout
+    if name == "Tokens":
+        from grafter.tokens import Tokens
+
+        return Tokens
+    if name == "open_dumps":
+        from grafter.dumps.reader import open_dumps
+
+        return open_dumps
+    if name == "RequestRecorder":
+        from grafter.requests.recorder import RequestRecorder
+
+        return RequestRecorder
     if name in ("GraftTransformInput", "transform"):
         from grafter import user_transform
 

@@ -1,4 +1,4 @@
-"""The command line: `grafter run`, `grafter show`, `grafter locate`, `grafter doctor`.
+"""The command line: `grafter run`, `grafter show`, `grafter compare`, `grafter report`, `grafter locate`, ...
 
 A command is one function below, registered with `app.command`; it does its work inside `errors_told()`, which turns
 grafter's own errors into text and an exit code. What is slow to import (torch, rich, pydantic) is imported inside.
@@ -17,10 +17,14 @@ from typing import Annotated
 
 import typer
 
+from grafter.compare.command import compare_command
+from grafter.control.command import ctl_app
 from grafter.doctor.command import doctor_command
 from grafter.errors import ConfigError, GrafterError, JoinError, UsageError
 from grafter.locate.command import locate_command
 from grafter.plan_suggest.command import plan_app
+from grafter.report.command import report_command
+from grafter.requests.commands import record_command, replay_command
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -29,6 +33,7 @@ _OPTION_BY_VARIABLE = {
     "GRAFTER_B2T_FILTER": "--b2t",
     "GRAFTER_T2B_FILTER": "--t2b",
     "GRAFTER_COMPARE_FILTER": "--compare",
+    "GRAFTER_DUMP_FILTER": "--dump",
     "GRAFTER_TRANSFORM_PATH": "--transform",
     "GRAFTER_ATTACH": "--attach",
 }
@@ -105,6 +110,7 @@ _Target = Annotated[str | None, typer.Option(metavar="CMD", help="The target job
 _B2t = Annotated[str | None, typer.Option(metavar="EXPR", help="Points whose baseline tensor replaces the target's.")]
 _T2b = Annotated[str | None, typer.Option(metavar="EXPR", help="Points whose target tensor replaces the baseline's.")]
 _Compare = Annotated[str | None, typer.Option(metavar="EXPR", help="Points to compare; nothing is written.")]
+_Dump = Annotated[str | None, typer.Option(metavar="EXPR", help="Points to save to disk, grafted or not.")]
 _Transform = Annotated[str | None, typer.Option(metavar="PATH", help="package.module:function or file.py:function.")]
 _Attach = Annotated[
     list[str] | None,
@@ -118,6 +124,11 @@ _Out = Annotated[
     Path | None, typer.Option(metavar="DIR", help="Where ledgers go; default grafter_out, or GRAFTER_DIR.")
 ]
 _Name = Annotated[str | None, typer.Option(metavar="RUN_NAME", help="The run's name; default the time.")]
+_Peer = Annotated[Path | None, typer.Option(metavar="DIR", help="A recording, played as the side that has no command.")]
+_Record = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="Keep in DIR what is sent, for --peer later; with --role alone, without a peer."),
+]
 _Role = Annotated[RoleChoice | None, typer.Option(help="Run this side alone; the other is run elsewhere.")]
 _HostStore = Annotated[
     int | None,
@@ -141,6 +152,7 @@ def run(
     b2t: _B2t = None,
     t2b: _T2b = None,
     compare: _Compare = None,
+    dump: _Dump = None,
     transform: _Transform = None,
     attach: _Attach = None,
     plan: _Plan = None,
@@ -151,6 +163,8 @@ def run(
     host_store: _HostStore = None,
     address: _Address = None,
     master: _Master = None,
+    record: _Record = None,
+    peer: _Peer = None,
 ) -> None:
     """Run both jobs, let tensors cross, and print what became of each point.
 
@@ -166,6 +180,10 @@ def run(
     grafter run --role target --master 10.0.0.1:29400 \\
                 --b2t "name == 'attn_out'" -- python b.py
 
+    \b
+    grafter run --role baseline --record recorded --b2t "name == 'attn_out'" -- python a.py
+    grafter run --peer recorded --target "python b.py" --b2t "name == 'attn_out'"
+
     Exit code: 0 fine; 1 a point failed, the jobs disagreed, a job failed, or nothing was grafted or compared;
     2 wrong usage; 130 Ctrl-C.
     """
@@ -173,7 +191,7 @@ def run(
         from grafter.running.launcher import PairResult, run_pair, run_side
         from grafter.running.run_report import report_run
 
-        filters = {"b2t_filter": b2t, "t2b_filter": t2b, "compare_filter": compare}
+        filters = {"b2t_filter": b2t, "t2b_filter": t2b, "compare_filter": compare, "dump_filter": dump}
         own = {
             **filters,
             "transform_path": transform,
@@ -184,23 +202,37 @@ def run(
             {field: value for field, value in own.items() if value is not None}, assignments or []
         )
         result: PairResult
+        if record is not None:
+            _refuse({"--out": out, "--name": name}, "does not go with --record, whose DIR is where the run goes")
+            settings["record"] = "1"
+            out, name = record.absolute().parent, record.name
         if role is None:
             away = {"--host-store": host_store, "--address": address, "--master": master, "-- CMD": command}
             _refuse(away, "needs --role")
-            if baseline is None or target is None:
-                raise UsageError("give both --baseline CMD and --target CMD, or --role and one command after `--`.")
-            result = run_pair(baseline, target, settings=settings, out=out, run_name=name)
+            if peer is not None and baseline is not None and target is not None:
+                raise UsageError("--peer plays one side, so only the other has a command: --baseline or --target.")
+            if (baseline is None or target is None) and (peer is None or baseline is target):
+                raise UsageError(
+                    "give both --baseline CMD and --target CMD, or one of them and --peer, or --role and one command "
+                    "after `--`."
+                )
+            result = run_pair(baseline, target, settings=settings, out=out, run_name=name, peer=peer)
         else:
             _refuse(
                 {"--baseline": baseline, "--target": target}, "does not go with --role; write the command after `--`"
             )
-            if not command:
+            if peer is not None:
+                _refuse({"-- CMD": command}, "does not go with --peer: this side is the recording")
+            elif not command:
                 raise UsageError(f"say how to start the {role.value} job: grafter run --role {role.value} ... -- CMD")
             if host_store is None:
                 _refuse({"--address": address}, "goes with --host-store")
             hosted = None if host_store is None else (address or "127.0.0.1", host_store)
             place = None if master is None else parse_master(master)
-            result = run_side(role.value, command, settings=settings, host=hosted, master=place, out=out, run_name=name)
+            result = run_side(
+                role.value, command or (), settings=settings, host=hosted, master=place, out=out, run_name=name,
+                peer=peer,
+            )  # fmt: skip
         if result.stop_signal == signal.SIGPIPE:
             # Nobody reads any more; Python would complain again when it flushes stdout at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -260,9 +292,14 @@ def show(
         show_run(summary, sys.stdout, only_trouble=failed, sort=sort.value, limit=limit, with_ranks=all_ranks)
 
 
+app.command("report", short_help="Write one HTML page about a run or a comparison.")(report_command)
 app.command("locate")(locate_command)
+app.command("compare", short_help="Compare what two jobs dumped.")(compare_command)
 app.add_typer(plan_app)
+app.add_typer(ctl_app)
 app.command("doctor", short_help="Is this machine, is this pair of commands, able to graft?")(doctor_command)
+app.command("record", short_help="Record the requests of a server, as a proxy before it.")(record_command)
+app.command("replay", short_help="Send recorded requests again, and tell what differs.")(replay_command)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ GrafterError
 |   |-- PointTimeoutError  nobody is gone and nobody is provably stuck, but the time is up
 |   `-- ProtocolError      a message is unsigned, empty, or not what the protocol allows
 |-- TransformError         a user transform cannot be loaded
+|-- DumpError              a directory, file or record of dumps is not what the format allows, or is not there
 |-- PointFailed            one point failed and `on_transform_error` is `raise`; nothing was written
 `-- WriteRefused           this value may not be written into this tensor; nothing was written
 """
@@ -70,6 +71,10 @@ class ProtocolError(RunError):
 
 class TransformError(GrafterError):
     """A user transform cannot be loaded, or is not what a transform must be."""
+
+
+class DumpError(GrafterError):
+    """A directory, file or record of dumps is not what the format allows, or lacks what was asked for."""
 
 
 class PointFailed(GrafterError):

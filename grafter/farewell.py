@@ -13,7 +13,7 @@ from grafter.direction import DirectionFilters
 from grafter.errors import GrafterError, RunError
 from grafter.ledger import RankSummary
 from grafter.rendezvous.join import Place
-from grafter.session import Session
+from grafter.rendezvous.roster import Roster
 
 logger = logging.getLogger("grafter")
 
@@ -25,18 +25,31 @@ class Tally:
     outcomes: Counter[str] = field(default_factory=Counter)
     # Counting in it costs a third of what it costs in a Counter.
     unmatched: defaultdict[str, int] = field(default_factory=lambda: defaultdict(int))
+    # Points saved and lost, and those that a limit left out, by limit.
+    dumps: Counter[str] = field(default_factory=Counter)
+    left_out: Counter[str] = field(default_factory=Counter)
+
+    def replace_posted(self, settled: Counter[str]) -> None:
+        """Points that were posted, by what became of them."""
+        self.outcomes.update(settled)
+        self.outcomes["posted"] -= sum(settled.values())
+        # Without those that are none.
+        self.outcomes = +self.outcomes
 
 
 def summarise(
-    session: Session,
+    place: Place,
+    roster: Roster | None,
     tally: Tally,
     filters: DirectionFilters,
     attachments: Sequence[Attachment],
     detached: str | None,
     error: BaseException | None,
+    *,
+    only_dumps: bool = False,
 ) -> RankSummary:
-    """detached: why this rank went on ungrafted, if it did. error: that with which it ends."""
-    place = session.place
+    """roster: None in a run that only dumps. detached: why this rank went on ungrafted, if it did. error: that with
+    which it ends."""
     return RankSummary(
         role=place.role,
         role_rank=place.role_rank,
@@ -45,18 +58,28 @@ def summarise(
         filters_never_matched=filters.never_matched(),
         tags_never_seen=filters.tags_never_seen(),
         hooks_never_fired=[path for attachment in attachments for path in attachment.never_fired()],
-        modules_only_here=session.roster.only_at(place.role),
+        modules_only_here=roster.only_at(place.role) if roster is not None else [],
+        only_dumps=only_dumps or not filters.have_directions,
+        dumped=tally.dumps["saved"],
+        dumps_lost=tally.dumps["lost"],
+        dumps_left_out=dict(tally.left_out),
         error=detached or (str(error) if error is not None else None),
         error_kind="Detached" if detached else (type(error).__name__ if error is not None else None),
     )
 
 
-def say_goodbye(place: Place, tally: Tally, filters: DirectionFilters) -> None:
-    counts = ", ".join(f"{count} {outcome}" for outcome, count in tally.outcomes.items())
+def say_goodbye(place: Place, tally: Tally, filters: DirectionFilters, *, only_dumps: bool = False) -> None:
+    only_dumps = only_dumps or not filters.have_directions
+    counts = ", ".join(f"{count} {outcome}" for outcome, count in (tally.outcomes + tally.dumps).items())
     unmatched = sum(tally.unmatched.values())
     logger.info("grafter: %s closes: %s; %d calls matched no filter", place.who, counts or "no point", unmatched)
-    if not tally.outcomes:
+    if only_dumps and not tally.dumps:
+        logger.warning("grafter: %s has saved nothing", place.who)
+    elif not only_dumps and not tally.outcomes:
         logger.warning("grafter: %s has grafted and compared nothing", place.who)
+    if tally.left_out:
+        listed = ", ".join(f"{count} by {limit}" for limit, count in tally.left_out.items())
+        logger.warning("grafter: %s: points that limits kept from being saved: %s", place.who, listed)
     for filter_text in filters.never_matched():
         logger.warning("grafter: %s: the filter %s never matched", place.who, filter_text)
     for tag in filters.tags_never_seen():

@@ -10,7 +10,10 @@ import logging
 import os
 import threading
 import time
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -23,22 +26,36 @@ from grafter.capture.adapters import mesh_axes
 from grafter.capture.attachment import Attachment
 from grafter.capture.module_tree import write_module_trees
 from grafter.capture.naming import Naming
+from grafter.capture.packing import PackedSequences
 from grafter.capture.parameter_gradients import watch_gradients
 from grafter.capture.parameters import dump_weights
-from grafter.capture.selection import read_patterns
-from grafter.direction import Direction, DirectionFilters
+from grafter.capture.patterns import read_patterns
+from grafter.compiled import find_site
+from grafter.control.rank_control import RankControl, TakingOver
+from grafter.control.traced import Verdict
+from grafter.direction import Direction, DirectionFilters, sender_role
+from grafter.dumps.alone import open_run
+from grafter.dumps.rank_dumps import RankDumps
+from grafter.dumps.saver import Taken
 from grafter.errors import GrafterError, JoinError, PeerLostError, RunError, UsageError
 from grafter.farewell import Tally, last_error, say_goodbye, set_up_logging, summarise
 from grafter.layout.axes import axes_of_job, set_axes
-from grafter.ledger import LedgerRecord
+from grafter.ledger import LedgerRecord, write_summary
 from grafter.meeting import Meeting
 from grafter.names import PointName
 from grafter.offer import Offer, OfferMaker
+from grafter.offline.peer import Peer, start_peer
+from grafter.offline.recorded_part import RecordedPart, write_rank_facts
 from grafter.options import OptionChooser, PointOptions
-from grafter.points import OWN_TAGS, PHASE, PointKey, StepCounter, call_site, check_tags, split_options, surroundings
-from grafter.rendezvous.roster import other_role
+from grafter.outbox.counts import Pending
+from grafter.outbox.posting import Posting
+from grafter.outbox.states import OutboxPlace
+from grafter.pairing.manifest import Header
+from grafter.points import LOOKED_AT, PHASE, PointKey, StepCounter, call_site, check_tags, split_options, surroundings
+from grafter.rendezvous.roster import PlayedFrom, other_role
 from grafter.session import Joining, Session, find_place
 from grafter.settings.config import GrafterConfig
+from grafter.windows import ends_of
 
 logger = logging.getLogger("grafter")
 
@@ -51,23 +68,33 @@ class Grafter:
     Called by every rank that takes part; `dump` may be called from any thread, one point at a time.
     """
 
+    # Whether what the filters choose is saved here.
+    saves_points = True
+
     def __init__(self, config: GrafterConfig) -> None:
         self.config = config
-        self.filters = DirectionFilters(config.filters)
         self.steps = StepCounter()
         self.lock = threading.RLock()
         self._tally = Tally()
         self._unmatched = self._tally.unmatched
         self._sequence = 0
-        self._naming = Naming(config.names, config.role)
+        self.naming = Naming(config.names, config.role)
+        # Told of each model that the program attaches by itself.
+        self.before_attach: list[Callable[[torch.nn.Module], None]] = []
         self._attachments: list[Attachment] = []
+        self._packed = PackedSequences()
         wanted = config.gradients or any(rule.gradients for rule in config.own_rules)
         self.gradients = BackwardPoints(self) if wanted else None
         if wanted:
             self.dump_point = self._dump_with_gradients  # type: ignore[method-assign]
         # Where a hook can hand on another tensor, nothing needs to be written into the model's memory.
         self._hook_write = {} if "write" in config.model_fields_set else {"write": "return"}
+        # From the first call on there is a run: joining has begun, or, where points are only dumped, its directory is
+        # there.
+        self._has_begun = False
         self._joining: Joining | None = None
+        self._peer: Peer | None = None
+        self._alone_directory: Path | None = None
         self._session: Session | None = None
         self._detached: str | None = None
         self._closed = False
@@ -76,6 +103,12 @@ class Grafter:
         self.options = OptionChooser(config)
         self._place = find_place(config)
         self.offers = OfferMaker(config, self._place)
+        self.dumps = RankDumps(config, self._place, self.offers.axes, self._find_run_directory)
+        self.filters = DirectionFilters(config.filters, self.dumps.choice)
+        self.stats = config.stats
+        # Filters of earlier steps, with the step before which each was in force: a recomputation may ask for them.
+        self._past_filters: deque[tuple[int, DirectionFilters]] = deque(maxlen=8)
+        self.control = RankControl(config, self._place, self.steps, self._judge_traced, saves=self.saves_points)
         self.recomputations = Recomputations(self.steps)
         set_up_logging(config.log_level)
         atexit.register(self.close)
@@ -88,9 +121,10 @@ class Grafter:
 
     def dump_point(self, name: str, value: Any, arguments: dict[str, Any], module: str | None = None) -> Any:
         """`module`: as which module's announcement the point counts, where a hook has taken it."""
-        if self._joining is None:
+        if not self._has_begun:
             self._start_joining()
-        if not OWN_TAGS.isdisjoint(arguments):
+        is_looked_at = not LOOKED_AT.isdisjoint(arguments)
+        if is_looked_at:
             split_options(arguments)
         # Asked here, since a call costs as much as the answer: nearly every `dump` is in a plain forward pass.
         if (_graph_task() != -1 or _scopes()) and (recomputation := current_recomputation()) is not None:
@@ -107,17 +141,27 @@ class Grafter:
             if matches(tags):
                 break
         else:
+            if not (is_looked_at and tags.get("save")):
+                self._unmatched[name] += 1
+                return value
+        direction, saves = filters.direction_of(tags), filters.saves(tags)
+        if direction is None and not saves:
             self._unmatched[name] += 1
             return value
-        direction = filters.direction_of(tags)
-        assert direction is not None
+        is_recorded = self.config.record and direction is not None
+        saves = is_recorded or (saves and self.dumps.limits.allows_step(self.steps.step))
+        if direction is None and not saves:
+            return value
         for own in ("name", "step", "phase"):
             del tags[own]
         try:
             if os.getpid() != self._process_id:
+                if direction is None:
+                    self.dumps.tell_fork(name, call_site())
+                    return value
                 self._refuse_where_impossible(name, call_site())
             with self.lock:
-                return self._graft(name, value, tags, {**around.options}, direction, module)
+                return self._graft(name, value, tags, {**around.options}, direction, saves, module)
         except GrafterError as error:
             # The way through our own files says nothing to the user, unless they debug us.
             if logger.isEnabledFor(logging.DEBUG):
@@ -139,7 +183,7 @@ class Grafter:
             return kept.write_again(value)
         step = recomputation.step_of(self.steps)
         tags = {**surroundings.get().tags, **own, "name": name, "step": step, "phase": PHASE}
-        if self._detached is None and self.filters.direction_of(tags) is not None:
+        if self._detached is None and self._filters_of(step).direction_of(tags) is not None:
             raise UsageError(recomputation.why_unknown(name, call_site()))
         return value
 
@@ -154,36 +198,90 @@ class Grafter:
 
     def step(self) -> None:
         """The end of an iteration: the step counts up, occurrences start at 0 again."""
-        if self._joining is None:
+        if not self._has_begun:
             self._start_joining()
         if os.getpid() != self._process_id:
             return
         with self.lock:
             if self.gradients is not None:
                 self.gradients.pending.end_step(self._session)
-            self.steps.next_step()
+            self.dumps.end_step()
+            for taking_over in self.control.end_step():
+                self._take_over(taking_over)
+
+    def _take_over(self, coming: TakingOver) -> None:
+        """What a change of the run brings, in the first step in which it is in force."""
+        coming.filters.continue_from(self.filters)
+        self._past_filters.append((coming.step, self.filters))
+        self.filters, self.stats = coming.filters, coming.in_force.stats
+        if coming.choice is not None:
+            self.dumps.choice = coming.choice
+        dumped = coming.in_force.dumped_steps
+        if dumped is not None:
+            self.dumps.limits.also_allow(dumped.first, dumped.end)
+
+    def _filters_of(self, step: int) -> DirectionFilters:
+        for before, filters in self._past_filters:
+            if step < before:
+                return filters
+        return self.filters
 
     def attach(
-        self, model: torch.nn.Module, patterns: tuple[str, ...], *, inputs: bool = True, outputs: bool = True
+        self,
+        model: torch.nn.Module,
+        patterns: tuple[str, ...],
+        *,
+        inputs: bool = True,
+        outputs: bool = True,
+        naming: Naming | None = None,
     ) -> Attachment:
-        """Hooks on a model's modules. See `grafter.attach`."""
+        """Hooks on a model's modules. See `grafter.attach`. naming: for a model that is attached without a line in the
+        program, whose own `attach` takes its place."""
+        if naming is None:
+            for make_room in self.before_attach:
+                make_room(model)
+        naming = naming or self.naming
         selected = read_patterns(patterns or ((self.config.attach,) if self.config.attach else ()))
-        attachment = Attachment(model, selected, self._naming, self._offer_hooked, inputs=inputs, outputs=outputs)
+        attachment = Attachment(
+            model, selected, naming, self._offer_hooked, self._find_hooked_site, inputs=inputs, outputs=outputs
+        )
         if not attachment.points:
             logger.warning("grafter: %s: no module of %s matches %s", self._place.who, type(model).__name__, patterns)
         if self.gradients is not None:
             paths = [points.path for points in attachment.points]
-            attachment.keep(watch_gradients(model, paths, self._naming, self.gradients.pending.parameter_came))
-        if self._joining is not None:
+            attachment.keep(watch_gradients(model, paths, naming, self.gradients.pending.parameter_came))
+        if self._has_begun and not self.config.only_dumps:
             logger.warning(
                 "grafter: %s: this attach comes after the first point, so the names of its modules are not compared",
                 self._place.who,
             )
         if self.config.axes is None and not axes_of_job():
             set_axes(**mesh_axes(model))
+        if any(axis == "cp" and size > 1 for axis, _, size in self.offers.axes(None)):
+            attachment.keep(self._packed.follow(model))
         # What is attached until the first point is announced together, so that is when joining begins.
         self._attachments.append(attachment)
         return attachment
+
+    @property
+    def attachments(self) -> tuple[Attachment, ...]:
+        """What is attached, in its order."""
+        return tuple(self._attachments)
+
+    def withdraw(self, attachment: Attachment) -> None:
+        """Detach, as if it had never been attached."""
+        attachment.detach()
+        self._attachments.remove(attachment)
+
+    def begin(self) -> None:
+        """Join the run, where no point has done it yet: what is attached by now is announced."""
+        if not self._has_begun:
+            self._start_joining()
+
+    @property
+    def who(self) -> str:
+        """This rank, as messages name it."""
+        return self._place.who
 
     def dump_model(self, model: torch.nn.Module) -> int:
         """All weights as points. See `grafter.dump_model`."""
@@ -192,13 +290,20 @@ class Grafter:
         # Not `self.dump_point`, which would watch for the weights' gradients: those are points of their own.
         return dump_weights(
             model,
-            self._naming,
+            self.naming,
             lambda name, tensor: Grafter.dump_point(self, name.name, tensor, {**given, **name.tags}),
         )
 
     def _offer_hooked(self, name: PointName, module: str, tensor: torch.Tensor) -> torch.Tensor:
-        value: torch.Tensor = self.dump_point(name.name, tensor, {**self._hook_write, **name.tags}, module)
+        given = {**self._hook_write, **name.tags}
+        if self._packed.lengths is not None and "zigzag" in str(self.options.options_of(name.name, {}).dims):
+            given["seq_lens"] = self._packed.lengths
+        value: torch.Tensor = self.dump_point(name.name, tensor, given, module)
         return value
+
+    def _find_hooked_site(self, name: str, suffix: str, is_differentiated: bool) -> int:
+        has_gradient = is_differentiated and self.has_gradients
+        return find_site(self, name, tuple(self._hook_write.items()), has_gradient=has_gradient, suffix=suffix)
 
     def compiled_verdict(self, name: str, arguments: dict[str, Any]) -> Literal["operator", "break", "nothing"]:
         """How a point in code that is being compiled is taken.
@@ -206,18 +311,28 @@ class Grafter:
         An operator where nothing needs to be written into the value's memory; else the call breaks the graph. Nothing,
         where no filter can ever match.
         """
-        tags, given = split_options(arguments)
-        possible = self.filters.could_match({**tags, "name": name, "phase": PHASE})
-        options = self.options.options_of(name, given)
-        if not possible and not (self.gradients is not None and options.gradients):
+        verdict = self.control.trace(self.filters, name, arguments)
+        if verdict.kind == "nothing":
             self._unmatched.setdefault(name, 0)
-            return "nothing"
-        return "break" if options.write == "in_place" and not possible <= {"compare"} else "operator"
+        return verdict.kind
 
     def is_only_compared(self, name: str, arguments: dict[str, Any]) -> bool:
         """Whether no filter can ever graft a point."""
-        tags, _ = split_options(arguments)
-        return self.filters.could_match({**tags, "name": name, "phase": PHASE}) <= {"compare"}
+        return self.control.trace(self.filters, name, arguments).only_compares
+
+    def _judge_traced(self, filters: Sequence[DirectionFilters], name: str, arguments: dict[str, Any]) -> Verdict:
+        """The verdict where any of these filters may match; also called on the housekeeping thread."""
+        tags, given = split_options(arguments)
+        named = {**tags, "save": given.pop("save", None), "name": name, "phase": PHASE}
+        possible = {found for each in filters for found in each.could_match(named)}
+        options = self.options.options_of(name, given)
+        if not possible and not (self.gradients is not None and options.gradients):
+            return Verdict("nothing", only_compares=True)
+        if possible <= {"compare", "dump"}:
+            return Verdict("operator", only_compares=True)
+        # Whether a gradient is cut off depends on what matches, which is settled at each call.
+        breaks = options.write == "in_place" or options.gradient == "cut"
+        return Verdict("break" if breaks else "operator", only_compares=False)
 
     @property
     def has_gradients(self) -> bool:
@@ -229,7 +344,7 @@ class Grafter:
         # Before the lock: in a forked child it may belong to a thread that does not exist there.
         if os.getpid() != self._process_id:
             return
-        if self._joining is None and self._attachments:
+        if not self._has_begun and self._attachments:
             # No call reached a hook: the others wait for this rank to join, and must hear that it leaves.
             self._start_joining()
         with self.lock:
@@ -238,23 +353,50 @@ class Grafter:
             self._closed = True
             atexit.unregister(self.close)
             self.recomputations.close()
-            if self._joining is None:
+            if not self._has_begun:
                 return
             error = last_error(self._fault)
-            session = self._session or self._joining.finished(patient=error is None)
-            if self.gradients is not None and session is not None and error is None:
-                self.gradients.pending.end_step(session)
+            # First: whatever keeps this rank from leaving, what it dumped is on disk.
+            self.dumps.flush()
+            session = self._session
+            if self._joining is not None and session is None:
+                session = self._joining.finished(patient=error is None)
+            try:
+                if self.gradients is not None and error is None and (session is not None or self.config.only_dumps):
+                    self.gradients.pending.end_step(session)
+            finally:
+                self._tally.dumps.update(self.dumps.close())
+                self._tally.left_out.update(self.dumps.limits.left_out)
             if session is not None:
-                try:
-                    summary = summarise(session, self._tally, self.filters, self._attachments, self._detached, error)
-                    session.ledger.write_summary(summary)
-                except OSError as failure:
-                    logger.error("grafter: the summary of %s cannot be written: %s", self._place.who, failure)
-                self._write_module_trees(session)
+                session.outbox.close(session.client)
+                self._tally.replace_posted(session.outbox.settled)
+            directory = session.run_directory if session is not None else self._alone_directory
+            if directory is not None:
+                self._write_summary(directory, session, error)
+                self._write_module_trees(directory, session)
+                self._write_rank_facts(directory)
+            if session is not None:
                 session.close(
                     f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}" if error else ""
                 )
-            say_goodbye(self._place, self._tally, self.filters)
+            self.control.leave()
+            if self._peer is not None:
+                self._peer.close()
+            say_goodbye(self._place, self._tally, self.filters, only_dumps=self.config.only_dumps)
+
+    def _write_summary(self, directory: Path, session: Session | None, error: BaseException | None) -> None:
+        roster = session.roster if session is not None else None
+        summary = summarise(
+            self._place, roster, self._tally, self.filters, self._attachments, self._detached, error,
+            only_dumps=self.config.only_dumps,
+        )  # fmt: skip
+        try:
+            if session is not None:
+                session.ledger.write_summary(summary)
+            else:
+                write_summary(directory / self._place.role, summary)
+        except OSError as failure:
+            logger.error("grafter: the summary of %s cannot be written: %s", self._place.who, failure)
 
     # The steps before the other side is met.
 
@@ -262,9 +404,33 @@ class Grafter:
         if os.getpid() != self._process_id:
             return
         with self.lock:
-            if self._joining is None and not self._closed:
-                modules = tuple(key for attachment in self._attachments for key in attachment.keys)
-                self._joining = Joining(self.config, self._refuse_all, modules if self._attachments else None)
+            if self._has_begun or self._closed:
+                return
+            if self.config.only_dumps:
+                self._alone_directory = open_run(self.config, self._place)
+                self._write_module_trees(self._alone_directory, None)
+                self._write_rank_facts(self._alone_directory)
+            else:
+                self._join()
+            self._has_begun = True
+
+    def _join(self) -> None:
+        config, store = self.config, None
+        if config.peer is not None:
+            self._peer = start_peer(config, self._place)
+            if self._peer is not None:
+                config, store = self._peer.config, self._peer.store
+        modules, recording = self.announced_modules(), self.announced_recording()
+        self._joining = Joining(config, self._refuse_all, modules, recording, store, self.control)
+
+    def announced_modules(self) -> tuple[str, ...] | None:
+        """The modules that this rank has hooks on; None where it has none attached."""
+        modules = tuple(key for attachment in self._attachments for key in attachment.keys)
+        return modules if self._attachments else None
+
+    def announced_recording(self) -> PlayedFrom | None:
+        """What this rank is played from, where it is no live one."""
+        return None
 
     def _refuse_all(self, error: JoinError) -> None:
         """The two jobs do not fit. Ranks whose points match no filter must learn it, too: at their next call."""
@@ -281,7 +447,8 @@ class Grafter:
         value: Any,
         arguments: dict[str, Any],
         around: dict[str, Any],
-        direction: Direction,
+        direction: Direction | None,
+        saves: bool,
         module: str | None,
     ) -> Any:
         site = call_site()
@@ -289,19 +456,36 @@ class Grafter:
         tags, given = split_options(arguments)
         check_tags(tags)
         if self._detached is not None:
-            return value
+            direction = None
+            if not saves:
+                return value
+        given.pop("save", None)
         options = self.options.options_of(name, {**around, **given})
         try:
+            if direction is None:
+                return self._save(name, value, tags, options, site, module)
+            if self.config.records_alone:
+                return self._record(name, value, tags, options, site, direction, module)
             session = self._joined()
             key = self.steps.next_key({**tags, "name": name}, self.config.key_tags)
             if module is not None:
                 options, missing = self.among_holders(session, module, options)
                 if missing is not None:
                     self.record_skipped(session, key, direction, tags, site, missing)
+                    if saves:
+                        offer = self.offers.take_up(value, options, key)
+                        part = self.recorded_part(offer, options, direction, site, module)
+                        taken = self.dumps.take(key, direction, offer.value, options, tags, site, part)
+                        self.dumps.finish(taken, "skipped", reason=missing)
                     self.recomputations.keep_nothing(key)
                     return value
-            offer = self.offers.take_up(value, options)
-            grafted = self.meet(session, key, direction, offer, options, tags, site)
+            offer = self.offers.take_up(value, options, key)
+            taken = None
+            if saves:
+                part = self.recorded_part(offer, options, direction, site, module)
+                starts = offer.tokens.starts if offer.tokens is not None else ()
+                taken = self.dumps.take(key, direction, offer.value, options, tags, site, part, starts)
+            grafted = self.meet(session, key, direction, offer, options, tags, site, taken)
         except RunError as error:
             return self.end_run(error, value)
         except BaseException as error:
@@ -310,6 +494,66 @@ class Grafter:
         if offer.failure is not None:
             raise offer.failure
         return grafted if offer.leaves is not None else offer.value
+
+    def _save(
+        self, name: str, value: Any, tags: dict[str, Any], options: PointOptions, site: str, module: str | None
+    ) -> Any:
+        """A point that meets nobody. What `dump` returns: the value, made if it is a function."""
+        key = self.steps.next_key({**tags, "name": name}, self.config.key_tags)
+        if callable(value) and not isinstance(value, torch.Tensor):
+            value = value()
+        if module is not None and not self.config.only_dumps:
+            options, _ = self.among_holders(self._joined(), module, options)
+        starts: tuple[int, ...] = ()
+        if options.start is not None or options.new_rows_only:
+            announced = self.offers.windows.announce(options, key)
+            starts = announced.starts if announced is not None else ()
+        self.dumps.finish(self.dumps.take(key, None, value, options, tags, site, starts=starts))
+        if options.new_rows_only:
+            self.offers.windows.advance(key, ends_of(options.tokens))
+        return value
+
+    def _record(
+        self,
+        name: str,
+        value: Any,
+        tags: dict[str, Any],
+        options: PointOptions,
+        site: str,
+        direction: Direction,
+        module: str | None,
+    ) -> Any:
+        """A point that is kept for a later graft, as it would have met the other side. What `dump` returns."""
+        key = self.steps.next_key({**tags, "name": name}, self.config.key_tags)
+        offer = self.offers.take_up(value, options, key)
+        part = self.recorded_part(offer, options, direction, site, module)
+        self.dumps.finish(self.dumps.take(key, direction, offer.value, options, tags, site, part))
+        self.recomputations.keep_nothing(key)
+        if offer.failure is not None:
+            raise offer.failure
+        return offer.value
+
+    def recorded_part(
+        self,
+        offer: Offer,
+        options: PointOptions,
+        direction: Direction,
+        site: str,
+        module: str | None,
+        is_parameter: bool = False,
+    ) -> str | None:
+        """What a recording keeps of this rank's part of a point besides its values; None where nothing is recorded."""
+        if not self.config.record:
+            return None
+        header = self.offers.describe(None, offer, options, direction, site)
+        part = RecordedPart(
+            header=header, module=module, is_parameter=is_parameter, new_rows_only=bool(options.new_rows_only)
+        )
+        return part.model_dump_json(exclude_defaults=True)
+
+    def _find_run_directory(self) -> Path:
+        """Waits, where this rank has a job to meet, until both have joined."""
+        return self._alone_directory or self._joined().run_directory
 
     @property
     def session(self) -> Session:
@@ -330,19 +574,52 @@ class Grafter:
         options: PointOptions,
         tags: dict[str, Any],
         site: str,
+        taken: Taken | None = None,
     ) -> Any:
-        """Meet the other side at one point; what `dump` returns."""
-        header = self.offers.describe(session, offer, options, direction, site)
+        """Meet the other side at one point; what `dump` returns. taken: the point as it is saved, where it is."""
         named = {**tags, "name": key.name, "step": key.step, "phase": key.phase}
         self._sequence += 1
+        if options.wait == "job" and session.place.role == sender_role(direction):
+            return self._post(Posting(session, key, direction, named), offer, options, site, taken)
+        header = self.offers.describe(session, offer, options, direction, site)
         meeting = Meeting(session, key, direction, header, options, named)
-        with unobserved():
-            grafted, outcome = meeting.hold(offer.leaves, offer.extras, self.config.stats, self._sequence)
+        try:
+            with unobserved():
+                grafted, outcome = meeting.hold(offer.leaves, offer.extras, self.stats, self._sequence)
+        except BaseException as error:
+            self.dumps.finish_failed(taken, error)
+            raise
+        self.dumps.finish(taken, outcome, grafted)
+        if options.new_rows_only and meeting.rows is not None and outcome in ("grafted", "compared", "sent"):
+            self.offers.windows.advance(key, meeting.rows.reached(header))
         if key.phase == PHASE:
             self.recomputations.keep(key, options, offer.leaves if outcome == "grafted" else None, grafted)
         self._tally.outcomes[outcome] += 1
         session.housekeeping.board.last_points.append((key, outcome))
         return grafted
+
+    def _post(self, posting: Posting, offer: Offer, options: PointOptions, site: str, taken: Taken | None) -> Any:
+        """The part of a sender that does not wait; what `dump` returns: the value."""
+
+        def describe(told: Offer, place: OutboxPlace | None) -> Header:
+            return self.offers.describe(posting.session, told, options, posting.direction, site, place)
+
+        try:
+            with unobserved():
+                outcome = posting.hold(offer, describe, self._sequence)
+        except BaseException as error:
+            self.dumps.finish_failed(taken, error)
+            raise
+        self.dumps.finish(taken, outcome)
+        if posting.key.phase == PHASE:
+            self.recomputations.keep(posting.key, options, None, None)
+        self._tally.outcomes[outcome] += 1
+        posting.session.housekeeping.board.last_points.append((posting.key, outcome))
+        return offer.value
+
+    def pending(self) -> Pending:
+        """What lies in this rank's outbox. See `grafter.pending`."""
+        return self._session.outbox.pending if self._session is not None else Pending()
 
     def among_holders(self, session: Session, module: str, options: PointOptions) -> tuple[PointOptions, str | None]:
         """The participants are the ranks that have the module; and why the point is skipped, if that is so."""
@@ -375,7 +652,8 @@ class Grafter:
         if self._session is None:
             assert self._joining is not None
             self._session = self._joining.wait()
-            self._write_module_trees(self._session)
+            self._write_module_trees(self._session.run_directory, self._session)
+            self._write_rank_facts(self._session.run_directory)
             only_here = self._session.roster.only_at(self._place.role)
             if only_here:
                 logger.warning(
@@ -386,12 +664,20 @@ class Grafter:
                 )  # fmt: skip
         return self._session
 
-    def _write_module_trees(self, session: Session) -> None:
-        directory = session.run_directory / self._place.role
+    def _write_module_trees(self, run_directory: Path, session: Session | None) -> None:
+        roster = session.roster if session is not None else None
         try:
-            write_module_trees(directory, self._attachments, self._place.role_rank, session.roster)
+            write_module_trees(run_directory / self._place.role, self._attachments, self._place.role_rank, roster)
         except OSError as failure:
             logger.error("grafter: the modules of %s cannot be written: %s", self._place.who, failure)
+
+    def _write_rank_facts(self, run_directory: Path) -> None:
+        if not self.config.record:
+            return
+        try:
+            write_rank_facts(run_directory, self.config, self._place, self.announced_modules())
+        except OSError as failure:
+            logger.error("grafter: the recording of %s cannot be grafted from: %s", self._place.who, failure)
 
     def _refuse_where_impossible(self, name: str, site: str) -> None:
         if os.getpid() != self._process_id:

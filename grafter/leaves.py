@@ -85,7 +85,7 @@ class Leaves:
         if isinstance(self.value, torch.Tensor):
             return replaced[0]
         by_path = {spec.path: new for spec, new in zip(self.specs, replaced, strict=True)}
-        flat, tree = _flatten(self.value)
+        flat, tree = flatten(self.value)
         return pytree.tree_unflatten([by_path.get(path, leaf) for path, leaf in flat], tree)
 
 
@@ -99,7 +99,7 @@ def take_apart(value: Any) -> Leaves:
         tensor = local_tensor(value)
         _check_storage("the value", tensor)
         return Leaves(value, [value], [tensor], (spec_of("", tensor),), "tensor", {})
-    flat, _ = _flatten(value)
+    flat, _ = flatten(value)
     found: dict[str, torch.Tensor] = {}
     others: dict[str, str] = {}
     for path, leaf in flat:
@@ -124,7 +124,7 @@ def take_apart(value: Any) -> Leaves:
     return Leaves(value, originals, tensors, specs, structure, others)
 
 
-def _flatten(value: Any) -> tuple[list[tuple[str, Any]], pytree.TreeSpec]:
+def flatten(value: Any) -> tuple[list[tuple[str, Any]], pytree.TreeSpec]:
     """(path, leaf) of all leaves, and what puts them together again. The path is as in Python: `['kv'][0]`."""
     try:
         flat, tree = pytree.tree_flatten_with_path(value)

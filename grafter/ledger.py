@@ -20,7 +20,9 @@ from grafter.errors import GrafterError
 
 Role = Literal["baseline", "target"]
 DirectionName = Literal["b2t", "t2b", "compare"]
-Outcome = Literal["grafted", "compared", "sent", "skipped", "failed"]
+Outcome = Literal[
+    "grafted", "compared", "sent", "skipped", "failed", "posted", "missed", "expired", "displaced"
+]  # fmt: skip
 
 SCHEMA_VERSION = 1
 
@@ -74,10 +76,27 @@ class LeafRecord(_Record):
     layout: str | None = None
     # How far the sender's replicas are apart (GRAFTER_CHECK_REPLICAS=1); None where none were compared.
     replicas: Difference | None = None
+    # Where rows are addressed by token: the one that `max_abs_index` lies in, as `sequence:position`.
+    token: str | None = None
+
+
+class TokenCounts(_Record):
+    """Rows addressed by token (`tokens=`). matched: rows of this rank that met one of the other side. only_here: its
+
+    rows that the other side has not got; only_there: tokens of the other side that no rank of this one has, with their
+    first ones as `sequence:position..position`. kept_out: rows of this rank that the other side keeps out (`start=`).
+    """
+
+    matched: int
+    only_here: int
+    only_there: int
+    kept_out: int = 0
+    only_here_tokens: list[str] = []
+    only_there_tokens: list[str] = []
 
 
 class LedgerRecord(_Record):
-    """What happened to one point on one rank. `seconds` is by stage: pairing, exchange, transform, agreement,
+    """What happened to one point on one rank. `seconds` is by stage: snapshot, pairing, exchange, transform, agreement,
     write, statistics. `before`, `incoming` and `difference` are those of the worst leaf (by `rel`)."""
 
     schema_version: int = SCHEMA_VERSION
@@ -102,6 +121,8 @@ class LedgerRecord(_Record):
     incoming: TensorStatistics | None = None
     difference: Difference | None = None
     leaves: list[LeafRecord] = []
+    # None where rows are not addressed by token.
+    tokens: TokenCounts | None = None
 
 
 class RankSummary(_Record):
@@ -117,6 +138,12 @@ class RankSummary(_Record):
     # Modules with hooks that no call reached, and those that no rank of the other job has.
     hooks_never_fired: list[str] = []
     modules_only_here: list[str] = []
+    # Whether no filter of a direction was set. Points saved to disk; those whose file or record could not be written;
+    # and those that a limit left out, by limit.
+    only_dumps: bool = False
+    dumped: int = 0
+    dumps_lost: int = 0
+    dumps_left_out: dict[str, int] = {}
     # None: closed in good order. Else the error with which this rank left.
     error: str | None = None
     # The class of that error, e.g. "PairingError".
@@ -128,7 +155,7 @@ class LedgerWriter:
 
     def __init__(self, directory: Path, role_rank: int) -> None:
         directory.mkdir(parents=True, exist_ok=True)
-        self._summary_path = directory / f"rank{role_rank}.summary.json"
+        self._directory = directory
         self.path = directory / f"rank{role_rank}.ledger.jsonl"
         self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
 
@@ -137,14 +164,20 @@ class LedgerWriter:
         os.write(self._fd, record.model_dump_json().encode() + b"\n")
 
     def write_summary(self, summary: RankSummary) -> None:
-        temporary = self._summary_path.with_suffix(".tmp")
-        temporary.write_text(summary.model_dump_json(indent=1))
-        temporary.replace(self._summary_path)
+        write_summary(self._directory, summary)
 
     def close(self) -> None:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+def write_summary(directory: Path, summary: RankSummary) -> None:
+    """Write what a rank says at close into its role's directory. Raises OSError."""
+    path = directory / f"rank{summary.role_rank}.summary.json"
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(summary.model_dump_json(indent=1))
+    temporary.replace(path)
 
 
 def read_ledger(path: Path) -> list[LedgerRecord]:

@@ -15,15 +15,16 @@ from grafter.exchange.incoming import IncomingLeaf, Reception
 from grafter.exchange.transfer_plan import TransferPlan, make_plan
 from grafter.layout.declared import DeclaredLayout
 from grafter.leaves import Leaves
-from grafter.ledger import LeafRecord, LedgerRecord, Outcome
+from grafter.ledger import Difference, LeafRecord, LedgerRecord, Outcome
 from grafter.measures.stats import compare
 from grafter.options import PointOptions
-from grafter.pairing.decision import Decision, decide
+from grafter.outbox.states import NotMet
+from grafter.pairing.decision import Decision, PairedRows, decide
 from grafter.pairing.manifest import Header, Pair, store_keys
 from grafter.points import PointKey
 from grafter.session import Session
 from grafter.watching.watch import Abandoned, PeerGone
-from grafter.writing.write_back import WriteMode, Written, apply_write, check_write
+from grafter.writing.write_back import WriteMode, Written
 
 logger = logging.getLogger("grafter")
 
@@ -48,6 +49,8 @@ class Meeting:
         self._leaf_records: list[LeafRecord] = []
         self._bytes_sent = self._bytes_received = 0
         self._sequence = 0
+        # Where rows are addressed by token: how they paired.
+        self.rows: PairedRows | None = None
 
     def hold(
         self, leaves: Leaves | None, extras: list[torch.Tensor], stats: Stats, sequence: int
@@ -56,14 +59,40 @@ class Meeting:
         self._sequence = sequence
         with self._timed("pairing"):
             pair = self._session.pairing.meet(self._key, self._header)
+        value = leaves.value if leaves is not None else None
+        if isinstance(pair, NotMet):
+            return value, self._pass_by(pair)
+        if not pair.is_posted(self._direction):
+            return self._hold(pair, leaves, extras, stats)
+        try:
+            return self._hold(pair, leaves, extras, stats)
+        except BaseException as error:
+            self._session.pairing.claims.settle(
+                self._key.digest, "failed", f"{self._header.who} left with {type(error).__name__}"
+            )
+            raise
+
+    def _pass_by(self, not_met: NotMet) -> Outcome:
+        """The two sides have not met, since one of them does not wait: the value goes on as it is."""
+        session, header = self._session, self._header
+        sides: tuple[tuple[int, ...], tuple[int, ...]] = (header.participants, ())
+        if header.role == "target":
+            sides = ((), header.participants)
+        session.finished(sides, session.pairing.keys_to_delete(self._key, header))
+        session.record(self._ledger_record(sides, not_met.outcome, not_met.reason))
+        return not_met.outcome
+
+    def _hold(self, pair: Pair, leaves: Leaves | None, extras: list[torch.Tensor], stats: Stats) -> tuple[Any, Outcome]:
+        with self._timed("pairing"):
             decision, plan = self._decide(pair)
         value = leaves.value if leaves is not None else None
+        self.rows = decision.rows
         outcome: Outcome
         reason = decision.reason
         if decision.outcome is not None or leaves is None or plan is None:
             outcome = decision.outcome or "skipped"
         elif self._session.place.role == sender_role(self._direction):
-            outcome, reason = self._send(pair, plan, leaves.tensors + extras)
+            outcome, reason = self._send(pair, plan, self._outgoing(decision, leaves) + extras)
         else:
             written, outcome, reason = self._receive(pair, decision, plan, leaves, stats)
             if written is not None:
@@ -93,6 +122,12 @@ class Meeting:
             return decision, make_plan(self._key.digest, self._direction, pair, decision, roster, me)
         except ValueError as error:
             return Decision({}, "failed", str(error)), None
+
+    def _outgoing(self, decision: Decision, leaves: Leaves) -> list[torch.Tensor]:
+        rows = decision.rows_of(self._header)
+        if rows is None:
+            return leaves.tensors
+        return [own.of(tensor) for own, tensor in zip(rows, leaves.tensors, strict=True)]
 
     def _send(self, pair: Pair, plan: TransferPlan, tensors: Sequence[torch.Tensor]) -> tuple[Outcome, str | None]:
         session = self._session
@@ -133,7 +168,7 @@ class Meeting:
             return None, "compared", None
         with self._timed("write"):
             mode = WriteMode(self._options.write, self._options.gradient)
-            written = [apply_write(o, i.to_write, mode) for o, i in zip(leaves.originals, incoming, strict=True)]
+            written = [one.write(original, mode) for original, one in zip(leaves.originals, incoming, strict=True)]
         interrupted_by, session.agreement.interrupted_by = session.agreement.interrupted_by, None
         if interrupted_by is not None:
             raise interrupted_by
@@ -153,7 +188,10 @@ class Meeting:
         """What comes in for each leaf, complete and checked; or why there is nothing."""
         try:
             with self._timed("exchange"), torch.no_grad():
-                values, self._bytes_received = self._session.transfer.receive(plan, pair, self._key)
+                if pair.is_posted(self._direction):
+                    values, self._bytes_received = self._session.puller.pull(plan, pair, decision, self._direction)
+                else:
+                    values, self._bytes_received = self._session.transfer.receive(plan, pair, self._key)
         except Abandoned as abandoned:
             return [], str(abandoned)
         except PeerGone as gone:
@@ -179,8 +217,7 @@ class Meeting:
                     f"{list(one.target.shape)}; a transform can turn one into the other."
                 )
             if self._direction != "compare":
-                one.prepare()
-                check_write(original, one.to_write, mode)
+                one.check(original, mode)
 
     def _explain(self, error: Exception) -> str:
         """Why this receiver cannot write, for the ledgers of all of them."""
@@ -200,10 +237,13 @@ class Meeting:
     def _measure(self, leaves: Leaves, incoming: Sequence[IncomingLeaf], stats: Stats) -> None:
         records = []
         for index, (spec, target) in enumerate(zip(leaves.specs, leaves.tensors, strict=True)):
-            before = arrived = difference = None
+            before = arrived = difference = token = None
             if stats != "off" and incoming:
                 try:
                     before, arrived, difference = compare(incoming[index].target, incoming[index].value, stats)
+                    if self.rows is not None:
+                        token = self._token_of(index, difference)
+                        difference = incoming[index].placed(difference)
                 except Exception as error:
                     # Out of memory, say: it costs the figures, not the point.
                     logger.warning("grafter: no statistics of %s: %s: %s", self._key, type(error).__name__, error)
@@ -218,9 +258,16 @@ class Meeting:
                     difference=difference,
                     layout=str(layout) if (layout := self._layout_of(index)) is not None else None,
                     replicas=incoming[index].replicas if incoming else None,
+                    token=token,
                 )
             )
         self._leaf_records = records
+
+    def _token_of(self, leaf: int, found: Difference | None) -> str | None:
+        """The token in which a difference of the rows that have a partner is largest."""
+        if self.rows is None or found is None or not found.max_abs_index:
+            return None
+        return self.rows.name(self._header, leaf, found.max_abs_index[0])
 
     def _layout_of(self, leaf: int) -> DeclaredLayout | None:
         return self._header.layouts[leaf] if self._header.layouts else None
@@ -243,8 +290,15 @@ class Meeting:
         deletable = session.pairing.keys_to_delete(self._key, self._header)
         if self._is_receiver and receivers:
             deletable += session.agreement.keys_to_delete(self._key, receivers, committed=outcome != "failed")
-            if outcome == "failed" and session.place.role_rank == min(receivers):
+            leads = session.place.role_rank == min(receivers)
+            if outcome == "failed" and leads and not pair.is_posted(self._direction):
                 session.tell_failure(self._key, reason or "")
+        if pair.is_posted(self._direction):
+            state = "taken" if outcome in ("grafted", "compared") else outcome
+            session.pairing.claims.settle(self._key.digest, state, reason)
+            if outcome == "failed" and receivers:
+                # Its senders read the entry's state.
+                deletable.append(store_keys(session.client.hall, self._key.digest).outcome)
         sides = (pair.baseline.headers[0].participants, pair.target.headers[0].participants)
         session.finished(sides, deletable)
         sent = not self._is_receiver and outcome in ("sent", "compared")
@@ -276,6 +330,7 @@ class Meeting:
             incoming=worst.incoming if worst else None,
             difference=worst.difference if worst else None,
             leaves=self._leaf_records,
+            tokens=self.rows.counts(self._header) if self.rows is not None else None,
         )
 
     @property

@@ -16,6 +16,8 @@ from grafter.settings.rules import compile_match
 _CAPTURE = re.compile(r"\{([A-Za-z][A-Za-z0-9_]*)\}")
 # Where a module's path ends and that of one of its tensors begins.
 _TENSOR_PART = re.compile(r"\.(?=(?:in|out)(?:\.|$))")
+# Begins the key of one tensor's point; keys of modules begin with their names.
+_TENSOR_MARK = "\t"
 # What a path's segment, by its number, says of the layer; a path's text says less.
 LayerIdAt = Callable[[int], "int | str"]
 
@@ -36,6 +38,24 @@ class PointName:
     def key(self) -> str:
         """As a rank announces which modules it has."""
         return f"{self.name} {sorted(self.tags.items())!r}"
+
+    @property
+    def tensor_key(self) -> str:
+        """The same of one tensor, which has a name of its own."""
+        return _TENSOR_MARK + self.key
+
+    def announced_as(self, module: PointName, suffix: str, *, is_known: bool) -> str:
+        """The keys under which ranks of either job may have announced this point of `module`, as one text, in the order
+        in which they count. is_known: whether its name is settled before the program runs."""
+        if not is_known:
+            return module.key
+        keys = [self.tensor_key, module.key]
+        if self.name != module.name + suffix:
+            # The other job may know it as the input or output of a module with the common name.
+            places = [match.start() for match in _TENSOR_PART.finditer(self.name)]
+            if places and places[-1]:
+                keys.insert(1, PointName(self.name[: places[-1]], self.tags).key)
+        return "\n".join(keys)
 
 
 class NameRule(BaseModel):
@@ -75,6 +95,17 @@ class NameRule(BaseModel):
             raise ValueError(f"{{{min(refused)}}} would be a tag, and grafter keeps this name for itself; call it else")
         return self
 
+    @property
+    def names_a_tensor(self) -> bool:
+        """Whether this may be an entry for one tensor of a module."""
+        return self._tensor_patterns is not None
+
+    @property
+    def known_suffix(self) -> str | None:
+        """The path of the one tensor below its module that this entry is for; None where that is not settled."""
+        patterns = self._tensor_patterns
+        return None if patterns is None or re.search(r"[*?{]", patterns[1]) else f".{patterns[1]}"
+
     @cached_property
     def _tensor_patterns(self) -> tuple[str, str] | None:
         """The pattern before and after the dot where a tensor's part begins, if there is one."""
@@ -103,6 +134,11 @@ class NameRule(BaseModel):
         used = set(_CAPTURE.findall(self.name))
         name = _CAPTURE.sub(lambda found: str(captures[found[1]]), self.name)
         return PointName(name, {tag: value for tag, value in captures.items() if tag not in used})
+
+
+def is_tensor_key(key: str) -> bool:
+    """Of what a rank has announced: whether it is one tensor's."""
+    return key.startswith(_TENSOR_MARK)
 
 
 NAME_FIELDS = tuple(NameRule.model_fields)

@@ -11,20 +11,25 @@ import torch
 from grafter.direction import Direction
 from grafter.layout.axes import axes_from_text, axes_of_job, read_axes
 from grafter.layout.declared import DeclaredLayout, declare_layouts
-from grafter.leaves import Leaves, NothingToOffer, encode_extras, spec_of, take_apart
+from grafter.leaves import Leaves, NothingToOffer, TensorSpec, encode_extras, spec_of, take_apart
 from grafter.options import PointOptions
+from grafter.outbox.states import OutboxPlace
+from grafter.pairing.announced_tokens import AnnouncedTokens
 from grafter.pairing.manifest import Header
 from grafter.pairing.participants import own_participants
+from grafter.points import PointKey
 from grafter.rendezvous.join import Place
 from grafter.session import Session
 from grafter.settings.config import GrafterConfig
+from grafter.windows import Windows
 
 _MOST_REMEMBERED = 4096
+_MOST_REMEMBERED_WITH_TOKENS = 64
 # The fields of a header besides whose it is, in the order in which `_describe` gathers them.
 _DESCRIPTION = (
     "participants", "direction", "call_site", "needs", "generation", "staging", "leaves", "structure", "others",
     "extras", "extras_tensors", "nothing", "failure", "nccl_device", "layouts", "axes", "check_replicas",
-    "partial_target",
+    "partial_target", "tokens", "wait", "outbox",
 )  # fmt: skip
 
 
@@ -38,8 +43,18 @@ class Offer:
     extras: list[torch.Tensor] = field(default_factory=list)
     layouts: tuple[DeclaredLayout | None, ...] = ()
     axes: tuple[tuple[str, int, int], ...] = ()
+    tokens: AnnouncedTokens | None = None
     nothing: str | None = None
     failure: Exception | None = None
+
+    @property
+    def extras_specs(self) -> tuple[TensorSpec, ...]:
+        return tuple(spec_of(str(i), tensor) for i, tensor in enumerate(self.extras))
+
+    @property
+    def specs(self) -> tuple[TensorSpec, ...]:
+        """Of all tensors that travel: the leaves, then those of the extras."""
+        return (self.leaves.specs if self.leaves is not None else ()) + self.extras_specs
 
 
 class OfferMaker:
@@ -48,23 +63,30 @@ class OfferMaker:
     def __init__(self, config: GrafterConfig, place: Place) -> None:
         self._config, self._place = config, place
         self._headers: dict[tuple[Any, ...], Header] = {}
+        self._headers_of_tokens: dict[tuple[Any, ...], Header] = {}
+        self.windows = Windows()
 
-    def take_up(self, value: Any, options: PointOptions) -> Offer:
-        """The value, made if it is a function, taken apart. A failure is an offer, too: the other side must hear it."""
+    def take_up(self, value: Any, options: PointOptions, key: PointKey | None = None) -> Offer:
+        """The value, made if it is a function, taken apart. A failure is an offer, too: the other side must hear it.
+
+        key: of the point, where it may count new rows only.
+        """
         try:
             if callable(value) and not isinstance(value, torch.Tensor):
                 value = value()
             leaves = take_apart(value)
             extras_text, extras = encode_extras(options.extras) if options.extras is not None else (None, [])
             layouts = declare_layouts(leaves, options.dims, options.layout, options.seq_lens)
-            axes = self._axes(options.axes) if layouts else ()
+            axes = self.axes(options.axes) if layouts else ()
+            given = options.tokens is not None or options.start is not None or options.new_rows_only
+            tokens = self.windows.announce(options, key) if given else None
         except NothingToOffer as nothing:
             return Offer(value, nothing=str(nothing))
         except Exception as error:
             return Offer(value, failure=error)
-        return Offer(value, leaves, extras_text, extras, layouts, axes)
+        return Offer(value, leaves, extras_text, extras, layouts, axes, tokens)
 
-    def _axes(self, given: Any) -> tuple[tuple[str, int, int], ...]:
+    def axes(self, given: Any) -> tuple[tuple[str, int, int], ...]:
         """This rank's place on the mesh: what the call says, else what was set, else the configuration."""
         place = self._place
         settled = axes_from_text(self._config.axes, place.role_rank, place.role_world_size) if self._config.axes else {}
@@ -72,22 +94,31 @@ class OfferMaker:
         return tuple((axis, coordinate, size) for axis, (coordinate, size) in sorted(axes.items()))
 
     def describe(
-        self, session: Session, offer: Offer, options: PointOptions, direction: Direction, site: str
+        self,
+        session: Session | None,
+        offer: Offer,
+        options: PointOptions,
+        direction: Direction,
+        site: str,
+        outbox: OutboxPlace | None = None,
     ) -> Header:
-        """This rank's part of the point, for the other ranks. The same description gives the same object."""
+        """This rank's part of the point, for the other ranks. The same description gives the same object.
+
+        session: None for a recording, which names nothing of this run's transfers. outbox: where the snapshot lies.
+        """
         leaves, failure = offer.leaves, offer.failure
         description = (
-            own_participants(session.place, options.ranks),
+            own_participants(self._place, options.ranks),
             direction,
             site,
             options.transform.receives if options.transform is not None else "identity",
-            session.transfer.generation,
-            session.transfer.staging.prepare(),
+            session.transfer.generation if session is not None else 0,
+            session.transfer.staging.prepare() if session is not None else (0, 0),
             leaves.specs if leaves is not None else (),
             leaves.structure if leaves is not None else "",
             tuple(sorted(leaves.others.items())) if leaves is not None else (),
             offer.extras_text,
-            tuple(spec_of(str(i), tensor) for i, tensor in enumerate(offer.extras)),
+            offer.extras_specs,
             offer.nothing,
             f"{type(failure).__name__}: {failure}" if failure is not None else None,
             self._nccl_device(leaves),
@@ -95,14 +126,21 @@ class OfferMaker:
             offer.axes,
             bool(offer.layouts) and self._config.check_replicas,
             options.partial_target,
+            offer.tokens,
+            options.wait if session is not None else "both",
+            outbox,
         )
-        header = self._headers.get(description)
+        known, most = self._headers, _MOST_REMEMBERED
+        if offer.tokens is not None:
+            # They are others in each step, and long; the same ones come again from layer to layer.
+            known, most = self._headers_of_tokens, _MOST_REMEMBERED_WITH_TOKENS
+        header = known.get(description)
         if header is None:
             fields: dict[str, Any] = dict(zip(_DESCRIPTION, description, strict=True))
-            header = Header(role=session.place.role, role_rank=session.place.role_rank, **fields)
-            if len(self._headers) >= _MOST_REMEMBERED:
-                self._headers.clear()
-            self._headers[description] = header
+            header = Header(role=self._place.role, role_rank=self._place.role_rank, **fields)
+            if len(known) >= most:
+                known.clear()
+            known[description] = header
         return header
 
     def _nccl_device(self, leaves: Leaves | None) -> str | None:

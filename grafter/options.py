@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from grafter.settings.config import GrafterConfig
+from grafter.settings.rules import DumpLevel
 from grafter.user_transform import UserTransform, load_transform, transform_of
 
 if TYPE_CHECKING:
@@ -27,6 +28,11 @@ class PointOptions:
     on_transform_error: Literal["skip", "raise"]
     partial_target: Literal["refuse", "first"] = "refuse"
     gradients: bool = False
+    wait: Literal["both", "job"] = "both"
+    dump_level: DumpLevel = "full"
+    tokens: Any = None
+    start: Any = None
+    new_rows_only: bool = False
     extras: Any = None
     ranks: Any = None
     dims: str | dict[str, str] | None = None
@@ -74,6 +80,11 @@ class OptionChooser:
             on_transform_error=choose("on_transform_error"),
             partial_target=choose("partial_target"),
             gradients=choose("gradients"),
+            wait=choose("wait"),
+            dump_level=choose("dump_level"),
+            tokens=given.get("tokens"),
+            start=given.get("start"),
+            new_rows_only=bool(given.get("new_rows_only")),
             dims=choose("dims") or None,
             layout=None if dims_are_ruled else given.get("layout"),
             axes=given.get("axes"),

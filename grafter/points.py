@@ -17,7 +17,7 @@ from grafter.errors import UsageError
 
 PHASE = "forward"
 
-# Arguments of `dump` that are never tags: some are used now, the others are kept for what comes later.
+# Arguments of `dump` that are never tags.
 OPTIONS = frozenset(
     {
         "extras",
@@ -36,14 +36,19 @@ OPTIONS = frozenset(
         "save",
     }
 )
-OPTIONS_IN_USE = frozenset({"extras", "ranks", "transform", "write", "gradient", "dims", "layout", "axes", "seq_lens"})
 # What a `context` may give to the points inside of it.
-CONTEXT_OPTIONS = frozenset({"ranks", "axes"})
+CONTEXT_OPTIONS = frozenset({"ranks", "axes", "tokens", "start", "new_rows_only"})
 # Set by grafter itself for every point.
 OWN_TAGS = frozenset({"name", "step", "phase", "occurrence"})
+# Arguments for which a call that no filter matches is looked at once more.
+LOOKED_AT = OWN_TAGS | {"save"}
 
 # As in grafter.rules, which imports pydantic: too dear for a rank where grafting is off. A test compares them.
-LEGAL_OPTIONS = {"write": ("in_place", "return"), "gradient": ("straight_through", "cut", "strict")}
+LEGAL_OPTIONS = {
+    "write": ("in_place", "return"),
+    "gradient": ("straight_through", "cut", "strict"),
+    "wait": ("both", "job"),
+}
 _SCALARS = (str, int, float, bool, type(None))
 # Frames that stand between the user's line and ours: our own, and what wraps calls around them.
 _PASSED_OVER = (
@@ -181,11 +186,11 @@ def split_options(arguments: dict[str, Any]) -> tuple[dict[str, Any], dict[str, 
     options: dict[str, Any] = {}
     for name, value in arguments.items():
         if name in OPTIONS:
-            if name not in OPTIONS_IN_USE:
-                raise UsageError(f"`{name}=` is reserved and not in this version; a tag needs another name.")
             legal = LEGAL_OPTIONS.get(name)
             if legal is not None and value is not None and value not in legal:
                 raise UsageError(f"`{name}={_shown(value)}` is not known; legal values are {', '.join(legal)}.")
+            if name in ("save", "new_rows_only") and not isinstance(value, (bool, type(None))):
+                raise UsageError(f"`{name}={_shown(value)}` is not known; legal values are True and False.")
             options[name] = value
         elif name in OWN_TAGS:
             raise UsageError(_why_not_a_tag(name))
@@ -208,6 +213,11 @@ def _why_not_a_tag(name: str) -> str:
 traced_call_site: ContextVar[str | None] = ContextVar("grafter_traced_call_site", default=None)
 
 
+def is_passed_over(file: str) -> bool:
+    """Whether a frame's file is none of the user's."""
+    return any(part in file for part in _PASSED_OVER)
+
+
 def call_site() -> str:
     """`file:line in function` of the user's line: the first frame outside of this package."""
     traced = traced_call_site.get()
@@ -216,7 +226,7 @@ def call_site() -> str:
     frame = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
-        if not any(part in code.co_filename for part in _PASSED_OVER):
+        if not is_passed_over(code.co_filename):
             return f"{code.co_filename}:{frame.f_lineno} in {code.co_name}"
         if frame.f_back is None:
             break

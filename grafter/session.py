@@ -6,30 +6,33 @@ import contextlib
 import json
 import logging
 import os
-import platform
-import socket
-import sys
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 
+from grafter.control.rank_control import RankControl
+from grafter.dumps.limits import read_size
 from grafter.errors import ConfigError, GrafterError, JoinError, RunError
 from grafter.exchange.group import local_address_towards
 from grafter.exchange.shared_memory import SharedMemoryExchange, open_listener
 from grafter.exchange.transfer import Transfer
 from grafter.ledger import LedgerRecord, LedgerWriter
+from grafter.outbox.delivery import Delivery
+from grafter.outbox.entries import Outbox
+from grafter.outbox.pull import Puller
 from grafter.pairing.agreement import Agreement
 from grafter.pairing.pairing import Pairing
 from grafter.points import PointKey
 from grafter.rendezvous.courier import Courier
-from grafter.rendezvous.join import LINGER_SECONDS, Membership, Place, join
+from grafter.rendezvous.join import LINGER_SECONDS, Membership, Place, StoreServer, join, store_place
 from grafter.rendezvous.mailbox import Mailbox, open_mailbox
+from grafter.rendezvous.roster import PlayedFrom
 from grafter.rendezvous.store import StoreClient, connect
+from grafter.run_facts import write_run_facts
 from grafter.settings.config import GrafterConfig
 
 logger = logging.getLogger("grafter")
@@ -75,6 +78,7 @@ class Session:
         membership: Membership,
         shared_memory: SharedMemoryExchange | None,
         mailbox: Mailbox | None,
+        control: RankControl | None = None,
     ) -> None:
         self.place, self.roster, self.graft_rank = membership.place, membership.roster, membership.graft_rank
         self.client, self.housekeeping = membership.client, membership.housekeeping
@@ -107,33 +111,42 @@ class Session:
             timeout,
         )
         self.ledger = LedgerWriter(self.run_directory / self.place.role, self.place.role_rank)
+        self.outbox = Outbox(
+            read_size(config.outbox_bytes),
+            config.outbox_seconds,
+            self.graft_rank,
+            self.housekeeping,
+            self.pairing.words,
+            self._find_gone,
+            self.write_line,
+        )
+        self.puller = Puller(self.roster, self.graft_rank, self.transfer.staging, self.client.seal, self.client.hall)
+        self.delivery: Delivery | None = None
+        if not all(self.roster.share_memory(self.graft_rank, other) for other in range(len(self.roster.all))):
+            self.delivery = Delivery(local_address_towards(address, port), self.client.seal, self.outbox.find)
         self._deletable: dict[tuple[tuple[int, ...], tuple[int, ...]], list[str]] = {}
         self._sent: OrderedDict[str, LedgerRecord] = OrderedDict()
         self._failures_posted = 0
         self._failures_heard: dict[int, int] = {}
         self._ledger_lock = threading.Lock()
         if self.place.role_rank == 0:
-            self._write_run_facts(config, membership)
-        self.housekeeping.on_second = self._hear_of_failures
+            sizes = {"baseline": len(self.roster.baseline), "target": len(self.roster.target)}
+            directory = self.run_directory / self.place.role
+            write_run_facts(directory, config, self.place, membership.run_name, membership.run_id, sizes)
+        self._control = control
+        if control is not None:
+            control.joined(self.housekeeping, self.roster, self.graft_rank, self.run_directory / self.place.role)
+        self.housekeeping.on_second = self._each_second
 
-    def _write_run_facts(self, config: GrafterConfig, membership: Membership) -> None:
-        facts = {
-            "schema_version": 1,
-            "run_id": membership.run_id,
-            "run_name": membership.run_name,
-            "role": self.place.role,
-            "time": time.time(),
-            "configuration": config.public_dict(),
-            "versions": {"python": platform.python_version(), "torch": torch.__version__},
-            "command": sys.argv,
-            "hostname": socket.gethostname(),
-            "baseline_world_size": len(self.roster.baseline),
-            "target_world_size": len(self.roster.target),
-        }
-        path = self.run_directory / self.place.role / "run.json"
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(facts, indent=1))
-        temporary.replace(path)
+    def _each_second(self, client: StoreClient) -> None:
+        self.outbox.look_after(client)
+        self._hear_of_failures(client)
+        if self._control is not None:
+            self._control.poll(client)
+
+    def _find_gone(self) -> dict[int, str]:
+        """Called on the housekeeping thread."""
+        return self.housekeeping.gone() if self.roster.several_hosts else self.housekeeping.gone_here()
 
     # The ledger.
 
@@ -145,6 +158,11 @@ class Session:
                 self._sent[key.digest] = record
                 if len(self._sent) > _REMEMBERED_SENT:
                     self._sent.popitem(last=False)
+
+    def write_line(self, record: LedgerRecord) -> None:
+        """Write one line; called on any thread."""
+        with self._ledger_lock:
+            self._write(record)
 
     def _write(self, record: LedgerRecord) -> None:
         try:
@@ -193,6 +211,9 @@ class Session:
                 self._linger()
         except RunError as error:
             logger.debug("grafter: the store was gone when %s left: %s", self.place.who, error)
+        self.puller.close()
+        if self.delivery is not None:
+            self.delivery.close()
         self.transfer.close()
         if self._mailbox is not None:
             self._mailbox.close()
@@ -216,8 +237,15 @@ class Joining:
         config: GrafterConfig,
         on_refusal: Callable[[JoinError], None],
         modules: tuple[str, ...] | None = None,
+        played_from: PlayedFrom | None = None,
+        served: StoreServer | None = None,
+        control: RankControl | None = None,
     ) -> None:
-        self._config, self._on_refusal, self._modules = config, on_refusal, modules
+        """played_from: the recording, where this is no live rank. served: the store, where this rank hosts it already.
+        control: told once this rank has joined."""
+        self._config, self._on_refusal = config, on_refusal
+        self._modules, self._played_from, self._served = modules, played_from, served
+        self._control = control
         self._done = threading.Event()
         self._cancelled = False
         self._session: Session | None = None
@@ -234,17 +262,19 @@ class Joining:
             config = self._config
             run_name = config.run_name or time.strftime("%Y%m%d-%H%M%S")
             membership = join(
-                config, self._place, run_name, socket_name, lambda: not self._cancelled, modules=self._modules
-            )
+                config, self._place, run_name, socket_name, lambda: not self._cancelled, modules=self._modules,
+                played_from=self._played_from, served=self._served,
+            )  # fmt: skip
             shared = mailbox = None
             if listener is not None and box is not None:
                 shared = SharedMemoryExchange(membership.graft_rank, membership.roster, listener[0])
                 mailbox = Mailbox(box, membership.roster, membership.client.seal)
+            host = store_place(config, self._place)
             membership.housekeeping.joined(
-                membership.roster, membership.graft_rank, 0 if config.store_host == "rank0" else None
+                membership.roster, membership.graft_rank, membership.roster.graft_rank(*host) if host else None
             )
             try:
-                self._session = Session(config, membership, shared, mailbox)
+                self._session = Session(config, membership, shared, mailbox, self._control)
             except BaseException as error:
                 # A disk without room for the ledger, say: the others must not wait for a rank that cannot take part.
                 self._leave_at_once(membership, error)

@@ -21,7 +21,10 @@ _EIGHTHS = " ▏▎▍▌▋▊▉█"
 _NARROW = 100
 # Where nobody limits the width, names are not wrapped, so that grep finds them.
 _PIPE_WIDTH = 250
-_OUTCOME_STYLE = {"failed": "bold red", "skipped": "yellow", "sent": "dim"}
+_OUTCOME_STYLE = {
+    "failed": "bold red", "skipped": "yellow", "sent": "dim", "posted": "dim", "missed": "yellow", "expired": "yellow",
+    "displaced": "yellow",
+}  # fmt: skip
 
 
 def show_run(
@@ -68,7 +71,7 @@ def describe_counts(summary: RunSummary) -> str:
     """`5 grafted, 1 failed`."""
     parts = [
         f"{count} {outcome}"
-        for outcome in ("grafted", "compared", "sent", "skipped", "failed")
+        for outcome in ("grafted", "compared", "sent", "posted", "missed", "expired", "displaced", "skipped", "failed")
         if (count := summary.count(outcome))
     ]
     return ", ".join(parts) or "no points"

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Watch two real jobs exchange tensors, and learn which layer of the target is wrong.
+# Watch two real jobs exchange tensors, and learn which layer of the target is wrong: in a table, and in a report that
+# opens in the browser where there is a display.
 #
 #   ./launch/demo.sh [--fault norm|rope|none] [--layer N] [--no-floor] [--index URL] [-- OPTIONS OF grafter locate]
 #
@@ -45,7 +46,12 @@ target="torchrun --standalone --nproc-per-node 2 launch/demo/target.py $model"
 arguments=(--baseline "python launch/demo/baseline.py $model" --target "$target --fault $fault --layer $layer")
 # Neither script mentions grafter: this is all that says where to look.
 arguments+=(--attach "model.embed_tokens" --attach ":LlamaDecoderLayer" --points "name.endswith('.out')")
+# With the tensors on disk, the report also shows where in a tensor the two differ.
+arguments+=(--set "dump_filter=name.endswith('.out')")
 if [[ "$with_floor" == yes ]]; then arguments+=(--floor "$target --fault none"); fi
+
+# A person at a display sees the report at once; a build only has it written.
+if [[ -z "${CI:-}" && -t 1 ]]; then arguments+=(--open); fi
 
 code=0
 grafter locate "${arguments[@]}" --out "grafter_out/demo/$(date +%Y%m%d-%H%M%S)-$$" "$@" || code=$?

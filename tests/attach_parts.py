@@ -9,7 +9,7 @@ from torch import nn
 
 from grafter.capture.attachment import Attachment
 from grafter.capture.naming import Naming
-from grafter.capture.selection import read_patterns
+from grafter.capture.patterns import read_patterns
 from grafter.names import NameRule, PointName
 
 

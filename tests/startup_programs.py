@@ -100,6 +100,20 @@ def two_models() -> Any:
     return found()
 
 
+def attaches_late() -> Any:
+    """It calls its model before it attaches it, and calls another one that it leaves alone."""
+    import grafter
+
+    model = Model()
+    call(model)
+    grafter.attach(model, "layers.0")
+    call(model, 2)
+    model.layers["2"] = Layer()
+    call(model)
+    call(Reward())
+    return found()
+
+
 def chunks() -> Any:
     """As a pipeline stage has them: two instances of one class, each with its own layers."""
     first, second = Model(0), Model(2)

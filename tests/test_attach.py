@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import inspect
+import io
 import logging
+import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,6 +15,8 @@ import torch
 from attach_parts import Block, Recorder, Tower, attach, facts_of, some_input
 from torch import nn
 
+from grafter.capture.naming import Naming
+from grafter.capture.parameter_gradients import watch_gradients
 from grafter.names import NameRule
 
 BLOCK = ["in.hidden", "norm.in.input", "norm.out", "up.in.input", "up.out", "out.0"]
@@ -222,6 +227,73 @@ def test_a_copy_of_the_model_runs_with_its_own_weights() -> None:
     nn.init.zeros_(copied.head.bias)
     assert not copied(some_input()).any()
     assert model(some_input()).any()
+
+
+def saved(model: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    loaded: nn.Module = torch.load(file, weights_only=False)
+    return loaded
+
+
+COPIES: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "torch.save": saved,
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),  # type: ignore[no-any-return]
+    "deepcopy": copy.deepcopy,
+}
+
+
+class WithState(Tower):
+    """One that pickles itself in its own way."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "noted": True}
+
+
+@pytest.mark.parametrize("make", [Tower, WithState])
+@pytest.mark.parametrize("how", COPIES)
+def test_what_is_saved_or_copied_has_no_hooks_and_the_model_keeps_its_own(how: str, make: type[Tower]) -> None:
+    """No point of a copy, nothing of grafter in it, and hooks of others are in it, as they were."""
+    model = make(2)
+    model.head.register_forward_hook(hook_of_somebody_else)
+    before, expected = facts_of(COPIES[how](model)), model(some_input())
+    attachment, recorder = attach(model)
+    attachment.keep(watch_gradients(model, ["head"], Naming((), "target"), lambda name, tensor: None))
+    copied = COPIES[how](model)
+    assert facts_of(copied) == before
+    assert torch.equal(copied(some_input()), expected) and recorder.seen == []
+    assert b"grafter" not in pickle.dumps(model)
+    model(some_input())
+    offered = len(recorder.seen)
+    attachment.detach()
+    assert offered and facts_of(model) == facts_of(make_hooked(make))
+
+
+def hook_of_somebody_else(*_: Any) -> None:
+    return None
+
+
+def make_hooked(make: type[Tower]) -> nn.Module:
+    model = make(2)
+    model.head.register_forward_hook(hook_of_somebody_else)
+    return model
+
+
+def test_a_copy_of_a_model_with_a_forward_of_its_own_has_that() -> None:
+    model = Tower(1)
+    model.forward = torch.sigmoid  # type: ignore[assignment,method-assign]
+    attach(model, "root")
+    assert copy.deepcopy(model).forward is torch.sigmoid
+
+
+def test_two_attachments_leave_hooks_out_until_both_are_gone() -> None:
+    model = Tower(1)
+    first, second = attach(model)[0], attach(model, "head")[0]
+    first.detach()
+    pickle.dumps(model)
+    second.detach()
+    assert facts_of(model) == facts_of(Tower(1))
 
 
 def test_a_forward_that_was_replaced_meanwhile_is_left_alone(caplog: pytest.LogCaptureFixture) -> None:

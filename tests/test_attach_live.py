@@ -248,6 +248,25 @@ def test_names_that_one_side_has_are_told_and_skipped(tmp_path: Path) -> None:
     assert summary_of(tmp_path, "target")["modules_only_here"] == ["extra []"]
 
 
+TENSOR_NAMES = """
+names:
+  - {path: "layers.{layer_id}.out.0", name: hidden, role: baseline}
+  - {path: "decoder.blocks.{layer_id}.out.0", name: hidden, role: target}
+"""
+
+
+def test_an_entry_for_one_tensor_of_a_module_is_enough(tmp_path: Path) -> None:
+    """Their modules have other names in each job, and their other tensors meet nobody."""
+    plan = tmp_path / "plan.yaml"
+    plan.write_text(TENSOR_NAMES)
+    with two_jobs(tmp_path, run_one_of_two, run_one_of_two, compare_filter="True", plan=plan, timeout=15) as jobs:
+        succeed(jobs.wait())
+    for role in ("baseline", "target"):
+        told = outcomes(jobs, role)
+        assert [point for point in told if point[2] != "skipped"] == [("hidden", layer, "compared") for layer in (0, 1)]
+        assert len(told) > 2
+
+
 def run_part(rank: Rank) -> None:
     model = Tower(2)
     attached = grafter.attach(model, "layers.*:Block", "head")

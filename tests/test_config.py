@@ -40,8 +40,13 @@ EXAMPLES: dict[str, tuple[str, Any]] = {
     "on_peer_loss": ("detach", "detach"),
     "write": ("return", "return"),
     "gradient": ("cut", "cut"),
+    "wait": ("job", "job"),
+    "outbox_bytes": ("64MiB", "64MiB"),
+    "outbox_seconds": ("1.5", 1.5),
     "dir": ("out/here", "out/here"),
     "run_name": ("monday", "monday"),
+    "record": ("on", True),
+    "peer": ("runs/good", "runs/good"),
     "store_host": ("launcher", "launcher"),
     "baseline_axes": ("dp=2 tp=4", "dp=2 tp=4"),
     "target_axes": ("tp=4", "tp=4"),
@@ -50,9 +55,16 @@ EXAMPLES: dict[str, tuple[str, Any]] = {
     "gradients": ("on", True),
     "attach": ("model.layers.* !*.norm", "model.layers.* !*.norm"),
     "step": ("forward", "forward"),
+    "dump_filter": ("tp_rank == 0", "tp_rank == 0"),
+    "dump_level": ("checksum", "checksum"),
+    "dump_steps": ("0-3,10,20-", "0-3,10,20-"),
+    "dump_max_bytes": ("10 GiB", "10 GiB"),
+    "dump_max_points": ("1000", 1000),
+    "dump_queue_bytes": ("64MiB", "64MiB"),
+    "dump_exclude": ("none", "none"),
 }
-# `plan` and `secret` have tests of their own; `dump_filter` is not in this version.
-OTHERS = {"plan", "secret", "dump_filter"}
+# These have tests of their own.
+OTHERS = {"plan", "secret"}
 
 WORKING = {
     "GRAFTER_ENABLE": "1",
@@ -193,18 +205,26 @@ def test_any_one_filter_is_enough(name: str) -> None:
         ("join_timeout", "five", "a number"),
         ("backend", "mpi", "auto, gloo, nccl"),
         ("stats", "no", "full, light, off"),
+        ("attach", "model.*, a.{b", "'a.{b' of attach, at character 10"),
+        ("attach", "!", "at character 1, is no pattern"),
         ("log_level", "loud", "debug, info, warning, error"),
         ("on_transform_error", "ignore", "skip, raise"),
         ("on_peer_loss", "skip", "raise, detach"),
         ("write", "inplace", "did you mean in_place?"),
         ("gradient", "none", "straight_through, cut, strict"),
-        ("store_host", "me", "rank0, launcher"),
+        ("store_host", "me", "rank0, launcher, peer"),
         ("group_name", "a/b", "name of letters"),
         ("run_name", "../up", "name of letters"),
         ("run_name", "..", "name of letters"),
         ("key", "layer id", "layer_id,expert"),
         ("key", "layer_id,tp_rank", "tp_rank differs between ranks"),
-        ("dump_filter", "True", "dumping to files is not in this version"),
+        ("dump_level", "all", "full, statistics, checksum"),
+        ("dump_steps", "3-1", "ends before it begins"),
+        ("dump_steps", "first", "neither a step nor a range"),
+        ("dump_max_bytes", "10 GB", "10GiB"),
+        ("dump_max_bytes", "0", "at least one byte"),
+        ("dump_max_points", "0", "at least 1"),
+        ("dump_queue_bytes", "much", "10GiB"),
     ],
 )
 def test_an_illegal_value_is_shown_with_its_variable_and_what_is_legal(field: str, text: str, words: str) -> None:

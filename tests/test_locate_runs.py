@@ -20,6 +20,7 @@ from grafter.ledger import Difference, LedgerWriter, RankSummary
 from grafter.locate import runner
 from grafter.locate.command import locate_command
 from grafter.locate.verdict import Verdict
+from grafter.report.writing import make_page
 from grafter.running.launcher import PairResult
 
 DEMO = Path(__file__).parent.parent / "launch" / "demo"
@@ -76,7 +77,7 @@ class StubLauncher:
             self.failed_role,
             (),
             self.unreached,
-            {"target": ["Killed"]},
+            last_lines={"target": ["Killed"]},
         )
 
 
@@ -200,10 +201,12 @@ def invoke(*arguments: str) -> Any:
 
 
 def test_the_command_prints_the_table_and_exits_with_the_verdict(launcher: StubLauncher, tmp_path: Path) -> None:
-    """Exit code 1 names a point, 0 names none."""
+    """Exit code 1 names a point, 0 names none; the same is written as a page, whose name comes last."""
     result = invoke("--out", str(tmp_path / "x"))
     assert result.exit_code == 1
     assert "The target goes wrong in layer 2" in result.stdout
+    assert result.stdout.splitlines()[-1] == f"report: {tmp_path / 'x' / 'report.html'}"
+    assert "The target goes wrong in layer 2" in (tmp_path / "x" / "report.html").read_text()
     launcher.rels.update(alone=CLEAN, grafted=FLOOR_ADDED)
     assert invoke("--out", str(tmp_path / "y"), "--floor", "sh c.sh").exit_code == 0
 
@@ -251,13 +254,21 @@ def test_the_demo_names_the_faulty_layer_or_none(
         [*torchrun, str(DEMO / "target.py"), str(demo_model), "--fault", fault, "--layer", layer],
         out=tmp_path / "out",
         points="name.endswith('.out')",
-        settings={"timeout": "120", "attach": "model.embed_tokens,:LlamaDecoderLayer"},
+        settings={
+            "timeout": "120",
+            "attach": "model.embed_tokens,:LlamaDecoderLayer",
+            "dump_filter": "name.endswith('.out')",
+        },
         console=Console(quiet=True),
         quiet=True,
     )
     assert verdict.named == named
     assert verdict.guilty == (() if named is None else (named,))
     assert verdict.inputs.startswith("Inputs: equal; the first point, model.embed_tokens.out, is the same in both jobs")
+    page = make_page([tmp_path / "out"])
+    assert page.verdict is not None and page.verdict.sentence == verdict.sentence
+    assert {point.label for point in page.points if point.guilty} == set(verdict.guilty)
+    assert page.pictures and all(picture.heatmaps for picture in page.pictures)
     layers = [f"model.layers.out layer_id={i}" for i in range(4)]
     assert [point.point for point in verdict.points] == ["model.embed_tokens.out", *layers]
     assert all(point.judged for point in verdict.points)

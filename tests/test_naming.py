@@ -213,3 +213,42 @@ def test_a_capture_with_a_reserved_name_may_stand_in_the_common_name(reserved: s
     """It is no tag then."""
     rule = NameRule(path=f"a.{{{reserved}}}", name=f"a_{{{reserved}}}")
     assert rule.apply("a.x") == PointName("a_x", {})
+
+
+# What both jobs have, compared before the first point.
+
+LAYER = {"path": "decoder.layers.{layer_id}", "name": "layer"}
+ITS_OUTPUT = {"path": "decoder.layers.{layer_id}.out.0", "name": "layer.out"}
+OUTPUT = {"path": "model.layers.{layer_id}.out", "name": "layer.out"}
+PROBABILITIES = ({"path": "*.{layer_id}.out.1", "name": "probs"}, {"path": "*.{layer_id}.out.0", "name": "probs"})
+ANY = {"path": "decoder.layers.{layer_id}.{part}.0", "name": "layer.{part}"}
+
+
+@pytest.mark.parametrize(
+    ("rules", "others", "suffix", "other_suffix", "meet"),
+    [
+        ([ITS_OUTPUT], [OUTPUT], ".out.0", ".out", True),  # each names its tensor alone
+        ([ITS_OUTPUT], [{**LAYER, "path": "model.layers.{layer_id}"}], ".out.0", ".out", True),  # or one its module
+        ([ITS_OUTPUT, LAYER], [{**LAYER, "path": "model.layers.{layer_id}"}], ".out.0", ".out", True),
+        ([PROBABILITIES[0]], [PROBABILITIES[1]], ".out.1", ".out.0", True),  # a name that is no module's
+        ([LAYER], [{**LAYER, "path": "model.layers.{layer_id}"}], ".in.x", ".in.x", True),
+        ([ITS_OUTPUT], [], ".out.0", ".out", False),
+        ([ITS_OUTPUT], [OUTPUT], ".in.x", ".in.x", False),  # the module's other tensors have other names
+        ([ANY], [OUTPUT], ".out.0", ".out", False),  # nobody knows before the call what it is for
+        ([ANY, LAYER], [{**LAYER, "path": "model.layers.{layer_id}"}], ".out.0", ".out", True),
+    ],
+)
+def test_an_entry_for_one_tensor_is_enough_for_it_to_be_known(
+    rules: list[dict[str, str]], others: list[dict[str, str]], suffix: str, other_suffix: str, meet: bool
+) -> None:
+    """Both jobs come to the same: a point that one of them skips is not waited for by the other."""
+    found = []
+    for names, path, own_suffix in ((rules, "decoder.layers.3", suffix), (others, "model.layers.3", other_suffix)):
+        naming = Naming([NameRule(**rule) for rule in names], "target")
+        module = naming.of_module(nn.Module(), path)
+        announced = {module.key, *(name.tensor_key for name in naming.known_tensors(module, path))}
+        found.append((naming.announced_as(module, path, own_suffix).split("\n"), announced))
+    (own, own_announced), (other, other_announced) = found
+    assert other_announced.isdisjoint(own) is not meet
+    assert own_announced.isdisjoint(other) is not meet
+    assert not own_announced.isdisjoint(own) and not other_announced.isdisjoint(other)

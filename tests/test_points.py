@@ -16,14 +16,13 @@ from grafter.errors import UsageError
 from grafter.points import (
     LEGAL_OPTIONS,
     OPTIONS,
-    OPTIONS_IN_USE,
     OWN_TAGS,
     StepCounter,
     call_site,
     check_tags,
     split_options,
 )
-from grafter.settings.rules import Gradient, Write
+from grafter.settings.rules import Gradient, WaitFor, Write
 
 tag_names = st.from_regex(r"[a-z][a-z_]{0,8}", fullmatch=True).filter(lambda n: n not in OPTIONS | OWN_TAGS)
 tag_values = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8)
@@ -109,12 +108,6 @@ def test_what_grafter_sets_is_refused_with_what_sets_it(name: str) -> None:
         split_options({name: 1})
 
 
-@pytest.mark.parametrize("name", sorted(OPTIONS - OPTIONS_IN_USE))
-def test_names_kept_for_later_versions_are_refused_as_tags(name: str) -> None:
-    with pytest.raises(UsageError, match=f"`{name}=` is reserved and not in this version"):
-        split_options({name: 1})
-
-
 def test_the_reserved_names_are_those_that_were_announced() -> None:
     """Programs are written against this list: a name added later would break their tags."""
     announced = [
@@ -151,7 +144,8 @@ def test_an_option_with_an_unknown_value_is_refused_with_the_legal_ones(option: 
 
 def test_legal_values_are_those_of_the_configuration() -> None:
     """They stand in two places, because one of them costs an import of pydantic."""
-    assert {"write": get_args(Write), "gradient": get_args(Gradient)} == LEGAL_OPTIONS
+    legal = {"write": get_args(Write), "gradient": get_args(Gradient), "wait": get_args(WaitFor)}
+    assert legal == LEGAL_OPTIONS
 
 
 # Keys.

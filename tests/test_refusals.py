@@ -224,7 +224,7 @@ def test_a_matched_point_after_close_is_refused(tmp_path: Path) -> None:
 def dump_with_bad_arguments(rank: Rank) -> Any:
     """Usage errors before a point has a key: both jobs make the same call, and both get the error at once."""
     found = []
-    for arguments in ({"layer": torch.tensor(3)}, {"tokens": 1}, {"write": "inplace"}, {"name": "x"}):
+    for arguments in ({"layer": torch.tensor(3)}, {"wait": 1}, {"write": "inplace"}, {"name": "x"}):
         try:
             grafter.dump("h", torch.ones(1), **arguments)
         except grafter.GrafterError as error:
@@ -240,7 +240,7 @@ def test_wrong_arguments_of_a_matched_point_raise_at_the_call_and_the_run_can_go
     for found in results:
         assert found == [
             "UsageError: tag layer is a Tensor of shape []",
-            "UsageError: `tokens=` is reserved and not in this version",
+            "UsageError: `wait=1` is not known",
             "UsageError: `write='inplace'` is not known",
             "UsageError: `name` is the first argument of `grafter.dump`",
         ]

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import re
+import sys
+import types
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
+import grafter
 from grafter.layout.dims import parse_dims
+from grafter.points import surroundings
 from grafter.settings.config import SETTING_FIELDS, GrafterConfig
 from grafter.settings.plan_file import PlanFile, read_plan_file
 
@@ -52,6 +59,87 @@ def test_every_compared_name_is_one_of_both_jobs(tmp_path: Path, engine: str) ->
     for name in compared:
         roles = {rule.role for rule in plan.names if rule.name in (name, name.split(".")[0])}
         assert roles in ({None}, {"baseline", "target"}), name
+
+
+# --- rows by token: the recipes' own lines, on batches as the engines make them
+
+
+class Mode:
+    """A forward mode of SGLang."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def is_idle(self) -> bool:
+        return self.name == "idle"
+
+    def is_decode(self) -> bool:
+        return self.name == "decode"
+
+
+def recipe(engine: str, monkeypatch: pytest.MonkeyPatch, runner: type) -> dict[str, Any]:
+    """Runs the page's lines for an engine, whose runner is this class."""
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL) if f"from {engine}." in block]
+    module = re.findall(rf"from ({engine}\.[\w.]+) import (\w+)", code)[0]
+    for count in range(module[0].count(".") + 1):
+        name = module[0].rsplit(".", count)[0] if count else module[0]
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    setattr(sys.modules[module[0]], module[1], runner)
+    namespace: dict[str, Any] = {}
+    exec(code, namespace)
+    return namespace
+
+
+def rows_of(tokens: Any) -> list[tuple[Any, int]]:
+    return [(own, start + n) for own, start, count in tokens.record().runs for n in range(count)]
+
+
+def test_tokens_of_a_vllm_batch_are_its_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each request's rows, from where its cached tokens end; inside of the forward pass, and not in a warm-up."""
+    seen: list[Any] = []
+
+    class GPUModelRunner:
+        def __init__(self) -> None:
+            computed = np.array([5, 0, 2, 9, 9], dtype=np.int32)
+            self.input_batch = types.SimpleNamespace(
+                num_reqs=3, req_ids=["0", "1", "2"], num_computed_tokens_cpu=computed
+            )
+
+        def _prepare_inputs(self, scheduler_output: Any, num_scheduled_tokens: Any) -> str:
+            return "prepared"
+
+        def _model_forward(self, input_ids: Any, positions: Any) -> None:
+            seen.append(surroundings.get().options["tokens"])
+
+    monkeypatch.setattr(grafter, "_off", False)
+    recipe("vllm", monkeypatch, GPUModelRunner)
+    runner = GPUModelRunner()
+    runner._model_forward(None, None)
+    assert runner._prepare_inputs(None, np.array([2, 3, 1], dtype=np.int32)) == "prepared"
+    runner._model_forward(None, positions=None)
+    assert seen[0] is None
+    assert rows_of(seen[1]) == [("0", 5), ("0", 6), ("1", 0), ("1", 1), ("1", 2), ("2", 2)]
+
+
+def test_tokens_of_an_sglang_batch_are_its_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An extend pass begins after the cached prefix; a decode pass has one row of each request."""
+
+    class ModelRunner:
+        def forward(self, forward_batch: Any) -> Any:
+            return surroundings.get().options["tokens"]
+
+    monkeypatch.setattr(grafter, "_off", False)
+    recipe("sglang", monkeypatch, ModelRunner)
+    extend = types.SimpleNamespace(
+        forward_mode=Mode("extend"),
+        rids=["a", "b"],
+        extend_seq_lens=torch.tensor([3, 2], dtype=torch.int32),
+        extend_prefix_lens=torch.tensor([0, 4], dtype=torch.int32),
+    )
+    assert rows_of(ModelRunner().forward(extend)) == [("a", 0), ("a", 1), ("a", 2), ("b", 4), ("b", 5)]
+    decode = types.SimpleNamespace(forward_mode=Mode("decode"), rids=["a", "b"], seq_lens=torch.tensor([4, 7]))
+    assert rows_of(ModelRunner().forward(decode)) == [("a", 3), ("b", 6)]
+    assert ModelRunner().forward(types.SimpleNamespace(forward_mode=Mode("idle"))) is None
 
 
 @pytest.mark.parametrize("engine", ENGINES)

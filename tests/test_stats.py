@@ -17,7 +17,7 @@ from grafter.errors import UsageError
 from grafter.ledger import Difference
 from grafter.measures import chunk_pass
 from grafter.measures.flat_chunks import CHUNK, FlatReader
-from grafter.measures.stats import _difference, _statistics, compare, difference, summarize
+from grafter.measures.stats import compare, difference, make_difference, make_statistics, summarize
 
 NAN, INF = math.nan, math.inf
 FLOAT8 = [dtype for name in dir(torch) if name.startswith("float8_") and (dtype := getattr(torch, name))]
@@ -46,7 +46,12 @@ def in_rows(x: torch.Tensor, y: torch.Tensor, rows: int = 2) -> tuple[Any, Any, 
     as_complex = x.is_complex() or y.is_complex()
     readers = FlatReader(x, as_complex), FlatReader(y, as_complex)
     sums = chunk_pass.pass_in_rows(*readers, torch.device("cpu"), True, rows)
-    return _statistics(x.numel(), sums.x), _statistics(y.numel(), sums.y), _difference(x, y, sums.pair, "full")
+    shape = [*x.shape, 2] if as_complex else list(x.shape)
+    return (
+        make_statistics(x.numel(), sums.x),
+        make_statistics(y.numel(), sums.y),
+        make_difference(shape, sums.pair, "full"),
+    )
 
 
 def assert_close(found: Any, expected: Any, tolerance: float = 1e-12) -> None:
@@ -296,7 +301,7 @@ def test_rows_on_a_device_agree_with_the_chunks_of_the_cpu(rows: int) -> None:
         for found, expected in zip(in_rows(a, b, rows), compare(a, b, "full"), strict=True):
             assert_close(found, expected)
     rows_alone = chunk_pass.tensor_in_rows(FlatReader(x), rows)
-    assert_close(_statistics(x.numel(), rows_alone), summarize(x, "full"))
+    assert_close(make_statistics(x.numel(), rows_alone), summarize(x, "full"))
 
 
 @pytest.mark.cuda

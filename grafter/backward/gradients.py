@@ -30,6 +30,7 @@ from grafter.watching.waits import Wait
 
 if TYPE_CHECKING:
     from grafter.backward.points import BackwardPoints
+    from grafter.dumps.saver import Taken
 
 PHASE = "backward"
 _POLL_SECONDS = 0.0002
@@ -44,7 +45,7 @@ _ASKED, _DECLINED, _LATER = "asked", "declined", "later"
 
 @dataclass
 class WatchedGradient:
-    """A gradient that is to come. `participants`: role ranks of this side that share it."""
+    """A gradient that is to come. taken: as it came, where it is saved; that is over when it has met."""
 
     key: PointKey
     direction: Direction
@@ -52,8 +53,25 @@ class WatchedGradient:
     options: PointOptions
     call_site: str
     module: str | None = None
+    saves: bool = False
+    is_parameter: bool = False
     gradient: torch.Tensor | None = None
     met: bool = False
+    taken: Taken | None = None
+
+
+@dataclass
+class SavedGradient:
+    """A gradient that meets nobody, and is saved when it comes. direction: where it is recorded for a later graft."""
+
+    key: PointKey
+    tags: dict[str, Any]
+    options: PointOptions
+    call_site: str
+    module: str | None = None
+    direction: Direction | None = None
+    is_parameter: bool = False
+    came: bool = False
 
 
 @dataclass
@@ -62,6 +80,8 @@ class PendingGradients:
 
     points: BackwardPoints
     watched: dict[str, WatchedGradient] = field(default_factory=dict)
+    # Where there is no other job: what is to be recorded in this step.
+    recorded: list[SavedGradient] = field(default_factory=list)
     _offered: dict[str, WatchedGradient] = field(default_factory=dict)
     _parameters: dict[str, tuple[PointName, torch.Tensor]] = field(default_factory=dict)
     _end_is_queued: bool = False
@@ -72,13 +92,16 @@ class PendingGradients:
 
     # In the forward pass.
 
-    def watch(self, value: Any, register: Callable[[str], WatchedGradient | None]) -> None:
+    def watch(self, value: Any, register: Callable[[str], WatchedGradient | SavedGradient | None]) -> None:
         """Hooks on the tensors of a point's value. `register` gives the point of a leaf's path, if one matches."""
         for path, tensor in _tensors_in(value):
             if tensor.requires_grad and tensor.dtype.is_floating_point | tensor.dtype.is_complex:
                 watched = register(path)
-                if watched is not None:
+                if isinstance(watched, WatchedGradient):
                     self.watched[watched.key.digest] = watched
+                elif watched is not None and watched.direction is not None:
+                    self.recorded.append(watched)
+                if watched is not None:
                     tensor.register_hook(_Hook(self, watched))  # type: ignore[no-untyped-call]
 
     # In the backward pass.
@@ -92,9 +115,14 @@ class PendingGradients:
             )
         session = self.points.session
         if session.place.role == sender_role(watched.direction):
+            if watched.options.wait == "job":
+                # It lies in the outbox from here on, and nobody has to ask for it.
+                watched.met = True
+                self.watched.pop(watched.key.digest, None)
+                self.points.meet(session, watched, gradient)
+                return None
             # A copy: what comes after may add to this memory.
-            watched.gradient = gradient.detach().clone()
-            self._offered[watched.key.digest] = watched
+            self.offer(watched, gradient.detach().clone())
             self._queue_end()
             return None
         if self._offered:
@@ -111,6 +139,11 @@ class PendingGradients:
             return None
         self.watched.pop(watched.key.digest, None)
         return self.points.meet(session, watched, gradient)
+
+    def offer(self, watched: WatchedGradient, gradient: torch.Tensor) -> None:
+        """Keep a gradient, which nobody changes any more, until `serve`."""
+        watched.gradient = gradient
+        self._offered[watched.key.digest] = watched
 
     def parameter_came(self, name: PointName, parameter: torch.Tensor) -> None:
         """Gradients of parameters are taken once, at the end of the backward pass, when all of them are there."""
@@ -234,6 +267,10 @@ class PendingGradients:
         # A backward pass that failed never called back.
         self._end_is_queued = self._parameters_are_queued = False
         self._parameters.clear()
+        for saved in self.recorded:
+            if not saved.came:
+                self.points.record_missing(saved)
+        self.recorded.clear()
         if session is None:
             self.watched.clear()
             return
@@ -242,8 +279,9 @@ class PendingGradients:
         leads = [w for w in unmet if session.place.role_rank == min(self.points.participants_of(session, w))]
         for watched in leads:
             session.client.set(_decline_place(session, watched), "declined", "")
-        if any(session.place.role == sender_role(watched.direction) for watched in unmet):
-            self._answer_late_askers(session, unmet)
+        asked_for = [watched for watched in unmet if watched.options.wait == "both"]
+        if any(session.place.role == sender_role(watched.direction) for watched in asked_for):
+            self._answer_late_askers(session, asked_for)
         for watched in unmet:
             if not watched.met:
                 self.points.skip(session, watched, "no gradient came to it in this step")
@@ -286,7 +324,7 @@ def _too_late(wait: Wait, known: dict[str, WatchedGradient]) -> PointTimeoutErro
 class _Hook:
     """The tensor's hook. A class, so that a graph that is kept shows what it keeps."""
 
-    def __init__(self, pending: PendingGradients, watched: WatchedGradient) -> None:
+    def __init__(self, pending: PendingGradients, watched: WatchedGradient | SavedGradient) -> None:
         self._pending, self._watched = pending, watched
 
     def __call__(self, gradient: torch.Tensor) -> torch.Tensor | None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from grafter.backward.gradients import PHASE, PendingGradients, WatchedGradient
+from grafter.backward.gradients import PHASE, PendingGradients, SavedGradient, WatchedGradient
 from grafter.backward.regions import current_recomputation
 from grafter.errors import RunError
 from grafter.names import PointName
@@ -22,6 +22,9 @@ from grafter.session import Session
 
 if TYPE_CHECKING:
     from grafter.grafter import Grafter
+
+
+NO_GRADIENT = "no gradient came to this point"
 
 
 class BackwardPoints:
@@ -52,24 +55,27 @@ class BackwardPoints:
 
     def _register(
         self, name: str, arguments: dict[str, Any], module: str | None
-    ) -> Callable[[str], WatchedGradient | None]:
+    ) -> Callable[[str], WatchedGradient | SavedGradient | None]:
         """Of the path of a tensor in the point's value: its gradient's point, where a filter matches that."""
         grafter = self._grafter
         steps, key_tags = grafter.steps, grafter.config.key_tags
         around = surroundings.get()
         own, _ = split_options(arguments)
         tags, given = split_options({**around.tags, **arguments})
+        told_save = given.pop("save", None)
         given = {option: told for option, told in {**around.options, **given}.items() if option != "extras"}
 
-        def register(path: str) -> WatchedGradient | None:
+        def register(path: str) -> WatchedGradient | SavedGradient | None:
             point = name + path
             recomputation = current_recomputation()
             if recomputation is not None:
                 # Its place in the order of the program is that of the forward pass.
-                known: WatchedGradient | None = recomputation.next_kept(steps, point, own, key_tags, PHASE)
-                return known
-            direction = grafter.filters.direction_of({**tags, "name": point, "step": steps.step, "phase": PHASE})
-            if direction is None:
+                return recomputation.next_kept(steps, point, own, key_tags, PHASE)  # type: ignore[no-any-return]
+            full = {**tags, "name": point, "step": steps.step, "phase": PHASE}
+            direction = grafter.filters.direction_of(full)
+            saves = grafter.filters.saves({**full, "save": told_save}) and grafter.dumps.limits.allows_step(steps.step)
+            saves = saves or (grafter.config.record and direction is not None)
+            if direction is None and not saves:
                 return None
             options = grafter.options.options_of(point, given)
             if not options.gradients:
@@ -77,36 +83,91 @@ class BackwardPoints:
             check_tags(tags)
             key = steps.next_key({**tags, "name": point}, key_tags, PHASE)
             options = replace(options, write="return", gradient="straight_through")
-            return WatchedGradient(key, direction, dict(tags), options, call_site(), module)
+            if direction is None or grafter.config.records_alone:
+                return SavedGradient(key, dict(tags), options, call_site(), module, direction)
+            return WatchedGradient(key, direction, dict(tags), options, call_site(), module, saves)
 
         return register
 
-    def expect(self, name: str, arguments: dict[str, Any]) -> WatchedGradient | None:
+    def expect(
+        self, name: str, arguments: dict[str, Any], module: str | None = None
+    ) -> WatchedGradient | SavedGradient | None:
         """Of a point in compiled code, which tells by itself when its gradient comes."""
         with self.lock:
-            watched: WatchedGradient | None = self._register(name, arguments, None)("")
-            if watched is not None:
+            watched = self._register(name, arguments, module)("")
+            if isinstance(watched, WatchedGradient):
                 self.pending.watched[watched.key.digest] = watched
+            elif watched is not None and watched.direction is not None:
+                self.pending.recorded.append(watched)
             return watched
 
     # In the backward pass.
 
-    def came(self, watched: WatchedGradient, gradient: torch.Tensor) -> torch.Tensor | None:
+    def came(self, watched: WatchedGradient | SavedGradient, gradient: torch.Tensor) -> torch.Tensor | None:
         """What takes its place; None: it stays as it is."""
         with self.lock, torch.no_grad():
+            if isinstance(watched, SavedGradient):
+                self._save(watched, gradient)
+                return None
+            self._take(watched, gradient)
             return self.pending.came(watched, gradient)
+
+    def _take(self, watched: WatchedGradient, gradient: torch.Tensor) -> None:
+        if watched.saves and watched.taken is None and not watched.met:
+            watched.taken = self._grafter.dumps.take(
+                watched.key, watched.direction, gradient, watched.options, watched.tags, watched.call_site,
+                self._recorded_part(watched, gradient),
+            )  # fmt: skip
+
+    def _save(self, saved: SavedGradient, gradient: torch.Tensor) -> None:
+        grafter, key = self._grafter, saved.key
+        if saved.came:
+            # Backward through one graph twice: another firing of the same point.
+            key = grafter.steps.next_key({**saved.tags, "name": key.name}, grafter.config.key_tags, PHASE)
+        saved.came = True
+        options = saved.options
+        if saved.module is not None and not grafter.config.only_dumps:
+            options, _ = grafter.among_holders(self.session, saved.module, options)
+        part = self._recorded_part(saved, gradient)
+        taken = grafter.dumps.take(key, saved.direction, gradient, options, saved.tags, saved.call_site, part)
+        grafter.dumps.finish(taken)
+
+    def _recorded_part(self, point: WatchedGradient | SavedGradient, gradient: torch.Tensor | None) -> str | None:
+        if point.direction is None:
+            return None
+        grafter, options = self._grafter, point.options
+        offer = grafter.offers.take_up(gradient, options, point.key)
+        if gradient is None:
+            offer = Offer(None, nothing=NO_GRADIENT)
+        return grafter.recorded_part(offer, options, point.direction, point.call_site, point.module, point.is_parameter)
+
+    def record_missing(self, saved: SavedGradient) -> None:
+        """No gradient came to a point that is recorded in its step: whoever grafts from the recording must know."""
+        part = self._recorded_part(saved, None)
+        self._grafter.dumps.finish(
+            self._grafter.dumps.take(saved.key, saved.direction, None, saved.options, saved.tags, saved.call_site, part)
+        )
 
     def dump_parameter(self, name: PointName, gradient: torch.Tensor) -> None:
         """The gradient of a parameter as a point: both sides come to it in the order of names, and wait."""
         grafter = self._grafter
         full = {**name.tags, "name": name.name, "step": grafter.steps.step, "phase": PHASE}
         direction = grafter.filters.direction_of(full)
+        saves = grafter.filters.saves(full) and grafter.dumps.limits.allows_step(grafter.steps.step)
+        saves = saves or (grafter.config.record and direction is not None)
         options = grafter.options.options_of(name.name, {})
-        if direction is None or not options.gradients:
+        if (direction is None and not saves) or not options.gradients:
             return
         key = grafter.steps.next_key({**name.tags, "name": name.name}, grafter.config.key_tags, PHASE)
         options = replace(options, write="in_place", gradient="straight_through")
-        watched = WatchedGradient(key, direction, dict(name.tags), options, f"the parameter {name.name}")
+        site = f"the parameter {name.name}"
+        if direction is None or grafter.config.records_alone:
+            self._save(
+                SavedGradient(key, dict(name.tags), options, site, direction=direction, is_parameter=True), gradient
+            )
+            return
+        watched = WatchedGradient(key, direction, dict(name.tags), options, site, saves=saves, is_parameter=True)
+        self._take(watched, gradient)
         self.meet(self.session, watched, gradient)
 
     def participants_of(self, session: Session, watched: WatchedGradient) -> tuple[int, ...]:
@@ -119,6 +180,8 @@ class BackwardPoints:
     def skip(self, session: Session, watched: WatchedGradient, reason: str) -> None:
         """A gradient that meets nobody is in the ledger, too."""
         self._grafter.record_skipped(session, watched.key, watched.direction, watched.tags, watched.call_site, reason)
+        self._grafter.dumps.finish(watched.taken, "skipped", reason=reason)
+        watched.taken = None
 
     def meet(self, session: Session, watched: WatchedGradient, gradient: torch.Tensor | None) -> torch.Tensor | None:
         """One point of phase backward; what takes the gradient's place, if something does. None offers nothing."""
@@ -131,11 +194,12 @@ class BackwardPoints:
                 if missing is not None:
                     self.skip(session, watched, missing)
                     return None
-            offer = grafter.offers.take_up(gradient, options)
+            offer = grafter.offers.take_up(gradient, options, watched.key)
             if gradient is None:
-                offer = Offer(None, nothing="no gradient came to this point")
+                offer = Offer(None, nothing=NO_GRADIENT)
+            taken, watched.taken = watched.taken, None
             grafted = grafter.meet(
-                session, watched.key, watched.direction, offer, options, watched.tags, watched.call_site
+                session, watched.key, watched.direction, offer, options, watched.tags, watched.call_site, taken
             )
         except RunError as error:
             return grafter.end_run(error, None)  # type: ignore[no-any-return]

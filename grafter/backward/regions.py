@@ -219,9 +219,9 @@ def _regions_of_functions(frame: FrameType | None) -> Iterator[Region]:
         code = frame.f_code
         if code.co_name == "forward" and code.co_argcount and code.co_varnames[0] != "self":
             context = frame.f_locals.get(code.co_varnames[0])
-            # Those of torch.utils.checkpoint have regions that begin and end.
-            own_kind = getattr(context, "_forward_cls", None) is torch.utils.checkpoint.CheckpointFunction
-            if isinstance(context, torch.autograd.function.FunctionCtx) and not own_kind:
+            # That of torch.utils.checkpoint has regions that begin and end; those of compiled code repeat no Python.
+            is_torchs = getattr(getattr(context, "_forward_cls", None), "__module__", "").startswith("torch.")
+            if isinstance(context, torch.autograd.function.FunctionCtx) and not is_torchs:
                 if not hasattr(context, _ON_CONTEXT):
                     setattr(context, _ON_CONTEXT, Region(is_differentiated=True, is_whole=False))
                 yield getattr(context, _ON_CONTEXT)

@@ -1,10 +1,14 @@
 """Capture: points of a running program that nobody wrote into it.
 
-    selection            which modules: patterns over path and class
+    patterns             what a user writes to select modules
+    selection            which modules those are
     naming               a module's path -> the name and tags that both jobs share
     containers           a module's inputs and outputs -> their tensors, by path, and back
+    traced               a hook's points in code that is being compiled
     untraced             hooks as torch.compile leaves them alone
+    copies               what is saved or copied of an attached model has no hooks
     model_forward        the model itself, whose `forward` is wrapped
+    packing              lengths of packed sequences, where context parallelism needs them
     module_tree          a model's modules as data, in the run's directory, for `grafter plan suggest`
     attachment           hooks on the selected modules of one model; `grafter.attach` makes one
     parameters           `grafter.dump_model`: weights and buffers as points

@@ -6,8 +6,8 @@ ways (`model.forward(x)` among them, which runs no hooks), so its own `forward` 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable
-from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -15,39 +15,60 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from grafter.capture.containers import Arguments, Found, find_tensors, replace_tensors
+from grafter.capture.copies import leave_hooks_out, stop_leaving_out
 from grafter.capture.model_forward import watch_forward
 from grafter.capture.module_tree import tree_of
 from grafter.capture.naming import Naming
-from grafter.capture.selection import Pattern, select_modules
+from grafter.capture.patterns import Pattern
+from grafter.capture.selection import select_modules
+from grafter.capture.traced import Family, followed, input_hook, output_hook
 from grafter.capture.untraced import forget_compiled_code, untraced
+from grafter.compiled import BREAK, number_of_hooks
 from grafter.names import PointName
 from grafter.writing.tensor_access import local_tensor
 
-# Offers one tensor as a point: (name and tags, module's key, tensor) -> what takes its place.
+# Offers one tensor as a point: (name and tags, as which announcement it counts, tensor) -> what takes its place.
 Offer = Callable[[PointName, str, torch.Tensor], torch.Tensor]
+# The same for code that is being compiled: (name, path below the module, whether autograd differentiates the tensor) ->
+# what `compiled.find_site` gives, whatever the tags are.
+FindSite = Callable[[str, str, bool], int]
+
+
+def _break_the_graph(name: str, suffix: str, is_differentiated: bool) -> int:
+    return BREAK
 
 
 class ModulePoints:
     """The points of one module. Names of its tensors are worked out when they are first met."""
 
     def __init__(
-        self, path: str, module: torch.nn.Module, name: PointName, name_of: Callable[[str], PointName], offer: Offer
+        self,
+        path: str,
+        module: torch.nn.Module,
+        name: PointName,
+        naming: Naming,
+        offer: Offer,
+        find_site: FindSite,
+        family: Family,
     ) -> None:
-        self.path, self.name = path, name
+        self.path, self.name, self.family = path, name, family
         self.fired = False
-        self._key = name.key
-        self._name_of, self._offer = name_of, offer
-        self._arguments = Arguments(module)
+        self.hook = number_of_hooks(self)
+        family.members.add(self)
+        self.arguments = Arguments(module)
+        self._naming, self._offer, self._find_site = naming, offer, find_site
         self._names: dict[str, PointName] = {}
+        # As which announcement each counts.
+        self._announced: dict[str, str] = {}
         # By the paths of tensors that come together: the order in which they are offered.
         self._orders: dict[tuple[str, ...], list[int]] = {}
 
     def take_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """What the module gets instead: the same objects where nothing was replaced."""
         self.fired = True
-        found = self._arguments.find(args, kwargs)
+        found = self.arguments.find(args, kwargs)
         replacements = self._offer_all(found)
-        return (args, kwargs) if replacements is None else self._arguments.replace(args, kwargs, iter(replacements))
+        return (args, kwargs) if replacements is None else self.arguments.replace(args, kwargs, iter(replacements))
 
     def take_output(self, value: Any) -> Any:
         """What the module gives instead: the same object where nothing was replaced."""
@@ -59,11 +80,32 @@ class ModulePoints:
         replacements = self._offer_all(found)
         return value if replacements is None else replace_tensors(value, iter(replacements))
 
+    def find_sites(self, suffixes: tuple[str, ...], differentiated: tuple[bool, ...]) -> list[tuple[int, int]]:
+        """Of tensors with these paths, in code that is being compiled: (place, site) in the order of offering."""
+        sites = []
+        for place in self._order(suffixes):
+            name = self._names[suffixes[place]].name
+            sites.append((place, self._find_site(name, suffixes[place], differentiated[place])))
+        return sites
+
+    def tags_and_key(self, suffix: str) -> tuple[dict[str, Any], str]:
+        """The tags of one tensor's point, and as which announcement it counts."""
+        name = self._names.get(suffix) or self._named(suffix)
+        return name.tags, self._announced[suffix]
+
+    @property
+    def keys(self) -> list[str]:
+        """As a rank announces them."""
+        known = self._naming.known_tensors(self.name, self.path)
+        return [self.name.key, *(name.tensor_key for name in known)]
+
     def _offer_one(self, suffix: str, tensor: torch.Tensor) -> torch.Tensor:
-        return self._offer(self._names.get(suffix) or self._named(suffix), self._key, tensor)
+        name = self._names.get(suffix) or self._named(suffix)
+        return self._offer(name, self._announced[suffix], tensor)
 
     def _named(self, suffix: str) -> PointName:
-        name = self._names[suffix] = self._name_of(suffix)
+        self._announced[suffix] = self._naming.announced_as(self.name, self.path, suffix)
+        name = self._names[suffix] = self._naming.of_tensor(self.name, self.path, suffix)
         return name
 
     def _offer_all(self, found: Found) -> list[torch.Tensor] | None:
@@ -74,7 +116,7 @@ class ModulePoints:
             return None if replacement is tensor else [replacement]
         replacements = [tensor for _, tensor in found]
         changed = False
-        for number in self._order(found):
+        for number in self._order(tuple([suffix for suffix, _ in found])):
             suffix, tensor = found[number]
             replacements[number] = self._offer_one(suffix, tensor)
             changed = changed or replacements[number] is not tensor
@@ -82,10 +124,9 @@ class ModulePoints:
             return None
         return _with_one_for_one([tensor for _, tensor in found], replacements)
 
-    def _order(self, found: Found) -> list[int]:
+    def _order(self, suffixes: tuple[str, ...]) -> list[int]:
         """By their common names: the other program may have them in another order, and each point waits for the other
         side."""
-        suffixes = tuple([suffix for suffix, _ in found])
         order = self._orders.get(suffixes)
         if order is None:
             names = [self._names.get(suffix) or self._named(suffix) for suffix in suffixes]
@@ -108,8 +149,8 @@ class _Watcher:
     """A module's points, as the model's own `forward` sees them."""
 
     def __init__(self, points: ModulePoints, inputs: bool, outputs: bool) -> None:
-        self.inputs = untraced(points.take_inputs) if inputs else None
-        self.output = untraced(points.take_output) if outputs else None
+        self.inputs = input_hook(points, untraced(points.take_inputs)) if inputs else None
+        self.output = output_hook(points, untraced(points.take_output)) if outputs else None
 
 
 class Attachment:
@@ -121,21 +162,28 @@ class Attachment:
         patterns: tuple[Pattern, ...],
         naming: Naming,
         offer: Offer,
+        find_site: FindSite = _break_the_graph,
         *,
         inputs: bool = True,
         outputs: bool = True,
     ) -> None:
         self._handles: list[RemovableHandle] = []
         self._stop_watching: Callable[[], None] | None = None
+        # Weakly, as the handles of the hooks have them: an attachment outlives its model.
+        self._modules: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
         # For `grafter plan suggest`; the model may be gone when this is written down.
         self.tree = tree_of(model)
         selected = select_modules(model, patterns)
         self.points: list[ModulePoints] = []
+        families: dict[str, Family] = {}
         for path, module in selected:
             name = naming.of_module(model, path)
-            name_of = partial(naming.of_tensor, name, path)
-            self.points.append(ModulePoints(path, module, name, name_of, offer))
+            # Where one tensor may have a name of its own, no two modules need have the same ones.
+            family = Family() if naming.names_tensors else families.setdefault(name.name, Family())
+            self.points.append(ModulePoints(path, module, name, naming, offer, find_site, family))
         for (path, module), points in zip(selected, self.points, strict=True):
+            leave_hooks_out(module)
+            self._modules.add(module)
             if path:
                 self._hook(module, points, inputs, outputs)
             else:
@@ -149,8 +197,12 @@ class Attachment:
 
     @property
     def keys(self) -> list[str]:
-        """The modules, as a rank announces them."""
-        return [points.name.key for points in self.points]
+        """The modules, as a rank announces them, and those of their tensors that have names of their own."""
+        return [key for points in self.points for key in points.keys]
+
+    def has_hooks_on(self, modules: Iterable[torch.nn.Module]) -> bool:
+        """Whether any of these modules is one of its own."""
+        return any(module in self._modules for module in modules)
 
     @property
     def hook_count(self) -> int:
@@ -159,7 +211,7 @@ class Attachment:
 
     def never_fired(self) -> list[str]:
         """Paths of selected modules that no call has reached."""
-        return [points.path for points in self.points if not points.fired]
+        return [points.path for points in self.points if not points.fired and not points.family.is_silent]
 
     def detach(self) -> None:
         """Take all hooks away. May be called twice."""
@@ -171,6 +223,9 @@ class Attachment:
         if self._stop_watching is not None:
             self._stop_watching()
             self._stop_watching = None
+        for module in self._modules:
+            stop_leaving_out(module)
+        self._modules.clear()
         forget_compiled_code()
 
     def __enter__(self) -> Attachment:
@@ -183,16 +238,18 @@ class Attachment:
 
     def _hook(self, module: torch.nn.Module, points: ModulePoints, inputs: bool, outputs: bool) -> None:
         if inputs:
+            take_inputs = input_hook(points, untraced(points.take_inputs))
 
+            @followed
             def before(_: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-                new_args, new_kwargs = points.take_inputs(args, kwargs)
-                return None if new_args is args and new_kwargs is kwargs else (new_args, new_kwargs)
+                return take_inputs(args, kwargs)
 
-            self._handles.append(module.register_forward_pre_hook(untraced(before), with_kwargs=True))
+            self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
         if outputs:
+            take_output = output_hook(points, untraced(points.take_output))
 
+            @followed
             def after(_: torch.nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-                new = points.take_output(output)
-                return None if new is output else new
+                return take_output(output)
 
-            self._handles.append(module.register_forward_hook(untraced(after)))
+            self._handles.append(module.register_forward_hook(after))

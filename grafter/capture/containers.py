@@ -55,6 +55,11 @@ class _Form(NamedTuple):
     rebuilt: Callable[[Any, list[Any]], Any]
 
 
+def is_looked_into(cls: type) -> bool:
+    """Whether instances of a class are containers, whose tensors are found."""
+    return _form_of_class(cls) is not None or cls in pytree.SUPPORTED_NODES
+
+
 def _form_of(value: Any) -> _Form | None:
     form = _form_of_class(type(value))  # type: ignore[arg-type]
     if form is None and type(value) in pytree.SUPPORTED_NODES:
@@ -151,7 +156,7 @@ class Arguments:
     def find(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Found:
         found: Found = []
         for number, value in enumerate(args):
-            find_tensors(value, self._name_of(number), found)
+            find_tensors(value, self.name_of(number), found)
         for name, value in kwargs.items():
             find_tensors(value, f".in.{name}", found)
         return found
@@ -165,7 +170,8 @@ class Arguments:
             {name: replace_tensors(value, replacements) for name, value in kwargs.items()},
         )
 
-    def _name_of(self, number: int) -> str:
+    def name_of(self, number: int) -> str:
+        """Of an argument by its position."""
         if number < len(self._positional):
             return self._positional[number]
         return f".in.{self._rest}.{number - len(self._positional)}"

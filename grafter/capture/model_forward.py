@@ -27,7 +27,7 @@ class Watcher(Protocol):
 
 
 @dataclass(eq=False)
-class _Watched:
+class Watched:
     """A module whose `forward` is wrapped. `own`: the instance's own one that it had, if it had one."""
 
     own: Callable[..., Any] | None
@@ -36,15 +36,21 @@ class _Watched:
 
 def watch_forward(module: torch.nn.Module, watcher: Watcher) -> Callable[[], None]:
     """Have the watcher see all calls; what is returned ends that. Several share one wrapper, in their order."""
-    watched: _Watched | None = getattr(module.__dict__.get("forward"), _MARK, None)
+    watched = watch_on(module)
     if watched is None:
-        watched = _Watched(module.__dict__.get("forward"))
+        watched = Watched(module.__dict__.get("forward"))
         module.__dict__["forward"] = _wrapper(module, watched)
     watched.watchers.append(watcher)
     return functools.partial(_stop, module, watched, watcher)
 
 
-def _wrapper(module: torch.nn.Module, watched: _Watched) -> Callable[..., Any]:
+def watch_on(module: torch.nn.Module) -> Watched | None:
+    """What is known of a module whose `forward` is wrapped."""
+    watched: Watched | None = getattr(module.__dict__.get("forward"), _MARK, None)
+    return watched
+
+
+def _wrapper(module: torch.nn.Module, watched: Watched) -> Callable[..., Any]:
     watchers, own = watched.watchers, watched.own
 
     def run(inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -75,11 +81,11 @@ def _wrapper(module: torch.nn.Module, watched: _Watched) -> Callable[..., Any]:
     return types.MethodType(forward, module)
 
 
-def _stop(module: torch.nn.Module, watched: _Watched, watcher: Watcher) -> None:
+def _stop(module: torch.nn.Module, watched: Watched, watcher: Watcher) -> None:
     watched.watchers.remove(watcher)
     if watched.watchers:
         return
-    if getattr(module.__dict__.get("forward"), _MARK, None) is not watched:
+    if watch_on(module) is not watched:
         logger.warning("grafter: the model's forward was replaced since attach; it is left as it is")
     elif watched.own is None:
         del module.__dict__["forward"]

@@ -12,7 +12,8 @@ from dataclasses import replace
 
 import torch
 
-from grafter.capture.selection import ROOT, module_at
+from grafter.capture.patterns import ROOT
+from grafter.capture.selection import module_at
 from grafter.names import LayerIdAt, NameRule, PointName
 
 # A layer's own number: the attribute, and what a model's first layer has there (Megatron, transformers, torchtitan).
@@ -25,6 +26,11 @@ class Naming:
     def __init__(self, rules: Sequence[NameRule], role: str | None) -> None:
         self._rules = [rule for rule in rules if rule.role in (None, role)]
 
+    @property
+    def names_tensors(self) -> bool:
+        """Whether a rule names one tensor of a module by itself."""
+        return any(rule.names_a_tensor for rule in self._rules)
+
     def of_module(self, root: torch.nn.Module, path: str) -> PointName:
         """The name that all points of a module begin with."""
         numbers = _numbers_in(root, path)
@@ -33,11 +39,30 @@ class Naming:
 
     def of_tensor(self, module: PointName, path: str, suffix: str) -> PointName:
         """The name of one of a module's tensors, such as `.out.0`; a rule may name it by itself."""
+        ruled = self._ruled_tensor(module, path, suffix)
+        return module.with_suffix(suffix) if ruled is None else ruled[1]
+
+    def announced_as(self, module: PointName, path: str, suffix: str) -> str:
+        """As which announcement of either job one of a module's tensors counts."""
+        ruled = self._ruled_tensor(module, path, suffix)
+        is_known = ruled is None or ruled[0].known_suffix == suffix
+        return self.of_tensor(module, path, suffix).announced_as(module, suffix, is_known=is_known)
+
+    def known_tensors(self, module: PointName, path: str) -> list[PointName]:
+        """Those of a module's tensors that have names of their own, as far as that is settled before the first call."""
+        found = []
+        for suffix in dict.fromkeys(rule.known_suffix for rule in self._rules):
+            ruled = None if suffix is None else self._ruled_tensor(module, path, suffix)
+            if ruled is not None and suffix is not None and ruled[0].known_suffix == suffix:
+                found.append(self.of_tensor(module, path, suffix))
+        return found
+
+    def _ruled_tensor(self, module: PointName, path: str, suffix: str) -> tuple[NameRule, PointName] | None:
         for rule in self._rules:
             found = rule.apply_to_tensor(path or ROOT, suffix, module.layer_id_at)
             if found is not None:
-                return found
-        return module.with_suffix(suffix)
+                return rule, found
+        return None
 
     def of_weight(self, root: torch.nn.Module, path: str) -> PointName:
         """The name of a parameter or buffer: by a rule for it, else by one for the module that owns it."""

@@ -16,16 +16,16 @@ import torch
 import grafter
 from grafter.capture.adapters import mesh_axes
 from grafter.capture.attachment import Attachment
+from grafter.capture.copies import take_hooks_away
 from grafter.capture.naming import Naming
-from grafter.capture.selection import Pattern, read_patterns, select_modules
+from grafter.capture.patterns import Pattern, read_patterns
+from grafter.capture.selection import select_modules
 from grafter.capture.steps import AutomaticSteps
 from grafter.grafter import Grafter
 from grafter.layout.axes import axes_of_job, set_axes
 from grafter.names import PointName
 
 logger = logging.getLogger("grafter")
-
-_HOOK_MODULES = "grafter.capture."
 
 
 class Roots:
@@ -37,10 +37,13 @@ class Roots:
     def __init__(self, called: torch.nn.Module, made: list[torch.nn.Module]) -> None:
         self._attached: list[tuple[torch.nn.Module, Attachment]] = []
         self._namings: dict[int, Naming] = {}
+        # Models that the program has attached by itself since.
+        self._left_to_program: set[int] = set()
         self._axes_are_ours = False
         self._grafter: Grafter = grafter._active()
         self._patterns = read_patterns((self._grafter.config.attach or "",))
         self._steps = AutomaticSteps(self._grafter, self._grafter.config.step)
+        self._grafter.before_attach.append(self._make_room)
         self.extend(called, made)
 
     def extend(self, called: torch.nn.Module, made: list[torch.nn.Module]) -> None:
@@ -54,11 +57,12 @@ class Roots:
             elif id(root) in grown:
                 self._renew(root)
         # Not before all are attached: the other job hears of all of them when this rank joins.
-        self._grafter._start_joining()
+        self._grafter.begin()
 
     def detach(self) -> None:
         """Leave all models as they were."""
         self._steps.stop()
+        self._grafter.before_attach.remove(self._make_room)
         for _, attachment in self._attached:
             attachment.detach()
         self._attached.clear()
@@ -66,45 +70,49 @@ class Roots:
     def _attach(self, root: torch.nn.Module) -> None:
         if not _is_model(root) or self._holds_attached(root):
             return
-        _take_copied_hooks_away(root)
+        for module in root.modules():
+            take_hooks_away(module)
         self._namings[id(root)] = self._naming_of(root)
         self._set_axes(root)
         attachment = self._hook(root)
         logger.info(
             "grafter: %s: %d modules of %s have hooks",
-            self._grafter._place.who, len(attachment.points), type(root).__name__,
+            self._grafter.who, len(attachment.points), type(root).__name__,
         )  # fmt: skip
         self._attached.append((root, attachment))
         self._steps.wrap(root)
 
     def _renew(self, root: torch.nn.Module) -> None:
         """A model has got new modules (adapters, a new head): they get their hooks, too."""
+        if id(root) in self._left_to_program:
+            return
         position = next(number for number, (model, _) in enumerate(self._attached) if model is root)
         _, old = self._attached[position]
         self._steps.unwrap(root)
-        old.detach()
-        self._grafter._attachments.remove(old)
+        self._grafter.withdraw(old)
         self._attached[position] = (root, self._hook(root))
         self._steps.wrap(root)
 
     def _hook(self, root: torch.nn.Module) -> Attachment:
-        plain = self._grafter._naming
-        self._grafter._naming = self._namings[id(root)]
-        try:
-            return self._grafter.attach(root, ())
-        finally:
-            self._grafter._naming = plain
+        return self._grafter.attach(root, (), naming=self._namings[id(root)])
+
+    def _make_room(self, model: torch.nn.Module) -> None:
+        """The program attaches a model by itself, and would get each point twice."""
+        modules = list(model.modules())
+        for root, attachment in self._attached:
+            if id(root) not in self._left_to_program and attachment.has_hooks_on(modules):
+                self._left_to_program.add(id(root))
+                self._grafter.withdraw(attachment)
 
     def _holds_attached(self, root: torch.nn.Module) -> bool:
         """Whether the program itself has attached a part of it, or what is attached was wrapped since."""
         inside = list(root.modules())
         if any(module is model for model, _ in self._attached for module in inside):
             return True
-        hooked = {id(handle.hooks_dict_ref()) for a in self._grafter._attachments for handle in a._handles}
-        return any(not hooked.isdisjoint((id(m._forward_hooks), id(m._forward_pre_hooks))) for m in inside)
+        return any(attachment.has_hooks_on(inside) for attachment in self._grafter.attachments)
 
     def _naming_of(self, root: torch.nn.Module) -> Naming:
-        naming = self._grafter._naming
+        naming = self._grafter.naming
         if self._attached and not self._is_part_of_first(root, naming):
             taken = {other.prefix for other in self._namings.values() if isinstance(other, PrefixedNaming)}
             kind = type(root).__name__
@@ -176,11 +184,3 @@ def _outermost(module: torch.nn.Module, parents: dict[int, torch.nn.Module]) -> 
         seen.add(id(parent))
         module = parent
     return module
-
-
-def _take_copied_hooks_away(root: torch.nn.Module) -> None:
-    """A copy of a model that was attached has that one's hooks, and would offer its points."""
-    for module in root.modules():
-        for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for number in [number for number, hook in hooks.items() if str(hook.__module__).startswith(_HOOK_MODULES)]:
-                del hooks[number]

@@ -1,23 +1,13 @@
-"""Selection: which modules of a model get hooks, by patterns over path and class.
-
-model.layers.*                 by path: `*` any characters, `?` one, `{layer_id}` one segment; `root` the model itself
-:*DecoderLayer                 by class, or one that it is derived from
-model.layers.*:LlamaMLP        by both
-!*.rotary_emb                  not these
-"""
+"""Selection: which modules of a model get hooks, by patterns over path and class; and paths without wrappers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 import torch
 
-from grafter.errors import ConfigError, UsageError
-from grafter.settings.rules import compile_match
+from grafter.capture.patterns import Pattern
 
-# What the model itself is called, whose path is empty.
-ROOT = "root"
 # Modules that wrap another one and stand in its path without being part of the model.
 WRAPPER_SEGMENTS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 _WRAPPER_CLASSES = frozenset(
@@ -30,43 +20,6 @@ _WRAPPER_CLASSES = frozenset(
         "Float16Module",
     }
 )
-
-
-@dataclass(frozen=True)
-class Pattern:
-    """One pattern as the user wrote it, without its `!`."""
-
-    path: str
-    class_name: str
-    excludes: bool
-
-    def matches(self, path: str, module: torch.nn.Module) -> bool:
-        if self.path and compile_match(self.path).fullmatch(path or ROOT) is None:
-            return False
-        if not self.class_name:
-            return True
-        match = compile_match(self.class_name)
-        return any(match.fullmatch(cls.__name__) is not None for cls in type(module).__mro__)
-
-
-def read_patterns(texts: Iterable[str]) -> tuple[Pattern, ...]:
-    """Patterns, several in a text by commas or spaces. Raises UsageError for what is none."""
-    patterns = []
-    for text in texts:
-        if not isinstance(text, str):
-            raise UsageError(f"attach takes patterns over module paths as texts, not {text!r}.")
-        for word in text.replace(",", " ").split():
-            excludes = word.startswith("!")
-            path, _, class_name = word.removeprefix("!").partition(":")
-            if not path and not class_name:
-                raise UsageError(f"{word!r} is no pattern; write a path, `:Class`, or `path:Class`.")
-            try:
-                for part in filter(None, (path, class_name)):
-                    compile_match(part)
-            except ConfigError as error:
-                raise UsageError(f"the pattern {word!r} of attach: {error}") from None
-            patterns.append(Pattern(path, class_name, excludes))
-    return tuple(patterns)
 
 
 def select_modules(model: torch.nn.Module, patterns: tuple[Pattern, ...]) -> list[tuple[str, torch.nn.Module]]:

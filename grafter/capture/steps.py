@@ -15,12 +15,14 @@ import functools
 import gc
 import threading
 import types
+from functools import partial
 from typing import Any
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from grafter.capture.untraced import untraced
+from grafter.compiled import notice_in_graph
 from grafter.grafter import Grafter
 
 
@@ -33,7 +35,7 @@ class AutomaticSteps:
         self._expected = grafter.steps.step
         self._due = False
         self._has_optimizer = mode == "auto" and _finds_optimizer()
-        self._depth = threading.local()
+        self._around = threading.local()
         self._forwards: dict[int, CountedForward] = {}
         self._handle = register_optimizer_step_post_hook(self._after_optimizer) if self._by_optimizer else None
 
@@ -57,16 +59,20 @@ class AutomaticSteps:
             self._handle.remove()
             self._handle = None
 
-    def enter(self) -> None:
-        depth = getattr(self._depth, "value", 0)
-        self._depth.value = depth + 1
-        if depth == 0 and self._due:
+    def enter(self, model: int) -> None:
+        """`model`: which one is called. No model calls itself: where it was not left, an error has ended its call."""
+        around: list[int] = self._around.__dict__.setdefault("models", [])
+        del around[around.index(model) if model in around else len(around) :]
+        around.append(model)
+        if len(around) == 1 and self._due:
             self._due = False
             self._draw_boundary()
 
-    def leave(self) -> None:
-        self._depth.value -= 1
-        if self._depth.value == 0 and self._by_forward and not (torch.is_grad_enabled() and self._has_optimizer):
+    def leave(self, model: int, has_gradients: bool) -> None:
+        around: list[int] = self._around.models
+        if model in around:
+            del around[around.index(model) :]
+        if not around and self._by_forward and not (has_gradients and self._has_optimizer):
             self._due = True
 
     def _after_optimizer(self, optimizer: Any, args: Any, kwargs: Any) -> None:
@@ -85,17 +91,26 @@ class CountedForward:
 
     def __init__(self, model: torch.nn.Module, steps: AutomaticSteps) -> None:
         self._model = model
-        self._enter, self._leave = untraced(steps.enter), untraced(steps.leave)
+        called = id(model)
+        self._enter, self._leave = untraced(partial(steps.enter, called)), untraced(partial(steps.leave, called))
+        # No gradients are recorded while a graph runs; whether they are, is settled when it is made.
+        self._enter_in_graph = notice_in_graph(partial(steps.enter, called))
+        self._leave_in_graph = {told: notice_in_graph(partial(steps.leave, called, told)) for told in (False, True)}
         self._had_own = "forward" in model.__dict__
         self._inner = model.forward
         functools.update_wrapper(self, self._inner)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():
+            self._enter_in_graph()
+            output = self._inner(*args, **kwargs)
+            self._leave_in_graph[torch.is_grad_enabled()]()
+            return output
         self._enter()
         try:
             return self._inner(*args, **kwargs)
         finally:
-            self._leave()
+            self._leave(torch.is_grad_enabled())
 
     def take_away(self) -> None:
         if self._model.__dict__.get("forward") is self:

@@ -8,11 +8,9 @@ from typing import Any
 
 import torch
 
-import grafter
-
 # Set while code that torch.compile has made, or is about to make, calls us.
 _compiled_caller = torch._C._dynamo.eval_frame.get_eval_frame_callback
-_WHY = "grafter is on: each hook breaks the compiled graph."
+_WHY = "grafter is on: this hook breaks the compiled graph."
 
 
 def untraced(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -36,11 +34,7 @@ def untraced(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _disabled(function: Callable[..., Any]) -> Callable[..., Any]:
-    def hinted(*args: Any) -> Any:
-        grafter._hint_once()
-        return function(*args)
-
-    disabled: Callable[..., Any] = torch.compiler.disable(hinted)  # type: ignore[no-untyped-call]
+    disabled: Callable[..., Any] = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
     return disabled
 
 
@@ -50,6 +44,7 @@ def forget_compiled_code() -> None:
     if compiler is not None:
         # The frames between compiled code and a hook's own work are not for it, either.
         compiler.eval_frame.skip_code(_RUN_CODE)
+        compiler.eval_frame.skip_code(_disabled.__code__)
         compiler.reset()
 
 

@@ -54,9 +54,12 @@ class TokenRuns(_Record):
     """Which token each row is: (sequence, start, count) for `count` rows at the positions from `start` on, in order.
 
     Rows are those of the dim `t`, or of `b s` flattened. Rows that are no token (padding) are runs of sequence None.
+    hashes: (sequence, base64) where its token ids were given from position 0 on: 8 bytes per beginning of it
+    (grafter/token_hashes.py).
     """
 
     runs: tuple[tuple[str | int | None, int, int], ...]
+    hashes: tuple[tuple[str | int, str], ...] = ()
 
 
 class DumpRecord(_Record):

@@ -77,9 +77,11 @@ def received_extras(values: Values, header: Header, sender: int) -> dict[str, An
 def assembled_leaves(decision: Decision, values: Values, header: Header) -> list[Assembled]:
     """The receiver's leaves, in the staged memory where they lie. Raises WriteRefused where this dtype has no sum."""
     leaves = []
+    rows = decision.rows_of(header)
     for index, resharding in enumerate(decision.reshardings or ()):
+        shape = header.leaves[index].shape if rows is None else rows[index].packed_shape
         whole = [tensor for value, tensor in values.items() if value.sender is None and value.index == index]
-        held = resharding.held_sizes(header.role_rank, header.leaves[index].shape)
+        held = resharding.held_sizes(header.role_rank, shape)
         layers = [without_padding(layer, held) for layer in whole]
         if resharding.gets_zeros(header.role_rank):
             leaves.append(Assembled(layers[0].zero_(), held, whole[0]))
@@ -88,7 +90,8 @@ def assembled_leaves(decision: Decision, values: Values, header: Header) -> list
         copies = (_ranks_of(resharding, header, first), _ranks_of(resharding, header, other))
         summands = layers[:: resharding.replicas]
         room = whole[0] if len(summands) == 1 else None
-        leaves.append(Assembled(_reduce(summands, resharding), held, room, apart, copies if apart else ((), ())))
+        value = reduce_summands(summands, resharding)
+        leaves.append(Assembled(value, held, room, apart, copies if apart else ((), ())))
     return leaves
 
 
@@ -140,8 +143,11 @@ def _badness(found: Difference) -> tuple[int, float, float]:
     return found.nan + found.inf, found.rel or 0.0, found.mismatched_fraction or 0.0
 
 
-def _reduce(summands: Sequence[torch.Tensor], resharding: Resharding) -> torch.Tensor:
-    """In float32 or better, in the order of the ranks; integers in their own dtype, as torch adds them."""
+def reduce_summands(summands: Sequence[torch.Tensor], resharding: Resharding) -> torch.Tensor:
+    """In float32 or better, in the order of the ranks; integers in their own dtype, as torch adds them.
+
+    The first summand's memory may become the result. Raises WriteRefused where this dtype has no such reduction.
+    """
     if len(summands) == 1:
         return summands[0]
     reduction, dtype = resharding.sender.reduction, summands[0].dtype
@@ -151,7 +157,7 @@ def _reduce(summands: Sequence[torch.Tensor], resharding: Resharding) -> torch.T
             "partial. Dump the tensor after its reduction, or in a dtype that adds."
         )
     # The staged memory is ours, so what is wide enough is added up where it lies.
-    result = summands[0].to(_wide(dtype))
+    result = summands[0].to(reduced_dtype(dtype))
     for summand in summands[1:]:
         if reduction in ("sum", "avg"):
             result += summand.to(result.dtype)
@@ -162,7 +168,8 @@ def _reduce(summands: Sequence[torch.Tensor], resharding: Resharding) -> torch.T
     return result.div_(len(summands)) if reduction == "avg" else result
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
+def reduced_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In which summands of a dtype are put together."""
     if dtype.is_complex:
         return torch.promote_types(dtype, torch.complex64)
     if dtype.is_floating_point:

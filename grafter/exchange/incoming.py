@@ -21,6 +21,7 @@ from grafter.exchange.assembly import (
     without_padding,
 )
 from grafter.layout.declared import Layout
+from grafter.layout.row_view import RowView
 from grafter.layout.shares import layouts_of
 from grafter.leaves import Leaves
 from grafter.ledger import Difference
@@ -31,6 +32,7 @@ from grafter.rendezvous.join import Place
 from grafter.rendezvous.roster import Roster
 from grafter.user_transform import GraftTransformInput, UserTransform
 from grafter.writing.conversion import count_saturated, why_not_convertible
+from grafter.writing.write_back import WriteMode, Written, apply_row_write, apply_write, check_write
 
 logger = logging.getLogger("grafter")
 
@@ -41,7 +43,8 @@ class IncomingLeaf:
 
     value, target: what came and this rank's tensor, both without padding. padded: the whole local tensor, where layouts
     brought the value. room: memory of ours in which the value lies, with place for the padding. replicas: how far the
-    sender's copies are apart, where they were compared. `to_write` has the shape of the whole local tensor.
+    sender's copies are apart, where they were compared. rows: where some rows of the local tensor are meant alone, and
+    all else here is [rows, ...] of those. `to_write` has the shape of the whole local tensor, or of these rows.
     """
 
     value: torch.Tensor
@@ -49,6 +52,7 @@ class IncomingLeaf:
     padded: torch.Tensor | None = None
     room: torch.Tensor | None = None
     replicas: Difference | None = None
+    rows: RowView | None = None
     saturated: int | None = None
     to_write: torch.Tensor = field(init=False)
 
@@ -58,6 +62,32 @@ class IncomingLeaf:
     @property
     def is_padded(self) -> bool:
         return self.padded is not None and self.padded.shape != self.target.shape
+
+    def check(self, original: torch.Tensor, mode: WriteMode) -> None:
+        """Raises WriteRefused, with the reason, unless `write` can succeed."""
+        self.prepare()
+        if self.rows is None:
+            check_write(original, self.to_write, mode)
+            return
+        if self.to_write.shape != self.rows.packed_shape:
+            raise WriteRefused(
+                f"a value of shape {list(self.to_write.shape)} does not fit into the {self.rows.count} rows that have "
+                f"a partner, {list(self.rows.packed_shape)}; a transform returns what it gets in shape. Nothing was "
+                "written."
+            )
+        check_write(original, self.to_write.new_empty(()).expand(self.rows.shape), mode)
+
+    def write(self, original: torch.Tensor, mode: WriteMode) -> Written:
+        """What `check` has accepted."""
+        if self.rows is None:
+            return apply_write(original, self.to_write, mode)
+        return apply_row_write(original, self.to_write, self.rows, mode)
+
+    def placed(self, found: Difference | None) -> Difference | None:
+        """A difference with its index in the local tensor."""
+        if self.rows is None or found is None or found.max_abs_index is None:
+            return found
+        return found.model_copy(update={"max_abs_index": self.rows.local_index(found.max_abs_index)})
 
     def prepare(self) -> None:
         """Put the padding, as it is, around the value. Raises WriteRefused for a dtype that may not be converted."""
@@ -114,16 +144,19 @@ class Reception:
     def _from_layouts(self, values: Values, leaves: Leaves) -> list[IncomingLeaf]:
         """This rank's own leaves, put together. A transform receives that alone, and the lowest sender's extras."""
         incoming = []
+        rows = self.decision.rows_of(self.header)
         lowest = min(self.pair.senders(self.direction), key=lambda header: header.role_rank)
         sender = self.roster.graft_rank(lowest.role, lowest.role_rank)
         for index, one in enumerate(assembled_leaves(self.decision, values, self.header)):
-            target = without_padding(leaves.tensors[index], one.held)
+            view = None if rows is None or rows[index].is_everything else rows[index]
+            whole = leaves.tensors[index] if rows is None else rows[index].of(leaves.tensors[index])
+            target = without_padding(whole, one.held)
             value, room = one.tensor, one.room
             if self.transform is not None:
                 extras = received_extras(values, lowest, sender)
                 value, room = self._transformed(index, [value], [extras], [lowest.role_rank], target), None
             value = value.detach().to(target.device)
-            incoming.append(IncomingLeaf(value, target, leaves.tensors[index], room, one.replicas))
+            incoming.append(IncomingLeaf(value, target, whole, room, one.replicas, view))
             self._tell_replicas(one)
         return incoming
 
@@ -156,7 +189,7 @@ class Reception:
 
     def _layouts(self, leaf: int) -> tuple[list[Layout] | None, Layout | None]:
         """Where the senders' tensors and this one lie, as boxes; None where a side declares nothing that fits."""
-        if not any(header.layouts for header in self.pair.headers):
+        if self.decision.rows is not None or not any(header.layouts for header in self.pair.headers):
             return None, None
         known = f"layouts {self.direction} {leaf}"
         if known not in self.pair.memo:

@@ -63,7 +63,7 @@ class Staging:
         self.release()
         capacity = -(-nbytes // _GRANULE_BYTES) * _GRANULE_BYTES
         try:
-            self._block, self.fd = _new_block(capacity)
+            self._block, self.fd = new_block(capacity)
         except (OSError, OverflowError, ValueError) as error:
             raise StagingRefused(f"{nbytes / 2**20:.0f} MiB cannot be reserved: {error}") from error
         self.capacity = capacity
@@ -108,7 +108,7 @@ def as_tensor(block_bytes: torch.Tensor, dtype: torch.dtype, shape: tuple[int, .
     return block_bytes.view(dtype).view(shape)
 
 
-def _new_block(capacity: int) -> tuple[mmap.mmap, int]:
+def new_block(capacity: int) -> tuple[mmap.mmap, int]:
     if not hasattr(os, "memfd_create") or fcntl is None:
         return mmap.mmap(-1, capacity), -1
     fd = os.memfd_create("grafter-staging", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)

@@ -211,8 +211,10 @@ class _Planner:
         sender = next(iter(self._senders.values()))
         values: dict[tuple[int, int], Value] = {}
         offset = 0
+        rows = self._decision.rows_of(header)
         for index, resharding in enumerate(self._decision.reshardings or ()):
-            spec = sender.leaves[index].model_copy(update={"shape": header.leaves[index].shape})
+            shape = header.leaves[index].shape if rows is None else rows[index].packed_shape
+            spec = sender.leaves[index].model_copy(update={"shape": shape})
             for layer in range(resharding.layers):
                 values[index, layer] = Value(receiver, None, index, offset, spec, layer)
                 offset += _aligned(spec.nbytes)

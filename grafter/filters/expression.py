@@ -18,7 +18,7 @@ from typing import Any
 
 from grafter.errors import FilterError
 from grafter.filters.operations import OPERATIONS
-from grafter.filters.syntax import Fault, Rewriter, index_of
+from grafter.filters.syntax import Fault, NameCheck, Rewriter, index_of
 
 MAX_LENGTH = 10_000
 _SHOWN_WIDTH = 100
@@ -65,16 +65,17 @@ class Filter:
         return _parse, (self.source, self.setting)
 
 
-def parse_filter(source: str, *, setting: str) -> Filter:
+def parse_filter(source: str, *, setting: str, check_name: NameCheck | None = None) -> Filter:
     """The filter that `source` describes. `setting` names where it was set, e.g. "GRAFTER_B2T_FILTER".
 
+    check_name: where not every name may be read, what is wrong with one; None where nothing is.
     Raises FilterError, with the position of the fault, for anything that filters do not have.
     """
     text = source.strip().replace("\r\n", "\n").replace("\r", "\n")
     try:
         text = _on_one_line(text)
         tree = _parse_expression(text)
-        rewriter = Rewriter(text)
+        rewriter = Rewriter(text, check_name)
         body = rewriter.rewrite_condition(tree)
     except Fault as fault:
         at = fault.at if isinstance(fault.at, int) else index_of(text, fault.at.lineno, fault.at.col_offset)

@@ -58,6 +58,10 @@ _OTHER_NODES: dict[type[ast.AST], str] = {
 _COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
 
+# What is wrong with a name, in words; None where it may be read.
+NameCheck = Callable[[str], str | None]
+
+
 class Fault(Exception):
     """Something that filters do not have, and the node, or the character's index in the text, at which it stands."""
 
@@ -77,8 +81,9 @@ def index_of(text: str, line: int, byte_column: int) -> int:
 class Rewriter:
     """Rewrites one expression. `names` are the tags that it reads; `functions` are its compiled patterns."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, check_name: NameCheck | None = None) -> None:
         self._text = text
+        self._check_name = check_name
         self._temporaries = 0
         self.names: set[str] = set()
         self.functions: dict[str, Callable[..., Any]] = {}
@@ -131,6 +136,9 @@ class Rewriter:
             raise Fault("no tag's name starts with `__`", node)
         if node.id.lower() in _OTHER_WORDS:
             raise Fault(f"`{node.id}` would be a tag; write `{_OTHER_WORDS[node.id.lower()]}`", node)
+        complaint = self._check_name(node.id) if self._check_name is not None else None
+        if complaint is not None:
+            raise Fault(complaint, node)
         self.names.add(node.id)
         method = ast.Attribute(ast.Name("tags", ast.Load()), "get", ast.Load())
         return ast.Call(method, [ast.Constant(node.id)], [])

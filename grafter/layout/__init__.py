@@ -10,4 +10,6 @@ space              what they make together: fused and split dims, the boxes of a
 holdings, meetings who has which boxes, and which of the two sides' boxes share places
 resharding         -> which values go from whom to whom (coverage: all of them, from one owner each)
 region             a part of a tensor as a strided view of it
+token_rows         rows addressed by token: those that both sides have, numbered through, as a dim like any other
+token_shares       -> the shares of the tensor [tokens, ...], and row_view, the rows of a local tensor that are in it
 """

@@ -55,31 +55,35 @@ class RoleShares:
 
 def find_shares(headers: Sequence[Header], leaf: int) -> RoleShares | None:
     """None where this role declares nothing. Raises LayoutError where what its ranks declare does not fit together."""
-    members = [_member(header, leaf) for header in headers]
-    declared = [_declared(header, leaf) for header in headers]
+    members = [member_of(header, leaf) for header in headers]
+    present = declared_alike(members, [declared_of(header, leaf) for header in headers])
+    if not present:
+        return None
+    if present[0].runs is not None:
+        return _checked(of_dtensors(members, present, dims_of(present[0])))
+    if present[0].boxes is not None:
+        return _checked(_of_boxes(members, present))
+    return _checked(of_dims(members, present[0], parse_dims(present[0].dims or "")))
+
+
+def declared_alike(members: Sequence[Member], declared: Sequence[DeclaredLayout | None]) -> list[DeclaredLayout]:
+    """What all members declare; empty where none of them does. Raises LayoutError where they do not do it alike."""
     first = declared[0]
     form = _form(first)
     for layout, member in zip(declared, members, strict=True):
         if layout is not first and _form(layout) != form:
             raise LayoutError(_why_two_forms(members[0], first, member, layout))
-    present = [layout for layout in declared if layout is not None]
-    if not present:
-        return None
-    if present[0].runs is not None:
-        return _checked(_of_dtensors(members, present))
-    if present[0].boxes is not None:
-        return _checked(_of_boxes(members, present))
-    return _checked(_of_dims(members, present[0]))
+    return [layout for layout in declared if layout is not None]
 
 
 def whole_tensor(header: Header, leaf: int) -> RoleShares:
     """A role of one rank that declares nothing: its tensor is the whole one."""
-    shape = _member(header, leaf).shape
+    shape = member_of(header, leaf).shape
     share = Share(tuple(whole(size) for size in shape))
     return _checked(RoleShares(header.role, "the whole tensor", None, shape, {header.role_rank: share}))
 
 
-def _member(header: Header, leaf: int) -> Member:
+def member_of(header: Header, leaf: int) -> Member:
     shape = header.leaves[leaf].shape
     for size in shape:
         if not 0 <= size <= LARGEST_SIZE:
@@ -87,7 +91,7 @@ def _member(header: Header, leaf: int) -> Member:
     return Member(header.role, header.role_rank, header.axes, shape)
 
 
-def _declared(header: Header, leaf: int) -> DeclaredLayout | None:
+def declared_of(header: Header, leaf: int) -> DeclaredLayout | None:
     if header.layouts and len(header.layouts) != len(header.leaves):
         raise LayoutError(f"{header.who} has {len(header.leaves)} tensors and {len(header.layouts)} layouts.")
     return header.layouts[leaf] if header.layouts else None
@@ -139,8 +143,8 @@ def _shown(layout: DeclaredLayout | None) -> str:
 # --- dims
 
 
-def _of_dims(members: Sequence[Member], layout: DeclaredLayout) -> RoleShares:
-    dims = parse_dims(layout.dims or "")
+def of_dims(members: Sequence[Member], layout: DeclaredLayout, dims: Dims) -> RoleShares:
+    """Members that all declare the same. Raises LayoutError where they do not fit together."""
     for member in members:
         # A peer's text was checked on the peer, but nothing that a peer sends is taken for granted.
         if len(member.shape) != len(dims.dims):
@@ -166,10 +170,14 @@ def _of_dims(members: Sequence[Member], layout: DeclaredLayout) -> RoleShares:
 # --- DTensor and boxes
 
 
-def _of_dtensors(members: Sequence[Member], layouts: Sequence[DeclaredLayout]) -> RoleShares:
+def dims_of(layout: DeclaredLayout) -> Dims | None:
+    return parse_dims(layout.dims) if layout.dims is not None else None
+
+
+def of_dtensors(members: Sequence[Member], layouts: Sequence[DeclaredLayout], dims: Dims | None) -> RoleShares:
+    """Members whose tensors are DTensors. Raises LayoutError where they do not fit together."""
     first = layouts[0]
     global_shape = first.global_shape or ()
-    dims = parse_dims(first.dims) if first.dims is not None else None
     if dims is not None and len(dims.dims) != len(global_shape):
         raise LayoutError(f"{dims.text!r} names {len(dims.dims)} dims, and the DTensor is {list(global_shape)}.")
     _check_one_mesh(members, layouts, dims)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from grafter.errors import GrafterError, UsageError
 from grafter.running.job_environment import parse_settings
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 def locate_command(
@@ -34,6 +37,9 @@ def locate_command(
         typer.Option(metavar="DIR", help="For ledgers and verdict.json. Default: grafter_out/locate-<time>."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the verdict as JSON instead of the table.")] = False,
+    open_report: Annotated[
+        bool, typer.Option("--open", help="Open the report in a browser, where there is a display.")
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Do not show the jobs' own output.")] = False,
 ) -> None:
     """Name the module of the target that is wrong.
@@ -50,13 +56,14 @@ def locate_command(
 
     # With --json stdout is the JSON alone.
     console = Console(stderr=as_json)
+    out = out or Path("grafter_out") / time.strftime("locate-%Y%m%d-%H%M%S")
     try:
         verdict = locate(
             baseline,
             target,
             floor=floor,
             points=points,
-            out=out or Path("grafter_out") / time.strftime("locate-%Y%m%d-%H%M%S"),
+            out=out,
             settings=_merge(parse_settings(settings or []), attach or []),
             console=console,
             quiet=quiet or as_json,
@@ -69,7 +76,24 @@ def locate_command(
     else:
         console.print()
         print_verdict(verdict, console)
+    _write_report(out, console, open_it=open_report)
     raise typer.Exit(verdict.exit_code)
+
+
+def _write_report(out: Path, console: Console, *, open_it: bool) -> None:
+    """The same as a page, named below the verdict. What keeps it from being written is told, and no failure."""
+    from rich.text import Text
+
+    from grafter.report.writing import FILE_NAME, make_page, show_page, write_page
+
+    try:
+        write_page(make_page([out]), out / FILE_NAME)
+    except (GrafterError, OSError) as error:
+        console.print(Text(f"report: none, because {error}"), soft_wrap=True)
+        return
+    console.print(Text(f"report: {out / FILE_NAME}"), soft_wrap=True)
+    if open_it:
+        show_page(out / FILE_NAME)
 
 
 def _merge(settings: dict[str, str], patterns: list[str]) -> dict[str, str]:

@@ -116,6 +116,6 @@ def difference_value(difference: Difference) -> float | None:
 
 
 def _problem(record: LedgerRecord) -> str | None:
-    if record.outcome not in ("failed", "skipped"):
+    if record.outcome not in ("failed", "skipped", "missed", "expired", "displaced"):
         return None
     return f"{record.outcome} at step {record.step}: {record.reason or 'no reason was recorded'}"

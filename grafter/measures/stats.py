@@ -59,10 +59,10 @@ def summarize(tensor: torch.Tensor, level: Level) -> TensorStatistics | None:
     """
     if level != "full":
         return None
-    _check(tensor)
+    check_plain(tensor.dtype, tensor.layout)
     with torch.no_grad():
         sums = pass_over_tensor(tensor)
-    return _statistics(tensor.numel(), sums)
+    return make_statistics(tensor.numel(), sums)
 
 
 def difference(x: torch.Tensor, y: torch.Tensor, level: Level) -> Difference | None:
@@ -84,8 +84,8 @@ def compare(
 def _compare(
     x: torch.Tensor, y: torch.Tensor, level: Literal["full", "light"], statistics: bool
 ) -> tuple[TensorStatistics | None, TensorStatistics | None, Difference | None]:
-    _check(x)
-    _check(y)
+    check_plain(x.dtype, x.layout)
+    check_plain(y.dtype, y.layout)
     if x.shape != y.shape:
         raise UsageError(
             f"statistics: the tensors to compare have shapes {list(x.shape)} and {list(y.shape)}. A difference is"
@@ -95,17 +95,18 @@ def _compare(
         sums = pass_over_pair(x, y, level, statistics)
     before = incoming = None
     if statistics:
-        before, incoming = _statistics(x.numel(), sums.x), _statistics(y.numel(), sums.y)
-    return before, incoming, _difference(x, y, sums.pair, level)
+        before, incoming = make_statistics(x.numel(), sums.x), make_statistics(y.numel(), sums.y)
+    parts_shape = [*x.shape, 2] if x.is_complex() or y.is_complex() else list(x.shape)
+    return before, incoming, make_difference(parts_shape, sums.pair, level)
 
 
-def _check(tensor: torch.Tensor) -> None:
-    dtype = tensor.dtype
-    packed = dtype.is_floating_point and tensor.element_size() == 1 and not str(dtype).startswith("torch.float8_")
+def check_plain(dtype: torch.dtype, layout: torch.layout = torch.strided) -> None:
+    """Raise UsageError where a tensor of this dtype and layout holds no plain numbers."""
+    packed = dtype.is_floating_point and dtype.itemsize == 1 and not str(dtype).startswith("torch.float8_")
     plain = dtype in _INTEGERS or dtype.is_complex or (dtype.is_floating_point and not packed)
-    if not plain or tensor.layout is not torch.strided:
+    if not plain or layout is not torch.strided:
         raise UsageError(
-            f"statistics: a tensor of dtype {dtype} and layout {tensor.layout} holds no plain numbers. Dequantise or"
+            f"statistics: a tensor of dtype {dtype} and layout {layout} holds no plain numbers. Dequantise or"
             " unpack it, or set GRAFTER_STATS=off."
         )
 
@@ -146,7 +147,8 @@ def _combine(values: Sequence[float], exponents: Sequence[float]) -> _Scaled:
 # --- made into records
 
 
-def _statistics(numel: int, sums: Sequence[TensorSums]) -> TensorStatistics:
+def make_statistics(numel: int, sums: Sequence[TensorSums]) -> TensorStatistics:
+    """The record of all chunks' sums, in order. numel: of the tensor, complex numbers counted once."""
     present = [chunk for chunk in sums if chunk.finite]
     nan, inf = int(sum(chunk.nan for chunk in sums)), int(sum(chunk.inf for chunk in sums))
     if not present:
@@ -184,8 +186,8 @@ def _standard_deviation(sums: Sequence[TensorSums], finite: float, total: _Scale
     return _ldexp(math.sqrt(math.fsum(terms) / finite), unit)
 
 
-def _difference(x: torch.Tensor, y: torch.Tensor, sums: Sequence[PairSums], level: str) -> Difference:
-    shape = [*x.shape, 2] if x.is_complex() or y.is_complex() else list(x.shape)
+def make_difference(shape: list[int], sums: Sequence[PairSums], level: str) -> Difference:
+    """The same of a pair; `shape` is that of the parts: of complex tensors with a last dimension of 2."""
     parts = math.prod(shape)
     if not parts:
         full = level == "full"

@@ -3,15 +3,61 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Literal
 
-from grafter.direction import Direction
+from grafter.direction import Direction, RoleName
 from grafter.errors import LayoutError
 from grafter.layout.resharding import Resharding
-from grafter.layout.shares import find_shares, whole_tensor
+from grafter.layout.row_view import RowView
+from grafter.layout.shares import RoleShares, find_shares, whole_tensor
+from grafter.layout.token_rows import TokenRows, WindowedTokens, number_rows
+from grafter.layout.token_shares import OwnTokens, key_of_shares, own_tokens, row_views, token_shares
+from grafter.ledger import TokenCounts
+from grafter.pairing.announced_tokens import resolved
 from grafter.pairing.manifest import Header, Pair
+from grafter.tokens import SequenceId
+
+
+@dataclass(frozen=True, eq=False)
+class PairedRows:
+    """Rows that are addressed by token: how they pair; and for each leaf, by role and role rank, those that do.
+
+    own: the tokens of each rank's rows. sender: the role that sends.
+    """
+
+    tokens: TokenRows
+    sender: RoleName
+    own: dict[tuple[RoleName, int], WindowedTokens]
+    views: tuple[dict[tuple[RoleName, int], RowView], ...] = ()
+
+    def counts(self, header: Header) -> TokenCounts:
+        """What one rank's ledger says of it."""
+        here = self._side(header)
+        rows = self.tokens.ranks[here][header.role_rank]
+        return TokenCounts(
+            matched=rows.count,
+            only_here=rows.only_here,
+            only_there=self.tokens.only_at[1 - here],
+            kept_out=rows.kept_out,
+            only_here_tokens=self.tokens.examples(here) if rows.only_here else [],
+            only_there_tokens=self.tokens.examples(1 - here),
+        )
+
+    def name(self, header: Header, leaf: int, place: int) -> str:
+        """`sequence:position` of row `place` among those of a rank that have a partner."""
+        row = self.views[leaf][header.role, header.role_rank].row_at(place)
+        sequence, position = self.own[header.role, header.role_rank].tokens.token_at(row)
+        return f"{sequence}:{position}"
+
+    def reached(self, header: Header) -> dict[SequenceId, int]:
+        """For each sequence, as this side calls it, the position after its last token that has a partner."""
+        return self.tokens.reached(self._side(header))
+
+    def _side(self, header: Header) -> int:
+        return 0 if header.role == self.sender else 1
 
 
 @dataclass(frozen=True)
@@ -20,6 +66,7 @@ class Decision:
 
     `sources` is, for each receiving role rank, the sending role ranks whose whole value it gets, in order. Where
     layouts decide, `reshardings` has for each leaf what goes where, and `sources` whose extras a receiver gets. Where
+    rows are addressed by token, `rows` says which, and `reshardings` are of these rows alone, [tokens, ...]. Where
     `outcome` is not None, nothing moves, and `reason` says why.
     """
 
@@ -27,6 +74,13 @@ class Decision:
     outcome: Literal["skipped", "failed"] | None = None
     reason: str | None = None
     reshardings: tuple[Resharding, ...] | None = None
+    rows: PairedRows | None = None
+
+    def rows_of(self, header: Header) -> list[RowView] | None:
+        """For each leaf of a rank, the rows that have a partner; None where rows are not addressed by token."""
+        if self.rows is None:
+            return None
+        return [views[header.role, header.role_rank] for views in self.rows.views]
 
 
 def decide(direction: Direction, pair: Pair) -> Decision:
@@ -52,6 +106,8 @@ def decide(direction: Direction, pair: Pair) -> Decision:
     unequal = next((u for h in others if (u := _find_unequal_leaf(senders[0], h))), None)
     if unequal is not None:
         return Decision({}, "failed", unequal)
+    if any(h.tokens is not None for h in pair.headers):
+        return _by_token(senders, receivers, needs=next(iter(needs)))
     if needs == {"resharded"} or (needs == {"identity"} and any(h.layouts for h in pair.headers)):
         resharded = _reshard(senders, receivers, asked=needs == {"resharded"})
         if resharded is not None:
@@ -98,6 +154,101 @@ def _reshard(senders: Sequence[Header], receivers: Sequence[Header], *, asked: b
     return None
 
 
+def _by_token(senders: Sequence[Header], receivers: Sequence[Header], *, needs: str) -> Decision:
+    """Rows meet by the token that each is; all else is as layouts have it."""
+    without = next((h for h in (*senders, *receivers) if h.tokens is None), None)
+    if without is not None:
+        given = next(h for h in (*senders, *receivers) if h.tokens is not None)
+        return Decision(
+            {},
+            "failed",
+            f"{given.who} gives tokens= ({given.call_site}), and {without.who} ({without.call_site}) does not, so its "
+            "rows have no names. Give tokens= on every rank of both sides, or on none.",
+        )
+    if needs in ("all", "same_rank"):
+        return Decision(
+            {},
+            "failed",
+            'rows are addressed by token, and the transform asks for whole tensors of ranks. Use receives="resharded" '
+            "(it gets the rows that have a partner, [rows, ...]), or leave tokens= away.",
+        )
+    structure, count = senders[0].structure, len(senders[0].leaves)
+    for header in (*senders[1:], *receivers):
+        if header.structure != structure or len(header.leaves) != count:
+            return Decision({}, "failed", _differently_built(senders[0], header))
+    try:
+        own = [own_tokens(side, _told_tokens(side)) for side in (senders, receivers)]
+        tokens = number_rows(own[0].tokens, own[1].tokens)
+        if not tokens.count:
+            nothing = PairedRows(tokens, senders[0].role, {})
+            return Decision({}, "skipped", _why_no_rows(senders[0], receivers[0], tokens), rows=nothing)
+        found = [_reshard_rows(senders, receivers, leaf, own, tokens) for leaf in range(count)]
+    except LayoutError as error:
+        return Decision({}, "failed", str(error))
+    lowest = (min(h.role_rank for h in senders),) if needs == "resharded" else ()
+    of_ranks = {
+        (headers[0].role, rank): windowed
+        for headers, side in zip((senders, receivers), own, strict=True)
+        for rank, windowed in side.tokens.items()
+    }
+    return Decision(
+        {h.role_rank: lowest for h in receivers},
+        reshardings=tuple(resharding for resharding, _ in found),
+        rows=PairedRows(tokens, senders[0].role, of_ranks, tuple(views for _, views in found)),
+    )
+
+
+def _told_tokens(headers: Sequence[Header]) -> dict[int, WindowedTokens]:
+    try:
+        return resolved([(header.role_rank, header.tokens) for header in headers if header.tokens is not None])
+    except LayoutError as error:
+        raise LayoutError(f"at the {headers[0].role}: {error}") from None
+
+
+def _why_no_rows(sender: Header, receiver: Header, tokens: TokenRows) -> str:
+    only = [
+        f"{count} are only at the {header.role}{f' ({names[0]}, say)' if (names := tokens.examples(side)) else ''}"
+        for side, (header, count) in enumerate(zip((sender, receiver), tokens.only_at, strict=True))
+        if count
+    ]
+    return f"no token is in both sides' rows that count{': ' if only else ''}{', '.join(only)}"
+
+
+def _reshard_rows(
+    senders: Sequence[Header], receivers: Sequence[Header], leaf: int, own: Sequence[OwnTokens], tokens: TokenRows
+) -> tuple[Resharding, dict[tuple[RoleName, int], RowView]]:
+    sides = (senders, receivers)
+    views = [
+        row_views(headers, leaf, own[side].row_dims[leaf], tokens.ranks[side]) for side, headers in enumerate(sides)
+    ]
+    options = [(header.check_replicas, header.partial_target) for headers in sides for header in headers]
+    key = (
+        tokens.count,
+        tuple(options),
+        *(key_of_shares(headers, leaf, views[n], tokens.ranks[n]) for n, headers in enumerate(sides)),
+    )
+
+    def work_out() -> Resharding:
+        shares = [token_shares(h, leaf, views[n], tokens.ranks[n], tokens.count) for n, h in enumerate(sides)]
+        return _between(shares, senders, receivers, leaf)
+
+    by_rank = {(h[0].role, rank): view for n, h in enumerate(sides) for rank, view in views[n].items()}
+    return _remembered(_Question(key, work_out)), by_rank
+
+
+@dataclass(frozen=True)
+class _Question:
+    """What a resharding of rows follows from; and how it does, where it was not asked before."""
+
+    key: Hashable
+    work_out: Callable[[], Resharding] = field(compare=False)
+
+
+@lru_cache(maxsize=64)
+def _remembered(question: _Question) -> Resharding:
+    return question.work_out()
+
+
 def _why_not_resharded(
     senders: Sequence[Header], receivers: Sequence[Header], reshardings: Sequence[Resharding | None], *, asked: bool
 ) -> str:
@@ -131,6 +282,12 @@ def _reshard_leaf(senders: Sequence[Header], receivers: Sequence[Header], leaf: 
         if shares is None:
             return None
         sides.append(shares)
+    return _between(sides, senders, receivers, leaf)
+
+
+def _between(
+    sides: Sequence[RoleShares], senders: Sequence[Header], receivers: Sequence[Header], leaf: int
+) -> Resharding:
     for header in senders[1:]:
         if header.leaves[leaf].dtype != senders[0].leaves[leaf].dtype:
             raise LayoutError(
@@ -236,6 +393,12 @@ def find_conflict(headers: Sequence[Header]) -> str | None:
     for header in headers[1:]:
         if header.participants != first.participants:
             return two_leaders(first, header)
+        if header.wait != first.wait:
+            return (
+                f"{first.who} takes it with wait={first.wait} ({first.call_site}), {header.who} with "
+                f"wait={header.wait} ({header.call_site}). Ranks of one job must decide alike: give all the same "
+                "(GRAFTER_WAIT, a rule of the plan file, or the call)."
+            )
         if header.direction != first.direction:
             return (
                 f"{first.who} takes it as {first.direction}, {header.who} as {header.direction}; their filters differ."

@@ -13,10 +13,17 @@ from pydantic import BaseModel, ConfigDict
 from grafter.direction import Direction, RoleName, receiver_role, sender_role
 from grafter.layout.declared import DeclaredLayout
 from grafter.leaves import TensorSpec
+from grafter.outbox.states import OutboxPlace
+from grafter.pairing.announced_tokens import AnnouncedTokens, told_once
 from grafter.pairing.rank_set import RankSet
 
 # What a receiver's transform asks for; "identity" where there is none.
 Needs = Literal["identity", "all", "same_rank", "resharded"]
+
+
+# Most points have none of these, and say nothing of it.
+_NOT_POSTED = {"outbox"}
+_NO_TOKENS = {"tokens", "outbox"}
 
 
 class Header(BaseModel):
@@ -52,6 +59,12 @@ class Header(BaseModel):
     partial_target: Literal["refuse", "first"] = "refuse"
     # The memory this rank receives into: (generation, bytes). A sender that has mapped it writes at once.
     staging: tuple[int, int] = (0, 0)
+    # Which token each row is, where that was given.
+    tokens: AnnouncedTokens | None = None
+    # Whom this rank waits for: both jobs, or ranks of its own alone.
+    wait: Literal["both", "job"] = "both"
+    # Where the snapshot lies, of a sender that does not wait for the receivers.
+    outbox: OutboxPlace | None = None
 
     @property
     def who(self) -> str:
@@ -60,7 +73,9 @@ class Header(BaseModel):
     @cached_property
     def text(self) -> str:
         """As it travels."""
-        return self.model_dump_json()
+        if self.outbox is not None:
+            return self.model_dump_json()
+        return self.model_dump_json(exclude=_NO_TOKENS if self.tokens is None else _NOT_POSTED)
 
 
 class Manifest(BaseModel):
@@ -77,6 +92,15 @@ class Manifest(BaseModel):
 def manifest_text(role: RoleName, header_texts: Sequence[str], conflict: str | None) -> str:
     """A manifest as it travels, made of headers as they travelled."""
     return f'{{"role":"{role}","headers":[{",".join(header_texts)}],"conflict":{json.dumps(conflict)}}}'
+
+
+def with_tokens_told_once(headers: Sequence[Header]) -> list[Header]:
+    """Headers of one role, which often have the same tokens: the first that has them says so for all."""
+    instead = told_once([(header.role_rank, header.tokens) for header in headers])
+    return [
+        header.model_copy(update={"tokens": instead[header.role_rank]}) if header.role_rank in instead else header
+        for header in headers
+    ]
 
 
 @dataclass(frozen=True)
@@ -96,6 +120,10 @@ class Pair:
 
     def receivers(self, direction: Direction) -> tuple[Header, ...]:
         return self.side(receiver_role(direction)).headers
+
+    def is_posted(self, direction: Direction) -> bool:
+        """Whether the senders have posted it and gone on: the receivers take it out of their outboxes."""
+        return self.senders(direction)[0].wait == "job"
 
     @property
     def headers(self) -> tuple[Header, ...]:
@@ -128,3 +156,12 @@ class StoreKeys:
     @property
     def outcome(self) -> str:
         return f"{self.base}/o"
+
+    @property
+    def state(self) -> str:
+        """Of an entry in outboxes."""
+        return f"{self.base}/s"
+
+    def drained(self, graft_rank: int) -> str:
+        """Where a sender says that it has dropped its part of an entry that has ended."""
+        return f"{self.base}/d/{graft_rank}"

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from grafter.capture.selection import ROOT
+from grafter.capture.patterns import ROOT
 from grafter.plan_suggest.pairs import Confidence, NamedPair, Side, Suggestion
 
 _LAYER = "{layer_id}"

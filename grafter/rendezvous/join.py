@@ -15,8 +15,8 @@ from torch.distributed import TCPStore
 
 from grafter.direction import RoleName
 from grafter.errors import JoinError, RunError
-from grafter.rendezvous.roster import ANNOUNCEMENTS, Announcement, Roster, find_disagreement, other_role
-from grafter.rendezvous.store import StoreClient, connect, serve
+from grafter.rendezvous.roster import ANNOUNCEMENTS, Announcement, PlayedFrom, Roster, find_disagreement, other_role
+from grafter.rendezvous.store import HostedStore, StoreClient, connect, serve
 from grafter.rendezvous.wire import PROTOCOL_VERSION, Seal, read_message
 from grafter.settings.config import GrafterConfig
 from grafter.watching.board import BoardWriter
@@ -28,6 +28,7 @@ logger = logging.getLogger("grafter")
 
 LINGER_SECONDS = 3.0
 SHARED_SETTINGS = ("b2t_filter", "t2b_filter", "compare_filter", "key")
+StoreServer = TCPStore | HostedStore
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,16 @@ class Membership:
     run_id: str
     run_name: str
     # The store's server, where this rank hosts it: it lives as long as this object.
-    server: TCPStore | None
+    server: StoreServer | None
+
+
+def store_place(config: GrafterConfig, place: Place) -> tuple[RoleName, int] | None:
+    """(role, role rank) of the rank that hosts the store; None where `grafter run` does."""
+    if config.store_host == "launcher":
+        return None
+    if config.peer is not None:
+        return (place.role, 0)
+    return (other_role(place.role), 0) if config.store_host == "peer" else ("baseline", 0)
 
 
 def join(
@@ -65,19 +75,23 @@ def join(
     socket_name: str,
     keep_trying: Callable[[], bool],
     modules: tuple[str, ...] | None = None,
+    played_from: PlayedFrom | None = None,
+    served: StoreServer | None = None,
 ) -> Membership:
     """Called once by every rank of both jobs, in the background. Waits up to `join_timeout` seconds.
 
-    modules: what this rank announces of its hooks.
+    modules: what this rank announces of its hooks. played_from: where it is no live rank. served: the store, where this
+    rank hosts it already.
 
     Raises JoinError where the jobs do not fit, and what ended the run where something did.
     """
     address, port = config.master_address, config.master_port or 0
-    hosts = config.store_host == "rank0" and place.role == "baseline" and place.role_rank == 0
-    server = serve(address, port) if hosts else None
+    host = store_place(config, place)
+    hosts = served is None and host == (place.role, place.role_rank)
+    server = serve(address, port) if hosts else served
     secret = config.secret.get_secret_value() if config.secret else None
     seal = Seal(f"{place.role}/{place.role_rank}", secret)
-    hosted_by = "grafter run" if config.store_host == "launcher" else "baseline rank 0"
+    hosted_by = "grafter run" if host is None else f"{host[0]} rank {host[1]}"
 
     def new_client() -> StoreClient:
         raw = connect(address, port, timeout=config.join_timeout, keep_trying=keep_trying)
@@ -95,7 +109,8 @@ def join(
         new_housekeeping_client(), new_housekeeping_client, BoardWriter(place.role, place.role_rank), place.who
     )
     try:
-        return _Handshake(config, place, client, housekeeping, modules).run(run_name, socket_name, server)
+        handshake = _Handshake(config, place, client, housekeeping, modules, played_from)
+        return handshake.run(run_name, socket_name, server)
     except BaseException as error:
         # Also what could not be read: whoever has another secret cannot read this either, and learns it so.
         if isinstance(error, RunError) and housekeeping.aborted is None:
@@ -118,11 +133,12 @@ class _Handshake:
         client: StoreClient,
         housekeeping: Housekeeping,
         modules: tuple[str, ...] | None,
+        played_from: PlayedFrom | None,
     ) -> None:
         self._config, self._place, self._client, self._housekeeping = config, place, client, housekeeping
-        self._modules = modules
+        self._modules, self._played_from = modules, played_from
 
-    def run(self, run_name: str, socket_name: str, server: TCPStore | None) -> Membership:
+    def run(self, run_name: str, socket_name: str, server: StoreServer | None) -> Membership:
         run_id, run_name = self._learn_run(run_name)
         self._client.seal.run_id = run_id
         # Before the claim, so that whoever reads the roster finds a line for each of its ranks.
@@ -160,6 +176,7 @@ class _Handshake:
             expected_world_sizes={role: size for role, size in expected.items() if size is not None},
             socket_name=socket_name,
             modules=self._modules,
+            played_from=self._played_from,
         )
         claimed = self._client.put_if_absent(self._hello(place.role_rank), "hello", announcement.model_dump_json())
         if claimed is not None:

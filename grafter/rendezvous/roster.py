@@ -10,9 +10,30 @@ from functools import cached_property
 from pydantic import BaseModel, ConfigDict, TypeAdapter
 
 from grafter.direction import RoleName
+from grafter.names import is_tensor_key
 from grafter.watching.liveness import ProcessIdentity, host_identity
 
 _SPIN_SECONDS = 0.0003
+
+
+class PlayedFrom(BaseModel):
+    """The recording that a rank is played from. last_step: of its last point, None where it has none."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    directory: str
+    points: int
+    last_step: int | None
+
+    def __str__(self) -> str:
+        return f"played from {self.directory}"
+
+    @property
+    def end(self) -> str:
+        """What is to be said once it is over."""
+        if self.last_step is None:
+            return "the recording has no point"
+        return f"the recording ends after step {self.last_step}; it has no more points"
 
 
 class Announcement(BaseModel):
@@ -36,12 +57,15 @@ class Announcement(BaseModel):
     socket_name: str = ""
     # The modules that this rank has hooks on, where `attach` came before the join.
     modules: tuple[str, ...] | None = None
+    # Where it is no live rank.
+    played_from: PlayedFrom | None = None
     # How the rendezvous store sees this rank's address: what other hosts can reach.
     address: str = ""
 
     @property
     def who(self) -> str:
-        return f"{self.role} rank {self.role_rank} (pid {self.process.pid} on {self.process.hostname})"
+        played = f", {self.played_from}" if self.played_from is not None else ""
+        return f"{self.role} rank {self.role_rank} (pid {self.process.pid} on {self.process.hostname}{played})"
 
 
 ANNOUNCEMENTS = TypeAdapter(list[Announcement])
@@ -70,9 +94,14 @@ class Roster:
         return f"{member.role} rank {member.role_rank}"
 
     def ranks_with(self, role: RoleName, module: str) -> tuple[int, ...] | None:
-        """Which ranks of a job have announced a module; None where a rank of it has announced none at all."""
+        """Which ranks of a job have announced a module; None where a rank of it has announced none at all.
+
+        `module` may be several keys, one a line: then the first that any rank has counts.
+        """
         side = self._modules_of[role]
-        return None if side is None else side.get(module, ())
+        if side is None:
+            return None
+        return next((side[key] for key in module.split("\n") if key in side), ())
 
     @cached_property
     def _modules_of(self) -> dict[RoleName, dict[str, tuple[int, ...]] | None]:
@@ -83,7 +112,7 @@ class Roster:
         own, others = self._modules_of[role], self._modules_of[other_role(role)]
         if own is None or others is None:
             return []
-        return [module for module in own if module not in others]
+        return [module for module in own if module not in others and not is_tensor_key(module)]
 
     @cached_property
     def spin_seconds(self) -> float:
@@ -92,6 +121,11 @@ class Roster:
         own_host = host_identity()
         here = sum(member.process.host == own_host for member in self.all)
         return _SPIN_SECONDS if here <= len(os.sched_getaffinity(0)) else 0.0
+
+    def share_memory(self, one: int, other: int) -> bool:
+        """Whether two graft ranks can open each other's memory: on one machine, of one user."""
+        first, second = self.all[one].process, self.all[other].process
+        return (first.host, first.uid) == (second.host, second.uid)
 
     @cached_property
     def several_hosts(self) -> bool:

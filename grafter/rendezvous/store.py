@@ -193,6 +193,24 @@ class StoreClient:
             return None
         return self._opened(key, found)
 
+    def exchange(self, key: str, expected: Sealed, kind: str, payload: str) -> Sealed | None:
+        """Put a value in the place of the one that was found there: None if that is done, else what is there now.
+
+        One round trip. A key that was deleted meanwhile stays so, and the expected value comes back.
+        """
+        mine = self.seal.seal(key, kind, payload)
+        found = self._guard(lambda: self.raw.compare_set(key, self.seal.sealed_as(key, expected), mine))
+        return None if found == mine.encode() else self.seal.open(key, found)
+
+    def find_other(self, key: str, expected: Sealed) -> Sealed | None:
+        """What is there in the place of the expected value; None if that is still there, or nothing is. One round trip.
+
+        For keys that nobody waits for (see `peek`).
+        """
+        text = self.seal.sealed_as(key, expected)
+        found = self._guard(lambda: self.raw.compare_set(key, text, text))
+        return None if found == text.encode() else self.seal.open(key, found)
+
     def get(self, key: str) -> Sealed:
         """Wait for a value. Ended early only by what the housekeeping thread puts there."""
         return self._opened(key, self._guard(lambda: self.raw.get(key)))
@@ -216,6 +234,10 @@ class StoreClient:
 
     def exists(self, key: str) -> bool:
         return bool(self._guard(lambda: self.raw.check([key])))
+
+    def all_exist(self, keys: Sequence[str]) -> bool:
+        """Whether all of these are there. One round trip."""
+        return bool(self._guard(lambda: self.raw.check(list(keys))))
 
     def delete(self, key: str) -> None:
         self._guard(lambda: self.raw.delete_key(key))

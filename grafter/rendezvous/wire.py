@@ -35,13 +35,22 @@ class Seal:
         self._secret = secret.encode() if secret else None
         self.run_id = _UNSIGNED
 
+    @property
+    def writer(self) -> str:
+        """As which this process signs."""
+        return self._writer
+
     def _mac(self, text: str) -> str:
         if self._secret is None:
             return _UNSIGNED
         return hmac.digest(self._secret, text.encode(), hashlib.sha256).hex()
 
     def seal(self, key: str, kind: str, payload: str) -> str:
-        text = f"{kind} {self._writer} {self.run_id} {key}\n{payload}"
+        return self.sealed_as(key, Sealed(kind, self._writer, payload))
+
+    def sealed_as(self, key: str, sealed: Sealed) -> str:
+        """The text under a key, whoever wrote it: what an exchange expects there."""
+        text = f"{sealed.kind} {sealed.writer} {self.run_id} {key}\n{sealed.payload}"
         return f"{self._mac(text)} {text}"
 
     def open(self, key: str, value: bytes) -> Sealed:

@@ -30,8 +30,12 @@ _OWN_FIELDS = {
     "store_host": "leave it out: the store is hosted by `grafter run`",
     "dir": "use --out",
     "run_name": "use --name",
+    "record": "use --record",
+    "peer": "use --peer",
 }
 _IDENTITY_FIELDS = frozenset(_OWN_FIELDS) - {"dir"}
+# For programs that are reached without a line in them; the player is none.
+_NOT_FOR_THE_PLAYER = ("attach", "peer", "record")
 
 
 def job_environment(
@@ -39,14 +43,14 @@ def job_environment(
     role: str,
     settings: Mapping[str, str],
     *,
-    master: tuple[str, int],
+    master: tuple[str, int] | None,
     directory: str | None,
     run_name: str | None,
 ) -> dict[str, str]:
     """`inherited` without what belongs to another world or run, plus what makes this job a side of the run.
 
     `settings` are fields of GrafterConfig by name; an empty value unsets what was inherited. `directory` None leaves
-    GRAFTER_DIR to what is inherited or the plan file says.
+    GRAFTER_DIR to what is inherited or the plan file says. `master` None: a job that meets no other.
     """
     environment = {
         name: value
@@ -56,9 +60,7 @@ def job_environment(
     own = {
         "enable": "1",
         "role": role,
-        "master_address": master[0],
-        "master_port": str(master[1]),
-        "store_host": "launcher",
+        **_store_settings(master),
         **({"run_name": run_name} if run_name else {}),
         **({"dir": directory} if directory else {}),
     }
@@ -74,6 +76,33 @@ def job_environment(
     # TCPStore's warnings look up the host's name, which was seen to take seconds.
     environment.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     environment.setdefault("PYTHONUNBUFFERED", "1")
+    return environment
+
+
+def _store_settings(master: tuple[str, int] | None) -> dict[str, str]:
+    if master is None:
+        return {}
+    return {"master_address": master[0], "master_port": str(master[1]), "store_host": "launcher"}
+
+
+def player_environment(
+    inherited: Mapping[str, str],
+    role: str,
+    settings: Mapping[str, str],
+    *,
+    master: tuple[str, int] | None,
+    directory: str | None,
+    run_name: str | None,
+) -> dict[str, str]:
+    """As `job_environment`, for the program that plays a recording: it finds this package, and has no hooks."""
+    own = {field: value for field, value in settings.items() if field not in _NOT_FOR_THE_PLAYER}
+    environment = job_environment(
+        inherited, role, {**own, "attach": ""}, master=master, directory=directory, run_name=run_name
+    )
+    paths = [
+        path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path not in ("", STARTUP_DIRECTORY)
+    ]
+    environment["PYTHONPATH"] = os.pathsep.join([*paths, str(Path(__file__).parents[2])])
     return environment
 
 

@@ -18,10 +18,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from grafter.errors import ConfigError, UsageError
+from grafter.errors import ConfigError, DumpError, UsageError
 from grafter.running.job import Job
 from grafter.running.job_command import keep_off_shared_port, split_command
-from grafter.running.job_environment import job_environment, what_defeats_attach
+from grafter.running.job_environment import job_environment, player_environment, what_defeats_attach
 from grafter.running.run_output import RunOutput
 from grafter.running.supervision import RendezvousStore, Supervisor
 
@@ -41,6 +41,7 @@ class PairResult:
     `exit_codes` by role: negative for a signal, None where a job was never started or its end was not seen.
     `failed_role` is the job that failed by itself, and first; `ended_roles` are the jobs that the launcher ended.
     `unreached` are the jobs in which `attach` found no model, as far as this process can tell.
+    `is_recorded`: the run was to keep what its jobs came with.
     `last_lines` are the last lines (200 at most) of each job's output, by role, also of a quiet run.
     """
 
@@ -52,16 +53,18 @@ class PairResult:
     failed_role: str | None = None
     ended_roles: tuple[str, ...] = ()
     unreached: tuple[str, ...] = ()
+    is_recorded: bool = False
     last_lines: dict[str, list[str]] = field(default_factory=dict)
 
 
 def run_pair(
-    baseline: Sequence[str] | str,
-    target: Sequence[str] | str,
+    baseline: Sequence[str] | str | None,
+    target: Sequence[str] | str | None,
     *,
     settings: Mapping[str, str],
     out: Path | None = None,
     run_name: str | None = None,
+    peer: Path | None = None,
     quiet: bool = False,
     output: TextIO | None = None,
     grace_seconds: float = GRACE_SECONDS,
@@ -70,14 +73,24 @@ def run_pair(
 
     Commands are lists of words, or text that is split by a shell's quoting rules and given to no shell. `settings` are
     fields of GrafterConfig by name, as text; they win over GRAFTER_* variables, and an empty one unsets what was
-    inherited. `out` None: GRAFTER_DIR, or what the plan file says, or `grafter_out`. `quiet` prints nothing. `output`
-    defaults to sys.stdout. In the main thread, SIGINT, SIGTERM and SIGHUP end both jobs.
+    inherited. `peer`: a recording, which is played as the job whose command is None. `out` None: GRAFTER_DIR, or what
+    the plan file says, or `grafter_out`. `quiet` prints nothing. `output` defaults to sys.stdout. In the main thread,
+    SIGINT, SIGTERM and SIGHUP end both jobs.
 
     Raises ConfigError or UsageError, before anything is started, where settings or commands are at fault, and
     JoinError if the store cannot be hosted.
     """
-    commands = {"baseline": baseline, "target": target}
-    return _Run(commands, settings, out, run_name, quiet, output, grace_seconds).host("127.0.0.1", 0)
+    given = {"baseline": baseline, "target": target}
+    commands = {role: command for role, command in given.items() if command is not None}
+    if peer is not None and len(commands) == 1:
+        played = next(role for role in _ROLES if role not in commands)
+        commands = {role: commands.get(role, ()) for role in _ROLES}
+        run = _Run(commands, settings, out, run_name, quiet, output, grace_seconds, Played(played, peer))
+    elif peer is not None or len(commands) != 2:
+        raise UsageError("two commands, or one and the recording that is played to it.")
+    else:
+        run = _Run(commands, settings, out, run_name, quiet, output, grace_seconds)
+    return run.host("127.0.0.1", 0)
 
 
 def run_side(
@@ -89,20 +102,23 @@ def run_side(
     master: tuple[str, int] | None = None,
     out: Path | None = None,
     run_name: str | None = None,
+    peer: Path | None = None,
     quiet: bool = False,
     output: TextIO | None = None,
 ) -> PairResult:
     """Run one job of a pair whose other job another `grafter run` starts, on another machine or in another terminal.
 
-    Exactly one of `host` (address and port on which this process hosts the store) and `master` (where it is hosted).
-    Otherwise as `run_pair`.
+    Exactly one of `host` (address and port on which this process hosts the store) and `master` (where it is hosted),
+    unless the settings say `record`: then neither is for a job that is recorded alone. `peer`: a recording, which is
+    played as this job; there is no command then. Otherwise as `run_pair`.
     """
-    if (host is None) == (master is None):
+    is_alone = host is None and master is None and bool(settings.get("record"))
+    if (host is None) == (master is None) and not is_alone:
         raise UsageError("one side of a pair either hosts the store (--host-store) or says where it is (--master).")
-    run = _Run({role: command}, settings, out, run_name, quiet, output, GRACE_SECONDS)
+    played = Played(role, peer) if peer is not None else None
+    run = _Run({role: command}, settings, out, run_name, quiet, output, GRACE_SECONDS, played, is_alone=is_alone)
     if host is not None:
         return run.host(*host)
-    assert master is not None
     return run.supervise(None, master)
 
 
@@ -111,6 +127,27 @@ def host_store(address: str, port: int, *, group_name: str, secret: str | None) 
     from grafter.running.watched_store import WatchedStore  # imports torch, which takes seconds
 
     return WatchedStore(address, port, group_name=group_name, secret=secret)
+
+
+@dataclass(frozen=True)
+class Played:
+    """The job that is a recording."""
+
+    role: str
+    directory: Path
+
+    @property
+    def command(self) -> list[str]:
+        return [sys.executable, "-m", "grafter.offline.player", os.path.abspath(self.directory)]
+
+    def check(self) -> None:
+        """Raises UsageError where there is no recording of this role."""
+        from grafter.offline.recording import find_recording  # imports torch
+
+        try:
+            find_recording(self.directory, "baseline" if self.role == "baseline" else "target")
+        except DumpError as error:
+            raise UsageError(f"--peer {self.directory}: {error}") from None
 
 
 class _Run:
@@ -125,13 +162,17 @@ class _Run:
         quiet: bool,
         output: TextIO | None,
         grace_seconds: float,
+        played: Played | None = None,
+        *,
+        is_alone: bool = False,
     ) -> None:
         self._started = time.monotonic()
         self._settings = dict(settings)
+        self._played, self._is_alone = played, is_alone
         if self._settings.get("plan"):
             # A job may change its directory before it reads it.
             self._settings["plan"] = os.path.abspath(self._settings["plan"])
-        self._config = _read_configuration(next(iter(commands)), self._settings, out, run_name)
+        self._config = _read_configuration(next(iter(commands)), self._settings, out, run_name, is_alone=is_alone)
         if self._config.attach is not None:
             # A plan file may say it, which the start of a Python does not read.
             self._settings["attach"] = self._config.attach
@@ -139,8 +180,15 @@ class _Run:
         self._given_name = run_name
         self._output = RunOutput(output or sys.stdout, quiet)
         self._grace_seconds = grace_seconds
-        self._commands = {role: split_command(role, command, os.environ) for role, command in commands.items()}
+        self._commands = {
+            role: played.command
+            if played is not None and role == played.role
+            else split_command(role, command, os.environ)
+            for role, command in commands.items()
+        }
         self._refuse_used_name()
+        if played is not None:
+            played.check()
 
     def host(self, address: str, port: int) -> PairResult:
         """Host the store here, and run the jobs."""
@@ -152,8 +200,9 @@ class _Run:
         finally:
             store.close()
 
-    def supervise(self, store: RendezvousStore | None, master: tuple[str, int]) -> PairResult:
-        """Run the jobs against the store at `master`, which is `store` where this process hosts it."""
+    def supervise(self, store: RendezvousStore | None, master: tuple[str, int] | None) -> PairResult:
+        """Run the jobs against the store at `master`, which is `store` where this process hosts it; None: they meet
+        nobody."""
         supervisor = Supervisor(store, self._output, self._grace_seconds)
         with self._run_directory() as name, supervisor.stop_signals_handled():
             self._announce(store, name)
@@ -171,15 +220,16 @@ class _Run:
                         job.close()
             return self._result(supervisor, name, self._tell_unreached(store))
 
-    def _start_jobs(self, supervisor: Supervisor, master: tuple[str, int], name: str | None) -> None:
+    def _start_jobs(self, supervisor: Supervisor, master: tuple[str, int] | None, name: str | None) -> None:
         commands = {role: self._on_own_port(role, command) for role, command in self._commands.items()}
+        played_role = self._played.role if self._played is not None else None
         for role, command in commands.items():
             if supervisor.signals:
                 return
-            environment = job_environment(
-                os.environ, role, self._settings, master=master, directory=str(self._out), run_name=name
-            )
-            defeat = what_defeats_attach(command) if self._config.attach is not None else None
+            make = player_environment if role == played_role else job_environment
+            environment = make(os.environ, role, self._settings, master=master, directory=str(self._out), run_name=name)
+            asks = self._config.attach is not None and role != played_role
+            defeat = what_defeats_attach(command) if asks else None
             if defeat is not None:
                 self._output.say(f"--attach will not reach the {role} job: its command has {defeat}.")
             supervisor.add(Job(role, command, environment, self._output))
@@ -190,7 +240,7 @@ class _Run:
 
         A side whose other side may be the one to give the name has none, unless it was given one.
         """
-        if self._given_name is None and "baseline" not in self._commands:
+        if self._given_name is None and "baseline" not in self._commands and not self._is_alone:
             yield None
             return
         directory = self._claim_directory()
@@ -229,8 +279,12 @@ class _Run:
                 )
 
     def _announce(self, store: RendezvousStore | None, name: str | None) -> None:
-        if name is not None:
+        if name is not None and self._is_alone:
+            self._output.say(f"recording into {_shown_path(self._out / name)}; graft from it with --peer")
+        elif name is not None:
             self._output.say(f"run {name}; its ledgers go to {_shown_path(self._out / name)}")
+        if self._played is not None:
+            self._output.say(f"the {self._played.role} job is a recording, played from {self._played.directory}")
         if store is not None and len(self._commands) == 1:
             other = next(role for role in _ROLES if role not in self._commands)
             self._output.say(f"hosts the store; start the other side with --role {other} --master HOST:{store.port}")
@@ -265,6 +319,7 @@ class _Run:
             failed_role=supervisor.first_failure.role if supervisor.first_failure else None,
             ended_roles=tuple(job.role for job in supervisor.jobs if job.ended_by_launcher),
             unreached=unreached,
+            is_recorded=self._config.record,
             last_lines={role: list(self._output.last_lines.get(role, ())) for role in self._commands},
         )
 
@@ -285,7 +340,7 @@ def newest_run_of_role(out: Path, role: str) -> Path:
 
 
 def _read_configuration(
-    role: str, settings: Mapping[str, str], out: Path | None, run_name: str | None
+    role: str, settings: Mapping[str, str], out: Path | None, run_name: str | None, *, is_alone: bool
 ) -> GrafterConfig:
     """The configuration as a job will read it, with `dir` absolute: a bad filter is told now and not by every rank."""
     from grafter.settings.config import GrafterConfig  # imports pydantic
@@ -295,7 +350,7 @@ def _read_configuration(
         os.environ,
         role,
         settings,
-        master=("127.0.0.1", 1),
+        master=None if is_alone else ("127.0.0.1", 1),
         directory=None if out is None else str(out),
         run_name=run_name,
     )

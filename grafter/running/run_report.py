@@ -6,6 +6,7 @@ import signal
 from dataclasses import replace
 from typing import TextIO
 
+from grafter.ledger import read_summaries
 from grafter.running.job import describe_exit
 from grafter.running.launcher import PairResult
 from grafter.running.run_summary import RunSummary, find_problems, read_run_summary
@@ -16,7 +17,7 @@ def report_run(result: PairResult, stream: TextIO, limit: int = 0) -> int:
     """Print what the run recorded; return the exit code of `grafter run`: 0, 1, or 128 + the signal that ended it."""
     summary = _read(result)
     if result.stop_signal is None:
-        problems = [*_job_problems(result), *summary.problems]
+        problems = [*_job_problems(result), *_recording_problems(result), *summary.problems]
     else:
         # How the jobs ended, and that little was grafted, is then no news.
         problems = [f"the run was ended by {signal.Signals(result.stop_signal).name}."]
@@ -33,6 +34,18 @@ def _read(result: PairResult) -> RunSummary:
         return read_run_summary(result.run_directory)
     # Taken away because nothing was written into it.
     return RunSummary(result.run_directory, [], [], find_problems([], []))
+
+
+def _recording_problems(result: PairResult) -> list[str]:
+    """A graft later would skip what is not there now."""
+    if not result.is_recorded or not result.run_directory.is_dir():
+        return []
+    lost = [
+        f"{summary.role} {summary.role_rank} lost {summary.dumps_lost} point{'s' * (summary.dumps_lost != 1)}"
+        for summary in read_summaries(result.run_directory)
+        if summary.dumps_lost
+    ]
+    return [f"the recording is not complete: {', '.join(lost)} (a full disk? see the log)."] if lost else []
 
 
 def _job_problems(result: PairResult) -> list[str]:

@@ -13,13 +13,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from grafter.control.history import history_notes
 from grafter.direction import receiver_role
 from grafter.errors import GrafterError
 from grafter.ledger import Difference, LeafRecord, LedgerRecord, RankSummary, Role, read_run, read_summaries
 from grafter.points import OWN_TAGS, PHASE, is_rank_tag
 
 # From good to bad; a point is as bad as its worst rank.
-_SEVERITY = {"sent": 0, "compared": 1, "grafted": 1, "skipped": 2, "failed": 3}
+_SEVERITY = {
+    "posted": 0, "sent": 0, "compared": 1, "grafted": 1, "missed": 2, "expired": 2, "displaced": 2, "skipped": 3,
+    "failed": 4,
+}  # fmt: skip
+# Points that do not wait, where the two sides came at different times; each side says it in its own way.
+UNMET = ("missed", "expired", "displaced")
 _NAMES_SHOWN = 8
 
 RankLedger = tuple[Role, int, list[LedgerRecord]]
@@ -100,7 +106,7 @@ def read_run_summary(run_directory: Path, all_ranks: bool = False) -> RunSummary
     key_tags = _read_key_tags(run_directory)
     rows = merge_ranks(ledgers, key_tags)
     problems = find_problems(rows, summaries)
-    notes = find_notes(ledgers, rows, summaries)
+    notes = history_notes(run_directory) + find_notes(ledgers, rows, summaries)
     return RunSummary(run_directory, list_ranks(ledgers) if all_ranks else rows, notes, problems)
 
 
@@ -148,14 +154,19 @@ def list_ranks(ledgers: Iterable[RankLedger]) -> list[PointRow]:
 def merge_ranks(ledgers: Sequence[RankLedger], key_tags: frozenset[str] | None = None) -> list[PointRow]:
     """A row per point, in the order of steps and then of the first rank that recorded it."""
     present = {f"{role} {rank}" for role, rank, _ in ledgers}
+    groups = group_points(ledgers, key_tags)
+    return [_row(group, _tags(group[0], key_tags), _disagreement(group, present)) for group in groups]
+
+
+def group_points(ledgers: Sequence[RankLedger], key_tags: frozenset[str] | None = None) -> list[list[LedgerRecord]]:
+    """The records of each point, over all ranks; in the order of `merge_ranks`, one for each of its rows."""
     groups: dict[str, list[LedgerRecord]] = {}
     for _, _, records in ledgers:
         for record in records:
             tags = _tags(record, key_tags)
             identity = json.dumps([record.step, record.name, tags, record.phase, record.occurrence], sort_keys=True)
             groups.setdefault(identity, []).append(record)
-    merged = sorted(groups.values(), key=lambda group: (group[0].step, group[0].sequence))
-    return [_row(group, _tags(group[0], key_tags), _disagreement(group, present)) for group in merged]
+    return sorted(groups.values(), key=lambda group: (group[0].step, group[0].sequence))
 
 
 def _tags(record: LedgerRecord, key_tags: frozenset[str] | None) -> dict[str, Any]:
@@ -226,10 +237,16 @@ def _disagreement(group: list[LedgerRecord], present: set[str]) -> str | None:
     called = {f"{role} {rank}" for role, ranks in group[0].participants.items() for rank in ranks}
     # A rank whose ledger is not here at all may be on another machine.
     absent = sorted((called & present) - there.keys())
-    kinds = {"well" if _SEVERITY[outcome] < 2 else outcome for outcome in there.values()}
+    kinds = {_kind(outcome) for outcome in there.values()}
     if len(kinds) == 1 and not absent:
         return None
     return "; ".join([f"{rank}: {outcome}" for rank, outcome in there.items()] + [f"{r}: no record" for r in absent])
+
+
+def _kind(outcome: str) -> str:
+    if outcome in UNMET:
+        return "missed"
+    return "well" if _SEVERITY[outcome] < 2 else outcome
 
 
 # Sentences.
@@ -258,13 +275,25 @@ def find_problems(rows: list[PointRow], summaries: list[RankSummary]) -> list[st
             text = f"{summary.error_kind}: {summary.error}" if summary.error_kind else summary.error
             by_error.setdefault(text, []).append(f"{summary.role} {summary.role_rank}")
     problems += [f"{', '.join(ranks)} left with {text}" for text, ranks in by_error.items()]
-    if not any(row.outcome in ("grafted", "compared") for row in rows):
+    if summaries and all(summary.only_dumps for summary in summaries):
+        if not any(summary.dumped or summary.dumps_left_out for summary in summaries):
+            problems.append(_why_nothing(rows, summaries, "nothing was saved"))
+        elif not any(summary.dumped for summary in summaries):
+            problems.append("nothing was saved: all points that the dump filter matched were left out (see the notes).")
+    elif not any(row.outcome in ("grafted", "compared") for row in rows):
         problems.append(_why_nothing(rows, summaries))
     return problems
 
 
-def _why_nothing(rows: list[PointRow], summaries: list[RankSummary]) -> str:
-    head = "nothing was grafted or compared"
+def _why_nothing(
+    rows: list[PointRow], summaries: list[RankSummary], head: str = "nothing was grafted or compared"
+) -> str:
+    if rows and all(row.outcome in UNMET for row in rows):
+        return (
+            f"{head}: all {len(rows)} points were missed. A side with wait=job does not wait for the other: let the "
+            "receiver wait (wait=both there), or come later, and see that entries are kept for long enough "
+            "(GRAFTER_OUTBOX_SECONDS, GRAFTER_OUTBOX_BYTES)."
+        )
     if rows:
         return f"{head}: of {len(rows)} matched points none got through."
     if not summaries:
@@ -291,6 +320,8 @@ def find_notes(ledgers: list[RankLedger], rows: list[PointRow], summaries: list[
         notes = [*notes[:_NAMES_SHOWN], f"and {len(notes) - _NAMES_SHOWN} more points on which ranks disagree"]
     if any(row.nonfinite for row in rows):
         notes.append("! marks points where the sides differ in NaN or Inf; rel and max_abs are over the finite values")
+    notes += _unmet_notes(rows) + _token_notes(ledgers)
+    notes += _dump_notes(summaries)
     unmatched = _unmatched(summaries)
     notes += [_filter_note(text, list(unmatched)) for text in _common([s.filters_never_matched for s in summaries])]
     for tag in _common([s.tags_never_seen for s in summaries]):
@@ -303,6 +334,58 @@ def find_notes(ledgers: list[RankLedger], rows: list[PointRow], summaries: list[
     silent = [f"{role} {rank}" for role, rank, _ in ledgers if (role, rank) not in closed]
     if silent:
         notes.append(f"ended without closing (killed, crashed, or still running): {', '.join(silent)}")
+    return notes
+
+
+def _unmet_notes(rows: list[PointRow]) -> list[str]:
+    """Points that do not wait, and that did not meet: how many, and why the first did not."""
+    unmet = [row for row in rows if row.outcome in UNMET]
+    if not unmet:
+        return []
+    first = unmet[0]
+    points = "1 point was" if len(unmet) == 1 else f"{len(unmet)} points were"
+    return [f"{points} missed, as nobody waited; the first is {first.label} at step {first.step}: {first.reason}"]
+
+
+def _token_notes(ledgers: list[RankLedger]) -> list[str]:
+    """Rows addressed by token that only one side had: how many points have any, and what the first of them left out."""
+    found: dict[tuple[str, str, int, str, int], str] = {}
+    for role, role_rank, records in ledgers:
+        for record in records:
+            tokens = record.tokens
+            if tokens is None or not (tokens.only_here or tokens.only_there):
+                continue
+            key = (record.name, repr(record.tags), record.step, record.phase, record.occurrence)
+            sides = [
+                f"{count} {where} ({', '.join(names)}{', say' if len(names) > 3 else ''})"
+                for count, where, names in (
+                    (tokens.only_here, f"only at {role} rank {role_rank}", tokens.only_here_tokens),
+                    (tokens.only_there, "only at the other side", tokens.only_there_tokens),
+                )
+                if count
+            ]
+            found.setdefault(key, f"{record.name} at step {record.step}: {'; '.join(sides)}")
+    if not found:
+        return []
+    first = next(iter(found.values()))
+    return [f"points with rows whose token only one side had, which were left out: {len(found)}. {first}"]
+
+
+def _dump_notes(summaries: list[RankSummary]) -> list[str]:
+    """What of the dumps is not what was asked for."""
+    saved = {
+        role: sum(s.dumped for s in summaries if s.role == role) for role in dict.fromkeys(s.role for s in summaries)
+    }
+    notes = []
+    if any(saved.values()):
+        notes.append(f"points saved to disk: {', '.join(f'{role} {count}' for role, count in saved.items())}")
+    lost = [f"{s.role} {s.role_rank}: {s.dumps_lost}" for s in summaries if s.dumps_lost]
+    if lost:
+        notes.append(f"points that were to be saved and are lost (a full disk, say; see the log): {', '.join(lost)}")
+    for limit in ("steps", "points", "bytes"):
+        left_out = [f"{s.role} {s.role_rank}: {n}" for s in summaries if (n := s.dumps_left_out.get(limit, 0))]
+        if left_out:
+            notes.append(f"points that the limit of {limit} kept from being saved: {', '.join(left_out)}")
     return notes
 
 

@@ -13,7 +13,7 @@ import difflib
 import os
 import re
 from collections.abc import Callable, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -26,7 +26,9 @@ from pydantic import (
     field_validator,
 )
 
-from grafter.errors import ConfigError, FilterError
+from grafter.capture.patterns import read_patterns
+from grafter.dumps.limits import read_size, read_steps
+from grafter.errors import ConfigError, FilterError, UsageError
 from grafter.filters.expression import Filter, parse_filter
 from grafter.layout.axes import read_axis_sizes
 from grafter.names import NameRule
@@ -34,11 +36,13 @@ from grafter.points import OPTIONS, is_rank_tag
 from grafter.settings.rules import (
     RULE_CONDITIONS,
     RULE_FIELDS,
+    DumpLevel,
     Gradient,
     OnTransformError,
     PartialTarget,
     Rule,
     Switch,
+    WaitFor,
     Write,
 )
 from grafter.settings.setting_errors import explain_validation
@@ -101,16 +105,27 @@ class GrafterConfig(BaseModel):
     on_peer_loss: Literal["raise", "detach"] = "raise"
     write: Write = "in_place"
     gradient: Gradient = "straight_through"
+    wait: WaitFor = "both"
+    outbox_bytes: str = "1GiB"
+    outbox_seconds: _Seconds = 60.0
     baseline_axes: str | None = None
     target_axes: str | None = None
     check_replicas: Switch = False
     partial_target: PartialTarget = "refuse"
     dump_filter: str | None = None
+    dump_level: DumpLevel = "full"
+    dump_steps: str | None = None
+    dump_max_bytes: str | None = None
+    dump_max_points: _Count | None = None
+    dump_queue_bytes: str = "1GiB"
+    dump_exclude: str = "routed_experts,hidden_states"
     dir: str = "grafter_out"
     run_name: str | None = None
     plan: str | None = None
     secret: SecretStr | None = None
-    store_host: Literal["rank0", "launcher"] = "rank0"
+    record: Switch = False
+    peer: str | None = None
+    store_host: Literal["rank0", "launcher", "peer"] = "rank0"
     attach: str | None = None
     step: Literal["auto", "optimizer", "forward", "manual"] = "auto"
     gradients: Switch = False
@@ -161,11 +176,32 @@ class GrafterConfig(BaseModel):
         if problems:
             raise ConfigError(_listed("these settings have illegal values:", problems + filter_problems))
 
-    @field_validator("dump_filter")
+    @field_validator("dump_max_bytes", "dump_queue_bytes", "outbox_bytes", mode="before")
     @classmethod
-    def _refuse_dumping(cls, value: str | None) -> str | None:
+    def _check_size(cls, value: object) -> object:
+        if value is None:
+            return None
+        text = str(value) if type(value) is int else value
+        if not isinstance(text, str):
+            raise ValueError("it must be a number of bytes, such as 4096, 512MiB or 10GiB")
+        if not read_size(text):
+            raise ValueError("it must be at least one byte")
+        return text
+
+    @field_validator("dump_steps")
+    @classmethod
+    def _check_steps(cls, value: str | None) -> str | None:
         if value is not None:
-            raise ValueError("dumping to files is not in this version; unset it")
+            read_steps(value)
+        return value
+
+    @field_validator("attach")
+    @classmethod
+    def _check_attach(cls, value: str | None) -> str | None:
+        try:
+            read_patterns((value or "",))
+        except UsageError as error:
+            raise ValueError(str(error)) from None
         return value
 
     @field_validator("baseline_axes", "target_axes")
@@ -208,6 +244,29 @@ class GrafterConfig(BaseModel):
             for direction, name in FILTER_FIELDS.items()
             if (source := getattr(self, name)) is not None
         }
+
+    @cached_property
+    def saved_points(self) -> Filter | None:
+        """The dump filter, compiled."""
+        if self.dump_filter is None:
+            return None
+        return parse_filter(self.dump_filter, setting=f"{PREFIX}DUMP_FILTER")
+
+    @property
+    def only_dumps(self) -> bool:
+        """Whether no point can meet the other job: nothing joins, and there is no store."""
+        return not self.filters or self.records_alone
+
+    @property
+    def records_alone(self) -> bool:
+        """Whether points are recorded for a later graft, and there is no other job now."""
+        return self.record and self.master_port is None and self.peer is None
+
+    @property
+    def dump_exclude_keys(self) -> frozenset[str]:
+        """Keys of metadata that dumps leave out."""
+        keys = frozenset(key.strip() for key in self.dump_exclude.split(",") if key.strip())
+        return frozenset() if keys == {"none"} else keys
 
     @cached_property
     def _rule_values(self) -> dict[tuple[str, str], Any]:
@@ -313,28 +372,44 @@ def _refuse_missing(values: Mapping[str, Any], setter_of: Callable[[str], str]) 
     """What a run cannot do without; only asked for once grafting is on."""
     enable = values.get("enable", False)
     # What is no word for on or off is told later, as an illegal value.
-    if not (switch_value(enable) if isinstance(enable, str) else enable):
+    if not _is_on(enable):
         return
     problems = []
     if "role" not in values:
         problems.append(f"role: set {setter_of('role')} to baseline in one job and to target in the other")
-    if not any(name in values for name in FILTER_FIELDS.values()):
-        setters = ", ".join(setter_of(name) for name in FILTER_FIELDS.values())
+    grafts = any(name in values for name in FILTER_FIELDS.values())
+    records = _is_on(values.get("record", False))
+    is_offline = records or "peer" in values
+    setters = ", ".join(setter_of(name) for name in FILTER_FIELDS.values())
+    if not grafts and is_offline:
+        setting = setter_of("record" if records else "peer")
+        problems.append(f"a filter for {setting}: it is for the points that one of {setters} matches")
+    elif not grafts and "dump_filter" not in values and not _has_saving_rule(values):
         problems.append(
-            f"a filter: set at least one of {setters} to an expression over tags, such as \"name == 'attn_out'\""
+            f"a filter: set at least one of {setters} to an expression over tags, such as \"name == 'attn_out'\"; or "
+            f"{setter_of('dump_filter')}, which saves points and needs no other job"
         )
-    if "master_port" not in values:
+    if (grafts or problems) and not is_offline and "master_port" not in values:
         setter = setter_of("master_port")
         problems.append(f"master_port: set {setter} to one free port, the same in both jobs (`grafter run` does)")
     if problems:
         raise ConfigError(_listed("grafting is on, but something that it needs is missing:", problems))
 
 
+def _is_on(value: object) -> bool:
+    return bool(switch_value(value) if isinstance(value, str) else value)
+
+
+def _has_saving_rule(values: Mapping[str, Any]) -> bool:
+    rules = values.get("rules", ())
+    return any(rule.get("save") if isinstance(rule, dict) else getattr(rule, "save", None) for rule in rules)
+
+
 def _filter_problems(values: Mapping[str, Any], labels: Mapping[str, str]) -> list[str]:
     key = values.get("key")
     key_tags = frozenset(_split_key(key)) | _ALWAYS_IDENTIFYING if isinstance(key, str) else None
     problems = []
-    for name in FILTER_FIELDS.values():
+    for name in (*FILTER_FIELDS.values(), "dump_filter"):
         source = values.get(name)
         if not isinstance(source, str):
             continue
@@ -343,9 +418,8 @@ def _filter_problems(values: Mapping[str, Any], labels: Mapping[str, str]) -> li
         except FilterError as error:
             problems.append(str(error))
             continue
-        problems += [
-            f"{labels[name]}: {reason}" for tag in sorted(names) if (reason := _why_not_identifying(tag, key_tags))
-        ]
+        why_not = _why_no_tag if name == "dump_filter" else partial(_why_not_identifying, key_tags=key_tags)
+        problems += [f"{labels[name]}: {reason}" for tag in sorted(names) if (reason := why_not(tag))]
     return problems
 
 
@@ -353,12 +427,19 @@ def _why_not_identifying(tag: str, key_tags: frozenset[str] | None) -> str | Non
     """Why a filter may not read this tag: both jobs must come to the same answer on every rank."""
     if is_rank_tag(tag):
         return f"`{tag}` differs between ranks, so the jobs would disagree on which points match; leave it out"
+    reason = _why_no_tag(tag)
+    if reason is not None:
+        return reason
+    if key_tags is not None and tag not in key_tags:
+        return f"`{tag}` is not among the tags that `key` lists ({', '.join(sorted(key_tags))}); add it there"
+    return None
+
+
+def _why_no_tag(tag: str) -> str | None:
     if tag == "occurrence":
         return "`occurrence` is counted for points that match, so a filter cannot read it; leave it out"
     if tag in OPTIONS:
         return f"`{tag}` is an argument of `grafter.dump` and not a tag; leave it out"
-    if key_tags is not None and tag not in key_tags:
-        return f"`{tag}` is not among the tags that `key` lists ({', '.join(sorted(key_tags))}); add it there"
     return None
 
 

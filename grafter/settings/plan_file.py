@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
+from grafter.compare.thresholds import THRESHOLD_FIELDS, Threshold
 from grafter.errors import ConfigError
 from grafter.names import NAME_FIELDS, NameRule
 from grafter.settings.rules import RULE_FIELDS, RULE_FIELDS_THAT_MAY_BE_EMPTY, Rule, compile_match
@@ -55,6 +56,7 @@ class PlanFile:
     fields: dict[str, PlanValue]
     rules: tuple[Rule, ...]
     names: tuple[NameRule, ...] = ()
+    thresholds: tuple[Threshold, ...] = ()
 
 
 def read_plan_file(path: str | os.PathLike[str], field_names: Iterable[str]) -> PlanFile:
@@ -76,21 +78,24 @@ class _PlanReader:
         fields: dict[str, PlanValue] = {}
         rules: tuple[Rule, ...] = ()
         names: tuple[NameRule, ...] = ()
+        thresholds: tuple[Threshold, ...] = ()
         legal = tuple(name for name in self._field_names if name not in _REFUSED)
         for name, key_node, node in self._items(root, "the plan file"):
             if name == "rules":
                 rules = tuple(self._rule(item) for item in self._list(node, "rules", "match"))
             elif name == "names":
                 names = tuple(self._name_rule(item) for item in self._list(node, "names", "path"))
+            elif name == "thresholds":
+                thresholds = tuple(self._threshold(item) for item in self._list(node, "thresholds", "match"))
             elif name in _REFUSED and name in self._field_names:
                 raise self._error(key_node, f"{name}: {_REFUSED[name]}.")
             elif name not in legal:
-                raise self._unknown(key_node, name, (*legal, "rules", "names"), "field")
+                raise self._unknown(key_node, name, (*legal, "rules", "names", "thresholds"), "field")
             else:
                 text = self._text_of(node, name)
                 if text:
                     fields[name] = PlanValue(text, self._place(node))
-        return PlanFile(self._path, fields, rules, names)
+        return PlanFile(self._path, fields, rules, names, thresholds)
 
     def _read_text(self) -> str:
         try:
@@ -194,6 +199,22 @@ class _PlanReader:
         except ValidationError as error:
             name, problem = explain_validation(error)[0]
             raise self._error(nodes.get(name, node), f"{name}: {problem}" if name else problem) from None
+
+    def _threshold(self, node: Node) -> Threshold:
+        values: dict[str, str] = {}
+        nodes: dict[str, Node] = {}
+        for name, key_node, value in self._items(node, "an entry of thresholds"):
+            if name not in THRESHOLD_FIELDS:
+                raise self._unknown(key_node, name, THRESHOLD_FIELDS, "field of an entry of thresholds")
+            values[name], nodes[name] = self._text_of(value, name) or "", value
+        for needed in THRESHOLD_FIELDS:
+            if not values.get(needed):
+                raise self._error(node, f"an entry of thresholds needs `{needed}`.")
+        try:
+            compile_match(values["match"])
+        except ConfigError as error:
+            raise self._error(nodes["match"], str(error)) from None
+        return Threshold(**values, place=f"{self._place(nodes['require'])}: require")
 
     def _rule(self, node: Node) -> Rule:
         values: dict[str, Any] = {}

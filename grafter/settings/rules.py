@@ -15,7 +15,9 @@ from grafter.switch import LEGAL_WORDS, switch_value
 OnTransformError = Literal["skip", "raise"]
 Write = Literal["in_place", "return"]
 Gradient = Literal["straight_through", "cut", "strict"]
+WaitFor = Literal["both", "job"]
 PartialTarget = Literal["refuse", "first"]
+DumpLevel = Literal["full", "statistics", "checksum"]
 
 
 def _to_switch(value: object) -> object:
@@ -46,6 +48,9 @@ class Rule(BaseModel):
     dims: str | None = None
     partial_target: PartialTarget | None = None
     gradients: Switch | None = None
+    save: Switch | None = None
+    dump_level: DumpLevel | None = None
+    wait: WaitFor | None = None
 
     @field_validator("dims")
     @classmethod

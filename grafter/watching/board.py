@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict
 
 from grafter.direction import RoleName
 from grafter.points import PointKey
-from grafter.rendezvous.roster import Roster
+from grafter.rendezvous.roster import PlayedFrom, Roster
 from grafter.rendezvous.store import StoreClient
 from grafter.rendezvous.wire import read_message
 
@@ -41,13 +41,20 @@ class BoardLine(BaseModel):
     participants: tuple[int, ...] = ()
     awaits: tuple[str, ...] = ()
     call_site: str = ""
+    # Of a rank that runs: what it does, where that is known.
+    doing: str = ""
+    # Whether it waits for ranks of its own side alone.
+    own_side: bool = False
     last_points: tuple[str, ...] = ()
     # How it left, if not in good order: the error.
     note: str = ""
+    # Filled in by the reader, too: the recording that the rank is played from.
+    played_from: PlayedFrom | None = None
 
     @property
     def who(self) -> str:
-        return f"{self.role} rank {self.role_rank}"
+        who = f"{self.role} rank {self.role_rank}"
+        return f"{who} ({self.played_from})" if self.played_from is not None else who
 
 
 class BoardWriter:
@@ -59,16 +66,16 @@ class BoardWriter:
         # Filled by the dump thread, read when a line is written.
         self.last_points: deque[tuple[PointKey, str]] = deque(maxlen=10)
 
-    def running(self, client: StoreClient) -> None:
-        self._write(client, state="running")
+    def running(self, client: StoreClient, doing: str = "") -> None:
+        self._write(client, state="running", doing=doing)
 
     def waiting(
         self, client: StoreClient, *, digest: str, point: str, participants: tuple[int, ...], awaits: tuple[str, ...],
-        call_site: str, since: float,
+        call_site: str, since: float, own_side: bool = False,
     ) -> None:  # fmt: skip
         self._write(
             client, state="waiting", digest=digest, point=point, participants=participants, awaits=awaits,
-            call_site=call_site, since=since,
+            call_site=call_site, since=since, own_side=own_side,
         )  # fmt: skip
 
     def left(self, client: StoreClient, note: str) -> None:
@@ -95,10 +102,12 @@ def board_key(client: StoreClient, role: RoleName, role_rank: int) -> str:
 def read_line(payload: str, roster: Roster) -> BoardLine:
     """A line with the graft ranks of the reader's roster in it."""
     line = read_message(BoardLine.model_validate_json, payload, "a line of the board")
+    side = roster.side(line.role)
     return line.model_copy(
         update={
             "graft_rank": roster.graft_rank(line.role, line.role_rank),
             "participants": tuple(roster.graft_rank(line.role, rank) for rank in line.participants),
+            "played_from": side[line.role_rank].played_from if 0 <= line.role_rank < len(side) else None,
         }
     )
 
@@ -112,9 +121,10 @@ def describe_line(line: BoardLine, now: float, gone: str | None = None, remark: 
     elif line.state == "waiting":
         head = f"{line.who} waits for {line.point} since {max(0.0, now - line.since):.1f} s"
     elif line.state == "left":
-        head = f"{line.who} has left" + (f" with {line.note}" if line.note else " (it ended in good order)")
+        end = line.played_from.end if line.played_from is not None else "it ended in good order"
+        head = f"{line.who} has left" + (f" with {line.note}" if line.note else f" ({end})")
     else:
-        head = f"{line.who} is running and at no point, since {max(0.0, now - line.since):.1f} s"
+        head = f"{line.who} {line.doing or 'is running and at no point'}, since {max(0.0, now - line.since):.1f} s"
     if remark:
         head += f" [{remark}]"
     rows = [head]

@@ -16,7 +16,8 @@ def find_stuck(lines: Sequence[BoardLine], gone: Collection[int] = ()) -> list[B
     """The waiting ranks that can never go on. `gone`: graft ranks whose process has ended.
 
     A waiting rank may run once every participant that is still missing may: on its own side, and on the other side,
-    where those who have come to the same point say who must still come; where nobody has, anyone there still may.
+    where those who have come to the same point say who must still come; where nobody has, anyone there still may. A
+    point that does not wait for the other side needs its own alone.
     """
     gone_ranks = set(gone) | {line.graft_rank for line in lines if line.state == "left"}
     waiting = [line for line in lines if line.state == "waiting" and line.graft_rank not in gone_ranks]
@@ -33,6 +34,8 @@ def find_stuck(lines: Sequence[BoardLine], gone: Collection[int] = ()) -> list[B
         for rank in line.participants:
             if rank not in may_run and not (rank in here and declared[rank] == line.participants):
                 return False
+        if line.own_side:
+            return True
         others_here = [other for other in waiting if other.role != line.role and other.digest == line.digest]
         if others_here:
             return all(rank in here or rank in may_run for other in others_here for rank in other.participants)
@@ -50,8 +53,11 @@ def same_state(first: Sequence[BoardLine], second: Sequence[BoardLine]) -> bool:
     return [line.sequence for line in first] == [line.sequence for line in second]
 
 
-def explain_stuck(stuck: Sequence[BoardLine], gone: dict[int, str], board: str) -> RunError:
-    """The error that every rank raises. `gone`: graft rank -> how its process ended (not those that left in order)."""
+def explain_stuck(
+    stuck: Sequence[BoardLine], gone: dict[int, str], board: str, lines: Sequence[BoardLine] = ()
+) -> RunError:
+    """The error that every rank raises. `gone`: graft rank -> how its process ended (not those that left in order).
+    lines: all of the board."""
     points = sorted({f"{line.role} waits for {line.point}" for line in stuck})
     if gone:
         return PeerLostError(
@@ -62,6 +68,9 @@ def explain_stuck(stuck: Sequence[BoardLine], gone: dict[int, str], board: str) 
     conflict = _find_conflict(stuck)
     if conflict is not None:
         return PairingError(f"{conflict}\n{board}")
+    recorded = [line for line in lines if line.played_from is not None]
+    if recorded:
+        return _explain_recording(recorded, points, board)
     return PairingError(
         "the two jobs ask for different points, and nobody is left who could bring them together: "
         f"{'; '.join(points[:4])}{'; ...' if len(points) > 4 else ''}.\n"
@@ -69,6 +78,26 @@ def explain_stuck(stuck: Sequence[BoardLine], gone: dict[int, str], board: str) 
         "Compare the two lists of last points: the first place where they part is where one job dumps a point that the "
         "other does not (another name, another tag, another count, one more step). Make the two programs dump the same "
         "points in the same order, or narrow the filters to points that both have."
+    )
+
+
+def _explain_recording(recorded: Sequence[BoardLine], points: Sequence[str], board: str) -> PairingError:
+    """One of the two jobs cannot be changed: it is a recording."""
+    first = max(recorded, key=lambda line: (line.played_from and line.played_from.last_step) or 0)
+    waits = f"{'; '.join(points[:4])}{'; ...' if len(points) > 4 else ''}"
+    if all(line.state == "left" for line in recorded) and first.played_from is not None:
+        head = f"the {first.role} is a recording, and {first.played_from.end}: {waits}."
+    else:
+        head = (
+            f"the {first.role} is a recording, and this job asks for other points than it has, or in another order: "
+            f"{waits}."
+        )
+    return PairingError(
+        f"{head}\n{board}\n"
+        "Compare the two lists of last points: the first place where they part is where this job dumps a point that "
+        "the recording lacks (another name, another tag, another count, one more step), or leaves one out. A point "
+        "that the filters of the recording did not match is not in it. Narrow the filters to points that it has, or "
+        "record again."
     )
 
 

@@ -57,6 +57,8 @@ class Housekeeping:
         self._next_chores = 0.0
         self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self.on_second: Callable[[StoreClient], None] | None = None
+        # At every look between two seconds, too, while something is due soon.
+        self.on_tick: Callable[[StoreClient], None] | None = None
         self.aborted: RunError | None = None
         self._thread = threading.Thread(target=self._run, name="grafter-housekeeping", daemon=True)
         self._thread.start()
@@ -93,6 +95,21 @@ class Housekeeping:
         """Raise what ended the run, if something did. For loops that move bytes."""
         if self.aborted is not None:
             raise self.aborted
+
+    @property
+    def current_wait(self) -> Wait | None:
+        """What the dump thread waits for now."""
+        return self._wait
+
+    def last_seen(self, role: str) -> list[BoardLine]:
+        """The lines of a job, as this rank has last read them; empty until it has read all of them."""
+        side = self._roster.side("baseline" if role == "baseline" else "target") if self._roster is not None else ()
+        lines = [line for line in list(self._last_lines.values()) if line.role == role]
+        return lines if len(lines) == len(side) else []
+
+    def gone(self) -> dict[int, str]:
+        """Graft rank -> how its process went, of all hosts. Called on this object's thread, as `on_second` is."""
+        return self._gone(leader=True)
 
     def delete_later(self, keys: Sequence[str]) -> None:
         self._deletions.extend(keys)
@@ -167,9 +184,13 @@ class Housekeeping:
         if self._wait_on_board is not None and wait is not self._wait_on_board:
             self.board.running(self._client)
             self._wait_on_board = None
-        if wait is None or wait.stage != "pairing" or self._wait_on_board is not None:
+        if wait is None or wait.stage not in ("pairing", "control") or self._wait_on_board is not None:
             return
-        if wait.seconds >= _TICK_SECONDS:
+        if wait.seconds >= _TICK_SECONDS and wait.stage == "control":
+            # It goes on by itself, so whoever waits for it waits for one that runs.
+            self.board.running(self._client, f"waits for {wait.what}")
+            self._wait_on_board = wait
+        elif wait.seconds >= _TICK_SECONDS:
             self.board.waiting(
                 self._client,
                 digest=wait.digest,
@@ -178,12 +199,15 @@ class Housekeeping:
                 awaits=wait.awaits,
                 call_site=wait.call_site,
                 since=time.time() - wait.seconds,
+                own_side=wait.own_side,
             )
             self._wait_on_board = wait
 
     def _do_chores(self) -> None:
         self._delete(min(len(self._deletions), _DELETIONS_PER_TICK))
         if time.monotonic() < self._next_chores:
+            if self.on_tick is not None:
+                self.on_tick(self._client)
             return
         self._next_chores = time.monotonic() + _CHORES_EVERY_SECONDS
         if self._processes is not None:
@@ -273,7 +297,8 @@ class Housekeeping:
             crashed = {
                 line.graft_rank: f"has left with {line.note}" for line in lines if line.state == "left" and line.note
             }
-            self.abort(explain_stuck(stuck, gone | crashed, describe_board(lines, gone, self._stopped())))
+            board = describe_board(lines, gone, self._stopped())
+            self.abort(explain_stuck(stuck, gone | crashed, board, lines))
 
     def _time_out(self, wait: Wait, gone: dict[int, str]) -> None:
         board = describe_board(self.read_board(self._client), gone, self._stopped())

@@ -10,7 +10,8 @@ from typing import Protocol
 
 @dataclass
 class Wait:
-    """What the dump thread waits for, in one stage: join, pairing, exchange or agreement."""
+    """What the dump thread waits for, in one stage: join, pairing, exchange, agreement, gradients or
+    control."""
 
     stage: str
     # What a message says it waits for: text, or what gives it.
@@ -24,6 +25,8 @@ class Wait:
     digest: str = ""
     participants: tuple[int, ...] = ()
     call_site: str = ""
+    # Whether it needs its own side alone.
+    own_side: bool = False
     # In exchange and agreement: the graft ranks without which the stage can't end.
     needs: frozenset[int] = frozenset()
     # Where the receivers say that they have given the point up, and what they said.

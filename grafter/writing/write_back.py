@@ -8,7 +8,7 @@ gradients is in `docs/write-modes.md`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter as preserve_version_counter
@@ -17,6 +17,9 @@ from torch.autograd.graph import increment_version
 from grafter.errors import WriteRefused
 from grafter.writing.conversion import count_saturated, why_not_convertible
 from grafter.writing.tensor_access import is_async_collective, is_dtensor, local_tensor, wrap_like
+
+if TYPE_CHECKING:
+    from grafter.layout.row_view import RowView
 
 
 @dataclass(frozen=True)
@@ -208,6 +211,26 @@ def apply_write(target: torch.Tensor, incoming: torch.Tensor, mode: WriteMode) -
     return Written(target, saturated)
 
 
+def apply_row_write(target: torch.Tensor, incoming: torch.Tensor, rows: RowView, mode: WriteMode) -> Written:
+    """`apply_write` of some rows alone: `incoming` is [rows.count, ...] of those, and all others stay as they are.
+
+    In place, only the rows' memory is touched; `return`, and a gradient that is cut, take a copy of the whole tensor.
+    """
+    into = local_tensor(target)
+    with torch.no_grad():
+        value = local_tensor(incoming).detach()
+        saturated = None if value.dtype == into.dtype else count_saturated(value, into.dtype)
+        if mode.write == "in_place" and mode.gradient != "cut":
+            if _same_storage(into, value):
+                value = value.clone()
+            rows.put(into.data, value)
+            _raise_version(target, into, mode)
+            return Written(target, saturated)
+        whole = into.detach().clone()
+        rows.put(whole, value)
+    return Written(apply_write(target, whole, mode).value, saturated)
+
+
 def _is_plain_copy(target: torch.Tensor, incoming: torch.Tensor) -> bool:
     """Whether there is nothing to look after: no graph, no wrapper, no conversion. That is most writes, and small ones
     cost less than what looking after them costs."""
@@ -253,6 +276,10 @@ def _write_in_place(target: torch.Tensor, into: torch.Tensor, value: torch.Tenso
         into.data.copy_(value)
     if mode.gradient == "cut" and _records_graph(target):
         target.detach_()
+    _raise_version(target, into, mode)
+
+
+def _raise_version(target: torch.Tensor, into: torch.Tensor, mode: WriteMode) -> None:
     if mode.gradient == "strict" and not target.is_inference():
         increment_version(target)
         if into is not target and not into.is_inference():

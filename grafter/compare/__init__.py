@@ -1,0 +1,16 @@
+"""`grafter compare`: what two jobs dumped, point by point: how far apart, whether that matters, where it begins.
+
+    thresholds         what a difference may be, by the name of the point
+    pairs              which points belong together; what only one side has
+    token_rows         rows of several points paired by token: prefill and decode against one packed batch
+    alignment          two tensors in one order of dims, read block by block
+    measuring          the pair measured (grafter.measures), copies on the way
+    point_comparison   one point judged by its rule
+    severity           whether a module made its output bad, or was given bad inputs
+    comparison         all of A with all of B
+    record             the outcome as JSON lines, with a schema
+    wording, table     the outcome in words, and to look at
+    command            `grafter compare` itself
+
+Nothing is imported here: `grafter --help` should not wait for torch and rich.
+"""

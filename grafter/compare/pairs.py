@@ -1,0 +1,146 @@
+"""Pairs: which points of A and B are compared with each other, and what only one of them has.
+
+same key on both sides                          a pair
+tokens on both sides, another key or rows       all points of that name and tags on each side, paired by token
+the rest                                        a finding, with near names
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from grafter.compare.record import FindingRecord
+from grafter.dumps.point import DumpedPoint
+
+_MOST_NAMED = 5
+_MOST_LOOKED_FOR = 100
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Points to compare: one of each side; or, `by_token`, any number of either."""
+
+    a: tuple[DumpedPoint, ...]
+    b: tuple[DumpedPoint, ...]
+    by_token: bool = False
+
+    @property
+    def label(self) -> str:
+        """As messages call it."""
+        text = self.a[0].key.text
+        return f"{text}, by token" if self.by_token else text
+
+
+# Name, identifying tags, phase: what all calls of one point in a program have in common.
+_Group = tuple[str, str, str]
+
+
+def find_pairs(
+    a: Sequence[DumpedPoint], b: Sequence[DumpedPoint]
+) -> tuple[list[Pair], list[DumpedPoint], list[DumpedPoint]]:
+    """The pairs, in the order of A's points; and the points that only A, and that only B, has."""
+    groups_a, groups_b = _grouped(a), _grouped(b)
+    pairs: dict[int, Pair] = {}
+    used: set[int] = set()
+    for group, of_a in groups_a.items():
+        of_b = groups_b.get(group, [])
+        for pair in _pairs_of_group(of_a, of_b):
+            pairs[id(pair.a[0])] = pair
+            used.update(id(point) for point in (*pair.a, *pair.b))
+    ordered = [pairs[id(point)] for point in a if id(point) in pairs]
+    return ordered, [point for point in a if id(point) not in used], [point for point in b if id(point) not in used]
+
+
+def _grouped(points: Iterable[DumpedPoint]) -> dict[_Group, list[DumpedPoint]]:
+    groups: dict[_Group, list[DumpedPoint]] = {}
+    for point in points:
+        # repr keeps 1, 1.0 and True apart, which compare equal.
+        groups.setdefault((point.name, repr(point.key.identifying), point.phase), []).append(point)
+    return groups
+
+
+def _pairs_of_group(a: list[DumpedPoint], b: list[DumpedPoint]) -> list[Pair]:
+    if not b:
+        return []
+    if all(_has_tokens(point) for point in (*a, *b)):
+        by_digest = {point.key.digest: point for point in b}
+        same_keys = {point.key.digest for point in a} == by_digest.keys()
+        if not (same_keys and all(_same_rows(point, by_digest[point.key.digest]) for point in a)):
+            return _pairs_by_token(a, b)
+    others = {point.key.digest: point for point in b}
+    return [Pair((point,), (others[point.key.digest],)) for point in a if point.key.digest in others]
+
+
+def _has_tokens(point: DumpedPoint) -> bool:
+    return all(record.tokens is not None for record in point.records.values())
+
+
+def _same_rows(a: DumpedPoint, b: DumpedPoint) -> bool:
+    """Whether the rows are the same tokens, by name and in one order: then nothing needs to be gathered."""
+    return [record.tokens for record in a.records.values()] == [record.tokens for record in b.records.values()]
+
+
+def _pairs_by_token(a: list[DumpedPoint], b: list[DumpedPoint]) -> list[Pair]:
+    """All with all; or step by step, where a token comes again in another step (the next batch of a trainer)."""
+    if not (_tokens_come_again(a) or _tokens_come_again(b)):
+        return [Pair(tuple(a), tuple(b), by_token=True)]
+    steps = [step for step in dict.fromkeys(point.step for point in a) if any(point.step == step for point in b)]
+    return [
+        Pair(
+            tuple(point for point in a if point.step == step),
+            tuple(point for point in b if point.step == step),
+            by_token=True,
+        )
+        for step in steps
+    ]
+
+
+def _tokens_come_again(points: Sequence[DumpedPoint]) -> bool:
+    """Whether two points have one token. By runs, of the first rank: each rank's rows are within its point's."""
+    taken: dict[object, list[tuple[int, int]]] = {}
+    for point in points:
+        tokens = point.first.tokens
+        for sequence, start, count in tokens.runs if tokens is not None else ():
+            if sequence is not None:
+                taken.setdefault((type(sequence), sequence), []).append((start, start + count))
+    for runs in taken.values():
+        runs.sort()
+        if any(later < end for (_, end), (later, _) in pairwise(runs)):
+            return True
+    return False
+
+
+def alone(side: str, points: Sequence[DumpedPoint], others: Sequence[DumpedPoint]) -> list[FindingRecord]:
+    """One finding per name that has points on one side only. side: "a" or "b"."""
+    here, there = side.upper(), "B" if side == "a" else "A"
+    names = {point.name for point in others}
+    by_name: dict[str, list[DumpedPoint]] = {}
+    for point in points:
+        by_name.setdefault(point.name, []).append(point)
+    found = []
+    for number, (name, own) in enumerate(by_name.items()):
+        labels = [point.key.text for point in own[:_MOST_NAMED]]
+        if name in names:
+            near = [point.key.text for point in others if point.name == name][:2]
+            hint = f"{there} has that name with other tags, steps or counts, such as {near[0]}"
+        else:
+            # Looking for near names takes time by the product of both sides' names.
+            near = difflib.get_close_matches(name, sorted(names), n=2, cutoff=0.7) if number < _MOST_LOOKED_FOR else []
+            hint = f"nothing at {there} is called so" + (f"; is it {' or '.join(near)} there?" if near else "")
+        what = f"{len(own)} points {name!r}" if len(own) > 1 else f"the point {labels[0]}"
+        example = f", such as {labels[0]}" if len(own) > 1 else ""
+        found.append(
+            FindingRecord(
+                what="only_in_a" if side == "a" else "only_in_b",
+                text=f"only {here} has {what}{example}; {hint}.",
+                name=name,
+                count=len(own),
+                points=labels,
+                near=near,
+                is_skip=True,
+            )
+        )
+    return found

@@ -1,0 +1,330 @@
+"""One pair of points compared: its tensors found on both sides, measured, and judged by the rule of its name."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from grafter.compare.measuring import Measured, Value, measure_pair, with_row_tokens
+from grafter.compare.pairs import Pair
+from grafter.compare.record import LeafRecord, PointRecord, ReplicaRecord, SideRecord, TokenRecord, Verdict
+from grafter.compare.thresholds import Threshold
+from grafter.compare.token_rows import (
+    RowSource,
+    TokenRows,
+    described,
+    joined,
+    rows_of_sources,
+    token_at,
+    tokens_of,
+)
+from grafter.dumps.lazy_tensor import LazyTensor
+from grafter.dumps.point import DumpedPoint
+from grafter.errors import GrafterError
+from grafter.tokens import TokenMatch, Tokens, match
+
+Which = Literal["value", "grafted"]
+
+# The worse, the later.
+_ORDER: Sequence[Verdict] = ("passed", "skipped", "allowed", "failed", "error")
+_WITHOUT_NARROW = "narrow_"
+
+
+@dataclass(frozen=True)
+class PointTask:
+    """What to compare, and how. `order`, `order_b`: the places of the points among all of their side.
+
+    rule: the threshold of its name, None where none covers it. is_allowed: whether it may fail.
+    """
+
+    pair: Pair
+    order: int
+    order_b: int
+    which: Which
+    rule: Threshold | None
+    is_allowed: bool
+    block_bytes: int
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What came of a task."""
+
+    record: PointRecord
+    bytes_read: int
+
+
+def compare_point(task: PointTask) -> Compared:
+    """Reads the files of both sides; what is wrong with one is the verdict `error` of this point, and no exception."""
+    began = time.monotonic()
+    try:
+        leaves, tokens, bytes_read = _compare_leaves(task)
+        verdict, reason = _worst(leaves)
+    except GrafterError as error:
+        leaves, tokens, bytes_read, verdict, reason = [], None, 0, "error", str(error)
+    except MemoryError:
+        leaves, tokens, bytes_read, verdict, reason = [], None, 0, "error", "it needs more memory than there is"
+    finally:
+        _let_go(task.pair)
+    if task.rule is None and verdict != "skipped":
+        verdict = "error"
+        reason = "no threshold is for this name; add one, or a last one for `*`"
+    if verdict == "failed" and task.is_allowed:
+        verdict = "allowed"
+    first, other = task.pair.a[0], task.pair.b[0]
+    worst = _worst_leaf(leaves)
+    record = PointRecord(
+        order=task.order,
+        order_b=task.order_b,
+        label=task.pair.label,
+        name=first.name,
+        tags=dict(first.key.identifying),
+        step=first.step,
+        phase=first.phase,
+        occurrence=first.occurrence,
+        call_site_a=first.first.call_site,
+        call_site_b=other.first.call_site,
+        verdict=verdict,
+        rule=str(task.rule) if task.rule is not None else None,
+        reason=reason,
+        worst_leaf=worst.path if worst is not None else None,
+        values=worst.values if worst is not None else {},
+        leaves=leaves,
+        tokens=tokens,
+        seconds=time.monotonic() - began,
+    )
+    return Compared(record, bytes_read)
+
+
+def _compare_leaves(task: PointTask) -> tuple[list[LeafRecord], TokenRecord | None, int]:
+    pair = task.pair
+    if not _holds_values(pair.a) or not _holds_values(pair.b):
+        return [_by_checksum(task)], None, 0
+    paths = dict.fromkeys(path for point in (*pair.a, *pair.b) for path in point.paths)
+    leaves: list[LeafRecord] = []
+    tokens: TokenRecord | None = None
+    bytes_read = 0
+    for path in paths:
+        try:
+            leaf, own_tokens, count = _compare_leaf(task, path)
+            tokens = tokens or own_tokens
+            bytes_read += count
+        except GrafterError as error:
+            leaf = LeafRecord(path=path, verdict="error", reason=str(error))
+        leaves.append(leaf)
+    if not paths:
+        leaves.append(LeafRecord(path="", verdict="skipped", reason="neither side has a tensor here"))
+    return leaves, tokens, bytes_read
+
+
+def _holds_values(points: Sequence[DumpedPoint]) -> bool:
+    """Whether there are files of tensors; of a point that is a mere structure, there is nothing to hold."""
+    return all(any(record.file is not None for record in point.records.values()) for point in points)
+
+
+def _compare_leaf(task: PointTask, path: str) -> tuple[LeafRecord, TokenRecord | None, int]:
+    """One tensor. Raises GrafterError where it cannot be read, or the two do not fit together."""
+    pair = task.pair
+    missing = [side for side, points in (("A", pair.a), ("B", pair.b)) if not all(path in p.paths for p in points)]
+    if missing:
+        there = "B" if missing == ["A"] else "A"
+        return LeafRecord(path=path, verdict="error", reason=f"only {there} has this tensor of the point"), None, 0
+    which = [_which(task, point, path) for point in (pair.a[0], pair.b[0])]
+    kl_dims = task.rule.kl_dims if task.rule is not None else frozenset()
+    tokens: TokenRecord | None = None
+    if pair.by_token:
+        rows = _RowsByToken(task, path)
+        tokens = rows.record
+        if not tokens.paired:
+            return LeafRecord(path=path, verdict="error", reason="no token is on both sides"), tokens, 0
+        measured = measure_pair(rows.a, rows.b, kl_dims=kl_dims, block_bytes=task.block_bytes)
+        measured = Measured(
+            with_row_tokens(measured.measures, rows.token_at),
+            *(measured.values, measured.a, measured.b, measured.replicas, measured.bytes_read),
+        )
+    else:
+        whole = [_reader(task, point, path) for point in (pair.a[0], pair.b[0])]
+        measured = measure_pair(*whole, kl_dims=kl_dims, block_bytes=task.block_bytes)
+    leaf = _judged(task, path, measured)
+    sides = [_reader(task, point, path) for point in (pair.a[0], pair.b[0])]
+    leaf = leaf.model_copy(
+        update={
+            "a": _side(sides[0], which[0]).model_copy(update={"statistics": measured.a}),
+            "b": _side(sides[1], which[1]).model_copy(update={"statistics": measured.b}),
+        }
+    )
+    return leaf, tokens, measured.bytes_read
+
+
+def _which(task: PointTask, point: DumpedPoint, path: str) -> Which:
+    """`grafted` where that is asked for and a graft changed the tensor; else what the program came with."""
+    return "grafted" if task.which == "grafted" and point.ranks_with(path, "grafted") else "value"
+
+
+def _reader(task: PointTask, point: DumpedPoint, path: str) -> LazyTensor:
+    return point.reader(path, _which(task, point, path))
+
+
+class _RowsByToken:
+    """The rows of both sides that are the same tokens, in the order of A's."""
+
+    def __init__(self, task: PointTask, path: str) -> None:
+        sides = [self._sources(task, points, path) for points in (task.pair.a, task.pair.b)]
+        (sources_a, tokens_a), (sources_b, tokens_b) = sides
+        found = match(tokens_a, tokens_b)
+        pairs = found.pairs
+        self._tokens, self._pairs = tokens_a, pairs
+        self.a = TokenRows("A", sources_a, rows_of_sources(pairs[:, [0, 2]].tolist(), sources_a))
+        self.b = TokenRows("B", sources_b, rows_of_sources(pairs[:, [1, 2]].tolist(), sources_b))
+        self.record = _token_record(found, tokens_a, tokens_b, task.pair)
+
+    def token_at(self, row: int) -> tuple[str | int, int]:
+        """Sequence and position of a paired row."""
+        for first, _, count in self._pairs.tolist():
+            if row < count:
+                sequence, position = token_at(self._tokens, first + row)
+                # Padding is never paired.
+                return sequence if sequence is not None else "", position
+            row -= count
+        raise IndexError(row)
+
+    @staticmethod
+    def _sources(task: PointTask, points: Sequence[DumpedPoint], path: str) -> tuple[list[RowSource], Tokens]:
+        tensors = [_reader(task, point, path) for point in points]
+        of_points = [tokens_of(point, path, _which(task, point, path)) for point in points]
+        sources = [RowSource(tensor, tokens.rows) for tensor, tokens in zip(tensors, of_points, strict=True)]
+        return sources, joined(of_points)
+
+
+def _token_record(found: TokenMatch, a: Tokens, b: Tokens, pair: Pair) -> TokenRecord:
+    return TokenRecord(
+        paired=found.count,
+        only_a=int(found.only_a[:, 1].sum()),
+        only_b=int(found.only_b[:, 1].sum()),
+        points_a=len(pair.a),
+        points_b=len(pair.b),
+        only_a_tokens=described(a, found.only_a),
+        only_b_tokens=described(b, found.only_b),
+        by_content=[list(ids) for ids in found.by_content],
+    )
+
+
+def _judged(task: PointTask, path: str, measured: Measured) -> LeafRecord:
+    rule = task.rule
+    replicas = [
+        ReplicaRecord(
+            side="a" if one.side == "a" else "b",
+            ranks=list(one.ranks),
+            first_ranks=list(one.first_ranks),
+            difference=one.difference,
+            passed=rule is not None and _copy_holds(rule, one.values),
+        )
+        for one in measured.replicas
+    ]
+    verdict: Verdict = "passed"
+    reason = None
+    if rule is not None and not rule.holds(measured.values):
+        verdict, reason = "failed", why_failed(rule, measured.values)
+    elif any(not one.passed for one in replicas):
+        worst = next(one for one in replicas if not one.passed)
+        verdict = "failed"
+        reason = (
+            f"copies at {worst.side.upper()} differ: ranks {worst.ranks} from ranks {worst.first_ranks}, "
+            f"rel {describe(worst.difference.rel)}, {_fraction(worst.difference.mismatched_fraction)} of the values"
+        )
+    has_narrow = measured.measures.narrow is not None
+    values = {
+        name: value for name, value in measured.values.items() if has_narrow or not name.startswith(_WITHOUT_NARROW)
+    }
+    return LeafRecord(
+        path=path, verdict=verdict, reason=reason, measures=measured.measures, values=values, replicas=replicas
+    )
+
+
+def _copy_holds(rule: Threshold, values: dict[str, Value]) -> bool:
+    """Copies have no KL of their own: a rule that reads nothing else is one for the pair alone."""
+    return rule.holds(values) or all("kl" in name.split("_") for name in rule.names)
+
+
+def why_failed(rule: Threshold, values: dict[str, Value]) -> str:
+    """What the rule read, such as `rel 0.031, max_abs 2`; or the non-finite values that no rule allows."""
+    nonfinite = {name: values.get(name) for name in ("nan", "inf") if values.get(name)}
+    if nonfinite:
+        listed = " and ".join(f"{count} {name}" for name, count in nonfinite.items())
+        return f"unequal non-finite values, which no rule allows: {listed}"
+    read = ", ".join(f"{name} {describe(values.get(name))}" for name in sorted(rule.names))
+    return f"{read}, where the rule is {rule.require}"
+
+
+def describe(value: Value) -> str:
+    """A measure in a sentence."""
+    if value is None:
+        return "unknown"
+    return str(value) if isinstance(value, int) else f"{value:.3g}"
+
+
+def _fraction(value: float | None) -> str:
+    return "some" if value is None else f"{100 * value:.2g} %"
+
+
+def _side(tensor: LazyTensor, which: Which) -> SideRecord:
+    return SideRecord(
+        which=which,
+        shape=list(tensor.shape),
+        dtype=str(tensor.stored_dtype).removeprefix("torch."),
+        dims=list(tensor.dim_names) if tensor.dim_names is not None else None,
+        layouts=tensor.layouts,
+        ranks=list(tensor.ranks),
+        summands=tensor.summands,
+        replicas=tensor.replicas,
+    )
+
+
+def _by_checksum(task: PointTask) -> LeafRecord:
+    """Without values, the checksums of the ranks' own tensors, where both sides have them and are laid out alike."""
+    sums = []
+    for points in (task.pair.a, task.pair.b):
+        sums.append(
+            [
+                (rank, leaf.path, leaf.shape, leaf.dtype, leaf.checksum)
+                for point in points
+                for rank, record in point.records.items()
+                for leaf in record.leaves
+            ]
+        )
+    known = all(one[-1] is not None for side in sums for one in side) and all(sums)
+    if known and sums[0] == sums[1]:
+        return LeafRecord(path="", verdict="passed", reason="equal by checksum", values={"mismatched_fraction": 0.0})
+    differ = " Their checksums differ." if known and [s[:-1] for s in sums[0]] == [s[:-1] for s in sums[1]] else ""
+    reasons = {
+        record.reason or f"saved at the level {record.level!r}"
+        for point in (*task.pair.a, *task.pair.b)
+        for record in point.records.values()
+        if record.file is None
+    }
+    return LeafRecord(path="", verdict="skipped", reason=f"no values to compare: {'; '.join(sorted(reasons))}.{differ}")
+
+
+def _worst_leaf(leaves: Sequence[LeafRecord]) -> LeafRecord | None:
+    def badness(leaf: LeafRecord) -> tuple[int, bool, float]:
+        rel = leaf.values.get("rel")
+        return _ORDER.index(leaf.verdict), rel is None, float(rel or 0.0)
+
+    return max(leaves, key=badness, default=None)
+
+
+def _worst(leaves: Sequence[LeafRecord]) -> tuple[Verdict, str | None]:
+    worst = _worst_leaf(leaves)
+    if worst is None:
+        return "skipped", None
+    reason = worst.reason
+    if reason is not None and worst.path:
+        reason = f"{worst.path}: {reason}"
+    return worst.verdict, reason
+
+
+def _let_go(pair: Pair) -> None:
+    for point in (*pair.a, *pair.b):
+        point.let_go()

@@ -1,0 +1,91 @@
+"""The comparison to look at: what was skipped or failed first, a table with a bar per point, the verdict last."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from grafter.compare.comparison import Comparison
+from grafter.compare.record import FindingRecord, PointRecord
+from grafter.show import log_bar, printable
+
+_STYLE = {"failed": "bold red", "error": "bold red", "allowed": "yellow", "skipped": "dim"}
+_MOST_FINDINGS = 20
+
+
+def print_comparison(comparison: Comparison, console: Console, *, limit: int = 0, only_trouble: bool = False) -> None:
+    """Sides, findings, the table, the sentence. limit: at most so many rows; 0: all."""
+    header = comparison.header
+    for side, role, directory in (("A", header.role_a, header.a), ("B", header.role_b, header.b)):
+        console.print(Text(f"{side}: {printable(directory)} ({role or 'no role'})"), soft_wrap=True)
+    _print_findings(comparison.findings, console)
+    rows = [point for point in comparison.points if not only_trouble or point.verdict != "passed"]
+    if rows:
+        console.print()
+        console.print(point_table(rows[:limit] if limit else rows, _blocks(console)))
+        if limit and len(rows) > limit:
+            console.print(Text(f"... and {len(rows) - limit} more (--limit)"))
+    console.print()
+    console.print(Text(printable(comparison.summary.sentence), style="bold"), soft_wrap=True)
+
+
+def _print_findings(findings: Sequence[FindingRecord], console: Console) -> None:
+    errors_first = sorted(findings, key=lambda finding: (not finding.is_error, not finding.is_skip))
+    for finding in errors_first[:_MOST_FINDINGS]:
+        word = "error" if finding.is_error else "skipped" if finding.is_skip else "note"
+        style = "bold red" if finding.is_error else "yellow" if finding.is_skip else ""
+        console.print(Text(f"{word}: {printable(finding.text)}", style=style), soft_wrap=True)
+    if len(findings) > _MOST_FINDINGS:
+        console.print(Text(f"... and {len(findings) - _MOST_FINDINGS} more findings (--json has all)"))
+
+
+def point_table(points: Iterable[PointRecord], blocks: str) -> Table:
+    """One row per point, in A's execution order; culprits are marked."""
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        collapse_padding=True,
+        pad_edge=False,
+        caption="rel of the worst tensor, on a logarithmic scale from 1e-16 to 1; worst row: of its rows (tokens)",
+    )
+    table.add_column("", width=1)
+    table.add_column("point", overflow="fold")
+    for column in ("rel", "max_abs", "worst row", "max ulp"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True, min_width=8)
+    table.add_column("verdict", no_wrap=True)
+    for point in points:
+        values = point.values
+        mark = {"culprit": ">", "inherited": "|", "unknown": "?"}.get(point.severity or "", "")
+        verdict = point.verdict + (f", {point.severity}" if point.severity is not None else "")
+        cells = [mark, printable(point.label)]
+        cells += [_number(values.get(name)) for name in ("rel", "max_abs", "worst_row_rel", "max_ulp")]
+        rel = values.get("rel")
+        bar = log_bar(float(rel), blocks) if rel is not None else ""
+        table.add_row(*map(Text, cells), Text(bar), Text(verdict), style=_STYLE.get(point.verdict, ""))
+    return table
+
+
+def _number(value: float | int | None) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, int):
+        return str(value)
+    return "0" if value == 0 else f"{value:.1e}"
+
+
+def _blocks(console: Console) -> str:
+    return " ▏▎▍▌▋▊▉█" if console.encoding.startswith("utf") else " #"
+
+
+def json_lines(comparison: Comparison) -> Iterable[str]:
+    """The lines of `--json`."""
+    yield comparison.header.model_dump_json()
+    for point in comparison.points:
+        yield point.model_dump_json()
+    for finding in comparison.findings:
+        yield finding.model_dump_json()
+    yield comparison.summary.model_dump_json()

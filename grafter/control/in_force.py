@@ -1,0 +1,137 @@
+"""The settings that can be changed while a run goes on, as they are and as a change leaves them. Pure."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from grafter.direction import DirectionFilters
+from grafter.dumps.choice import DumpChoice
+from grafter.errors import UsageError
+from grafter.settings.config import FILTER_FIELDS, GrafterConfig
+
+if TYPE_CHECKING:
+    from grafter.control.change import Change
+
+_FIELDS = ("b2t_filter", "t2b_filter", "compare_filter", "dump_filter", "stats")
+
+
+class DumpedSteps(BaseModel):
+    """Steps whose points are saved besides what the dump filter saves: from `first` on, before `end`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    points: str
+    first: int
+    end: int
+
+
+class InForce(BaseModel):
+    """What a rank goes by from some step on. is_off: no filter matches, and nothing is saved."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    b2t_filter: str | None = None
+    t2b_filter: str | None = None
+    compare_filter: str | None = None
+    dump_filter: str | None = None
+    stats: Literal["full", "light", "off"] = "full"
+    is_off: bool = False
+    dumped_steps: DumpedSteps | None = None
+
+    @classmethod
+    def at_start(cls, config: GrafterConfig) -> InForce:
+        return cls(**{name: getattr(config, name) for name in _FIELDS})
+
+    def after(self, change: Change, step: int) -> InForce:
+        """As this change leaves it, from `step` on. Raises UsageError where it makes no sense. What the settings hold
+        is checked by `configured`."""
+        kept = self.dumped_steps if self.dumped_steps is not None and self.dumped_steps.end > step else None
+        if change.action == "off":
+            return self.model_copy(update={"is_off": True, "dumped_steps": None})
+        if change.action == "on":
+            return self.model_copy(update={"is_off": False, "dumped_steps": kept})
+        if change.action == "dump-next":
+            if self.is_off:
+                raise UsageError("grafting and dumping are off: `grafter ctl on` comes first")
+            dumped = DumpedSteps(points=change.points, first=step, end=step + change.steps)
+            return self.model_copy(update={"dumped_steps": dumped})
+        if not change.settings:
+            raise UsageError("nothing is set: give a filter or another setting")
+        # Through the checks of the class, where a copy has none.
+        values: dict[str, Any] = self.model_dump(exclude={"dumped_steps"})
+        values.update((name, value) for name, value in change.settings.items())
+        cleaned = {name: value for name, value in values.items() if value is not None and value != ""}
+        try:
+            return InForce(**cleaned, dumped_steps=kept)
+        except ValueError:
+            raise UsageError(f"stats={values['stats']!r}: legal values are full, light and off") from None
+
+    def at_end_of_dump(self) -> InForce:
+        return self.model_copy(update={"dumped_steps": None})
+
+    def configured(self, start: GrafterConfig) -> GrafterConfig:
+        """The configuration that one would have begun with, checked as one that is read at the start.
+
+        start: what the rank did begin with. Raises FilterError, ConfigError.
+        """
+        values = {name: getattr(start, name) for name in start.model_fields_set}
+        # What stood there is in the other fields; the file itself may have changed since.
+        values.pop("plan", None)
+        values |= {name: getattr(self, name) for name in _FIELDS}
+        self._refuse_equal_filters()
+        if self.dumped_steps is not None:
+            if values["dump_filter"] is not None:
+                GrafterConfig(**_given(values))
+            values["dump_filter"] = self._saved_points()
+        return GrafterConfig(**_given(values))
+
+    def _saved_points(self) -> str:
+        dumped = self.dumped_steps
+        assert dumped is not None
+        # One by one first: `a) or (b` would pass in brackets.
+        GrafterConfig(dump_filter=dumped.points)
+        then = f"(({dumped.points}) and step >= {dumped.first} and step < {dumped.end})"
+        return then if self.dump_filter is None else f"({self.dump_filter}) or {then}"
+
+    def _refuse_equal_filters(self) -> None:
+        """Whether two filters overlap cannot be known; that two equal ones do, can."""
+        seen: dict[str, str] = {}
+        for direction, name in FILTER_FIELDS.items():
+            source = getattr(self, name)
+            if source is None:
+                continue
+            other = seen.setdefault(source.strip(), direction)
+            if other != direction:
+                raise UsageError(
+                    f"{other} and {direction} have the same filter, {source!r}, so the direction of its points is not "
+                    "decided. Unset one of them (an empty text)"
+                )
+
+    def filters(self, start: GrafterConfig, *, saves: bool) -> tuple[DirectionFilters, DumpChoice | None]:
+        """The filters, compiled, and what decides which points are saved. saves: whether this rank saves any."""
+        if self.is_off:
+            return DirectionFilters({}), None
+        config = self.configured(start)
+        choice = DumpChoice(config) if saves else None
+        return DirectionFilters(config.filters, choice), choice
+
+    @property
+    def text(self) -> str:
+        """As messages show it."""
+        if self.is_off:
+            return "off: no filter matches, and nothing is saved"
+        named = {"b2t": self.b2t_filter, "t2b": self.t2b_filter, "compare": self.compare_filter}
+        parts = [f"{name}: {source}" for name, source in named.items() if source is not None]
+        if self.dump_filter is not None:
+            parts.append(f"dump: {self.dump_filter}")
+        if self.dumped_steps is not None:
+            dumped = self.dumped_steps
+            steps = f"step {dumped.first}" + (f"-{dumped.end - 1}" if dumped.end > dumped.first + 1 else "")
+            parts.append(f"dump in {steps}: {dumped.points if dumped.points != 'True' else 'every point'}")
+        return "; ".join([*parts, f"stats: {self.stats}"])
+
+
+def _given(values: dict[str, object]) -> dict[str, object]:
+    return {name: value for name, value in values.items() if value is not None}

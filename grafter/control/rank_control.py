@@ -1,0 +1,282 @@
+"""A rank's part in changes of the run: it answers each proposal, is held until it is decided, and takes over in step.
+
+housekeeping thread   `poll`: once a second, and four times a second while something is undecided
+program's thread      `end_step`: counts the step up, after the decision where one is due
+compiler              `trace`: what is traced now must fit what comes into force later
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from grafter.control.change import (
+    Answer,
+    Decision,
+    Proposal,
+    State,
+    answer_place,
+    proposal_place,
+    question_place,
+    state_place,
+)
+from grafter.control.decision import put_decision, read_decision, try_to_decide
+from grafter.control.history import HistoryLine, append_history
+from grafter.control.in_force import InForce
+from grafter.control.traced import Judge, TracedPoints, Verdict
+from grafter.direction import DirectionFilters
+from grafter.dumps.choice import DumpChoice
+from grafter.errors import ConfigError, ProtocolError, RunError, UsageError
+from grafter.points import StepCounter
+from grafter.rendezvous.join import Place
+from grafter.rendezvous.roster import Roster
+from grafter.rendezvous.store import StoreClient
+from grafter.rendezvous.wire import read_message
+from grafter.settings.config import GrafterConfig
+from grafter.watching.housekeeping import Housekeeping
+from grafter.watching.waits import Wait
+
+logger = logging.getLogger("grafter")
+
+_LOOK_SECONDS = 0.25
+
+
+@dataclass(frozen=True)
+class TakingOver:
+    """What comes into force in a step. number: of the change; None where steps to dump are over by themselves."""
+
+    step: int
+    in_force: InForce
+    filters: DirectionFilters
+    choice: DumpChoice | None
+    number: int | None = None
+    proposal: Proposal | None = None
+
+
+@dataclass(frozen=True)
+class _InHand:
+    """The proposal that is undecided. accepted: as it would be, whatever the step; None where it is refused."""
+
+    number: int
+    proposal: Proposal
+    answer: Answer
+    accepted: InForce | None
+    filters: DirectionFilters | None
+    since: float
+
+
+class RankControl:
+    """One rank's. There from the start; before the jobs have joined nothing comes, and nothing is held."""
+
+    def __init__(self, config: GrafterConfig, place: Place, steps: StepCounter, judge: Judge, *, saves: bool) -> None:
+        """saves: whether this rank saves points at all."""
+        self._config, self._place, self._steps, self._saves = config, place, steps, saves
+        self._traced = TracedPoints(judge)
+        # Guards all below. Held for no round trip and no wait but that of `end_step` for the decision.
+        self._changed = threading.Condition()
+        self._in_force = self._last_decided = InForce.at_start(config)
+        self._to_come: list[TakingOver] = []
+        self._number, self._changes = 0, 0
+        self._in_hand: _InHand | None = None
+        self._is_held = False
+        # Of the housekeeping thread alone.
+        self._question, self._states_told = "", 0
+        # From joining on.
+        self._keeper: Housekeeping | None = None
+        self._roster: Roster | None = None
+        self._graft_rank = 0
+        self._directory: Path | None = None
+
+    def joined(self, keeper: Housekeeping, roster: Roster, graft_rank: int, role_directory: Path) -> None:
+        """From here on changes may come."""
+        self._roster, self._graft_rank, self._directory = roster, graft_rank, role_directory
+        self._keeper = keeper
+
+    # On the program's thread.
+
+    def end_step(self) -> list[TakingOver]:
+        """Count the step up; what is in force from here on, in its order, where that changes here.
+
+        Waits while a change that this rank has accepted is undecided: no longer than the change allows, or than the
+        run lasts.
+        """
+        with self._changed:
+            if self._is_held:
+                self._wait_for_decision()
+            self._steps.next_step()
+            due = [one for one in self._to_come if one.step <= self._steps.step] if self._to_come else []
+            for one in due:
+                self._to_come.remove(one)
+                self._in_force = one.in_force
+                self._changes = self._changes if one.number is None else one.number + 1
+        for one in due:
+            self._tell(one)
+        return due
+
+    def _wait_for_decision(self) -> None:
+        keeper, in_hand = self._keeper, self._in_hand
+        assert keeper is not None and in_hand is not None
+        what = f"the decision on change {in_hand.number} of the run ({in_hand.proposal.change}), at the end of step "
+        wait = Wait("control", f"{what}{self._steps.step}", self._config.timeout)
+        # Where the run is over, the next matched point says so.
+        with contextlib.suppress(RunError), keeper.waiting(wait):
+            while self._is_held and keeper.aborted is None:
+                self._changed.wait(_LOOK_SECONDS)
+
+    def _tell(self, one: TakingOver) -> None:
+        level = logging.INFO if self._place.role_rank == 0 else logging.DEBUG
+        why = "the steps to dump are over" if one.proposal is None else f"change {one.number}"
+        logger.log(level, "grafter: %s: from step %d on (%s): %s", self._place.who, one.step, why, one.in_force.text)
+        if self._place.role_rank != 0 or self._directory is None:
+            return
+        by, asked = (one.proposal.by, str(one.proposal.change)) if one.proposal is not None else (None, None)
+        line = HistoryLine(
+            time=time.time(), number=one.number, step=one.step, asked=asked, by=by, in_force=one.in_force
+        )
+        try:
+            append_history(self._directory, line)
+        except OSError as error:
+            logger.error("grafter: change %s cannot be written beside the ledger: %s", one.number, error)
+
+    def leave(self) -> None:
+        """The run is over for this rank, and its housekeeping: nothing comes any more, and nothing is held."""
+        with self._changed:
+            self._is_held = False
+            never = [one for one in self._to_come if one.proposal is not None]
+        for one in never:
+            logger.warning(
+                "grafter: %s ended in step %d, so change %s (%s), agreed for step %d, was never in force there",
+                self._place.who, self._steps.step, one.number, one.proposal and one.proposal.change, one.step,
+            )  # fmt: skip
+
+    # On the compiler's.
+
+    def trace(self, filters: DirectionFilters, name: str, arguments: dict[str, Any]) -> Verdict:
+        """How a point in code that is being compiled is taken. filters: those in force."""
+        with self._changed:
+            return self._traced.trace(self.filters_ahead(filters), name, arguments)
+
+    def filters_ahead(self, filters: DirectionFilters) -> list[DirectionFilters]:
+        """Those in force, those that were decided for later, and those that may be."""
+        in_hand = self._in_hand
+        ahead = [filters, *(one.filters for one in self._to_come)]
+        return ahead if in_hand is None or in_hand.filters is None else [*ahead, in_hand.filters]
+
+    # On the housekeeping thread.
+
+    def poll(self, client: StoreClient) -> None:
+        """Answer what is asked, and learn what is decided. Two round trips where there is nothing.
+
+        Raises RunError where the store is lost, or holds what the protocol does not allow.
+        """
+        keeper = self._keeper
+        assert keeper is not None
+        if keeper.aborted is not None:
+            keeper.on_tick = None
+            return
+        self._answer_question(client)
+        while self._in_hand is not None or self._take_up(client):
+            if not self._learn(client):
+                keeper.on_tick = self.poll
+                return
+        keeper.on_tick = None
+
+    def _answer_question(self, client: StoreClient) -> None:
+        question = client.peek(question_place(client.hall))
+        if question is None or question.payload == self._question:
+            return
+        self._question = question.payload
+        self._states_told += 1
+        with self._changed:
+            state = State(
+                count=self._states_told, step=self._steps.step, changes=self._changes, in_force=self._in_force,
+                to_come=tuple(one.step for one in self._to_come if one.number is not None),
+            )  # fmt: skip
+        client.set(state_place(client.hall, self._graft_rank), "state", state.model_dump_json())
+
+    def _take_up(self, client: StoreClient) -> bool:
+        """The next proposal, answered. False where there is none."""
+        number = self._number
+        place = proposal_place(client.hall, number)
+        try:
+            sealed = client.peek(place)
+            if sealed is None:
+                return False
+            proposal = read_message(Proposal.model_validate_json, sealed.payload, "a change of the run")
+        except ProtocolError as error:
+            # Whoever wrote it may not: that ends the change, and not the run.
+            logger.warning("grafter: %s refuses change %d of the run: %s", self._place.who, number, error)
+            put_decision(client, number, Decision(refused=str(error)[:1000]))
+            self._number += 1
+            return self._take_up(client)
+        with self._changed:
+            in_hand = self._in_hand = self._judge(number, proposal)
+            self._is_held = in_hand.accepted is not None
+        answer = in_hand.answer.model_dump_json()
+        client.put_if_absent(answer_place(client.hall, number, self._graft_rank), "answer", answer)
+        return True
+
+    def _judge(self, number: int, proposal: Proposal) -> _InHand:
+        now, step = time.monotonic(), self._steps.step
+        try:
+            # As it would be in the next step: where the step stands in a filter, its number changes nothing.
+            accepted = self._last_decided.after(proposal.change, step + 1)
+            filters, _ = accepted.filters(self._config, saves=self._saves)
+            # What is to follow must be fit, too.
+            accepted.at_end_of_dump().filters(self._config, saves=self._saves)
+            why_not = None if accepted.is_off else self._traced.why_not(filters)
+        except (ConfigError, UsageError) as error:
+            why_not = str(error)
+        if why_not is not None:
+            return _InHand(number, proposal, Answer.refusal(why_not), None, None, now)
+        return _InHand(number, proposal, Answer(step=step), accepted, filters, now)
+
+    def _learn(self, client: StoreClient) -> bool:
+        """Whether the proposal in hand is decided, and then what that means here."""
+        in_hand, roster = self._in_hand, self._roster
+        assert in_hand is not None and roster is not None
+        decision = read_decision(client, in_hand.number)
+        if decision is None:
+            seconds = in_hand.proposal.seconds
+            is_late = time.monotonic() - in_hand.since > seconds
+            if self._graft_rank != 0 and not is_late:
+                return False
+            decision = try_to_decide(client, roster, in_hand.number, is_late=is_late, seconds=seconds)
+            if decision is None:
+                return False
+        if decision.step is not None and in_hand.accepted is None:
+            raise ProtocolError(
+                f"change {in_hand.number} of the run was put into force from step {decision.step} on, and "
+                f"{self._place.who} had refused it. Both jobs need the same grafter, and nobody else may write there."
+            )
+        coming = self._taking_over(in_hand, decision.step) if decision.step is not None else []
+        with self._changed:
+            self._in_hand, self._is_held = None, False
+            self._number += 1
+            if coming:
+                # Steps to dump, as far as they go on, are in what comes.
+                self._to_come = [one for one in self._to_come if one.number is not None] + coming
+                self._last_decided = coming[0].in_force
+            self._changed.notify_all()
+        if self._graft_rank == 0:
+            client_keys = [answer_place(client.hall, in_hand.number, rank) for rank in range(len(roster.all))]
+            assert self._keeper is not None
+            self._keeper.delete_later(client_keys)
+            if decision.refused is not None:
+                logger.info("grafter: change %d of the run is refused: %s", in_hand.number, decision.refused)
+        return True
+
+    def _taking_over(self, in_hand: _InHand, step: int) -> list[TakingOver]:
+        """What comes from `step` on, and what once the steps to dump are over."""
+        in_force = self._last_decided.after(in_hand.proposal.change, step)
+        filters, choice = in_force.filters(self._config, saves=self._saves)
+        coming = [TakingOver(step, in_force, filters, choice, in_hand.number, in_hand.proposal)]
+        if in_force.dumped_steps is not None:
+            ended = in_force.at_end_of_dump()
+            coming.append(TakingOver(in_force.dumped_steps.end, ended, *ended.filters(self._config, saves=self._saves)))
+        return coming

@@ -1,0 +1,88 @@
+"""Limits of a dump: which steps, how many bytes, how many points. What they leave out is counted, never silent.
+
+Imports no torch, since the settings are checked with it.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections import Counter
+from typing import Literal
+
+logger = logging.getLogger("grafter")
+
+_UNITS = {"": 0, "b": 0, "kib": 10, "mib": 20, "gib": 30, "tib": 40}
+_SIZE = re.compile(r"(\d{1,18})\s*([a-z]*)", re.IGNORECASE)
+_STEPS = re.compile(r"(\d{1,18})(?:\s*(-)\s*(\d{1,18})?)?")
+
+LimitName = Literal["steps", "points", "bytes"]
+
+
+def read_size(text: str) -> int:
+    """Bytes of `4096`, `512 MiB`, `1GiB`. Raises ValueError for anything else."""
+    found = _SIZE.fullmatch(text.strip())
+    if found is None or found[2].lower() not in _UNITS:
+        raise ValueError("it must be a number of bytes, such as 4096, 512MiB or 10GiB")
+    return int(found[1]) << _UNITS[found[2].lower()]
+
+
+def read_steps(text: str) -> tuple[tuple[int, int | None], ...]:
+    """Ranges of steps, both ends included, of `0-3,10,20-`. Raises ValueError for anything else."""
+    ranges = []
+    for part in text.split(","):
+        found = _STEPS.fullmatch(part.strip())
+        if found is None:
+            raise ValueError(f"{part.strip()!r} is neither a step nor a range; write 0-3,10 or 20- (from 20 on)")
+        first = int(found[1])
+        last = first if not found[2] else int(found[3]) if found[3] else None
+        if last is not None and last < first:
+            raise ValueError(f"{part.strip()!r} ends before it begins")
+        ranges.append((first, last))
+    return tuple(ranges)
+
+
+class Limits:
+    """What one rank may still save. A limit of bytes or points that is reached stays reached: what is on disk is the
+    beginning of the run without a hole. Used under the lock of the rank's points."""
+
+    def __init__(self, steps: str | None, max_bytes: int | None, max_points: int | None, who: str) -> None:
+        self._steps = read_steps(steps) if steps is not None else None
+        self._max_bytes, self._max_points, self._who = max_bytes, max_points, who
+        self._bytes = self._points = 0
+        self._is_full: LimitName | None = None
+        self.left_out: Counter[str] = Counter()
+
+    def allows_step(self, step: int) -> bool:
+        """Whether points of this step are saved; counts one that is not."""
+        if self._steps is None or any(first <= step and (last is None or step <= last) for first, last in self._steps):
+            return True
+        self._leave_out("steps", f"step {step} is not among GRAFTER_DUMP_STEPS")
+        return False
+
+    def also_allow(self, first: int, end: int) -> None:
+        """Points of these steps are saved whatever the limit of steps; `end` is the first that is not meant."""
+        if self._steps is not None:
+            self._steps += ((first, end - 1),)
+
+    def take(self, nbytes: int) -> bool:
+        """Whether one more point, of so many bytes in its file, is saved; counts it either way."""
+        if self._is_full is None:
+            if self._max_points is not None and self._points >= self._max_points:
+                self._is_full = "points"
+            elif self._max_bytes is not None and self._bytes + nbytes > self._max_bytes:
+                self._is_full = "bytes"
+        if self._is_full == "points":
+            self._leave_out("points", f"GRAFTER_DUMP_MAX_POINTS={self._max_points} is reached")
+        elif self._is_full == "bytes":
+            self._leave_out("bytes", f"GRAFTER_DUMP_MAX_BYTES={self._max_bytes} would be exceeded")
+        else:
+            self._points += 1
+            self._bytes += nbytes
+            return True
+        return False
+
+    def _leave_out(self, limit: LimitName, why: str) -> None:
+        if not self.left_out[limit]:
+            logger.warning("grafter: %s: %s: such points are not saved, only counted", self._who, why)
+        self.left_out[limit] += 1

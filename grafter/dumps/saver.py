@@ -1,0 +1,391 @@
+"""The saver: takes a point as it is at the call, and sees to it that it is written, once, whatever comes after.
+
+at the call     limits; the snapshot; metadata encoded                  (`take`, on the program's thread)
+after a graft   a second snapshot, and what the point came to           (`finish`)
+in background   figures or the file, then the line                      (`_write`, on the backlog's thread)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from grafter.backward.kept_writes import unobserved
+from grafter.direction import Direction
+from grafter.dumps.backlog import Backlog
+from grafter.dumps.buffers import Buffers
+from grafter.dumps.encoding import MetadataEncoder, safe_repr
+from grafter.dumps.limits import Limits, read_size
+from grafter.dumps.record import DumpedLeaf, DumpRecord, Level, TokenRuns
+from grafter.dumps.saved_rows import SavedRows
+from grafter.dumps.snapshot import NothingToSave, Snapshot, saveable, snapshot_bytes, take_snapshot
+from grafter.dumps.termination import Termination
+from grafter.dumps.writer import RecordLog, file_name, record_metadata, record_text, write_tensors
+from grafter.errors import ConfigError, UsageError
+from grafter.layout.declared import DeclaredLayout, declare_layouts
+from grafter.leaves import Leaves, flatten, spec_of
+from grafter.ledger import Outcome
+from grafter.measures.stats import summarize
+from grafter.options import PointOptions
+from grafter.points import PointKey
+from grafter.rendezvous.join import Place
+from grafter.settings.config import GrafterConfig
+from grafter.writing.tensor_access import is_dtensor
+
+logger = logging.getLogger("grafter")
+
+_LONGEST_RECORD = 1 << 24
+# A process that is to end waits no longer than this for one file.
+_PATIENCE_SECONDS = 60.0
+_UNFINISHED = "the process ended, or the run did, while this point met the other side"
+
+
+@dataclass
+class _TakenLeaf:
+    """One tensor of the point: `value` as the program came to it, `grafted` as it went on; or why there is none."""
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+    device: str
+    layout: DeclaredLayout | None = None
+    value: Snapshot | None = None
+    grafted: Snapshot | None = None
+
+
+@dataclass(eq=False)
+class Taken:
+    """One point that is to be written. Nothing in it is the program's any more."""
+
+    order: int
+    key: PointKey
+    level: Level
+    fields: dict[str, Any]
+    leaves: list[_TakenLeaf] = field(default_factory=list)
+    # By their number, as `extras` in the record names them.
+    extras: dict[int, Snapshot] = field(default_factory=dict)
+    reasons: list[str] = field(default_factory=list)
+    reserved: int = 0
+    # Where only some rows are saved: those.
+    rows: SavedRows | None = None
+
+    @property
+    def snapshots(self) -> list[Snapshot]:
+        found = [leaf.value for leaf in self.leaves] + [leaf.grafted for leaf in self.leaves]
+        found += self.extras.values()
+        return [snapshot for snapshot in found if snapshot is not None]
+
+
+class Saver:
+    """One rank's dumps. `take` and `finish` are called under the lock of its points."""
+
+    def __init__(self, config: GrafterConfig, place: Place, role_directory: Path, limits: Limits) -> None:
+        """Raises ConfigError where the directory holds this rank's dumps of an earlier run."""
+        self._place, self._directory = place, role_directory
+        self._exclude = config.dump_exclude_keys
+        self._rank_directory = role_directory / f"rank{place.role_rank}"
+        try:
+            self._rank_directory.mkdir(parents=True, exist_ok=True)
+            self._log = RecordLog(role_directory / f"rank{place.role_rank}.dumps.jsonl")
+        except FileExistsError as error:
+            raise ConfigError(
+                f"{role_directory} holds dumps of {place.who} from an earlier run, and two runs would mix. Give this "
+                f"run another name (GRAFTER_RUN_NAME), or remove that one."
+            ) from error
+        queue_bytes = read_size(config.dump_queue_bytes)
+        self._buffers = Buffers(queue_bytes)
+        self._backlog = Backlog(queue_bytes, self._buffers.make_wanted, place.who)
+        self._limits = limits
+        self._order = 0
+        self._unfinished: dict[int, Taken] = {}
+        self._is_closed = False
+        # Written by the backlog's thread.
+        self.outcomes: Counter[str] = Counter()
+        self._has_told_failure = False
+        self._termination = Termination(self._end_all)
+        self._termination.install()
+
+    # On the program's thread.
+
+    def take(
+        self,
+        key: PointKey,
+        tags: dict[str, Any],
+        value: Any,
+        options: PointOptions,
+        site: str,
+        participants: tuple[int, ...],
+        axes: tuple[tuple[str, int, int], ...],
+        direction: Direction | None = None,
+        header: str | None = None,
+    ) -> Taken | None:
+        """The point as it is now; None where a limit is reached. The value may be changed once this returns.
+
+        value: a tensor or any pytree; what of it cannot be saved is told in the record. header: this rank's header as
+        it travels, for a graft from this recording: what is to be grafted later is saved in full, whatever dumps leave
+        out. Waits while the backlog is full.
+        """
+        with unobserved(), torch.no_grad():
+            parts = _Parts(value, options)
+            level: Level = options.dump_level if header is None else "full"
+            nbytes = sum(snapshot_bytes(tensor) for tensor in parts.tensors) if level == "full" else 0
+            if header is None and not self._limits.take(nbytes):
+                return None
+            taken = Taken(self._order, key, level, {})
+            self._order += 1
+            self._encode(taken, tags, parts, options, self._exclude if header is None else frozenset())
+            taken.fields |= {
+                "time": time.time(), "direction": direction, "participants": participants, "axes": axes,
+                "call_site": site, "header": header,
+            }  # fmt: skip
+            self._unfinished[taken.order] = taken
+            for leaf, tensor in parts.leaves:
+                taken.leaves.append(leaf)
+                leaf.value = self._snapshot(taken, tensor, leaf.path)
+            taken.reasons += parts.reasons
+            return taken
+
+    def finish(
+        self, taken: Taken, outcome: Outcome | None = None, grafted: Any = None, reason: str | None = None
+    ) -> None:
+        """The point is over: hand it to the writer. grafted: what the program goes on with, where a graft wrote it."""
+        if outcome == "grafted":
+            with unobserved(), torch.no_grad():
+                after = {leaf.path: tensor for leaf, tensor in _Parts(grafted, None).leaves}
+                for leaf in taken.leaves:
+                    if leaf.path in after:
+                        leaf.grafted = self._snapshot(taken, after[leaf.path], leaf.path)
+        taken.fields["outcome"] = outcome
+        if reason is not None:
+            taken.reasons.append(reason)
+        self._hand_over(taken)
+
+    def end_step(self) -> None:
+        """What was dumped before this step is on disk when this returns; this step's points may be under way."""
+        self._backlog.wait_for_last_step()
+
+    def flush(self) -> None:
+        """All points that are over are on disk when this returns."""
+        self._backlog.flush()
+
+    def close(self) -> None:
+        """Everything is on disk when this returns, also points in the middle of a meeting."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        self._end_all()
+        self._backlog.close()
+        self._termination.uninstall()
+        self._log.close()
+
+    def _end_all(self) -> None:
+        """Also called by a signal's handler, in the middle of anything: what is half taken is written as it is."""
+        for taken in list(self._unfinished.values()):
+            taken.reasons.append(_UNFINISHED)
+            self._hand_over(taken)
+        self._backlog.flush(_PATIENCE_SECONDS)
+
+    def _hand_over(self, taken: Taken) -> None:
+        # Whoever takes it out of here hands it over, and nobody else.
+        if self._unfinished.pop(taken.order, None) is not None:
+            self._backlog.put(lambda: self._write(taken))
+
+    def _snapshot(self, taken: Taken, tensor: torch.Tensor, what: str) -> Snapshot | None:
+        nbytes = snapshot_bytes(tensor)
+        self._backlog.reserve(nbytes)
+        taken.reserved += nbytes
+        try:
+            return take_snapshot(tensor, self._buffers)
+        except (RuntimeError, MemoryError, NotImplementedError) as error:
+            # Out of memory, or a dtype that cannot be copied: it costs this tensor, not the run.
+            taken.reasons.append(f"{what or 'the tensor'}: {type(error).__name__}: {safe_repr(str(error))}")
+            return None
+
+    def _encode(
+        self, taken: Taken, tags: dict[str, Any], parts: _Parts, options: PointOptions, exclude: frozenset[str]
+    ) -> None:
+        encoder, key = MetadataEncoder(exclude), taken.key
+        fields: dict[str, Any] = {
+            "name": encoder.text(key.name, "name"),
+            "tags": {encoder.text(tag, "tags"): encoder.encode(value, f"tags.{tag}") for tag, value in tags.items()},
+            "others": {encoder.text(path, "others"): encoder.encode(v, f"others{path}") for path, v in parts.others},
+        }
+        if parts.layout_error is not None:
+            encoder.not_encoded["layout"] = parts.layout_error
+        if options.extras is not None:
+            extras = encoder.encode(options.extras, "extras")
+            fields["extras"] = extras if isinstance(extras, dict) else {"": extras}
+        if options.tokens is not None:
+            fields["tokens"] = _token_runs(options.tokens, encoder)
+        for number, tensor in enumerate(encoder.tensors):
+            if taken.level != "full":
+                encoder.not_encoded[f"extras{number}"] = f"a tensor, which the level {taken.level} does not save"
+                continue
+            try:
+                snapshot = self._snapshot(taken, saveable(tensor), f"extras{number}")
+            except NothingToSave as reason:
+                taken.reasons.append(f"extras{number}: {reason}")
+                continue
+            if snapshot is not None:
+                taken.extras[number] = snapshot
+        fields |= {"not_encoded": encoder.not_encoded, "excluded": tuple(encoder.excluded)}
+        taken.fields |= fields
+
+    # On the backlog's thread.
+
+    def _write(self, taken: Taken) -> None:
+        try:
+            for snapshot in taken.snapshots:
+                snapshot.wait()
+            self._write_point(taken)
+            self.outcomes["saved"] += 1
+        except BaseException as error:
+            self._tell_failure(taken, error)
+        finally:
+            for snapshot in taken.snapshots:
+                self._buffers.give_back(snapshot.buffer)
+            self._backlog.release(taken.reserved)
+
+    def _write_point(self, taken: Taken) -> None:
+        tensors = _named(taken)
+        file = None
+        if taken.level == "full" and tensors:
+            file = f"{self._rank_directory.name}/{file_name(taken.order, taken.key.name)}"
+        leaves = tuple(
+            _leaf(leaf, taken) for leaf in taken.leaves if leaf.value is not None or leaf.grafted is not None
+        )
+        record = self._record(taken, leaves, file)
+        text = record_text(record)
+        if len(text) > _LONGEST_RECORD:
+            too_long = {**record.not_encoded, "extras": f"{len(text)} bytes of JSON are more than a record takes"}
+            record = record.model_copy(update={"extras": None, "not_encoded": too_long})
+            text = record_text(record)
+        if file is not None:
+            try:
+                write_tensors(f"{self._directory}/{file}", tensors, record_metadata(text))
+            except Exception as error:
+                # The line is small, and may have room where the tensors have not.
+                lost = f"the file could not be written: {type(error).__name__}: {error}"
+                self._log.append(record_text(record.model_copy(update={"file": None, "reason": lost})))
+                raise
+        self._log.append(text)
+
+    def _record(self, taken: Taken, leaves: tuple[DumpedLeaf, ...], file: str | None) -> DumpRecord:
+        key, place = taken.key, self._place
+        return DumpRecord(
+            order=taken.order, step=key.step, phase=key.phase, occurrence=key.occurrence, role=place.role,
+            role_rank=place.role_rank, role_world_size=place.role_world_size, level=taken.level, file=file,
+            reason="; ".join(taken.reasons) or None, leaves=leaves, **taken.fields,
+        )  # fmt: skip
+
+    def _tell_failure(self, taken: Taken, error: BaseException) -> None:
+        self.outcomes["lost"] += 1
+        if not self._has_told_failure:
+            self._has_told_failure = True
+            logger.error(
+                "grafter: %s: the dump of %s is lost, and so may be others, which are counted (rank summary) and not "
+                "told one by one; the run goes on: %s: %s",
+                self._place.who, taken.key, type(error).__name__, error,
+            )  # fmt: skip
+
+
+class _Parts:
+    """A point's value taken apart for saving, which may hold anything: what cannot be saved is told."""
+
+    def __init__(self, value: Any, options: PointOptions | None) -> None:
+        self.leaves: list[tuple[_TakenLeaf, torch.Tensor]] = []
+        self.others: list[tuple[str, Any]] = []
+        self.reasons: list[str] = []
+        self.layout_error: str | None = None
+        originals: list[torch.Tensor] = []
+        flat = [("", value)] if isinstance(value, torch.Tensor) else sorted(flatten(value)[0], key=lambda leaf: leaf[0])
+        for path, leaf in flat:
+            if not isinstance(leaf, torch.Tensor):
+                self.others.append((path, leaf))
+                continue
+            try:
+                local = saveable(leaf)
+            except NothingToSave as reason:
+                self.reasons.append(f"{path or 'the tensor'}: {reason}")
+                continue
+            spec = spec_of(path, local)
+            taken = _TakenLeaf(path, spec.shape, spec.dtype, str(local.device))
+            self.leaves.append((taken, local))
+            originals.append(leaf)
+        if not self.leaves and not self.reasons:
+            self.reasons.append("the value holds no tensor")
+        says_layout = options is not None and (options.dims is not None or options.layout is not None)
+        if options is not None and (says_layout or any(map(is_dtensor, originals))):
+            self._declare_layouts(value, originals, options)
+
+    @property
+    def tensors(self) -> Sequence[torch.Tensor]:
+        return [tensor for _, tensor in self.leaves]
+
+    def _declare_layouts(self, value: Any, originals: list[torch.Tensor], options: PointOptions) -> None:
+        specs = tuple(spec_of(leaf.path, tensor) for leaf, tensor in self.leaves)
+        leaves = Leaves(value, originals, list(self.tensors), specs, "", {})
+        try:
+            layouts = declare_layouts(leaves, options.dims, options.layout, options.seq_lens)
+        except Exception as error:
+            self.layout_error = safe_repr(error)
+            return
+        for (leaf, _), layout in zip(self.leaves, layouts, strict=False):
+            leaf.layout = layout
+
+
+def _leaf(leaf: _TakenLeaf, taken: Taken) -> DumpedLeaf:
+    figures: dict[str, Any] = {}
+    for prefix, snapshot in (("", leaf.value), ("grafted_", leaf.grafted)):
+        if snapshot is None:
+            continue
+        if taken.level == "full" and snapshot.stored_as is not None:
+            figures["stored_as"] = snapshot.stored_as
+        elif taken.level == "checksum":
+            figures[f"{prefix}checksum"] = checksum(snapshot.stored)
+        elif taken.level == "statistics":
+            try:
+                figures[f"{prefix}statistics"] = summarize(snapshot.values, "full")
+            except (UsageError, RuntimeError) as error:
+                taken.reasons.append(f"{leaf.path or 'the tensor'}: no statistics: {error}")
+    return DumpedLeaf(
+        path=leaf.path, shape=leaf.shape, dtype=leaf.dtype, device=leaf.device, layout=leaf.layout, **figures
+    )
+
+
+def _named(taken: Taken) -> dict[str, torch.Tensor]:
+    """The tensors of the file by name."""
+    named = {}
+    for leaf in taken.leaves:
+        if leaf.value is not None:
+            named[f"value{leaf.path}"] = leaf.value.stored
+        if leaf.grafted is not None:
+            named[f"grafted{leaf.path}"] = leaf.grafted.stored
+    named.update({f"extras{number}": snapshot.stored for number, snapshot in taken.extras.items()})
+    return named
+
+
+def checksum(values: torch.Tensor) -> str:
+    """SHA-256, hexadecimal, of the bytes of a contiguous CPU tensor: row-major, little-endian, nothing else."""
+    if not values.numel():
+        return hashlib.sha256().hexdigest()
+    return hashlib.sha256(values.view(-1).view(torch.uint8).numpy().data).hexdigest()
+
+
+def _token_runs(tokens: Any, encoder: MetadataEncoder) -> TokenRuns | None:
+    try:
+        runs = tokens.record()
+        if not isinstance(runs, TokenRuns):
+            raise TypeError("tokens= is not a grafter.Tokens")
+        return runs
+    except Exception as error:
+        encoder.not_encoded["tokens"] = f"{safe_repr(tokens)}: {type(error).__name__}: {safe_repr(str(error))}"
+        return None

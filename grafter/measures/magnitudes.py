@@ -1,0 +1,124 @@
+"""How values are spread: a histogram by size, 8 bins per power of two, which merges exactly whatever the order.
+
+    bin of v >= 0:  the exponent and the three upper bits of the mantissa of v as a float64
+
+    1.0   1.125   1.25   1.375   1.5   1.625   1.75   1.875   2.0
+     |------|------|------|------|------|------|------|------|
+
+A percentile is then known up to its bin: at most 12.5 % wide, and the counts are integers, so no digit depends on how
+the values were cut into pieces or on who counted them.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+# The bits of a float64 that is not negative, without the lower 49: 11 of exponent and 3 of mantissa.
+_SHIFT = 49
+_BINS = 1 << 14
+# Bins are kept until so many are there: a count over the whole table has a fixed cost.
+_BATCH = 1 << 17
+_LEAST = 1 << 12
+
+
+class Between(NamedTuple):
+    """A number that is known to lie in [low, high]."""
+
+    low: float
+    high: float
+
+
+class Magnitudes:
+    """Counts of numbers >= 0 (float64; Inf allowed, NaN not) by size."""
+
+    def __init__(self) -> None:
+        self._counts: NDArray[np.int64] = np.zeros(_BINS, dtype=np.int64)
+        self._zeros = 0
+        self._keys: NDArray[np.int64] = np.empty(0, dtype=np.int64)
+        self._filled = 0
+
+    def add(self, values: NDArray[np.float64]) -> None:
+        """Count these: 1-D, contiguous, none negative."""
+        count = len(values)
+        if self._filled + count > len(self._keys):
+            self._count_keys()
+            if count > len(self._keys):
+                self._keys = np.empty(max(count, min(4 * count, _BATCH), _LEAST), dtype=np.int64)
+        np.right_shift(values.view(np.int64), _SHIFT, out=self._keys[self._filled : self._filled + count])
+        self._filled += count
+
+    def add_zeros(self, count: int) -> None:
+        """Count `count` values of exactly 0."""
+        self._zeros += count
+
+    def merge(self, other: Magnitudes) -> None:
+        """Count what `other` has counted, too."""
+        other._count_keys()
+        self._counts += other._counts
+        self._zeros += other._zeros
+
+    def bins(self) -> list[tuple[float, float, int]]:
+        """(low, high, count) of each bin that holds any, in order; values v have low <= v < high.
+
+        Zero is counted in the first bin, from 0 to 2**-1022 / 8, in which no other value of a dtype narrower than
+        float64 can lie.
+        """
+        counts = self._all_counts()
+        return [(_edge(number), _edge(number + 1), int(counts[number])) for number in np.flatnonzero(counts).tolist()]
+
+    @property
+    def count(self) -> int:
+        """How many were counted."""
+        self._count_keys()
+        return int(self._counts.sum()) + self._zeros
+
+    def percentile(self, thousandths: int) -> Between | None:
+        """The nearest-rank percentile: the ceil(count * thousandths / 1000)-th smallest. None where nothing is counted.
+
+        As the bounds of its bin, both 0 in the first bin.
+        """
+        counts = self._all_counts()
+        total = int(counts.sum())
+        if not total:
+            return None
+        rank = max(1, -(-total * thousandths // 1000))
+        number = int(np.searchsorted(np.cumsum(counts), rank))
+        return Between(0.0, 0.0) if number == 0 else Between(_edge(number), _edge(number + 1))
+
+    def count_from(self, low: float) -> int:
+        """How many lie in bins that begin at `low` or above."""
+        counts = self._all_counts()
+        return int(counts[_bin_from(low) :].sum())
+
+    def _all_counts(self) -> NDArray[np.int64]:
+        self._count_keys()
+        counts: NDArray[np.int64] = self._counts.copy()
+        counts[0] += self._zeros
+        return counts
+
+    def _count_keys(self) -> None:
+        if self._filled:
+            self._counts += np.bincount(self._keys[: self._filled], minlength=_BINS)
+            self._filled = 0
+
+
+def _edge(number: int) -> float:
+    """The least value of a bin."""
+    bits = number << _SHIFT
+    # What follows the largest number is infinite, and so is what follows that.
+    return float("inf") if bits >= 0x7FF << 52 else _float_of(bits)
+
+
+def _float_of(bits: int) -> float:
+    value: Any = struct.unpack("<d", struct.pack("<Q", bits))[0]
+    return float(value)
+
+
+def _bin_from(low: float) -> int:
+    """The first bin that begins at `low` or above."""
+    (bits,) = struct.unpack("<Q", struct.pack("<d", low))
+    return -(-int(bits) >> _SHIFT)

@@ -1,0 +1,127 @@
+"""ULPs: how many representable numbers lie between two values of one dtype.
+
+Numbers of one sign are in the order of their bits, so their distance is the difference of these as integers. It is
+defined only where both have the same sign and are normal: across zero, and among subnormal numbers, it would be large
+for values that hardly differ. Of two dtypes the one with fewer bits of precision counts, and the other value is
+rounded to it, to nearest even.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from grafter.measures.flat_chunks import bits
+
+_UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+# Real parts: a complex number is two numbers.
+_PARTS = {torch.complex32: torch.float16, torch.complex64: torch.float32, torch.complex128: torch.float64}
+
+
+class UlpSums(NamedTuple):
+    """Of one chunk: how many pairs have a distance, the largest, and the sum of all."""
+
+    counted: int
+    largest: int
+    total: int
+
+
+NO_ULPS = UlpSums(0, 0, 0)
+
+
+def part_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a number's parts: that of a complex one's real part, else its own."""
+    return _PARTS.get(dtype, dtype)
+
+
+def narrower(x: torch.dtype, y: torch.dtype) -> torch.dtype | None:
+    """Of two floating dtypes (or those of complex parts) the one with fewer bits of precision; None for integers.
+
+    bfloat16 is narrower than float16 (8 bits against 11), and float8_e5m2 than float8_e4m3fn. Of two with the same
+    precision, the one with the smaller range.
+    """
+    x, y = part_dtype(x), part_dtype(y)
+    if not (x.is_floating_point and y.is_floating_point):
+        return None
+
+    def precision(dtype: torch.dtype) -> tuple[float, float]:
+        found = torch.finfo(dtype)
+        return -found.eps, found.max
+
+    return min(x, y, key=precision)
+
+
+class UlpCounter:
+    """Counts chunks of one floating dtype, given as 1-D contiguous CPU tensors of at most `size` numbers."""
+
+    def __init__(self, dtype: torch.dtype, size: int) -> None:
+        # float8 dtypes "fn" have no infinity, and "fnuz" no negative zero; their NaNs are found by value, not by bits.
+        self._dtype = dtype
+        width = torch.finfo(dtype).bits // 8
+        kind: Any = np.dtype(f"i{width}").type
+        sign = 8 * width - 1
+        self._magnitude = kind(2**sign - 1)
+        self._first_normal = kind(_magnitude_bits(torch.finfo(dtype).tiny, dtype))
+        self._last_normal = kind(_magnitude_bits(torch.finfo(dtype).max, dtype))
+        self._unsigned = _UNSIGNED[width]
+        self._span = self._unsigned(int(self._last_normal) - int(self._first_normal))
+        self._space = np.empty((3, size), dtype=kind)
+        self._mask = np.empty((2, size), dtype=np.bool_)
+        # The sums of a chunk of the wider ones may leave int64; their distances do not.
+        self._wide = width == 8
+        self._fits_int32 = width >= 4
+
+    def equal(self, x: torch.Tensor) -> UlpSums:
+        """Of a chunk that equals the other."""
+        normal = self._normal(bits(x).numpy(), 0)
+        return UlpSums(int(np.count_nonzero(normal)), 0, 0)
+
+    def compare(self, x: torch.Tensor, y: torch.Tensor) -> UlpSums:
+        """Of a pair of chunks."""
+        a, b = bits(x).numpy(), bits(y).numpy()
+        count = len(a)
+        if not count:
+            return NO_ULPS
+        distance = self._space[0, :count]
+        left_out = np.less(np.bitwise_xor(a, b, out=distance), 0, out=self._mask[1, :count])
+        for values in (a, b):
+            # Mostly all are normal: then their masks need not be made.
+            magnitude = np.bitwise_and(values, self._magnitude, out=distance)
+            low, high = np.minimum.reduce(magnitude), np.maximum.reduce(magnitude)
+            if low < self._first_normal or high > self._last_normal:
+                np.logical_or(left_out, ~self._normal(values, 0), out=left_out)
+        # Bits of one sign: no difference of these overflows. What does is left out.
+        np.subtract(a, b, out=distance)
+        np.abs(distance, out=distance)
+        without = int(np.count_nonzero(left_out))
+        if without:
+            distance[left_out] = 0
+        largest = int(np.maximum.reduce(distance))
+        return UlpSums(count - without, largest, self._total(distance, largest))
+
+    def _total(self, distance: NDArray[Any], largest: int) -> int:
+        if largest < (2**31 - 1) // len(distance) and self._fits_int32:
+            # In its own dtype a sum takes a quarter of the time.
+            return int(np.add.reduce(distance, dtype=distance.dtype))
+        if not self._wide or largest < 2**47:
+            return int(distance.sum(dtype=np.int64))
+        # Too large for int64 together: in two halves.
+        low = int((distance & 0xFFFFFFFF).sum(dtype=np.int64))
+        return (int((distance >> 32).sum(dtype=np.int64)) << 32) + low
+
+    def _normal(self, values: NDArray[Any], row: int) -> NDArray[np.bool_]:
+        """Which are normal numbers: neither 0, subnormal, infinite nor NaN."""
+        count = len(values)
+        magnitude, mask = self._space[2, :count], self._mask[row, :count]
+        np.bitwise_and(values, self._magnitude, out=magnitude)
+        # Below the first, the difference wraps to the upper end.
+        np.subtract(magnitude, self._first_normal, out=magnitude)
+        np.less_equal(magnitude.view(self._unsigned), self._span, out=mask)
+        return mask
+
+
+def _magnitude_bits(value: float, dtype: torch.dtype) -> int:
+    return int(bits(torch.tensor([value], dtype=torch.float64).to(dtype)).item())

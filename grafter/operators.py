@@ -1,0 +1,52 @@
+"""Operators: how grafter's own are made known to torch, and kept from being repeated in a backward graph."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.utils.checkpoint import CheckpointPolicy
+
+# They talk to another process, so no CUDA graph may hold them: inductor cuts its graphs around them.
+_TAGS = (torch.Tag.pt2_compliant_tag, *filter(None, [getattr(torch.Tag, "cudagraph_unsafe", None)]))
+
+_library: Any = torch.library.Library("grafter", "FRAGMENT")  # type: ignore[no-untyped-call]
+
+
+def define(schema: str, runs: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """An operator `grafter::...` that the compiler puts into its graphs, and autograd does not differentiate.
+
+    runs: what it does, whatever the device. fake: the shapes, strides and dtypes of what it gives.
+    """
+    name = schema.partition("(")[0]
+    _library.define(schema, tags=_TAGS)
+    _library.impl(name, runs, "CompositeExplicitAutograd")
+    _library.impl(name, _above(name), "Autograd", with_keyset=True)
+    torch.library.register_fake(f"grafter::{name}", fake, lib=_library)
+    return getattr(torch.ops.grafter, name).default
+
+
+def _above(name: str) -> Callable[..., Any]:
+    """What runs where autograd would record the operator, which is not differentiated itself (see _StraightThrough)."""
+
+    def run(keyset: Any, *args: Any) -> Any:
+        operator = getattr(torch.ops.grafter, name).default
+        mode = get_proxy_mode()
+        known = 0 if mode is None else len(mode.tracer.graph.nodes)
+        with torch._C._AutoDispatchBelowAutograd():
+            result = operator.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+        if mode is not None:
+            _save_for_backward(mode.tracer.graph.nodes, len(mode.tracer.graph.nodes) - known)
+        return result
+
+    return run
+
+
+def _save_for_backward(nodes: Any, count: int) -> None:
+    """In a checkpointed region the compiler repeats in the backward graph what is not marked to be saved, and only the
+    operator itself is there to be marked. The last `count` of the nodes are its own."""
+    for node in itertools.islice(reversed(nodes), count):
+        node.meta["recompute"] = CheckpointPolicy.MUST_SAVE

@@ -1,0 +1,104 @@
+"""Posting: the point of a sender that does not wait. Snapshot, header to the leader, a line in the ledger."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from grafter.direction import Direction
+from grafter.leaves import TensorSpec
+from grafter.ledger import LedgerRecord, Outcome
+from grafter.offer import Offer
+from grafter.outbox.entries import Entry
+from grafter.outbox.memory import Slot, offsets_of, snapshot
+from grafter.outbox.states import OutboxPlace, open_state
+from grafter.pairing.manifest import Header, store_keys
+from grafter.points import PointKey
+from grafter.session import Session
+
+Describe = Callable[[Offer, OutboxPlace | None], Header]
+
+
+class OutboxFull(Exception):
+    """There is no memory for a snapshot; the text says how much was asked for and how much there is."""
+
+
+class Posting:
+    """One point on one sender, from the snapshot to its line in the ledger. Called by the dump thread."""
+
+    def __init__(self, session: Session, key: PointKey, direction: Direction, tags: dict[str, Any]) -> None:
+        self.session, self.key, self.direction, self._tags = session, key, direction, tags
+        self._seconds: dict[str, float] = {}
+
+    def hold(self, offer: Offer, describe: Describe, sequence: int) -> Outcome:
+        """`posted`, or what became of it at once. Waits for ranks of the own job alone, and only where this one leads.
+
+        describe: makes the header of an offer that lies in the outbox, or nowhere.
+
+        Raises what ended the run.
+        """
+        session, started = self.session, time.perf_counter()
+        # Before memory is taken, which may be a receiver's to read until the run is over.
+        session.housekeeping.check()
+        slot, offer, nbytes = self._take_in(offer)
+        self._seconds["snapshot"] = time.perf_counter() - started
+        header = describe(offer, self._place_of(slot))
+        place, roster = session.place, session.roster
+        participants = tuple(roster.graft_rank(place.role, rank) for rank in header.participants)
+        keys = store_keys(session.client.hall, self.key.digest)
+        posted = open_state(place.role, min(header.participants))
+        entry = Entry(keys, posted, self.direction, participants, slot, nbytes)
+        session.outbox.add(entry)
+        try:
+            ended = session.pairing.post(self.key, header)
+        except BaseException as error:
+            session.outbox.drop(entry, f"{header.who} left with {type(error).__name__}")
+            raise
+        entry.is_told = True
+        if ended is not None:
+            state, reason = ended
+            session.outbox.end_unseen(entry, session.client, state, reason)
+        self._seconds["pairing"] = time.perf_counter() - started - self._seconds["snapshot"]
+        return session.outbox.recorded(entry, self._record(header, sequence))
+
+    def _take_in(self, offer: Offer) -> tuple[Slot | None, Offer, int]:
+        """(where the snapshot lies, the offer, its bytes); the offer says so where that failed."""
+        if offer.leaves is None:
+            return None, offer, 0
+        outbox, tensors, specs = self.session.outbox, offer.leaves.tensors + offer.extras, offer.specs
+        slot, why_not = outbox.make_room(offsets_of(specs)[1], self.session.client)
+        if why_not is not None:
+            return None, replace(offer, leaves=None, extras_text=None, extras=[], failure=OutboxFull(why_not)), 0
+        try:
+            self._copy(slot, specs, tensors)
+        except Exception as error:
+            # The device's, say: it costs the point, and all ranks must hear of it.
+            outbox.give_back(slot)
+            return None, replace(offer, leaves=None, extras_text=None, extras=[], failure=error), 0
+        return slot, offer, sum(spec.nbytes for spec in specs)
+
+    def _place_of(self, slot: Slot | None) -> OutboxPlace | None:
+        delivery = self.session.delivery
+        if slot is None or delivery is None:
+            return slot.place if slot is not None else None
+        return slot.place.model_copy(update={"address": delivery.address, "port": delivery.port})
+
+    def _copy(self, slot: Slot | None, specs: Sequence[TensorSpec], tensors: Sequence[torch.Tensor]) -> None:
+        if slot is not None:
+            with torch.no_grad():
+                snapshot(slot, specs, tensors)
+
+    def _record(self, header: Header, sequence: int) -> LedgerRecord:
+        key, place = self.key, self.session.place
+        return LedgerRecord(
+            sequence=sequence, time=time.time(), name=key.name,
+            tags={tag: value for tag, value in self._tags.items() if tag not in ("name", "step", "phase")},
+            step=key.step, phase=key.phase, occurrence=key.occurrence, direction=self.direction, role=place.role,
+            role_rank=place.role_rank, outcome="posted", call_site=header.call_site,
+            participants={"baseline": [], "target": [], place.role: list(header.participants)},
+            seconds=self._seconds,
+        )  # fmt: skip

@@ -1,0 +1,58 @@
+"""`grafter report` on the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from grafter.errors import ConfigError, GrafterError, UsageError
+
+
+def report_command(
+    places: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="DIR [DIR]",
+            help="A run, an --out directory, a file of `grafter compare --json`; or two directories of dumps.",
+        ),
+    ],
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The page. Default: report.html in the first directory.")
+    ] = None,
+    open_it: Annotated[bool, typer.Option("--open", help="Open it in a browser, where there is a display.")] = False,
+    tensorboard: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write the figures as TensorBoard scalars there, too.")
+    ] = None,
+) -> None:
+    """Write one HTML page about a run or a comparison. It holds everything, and fetches nothing.
+
+    \b
+    grafter report grafter_out                       the newest run in it
+    grafter report grafter_out/locate-20260101-1200  what `grafter locate` found
+    grafter report run1/baseline run2/baseline       two directories of dumps, compared
+    grafter compare --json run1 > c.jsonl; grafter report c.jsonl
+
+    Exit code: 0 the page was written, whatever is on it; 1 it could not be; 2 wrong usage.
+    """
+    # Slow to import (torch, pydantic), and every command of the program imports this file.
+    from grafter.report.writing import FILE_NAME, make_page, page_directory, show_page, write_page
+
+    try:
+        page = make_page(places)
+        path = out or page_directory(places[0]) / FILE_NAME
+        if path.is_dir():
+            raise UsageError(f"--out {path} is a directory; give the name of a file in it.")
+        write_page(page, path)
+        typer.echo(f"report: {path}")
+        if tensorboard is not None:
+            from grafter.report.scalars import write_scalars
+
+            count = write_scalars(page.points, tensorboard)
+            typer.echo(f"TensorBoard: {count} values in {tensorboard}; tensorboard --logdir {tensorboard}")
+    except GrafterError as error:
+        typer.echo(f"grafter report: {error}", err=True)
+        raise typer.Exit(2 if isinstance(error, (UsageError, ConfigError)) else 1) from None
+    if open_it and not show_page(path):
+        typer.echo("grafter report: there is no display to open it on, so it is only written.", err=True)

@@ -1,0 +1,83 @@
+"""The page as one HTML text that fetches nothing: data, style, script and the chart library are all in it.
+
+The chart library is plotly.js, 4.8 MB as it comes with the Python package; gzip and base64 make 2 MB of it, which the
+page unpacks when it opens. The page's Content-Security-Policy lets run only the two scripts whose hashes it names, and
+lets nothing be fetched, whatever a name in the data may say.
+"""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import hashlib
+import time
+from functools import cache
+from importlib.resources import files
+
+from grafter.errors import UsageError
+from grafter.report.encoding import encode_page
+from grafter.report.page_data import PageData
+
+_SCRIPTS = ("reading.js", "theme.js", "findings.js", "charts.js", "picture.js", "table.js", "page.js")
+
+
+class MissingExtra(UsageError):
+    """jinja2 or plotly is not installed."""
+
+
+def render_page(page: PageData, made_at: float | None = None) -> str:
+    """The whole page. `made_at`: seconds since 1970; default now. Raises MissingExtra without jinja2 and plotly."""
+    try:
+        from jinja2 import Environment, StrictUndefined
+    except ImportError as error:
+        raise _missing("jinja2") from error
+    plotly = _plotly_script()
+    script = _page_script()
+    template = Environment(autoescape=True, undefined=StrictUndefined).from_string(_template("report.html.j2"))
+    return template.render(
+        title=f"grafter: {page.title}",
+        made_at=time.strftime("%Y-%m-%d %H:%M", time.localtime(made_at)),
+        script_hashes=" ".join(f"'sha256-{_digest(text)}'" for text in (plotly, script)),
+        style=_template("report.css"),
+        script=script,
+        data=encode_page(page),
+        plotly_packed=_packed_plotly(),
+    )
+
+
+def _missing(package: str) -> MissingExtra:
+    return MissingExtra(
+        f"the report needs {package}, which is not installed: pip install 'grafter[report]' (jinja2 for the page, "
+        "plotly for its charts)."
+    )
+
+
+@cache
+def _plotly_script() -> str:
+    try:
+        from plotly.offline import get_plotlyjs
+    except ImportError as error:
+        raise _missing("plotly") from error
+    text: str = get_plotlyjs()
+    return text
+
+
+@cache
+def _packed_plotly() -> str:
+    # No time of day in it: the same page is the same bytes.
+    return base64.b64encode(gzip.compress(_plotly_script().encode(), mtime=0)).decode()
+
+
+@cache
+def _page_script() -> str:
+    parts = "\n".join(_template(name) for name in _SCRIPTS)
+    return f'"use strict";\n(() => {{\n{parts}\n}})();\n'
+
+
+@cache
+def _template(name: str) -> str:
+    return (files("grafter.report") / "templates" / name).read_text(encoding="utf-8")
+
+
+def _digest(text: str) -> str:
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

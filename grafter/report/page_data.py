@@ -1,0 +1,113 @@
+"""What a page shows: one frozen model, whether it tells of a live run, of `grafter locate`, or of dumps compared."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from grafter.report.pictures import Picture
+
+Kind = Literal["run", "locate", "comparison"]
+FindingLevel = Literal["problem", "note"]
+Tone = Literal["bad", "good", "open"]
+
+# Of the ledger's outcomes and of a comparison's verdicts, those that a reader should see first.
+TROUBLES = frozenset({"failed", "skipped", "error"})
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One sentence that a reader should see before any figure."""
+
+    level: FindingLevel
+    text: str
+
+
+@dataclass(frozen=True)
+class PageVerdict:
+    """One sentence, and what it rests on. tone: `bad` names a culprit, `good` clears all, `open` decides nothing.
+
+    order: of the point that it names, where it names one.
+    """
+
+    sentence: str
+    tone: Tone
+    details: tuple[str, ...] = ()
+    order: int | None = None
+
+
+@dataclass(frozen=True)
+class PagePoint:
+    """One point over all ranks: the worst receiver's worst tensor, as in `grafter show`.
+
+    label: the point without its step; the same text in two steps is the same place in the program.
+    difference: `rel`, `max_abs` and others by name, as docs/ledger.md defines them; what was not measured is absent.
+    added: `rel` of what the point itself adds, where all before it was grafted. floor: what it adds without the fault.
+    inputs_rel: of a module's output, the largest `rel` of its inputs, where they are points, too.
+    seconds: by stage, of the slowest rank. size_bytes: what its receivers got.
+    """
+
+    order: int
+    label: str
+    name: str
+    tags: dict[str, Any]
+    step: int
+    phase: str
+    outcome: str
+    occurrence: int = 0
+    layer: int | None = None
+    direction: str | None = None
+    reason: str | None = None
+    notes: tuple[str, ...] = ()
+    difference: dict[str, float] = field(default_factory=dict)
+    nonfinite: int = 0
+    worst_index: tuple[int, ...] | None = None
+    worst_values: tuple[float, ...] = ()
+    added: float | None = None
+    floor: float | None = None
+    inputs_rel: float | None = None
+    guilty: bool = False
+    seconds: dict[str, float] = field(default_factory=dict)
+    size_bytes: int = 0
+    shape: tuple[int, ...] | None = None
+    dtype: str | None = None
+    leaf: str = ""
+    ranks: tuple[str, ...] = ()
+    call_site: str = ""
+
+    @property
+    def is_trouble(self) -> bool:
+        return self.outcome in TROUBLES
+
+    @property
+    def badness(self) -> tuple[bool, float]:
+        """Larger is worse: values that are not finite on one side, then `rel`."""
+        return self.nonfinite > 0, self.difference.get("rel", -1.0)
+
+
+@dataclass(frozen=True)
+class Environment:
+    """What run.json says of one job: a title, and facts in order, all as text."""
+
+    title: str
+    facts: dict[str, str]
+
+
+@dataclass(frozen=True)
+class PageData:
+    """All of one page. `sides` names the two sides, in the order of histograms and environments."""
+
+    kind: Kind
+    title: str
+    source: str
+    sides: tuple[str, str]
+    points: tuple[PagePoint, ...]
+    findings: tuple[Finding, ...] = ()
+    verdict: PageVerdict | None = None
+    environments: tuple[Environment, ...] = ()
+    pictures: tuple[Picture, ...] = ()
+    # Why there are no pictures, or not of every point; and how to get them.
+    pictures_note: str = ""
+    # What the differences of this page mean.
+    measured: str = ""
+    adds_note: str = ""

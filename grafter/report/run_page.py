@@ -1,0 +1,317 @@
+"""The page of one live run: a point per row of `grafter show`, with what the ledgers of all ranks add to it."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from grafter.compare.severity import split_name
+from grafter.direction import receiver_role
+from grafter.ledger import Difference, LedgerRecord, Role
+from grafter.locate.judgement import judge
+from grafter.locate.measure import RunMeasurement, measure_run
+from grafter.locate.verdict import Verdict
+from grafter.locate.wording import describe_number
+from grafter.report.dumped_pictures import draw_run
+from grafter.report.page_data import Environment, Finding, PageData, PagePoint, PageVerdict
+from grafter.report.run_files import ROLES, RunFiles, read_run_files
+from grafter.running.run_summary import PointRow, find_notes, find_problems, group_points, merge_ranks
+
+DIFFERENCES = ("rel", "rel_l2", "max_abs", "mean_abs", "cosine", "mismatched_fraction")
+GRAFTING = ("b2t", "t2b")
+_LAYER_TAG = re.compile(r"(^|_)(layer|block)(_|$)")
+_LAYER_IN_NAME = re.compile(r"(?:^|[._])(?:layers?|blocks?|h)[._](\d+)(?=[._]|$)")
+
+MEASURED = (
+    "rel = sum((x-y)²) / sum(x²+y²): 0 for equal tensors, 1 for unrelated ones, 2 for opposite ones; taken before the "
+    "write. x is the receiver's tensor, y is what came."
+)
+_AS_LOCATE = "Judged as `grafter locate` judges without a floor."
+NOT_ADDED = (
+    "Nothing was grafted in this run, so each difference holds what the points before it left. What a point adds by "
+    "itself is measured by a run with --b2t, or by `grafter locate`, which makes both runs."
+    " Where a module's inputs were compared as well, they are set against its output here."
+)
+
+
+def make_run_page(directory: Path) -> PageData:
+    """The page of the run `<dir>/<run_name>`. What is damaged becomes a finding."""
+    run = read_run_files(directory)
+    points = read_points(run)
+    judged = _judge_grafts(run, points)
+    if judged is not None:
+        points = [replace(point, guilty=point_id(point) in judged.guilty) for point in points]
+    pictures, pictures_note, dump_findings = draw_run(directory, points)
+    return PageData(
+        kind="run",
+        title=_title(points),
+        source=str(directory),
+        sides=ROLES,
+        points=tuple(points),
+        findings=(*run_findings(run), *dump_findings),
+        verdict=describe_divergence(points) if judged is None else as_page_verdict(judged, points, (_AS_LOCATE,)),
+        environments=read_environments(run),
+        pictures=pictures,
+        pictures_note=pictures_note,
+        measured=MEASURED,
+        adds_note="" if any(point.added is not None for point in points) else NOT_ADDED,
+    )
+
+
+def _title(points: Sequence[PagePoint]) -> str:
+    grafted = sum(point.outcome == "grafted" for point in points)
+    compared = sum(point.outcome == "compared" for point in points)
+    if not points:
+        return "Live pair: no point was matched"
+    counted = [f"{n} {what}" for n, what in ((grafted, "grafted"), (compared, "compared")) if n]
+    return f"Live pair: {' and '.join(counted) or 'no point'} of {len(points)} matched points"
+
+
+# Points.
+
+
+def read_points(run: RunFiles) -> list[PagePoint]:
+    """A point per row of `grafter show`, in its order."""
+    rows = merge_ranks(run.ledgers, run.key_tags)
+    groups = group_points(run.ledgers, run.key_tags)
+    points = [_point(order, row, group) for order, (row, group) in enumerate(zip(rows, groups, strict=True))]
+    return with_inputs(points)
+
+
+def _point(order: int, row: PointRow, group: Sequence[LedgerRecord]) -> PagePoint:
+    worst = _worst_difference(row, group)
+    rel = row.rel
+    notes = [f"ranks disagree: {row.disagreement}"] if row.disagreement else []
+    if row.replicas is not None:
+        notes.append("the sender's replicas differ, though they were declared copies")
+    return PagePoint(
+        order=order,
+        label=row.label,
+        name=row.name,
+        tags=row.tags,
+        step=row.step,
+        phase=row.phase,
+        occurrence=row.occurrence,
+        outcome=row.outcome,
+        layer=find_layer(row.name, row.tags),
+        direction=row.direction,
+        reason=row.reason,
+        notes=tuple(notes),
+        difference=difference_values(worst),
+        nonfinite=row.nonfinite,
+        worst_index=tuple(worst.max_abs_index) if worst is not None and worst.max_abs_index is not None else None,
+        worst_values=tuple(worst.max_abs_values or ()) if worst is not None else (),
+        added=(math.inf if row.nonfinite else rel) if row.direction in GRAFTING and row.outcome == "grafted" else None,
+        seconds=_slowest(group),
+        size_bytes=row.bytes_received,
+        shape=row.shape,
+        dtype=row.dtype,
+        leaf=row.leaf,
+        ranks=row.ranks,
+        call_site=row.call_site,
+    )
+
+
+def _worst_difference(row: PointRow, group: Sequence[LedgerRecord]) -> Difference | None:
+    """The whole of the difference of which the row has three figures."""
+    receiving = receiver_role(group[0].direction)
+    records = [record for record in group if record.role == receiving] or list(group)
+    found = [leaf.difference for record in records for leaf in record.leaves] + [r.difference for r in records]
+    return next(
+        (
+            difference
+            for difference in found
+            if difference is not None
+            and (difference.rel, difference.max_abs, difference.cosine) == (row.rel, row.max_abs, row.cosine)
+        ),
+        None,
+    )
+
+
+def difference_values(difference: Difference | None) -> dict[str, float]:
+    """What was measured, by name."""
+    if difference is None:
+        return {}
+    measured = {name: getattr(difference, name) for name in DIFFERENCES}
+    return {name: value for name, value in measured.items() if value is not None}
+
+
+def _slowest(group: Sequence[LedgerRecord]) -> dict[str, float]:
+    slowest = max(group, key=lambda record: sum(record.seconds.values()))
+    return dict(slowest.seconds)
+
+
+def find_layer(name: str, tags: Mapping[str, Any]) -> int | None:
+    """Which layer a point is of: by its tag (`layer_id`, `block_idx`), else by its name (`layers.3.mlp`)."""
+    for tag, value in tags.items():
+        if _LAYER_TAG.search(tag) and isinstance(value, int) and not isinstance(value, bool):
+            return value
+    found = _LAYER_IN_NAME.search(name)
+    return int(found[1]) if found is not None and len(found[1]) < 7 else None
+
+
+def with_inputs(points: Sequence[PagePoint]) -> list[PagePoint]:
+    """The same points; modules' outputs with the worst of their inputs, by the names that `grafter.attach` gives."""
+    inputs: dict[str, float] = {}
+    sides = [_module_and_side(point) for point in points]
+    for point, (module, is_input) in zip(points, sides, strict=True):
+        rel = math.inf if point.nonfinite else point.difference.get("rel")
+        if module is not None and is_input and rel is not None:
+            inputs[module] = max(rel, inputs.get(module, 0.0))
+    return [
+        point if module is None or is_input or module not in inputs else replace(point, inputs_rel=inputs[module])
+        for point, (module, is_input) in zip(points, sides, strict=True)
+    ]
+
+
+def _module_and_side(point: PagePoint) -> tuple[str | None, bool]:
+    """Which call of which module a point is of, and whether it is what came into it."""
+    found = split_name(point.name)
+    if found is None:
+        return None, False
+    module, side = found
+    # Gradients flow the other way: of the output's, the module makes those of its inputs.
+    flows_in = "out" if point.phase == "backward" else "in"
+    place = [module, point.tags, point.step, point.phase, point.occurrence]
+    return json.dumps(place, sort_keys=True), side == flows_in
+
+
+# What was found.
+
+
+def run_findings(run: RunFiles, title: str = "") -> tuple[Finding, ...]:
+    """What a reader should know before any figure: problems first. `title`: which run, where there are several."""
+    rows = merge_ranks(run.ledgers, run.key_tags)
+    head = f"{title}: " if title else ""
+    problems = [Finding("problem", head + text) for text in find_problems(rows, run.summaries)]
+    notes = [Finding("note", head + text) for text in find_notes(run.ledgers, rows, run.summaries)]
+    damaged = [Finding(finding.level, head + finding.text) for finding in run.findings]
+    return (*damaged, *problems, *notes)
+
+
+def read_environments(run: RunFiles) -> tuple[Environment, ...]:
+    """One per role, with the same facts in the same order; a role without run.json has a sentence instead."""
+    found = []
+    for role in ROLES:
+        facts = run.facts.get(role)
+        if facts is None:
+            found.append(
+                Environment(role, {"run.json": "not here (a job of another machine, or one that never joined)"})
+            )
+        else:
+            found.append(Environment(role, flatten_facts(role, facts)))
+    return tuple(found)
+
+
+def flatten_facts(role: Role | str, facts: Mapping[str, Any]) -> dict[str, str]:
+    """run.json as rows of text: the job's own first, then versions, then the settings that are set."""
+    command = facts.get("command")
+    rows = {
+        "command": " ".join(map(str, command)) if isinstance(command, list) else _as_text(command),
+        "host": _as_text(facts.get("hostname")),
+        "ranks": _as_text(facts.get(f"{role}_world_size")),
+        "run": _as_text(facts.get("run_name")),
+    }
+    for group, prefix in (("versions", ""), ("configuration", "GRAFTER_")):
+        content = facts.get(group)
+        for name, value in content.items() if isinstance(content, dict) else ():
+            rows[f"{prefix}{name.upper()}" if prefix else str(name)] = _as_text(value)
+    known = {"command", "hostname", "run_name", "versions", "configuration", "schema_version", "role"}
+    for name, value in facts.items():
+        if name not in known and not name.endswith("_world_size"):
+            rows[str(name)] = _as_text(value)
+    return {name: text for name, text in rows.items() if text}
+
+
+def _as_text(value: Any) -> str:
+    if value is None or value == "" or value == [] or value == {}:
+        return ""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+# The verdict.
+
+
+def _judge_grafts(run: RunFiles, points: Sequence[PagePoint]) -> Verdict | None:
+    """What the grafted points add, against each other; None where none was grafted."""
+    if all(point.added is None for point in points):
+        return None
+    grafted: list[tuple[Role, int, list[LedgerRecord]]] = [
+        (role, rank, [record for record in records if record.direction in GRAFTING])
+        for role, rank, records in run.ledgers
+    ]
+    return judge(RunMeasurement({}), measure_run(grafted, run.key_tags))
+
+
+def as_page_verdict(verdict: Verdict, points: Sequence[PagePoint], details: tuple[str, ...] = ()) -> PageVerdict:
+    """The verdict of `grafter locate` on a page. It names points as `PointId` does, over all steps."""
+    named = verdict.named
+    candidates = [point for point in points if point_id(point) == named]
+    culprit = max(candidates, key=lambda point: point.added if point.added is not None else -1.0, default=None)
+    tone = "bad" if named is not None else ("good" if verdict.exit_code == 0 else "open")
+    return PageVerdict(
+        verdict.sentence,
+        tone,  # type: ignore[arg-type]
+        (*details, *verdict.notes),
+        culprit.order if culprit is not None else None,
+    )
+
+
+def point_id(point: PagePoint) -> str:
+    """The point over all steps as `grafter.locate.measure.PointId` writes it."""
+    parts = [point.name]
+    parts += [
+        f"{tag}={json.dumps(value, sort_keys=True, ensure_ascii=False)}" for tag, value in sorted(point.tags.items())
+    ]
+    if point.phase != "forward":
+        parts.append(f"phase={point.phase}")
+    if point.occurrence:
+        parts.append(f"occurrence={point.occurrence}")
+    return " ".join(parts)
+
+
+def describe_divergence(points: Sequence[PagePoint]) -> PageVerdict | None:
+    """Where a compared run starts to differ, and where most; no judgement, since nobody said what is too much."""
+    compared = [point for point in points if point.outcome == "compared" and (point.difference or point.nonfinite)]
+    if not compared:
+        return None
+    differing = [point for point in compared if point.nonfinite or point.difference.get("rel", 0.0) > 0]
+    if not differing:
+        return PageVerdict(f"All {len(compared)} compared points are equal.", "good")
+    first = differing[0]
+    worst = max(differing, key=lambda point: point.badness)
+    sentence = f"The first difference is at {first.label}, step {first.step} ({_size(first)})"
+    if worst is not first:
+        sentence += f"; the largest at {worst.label}, step {worst.step} ({_size(worst)})"
+    details = [
+        "Whether that is rounding or a fault is not judged here: `grafter locate` measures what each point adds."
+    ]
+    jump = _largest_growth(compared)
+    if jump is not None:
+        details.insert(0, jump)
+    return PageVerdict(f"{sentence}.", "open", tuple(details), worst.order)
+
+
+def _size(point: PagePoint) -> str:
+    return "NaN or Inf on one side" if point.nonfinite else f"rel {describe_number(point.difference.get('rel'))}"
+
+
+def _largest_growth(compared: Sequence[PagePoint]) -> str | None:
+    """Where the difference grows most from one point to the next of its step, if it grows by a hundred or more."""
+    best: tuple[float, PagePoint, PagePoint] | None = None
+    before: PagePoint | None = None
+    for point in compared:
+        rel = point.difference.get("rel", 0.0)
+        if before is not None and before.step == point.step and not point.nonfinite:
+            earlier = before.difference.get("rel", 0.0)
+            if earlier > 0 and rel / earlier >= 100 and (best is None or rel / earlier > best[0]):
+                best = (rel / earlier, before, point)
+        before = point
+    if best is None:
+        return None
+    return f"It grows most from {best[1].label} to {best[2].label}, step {best[2].step}: {best[0]:.0e} times."

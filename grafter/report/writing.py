@@ -1,0 +1,99 @@
+"""`grafter report`: which page a directory makes, written beside its files, and shown."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import webbrowser
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from grafter.errors import GrafterError, UsageError
+from grafter.report.dumped_pictures import has_dumps, has_role_dumps
+from grafter.report.html import render_page
+from grafter.report.page_data import PageData
+
+FILE_NAME = "report.html"
+
+
+def make_page(places: Sequence[Path]) -> PageData:
+    """The page of one or two places.
+
+    One: a run, the --out directory of `grafter locate`, a directory of such (its newest one), or a file that `grafter
+    compare --json` wrote. Two: directories of dumps, which are compared. Raises GrafterError where it is none of them.
+    """
+    from grafter.report.comparison_page import compare_dumps, read_comparison
+    from grafter.report.locate_page import is_locate_directory, make_locate_page
+    from grafter.report.run_files import has_records, read_run_files
+    from grafter.report.run_page import make_run_page, run_findings
+
+    first, *rest = places
+    if len(rest) == 1:
+        return compare_dumps(first, rest[0])
+    if rest:
+        raise UsageError(f"{len(places)} places were given; one, or two directories of dumps to compare.")
+    if first.is_file():
+        return read_comparison(first)
+    run = find_place(first)
+    if is_locate_directory(run):
+        return make_locate_page(run)
+    if has_records(run) or not has_dumps(run):
+        return make_run_page(run)
+    # Both jobs only dumped.
+    page = compare_dumps(run, None)
+    return replace(page, findings=(*run_findings(read_run_files(run)), *page.findings))
+
+
+def find_place(directory: Path) -> Path:
+    """The run, or the directory of `grafter locate`: itself, or the newest in it. Raises GrafterError."""
+    from grafter.report.locate_page import ALONE, is_locate_directory
+    from grafter.report.run_files import has_ledgers
+    from grafter.running.run_summary import find_run
+
+    if has_ledgers(directory) or is_locate_directory(directory) or has_dumps(directory):
+        return directory
+    inside = [path for path in directory.iterdir() if path.is_dir()] if directory.is_dir() else []
+    located = [path for path in inside if is_locate_directory(path)]
+    if not located:
+        return find_run(directory)
+    runs = [(path / ALONE, path) for path in located] + [(path, path) for path in inside if has_ledgers(path)]
+    return max(runs, key=lambda run: max(role.stat().st_mtime for role in run[0].iterdir()))[1]
+
+
+def page_directory(place: Path) -> Path:
+    """Where the page of a place belongs: beside its ledgers, dumps or file."""
+    if place.is_file():
+        return place.parent
+    return place if has_role_dumps(place) else find_place(place)
+
+
+def write_page(page: PageData, path: Path) -> None:
+    """Render it into `path`: whole, or not at all. Raises GrafterError where it cannot be written."""
+    text = render_page(page)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                file.write(text)
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+    except OSError as error:
+        raise GrafterError(f"the report cannot be written to {path}: {error.strerror}.") from error
+
+
+def can_show() -> bool:
+    """Is there a display, and a person before it?"""
+    if os.environ.get("CI"):
+        return False
+    return sys.platform in ("darwin", "win32") or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
+
+
+def show_page(path: Path) -> bool:
+    """Open it in the browser of whoever runs this; whether that could be done."""
+    return can_show() and webbrowser.open(path.resolve().as_uri())

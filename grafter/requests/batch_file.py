@@ -1,0 +1,108 @@
+"""A batch on disk: JSON lines, and its tensors beside them. Both get their names when they are whole, the lines last.
+
+requests-<when>-<process>-<random>-000000.jsonl         a header, then one line per request
+requests-<when>-<process>-<random>-000000.safetensors   only where there are tensors
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import secrets
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from grafter.dumps.buffers import Buffers
+from grafter.dumps.encoding import safe_repr
+from grafter.dumps.writer import TEMPORARY_SUFFIX, write_tensors
+from grafter.requests.encoding import resolve
+from grafter.requests.entry import LONGEST_LINE, Entry, Part, line_of, tensor_name
+
+logger = logging.getLogger("grafter")
+
+FORMAT = "grafter.requests"
+FORMAT_VERSION = 1
+FILE_PREFIX = "requests-"
+
+
+class BatchWriter:
+    """The files of one recorder. Used by its writing thread alone."""
+
+    def __init__(self, directory: Path, buffers: Buffers) -> None:
+        self._directory, self._buffers = directory, buffers
+        self.recorder = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-{secrets.token_hex(3)}"
+        self._number = 0
+
+    def write(self, entries: Sequence[Entry], facts: dict[str, object]) -> None:
+        """All of the entries, or, where the disk refuses, none. facts: go into the header.
+
+        Raises OSError where the lines cannot be written. Tensors that cannot be written are named in their lines.
+        """
+        name = f"{FILE_PREFIX}{self.recorder}-{self._number:06d}"
+        self._number += 1
+        resolved = [(entry, self._resolved(entry)) for entry in entries]
+        tensor_file = self._write_tensors(f"{name}.safetensors", resolved)
+        header = {"format": FORMAT, "format_version": FORMAT_VERSION, "recorder": self.recorder, **facts}
+        lines = [json.dumps(header, ensure_ascii=False)]
+        for entry, parts in resolved:
+            lines.append(_bounded_line(entry, parts, tensor_file))
+            # The server's own thread may want to go on, and waits for this one otherwise.
+            time.sleep(0)
+        write_atomically(self._directory / f"{name}.jsonl", [f"{line}\n".encode() for line in lines])
+
+    def _resolved(self, entry: Entry) -> dict[str, Part]:
+        time.sleep(0)
+        return {name: resolve(part, name, entry.exclude, self._buffers) for name, part in entry.parts.items()}
+
+    def _write_tensors(self, name: str, resolved: list[tuple[Entry, dict[str, Part]]]) -> str | None:
+        stored: dict[str, torch.Tensor] = {}
+        for entry, parts in resolved:
+            for part_name, part in parts.items():
+                for number, snapshot in part.snapshots.items():
+                    snapshot.wait()
+                    stored[tensor_name(entry.index, part_name, number)] = snapshot.stored
+        if not stored:
+            return None
+        try:
+            write_tensors(self._directory / name, stored, {"format": FORMAT, "recorder": self.recorder})
+        except Exception as error:
+            logger.error("grafter: tensors of %d requests are lost: %s", len(resolved), error)
+            for _, parts in resolved:
+                for part_name, part in parts.items():
+                    for number in part.snapshots:
+                        part.not_encoded[f"{part_name}, tensor {number}"] = f"not written: {safe_repr(error)}"
+            return None
+        return name
+
+
+def _bounded_line(entry: Entry, parts: dict[str, Part], tensor_file: str | None) -> str:
+    """The line; where it would be too long to be read, without its largest parts, which are named."""
+    own = tensor_file if any(part.snapshots for part in parts.values()) else None
+    line = line_of(entry, parts, own)
+    for name in sorted(parts, key=lambda name: len(parts[name].text), reverse=True):
+        if len(line) < LONGEST_LINE // 4 or len(line.encode()) < LONGEST_LINE:
+            break
+        told = f"{len(parts[name].text)} characters of JSON are more than a line takes"
+        parts[name] = Part("null", {**parts[name].not_encoded, name: told}, parts[name].excluded)
+        line = line_of(entry, parts, own)
+    return line
+
+
+def write_atomically(path: Path, pieces: Sequence[bytes]) -> None:
+    """A file that is there in full or not at all. Raises OSError, and then leaves nothing behind."""
+    temporary = f"{path}{TEMPORARY_SUFFIX}"
+    try:
+        # What clients asked is theirs: of no other user of the machine.
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        with os.fdopen(descriptor, "wb") as file:
+            file.writelines(pieces)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise

@@ -1,0 +1,196 @@
+"""`grafter record` and `grafter replay` on the command line."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from grafter.errors import GrafterError, UsageError
+
+if TYPE_CHECKING:
+    from grafter.requests.judgement import Outcome
+    from grafter.requests.reading import Place, Recording
+    from grafter.requests.replay import Progress, ReplayOptions
+
+_EXIT_COULD_NOT = 2
+_EXIT_INTERRUPTED = 130
+
+
+def record_command(
+    upstream: Annotated[str, typer.Option(metavar="URL", help="The server to record, such as http://127.0.0.1:30000.")],
+    port: Annotated[int, typer.Option(metavar="P", min=0, max=65535, help="Where clients connect; 0: a free one.")],
+    host: Annotated[str, typer.Option(metavar="HOST", help="The address to listen on.")] = "127.0.0.1",
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where recordings go. Default: grafter_out/requests-<time>.")
+    ] = None,
+    threshold: Annotated[
+        int, typer.Option(metavar="N", min=0, help="Finished requests to a batch; 0: only the last five minutes.")
+    ] = 1000,
+    exclude: Annotated[
+        str | None, typer.Option(metavar="KEYS", help="Keys to leave out of the record, or '' for none.")
+    ] = None,
+    body_limit: Annotated[
+        int, typer.Option("--body-mib", metavar="N", min=1, max=60, help="How much of a body is recorded.")
+    ] = 16,
+) -> None:
+    """Record what clients ask a server and what it answers, as a proxy between them. Nothing in either changes.
+
+    \b
+    grafter record --upstream http://127.0.0.1:30000 --port 8000
+    grafter replay grafter_out/requests-... --to http://127.0.0.1:30001
+
+    Streams pass through as they come. Secrets in headers are never written. Ctrl-C and SIGTERM write what is in memory.
+    """
+    try:
+        from grafter.requests.extra import need_extra
+
+        need_extra("grafter record")
+        from grafter.requests.recorder import DEFAULT_EXCLUDE, RequestRecorder
+        from grafter.requests.serving import check_url, default_directory, serve
+
+        url = check_url(upstream, "--upstream")
+        directory = out or default_directory(time.strftime("%Y%m%d-%H%M%S"))
+        recorder = RequestRecorder(directory, threshold, exclude=DEFAULT_EXCLUDE if exclude is None else exclude)
+    except (GrafterError, OSError) as error:
+        typer.echo(f"grafter record: {error}", err=True)
+        raise typer.Exit(_EXIT_COULD_NOT) from None
+    try:
+        serve(url, host, port, recorder, body_limit << 20, lambda text: print(text, file=sys.stderr, flush=True))
+    except GrafterError as error:
+        typer.echo(f"grafter record: {error}", err=True)
+        raise typer.Exit(_EXIT_COULD_NOT) from None
+    except KeyboardInterrupt:
+        raise typer.Exit(_EXIT_INTERRUPTED) from None
+    finally:
+        recorder.close()
+
+
+def replay_command(
+    recording: Annotated[
+        Path, typer.Argument(metavar="FILE|DIR", help="A file of a recording, or all of a directory.")
+    ],
+    to: Annotated[list[str], typer.Option(metavar="URL", help="Where to send; twice: to both at once.")],
+    speed: Annotated[float, typer.Option(metavar="X", min=0, help="Times as fast as recorded; 0: without gaps.")] = 1.0,
+    concurrency: Annotated[int, typer.Option(metavar="N", min=1, max=10000, help="Requests in flight at once.")] = 64,
+    only: Annotated[
+        list[str] | None, typer.Option(metavar="ID", help="This request, by id or '#0'; repeatable.")
+    ] = None,
+    no_force_length: Annotated[
+        bool, typer.Option("--no-force-length", help="Leave the output's length to the request.")
+    ] = False,
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos", help="Set ignore_eos in requests of OpenAI's form, too.")
+    ] = False,
+    min_tokens: Annotated[
+        bool, typer.Option("--min-tokens", help="Set min_tokens in requests of OpenAI's form, too.")
+    ] = False,
+    header: Annotated[
+        list[str] | None, typer.Option(metavar="'NAME: VALUE'", help="Sent with each; $VARIABLE is read by grafter.")
+    ] = None,
+    logprob_tolerance: Annotated[float, typer.Option(metavar="X", min=0, help="What logprobs may differ by.")] = 0.0,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON lines and nothing else.")] = False,
+    limit: Annotated[int, typer.Option(metavar="N", min=0, help="At most N rows; 0: all.")] = 0,
+) -> None:
+    """Send recorded requests again, in order and with their gaps, and tell what differs.
+
+    \b
+    grafter replay DIR --to http://127.0.0.1:30000                       against the recorded answers
+    grafter replay DIR --to http://127.0.0.1:30000 --to http://host:30001   two servers, against each other
+
+    Exit code: 0 all the same; 1 something differs, or a server failed; 2 it could not be judged; 130 Ctrl-C.
+    """
+    try:
+        from grafter.requests.extra import need_extra
+
+        need_extra("grafter replay")
+        from grafter.requests.forcing import Forcing
+        from grafter.requests.judgement import summarise
+        from grafter.requests.reading import Recording
+        from grafter.requests.replay import ReplayOptions, choose
+        from grafter.requests.serving import check_url
+        from grafter.requests.table import json_lines, print_replay
+        from grafter.show import make_console
+
+        urls = [check_url(url, "--to") for url in to]
+        if len(urls) > 2:
+            raise UsageError(f"--to is given {len(urls)} times; two servers are compared with each other at most.")
+        forcing = Forcing(not no_force_length, ignore_eos, min_tokens)
+        options = ReplayOptions(speed, concurrency, forcing, read_headers(header or []), logprob_tolerance)
+        found = Recording(recording)
+        outcomes, is_whole = _replay(found, choose(found.places, only or []), urls, options)
+    except GrafterError as error:
+        typer.echo(f"grafter replay: {error}", err=True)
+        raise typer.Exit(_EXIT_COULD_NOT) from None
+    summary = summarise(outcomes, len(urls))
+    if as_json:
+        for line in json_lines(outcomes, summary, urls):
+            typer.echo(line)
+    else:
+        print_replay(outcomes, summary, urls, make_console(sys.stdout), limit=limit)
+    raise typer.Exit(summary.exit_code if is_whole else _EXIT_INTERRUPTED)
+
+
+def _replay(
+    recording: Recording, places: Sequence[Place], urls: Sequence[str], options: ReplayOptions
+) -> tuple[list[Outcome], bool]:
+    """The outcomes, and whether Ctrl-C left them all."""
+    from grafter.requests.replay import replay
+
+    outcomes: list[Outcome] = []
+    with _progress(len(places)) as progress:
+        try:
+            asyncio.run(replay(recording, places, urls, options, progress, outcomes))
+        except KeyboardInterrupt:
+            outcomes.sort(key=lambda outcome: outcome.number)
+            return outcomes, False
+    return outcomes, True
+
+
+@contextmanager
+def _progress(count: int) -> Iterator[Progress]:
+    """A bar where stderr is a terminal."""
+    if not sys.stderr.isatty():
+        yield lambda done, of: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("replaying"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("requests"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("requests", total=count)
+        yield lambda done, of: bar.update(task, completed=done, total=of)
+
+
+def read_headers(given: Sequence[str]) -> dict[str, str]:
+    """`NAME: VALUE`, where $VARIABLE in VALUE is replaced, so that a secret need not stand in the list of processes.
+
+    Raises UsageError, which shows no value.
+    """
+    headers = {}
+    for text in given:
+        name, colon, value = text.partition(":")
+        if not colon or not re.fullmatch(r"[A-Za-z0-9-]+", name.strip()):
+            raise UsageError("--header: write it as 'NAME: VALUE', such as 'Authorization: Bearer $API_KEY'.")
+        for variable in re.findall(r"\$([A-Za-z_][A-Za-z0-9_]*)", value):
+            if variable not in os.environ:
+                raise UsageError(f"--header {name.strip()}: the variable {variable} is not set.")
+        read = re.sub(r"\$([A-Za-z_][A-Za-z0-9_]*)", lambda found: os.environ[found[1]], value).strip()
+        if not read.isprintable() or not read.isascii():
+            raise UsageError(f"--header {name.strip()}: its value has characters that no header may have.")
+        headers[name.strip()] = read
+    return headers

@@ -1,0 +1,95 @@
+"""Any object as JSON and tensors: what cannot be encoded becomes its repr and is named; the request is kept."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from grafter.dumps.buffers import Buffers
+from grafter.dumps.encoding import MetadataEncoder, safe_repr
+from grafter.dumps.snapshot import NothingToSave, saveable, take_snapshot
+from grafter.requests.entry import Later, Part
+from grafter.requests.headers import holds_headers, without_secret_headers
+
+_PLAIN = frozenset({int, float, bool, type(None)})
+_SMALLEST_RUN = 16
+_LARGEST_INTEGER = 1 << 1000
+
+
+class RequestEncoder(MetadataEncoder):
+    """Also takes dataclasses and pydantic models apart, leaves secret headers out, and is quick with token ids."""
+
+    def _encode(self, value: Any, path: str, depth: int) -> Any:
+        if type(value) is list and len(value) >= _SMALLEST_RUN and _is_plain(value):
+            return value.copy()
+        fields = _fields_of(value)
+        return super()._encode(value if fields is None else fields, path, depth)
+
+    def _encode_mapping(self, mapping: Mapping[Any, Any], path: str, depth: int) -> Any:
+        safe = {}
+        for key, item in mapping.items():
+            safe[key] = without_secret_headers(item) if type(key) is str and holds_headers(key) else item
+        return super()._encode_mapping(safe, path, depth)
+
+
+def _is_plain(values: list[Any]) -> bool:
+    """A flat list of numbers: token ids, embeddings. Most of a request's size, and told by its types alone."""
+    kinds = set(map(type, values))
+    if not kinds <= _PLAIN:
+        return False
+    return int not in kinds or all(abs(value) < _LARGEST_INTEGER for value in values if type(value) is int)
+
+
+def _fields_of(value: Any) -> dict[str, Any] | None:
+    """The fields of a dataclass or of a pydantic model; None for all else."""
+    kind = type(value)
+    if dataclasses.is_dataclass(kind) and not isinstance(value, type):
+        return {
+            field.name: getattr(value, field.name) for field in dataclasses.fields(value) if hasattr(value, field.name)
+        }
+    if hasattr(kind, "model_fields") and hasattr(kind, "__pydantic_validator__"):
+        return {**vars(value), **(getattr(value, "__pydantic_extra__", None) or {})}
+    return None
+
+
+def encode_part(value: Any, name: str, exclude: frozenset[str], buffers: Buffers) -> Part:
+    """`value` as it is now: it may be changed once this returns. Never raises for what it is or does.
+
+    name: of the part; paths in `not_encoded` and `excluded` begin with it. exclude: keys of dicts that are left out, at
+    any depth, unread. Tensors are copied to host memory, in their current stream's order.
+    """
+    encoder = RequestEncoder(exclude)
+    try:
+        text = json.dumps(encoder.encode(value, name), ensure_ascii=False)
+    except Exception as error:
+        # Such as a list that another thread changes: nothing of it may cost the request.
+        encoder = RequestEncoder()
+        encoder.not_encoded[name] = f"{safe_repr(value)}: {safe_repr(error)}"
+        text = json.dumps(safe_repr(value))
+    part = Part(text, encoder.not_encoded, encoder.excluded)
+    for number, tensor in enumerate(encoder.tensors):
+        try:
+            with torch.no_grad():
+                part.snapshots[number] = take_snapshot(saveable(tensor), buffers)
+        except NothingToSave as reason:
+            part.not_encoded[f"{name}, tensor {number}"] = str(reason)
+        except Exception as error:
+            part.not_encoded[f"{name}, tensor {number}"] = safe_repr(error)
+    return part
+
+
+def resolve(part: Part | Later, name: str, exclude: frozenset[str], buffers: Buffers) -> Part:
+    """The part, made now if it is one for later. Never raises."""
+    if isinstance(part, Part):
+        return part
+    try:
+        value = part.make()
+    except Exception as error:
+        failed = Part("null")
+        failed.not_encoded[name] = safe_repr(error)
+        return failed
+    return encode_part(value, name, exclude, buffers)

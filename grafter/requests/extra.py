@@ -1,0 +1,16 @@
+"""The extra: what the proxy and the replay need beside grafter, and what to do where it is not there."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from grafter.errors import UsageError
+
+_PACKAGES = ("httpx", "starlette", "uvicorn")
+
+
+def need_extra(command: str) -> None:
+    """Raises UsageError where a package of the extra is missing. command: what needs it, as the user wrote it."""
+    missing = [package for package in _PACKAGES if find_spec(package) is None]
+    if missing:
+        raise UsageError(f"{command} needs {' and '.join(missing)}: pip install 'grafter[requests]'")

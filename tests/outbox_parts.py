@@ -1,0 +1,35 @@
+"""What tests of the outbox share: waiting until it is empty, and what is in the store."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection
+
+from jobs import Jobs
+
+import grafter
+
+_SECONDS = 20
+
+
+def until_nothing_is_pending() -> int:
+    """How many entries are left in this rank's outbox once it is empty, or the time is up. No call reaches a point."""
+    deadline = time.monotonic() + _SECONDS
+    while grafter.pending().entries and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return grafter.pending().entries
+
+
+def point_keys(expected: Collection[str] | None = None) -> set[str]:
+    """What the store holds of points. expected: wait until that is all, by the housekeeping of all ranks."""
+    client = grafter._active().session.client
+    deadline = time.monotonic() + _SECONDS
+    while True:
+        found = {key for key in client.raw.list_keys() if f"{client.hall}/p/" in key}
+        if expected is None or found <= set(expected) or time.monotonic() > deadline:
+            return found
+        time.sleep(0.05)
+
+
+def outcomes(jobs: Jobs, role: str, rank: int = 0) -> dict[str, str]:
+    return {record.name: record.outcome for record in jobs.ledgers()[role, rank]}

@@ -1,0 +1,315 @@
+"""Pairs of dumped points: layouts aligned, copies checked, errors kept to their point. Costs about 3 s of one core."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from compare_parts import compared, one_point, random, sides
+from dump_parts import RankDumps
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from grafter.compare.alignment import Alignment
+from grafter.compare.measuring import measure_pair
+from grafter.compare.record import LeafRecord, Measures, PointRecord
+from grafter.dumps.reader import open_dumps
+from grafter.layout.dims import parse_dims
+from grafter.layout.runs import whole
+from grafter.layout.shares import RoleShares, Share
+from grafter.measures.stats import compare as compare_tensors
+
+
+class InMemory:
+    """A whole tensor that is no recording."""
+
+    replicas = 1
+
+    def __init__(self, tensor: torch.Tensor, dims: str | None = None) -> None:
+        self.tensor, self.shape, self.dtype = tensor, tuple(tensor.shape), tensor.dtype
+        parsed = parse_dims(dims).dims if dims is not None else None
+        self.dim_names = None if parsed is None else tuple(map(str, parsed))
+        share = Share(tuple(whole(size) for size in self.shape))
+        self.whole = RoleShares("x", dims or "no names", parsed, self.shape, {0: share})
+        self.read_values = 0
+
+    def read(self, offset: Any = None, size: Any = None) -> torch.Tensor:
+        self.read_values += torch.Size(size).numel()
+        box = self.tensor
+        for dim, (at, extent) in enumerate(zip(offset, size, strict=True)):
+            box = box.narrow(dim, at, extent)
+        return box
+
+    def copies(self, offset: Any = None, size: Any = None) -> Any:
+        yield (0,), self.read(offset, size)
+
+
+def measures_of(a: InMemory, b: InMemory, block_bytes: int = 1 << 20, **kwargs: Any) -> Measures:
+    return measure_pair(a, b, block_bytes=block_bytes, **kwargs).measures
+
+
+# --- alignment
+
+
+# How B has it, from A's `b s h d`; B's dims.
+ORDERS = {
+    "b s h d": lambda x: x,
+    "s b h d": lambda x: x.transpose(0, 1),
+    "d h s b": lambda x: x.permute(3, 2, 1, 0),
+    "b s (h*d)": lambda x: x.flatten(2),
+    "s (h*d) b": lambda x: x.flatten(2).permute(1, 2, 0),
+    "(b*s) h d": lambda x: x.flatten(0, 1),
+    "b s (d*h)": lambda x: x.transpose(2, 3).flatten(2),
+    "(h*s) b d": lambda x: x.permute(2, 1, 0, 3).flatten(0, 1),
+    "b 1 s h d": lambda x: x.unsqueeze(1),
+}
+
+
+@pytest.mark.parametrize("dims", ORDERS)
+@pytest.mark.parametrize("block_bytes", [4, 100, 1 << 20])
+def test_another_order_or_fusion_of_dims_changes_no_number(dims: str, block_bytes: int) -> None:
+    """What is compared are the same values, whatever the block; places are given in each side's own dims."""
+    a = random(3, 5, 4, 6)
+    b = a + 0.01 * random(3, 5, 4, 6, seed=1)
+    b[2, 3, 1, 4] += 3.0
+    other = ORDERS[dims](b).contiguous()
+    found = measures_of(InMemory(a, "b s h d"), InMemory(other, dims), block_bytes)
+    plain = compare_tensors(b, a, "full")[2]
+    assert found.difference == plain and found.difference.max_abs_index == [2, 3, 1, 4]
+    assert found.max_abs_index_b is not None and found.difference.max_abs_values is not None
+    assert other[tuple(found.max_abs_index_b)].item() == found.difference.max_abs_values[0]
+    assert found.rows is not None
+    assert sorted(zip(found.rows.dims, found.rows.worst[0].index, strict=True)) == [("b", 2), ("s", 3)]
+
+
+@settings(max_examples=80)
+@given(st.lists(st.integers(0, 5), min_size=0, max_size=4), st.integers(1, 60))
+def test_blocks_are_the_tensor_in_order_and_small(shape: list[int], most: int) -> None:
+    """Each value comes once, in the order of the flattened index, and no block is larger than told."""
+    tensor = torch.arange(torch.Size(shape).numel()).reshape(shape)
+    held = InMemory(tensor)
+    alignment = Alignment(held, held)
+    parts = [alignment.a.read(block) for block in alignment.blocks(most)]
+    assert all(part.numel() <= most for part in parts)
+    assert torch.equal(
+        torch.cat([part.reshape(-1) for part in parts]) if parts else tensor.reshape(-1), tensor.reshape(-1)
+    )
+    assert held.read_values == tensor.numel()
+
+
+def test_rows_are_tokens_where_the_dims_say_so() -> None:
+    """`t`, or `b` and `s`, wherever they stand; else all but the last dim; one row of a vector."""
+    cube = torch.zeros(2, 3, 4)
+    for dims, rows in (("t h d", ["t"]), ("s b h", ["s", "b"]), ("h t d", ["t"]), ("x y z", ["x", "y"])):
+        assert Alignment(InMemory(cube, dims), InMemory(cube, dims)).row_dims == rows
+    assert len(Alignment(InMemory(cube), InMemory(cube)).row_dims) == 2
+    assert Alignment(InMemory(torch.zeros(5)), InMemory(torch.zeros(5))).row_dims == []
+
+
+# --- KL
+
+
+def test_the_kl_is_over_the_dim_that_the_rule_names() -> None:
+    """`kl` is over A's last dim, `kl_v` over v, wherever it stands on either side; another dim's is another number."""
+    a, b = random(4, 6, 50), random(4, 6, 50, seed=1)
+    log_p, log_q = a.double().log_softmax(2), b.double().log_softmax(2)
+    rows = (log_p.exp() * (log_p - log_q)).sum(2)
+    for dims, other in (("b s v", b), ("v s b", b.permute(2, 1, 0))):
+        for kl_dims in ({None}, {"v"}, {None, "v"}, {"v", "s"}):
+            held = InMemory(a, "b s v"), InMemory(other, dims)
+            values = measure_pair(*held, kl_dims=frozenset(kl_dims), block_bytes=1000).values
+            assert values["kl_v"] == values["kl"] == pytest.approx(rows.mean().item(), rel=1e-9)
+            assert values["max_kl_v"] == pytest.approx(rows.max().item(), rel=1e-9)
+            assert ("kl_s" in values) == ("s" in kl_dims)
+    place = measures_of(InMemory(a, "b s v"), InMemory(b, "b s v"), kl_dims=frozenset({"v"})).kl[0].worst
+    assert place == [int(n) for n in torch.unravel_index(rows.argmax(), rows.shape)]
+
+
+def test_padding_of_the_vocabulary_has_no_part_in_the_kl(tmp_path: Path) -> None:
+    """A declared size takes away what one side has beyond it."""
+    a, b = sides(tmp_path)
+    logits = random(7, 50)
+    padded = torch.cat([logits, torch.full((7, 14), 9.0)], dim=1)
+    a.add("logits", logits, "t v")
+    b.add("logits", padded, "t v=50")
+    assert one_point(tmp_path, "*: kl == 0 and rel == 0").verdict == "passed"
+
+
+def test_a_kl_that_cannot_be_is_an_error_of_that_point(tmp_path: Path) -> None:
+    """A dim that is not there, a number without dims."""
+    a, b = sides(tmp_path)
+    for side in (a, b):
+        side.add("logits", random(3, 4), "t v")
+        side.add("loss", torch.tensor(1.0))
+    points = compared(tmp_path, "logits: kl_h < 1", "loss: kl < 1").points
+    assert [point.verdict for point in points] == ["error", "error"]
+    assert "the dim 'h', and the dims are 't v' at A" in str(points[0].reason)
+    assert "a single number without dims" in str(points[1].reason)
+
+
+# --- layouts on ranks
+
+
+def test_shards_are_put_together(tmp_path: Path) -> None:
+    """One rank's `b s h d` against two of `s b (h*d)[tp]`, and against a sum of summands in bfloat16."""
+    x = random(2, 5, 4, 6)
+    RankDumps(tmp_path / "baseline").add("x", x, "b s h d")
+    for rank in range(2):
+        part = x.transpose(0, 1)[:, :, 2 * rank : 2 * rank + 2].flatten(2)
+        dumps = RankDumps(tmp_path / "target", rank, 2, "target")
+        dumps.add("x", part, "s b (h*d)[tp]", axes=[["tp", rank, 2]])
+    point = one_point(tmp_path)
+    assert point.verdict == "passed"
+    (leaf,) = point.leaves
+    assert leaf.a is not None and leaf.b is not None
+    assert (leaf.b.ranks, leaf.b.shape, leaf.b.dims) == ([0, 1], [5, 2, 24], ["s", "b", "(h*d)"])
+    assert leaf.a.statistics is not None and leaf.a.statistics.numel == 240
+
+
+def test_summands_are_summed_in_float32_or_better(tmp_path: Path) -> None:
+    """Two bfloat16 summands whose sum bfloat16 does not hold agree with the float32 sum, to the last bit."""
+    parts = [torch.full((3, 4), 1.0).bfloat16(), torch.full((3, 4), 2.0**-9).bfloat16()]
+    RankDumps(tmp_path / "baseline").add("x", torch.full((3, 4), 1 + 2.0**-9), "t h")
+    for rank, part in enumerate(parts):
+        RankDumps(tmp_path / "target", rank, 2, "target").add("x", part, "t h[tp:partial]", axes=[["tp", rank, 2]])
+    point = one_point(tmp_path)
+    assert (point.verdict, point.leaves[0].b and point.leaves[0].b.summands) == ("passed", 2)
+
+
+def replicated(directory: Path, *copies: torch.Tensor) -> None:
+    RankDumps(directory / "baseline").add("x", copies[0], "t h")
+    for rank, copy in enumerate(copies):
+        dumps = RankDumps(directory / "target", rank, len(copies), "target")
+        dumps.add("x", copy, "t h # dp:replicated", axes=[["dp", rank, len(copies)]])
+
+
+def test_copies_are_judged_by_the_rule_of_their_point(tmp_path: Path) -> None:
+    """A copy that is off fails the point though the first one agrees, unless the rule allows as much."""
+    x = random(4, 5)
+    off = x.clone()
+    off[2, 3] *= 1.5
+    replicated(tmp_path, x, x, off)
+    strict, loose = one_point(tmp_path), one_point(tmp_path, "*: rel <= 0.1")
+    assert (strict.verdict, loose.verdict) == ("failed", "passed")
+    assert "copies at B differ: ranks [2] from ranks [0]" in str(strict.reason)
+    (replica,) = strict.leaves[0].replicas
+    assert (replica.side, replica.ranks, replica.difference.max_abs_index) == ("b", [2], [2, 3])
+    assert loose.leaves[0].replicas[0].passed
+
+
+# --- leaves, dtypes, levels
+
+
+def test_dtypes_that_differ_are_measured_twice(tmp_path: Path) -> None:
+    """After promotion, and once more in the narrower one, which a rule may read."""
+    a, b = sides(tmp_path)
+    x = random(6, 40)
+    a.add("x", x)
+    b.add("x", x.bfloat16())
+    point = one_point(tmp_path, "*: narrow_mismatched_fraction == 0 and rel < 1e-4")
+    assert point.verdict == "passed" and point.values["narrow_rel"] == 0 and point.values["max_ulp"] == 0
+    measures = point.leaves[0].measures
+    assert measures is not None and measures.narrow_dtype == "bfloat16" and measures.difference.rel != 0
+    assert one_point(tmp_path, "*: rel < 1e-9").verdict == "failed"
+
+
+def test_a_point_is_as_bad_as_its_worst_tensor(tmp_path: Path) -> None:
+    """Leaves are compared by path; the worst decides, and is named; one that a side lacks is an error."""
+    a, b = sides(tmp_path)
+    x = random(3, 4)
+    a.add("moe", {"['ids']": x, "['weights']": x})
+    b.add("moe", {"['ids']": x, "['weights']": x + 1})
+    a.add("pair", {"[0]": x, "[1]": x})
+    b.add("pair", {"[0]": x})
+    moe, pair = compared(tmp_path).points
+    assert (moe.verdict, moe.worst_leaf) == ("failed", "['weights']")
+    assert str(moe.reason).startswith("['weights']: mismatched_fraction 1")
+    assert (pair.verdict, pair.reason) == ("error", "[1]: only A has this tensor of the point")
+
+
+def test_shapes_that_do_not_fit_are_an_error_of_that_point(tmp_path: Path) -> None:
+    """The others are compared all the same."""
+    a, b = sides(tmp_path)
+    a.add("x", random(3, 4))
+    b.add("x", random(4, 4))
+    for side in (a, b):
+        side.add("y", random(3))
+    comparison = compared(tmp_path)
+    assert [point.verdict for point in comparison.points] == ["error", "passed"]
+    assert "3 (the shards at A) and 4 (the shards at B)" in str(comparison.points[0].reason)
+    assert comparison.summary.exit_code == 2
+
+
+def test_values_as_a_graft_left_them(tmp_path: Path) -> None:
+    """`grafted` is what the program went on with, where a graft changed it, and the value elsewhere."""
+    a, b = sides(tmp_path)
+    x, y = random(3), random(3, seed=1)
+    a.add("x", x)
+    b.add("x", y, stored={"grafted": x})
+    b.add("z", y)
+    a.add("z", y)
+    assert [p.verdict for p in compared(tmp_path).points] == ["failed", "passed"]
+    points = compared(tmp_path, which="grafted").points
+    assert [p.verdict for p in points] == ["passed", "passed"]
+    assert [leaf_which(p.leaves[0]) for p in points] == [("value", "grafted"), ("value", "value")]
+
+
+def leaf_which(leaf: LeafRecord) -> tuple[str, str]:
+    assert leaf.a is not None and leaf.b is not None
+    return leaf.a.which, leaf.b.which
+
+
+def without_tensors(directory: Path, *checksums: str | None) -> PointRecord:
+    for role, checksum in zip(("baseline", "target"), checksums, strict=True):
+        dumps = RankDumps(directory / role, role=role)
+        record = dumps.record("x", {"": torch.zeros(3)}, level="checksum", file=None)
+        record["leaves"][0]["checksum"] = checksum
+        dumps.write_line(json.dumps(record))
+    return one_point(directory)
+
+
+def test_what_was_saved_without_values_is_skipped_unless_its_checksums_agree(tmp_path: Path) -> None:
+    """Equal checksums pass; unequal ones say only that, and are no measure."""
+    assert without_tensors(tmp_path / "same", "ab", "ab").verdict == "passed"
+    other = without_tensors(tmp_path / "other", "ab", "cd")
+    assert other.verdict == "skipped" and "Their checksums differ" in str(other.reason)
+    assert without_tensors(tmp_path / "none", None, None).verdict == "skipped"
+
+
+def test_a_damaged_file_is_an_error_of_its_point(tmp_path: Path) -> None:
+    """Whatever is in the file, the comparison goes on, and says which point it could not judge."""
+    a, b = sides(tmp_path)
+    for side in (a, b):
+        side.add("x", random(3))
+    path = b.add("y", random(3))
+    a.add("y", random(3))
+    path.write_bytes(path.read_bytes()[:-4])
+    comparison = compared(tmp_path)
+    assert [point.verdict for point in comparison.points] == ["passed", "error"]
+    assert "truncated" in str(comparison.points[1].reason)
+    assert comparison.summary.exit_code == 2
+
+
+def test_a_shape_that_a_record_only_claims_costs_nothing(tmp_path: Path) -> None:
+    """Of 2**40 rows of 2**22 values, on a side whose file has 24: the file says so when it is first read."""
+    for side in sides(tmp_path):
+        told = side.record("x", {"": random(6, 4)})
+        told["leaves"][0]["shape"] = [2**40, 2**22]
+        side.add("x", random(6, 4), line=False)
+        side.write_line(json.dumps(told))
+    point = one_point(tmp_path)
+    assert point.verdict == "error" and "the record says" in str(point.reason)
+
+
+def test_a_scalar_an_empty_tensor_and_integers(tmp_path: Path) -> None:
+    """They are compared like all others."""
+    a, b = sides(tmp_path)
+    for value in (torch.tensor(2.0), torch.zeros(0, 3), torch.arange(5), torch.tensor([True]), torch.ones(2) * 1j):
+        a.add(f"{a.order}", value)
+        b.add(f"{b.order}", value)
+    points = compared(tmp_path).points
+    assert [point.verdict for point in points] == ["passed"] * 5
+    assert open_dumps(tmp_path, role="baseline").problems == []

@@ -1,0 +1,270 @@
+"""Filters and dumps of a run changed while it runs: at one step on every rank of both jobs, or nowhere.
+
+Costs about 5 s of one core. Ranks stop where the test wants them, so that each change's step is known.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from jobs import _CONTEXT, Jobs, Rank, succeed
+from typer.testing import CliRunner, Result
+
+import grafter
+from grafter.cli import app
+from grafter.control.change import Change, Decision, Proposal, proposal_place
+from grafter.control.decision import read_decision
+from grafter.control.history import read_history
+from grafter.control.run_access import RankView, RunAccess
+from grafter.dumps.record import DumpRecord
+from grafter.errors import ProtocolError
+from grafter.rendezvous.store import StoreClient, connect
+from grafter.rendezvous.wire import Seal
+from grafter.running.run_summary import read_run_summary
+from grafter.watching import housekeeping
+
+FAR = 60.0
+SECRET = "a secret"
+RANKS = (("baseline", 0), ("baseline", 1), ("target", 0), ("target", 1))
+# Where each rank stands at the first pause: far apart.
+FIRST_PAUSE = {("baseline", 0): 5, ("baseline", 1): 6, ("target", 0): 0, ("target", 1): 1}
+PAUSES = (9, 12, 14)
+
+
+def look_often() -> None:
+    """A second is long for a test."""
+    housekeeping._CHORES_EVERY_SECONDS = housekeeping._TICK_SECONDS = 0.02
+
+
+def run_to_pauses(rank: Rank) -> int:
+    look_often()
+    me = rank.role, rank.role_rank
+    pauses = (FIRST_PAUSE[me], *PAUSES)
+    step = 0
+    while step < 17 or not rank.signals["stop"].is_set():
+        grafter.dump("a", torch.full((2,), float(rank.is_baseline)))
+        grafter.dump("b", torch.ones(2), layer_id=step % 2)
+        if step == 12 and me == ("target", 1):
+            # As the compiler does it where it comes to this point.
+            active = grafter._active()
+            assert active.compiled_verdict("b", {}) == "nothing"
+        if step in pauses:
+            rank.tell(f"{rank.role} {rank.role_rank} at {pauses.index(step)}")
+            rank.wait_for(f"go {pauses.index(step)}")
+        grafter.step()
+        step += 1
+        if step > 16:
+            time.sleep(0.005)
+    return step
+
+
+class Run:
+    """The run of the tests below, and `grafter ctl` for it."""
+
+    def __init__(self, jobs: Jobs) -> None:
+        self.jobs = jobs
+
+    def await_pause(self, number: int) -> None:
+        for role, rank in RANKS:
+            assert self.jobs.signals[f"{role} {rank} at {number}"].wait(FAR)
+
+    def ctl(self, *arguments: str, secret: str = SECRET) -> Result:
+        return CliRunner().invoke(
+            app, ["ctl", "--master", f"127.0.0.1:{self.jobs.port}", *arguments], env={"GRAFTER_SECRET": secret}
+        )
+
+
+def test_changes_hold_from_one_step_on_every_rank_or_nowhere(tmp_path: Path) -> None:
+    """Ranks far apart; filters set, refused by all and by one, steps dumped, off and on; a forged change; the notes."""
+    names = [f"{role} {rank} at {n}" for role, rank in RANKS for n in range(4)] + [f"go {n}" for n in range(4)]
+    settings: dict[str, Any] = {"compare_filter": "name == 'none'", "secret": SECRET, "timeout": FAR}
+    with Jobs(tmp_path, signals=(*names, "stop"), **settings) as jobs:
+        for role in ("baseline", "target"):
+            jobs.start(role, 2, run_to_pauses)
+        run = Run(jobs)
+        run.await_pause(0)
+        until_joined(jobs.port)
+
+        wrong = run.ctl("status", secret="another")
+        assert wrong.exit_code == 1
+        assert "signed with another secret" in wrong.stderr
+        forge_proposal(jobs.port)
+
+        agreed = run.ctl("set", "--compare", "name == 'a'", "--wait", "0")
+        assert "change 1 is agreed, for step 7" in agreed.stdout, agreed.output
+        assert agreed.exit_code == 1, "nobody has come to step 7 yet"
+        assert "0 of 4 have come to it. no rank has ended a step since" in agreed.stdout
+        status = run.ctl("status")
+        assert "target rank 1" in status.stdout
+        assert "in force on all ranks that answer: compare: name == 'none'; stats: full" in status.stdout
+        assert "to come in step 7" in status.stdout
+
+        jobs.signals["go 0"].set()
+        run.await_pause(1)
+        bad = run.ctl("set", "--b2t", "name = 'b'")
+        assert bad.exit_code == 1
+        assert "baseline rank 0, baseline rank 1, target rank 0, target rank 1: b2t_filter: a single `=`" in bad.stderr
+        same = run.ctl("set", "--b2t", "name == 'a'")
+        assert "b2t and compare have the same filter" in same.stderr
+        assert "change 4 is agreed, for step 10" in run.ctl("dump-next", "2", "--wait", "0").stdout
+
+        jobs.signals["go 1"].set()
+        run.await_pause(2)
+        one = run.ctl("set", "--b2t", "name == 'b'", "--wait", "0")
+        assert one.exit_code == 1
+        assert "change 5 is refused: target rank 1: the points b are in compiled code" in one.stderr
+        assert "for step 13" in run.ctl("off", "--wait", "0").stdout
+        assert "are off: `grafter ctl on` comes first" in run.ctl("dump-next", "1").stderr
+
+        jobs.signals["go 2"].set()
+        run.await_pause(3)
+        assert "for step 15" in run.ctl("on", "--wait", "0").stdout
+        # Also in step 15, and after it: what is said last counts.
+        assert "for step 15" in run.ctl("set", "--stats", "light", "--wait", "0").stdout
+        jobs.signals["go 3"].set()
+        done = run.ctl("off", "--wait", str(FAR))
+        assert done.exit_code == 0, done.output
+        assert "on all 4 ranks" in done.stdout
+        jobs.signals["stop"].set()
+        succeed(jobs.wait())
+        off_at = {line.step for line in read_history(tmp_path / "run")["target"]}
+
+    last = max(off_at)
+    compared = [*range(7, 13), *range(15, last)]
+    for ledger in jobs.ledgers().values():
+        assert [(record.name, record.step) for record in ledger] == [("a", step) for step in compared]
+    measured = {r.step: r.difference is not None and r.before is not None for r in jobs.ledgers()["target", 0]}
+    assert measured[7]
+    for role, rank in RANKS:
+        assert dumped_steps(tmp_path, role, rank) == [("a", 10), ("b", 10), ("a", 11), ("b", 11)]
+    notes = read_run_summary(tmp_path / "run").notes
+    assert notes[0].startswith(
+        "changed while it ran, from step 7 on (grafter ctl set --compare \"name == 'a'\"): compare: name == 'a'"
+    )
+    assert [(line.number, line.step) for line in read_history(tmp_path / "run")["baseline"]][:2] == [(1, 7), (4, 10)]
+
+
+def until_joined(port: int) -> None:
+    deadline = time.monotonic() + FAR
+    while True:
+        try:
+            RunAccess("127.0.0.1", port, secret=SECRET)
+        except grafter.GrafterError:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        else:
+            return
+
+
+def forge_proposal(port: int) -> None:
+    """What somebody without the secret can do: the change is refused, and the run goes on."""
+    access = RunAccess("127.0.0.1", port, secret=SECRET)
+    client = StoreClient(connect("127.0.0.1", port, timeout=3, keep_trying=lambda: True), Seal("ctl", None), "graft")
+    client.seal.run_id = access._client.seal.run_id
+    proposal = Proposal(change=Change(action="off"), seconds=5, by="somebody", time=0)
+    assert client.put_if_absent(proposal_place(client.hall, 0), "proposal", proposal.model_dump_json()) is None
+    decision = until_decided(access, 0)
+    assert decision.refused is not None
+    assert "unsigned or signed with another secret" in decision.refused
+
+
+def until_decided(access: RunAccess, number: int) -> Decision:
+    deadline = time.monotonic() + FAR
+    while (decision := read_decision(access._client, number)) is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return decision
+
+
+def dumped_steps(directory: Path, role: str, rank: int) -> list[tuple[str, int]]:
+    lines = (directory / "run" / role / f"rank{rank}.dumps.jsonl").read_text().splitlines()
+    records = [DumpRecord.model_validate_json(line) for line in lines]
+    assert all(record.file is not None for record in records)
+    return [(record.name, record.step) for record in records]
+
+
+def step_until_stopped(rank: Rank) -> int:
+    look_often()
+    while not rank.signals["stop"].is_set():
+        grafter.dump("h", torch.ones(1))
+        grafter.step()
+        time.sleep(0.002)
+    return grafter._active().control._number
+
+
+def propose_and_die(port: int, seconds: float) -> None:
+    """`grafter ctl`, killed before it knows what came of its change."""
+    access = RunAccess("127.0.0.1", port)
+    access._await_decision = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment,method-assign]
+    access.change(Change(action="off"), seconds=seconds)
+
+
+def kill_in_the_middle(port: int, seconds: float) -> None:
+    process = _CONTEXT.Process(target=propose_and_die, args=(port, seconds))
+    process.start()
+    process.join(FAR)
+    assert process.exitcode == -signal.SIGKILL
+
+
+def test_a_killed_ctl_and_a_stopped_rank_hold_nobody_for_long(tmp_path: Path) -> None:
+    """Killed in the middle, a change is decided all the same; a rank that cannot answer has it refused as a whole, and
+    one that answers late is waited for, at the end of a step, which the board explains."""
+    with Jobs(tmp_path, signals=("stop",), compare_filter="name == 'none'", timeout=FAR) as jobs:
+        jobs.start("baseline", 1, step_until_stopped)
+        jobs.start("target", 1, step_until_stopped)
+        with pytest.raises(grafter.GrafterError, match="no run of the group 'other'"):
+            RunAccess("127.0.0.1", jobs.port, group_name="other")
+        access = until_access(jobs.port)
+
+        kill_in_the_middle(jobs.port, FAR)
+        assert until_decided(access, 0).step is not None
+        views = access.await_effect(0, FAR)
+        assert all(view.state is not None and view.state.in_force.is_off for view in views)
+
+        jobs.kill("target", 0, signal.SIGSTOP)
+        kill_in_the_middle(jobs.port, 0.3)
+        decision = until_decided(access, 1)
+        assert decision.refused is not None
+        assert decision.refused.startswith("no answer from target rank 0 within 0 s")
+
+        changed: list[Any] = []
+        late = threading.Thread(target=lambda: changed.append(until_access(jobs.port).change(ON, seconds=FAR)))
+        late.start()
+        deadline = time.monotonic() + FAR
+        while "waits for the decision on change 2 of the run (on), at the end of step" not in doing(access)[0]:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        jobs.kill("target", 0, signal.SIGCONT)
+        late.join(FAR)
+        assert changed[0].decision.step is not None
+        views = access.await_effect(2, FAR)
+        assert all(view.state is not None and not view.state.in_force.is_off for view in views)
+        jobs.signals["stop"].set()
+        assert succeed(jobs.wait()) == [3, 3]
+    with pytest.raises(ProtocolError, match="no secret"):
+        Seal("ctl", None).open("k", Seal("baseline/0", "x").seal("k", "run", "").encode())
+
+
+ON = Change(action="on")
+
+
+def doing(access: RunAccess) -> list[str]:
+    views: list[RankView] = access.look(0)
+    return [view.line.doing if view.line is not None else "" for view in views]
+
+
+def until_access(port: int) -> RunAccess:
+    deadline = time.monotonic() + FAR
+    while True:
+        try:
+            return RunAccess("127.0.0.1", port)
+        except grafter.GrafterError:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
