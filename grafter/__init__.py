@@ -5,7 +5,7 @@ compared, or written into the other's memory. The package reads in the order in 
 
     switch, settings     GRAFTER_* and the plan file become one frozen GrafterConfig (filters: its expressions)
     grafter              `dump`: off? return. Else tags, direction, key (points, options, leaves, offer); which token
-                         each row is (tokens), and which rows count (windows)
+                         each row is, and which rows count (rows)
     rendezvous           once: both jobs' ranks find each other (join, roster); how they talk (store, wire, mailbox,
                          courier); session is what then exists
     meeting              one point, step by step:
@@ -21,7 +21,7 @@ compared, or written into the other's memory. The package reads in the order in 
     compiled             points inside of a torch.compile region (operators)
     backward             gradients as points; points that fire again in activation checkpointing
     capture              points that nobody wrote into the program: hooks by `attach` (names)
-    dumps                points on disk, and read back: `open_dumps` (tokens: which token each row is)
+    dumps                points on disk, and read back: `open_dumps`
     compare              the dumps of two jobs, point by point: how far apart, and does it matter
     offline              one of the jobs is a recording: kept, and played later by ranks of its own
     watching             a wait explains itself; processes are watched; the store is tidied
@@ -57,8 +57,8 @@ if TYPE_CHECKING:
     from grafter.layout.declared import Layout
     from grafter.outbox.counts import Pending
     from grafter.requests.recorder import RequestRecorder
+    from grafter.rows.tokens import Tokens
     from grafter.settings.config import GrafterConfig
-    from grafter.tokens import Tokens
     from grafter.user_transform import GraftTransformInput, transform
 
 __all__ = [
@@ -480,7 +480,7 @@ def __getattr__(name: str) -> Any:
 
         return Layout
     if name == "Tokens":
-        from grafter.tokens import Tokens
+        from grafter.rows.tokens import Tokens
 
         return Tokens
     if name == "open_dumps":

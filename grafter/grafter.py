@@ -53,9 +53,9 @@ from grafter.outbox.states import OutboxPlace
 from grafter.pairing.manifest import Header
 from grafter.points import LOOKED_AT, PHASE, PointKey, StepCounter, call_site, check_tags, split_options, surroundings
 from grafter.rendezvous.roster import PlayedFrom, other_role
+from grafter.rows.windows import ends_of
 from grafter.session import Joining, Session, find_place
 from grafter.settings.config import GrafterConfig
-from grafter.windows import ends_of
 
 logger = logging.getLogger("grafter")
 

@@ -19,9 +19,9 @@ from grafter.pairing.manifest import Header
 from grafter.pairing.participants import own_participants
 from grafter.points import PointKey
 from grafter.rendezvous.join import Place
+from grafter.rows.windows import Windows
 from grafter.session import Session
 from grafter.settings.config import GrafterConfig
-from grafter.windows import Windows
 
 _MOST_REMEMBERED = 4096
 _MOST_REMEMBERED_WITH_TOKENS = 64

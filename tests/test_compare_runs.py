@@ -15,8 +15,8 @@ import torch
 from compare_parts import compared, told
 
 from grafter.grafter import Grafter
+from grafter.rows.tokens import Tokens
 from grafter.settings.config import GrafterConfig
-from grafter.tokens import Tokens
 
 transformers = pytest.importorskip("transformers")
 

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grafter.compare.record import PointRecord
-from grafter.tokens import Tokens
+from grafter.rows.tokens import Tokens
 
 
 def runs(*entries: tuple[Any, int, int]) -> dict[str, Any]:

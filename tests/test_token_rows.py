@@ -21,7 +21,7 @@ from grafter.layout.dtensor import read_dtensor
 from grafter.pairing.announced_tokens import AnnouncedTokens, announce
 from grafter.pairing.decision import Decision, decide
 from grafter.pairing.manifest import Header, Manifest, Pair, manifest_text, with_tokens_told_once
-from grafter.tokens import Tokens
+from grafter.rows.tokens import Tokens
 from grafter.writing.write_back import WriteMode
 
 

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 import grafter
 from grafter.dumps.record import TokenRuns
 from grafter.errors import UsageError
-from grafter.token_hashes import as_text, from_text
-from grafter.tokens import Tokens, match
+from grafter.rows.hashes import as_text, from_text
+from grafter.rows.tokens import Tokens, match
 
 Row = tuple[Any, int] | None
 

@@ -11,15 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from point_parts import header
 
-from grafter import windows
 from grafter.dumps.saved_rows import rows_to_save
 from grafter.errors import LayoutError, UsageError
 from grafter.layout.row_view import RowView
 from grafter.options import PointOptions
 from grafter.pairing.announced_tokens import AnnouncedTokens, announce, resolved, told_once
 from grafter.points import PointKey
-from grafter.tokens import Tokens
-from grafter.windows import Windows
+from grafter.rows import windows
+from grafter.rows.tokens import Tokens
+from grafter.rows.windows import Windows
 from grafter.writing.write_back import WriteMode, apply_row_write
 
 

@@ -14,7 +14,7 @@ from point_parts import header, spec
 from grafter.layout.declared import DeclaredLayout
 from grafter.pairing.announced_tokens import announce
 from grafter.pairing.manifest import Header
-from grafter.tokens import Tokens
+from grafter.rows.tokens import Tokens
 
 Token = tuple[Any, int]
 Row = Token | None

@@ -23,7 +23,7 @@ from grafter.compare.token_rows import (
 from grafter.dumps.lazy_tensor import LazyTensor
 from grafter.dumps.point import DumpedPoint
 from grafter.errors import GrafterError
-from grafter.tokens import TokenMatch, Tokens, match
+from grafter.rows.tokens import TokenMatch, Tokens, match
 
 Which = Literal["value", "grafted"]
 

@@ -29,7 +29,7 @@ from grafter.layout.dims import Dim, Factor
 from grafter.layout.runs import whole
 from grafter.layout.shares import RoleShares, Share
 from grafter.layout.space import rectangles
-from grafter.tokens import SequenceId, Tokens
+from grafter.rows.tokens import SequenceId, Tokens
 
 _Rows = npt.NDArray[np.int64]
 

@@ -55,6 +55,8 @@ class InForce(BaseModel):
         if change.action == "dump-next":
             if self.is_off:
                 raise UsageError("grafting and dumping are off: `grafter ctl on` comes first")
+            if not change.points.strip():
+                raise UsageError("the filter of the points to dump is empty; leave it out to save all points")
             dumped = DumpedSteps(points=change.points, first=step, end=step + change.steps)
             return self.model_copy(update={"dumped_steps": dumped})
         if not change.settings:
@@ -71,10 +73,11 @@ class InForce(BaseModel):
     def at_end_of_dump(self) -> InForce:
         return self.model_copy(update={"dumped_steps": None})
 
-    def configured(self, start: GrafterConfig) -> GrafterConfig:
+    def configured(self, start: GrafterConfig, *, in_any_step: bool = False) -> GrafterConfig:
         """The configuration that one would have begun with, checked as one that is read at the start.
 
-        start: what the rank did begin with. Raises FilterError, ConfigError.
+        start: what the rank did begin with. in_any_step: as if the steps to dump were all. Raises FilterError,
+        ConfigError, UsageError.
         """
         values = {name: getattr(start, name) for name in start.model_fields_set}
         # What stood there is in the other fields; the file itself may have changed since.
@@ -84,15 +87,17 @@ class InForce(BaseModel):
         if self.dumped_steps is not None:
             if values["dump_filter"] is not None:
                 GrafterConfig(**_given(values))
-            values["dump_filter"] = self._saved_points()
+            values["dump_filter"] = self._saved_points(in_any_step)
         return GrafterConfig(**_given(values))
 
-    def _saved_points(self) -> str:
+    def _saved_points(self, in_any_step: bool) -> str:
         dumped = self.dumped_steps
         assert dumped is not None
         # One by one first: `a) or (b` would pass in brackets.
         GrafterConfig(dump_filter=dumped.points)
-        then = f"(({dumped.points}) and step >= {dumped.first} and step < {dumped.end})"
+        then = f"({dumped.points})"
+        if not in_any_step:
+            then = f"({then} and step >= {dumped.first} and step < {dumped.end})"
         return then if self.dump_filter is None else f"({self.dump_filter}) or {then}"
 
     def _refuse_equal_filters(self) -> None:
@@ -109,11 +114,16 @@ class InForce(BaseModel):
                     "decided. Unset one of them (an empty text)"
                 )
 
-    def filters(self, start: GrafterConfig, *, saves: bool) -> tuple[DirectionFilters, DumpChoice | None]:
-        """The filters, compiled, and what decides which points are saved. saves: whether this rank saves any."""
+    def filters(
+        self, start: GrafterConfig, *, saves: bool, in_any_step: bool = False
+    ) -> tuple[DirectionFilters, DumpChoice | None]:
+        """The filters, compiled, and what decides which points are saved. saves: whether this rank saves any.
+
+        Raises as `configured` does.
+        """
         if self.is_off:
             return DirectionFilters({}), None
-        config = self.configured(start)
+        config = self.configured(start, in_any_step=in_any_step)
         choice = DumpChoice(config) if saves else None
         return DirectionFilters(config.filters, choice), choice
 

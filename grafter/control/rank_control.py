@@ -226,7 +226,8 @@ class RankControl:
         try:
             # As it would be in the next step: where the step stands in a filter, its number changes nothing.
             accepted = self._last_decided.after(proposal.change, step + 1)
-            filters, _ = accepted.filters(self._config, saves=self._saves)
+            accepted.filters(self._config, saves=self._saves)
+            filters, _ = accepted.filters(self._config, saves=self._saves, in_any_step=True)
             # What is to follow must be fit, too.
             accepted.at_end_of_dump().filters(self._config, saves=self._saves)
             why_not = None if accepted.is_off else self._traced.why_not(filters)

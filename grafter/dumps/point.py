@@ -20,7 +20,7 @@ from grafter.dumps.tensor_file import map_tensor, read_header
 from grafter.errors import DumpError, LayoutError
 from grafter.ledger import Role
 from grafter.points import OWN_TAGS, PointKey
-from grafter.tokens import Tokens
+from grafter.rows.tokens import Tokens
 
 Which = Literal["value", "grafted"]
 

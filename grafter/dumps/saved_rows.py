@@ -15,7 +15,7 @@ from grafter.layout.dims import parse_dims
 from grafter.layout.token_shares import row_dims
 from grafter.leaves import flatten
 from grafter.options import PointOptions
-from grafter.tokens import Tokens
+from grafter.rows.tokens import Tokens
 from grafter.writing.tensor_access import is_dtensor
 
 _Numbers = npt.NDArray[np.int64]

@@ -21,8 +21,8 @@ import numpy as np
 import numpy.typing as npt
 
 from grafter.layout.runs import Runs
-from grafter.token_pairing import pair_sequences
-from grafter.tokens import SequenceId, Tokens
+from grafter.rows.pairing import pair_sequences
+from grafter.rows.tokens import SequenceId, Tokens
 
 _Numbers = npt.NDArray[np.int64]
 _LARGEST = 1 << 61
@@ -99,7 +99,7 @@ class TokenRows:
 
 
 def number_rows(senders: Mapping[int, WindowedTokens], receivers: Mapping[int, WindowedTokens]) -> TokenRows:
-    """Pair the rows of all ranks of both sides, as `grafter.tokens.match` pairs those of two."""
+    """Pair the rows of all ranks of both sides, as `grafter.rows.tokens.match` pairs those of two."""
     sides = _Side(senders), _Side(receivers)
     if len(sides[0].groups) == len(sides[1].groups) == 1 and _are_alike(sides[0].groups[0], sides[1].groups[0]):
         return _number_alike(*sides)

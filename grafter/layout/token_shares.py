@@ -34,7 +34,7 @@ from grafter.layout.shares import (
     of_dtensors,
 )
 from grafter.layout.token_rows import RankRows, WindowedTokens
-from grafter.tokens import Tokens
+from grafter.rows.tokens import Tokens
 
 if TYPE_CHECKING:
     from grafter.pairing.manifest import Header

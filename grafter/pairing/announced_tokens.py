@@ -17,8 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from grafter.errors import LayoutError, UsageError
 from grafter.layout.token_rows import WindowedTokens
-from grafter.token_hashes import as_text, from_text
-from grafter.tokens import SequenceId, Tokens
+from grafter.rows.hashes import as_text, from_text
+from grafter.rows.tokens import SequenceId, Tokens
 
 _Numbers = npt.NDArray[np.int64]
 _LARGEST = 1 << 61

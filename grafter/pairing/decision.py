@@ -18,7 +18,7 @@ from grafter.layout.token_shares import OwnTokens, key_of_shares, own_tokens, ro
 from grafter.ledger import TokenCounts
 from grafter.pairing.announced_tokens import resolved
 from grafter.pairing.manifest import Header, Pair
-from grafter.tokens import SequenceId
+from grafter.rows.tokens import SequenceId
 
 
 @dataclass(frozen=True, eq=False)

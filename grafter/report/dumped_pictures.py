@@ -118,7 +118,7 @@ def _read_pair(pair: Pair, leaf: str, which: Which) -> tuple[WholeTensor, WholeT
     if not pair.by_token:
         return _reader(pair.a[0], leaf, which), _reader(pair.b[0], leaf, which)
     from grafter.compare.token_rows import RowSource, TokenRows, joined, rows_of_sources, tokens_of
-    from grafter.tokens import match
+    from grafter.rows.tokens import match
 
     sources, tokens = [], []
     for points in (pair.a, pair.b):

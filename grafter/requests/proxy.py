@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import secrets
 import time
-import uuid
 from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Any
 
@@ -56,12 +56,15 @@ class RecordingProxy:
 
     def __init__(self, upstream: str, recorder: RequestRecorder, limit_bytes: int = 16 << 20) -> None:
         self._recorder, self._limit, self._upstream = recorder, limit_bytes, Upstream(upstream)
+        # Ids of one recording are distinct in a directory of several.
+        self._prefix, self._count = f"{secrets.token_hex(4)}-", 0
 
     def close(self) -> None:
         self._upstream.close()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        exchange = _Exchange(scope, receive, send, self._limit, self._recorder)
+        self._count += 1
+        exchange = _Exchange(f"{self._prefix}{self._count:x}", scope, receive, send, self._limit, self._recorder)
         try:
             await self._pass_on(exchange)
         except _ClientGone:
@@ -101,10 +104,12 @@ class _ClientGone(Exception):
 class _Exchange:
     """One request and its answer: what passes, and what is kept of it."""
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, limit: int, recorder: RequestRecorder) -> None:
+    def __init__(
+        self, id: str, scope: Scope, receive: Receive, send: Send, limit: int, recorder: RequestRecorder
+    ) -> None:
         self._scope, self._receive, self._send, self._recorder = scope, receive, send, recorder
         self._headers: Headers = scope["headers"]
-        self._id = uuid.uuid4().hex[:16]
+        self._id = id
         self._start = time.monotonic()
         self._asked, self._answered = Kept(limit), Kept(limit)
         self._first_piece = b""

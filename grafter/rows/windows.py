@@ -18,7 +18,7 @@ from grafter.errors import UsageError
 from grafter.options import PointOptions
 from grafter.pairing.announced_tokens import AnnouncedTokens, announce
 from grafter.points import PointKey
-from grafter.tokens import SequenceId, Tokens
+from grafter.rows.tokens import SequenceId, Tokens
 
 _Numbers = npt.NDArray[np.int64]
 # Of points and sequences together. The one that was longest unused is forgotten first, and then sent from its start.

@@ -17,8 +17,8 @@ import numpy.typing as npt
 
 from grafter.dumps.record import TokenRuns
 from grafter.errors import UsageError
-from grafter.token_hashes import as_text, from_text, prefix_hashes
-from grafter.token_matching import TokenMatch, match, placed_runs
+from grafter.rows.hashes import as_text, from_text, prefix_hashes
+from grafter.rows.matching import TokenMatch, match, placed_runs
 
 SequenceId = str | int
 _Numbers = npt.NDArray[np.int64]

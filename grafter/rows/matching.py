@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from grafter.token_pairing import pair_sequences
+from grafter.rows.pairing import pair_sequences
 
 if TYPE_CHECKING:
-    from grafter.tokens import Tokens
+    from grafter.rows.tokens import Tokens
 
 _Numbers = npt.NDArray[np.int64]
 
