@@ -241,6 +241,22 @@ def test_packed_answers_pass_packed_and_are_recorded_unpacked(tmp_path: Path) ->
     assert (bomb["kind"], bomb["content_encoding"]) == ("base64", "gzip")
 
 
+def test_bodies_are_recorded_as_deep_and_odd_as_they_are(url: str, tmp_path: Path) -> None:
+    """Sixty levels of a schema, a lone surrogate in a body and in a header's place, and secrets inside of a body."""
+    deep: Any = {"odd": "\ud800", "extra_headers": {"Authorization": "hush", "x-ok": "told"}}
+    for _ in range(60):
+        deep = {"properties": [deep]}
+    with proxied(url, tmp_path) as (proxy, _):
+        body = json.dumps(deep)
+        answer = httpx.post(f"{proxy}/echo", content=body, headers={"content-type": "application/json"})
+        assert answer.text == body
+    (line,) = lines_in(tmp_path)
+    for read in (line["request"], line["output"]["body"]):
+        for _ in range(60):
+            read = read["properties"][0]
+        assert read == {"odd": "\ud800", "extra_headers": {"x-ok": "told"}}
+
+
 # A thousand requests, and kills in the middle. Server and proxy are processes of their own.
 
 

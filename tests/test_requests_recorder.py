@@ -111,7 +111,10 @@ def test_what_cannot_be_encoded_costs_only_itself(tmp_path: Path) -> None:
     with RequestRecorder(tmp_path) as recorder:
         recorder.record("a", {"params": Params(0.5, made), "model": Model(text="x"), "hostile": Hostile(), "c": cycle})
         recorder.finish("a", {1: "x", "red": Colour.RED, "surrogate": "\ud800"})
-    (record,) = records(tmp_path)
+        recorder.record("\udfff", 1)
+        recorder.finish("\udfff", 1)
+    record, odd = records(tmp_path)
+    assert odd.id == "\udfff"
     assert record.request["params"]["temperature"] == 0.5 and record.request["model"] == {"text": "x", "n": 1}
     assert {"request.params.config", "request.hostile"} <= record.not_encoded.keys()
     assert "Made object" in record.request["params"]["config"]

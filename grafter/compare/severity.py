@@ -5,8 +5,8 @@
     none      out bad   unknown
 
 Inputs and outputs are found by names as `grafter.attach` gives them: `X.in.<argument>` (or `X.in`) and `X.out`,
-`X.out.<key>`, at one place of the program (tags, step, phase, occurrence). Of gradients (phase backward) the flow is the
-other way: a module takes the gradient of its output and gives those of its inputs.
+`X.out.<key>`, at one place of the program (tags, step, phase, occurrence). Of gradients (phase backward) the flow is
+the other way: a module takes the gradient of its output and gives those of its inputs.
 """
 
 from __future__ import annotations

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import torch
 
-from grafter.dumps.buffers import Buffers
 from grafter.dumps.encoding import safe_repr
 from grafter.dumps.writer import TEMPORARY_SUFFIX, write_tensors
 from grafter.requests.encoding import resolve
@@ -29,12 +28,15 @@ FORMAT = "grafter.requests"
 FORMAT_VERSION = 1
 FILE_PREFIX = "requests-"
 
+# A lone surrogate has no encoding; written like this it is an escape of JSON, and read back as what it was.
+_UTF8 = ("utf-8", "backslashreplace")
+
 
 class BatchWriter:
     """The files of one recorder. Used by its writing thread alone."""
 
-    def __init__(self, directory: Path, buffers: Buffers) -> None:
-        self._directory, self._buffers = directory, buffers
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
         self.recorder = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-{secrets.token_hex(3)}"
         self._number = 0
 
@@ -53,11 +55,11 @@ class BatchWriter:
             lines.append(_bounded_line(entry, parts, tensor_file))
             # The server's own thread may want to go on, and waits for this one otherwise.
             time.sleep(0)
-        write_atomically(self._directory / f"{name}.jsonl", [f"{line}\n".encode() for line in lines])
+        write_atomically(self._directory / f"{name}.jsonl", [f"{line}\n".encode(*_UTF8) for line in lines])
 
     def _resolved(self, entry: Entry) -> dict[str, Part]:
         time.sleep(0)
-        return {name: resolve(part, name, entry.exclude, self._buffers) for name, part in entry.parts.items()}
+        return {name: resolve(part, name, entry.exclude) for name, part in entry.parts.items()}
 
     def _write_tensors(self, name: str, resolved: list[tuple[Entry, dict[str, Part]]]) -> str | None:
         stored: dict[str, torch.Tensor] = {}
@@ -85,7 +87,7 @@ def _bounded_line(entry: Entry, parts: dict[str, Part], tensor_file: str | None)
     own = tensor_file if any(part.snapshots for part in parts.values()) else None
     line = line_of(entry, parts, own)
     for name in sorted(parts, key=lambda name: len(parts[name].text), reverse=True):
-        if len(line) < LONGEST_LINE // 4 or len(line.encode()) < LONGEST_LINE:
+        if len(line) < LONGEST_LINE // 4 or len(line.encode(*_UTF8)) < LONGEST_LINE:
             break
         told = f"{len(parts[name].text)} characters of JSON are more than a line takes"
         parts[name] = Part("null", {**parts[name].not_encoded, name: told}, parts[name].excluded)

@@ -89,9 +89,9 @@ def body_bytes(kind: Any, body: Any) -> bytes:
     if kind == "none" or (kind == "json" and body is None):
         return b"" if kind == "none" else b"null"
     if kind == "json":
-        return json.dumps(body, ensure_ascii=False).encode()
+        return json.dumps(body, ensure_ascii=False).encode("utf-8", "backslashreplace")
     if kind == "text" and isinstance(body, str):
-        return body.encode()
+        return body.encode("utf-8", "surrogatepass")
     if kind == "base64" and isinstance(body, str):
         return base64.b64decode(body, validate=True)
     raise ValueError(f"a body of the kind {str(kind)[:40]!r} cannot be sent")

@@ -82,14 +82,38 @@ def encode_part(value: Any, name: str, exclude: frozenset[str], buffers: Buffers
     return part
 
 
-def resolve(part: Part | Later, name: str, exclude: frozenset[str], buffers: Buffers) -> Part:
+def resolve(part: Part | Later, name: str, exclude: frozenset[str]) -> Part:
     """The part, made now if it is one for later. Never raises."""
     if isinstance(part, Part):
         return part
     try:
-        value = part.make()
+        return encode_json(part.make(), name, exclude)
     except Exception as error:
         failed = Part("null")
         failed.not_encoded[name] = safe_repr(error)
         return failed
-    return encode_part(value, name, exclude, buffers)
+
+
+def encode_json(value: Any, name: str, exclude: frozenset[str]) -> Part:
+    """What was read from JSON, as it is and however deep, without excluded keys and secret headers."""
+    text = json.dumps(value, ensure_ascii=False)
+    excluded: list[str] = []
+    # Most bodies have none of it, and are not walked through.
+    if any(f'"{key}"' in text for key in exclude) or 'headers"' in text.lower():
+        text = json.dumps(_without(value, name, exclude, excluded), ensure_ascii=False)
+    return Part(text, excluded=excluded)
+
+
+def _without(value: Any, path: str, exclude: frozenset[str], excluded: list[str]) -> Any:
+    if isinstance(value, list):
+        return [_without(item, f"{path}[{number}]", exclude, excluded) for number, item in enumerate(value)]
+    if not isinstance(value, dict):
+        return value
+    kept = {}
+    for key, item in value.items():
+        if key in exclude:
+            excluded.append(f"{path}.{key}")
+        else:
+            safe = without_secret_headers(item) if holds_headers(key) else item
+            kept[key] = _without(safe, f"{path}.{key}", exclude, excluded)
+    return kept

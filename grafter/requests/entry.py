@@ -18,7 +18,8 @@ LONGEST_LINE = 1 << 26
 class Later:
     """A value that is made on the writer's thread, so that the server's does not wait for it.
 
-    make: gives the value; never changed by anyone meanwhile. nbytes: what it keeps in memory until then.
+    make: gives the value, which is JSON's own types; what it is made of is changed by nobody meanwhile. nbytes: what
+    that keeps in memory until then.
     """
 
     __slots__ = ("make", "nbytes")

@@ -23,7 +23,7 @@ _SECRET_PARAMETERS = frozenset(
         *("secret", "client_secret", "password", "passwd", "sig", "signature", "session", "jwt", "code"),
     }
 )
-_HEADERS = ("headers", "header")
+_HEADERS = "headers"
 
 
 def is_secret_header(name: str) -> bool:

@@ -95,7 +95,7 @@ class RequestRecorder:
     def _start_afresh(self) -> None:
         self._process_id = os.getpid()
         self._buffers = Buffers(self._limit)
-        self._writer = BatchWriter(self.directory, self._buffers)
+        self._writer = BatchWriter(self.directory)
         # Its lock may be taken again by the thread that holds it: a signal handler runs in the middle of anything.
         self._changed = threading.Condition()
         self._open: dict[str, Entry] = {}

@@ -43,7 +43,8 @@ def serve(
 ) -> None:  # fmt: skip
     """Serve until SIGTERM or Ctrl-C, which end the process as they would have without us, with all written.
 
-    say: told the address once it is served. grace_seconds: what answers under way are given. Called on the main thread. Raises UsageError where the port cannot be listened on.
+    say: told the address once it is served. grace_seconds: what answers under way are given. Called on the main thread.
+    Raises UsageError where the port cannot be listened on.
     """
     listening = _listen(host, port)
     proxy = RecordingProxy(upstream, recorder, limit_bytes)
