@@ -45,8 +45,8 @@ _END = {"answer": b'"end":true}', "stream": b"0\r\n\r\n"}
 
 @dataclass(frozen=True)
 class ProxyResult:
-    """Seconds of one request. `overhead` and `relay_overhead` are taken within rounds, less the direct time; `over_relay`
-    is their ratio. `processor`: the proxy's own processor time a request, recording included."""
+    """Seconds of one request. `overhead` and `relay_overhead` are taken within rounds, less the direct time;
+    `over_relay` is their ratio. `processor`: the proxy's own processor time a request, recording included."""
 
     case: str
     direct: Spread

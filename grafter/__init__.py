@@ -24,9 +24,10 @@ compared, or written into the other's memory. The package reads in the order in 
     dumps                points on disk, and read back: `open_dumps`
     compare              the dumps of two jobs, point by point: how far apart, and does it matter
     offline              one of the jobs is a recording: kept, and played later by ranks of its own
+    control              filters changed while both jobs run: `grafter ctl`
     watching             a wait explains itself; processes are watched; the store is tidied
     report               a run, or a comparison, as one HTML page
-    cli                  `grafter run` (running), `show`, `compare`, `report`, `locate`, `plan suggest`, `doctor`
+    cli                  `grafter run` (running), `show`, `compare`, `report`, `locate`, `plan suggest`, `doctor`, `ctl`
     requests             the requests that drove a server: recorded, and sent again
 
 Importing this reads no environment, opens nothing and hooks nothing. With GRAFTER_ENABLE unset, `dump` returns its

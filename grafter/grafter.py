@@ -11,7 +11,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -22,15 +22,9 @@ from grafter.backward.kept_writes import unobserved
 from grafter.backward.points import BackwardPoints
 from grafter.backward.recompute import Recomputations
 from grafter.backward.regions import Recomputation, current_recomputation, is_graph_differentiated, scopes
-from grafter.capture.adapters import mesh_axes
+from grafter.capture.attached_models import AttachedModels
 from grafter.capture.attachment import Attachment
-from grafter.capture.module_tree import write_module_trees
-from grafter.capture.naming import Naming
-from grafter.capture.packing import PackedSequences
-from grafter.capture.parameter_gradients import watch_gradients
 from grafter.capture.parameters import dump_weights
-from grafter.capture.patterns import read_patterns
-from grafter.compiled import find_site
 from grafter.control.rank_control import RankControl, TakingOver
 from grafter.control.traced import Verdict
 from grafter.direction import Direction, DirectionFilters, sender_role
@@ -39,10 +33,8 @@ from grafter.dumps.rank_dumps import RankDumps
 from grafter.dumps.saver import Taken
 from grafter.errors import GrafterError, JoinError, PeerLostError, RunError, UsageError
 from grafter.farewell import Tally, last_error, say_goodbye, set_up_logging, summarise
-from grafter.layout.axes import axes_of_job, set_axes
 from grafter.ledger import LedgerRecord, write_summary
 from grafter.meeting import Meeting
-from grafter.names import PointName
 from grafter.offer import Offer, OfferMaker
 from grafter.offline.peer import Peer, start_peer
 from grafter.offline.recorded_part import RecordedPart, write_rank_facts
@@ -78,17 +70,10 @@ class Grafter:
         self._tally = Tally()
         self._unmatched = self._tally.unmatched
         self._sequence = 0
-        self.naming = Naming(config.names, config.role)
-        # Told of each model that the program attaches by itself.
-        self.before_attach: list[Callable[[torch.nn.Module], None]] = []
-        self._attachments: list[Attachment] = []
-        self._packed = PackedSequences()
         wanted = config.gradients or any(rule.gradients for rule in config.own_rules)
         self.gradients = BackwardPoints(self) if wanted else None
         if wanted:
             self.dump_point = self._dump_with_gradients  # type: ignore[method-assign]
-        # Where a hook can hand on another tensor, nothing needs to be written into the model's memory.
-        self._hook_write = {} if "write" in config.model_fields_set else {"write": "return"}
         # From the first call on there is a run: joining has begun, or, where points are only dumped, its directory is
         # there.
         self._has_begun = False
@@ -103,6 +88,7 @@ class Grafter:
         self.options = OptionChooser(config)
         self._place = find_place(config)
         self.offers = OfferMaker(config, self._place)
+        self.models = AttachedModels(self, self._place)
         self.dumps = RankDumps(config, self._place, self.offers.axes, self._find_run_directory)
         self.filters = DirectionFilters(config.filters, self.dumps.choice)
         self.stats = config.stats
@@ -233,50 +219,19 @@ class Grafter:
         *,
         inputs: bool = True,
         outputs: bool = True,
-        naming: Naming | None = None,
     ) -> Attachment:
-        """Hooks on a model's modules. See `grafter.attach`. naming: for a model that is attached without a line in the
-        program, whose own `attach` takes its place."""
-        if naming is None:
-            for make_room in self.before_attach:
-                make_room(model)
-        naming = naming or self.naming
-        selected = read_patterns(patterns or ((self.config.attach,) if self.config.attach else ()))
-        attachment = Attachment(
-            model, selected, naming, self._offer_hooked, self._find_hooked_site, inputs=inputs, outputs=outputs
-        )
-        if not attachment.points:
-            logger.warning("grafter: %s: no module of %s matches %s", self._place.who, type(model).__name__, patterns)
-        if self.gradients is not None:
-            paths = [points.path for points in attachment.points]
-            attachment.keep(watch_gradients(model, paths, naming, self.gradients.pending.parameter_came))
-        if self._has_begun and not self.config.only_dumps:
-            logger.warning(
-                "grafter: %s: this attach comes after the first point, so the names of its modules are not compared",
-                self._place.who,
-            )
-        if self.config.axes is None and not axes_of_job():
-            set_axes(**mesh_axes(model))
-        if any(axis == "cp" and size > 1 for axis, _, size in self.offers.axes(None)):
-            attachment.keep(self._packed.follow(model))
-        # What is attached until the first point is announced together, so that is when joining begins.
-        self._attachments.append(attachment)
-        return attachment
-
-    @property
-    def attachments(self) -> tuple[Attachment, ...]:
-        """What is attached, in its order."""
-        return tuple(self._attachments)
-
-    def withdraw(self, attachment: Attachment) -> None:
-        """Detach, as if it had never been attached."""
-        attachment.detach()
-        self._attachments.remove(attachment)
+        """Hooks on a model's modules. See `grafter.attach`."""
+        return self.models.attach(model, patterns, inputs=inputs, outputs=outputs)
 
     def begin(self) -> None:
         """Join the run, where no point has done it yet: what is attached by now is announced."""
         if not self._has_begun:
             self._start_joining()
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether there is a run: joining has begun, or points are only dumped."""
+        return self._has_begun
 
     @property
     def who(self) -> str:
@@ -290,20 +245,9 @@ class Grafter:
         # Not `self.dump_point`, which would watch for the weights' gradients: those are points of their own.
         return dump_weights(
             model,
-            self.naming,
+            self.models.naming,
             lambda name, tensor: Grafter.dump_point(self, name.name, tensor, {**given, **name.tags}),
         )
-
-    def _offer_hooked(self, name: PointName, module: str, tensor: torch.Tensor) -> torch.Tensor:
-        given = {**self._hook_write, **name.tags}
-        if self._packed.lengths is not None and "zigzag" in str(self.options.options_of(name.name, {}).dims):
-            given["seq_lens"] = self._packed.lengths
-        value: torch.Tensor = self.dump_point(name.name, tensor, given, module)
-        return value
-
-    def _find_hooked_site(self, name: str, suffix: str, is_differentiated: bool) -> int:
-        has_gradient = is_differentiated and self.has_gradients
-        return find_site(self, name, tuple(self._hook_write.items()), has_gradient=has_gradient, suffix=suffix)
 
     def compiled_verdict(self, name: str, arguments: dict[str, Any]) -> Literal["operator", "break", "nothing"]:
         """How a point in code that is being compiled is taken.
@@ -344,7 +288,7 @@ class Grafter:
         # Before the lock: in a forked child it may belong to a thread that does not exist there.
         if os.getpid() != self._process_id:
             return
-        if not self._has_begun and self._attachments:
+        if not self._has_begun and self.models.attachments:
             # No call reached a hook: the others wait for this rank to join, and must hear that it leaves.
             self._start_joining()
         with self.lock:
@@ -373,7 +317,7 @@ class Grafter:
             directory = session.run_directory if session is not None else self._alone_directory
             if directory is not None:
                 self._write_summary(directory, session, error)
-                self._write_module_trees(directory, session)
+                self.models.write_trees(directory, session.roster if session is not None else None)
                 self._write_rank_facts(directory)
             if session is not None:
                 session.close(
@@ -387,7 +331,7 @@ class Grafter:
     def _write_summary(self, directory: Path, session: Session | None, error: BaseException | None) -> None:
         roster = session.roster if session is not None else None
         summary = summarise(
-            self._place, roster, self._tally, self.filters, self._attachments, self._detached, error,
+            self._place, roster, self._tally, self.filters, self.models.attachments, self._detached, error,
             only_dumps=self.config.only_dumps,
         )  # fmt: skip
         try:
@@ -408,7 +352,7 @@ class Grafter:
                 return
             if self.config.only_dumps:
                 self._alone_directory = open_run(self.config, self._place)
-                self._write_module_trees(self._alone_directory, None)
+                self.models.write_trees(self._alone_directory, None)
                 self._write_rank_facts(self._alone_directory)
             else:
                 self._join()
@@ -425,8 +369,7 @@ class Grafter:
 
     def announced_modules(self) -> tuple[str, ...] | None:
         """The modules that this rank has hooks on; None where it has none attached."""
-        modules = tuple(key for attachment in self._attachments for key in attachment.keys)
-        return modules if self._attachments else None
+        return self.models.announced()
 
     def announced_recording(self) -> PlayedFrom | None:
         """What this rank is played from, where it is no live one."""
@@ -652,24 +595,10 @@ class Grafter:
         if self._session is None:
             assert self._joining is not None
             self._session = self._joining.wait()
-            self._write_module_trees(self._session.run_directory, self._session)
+            self.models.write_trees(self._session.run_directory, self._session.roster)
             self._write_rank_facts(self._session.run_directory)
-            only_here = self._session.roster.only_at(self._place.role)
-            if only_here:
-                logger.warning(
-                    "grafter: %s: %d modules with hooks are in this job alone, and their points are skipped: %s%s "
-                    "(give "
-                    "both jobs' modules one name: `names` in the plan file)",
-                    self._place.who, len(only_here), ", ".join(only_here[:5]), ", ..." if len(only_here) > 5 else "",
-                )  # fmt: skip
+            self.models.tell_which_are_only_here(self._session.roster)
         return self._session
-
-    def _write_module_trees(self, run_directory: Path, session: Session | None) -> None:
-        roster = session.roster if session is not None else None
-        try:
-            write_module_trees(run_directory / self._place.role, self._attachments, self._place.role_rank, roster)
-        except OSError as failure:
-            logger.error("grafter: the modules of %s cannot be written: %s", self._place.who, failure)
 
     def _write_rank_facts(self, run_directory: Path) -> None:
         if not self.config.record:

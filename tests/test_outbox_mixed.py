@@ -13,7 +13,7 @@ from outbox_parts import until_nothing_is_pending
 
 import grafter
 
-POINTS = 150
+POINTS = 100
 WELL, UNMET = {"sent", "grafted"}, {"missed", "expired", "displaced"}
 
 
@@ -62,13 +62,16 @@ def test_sides_that_wait_now_and_then_never_hang_and_always_agree(tmp_path: Path
             jobs.start(role, 2, function)  # type: ignore[arg-type]
         assert succeed(jobs.wait()) == [(0, 0)] * 4
         stories: dict[int, set[str]] = {}
+        of_sides: dict[tuple[str, int], set[str]] = {}
         for (role, _), records in jobs.ledgers().items():
             assert len(records) == POINTS
             for record in records:
                 number = record.tags["number"]
+                of_sides.setdefault((role, number), set()).add(record.outcome)
                 kind = "well" if record.outcome in WELL else "unmet" if record.outcome in UNMET else record.outcome
                 stories.setdefault(number, set()).add(f"{kind} {record.reason or ''}" if kind == "failed" else kind)
                 if set(waits_of(number).values()) == {"both"}:
                     assert kind == "well", (role, record)
         assert all(len(story) == 1 and story <= {"well", "unmet"} for story in stories.values()), stories
+        assert all(len(outcomes) == 1 for outcomes in of_sides.values()), "the ranks of a side say the same"
         assert {"well", "unmet"} <= set.union(*stories.values()), "both kinds are to be seen"

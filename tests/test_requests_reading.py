@@ -439,7 +439,8 @@ def test_headers_are_read_from_the_environment(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize(
-    "url", ["", "localhost:1", "ftp://x", "http://", "http://x:99999", "http://x/?q=1", "http://[x"]
+    "url",
+    ["", "localhost:1", "ftp://x", "http://", "http://x:99999", "http://x/?q=1", "http://[x", "http://" + "a" * 70],
 )
 def test_urls_that_are_none_are_refused(url: str) -> None:
     with pytest.raises(UsageError, match="--to"):

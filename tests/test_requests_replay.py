@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import multiprocessing
 import threading
@@ -19,7 +20,7 @@ from starlette.responses import JSONResponse
 from typer.testing import CliRunner, Result
 
 from grafter.cli import app
-from grafter.requests import extra
+from grafter.requests import commands, extra
 from grafter.requests.judgement import Outcome
 from grafter.requests.reading import Recording
 from grafter.requests.recorder import RequestRecorder
@@ -30,7 +31,8 @@ _CONTEXT.set_forkserver_preload(PRELOAD)
 
 
 def grafter(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+    # Wide enough that no word is folded.
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "250"})
 
 
 def replayed(directory: Path, urls: list[str], **options: Any) -> list[Outcome]:
@@ -122,7 +124,7 @@ def test_only_what_was_asked_for_is_sent(recorded: Path) -> None:
     engine = Engine()
     places = Recording(recorded).places
     with served(engine.app()) as url:
-        done = grafter("replay", recorded, "--to", url, "--only", "#0", "--only", places[2].id)
+        done = grafter("replay", recorded, "--to", url, "--only", "#0", "--only", places[2].id, "--concurrency", 1)
         assert done.exit_code == 0, done.output
         absent = grafter("replay", recorded, "--to", url, "--only", "#13")
     assert [path for path, _ in engine.seen] == ["/v1/chat/completions", "/v1/completions"]
@@ -175,7 +177,7 @@ def test_gaps_are_kept_and_speed_divides_them(
     monkeypatch.setattr(replay_module, "wait_until", wait_until)
     counting = Counting()
     with served(counting) as url:
-        outcomes = replayed(tmp_path, [url], speed=speed)
+        outcomes = replayed(tmp_path, [url], speed=speed, concurrency=1)
     assert [outcome.verdict for outcome in outcomes] == ["same"] * 3 and counting.order == [0, 1, 2]
     assert waited == pytest.approx(gaps)
     assert [outcome.late for outcome in outcomes] == [0, 0, 0]
@@ -224,7 +226,7 @@ def test_a_server_that_dies_is_an_outcome_of_each_request(recorded: Path, tmp_pa
         half = grafter("replay", tmp_path, "--to", url, "--to", dead, "--speed", 0, "--json")
     none = grafter("replay", tmp_path, "--to", dead, "--speed", 0)
     assert json.loads(half.output.splitlines()[-1])["counts"] == {"failed": 5}
-    assert counting.order == list(range(5))
+    assert sorted(counting.order) == list(range(5))
     assert "B: ConnectError" in half.output and half.exit_code == none.exit_code == 2
     assert "nothing could be compared" in none.output
     with served(Engine().app()) as url:
@@ -270,8 +272,8 @@ def test_requests_that_cannot_be_sent_are_told_and_not_counted_as_the_same(tmp_p
     text = "".join((tmp_path / name.name).read_text() for name in tmp_path.iterdir())
     assert "unfinished" in text
     with served(engine.app()) as url:
-        done = grafter("replay", tmp_path, "--to", url, "--speed", 0)
-        both = grafter("replay", tmp_path, "--to", url, "--to", url, "--speed", 0)
+        done = grafter("replay", tmp_path, "--to", url, "--speed", 0, "--concurrency", 1)
+        both = grafter("replay", tmp_path, "--to", url, "--to", url, "--speed", 0, "--concurrency", 1)
     assert [body["text"] for _, body in engine.seen] == ["y", "z", "y", "y", "z", "z"]
     assert done.exit_code == 2 and "request.config was not recorded" in done.output
     assert both.exit_code == 2 and "2 same, 1 not sent" in both.output
@@ -300,6 +302,19 @@ def test_a_missing_extra_says_what_to_install(command: str, monkeypatch: pytest.
     done = grafter(command, *arguments)
     assert done.exit_code == 2
     assert f"grafter {command} needs uvicorn: pip install 'grafter[requests]'" in done.output
+
+
+def test_a_bar_shows_on_a_terminal_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On stderr, with how many of how many are done; in a pipe, nothing."""
+    for is_terminal in (True, False):
+        stream = io.StringIO()
+        monkeypatch.setattr(stream, "isatty", lambda is_terminal=is_terminal: is_terminal)
+        monkeypatch.setattr(commands.sys, "stderr", stream)
+        monkeypatch.setenv("TERM", "xterm")
+        with commands._progress(3) as progress:
+            progress(2, 3)
+        assert ("2/3" in stream.getvalue() and "replaying" in stream.getvalue()) is is_terminal
+        assert is_terminal or not stream.getvalue()
 
 
 def test_ctrl_c_shows_what_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@
     packing              lengths of packed sequences, where context parallelism needs them
     module_tree          a model's modules as data, in the run's directory, for `grafter plan suggest`
     attachment           hooks on the selected modules of one model; `grafter.attach` makes one
+    attached_models      all models of this rank that are attached
     parameters           `grafter.dump_model`: weights and buffers as points
     parameter_gradients  hooks that tell when a parameter's gradient has been added up
 

@@ -43,7 +43,7 @@ class Roots:
         self._grafter: Grafter = grafter._active()
         self._patterns = read_patterns((self._grafter.config.attach or "",))
         self._steps = AutomaticSteps(self._grafter, self._grafter.config.step)
-        self._grafter.before_attach.append(self._make_room)
+        self._grafter.models.before_attach.append(self._make_room)
         self.extend(called, made)
 
     def extend(self, called: torch.nn.Module, made: list[torch.nn.Module]) -> None:
@@ -62,7 +62,7 @@ class Roots:
     def detach(self) -> None:
         """Leave all models as they were."""
         self._steps.stop()
-        self._grafter.before_attach.remove(self._make_room)
+        self._grafter.models.before_attach.remove(self._make_room)
         for _, attachment in self._attached:
             attachment.detach()
         self._attached.clear()
@@ -89,12 +89,12 @@ class Roots:
         position = next(number for number, (model, _) in enumerate(self._attached) if model is root)
         _, old = self._attached[position]
         self._steps.unwrap(root)
-        self._grafter.withdraw(old)
+        self._grafter.models.withdraw(old)
         self._attached[position] = (root, self._hook(root))
         self._steps.wrap(root)
 
     def _hook(self, root: torch.nn.Module) -> Attachment:
-        return self._grafter.attach(root, (), naming=self._namings[id(root)])
+        return self._grafter.models.attach(root, (), naming=self._namings[id(root)])
 
     def _make_room(self, model: torch.nn.Module) -> None:
         """The program attaches a model by itself, and would get each point twice."""
@@ -102,17 +102,17 @@ class Roots:
         for root, attachment in self._attached:
             if id(root) not in self._left_to_program and attachment.has_hooks_on(modules):
                 self._left_to_program.add(id(root))
-                self._grafter.withdraw(attachment)
+                self._grafter.models.withdraw(attachment)
 
     def _holds_attached(self, root: torch.nn.Module) -> bool:
         """Whether the program itself has attached a part of it, or what is attached was wrapped since."""
         inside = list(root.modules())
         if any(module is model for model, _ in self._attached for module in inside):
             return True
-        return any(attachment.has_hooks_on(inside) for attachment in self._grafter.attachments)
+        return any(attachment.has_hooks_on(inside) for attachment in self._grafter.models.attachments)
 
     def _naming_of(self, root: torch.nn.Module) -> Naming:
-        naming = self._grafter.naming
+        naming = self._grafter.models.naming
         if self._attached and not self._is_part_of_first(root, naming):
             taken = {other.prefix for other in self._namings.values() if isinstance(other, PrefixedNaming)}
             kind = type(root).__name__

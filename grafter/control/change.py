@@ -71,13 +71,14 @@ class Decision(_Message):
 
 class State(_Message):
     """One rank, as it was asked. count: grows with every answer. changes: how many of the run's have been in force.
-    to_come: the steps of those that were decided and are not."""
+    to_come: the steps of those that were decided and are not. last_point: empty where it has had none."""
 
     count: int
     step: _Step
     changes: int
     to_come: tuple[_Step, ...]
     in_force: InForce
+    last_point: Annotated[str, Field(max_length=_LONGEST_REASON)] = ""
 
 
 # Places in the store.

@@ -73,6 +73,11 @@ class InForce(BaseModel):
     def at_end_of_dump(self) -> InForce:
         return self.model_copy(update={"dumped_steps": None})
 
+    def check(self, start: GrafterConfig) -> None:
+        """Raises what is wrong with these settings, and with those that follow by themselves; also while all is off."""
+        self.configured(start)
+        self.at_end_of_dump().configured(start)
+
     def configured(self, start: GrafterConfig, *, in_any_step: bool = False) -> GrafterConfig:
         """The configuration that one would have begun with, checked as one that is read at the start.
 
@@ -138,7 +143,8 @@ class InForce(BaseModel):
             parts.append(f"dump: {self.dump_filter}")
         if self.dumped_steps is not None:
             dumped = self.dumped_steps
-            steps = f"step {dumped.first}" + (f"-{dumped.end - 1}" if dumped.end > dumped.first + 1 else "")
+            more = dumped.end > dumped.first + 1
+            steps = f"steps {dumped.first}-{dumped.end - 1}" if more else f"step {dumped.first}"
             parts.append(f"dump in {steps}: {dumped.points if dumped.points != 'True' else 'every point'}")
         return "; ".join([*parts, f"stats: {self.stats}"])
 

@@ -11,6 +11,7 @@ import contextlib
 import logging
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from grafter.control.in_force import InForce
 from grafter.control.traced import Judge, TracedPoints, Verdict
 from grafter.direction import DirectionFilters
 from grafter.dumps.choice import DumpChoice
-from grafter.errors import ConfigError, ProtocolError, RunError, UsageError
+from grafter.errors import GrafterError, ProtocolError, RunError, UsageError
 from grafter.points import StepCounter
 from grafter.rendezvous.join import Place
 from grafter.rendezvous.roster import Roster
@@ -78,7 +79,8 @@ class RankControl:
         self._config, self._place, self._steps, self._saves = config, place, steps, saves
         self._traced = TracedPoints(judge)
         # Guards all below. Held for no round trip and no wait but that of `end_step` for the decision.
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._in_force = self._last_decided = InForce.at_start(config)
         self._to_come: list[TakingOver] = []
         self._number, self._changes = 0, 0
@@ -99,17 +101,20 @@ class RankControl:
 
     # On the program's thread.
 
-    def end_step(self) -> list[TakingOver]:
+    def end_step(self) -> Sequence[TakingOver]:
         """Count the step up; what is in force from here on, in its order, where that changes here.
 
         Waits while a change that this rank has accepted is undecided: no longer than the change allows, or than the
         run lasts.
         """
-        with self._changed:
+        # Not by way of the condition, which is in Python, and would take half of the time.
+        with self._lock:
             if self._is_held:
                 self._wait_for_decision()
             self._steps.next_step()
-            due = [one for one in self._to_come if one.step <= self._steps.step] if self._to_come else []
+            if not self._to_come:
+                return ()
+            due = [one for one in self._to_come if one.step <= self._steps.step]
             for one in due:
                 self._to_come.remove(one)
                 self._in_force = one.in_force
@@ -122,7 +127,8 @@ class RankControl:
         keeper, in_hand = self._keeper, self._in_hand
         assert keeper is not None and in_hand is not None
         what = f"the decision on change {in_hand.number} of the run ({in_hand.proposal.change}), at the end of step "
-        wait = Wait("control", f"{what}{self._steps.step}", self._config.timeout)
+        patience = in_hand.proposal.seconds + self._config.timeout
+        wait = Wait("control", f"{what}{self._steps.step}", patience)
         # Where the run is over, the next matched point says so.
         with contextlib.suppress(RunError), keeper.waiting(wait):
             while self._is_held and keeper.aborted is None:
@@ -192,28 +198,22 @@ class RankControl:
             return
         self._question = question.payload
         self._states_told += 1
+        assert self._keeper is not None
+        points = tuple(self._keeper.board.last_points)
+        last_point = f"{points[-1][0]} {points[-1][1]}"[:1000] if points else ""
         with self._changed:
             state = State(
                 count=self._states_told, step=self._steps.step, changes=self._changes, in_force=self._in_force,
-                to_come=tuple(one.step for one in self._to_come if one.number is not None),
+                to_come=tuple(one.step for one in self._to_come if one.number is not None), last_point=last_point,
             )  # fmt: skip
         client.set(state_place(client.hall, self._graft_rank), "state", state.model_dump_json())
 
     def _take_up(self, client: StoreClient) -> bool:
         """The next proposal, answered. False where there is none."""
+        proposal = self._read_next(client)
+        if proposal is None:
+            return False
         number = self._number
-        place = proposal_place(client.hall, number)
-        try:
-            sealed = client.peek(place)
-            if sealed is None:
-                return False
-            proposal = read_message(Proposal.model_validate_json, sealed.payload, "a change of the run")
-        except ProtocolError as error:
-            # Whoever wrote it may not: that ends the change, and not the run.
-            logger.warning("grafter: %s refuses change %d of the run: %s", self._place.who, number, error)
-            put_decision(client, number, Decision(refused=str(error)[:1000]))
-            self._number += 1
-            return self._take_up(client)
         with self._changed:
             in_hand = self._in_hand = self._judge(number, proposal)
             self._is_held = in_hand.accepted is not None
@@ -221,18 +221,39 @@ class RankControl:
         client.put_if_absent(answer_place(client.hall, number, self._graft_rank), "answer", answer)
         return True
 
+    def _read_next(self, client: StoreClient) -> Proposal | None:
+        """The next one that is a proposal."""
+        while True:
+            try:
+                sealed = client.peek(proposal_place(client.hall, self._number))
+                if sealed is None:
+                    return None
+                return read_message(Proposal.model_validate_json, sealed.payload, "a change of the run")
+            except ProtocolError as error:
+                # Whoever wrote it may not: that ends the change, and not the run.
+                logger.warning("grafter: %s refuses change %d of the run: %s", self._place.who, self._number, error)
+                put_decision(client, self._number, Decision(refused=str(error)[:1000]))
+                self._number += 1
+
     def _judge(self, number: int, proposal: Proposal) -> _InHand:
         now, step = time.monotonic(), self._steps.step
         try:
+            if proposal.seconds >= self._config.timeout:
+                raise UsageError(
+                    f"ranks may be held for {proposal.seconds:g} s, and a point that waits for one of them fails after "
+                    f"{self._config.timeout:g} s (GRAFTER_TIMEOUT); give a shorter --hold"
+                )
             # As it would be in the next step: where the step stands in a filter, its number changes nothing.
             accepted = self._last_decided.after(proposal.change, step + 1)
-            accepted.filters(self._config, saves=self._saves)
+            accepted.check(self._config)
             filters, _ = accepted.filters(self._config, saves=self._saves, in_any_step=True)
-            # What is to follow must be fit, too.
-            accepted.at_end_of_dump().filters(self._config, saves=self._saves)
             why_not = None if accepted.is_off else self._traced.why_not(filters)
-        except (ConfigError, UsageError) as error:
+        except GrafterError as error:
             why_not = str(error)
+        except Exception as error:
+            # A fault of our own is an answer, too: whoever gives none keeps all others waiting.
+            logger.exception("grafter: %s cannot judge change %d of the run", self._place.who, number)
+            why_not = f"{type(error).__name__}: {error}"
         if why_not is not None:
             return _InHand(number, proposal, Answer.refusal(why_not), None, None, now)
         return _InHand(number, proposal, Answer(step=step), accepted, filters, now)

@@ -21,7 +21,7 @@ from grafter.control.change import (
 )
 from grafter.control.decision import put_decision, read_decision, try_to_decide
 from grafter.direction import RoleName
-from grafter.errors import RunError, UsageError
+from grafter.errors import JoinError, RunError, UsageError
 from grafter.rendezvous.roster import ANNOUNCEMENTS, Announcement, Roster
 from grafter.rendezvous.store import StoreClient, connect, decode_abort
 from grafter.rendezvous.wire import PROTOCOL_VERSION, Seal, read_message
@@ -59,7 +59,10 @@ class RunAccess:
     def __init__(self, address: str, port: int, *, group_name: str = "graft", secret: str | None = None) -> None:
         """Raises JoinError where there is no store, UsageError where it holds no run that has begun, ProtocolError
         where the secret is another, and the error that ended the run where it is over."""
-        raw = connect(address, port, timeout=3, keep_trying=lambda: True)
+        try:
+            raw = connect(address, port, timeout=3, keep_trying=lambda: True)
+        except JoinError as error:
+            raise JoinError(f"{error} A run that only dumps, or has ended, has no store.") from None
         self._by = f"{os.environ.get('USER') or 'ctl'}@{socket.gethostname()}, pid {os.getpid()}"
         self._client = StoreClient(raw, Seal(f"ctl/{os.getpid()}", secret), group_name)
         self._client.set_timeout(10)

@@ -34,7 +34,7 @@ def _as_data(view: RankView) -> dict[str, Any]:
         "changes": state.changes if state is not None else None,
         "to_come": list(state.to_come) if state is not None else None,
         "in_force": state.in_force.model_dump(mode="json") if state is not None else None,
-        "last_points": list(line.last_points) if line is not None else [],
+        "last_point": _last_point(view),
     }
 
 
@@ -44,8 +44,8 @@ def print_status(console: Console, run: RunAccess, views: Sequence[RankView]) ->
     for column in ("rank", "step", "changes", "what it does", "last point"):
         table.add_column(column, justify="right" if column in ("step", "changes") else "left", overflow="fold")
     for view in views:
-        state, line = view.state, view.line
-        last = line.last_points[-1] if line is not None and line.last_points else "none yet"
+        state = view.state
+        last = _last_point(view) or "none yet"
         table.add_row(
             view.who,
             str(state.step) if state is not None else "?",
@@ -69,6 +69,13 @@ def _grouped(views: Sequence[RankView]) -> dict[str, str]:
     if len(found) == 1:
         return {next(iter(found)): "all ranks that answer"}
     return {text: ", ".join(ranks) for text, ranks in found.items()}
+
+
+def _last_point(view: RankView) -> str | None:
+    """The board is only written when a rank waits, so what it says itself is newer."""
+    if view.state is not None:
+        return view.state.last_point or None
+    return view.line.last_points[-1] if view.line is not None and view.line.last_points else None
 
 
 def _doing(view: RankView) -> str:

@@ -139,7 +139,18 @@ class Outbox:
             self.end(entry, client, DISPLACED, "newer points needed its room (GRAFTER_OUTBOX_BYTES)", later=True)
             if entry.is_over:
                 return True
-        return False
+        # What was being taken a second ago may have been taken by now.
+        return any(self._has_been_taken(entry, client) for entry in self._claimed())
+
+    def _claimed(self) -> list[Entry]:
+        with self._lock:
+            return [entry for entry in self._entries.values() if entry.is_told and entry.state == CLAIMED]
+
+    def _has_been_taken(self, entry: Entry, client: StoreClient) -> bool:
+        found = client.find_other(entry.keys.state, entry.posted)
+        if found is not None and found.kind in FINAL and self._settle(entry, found.kind, found.payload):
+            self._chores.append((entry, found.kind, None))
+        return entry.is_over
 
     def give_back(self, slot: Slot | None) -> None:
         """Memory for a snapshot that never became an entry."""
@@ -194,10 +205,8 @@ class Outbox:
             if found != entry.posted:
                 return found
 
-    def end_unseen(self, entry: Entry, client: StoreClient, state: str, reason: str) -> None:
-        """The same of an entry that ended as it was posted, of which the receivers know. Called by its leader."""
-        if len(entry.participants) > 1:
-            self._change(entry, client, state, reason)
+    def ended(self, entry: Entry, client: StoreClient, state: str, reason: str) -> None:
+        """An entry has ended as it was posted: the store says so, and the receivers know. Called by its leader."""
         if self._settle(entry, state, reason):
             self._finish(client, entry, state, None)
 

@@ -61,7 +61,7 @@ class Posting:
         entry.is_told = True
         if ended is not None:
             state, reason = ended
-            session.outbox.end_unseen(entry, session.client, state, reason)
+            session.outbox.ended(entry, session.client, state, reason)
         self._seconds["pairing"] = time.perf_counter() - started - self._seconds["snapshot"]
         return session.outbox.recorded(entry, self._record(header, sequence))
 

@@ -126,16 +126,28 @@ class Pairing:
             raise self._housekeeping.abort(PairingError(f"at the point {key}: {own.conflict}"), self._client)
         failed = next((each for each in own.headers if each.failure is not None), None)
         if failed is not None:
-            reason = f"{failed.who} failed before the exchange: {failed.failure}"
-            self._post_at(key, header, keys, GONE, gone_text(WITHDRAWN, reason))
-            return WITHDRAWN, reason
+            return self._withdraw(key, header, keys, f"{failed.who} failed before the exchange: {failed.failure}")
         if len(header.participants) == 1:
             self._client.set(keys.state, OPEN, "")
         elif (ended := self._client.put_if_absent(keys.state, OPEN, "")) is not None:
             # Another rank came long before this one, and could not keep it for so long.
             self._post_at(key, header, keys, GONE, gone_text(ended.kind, ended.payload))
             return ended.kind, ended.payload
-        return self._post_at(key, header, keys, POSTED, mine)
+        missed = self._post_at(key, header, keys, POSTED, mine)
+        if missed is None or len(header.participants) == 1:
+            return missed
+        found = self._client.exchange(keys.state, open_state(header.role, header.role_rank), *missed)
+        return missed if found is None else (found.kind, found.payload)
+
+    def _withdraw(self, key: PointKey, header: Header, keys: StoreKeys, reason: str) -> tuple[str, str]:
+        """One rank of this side could not: nothing is posted, and all others are told. What the entry's state is."""
+        state = WITHDRAWN
+        if len(header.participants) > 1:
+            found = self._client.put_if_absent(keys.state, state, reason)
+            if found is not None:
+                state, reason = found.kind, found.payload
+        self._post_at(key, header, keys, GONE, gone_text(state, reason))
+        return state, reason
 
     def _post_at(self, key: PointKey, header: Header, keys: StoreKeys, kind: str, text: str) -> tuple[str, str] | None:
         found = self._client.put_if_absent(keys.first, kind, text)

@@ -12,7 +12,7 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -47,39 +47,43 @@ class BatchWriter:
         """
         name = f"{FILE_PREFIX}{self.recorder}-{self._number:06d}"
         self._number += 1
-        resolved = [(entry, self._resolved(entry)) for entry in entries]
-        tensor_file = self._write_tensors(f"{name}.safetensors", resolved)
+        tensor_file = self._write_tensors(f"{name}.safetensors", entries)
         header = {"format": FORMAT, "format_version": FORMAT_VERSION, "recorder": self.recorder, **facts}
-        lines = [json.dumps(header, ensure_ascii=False)]
-        for entry, parts in resolved:
-            lines.append(_bounded_line(entry, parts, tensor_file))
-            # The server's own thread may want to go on, and waits for this one otherwise.
-            time.sleep(0)
-        write_atomically(self._directory / f"{name}.jsonl", [f"{line}\n".encode(*_UTF8) for line in lines])
+        write_atomically(self._directory / f"{name}.jsonl", _lines(header, entries, tensor_file))
 
-    def _resolved(self, entry: Entry) -> dict[str, Part]:
-        time.sleep(0)
-        return {name: resolve(part, name, entry.exclude) for name, part in entry.parts.items()}
-
-    def _write_tensors(self, name: str, resolved: list[tuple[Entry, dict[str, Part]]]) -> str | None:
+    def _write_tensors(self, name: str, entries: Sequence[Entry]) -> str | None:
+        """The file's name; None where there are no tensors, or where they cannot be written, which their lines tell."""
         stored: dict[str, torch.Tensor] = {}
-        for entry, parts in resolved:
-            for part_name, part in parts.items():
-                for number, snapshot in part.snapshots.items():
-                    snapshot.wait()
-                    stored[tensor_name(entry.index, part_name, number)] = snapshot.stored
+        holding: list[tuple[str, Part]] = []
+        for entry in entries:
+            for part_name, part in entry.parts.items():
+                if isinstance(part, Part) and part.snapshots:
+                    holding.append((part_name, part))
+                    for number, snapshot in part.snapshots.items():
+                        snapshot.wait()
+                        stored[tensor_name(entry.index, part_name, number)] = snapshot.stored
         if not stored:
             return None
         try:
             write_tensors(self._directory / name, stored, {"format": FORMAT, "recorder": self.recorder})
         except Exception as error:
-            logger.error("grafter: tensors of %d requests are lost: %s", len(resolved), error)
-            for _, parts in resolved:
-                for part_name, part in parts.items():
-                    for number in part.snapshots:
-                        part.not_encoded[f"{part_name}, tensor {number}"] = f"not written: {safe_repr(error)}"
+            logger.error("grafter: the tensors of a batch of %d requests are lost: %s", len(entries), error)
+            for part_name, part in holding:
+                for number in part.snapshots:
+                    part.not_encoded[f"{part_name}, tensor {number}"] = f"not written: {safe_repr(error)}"
             return None
         return name
+
+
+def _lines(header: dict[str, object], entries: Sequence[Entry], tensor_file: str | None) -> Iterator[bytes]:
+    """One after another, so that a batch is never in memory as text as a whole."""
+    yield json.dumps(header, ensure_ascii=False).encode(*_UTF8) + b"\n"
+    for entry in entries:
+        # The server's own thread may want to go on, and waits for this one otherwise.
+        time.sleep(0)
+        parts = {name: resolve(part, name, entry.exclude) for name, part in entry.parts.items()}
+        time.sleep(0)
+        yield _bounded_line(entry, parts, tensor_file).encode(*_UTF8) + b"\n"
 
 
 def _bounded_line(entry: Entry, parts: dict[str, Part], tensor_file: str | None) -> str:
@@ -95,7 +99,7 @@ def _bounded_line(entry: Entry, parts: dict[str, Part], tensor_file: str | None)
     return line
 
 
-def write_atomically(path: Path, pieces: Sequence[bytes]) -> None:
+def write_atomically(path: Path, pieces: Iterable[bytes]) -> None:
     """A file that is there in full or not at all. Raises OSError, and then leaves nothing behind."""
     temporary = f"{path}{TEMPORARY_SUFFIX}"
     try:

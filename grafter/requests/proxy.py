@@ -26,25 +26,38 @@ from grafter.requests.upstream import Call, Headers, Upstream, UpstreamError
 _HOP_BY_HOP = frozenset(name.encode() for name in HOP_BY_HOP)
 _ABANDONED = "the client left before the answer was complete"
 _LONGEST_HEADER = 1000
+_MOST_UNDER_WAY = 256 << 20
+
+
+class Room:
+    """Bytes that all bodies under way may keep together."""
+
+    def __init__(self, limit: int) -> None:
+        self.left = limit
 
 
 class Kept:
-    """The first bytes of a body, and how many there were in all."""
+    """The first bytes of a body, and how many there were in all. limit: of this one; room: of all."""
 
-    def __init__(self, limit: int) -> None:
-        self._room = limit
+    def __init__(self, limit: int, room: Room) -> None:
+        self._limit, self._room = limit, room
         self.pieces: list[bytes] = []
-        self.nbytes = 0
+        self.nbytes = self.kept_bytes = 0
 
     def add(self, piece: bytes) -> None:
         self.nbytes += len(piece)
-        if self._room > 0:
-            self.pieces.append(piece if len(piece) <= self._room else piece[: self._room])
-            self._room -= len(piece)
+        left = min(self._limit, self._room.left)
+        # What comes after a part that was left out is no use.
+        if left > 0 and self.kept_bytes + len(piece) == self.nbytes:
+            kept = piece if len(piece) <= left else piece[:left]
+            self.pieces.append(kept)
+            self.kept_bytes += len(kept)
+            self._limit -= len(kept)
+            self._room.left -= len(kept)
 
-    @property
-    def kept_bytes(self) -> int:
-        return sum(map(len, self.pieces))
+    def give_back(self) -> None:
+        """The recorder has it now, and counts it."""
+        self._room.left += self.kept_bytes
 
 
 class RecordingProxy:
@@ -56,6 +69,7 @@ class RecordingProxy:
 
     def __init__(self, upstream: str, recorder: RequestRecorder, limit_bytes: int = 16 << 20) -> None:
         self._recorder, self._limit, self._upstream = recorder, limit_bytes, Upstream(upstream)
+        self._room = Room(_MOST_UNDER_WAY)
         # Ids of one recording are distinct in a directory of several.
         self._prefix, self._count = f"{secrets.token_hex(4)}-", 0
 
@@ -64,7 +78,9 @@ class RecordingProxy:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._count += 1
-        exchange = _Exchange(f"{self._prefix}{self._count:x}", scope, receive, send, self._limit, self._recorder)
+        exchange = _Exchange(
+            f"{self._prefix}{self._count:x}", scope, receive, send, self._limit, self._room, self._recorder
+        )
         try:
             await self._pass_on(exchange)
         except _ClientGone:
@@ -105,13 +121,13 @@ class _Exchange:
     """One request and its answer: what passes, and what is kept of it."""
 
     def __init__(
-        self, id: str, scope: Scope, receive: Receive, send: Send, limit: int, recorder: RequestRecorder
+        self, id: str, scope: Scope, receive: Receive, send: Send, limit: int, room: Room, recorder: RequestRecorder
     ) -> None:
         self._scope, self._receive, self._send, self._recorder = scope, receive, send, recorder
         self._headers: Headers = scope["headers"]
         self._id = id
         self._start = time.monotonic()
-        self._asked, self._answered = Kept(limit), Kept(limit)
+        self._asked, self._answered = Kept(limit, room), Kept(limit, room)
         self._first_piece = b""
         self._has_more = self._is_recorded = False
         self._status: int | None = None
@@ -248,6 +264,8 @@ class _Exchange:
             }
 
         made = None if status is None else Later(output, answered.kept_bytes + 1024)
+        self._asked.give_back()
+        self._answered.give_back()
         self._recorder.finish(self._id, made, state=self._state or "failed", reason=self._reason)
 
 

@@ -20,6 +20,9 @@ from grafter.requests.recorder import RequestRecorder
 # After SIGTERM or Ctrl-C, for answers that are under way.
 GRACE_SECONDS = 5
 _BACKLOG = 2048
+# No less patient with clients, and no less generous with headers, than the servers behind it.
+_KEEP_SECONDS = 75
+_LONGEST_HEAD = 1 << 20
 
 
 def check_url(url: str, option: str) -> str:
@@ -28,6 +31,7 @@ def check_url(url: str, option: str) -> str:
         parts = urlsplit(url)
         sound = parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port > 0)
         has_user = "@" in parts.netloc
+        parts.netloc.encode("idna")
     except ValueError:
         sound = has_user = False
     if has_user:
@@ -72,6 +76,8 @@ def make_config(app: Any, grace_seconds: int = GRACE_SECONDS) -> uvicorn.Config:
         server_header=False,
         date_header=False,
         proxy_headers=False,
+        timeout_keep_alive=_KEEP_SECONDS,
+        h11_max_incomplete_event_size=_LONGEST_HEAD,
         timeout_graceful_shutdown=grace_seconds,
     )
 

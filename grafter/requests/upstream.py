@@ -1,7 +1,7 @@
 """The proxy's connections to the server behind it: h11, which uvicorn runs on, over asyncio's streams.
 
-Not httpx: its client and pool take 1 ms of processor time a request and some 0.1 ms a piece of a stream, which is more
-than all else that the proxy does (benchmarks/proxying.py). Here an answer's pieces come out as they come in.
+Not httpx: with its client and pool, the proxy took twice the processor time (benchmarks/README.md), and more than the
+millisecond that it may. Here an answer's pieces come out as they come in.
 """
 
 from __future__ import annotations
