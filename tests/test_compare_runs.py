@@ -5,7 +5,7 @@ All in this process; costs about 6 s of one core.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 from compare_parts import compared, told
 
 from grafter.grafter import Grafter
+from grafter.points import Surroundings, surroundings
 from grafter.rows.tokens import Tokens
 from grafter.settings.config import GrafterConfig
 
@@ -130,3 +131,48 @@ def test_decoding_with_a_cache_agrees_with_one_forward_pass(tmp_path: Path) -> N
     (point,) = compared(tmp_path / "run", "*: rel <= 1e-9 and kl_v <= 1e-9").points
     assert point.tokens is not None
     assert (point.verdict, point.tokens.paired, point.tokens.points_b) == ("passed", 24, 8)
+
+
+def test_generate_agrees_with_one_forward_pass(tmp_path: Path) -> None:
+    """transformers' own `generate`, prompt and added tokens, against all of it at once: every layer, by token."""
+    model = llama()
+    forward_of = type(model).forward
+
+    def with_tokens(grafter: Grafter) -> Any:
+        def forward(**arguments: Any) -> Any:
+            cache = arguments.get("past_key_values")
+            start, count = (cache.get_seq_length() if cache is not None else 0), arguments["input_ids"].shape[1]
+            places = torch.arange(start, start + count).expand(2, -1)
+            # `grafter.context` does nothing where grafting is off, as it is in the process of a test.
+            before = surroundings.set(Surroundings({}, {"tokens": Tokens.from_positions([0, 1], places)}))
+            result = forward_of(model, **arguments)
+            surroundings.reset(before)
+            grafter.step()
+            return result
+
+        return forward
+
+    def dump_layers(role: str, run: Callable[[], Any]) -> Any:
+        plan = tmp_path / "plan.yaml"
+        plan.write_text("rules: [{match: '*', dims: 'b s h'}]")
+        with dumping(tmp_path, role, plan=str(plan)) as grafter, torch.no_grad():
+            attachment = grafter.attach(model, (":LlamaDecoderLayer",), inputs=False)
+            model.forward = with_tokens(grafter)
+            try:
+                return run()
+            finally:
+                del model.forward
+                attachment.detach()
+
+    generated = dump_layers(
+        "target", lambda: model.generate(IDS, max_new_tokens=4, do_sample=False, pad_token_id=0, eos_token_id=None)
+    )
+    dump_layers("baseline", lambda: model(input_ids=generated))
+    points = compared(tmp_path / "run", "*: rel <= 1e-9").points
+    assert [(point.name, point.tags["layer_id"], point.verdict) for point in points] == [
+        ("model.layers.out", layer, "passed") for layer in range(LAYERS)
+    ]
+    # The token that comes last has gone through no layer when `generate` ends.
+    for point in points:
+        assert point.tokens is not None
+        assert (point.tokens.paired, point.tokens.points_b) == (2 * (12 + 3), 4)
