@@ -2,38 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from adapter_parts import axes
 
 from grafter.capture import adapters
-
-COMMON = """
-import sys
-import torch, torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.testing._internal.distributed.fake_pg import FakeStore
-from grafter.capture.adapters import mesh_axes
-rank, size = int(sys.argv[1]), int(sys.argv[2])
-dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
-model = torch.nn.Linear(8, 8)
-"""
-
-
-def axes(code: str, rank: int, size: int) -> dict[str, tuple[int, int]]:
-    done = subprocess.run(
-        [sys.executable, "-c", f"{COMMON}\n{code}\nprint(sorted(mesh_axes(model).items()))", str(rank), str(size)],
-        capture_output=True,
-        text=True,
-        timeout=90,
-        cwd=Path(__file__).parent.parent,
-    )
-    assert done.returncode == 0, done.stderr
-    return dict(eval(done.stdout.splitlines()[-1], {"__builtins__": {}}))
 
 
 def test_a_process_without_a_framework_has_no_axes() -> None:
@@ -78,46 +53,6 @@ _, manager = initialize_distributed_mesh(DistributedConfig(tp_plan="auto", tp_si
 model._device_mesh = manager.get_mesh(("pp", "fsdp", "tp"))
 """
     assert axes(code, 3, 4) == {"pp": (0, 1), "dp_replicate": (0, 1), "fsdp": (1, 2), "tp": (1, 2)}
-
-
-def test_torchtitan() -> None:
-    """Every axis of ParallelDims, with `dp` for what it calls batch."""
-    if importlib.util.find_spec("torchtitan") is None:
-        pytest.skip("the extra e2e (torchtitan) is not installed")
-    code = """
-# The kernels of its mixture of experts need triton, which is for machines with a GPU.
-from types import ModuleType
-kernels = sys.modules["torchtitan.models.moe.kernels"] = ModuleType("kernels")
-kernels.generate_permute_indices = None
-from torchtitan.distributed.parallel_dims import ParallelDims
-dims = ParallelDims(dp_replicate=1, dp_shard=2, cp=1, tp=2, pp=1, ep=1, etp=1, world_size=4)
-dims.build_mesh()
-"""
-    found = axes(code, 3, 4)
-    assert {axis: found[axis] for axis in ("dp", "fsdp", "tp", "pp", "cp")} == {
-        "dp": (1, 2),
-        "fsdp": (1, 2),
-        "tp": (1, 2),
-        "pp": (0, 1),
-        "cp": (0, 1),
-    }
-
-
-def test_megatron() -> None:
-    pytest.importorskip("megatron.core", reason="the extra e2e is not installed")
-    code = """
-from megatron.core import parallel_state
-assert mesh_axes(model) == {}, "not before its parallel state is there"
-parallel_state.initialize_model_parallel(2, 2, create_gloo_process_groups=False)
-"""
-    found = axes(code, 5, 8)
-    assert {axis: found[axis] for axis in ("tp", "pp", "dp", "cp", "ep")} == {
-        "tp": (1, 2),
-        "pp": (1, 2),
-        "dp": (0, 2),
-        "cp": (0, 1),
-        "ep": (0, 1),
-    }
 
 
 def test_a_framework_that_cannot_be_read_is_told_of_and_left_out(

@@ -8,6 +8,7 @@ import io
 import logging
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +18,9 @@ from torch import nn
 
 from grafter.capture.naming import Naming
 from grafter.capture.parameter_gradients import watch_gradients
+from grafter.grafter import Grafter
 from grafter.names import NameRule
+from grafter.settings.config import GrafterConfig
 
 BLOCK = ["in.hidden", "norm.in.input", "norm.out", "up.in.input", "up.out", "out.0"]
 
@@ -464,3 +467,16 @@ def test_compiled_gradients_agree_with_eager_ones() -> None:
     eager, compiled = gradients(False), gradients(True)
     assert len(eager) == len(compiled) == len(list(Tower(2).parameters()))
     torch.testing.assert_close(compiled, eager)
+
+
+def test_a_pattern_that_matches_nothing_is_told_beside_the_classes_there_are(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also where the pattern is the setting's and not the call's."""
+    config = GrafterConfig(
+        enable=True, role="baseline", dump_filter="True", dir=str(tmp_path), run_name="one", attach=":*DecoderLayer"
+    )
+    grafter = Grafter(config)
+    grafter.attach(nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2)), ())
+    grafter.close()
+    assert "no module of Sequential matches ':*DecoderLayer'; its classes are LayerNorm, Linear, Seq" in caplog.text

@@ -15,7 +15,7 @@ from test_show import EVERYONE, two_layers, write_run
 from typer.main import get_command
 from typer.testing import CliRunner, Result
 
-from grafter.cli import app, parse_master
+from grafter.cli import _in_options, app, parse_master
 from grafter.errors import UsageError
 from grafter.running import launcher
 
@@ -178,3 +178,12 @@ def test_a_new_command_is_one_function() -> None:
         raise typer.Exit(5)
 
     assert CliRunner().invoke(other, ["extra"]).exit_code == 5
+
+
+def test_an_error_names_options_where_no_variable_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A variable with a value beside it is an example of setting it, and stays; so does one that is set."""
+    text = "a filter for GRAFTER_RECORD: as GRAFTER_RECORD=1"
+    monkeypatch.delenv("GRAFTER_RECORD", raising=False)
+    assert _in_options(text) == "a filter for --record: as GRAFTER_RECORD=1"
+    monkeypatch.setenv("GRAFTER_RECORD", "1")
+    assert _in_options(text) == text

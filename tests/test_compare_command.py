@@ -155,10 +155,60 @@ def test_a_name_that_no_rule_covers_is_an_error(tmp_path: Path) -> None:
     layers(tmp_path, {"l1.out"})
     code, out, _ = told(tmp_path, "--threshold", "l0.*: rel <= 1")
     assert code == 2 and "no threshold is for this name" in out
+    assert out.splitlines()[-1] == (
+        "Not all could be compared: 2 of 4 points have no threshold; the other 2 are within their threshold. "
+        "(Why: the lines `error:` above.)"
+    )
     assert told(tmp_path, "--threshold", "*.out: rel <= 1e-9")[0] == 1
     lines, summary = json_told(tmp_path, "--threshold", "l0.*: rel <= 1")
     assert [line.what for line in lines if isinstance(line, FindingRecord)] == ["no_rule", "no_rule"]
     assert summary.counts == {"passed": 2, "error": 2}
+
+
+def test_what_could_not_be_read_is_no_agreement(tmp_path: Path) -> None:
+    """The sentence begins with it, in whatever the rest agrees."""
+    for side in sides(tmp_path):
+        side.add("x", X)
+        side.add("near", X * (2 if side.role == "target" else 1))
+        path = side.add("y", X)
+    path.write_bytes(path.read_bytes()[:-4])
+    assert compared(tmp_path, allow=["near"]).summary.sentence == (
+        "Not all could be compared: 1 of 3 points could not be read or measured; 1 allowed failure; the other 1 is "
+        "bitwise the same."
+    )
+    nothing = compared(tmp_path, filter="name == 'y'").summary
+    assert nothing.sentence == "Nothing could be compared: 1 of 1 point could not be read or measured."
+    different = compared(tmp_path).summary
+    assert different.exit_code == 1 and different.sentence.endswith("1 of 3 points could not be read or measured.")
+
+
+def test_a_name_that_begins_another_is_the_one_that_was_meant(tmp_path: Path) -> None:
+    """Either way round; of a long name the first letters say nothing."""
+    a, b = sides(tmp_path)
+    for name in ("hid", "logits_of_rank", "m"):
+        a.add(name, X)
+    for name in ("hidden", "logits", "model.layers.0.mlp"):
+        b.add(name, X)
+    near = {finding.name: finding.near for finding in compared(tmp_path).findings}
+    assert near == {
+        "hid": ["hidden"],
+        "hidden": ["hid"],
+        "logits_of_rank": ["logits"],
+        "logits": ["logits_of_rank"],
+        "m": [],
+        "model.layers.0.mlp": [],
+    }
+
+
+def test_the_table_explains_a_question_mark_and_fills_no_lines_up(tmp_path: Path) -> None:
+    """Only where one is shown; what is piped has no blanks at its ends, and a caption of one line."""
+    layers(tmp_path, {"l0.in.x"})
+    code, out, _ = told(tmp_path)
+    assert code == 1 and "\n? unknown: not a module's output, or its inputs were not dumped" in out
+    assert "\nrel of the worst tensor, on a logarithmic scale from 1e-16 to 1; worst row: of its rows (tokens)\n" in out
+    assert all(line == line.rstrip() for line in out.splitlines())
+    layers(tmp_path / "equal", set())
+    assert "? unknown" not in told(tmp_path / "equal")[1]
 
 
 def test_allowed_failures(tmp_path: Path) -> None:
@@ -185,7 +235,7 @@ def test_what_one_side_alone_has_is_told(tmp_path: Path) -> None:
         "only B has the point 'attn_out' (layer_id=1, step=0); A has that name with other tags, steps or counts, such "
         "as 'attn_out' (layer_id=0, step=0)."
     ) in out
-    assert "3 points were skipped" in out
+    assert "3 points were skipped. (Why: the lines `skipped:` above.)" in out
     assert told(tmp_path, "--forbid-skips")[0] == 2
 
 
@@ -196,7 +246,12 @@ def test_nothing_in_common_is_not_agreement(tmp_path: Path) -> None:
     b.add("y", X)
     code, out, _ = told(tmp_path)
     assert code == 2 and "Nothing could be compared: A and B have no point in common." in out
-    assert told(tmp_path, "--filter", "name == 'z'")[0] == 2
+    for expression, why in (
+        ("name == 'z'", "--filter matched none of A's 1 and none of B's 1 points."),
+        ("name == 'x'", "--filter chose 1 of A's 1 points and 0 of B's 1, and these have none in common."),
+    ):
+        code, out, _ = told(tmp_path, "--filter", expression)
+        assert code == 2 and f"Nothing could be compared: {why}" in out
 
 
 def test_a_filter_chooses_points(tmp_path: Path) -> None:

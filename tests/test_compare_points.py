@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -277,6 +278,28 @@ def test_what_was_saved_without_values_is_skipped_unless_its_checksums_agree(tmp
     other = without_tensors(tmp_path / "other", "ab", "cd")
     assert other.verdict == "skipped" and "Their checksums differ" in str(other.reason)
     assert without_tensors(tmp_path / "none", None, None).verdict == "skipped"
+
+
+def test_values_meet_a_checksum(tmp_path: Path) -> None:
+    """Where one side saved the values, and the other only their checksum; a damaged file is no difference."""
+    x = random(3)
+    for name, value, of in (("same", x, x), ("other", x, x + 1), ("damaged", x, x), ("scalar", x[0], x[0])):
+        a = RankDumps(tmp_path / name / "baseline")
+        path = a.add("x", value)
+        if name == "damaged":
+            path.write_bytes(path.read_bytes()[:-4])
+        b = RankDumps(tmp_path / name / "target", role="target")
+        record = b.record("x", {"": of}, level="checksum", file=None)
+        record["leaves"][0]["checksum"] = hashlib.sha256(of.numpy().tobytes()).hexdigest()
+        b.write_line(json.dumps(record))
+    points = {name: one_point(tmp_path / name) for name in ("same", "other", "damaged", "scalar")}
+    assert {name: point.verdict for name, point in points.items()} == {
+        "same": "passed",
+        "other": "skipped",
+        "damaged": "error",
+        "scalar": "passed",
+    }
+    assert "Their checksums differ" in str(points["other"].reason)
 
 
 def test_a_damaged_file_is_an_error_of_its_point(tmp_path: Path) -> None:

@@ -94,7 +94,13 @@ def test_tokens_of_one_side_are_counted_and_named(tmp_path: Path) -> None:
     assert (point.tokens.paired, point.tokens.only_a, point.tokens.only_a_tokens) == (5, 3, ["a:2..4"])
     assert [finding.what for finding in comparison.findings] == ["other_rows"]
     assert comparison.summary.exit_code == 0
-    assert compared(tmp_path, forbid_skips=True).summary.exit_code == 2
+    assert comparison.summary.sentence == (
+        "B agrees with A: the one point that was compared is bitwise the same. In 1 point, tokens that only one side "
+        "has were left out."
+    )
+    strict = compared(tmp_path, forbid_skips=True).summary
+    assert strict.exit_code == 2 and strict.sentence.startswith("Not all could be compared: in 1 point, tokens")
+    assert "forbids" in strict.sentence
 
 
 def test_no_token_in_common_is_an_error(tmp_path: Path) -> None:

@@ -180,6 +180,13 @@ def test_what_is_missing_is_told_second_all_at_once_with_what_sets_it() -> None:
         GrafterConfig(enable=1)
 
 
+def test_a_missing_role_alone_asks_for_no_port() -> None:
+    """Whether a port is needed is decided by the filters, and not by what else is missing."""
+    message = fault(GRAFTER_ENABLE="on", GRAFTER_DUMP_FILTER="True")
+    assert "GRAFTER_ROLE" in message and "GRAFTER_MASTER_PORT" not in message
+    assert "GRAFTER_MASTER_PORT" in fault(GRAFTER_ENABLE="on", GRAFTER_B2T_FILTER="True")
+
+
 @pytest.mark.parametrize("name", ["GRAFTER_B2T_FILTER", "GRAFTER_T2B_FILTER", "GRAFTER_COMPARE_FILTER"])
 def test_any_one_filter_is_enough(name: str) -> None:
     """One of the three filters suffices."""

@@ -139,3 +139,13 @@ def test_ranks_of_one_job_with_different_company_are_told_as_such() -> None:
     error = explain_stuck(find_stuck(lines), {}, "")
     assert isinstance(error, PairingError)
     assert "different participants" in str(error)
+
+
+def test_lists_of_points_are_compared_only_where_there_are_any() -> None:
+    """Two sides that part at their first point have no list to look at."""
+    first = [line("baseline", 0, ("x", (0,)), 1), line("target", 0, ("y", (1,)), 1)]
+    later = [rank.model_copy(update={"last_points": ("a grafted",)}) for rank in first]
+    for lines, told in ((first, False), (later, True)):
+        text = str(explain_stuck(find_stuck(lines), {}, "", lines))
+        assert ("Compare the two lists of last points" in text) is told
+        assert "Make the two programs dump the same points" in text

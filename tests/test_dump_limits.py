@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grafter.dumps.alone import find_run_name
+from grafter.dumps.alone import find_run_name, open_run
 from grafter.dumps.choice import DumpChoice
 from grafter.dumps.limits import Limits, read_size, read_steps
-from grafter.errors import ConfigError
+from grafter.errors import ConfigError, LayoutError
+from grafter.grafter import Grafter
 from grafter.rendezvous.join import Place
 from grafter.settings.config import GrafterConfig
 
@@ -141,3 +144,46 @@ def test_ranks_that_cannot_agree_are_told_what_to_set(environ: dict[str, str]) -
     """Several machines without an id, or ranks that were started by hand: GRAFTER_RUN_NAME is needed."""
     with pytest.raises(ConfigError, match="GRAFTER_RUN_NAME"):
         find_run_name(PAIR, environ)
+
+
+def test_a_second_run_of_one_name_is_refused_and_damages_nothing(tmp_path: Path) -> None:
+    """It is refused at its first point and at every later one, and each file of the first run stays as it is."""
+
+    def settings() -> GrafterConfig:
+        return GrafterConfig(enable=True, role="baseline", dump_filter="True", dir=str(tmp_path), run_name="one")
+
+    first = Grafter(settings())
+    first.dump("h", torch.ones(2))
+    first.close()
+    files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert any(path.name == "run.json" for path in files) and any("summary" in path.name for path in files)
+    second = Grafter(settings())
+    second.attach(torch.nn.Linear(2, 2), ("*",))
+    for _ in range(2):
+        with pytest.raises(ConfigError, match="two runs would mix"):
+            second.dump("other", torch.zeros(2))
+    second.close()
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == files
+    with pytest.raises(ConfigError, match="two runs would mix"):
+        open_run(settings(), Place("baseline", 0, 1))
+
+
+def test_a_lone_rank_says_where_its_points_lie_and_what_it_saw(tmp_path: Path, caplog: Any) -> None:
+    """At close: the directory of its role, and with a filter that never matched the names that came."""
+    config = {"enable": True, "role": "baseline", "dir": str(tmp_path), "run_name": "one"}
+    grafter = Grafter(GrafterConfig(dump_filter="name == 'blok_out'", **config))
+    with caplog.at_level("INFO", logger="grafter"):
+        grafter.dump("block_out", torch.ones(2))
+        grafter.dump("logits", torch.ones(2))
+        grafter.close()
+    assert f"closes: no point, in {tmp_path / 'one' / 'baseline'}; 2 calls matched no filter" in caplog.text
+    assert "the filter dump: name == 'blok_out' never matched (points seen: block_out, logits)" in caplog.text
+
+
+def test_a_wrong_layout_is_told_with_its_point(tmp_path: Path) -> None:
+    """The character alone does not say which of a program's calls is meant."""
+    config = {"enable": True, "role": "baseline", "dir": str(tmp_path), "run_name": "one"}
+    grafter = Grafter(GrafterConfig(b2t_filter="True", record=True, **config))
+    with pytest.raises(LayoutError, match=r"the point 'hidden': dims, character 5 .*as in `h\[tp\]`"):
+        grafter.dump("hidden", torch.ones(2, 2), dims="b h[]")
+    grafter.close()

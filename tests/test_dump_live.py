@@ -89,6 +89,24 @@ def test_points_that_meet_nobody_are_saved_beside_those_that_do(live_run: Path) 
         assert "extras.f" in records[4].not_encoded
 
 
+def _meet_once(rank: Rank) -> None:
+    grafter.dump("in_place", torch.ones(2))
+
+
+def test_a_live_run_refuses_the_name_of_an_earlier_one_before_it_writes(tmp_path: Path) -> None:
+    """The rank whose dumps are there leaves at once with the reason, the other hears it, and the files stay."""
+    directory = tmp_path / "run" / "target"
+    directory.mkdir(parents=True)
+    for name in ("rank0.dumps.jsonl", "run.json", "rank0.summary.json"):
+        (directory / name).write_text("of the earlier run")
+    with two_jobs(tmp_path, _meet_once, _meet_once, b2t_filter=GRAFTS) as jobs:
+        baseline, target = jobs.wait(60)
+    assert "two runs would mix" in str(target.error) and "two runs would mix" in str(baseline.error)
+    assert {path.name: path.read_text() for path in directory.iterdir()} == dict.fromkeys(
+        ("rank0.dumps.jsonl", "run.json", "rank0.summary.json"), "of the earlier run"
+    )
+
+
 def _save_alone(rank: Rank) -> tuple[int, int]:
     for _ in range(2):
         with grafter.context(layer_id=1):

@@ -18,7 +18,7 @@ from fake_store import FakeStore
 from grafter import errors
 from grafter.running import launcher
 from grafter.running.job_keeper import descendants
-from grafter.running.launcher import PairResult, run_pair, run_side
+from grafter.running.launcher import PairResult, find_unreached, run_pair, run_side
 
 SETTINGS = {"b2t_filter": "name == 'x'"}
 FAKE_GRAFTER = [sys.executable, str(Path(__file__).with_name("fake_store.py"))]
@@ -415,3 +415,20 @@ def test_one_side_each_on_two_terminals(tmp_path: Path, monkeypatch: pytest.Monk
     assert store.exits == [("baseline", "exited with code 0")]
     with pytest.raises(errors.UsageError, match="--host-store"):
         run_side("target", ["true"], settings=SETTINGS, out=tmp_path)
+
+
+def test_only_jobs_that_had_their_chance_are_called_unreached() -> None:
+    """A target cannot announce itself before the baseline, and a job that failed may not have come to its model."""
+    assert find_unreached(["baseline", "target"], []) == ()
+    assert find_unreached(["baseline"], []) == ("target",)
+    assert find_unreached(["baseline"], ["target"]) == ()
+    assert find_unreached([], []) == ("baseline",)
+    assert find_unreached([], ["baseline"]) == ()
+
+
+def test_a_used_recording_is_told_by_its_own_option(tmp_path: Path) -> None:
+    """`--record DIR` takes the place of `--name`."""
+    (tmp_path / "mine" / "target").mkdir(parents=True)
+    (tmp_path / "mine" / "target" / "rank0.dumps.jsonl").touch()
+    with pytest.raises(errors.UsageError, match="Give --record another directory, or move"):
+        run_side("target", ["true"], settings={"b2t_filter": "True", "record": "1"}, out=tmp_path, run_name="mine")

@@ -12,7 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from locate_ledgers import ADDED, ALONE, CLEAN, FLOOR_ADDED, measured, measurement, record
 from rich.console import Console
+from typer.testing import CliRunner
 
+from grafter.cli import app
 from grafter.ledger import Difference
 from grafter.locate.judgement import FLOOR_FACTOR, PEER_FACTOR, judge, peer_limit
 from grafter.locate.measure import measure_run
@@ -310,6 +312,18 @@ def test_the_table_fits_80_columns_marks_the_guilty_row_and_ends_with_one_senten
     assert "layer 2" in marked[0]
     assert marked[0].count("1.8e-06") == 2
     assert "1.0e-14" in marked[0]
+
+
+def test_a_pipe_gets_no_blanks_at_the_ends_of_lines(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Nor a name cut in two: nobody limits the width there."""
+    name = "model.layers.10.self_attn.rotary_embedding.position_table.out.cosine_and_sine"
+    verdict = judge(*(measured([name, "b", "c"], ALONE[:3]) for _ in range(2)))
+    monkeypatch.setattr("grafter.locate.runner.locate", lambda *_, **__: verdict)
+    monkeypatch.delenv("COLUMNS", raising=False)
+    result = CliRunner().invoke(app, ["locate", "--baseline", "a", "--target", "b", "--out", str(tmp_path)])
+    lines = result.output.splitlines()
+    assert sum(line.startswith(f"    {name} ") for line in lines) == 1
+    assert all(line == line.rstrip() for line in lines)
 
 
 def test_names_as_long_as_the_demos_stay_on_one_line() -> None:

@@ -240,6 +240,20 @@ def test_layers_of_two_kinds_are_matched_kind_by_kind() -> None:
     assert suggestion.left == ()
 
 
+def test_numbers_of_layers_do_not_make_lists_of_one_name() -> None:
+    """`layers.0` and `blocks.0` have the number in common, and not the name."""
+    for name, reason in (("layers", "names equal"), ("blocks", "numbers equal, names of the lists alike")):
+        ours, theirs = (
+            tree(
+                node(at, kind="ModuleList"),
+                *(one for n in "01" for one in (node(f"{at}.{n}"), node(f"{at}.{n}.up", 4, 8))),
+            )
+            for at in ("layers", name)
+        )
+        reasons = {pair.target_path: pair.pair.reasons for pair in match_trees(ours, theirs).pairs}
+        assert reason in reasons[f"{name}.{{layer_id}}"]
+
+
 def test_an_encoder_and_a_decoder_keep_apart() -> None:
     """Two lists of layers on each side, alike in everything but their names and their number of modules."""
 

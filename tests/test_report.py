@@ -9,11 +9,14 @@ import json
 import math
 import os
 import re
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from dump_parts import RankDumps
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from report_parts import ADDED, ALONE, FLOOR, LAYERS, layers, record, summary, write_dumps, write_locate, write_run
@@ -22,12 +25,15 @@ from typer.testing import CliRunner
 from grafter.cli import app
 from grafter.errors import GrafterError, UsageError
 from grafter.ledger import Difference, LedgerRecord, LedgerWriter
+from grafter.rendezvous.join import Place
 from grafter.report import encoding
 from grafter.report.encoding import encode_page
 from grafter.report.html import MissingExtra, render_page
 from grafter.report.page_data import Finding, PageData, PagePoint
-from grafter.report.run_page import find_layer
+from grafter.report.run_page import find_layer, flatten_facts
 from grafter.report.writing import can_show, make_page, page_directory, write_page
+from grafter.run_facts import write_run_facts
+from grafter.settings.config import GrafterConfig
 
 
 def page(**changes: Any) -> PageData:
@@ -155,8 +161,35 @@ def test_both_environments_are_shown_fact_by_fact(tmp_path: Path) -> None:
     assert other.facts["command"] == "python target.py"
     assert other.facts["GRAFTER_TIMEOUT"] == "30.0" and "GRAFTER_PLAN" not in other.facts
     assert other.facts["torch"] == "2.13.0+cpu"
+    assert set(data_of(render_page(make_page([run])))["own_facts"]) >= {"time", "run_id", "dumps", "GRAFTER_ROLE"}
     (run / "baseline" / "run.json").unlink()
     assert "not here" in make_page([run]).environments[0].facts["run.json"]
+
+
+@pytest.mark.parametrize(
+    ("time", "shown"),
+    [(1795276498.9368813, "2026-11-21 15:54:58 UTC"), (1e300, "1e+300"), ("soon", "soon"), ([1], "[1]"), (None, None)],
+)
+def test_the_time_of_a_run_is_a_date(time: object, shown: str | None) -> None:
+    """In UTC; what is none in a damaged file is shown as it is."""
+    assert flatten_facts("target", {"time": time}).get("time") == shown
+
+
+def test_the_command_of_a_run_is_what_was_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the interpreter and its options, which `sys.argv` has not."""
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "train", "--lr=1"])
+    config = GrafterConfig(role="target")
+    write_run_facts(tmp_path, config, Place("target", 0, 1), "run", "id", {"target": 1})
+    facts = json.loads((tmp_path / "run.json").read_text())
+    assert flatten_facts("target", facts)["command"] == "python -m train --lr=1"
+
+
+def test_a_long_verdict_is_not_set_smaller_than_a_short_one() -> None:
+    """It may be lighter and wider; and figures below the facts of a point keep their distance."""
+    html = render_page(page())
+    (long,) = re.findall(r"\.verdict\.long \{(.*?)\}", html)
+    assert "font-size" not in long
+    assert re.search(r"\.pair \{[^}]*margin-top", html)
 
 
 def test_the_newest_run_of_an_out_directory_is_taken(tmp_path: Path) -> None:
@@ -164,7 +197,7 @@ def test_the_newest_run_of_an_out_directory_is_taken(tmp_path: Path) -> None:
     run = write_run(tmp_path / "out" / "run", layers(ALONE))
     assert make_page([tmp_path / "out"]).source == str(run)
     assert page_directory(tmp_path / "out") == run
-    with pytest.raises(GrafterError, match="no directory"):
+    with pytest.raises(GrafterError, match="no such file"):
         make_page([tmp_path / "nothing"])
     with pytest.raises(UsageError, match="3 places"):
         make_page([run, run, run])
@@ -339,14 +372,17 @@ def test_a_missing_package_is_told_with_what_to_install(package: str, monkeypatc
 
     html._plotly_script.cache_clear()
     monkeypatch.setattr(builtins, "__import__", refuse)
-    with pytest.raises(MissingExtra, match=rf"needs {package}.*pip install 'grafter\[report\]'"):
+    with pytest.raises(MissingExtra, match=rf"needs {package}.*pip install 'jinja2>=3\.1' 'plotly>=6'"):
         render_page(page())
     html._plotly_script.cache_clear()
 
 
 def test_a_page_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
-    """An earlier page is replaced at once; where it cannot be written, nothing is left behind."""
-    path = tmp_path / "made" / "report.html"
+    """An earlier page is replaced at once; where it cannot be written, nothing is left behind, and nothing made."""
+    path = tmp_path / "here" / "report.html"
+    with pytest.raises(GrafterError, match="cannot be written"):
+        write_page(page(), path)
+    path.parent.mkdir()
     write_page(page(), path)
     write_page(page(title="again"), path)
     assert "again" in path.read_text() and os.listdir(path.parent) == ["report.html"]
@@ -366,18 +402,21 @@ def test_the_command_writes_the_page_beside_the_ledgers(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert result.output.strip() == f"report: {run / 'report.html'}"
     assert len(data_of((run / "report.html").read_text())["rows"]) == 2 * LAYERS
-    elsewhere = tmp_path / "x" / "page.html"
+    elsewhere = tmp_path / "page.html"
     assert CliRunner().invoke(app, ["report", str(run), "--out", str(elsewhere)]).exit_code == 0
     assert elsewhere.is_file()
 
 
 def test_wrong_usage_of_the_command(tmp_path: Path) -> None:
-    """What is no run is an error of one line; a directory is no --out."""
+    """What is no run is an error of one line; a directory is no --out, and none is made for it."""
     missing = CliRunner().invoke(app, ["report", str(tmp_path / "none")])
-    assert missing.exit_code == 1 and "no directory" in missing.output and "Traceback" not in missing.output
+    assert missing.exit_code == 1 and "no such file" in missing.output and "Traceback" not in missing.output
     run = write_run(tmp_path / "run", layers(ALONE))
     result = CliRunner().invoke(app, ["report", str(run), "--out", str(tmp_path)])
     assert result.exit_code == 2 and "is a directory" in result.output
+    result = CliRunner().invoke(app, ["report", str(run), "--out", str(tmp_path / "misspelt" / "x.html")])
+    assert result.exit_code == 2 and "there is no directory" in result.output
+    assert not (tmp_path / "misspelt").exists()
 
 
 def test_a_browser_is_opened_only_where_somebody_can_see_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -412,6 +451,13 @@ def test_tensorboard_gets_a_curve_per_point(tmp_path: Path) -> None:
     curve = events.Scalars("adds/layers.out.layer_id=2")
     assert [event.step for event in curve] == [0, 1, 2]
     assert [event.value for event in curve] == pytest.approx([1.8e-6] * 3)
+
+
+def test_dumps_without_a_common_point_have_a_title_that_says_so(tmp_path: Path) -> None:
+    """And not that no point of none was compared."""
+    for role, name in (("baseline", "x"), ("target", "y")):
+        RankDumps(tmp_path / role, role=role).add(name, torch.zeros(2))
+    assert make_page([tmp_path / "baseline", tmp_path / "target"]).title == "Dumps compared: nothing in common"
 
 
 def test_a_run_that_only_dumped_is_compared(tmp_path: Path) -> None:

@@ -129,6 +129,8 @@ def test_it_opens_with_what_failed_first_and_the_verdict_after_it(desk: Page) ->
     assert "node1" in desk.inner_text("#environment") and "≠" in desk.evaluate(
         "getComputedStyle(document.querySelector('.differs th'), '::before').content"
     )
+    marked = desk.locator("#environment .differs th").all_inner_texts()
+    assert "command" in marked and "GRAFTER_ROLE" not in marked and "GRAFTER_ROLE" in desk.inner_text("#environment")
 
 
 def test_headers_sort_and_say_so(desk: Page) -> None:

@@ -301,7 +301,7 @@ def test_a_missing_extra_says_what_to_install(command: str, monkeypatch: pytest.
     arguments = {"record": ("--upstream", "http://x", "--port", 0), "replay": (".", "--to", "http://x")}[command]
     done = grafter(command, *arguments)
     assert done.exit_code == 2
-    assert f"grafter {command} needs uvicorn: pip install 'grafter[requests]'" in done.output
+    assert f"grafter {command} needs uvicorn: pip install httpx starlette uvicorn h11" in done.output
 
 
 def test_a_bar_shows_on_a_terminal_alone(monkeypatch: pytest.MonkeyPatch) -> None:

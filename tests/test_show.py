@@ -210,6 +210,7 @@ def test_nothing_matched_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     write_run(tmp_path, [], [summary("baseline", 0, **facts), summary("target", 0, **facts)])
     text = shown(tmp_path, monkeypatch)
     assert "nothing was grafted or compared: no filter matched a point; 2 names came, up to 8 times a rank" in text
+    assert "8 times a rank (see the notes)." in text
     assert "a filter never matched: b2t: name == 'atn_out' and layer_idx == 3; there are points named attn_out" in text
     assert "no point had the tag layer_idx" in text
     assert "attn_out (8 calls each), mlp_out (4 calls each)" in text
@@ -247,11 +248,61 @@ def test_the_newest_run_of_a_directory_is_found(tmp_path: Path) -> None:
         os.utime(path, (1, 1))
     assert find_run(tmp_path) == new
     assert find_run(old) == old
-    with pytest.raises(GrafterError, match="is no directory"):
+    with pytest.raises(GrafterError, match="no such file or directory"):
         find_run(tmp_path / "none")
+    (tmp_path / "compared.jsonl").touch()
+    with pytest.raises(GrafterError, match=r"is a file and no run's directory.*grafter report.*compare --json"):
+        find_run(tmp_path / "compared.jsonl")
     (tmp_path / "empty").mkdir()
     with pytest.raises(GrafterError, match="holds no run"):
         find_run(tmp_path / "empty")
+
+
+def test_dumps_and_recordings_are_no_run_and_say_what_they_are(tmp_path: Path) -> None:
+    """Dumps of one role, of both, and a recording: each with the command that takes it."""
+
+    def made(name: str, *roles: str, record: bool = False) -> Path:
+        for role in roles:
+            (tmp_path / name / role).mkdir(parents=True)
+            (tmp_path / name / role / "rank0.dumps.jsonl").touch()
+            (tmp_path / name / role / "run.json").write_text(json.dumps({"configuration": {"record": record}}))
+        return tmp_path / name
+
+    alone = made("alone", "target")
+    for directory in (alone, alone / "target"):
+        with pytest.raises(GrafterError, match=r"dumps of the target alone.*grafter compare BASELINE TARGET"):
+            find_run(directory)
+    both = made("both", "baseline", "target")
+    with pytest.raises(GrafterError, match=f"dumps of both roles.*grafter compare {both}"):
+        find_run(both)
+    recorded = made("recorded", "baseline", record=True)
+    with pytest.raises(GrafterError, match=f"a recording of the baseline.*--peer {recorded}"):
+        find_run(recorded)
+
+
+def test_a_recording_that_went_well_says_how_many_points_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has no ledger, and what is in it is grafted from later."""
+    monkeypatch.chdir(tmp_path)
+    run = write_run(tmp_path / "rec", [], [summary("baseline", 0, dumped=4, only_dumps=True)])
+    assert report(run)[1].startswith(f"{run}: 4 points saved\n")
+    (run / "baseline" / "run.json").write_text(json.dumps({"configuration": {"record": True}}))
+    code, text = report(run)
+    assert code == 0 and text.startswith(f"{run}: 4 points recorded; graft from it with --peer rec\n")
+
+
+def test_an_attachment_that_reached_nothing_is_told_as_such(tmp_path: Path) -> None:
+    """Programs that are attached never call `grafter.dump`, so that cannot be what is missing."""
+    run = write_run(tmp_path / "run", [], EVERYONE)
+    assert any("no rank called `grafter.dump` at all" in text for text in read_run_summary(run).problems)
+    for role in ("baseline", "target"):
+        (run / role / "run.json").write_text(json.dumps({"configuration": {"attach": ":*DecoderLayer"}}))
+    (problem,) = read_run_summary(run).problems
+    assert "no module was attached: --attach ':*DecoderLayer' matches none" in problem
+    run = write_run(run, [], [summary("target", 0, hooks_never_fired=["layers.0"])])
+    (problem,) = read_run_summary(run).problems
+    assert "modules have hooks, and no call reached them" in problem
 
 
 def report(run: Path, **changes: Any) -> tuple[int, str]:
@@ -280,3 +331,4 @@ def test_the_exit_code_of_a_run(tmp_path: Path) -> None:
     code, text = report(tmp_path / "nothing")
     assert code == 1
     assert "the jobs ended before both had joined" in text
+    assert "Programs that never import grafter need --attach '*'." in text

@@ -89,6 +89,7 @@ def test_each_row_gets_the_value_of_its_token_and_all_others_stay(
     met = all_kept(sender) & all_kept(receiver)
     if not met:
         assert decision.outcome == "skipped" and "no token is in both" in (decision.reason or "")
+        assert "Give equal sequence ids, or token_ids= on both sides." in (decision.reason or "")
         return
     assert decision.outcome is None, decision.reason
     before = [held.tensor.clone() for held in receiver.ranks]

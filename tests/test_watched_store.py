@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from grafter.direction import RoleName
+from grafter.errors import RunError
 from grafter.rendezvous.roster import ANNOUNCEMENTS, Announcement
 from grafter.rendezvous.store import StoreClient, connect
 from grafter.rendezvous.wire import Seal
@@ -66,6 +67,13 @@ def test_it_tells_who_has_not_joined_and_then_who_waits(store: WatchedStore) -> 
     client.exists(lobby)  # the line was sent without waiting; this answer comes after it
     assert store.waiting_summary() == "target rank 0 waits for 'layer' (layer_id=3, step=0) since 12 s"
     assert store.waiting_summary() == "target rank 0 waits for 'layer' (layer_id=3, step=0) since 12 s"
+
+
+def test_a_run_that_ended_before_it_was_opened_has_nobody_who_waits(store: WatchedStore) -> None:
+    """What a rank waited for then holds the run's end, which is no run."""
+    client = client_of(store)
+    client.wake(f"{client.lobby}/run", RunError("the baseline job exited with code 0"))
+    assert store.waiting_summary() is None
 
 
 def test_looking_wakes_nobody(store: WatchedStore) -> None:
