@@ -7,6 +7,7 @@ grafter's own errors into text and an exit code. What is slow to import (torch, 
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterator, Mapping
@@ -36,6 +37,8 @@ _OPTION_BY_VARIABLE = {
     "GRAFTER_DUMP_FILTER": "--dump",
     "GRAFTER_TRANSFORM_PATH": "--transform",
     "GRAFTER_ATTACH": "--attach",
+    "GRAFTER_RECORD": "--record",
+    "GRAFTER_PEER": "--peer",
 }
 
 app = typer.Typer(
@@ -81,7 +84,7 @@ def _in_options(text: str) -> str:
     """Errors name variables; on the command line, what was not set by one was set by its option."""
     for variable, option in _OPTION_BY_VARIABLE.items():
         if not os.environ.get(variable, "").strip():
-            text = text.replace(variable, option)
+            text = re.sub(rf"{variable}(?![=\w])", option, text)
     return text
 
 

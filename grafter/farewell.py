@@ -7,6 +7,7 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from grafter.capture.attachment import Attachment
 from grafter.direction import DirectionFilters
@@ -16,6 +17,8 @@ from grafter.rendezvous.join import Place
 from grafter.rendezvous.roster import Roster
 
 logger = logging.getLogger("grafter")
+
+_NAMES_SHOWN = 8
 
 
 @dataclass
@@ -68,11 +71,17 @@ def summarise(
     )
 
 
-def say_goodbye(place: Place, tally: Tally, filters: DirectionFilters, *, only_dumps: bool = False) -> None:
+def say_goodbye(
+    place: Place, tally: Tally, filters: DirectionFilters, directory: Path | None, *, only_dumps: bool = False
+) -> None:
+    """directory: that of this rank's role, where the rank has written into one."""
     only_dumps = only_dumps or not filters.have_directions
     counts = ", ".join(f"{count} {outcome}" for outcome, count in (tally.outcomes + tally.dumps).items())
     unmatched = sum(tally.unmatched.values())
-    logger.info("grafter: %s closes: %s; %d calls matched no filter", place.who, counts or "no point", unmatched)
+    where = f", in {directory}" if directory is not None else ""
+    logger.info(
+        "grafter: %s closes: %s%s; %d calls matched no filter", place.who, counts or "no point", where, unmatched
+    )
     if only_dumps and not tally.dumps:
         logger.warning("grafter: %s has saved nothing", place.who)
     elif not only_dumps and not tally.outcomes:
@@ -81,12 +90,16 @@ def say_goodbye(place: Place, tally: Tally, filters: DirectionFilters, *, only_d
         listed = ", ".join(f"{count} by {limit}" for limit, count in tally.left_out.items())
         logger.warning("grafter: %s: points that limits kept from being saved: %s", place.who, listed)
     for filter_text in filters.never_matched():
-        logger.warning("grafter: %s: the filter %s never matched", place.who, filter_text)
+        logger.warning("grafter: %s: the filter %s never matched%s", place.who, filter_text, _seen(tally))
     for tag in filters.tags_never_seen():
-        seen = sorted(tally.unmatched)[:8]
-        logger.warning(
-            "grafter: %s: no point had a tag %r, which a filter reads (points seen: %s)", place.who, tag, seen
-        )
+        logger.warning("grafter: %s: no point had a tag %r, which a filter reads%s", place.who, tag, _seen(tally))
+
+
+def _seen(tally: Tally) -> str:
+    """The names of points that no filter matched, to be compared with what a filter asks for."""
+    names = sorted(tally.unmatched)
+    more = ", ..." if len(names) > _NAMES_SHOWN else ""
+    return f" (points seen: {', '.join(names[:_NAMES_SHOWN])}{more})" if names else ""
 
 
 def last_error(fault: BaseException | None) -> BaseException | None:

@@ -51,7 +51,9 @@ from grafter.settings.config import GrafterConfig
 
 logger = logging.getLogger("grafter")
 
+# Bound once: each look-up would be a fiftieth of a call that no filter matches.
 _graph_task, _scopes = torch._C._current_graph_task_id, scopes.get
+_surroundings, _is_plain = surroundings.get, LOOKED_AT.isdisjoint
 
 
 class Grafter:
@@ -109,13 +111,13 @@ class Grafter:
         """`module`: as which module's announcement the point counts, where a hook has taken it."""
         if not self._has_begun:
             self._start_joining()
-        is_looked_at = not LOOKED_AT.isdisjoint(arguments)
-        if is_looked_at:
+        is_plain = _is_plain(arguments)
+        if not is_plain:
             split_options(arguments)
         # Asked here, since a call costs as much as the answer: nearly every `dump` is in a plain forward pass.
         if (_graph_task() != -1 or _scopes()) and (recomputation := current_recomputation()) is not None:
             return self._dump_again(recomputation, name, value, arguments)
-        around = surroundings.get()
+        around = _surroundings()
         tags = {**around.tags, **arguments} if around.tags else arguments
         tags["name"] = name
         tags["step"] = self.steps.step
@@ -127,7 +129,7 @@ class Grafter:
             if matches(tags):
                 break
         else:
-            if not (is_looked_at and tags.get("save")):
+            if is_plain or not tags.get("save"):
                 self._unmatched[name] += 1
                 return value
         direction, saves = filters.direction_of(tags), filters.saves(tags)
@@ -288,7 +290,7 @@ class Grafter:
         # Before the lock: in a forked child it may belong to a thread that does not exist there.
         if os.getpid() != self._process_id:
             return
-        if not self._has_begun and self.models.attachments:
+        if not self._has_begun and self.models.attachments and self._fault is None:
             # No call reached a hook: the others wait for this rank to join, and must hear that it leaves.
             self._start_joining()
         with self.lock:
@@ -326,7 +328,8 @@ class Grafter:
             self.control.leave()
             if self._peer is not None:
                 self._peer.close()
-            say_goodbye(self._place, self._tally, self.filters, only_dumps=self.config.only_dumps)
+            role_directory = directory / self._place.role if directory is not None else None
+            say_goodbye(self._place, self._tally, self.filters, role_directory, only_dumps=self.config.only_dumps)
 
     def _write_summary(self, directory: Path, session: Session | None, error: BaseException | None) -> None:
         roster = session.roster if session is not None else None
@@ -351,7 +354,11 @@ class Grafter:
             if self._has_begun or self._closed:
                 return
             if self.config.only_dumps:
-                self._alone_directory = open_run(self.config, self._place)
+                try:
+                    self._alone_directory = open_run(self.config, self._place)
+                except GrafterError as error:
+                    self._fault = error
+                    raise
                 self.models.write_trees(self._alone_directory, None)
                 self._write_rank_facts(self._alone_directory)
             else:

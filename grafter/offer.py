@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from grafter.direction import Direction
+from grafter.errors import LayoutError
 from grafter.layout.axes import axes_from_text, axes_of_job, read_axes
 from grafter.layout.declared import DeclaredLayout, declare_layouts
 from grafter.leaves import Leaves, NothingToOffer, TensorSpec, encode_extras, spec_of, take_apart
@@ -76,7 +77,10 @@ class OfferMaker:
                 value = value()
             leaves = take_apart(value)
             extras_text, extras = encode_extras(options.extras) if options.extras is not None else (None, [])
-            layouts = declare_layouts(leaves, options.dims, options.layout, options.seq_lens)
+            try:
+                layouts = declare_layouts(leaves, options.dims, options.layout, options.seq_lens)
+            except LayoutError as error:
+                raise LayoutError(f"the point {key.name!r}: {error}") if key is not None else error from None
             axes = self.axes(options.axes) if layouts else ()
             given = options.tokens is not None or options.start is not None or options.new_rows_only
             tokens = self.windows.announce(options, key) if given else None

@@ -32,7 +32,7 @@ def write_run_facts(
         "time": time.time(),
         "configuration": config.public_dict(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "command": sys.argv,
+        "command": _command(),
         "hostname": socket.gethostname(),
         **{f"{role}_world_size": size for role, size in world_sizes.items()},
     }
@@ -40,3 +40,8 @@ def write_run_facts(
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(facts, indent=1))
     temporary.replace(path)
+
+
+def _command() -> list[str]:
+    """As it was typed, interpreter and all: `python -m train` and `python train.py` are two commands."""
+    return sys.orig_argv or sys.argv

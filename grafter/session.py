@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from grafter.control.rank_control import RankControl
 from grafter.dumps.limits import read_size
+from grafter.dumps.writer import refuse_earlier_dumps
 from grafter.errors import ConfigError, GrafterError, JoinError, RunError
 from grafter.exchange.group import local_address_towards
 from grafter.exchange.shared_memory import SharedMemoryExchange, open_listener
@@ -110,6 +111,7 @@ class Session:
             self.place.role_rank,
             timeout,
         )
+        refuse_earlier_dumps(self.run_directory / self.place.role, self.place.role_rank, self.place.who)
         self.ledger = LedgerWriter(self.run_directory / self.place.role, self.place.role_rank)
         self.outbox = Outbox(
             read_size(config.outbox_bytes),

@@ -68,13 +68,20 @@ def choose_rows(rows: Sequence[PointRow], *, sort: str, only_trouble: bool, limi
 
 
 def describe_counts(summary: RunSummary) -> str:
-    """`5 grafted, 1 failed`."""
+    """`5 grafted, 1 failed`; of a run that met nobody, what it saved."""
     parts = [
         f"{count} {outcome}"
         for outcome in ("grafted", "compared", "sent", "posted", "missed", "expired", "displaced", "skipped", "failed")
         if (count := summary.count(outcome))
     ]
-    return ", ".join(parts) or "no points"
+    if parts or not summary.saved:
+        return ", ".join(parts) or "no points"
+    points = "1 point" if summary.saved == 1 else f"{summary.saved} points"
+    if not summary.is_recording:
+        return f"{points} saved"
+    near = os.path.relpath(summary.run_directory)
+    directory = str(summary.run_directory) if near.startswith("..") else near
+    return f"{points} recorded; graft from it with --peer {directory}"
 
 
 def make_console(stream: TextIO) -> Console:
@@ -85,6 +92,17 @@ def make_console(stream: TextIO) -> Console:
     width = int(columns) if columns.isdigit() and int(columns) > 0 else _PIPE_WIDTH
     # Only a terminal gets escape sequences, whatever FORCE_COLOR says.
     return Console(file=stream, highlight=False, force_terminal=False, no_color=True, color_system=None, width=width)
+
+
+def print_table(table: Table, console: Console) -> None:
+    """Print it; in a pipe without the blanks that fill its lines up."""
+    if console.is_terminal:
+        console.print(table)
+        return
+    with console.capture() as captured:
+        console.print(table)
+    for line in captured.get().splitlines():
+        console.print(Text(line.rstrip()), soft_wrap=True)
 
 
 def log_bar(rel: float | None, blocks: str = _EIGHTHS) -> str:

@@ -46,4 +46,5 @@ if [[ -n "$e2e" ]]; then
     # One pair at a time: each is up to four ranks.
     exec python -m pytest tests/e2e "$@"
 fi
-exec python -m pytest -n "$(python -c 'import os; print(os.cpu_count() or 1)')" "$@"
+# One worker more than cores: a good part of the tests waits for processes rather than computes.
+exec python -m pytest -n "$(python -c 'import os; print((os.cpu_count() or 1) + 1)')" "$@"

@@ -77,7 +77,8 @@ def write_run(run: Path, records: list[LedgerRecord], **facts: Any) -> Path:
                 writer.write(each)
         writer.write_summary(summary(role))
         writer.close()
-        said = {**RUN_FACTS, "role": role, "command": ["python", f"{role}.py"], "configuration": {"enable": True, "role": role}}
+        own = {"role": role, "command": ["python", f"{role}.py"], "configuration": {"enable": True, "role": role}}
+        said = {**RUN_FACTS, **own}
         (run / role / "run.json").write_text(json.dumps({**said, **(facts if role == "target" else {})}))
     return run
 

@@ -101,7 +101,7 @@ def test_a_recording_that_lost_points_is_a_failure(tmp_path: Path) -> None:
         (["--peer", "r"], "or one of them and --peer"),
         (["--record", "r", "--out", "o", "--baseline", "a", "--target", "b"], "--out does not go with --record"),
         (["--role", "baseline", "--peer", "r", "--master", "h:1", "--", "true"], "does not go with --peer"),
-        (["--role", "baseline", "--record", "r", "--", "true"], "a filter for GRAFTER_RECORD"),
+        (["--role", "baseline", "--record", "r", "--", "true"], "a filter for --record"),
         (
             ["--peer", "absent", "--target", "true", "--b2t", "True"],
             "--peer absent: absent: there is no such directory",

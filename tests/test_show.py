@@ -332,3 +332,4 @@ def test_the_exit_code_of_a_run(tmp_path: Path) -> None:
     assert code == 1
     assert "the jobs ended before both had joined" in text
     assert "Programs that never import grafter need --attach '*'." in text
+    assert "need --attach" not in report(tmp_path / "nothing", attach="*")[1]

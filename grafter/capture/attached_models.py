@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from grafter.grafter import Grafter
 
 logger = logging.getLogger("grafter")
+
+_CLASSES_SHOWN = 20
 
 
 class AttachedModels:
@@ -60,10 +62,11 @@ class AttachedModels:
             for make_room in self.before_attach:
                 make_room(model)
         naming = naming or self.naming
-        selected = read_patterns(patterns or ((config.attach,) if config.attach else ()))
+        texts = patterns or ((config.attach,) if config.attach else ())
+        selected = read_patterns(texts)
         attachment = Attachment(model, selected, naming, self._offer, self._find_site, inputs=inputs, outputs=outputs)
         if not attachment.points:
-            logger.warning("grafter: %s: no module of %s matches %s", self._place.who, type(model).__name__, patterns)
+            logger.warning("grafter: %s: %s", self._place.who, _why_no_module(model, texts))
         if grafter.gradients is not None:
             paths = [points.path for points in attachment.points]
             attachment.keep(watch_gradients(model, paths, naming, grafter.gradients.pending.parameter_came))
@@ -120,3 +123,11 @@ class AttachedModels:
         has_gradient = is_differentiated and self._grafter.has_gradients
         given = tuple(self._hook_write.items())
         return find_site(self._grafter, name, given, has_gradient=has_gradient, suffix=suffix)
+
+
+def _why_no_module(model: torch.nn.Module, texts: Sequence[str]) -> str:
+    """What was asked for and what there is, as one sentence."""
+    classes = sorted({type(module).__name__ for module in model.modules()})
+    more = ", ..." if len(classes) > _CLASSES_SHOWN else ""
+    shown = ", ".join(classes[:_CLASSES_SHOWN]) + more
+    return f"no module of {type(model).__name__} matches {', '.join(map(repr, texts))}; its classes are {shown}"

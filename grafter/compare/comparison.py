@@ -22,7 +22,7 @@ from grafter.compare.point_comparison import Compared, PointTask, Which, compare
 from grafter.compare.record import ComparisonHeader, FindingKind, FindingRecord, PointRecord, SummaryRecord
 from grafter.compare.severity import innermost_culprits, with_severity
 from grafter.compare.thresholds import Threshold, Thresholds
-from grafter.compare.wording import describe_verdict
+from grafter.compare.wording import Chosen, describe_verdict
 from grafter.dumps.point import DumpedPoint
 from grafter.dumps.reader import Dumps, open_dumps
 from grafter.errors import UsageError
@@ -99,7 +99,9 @@ def compare(a: Dumps, b: Dumps, choice: Choice, progress: Progress = lambda done
         *_of_rules(thresholds, points),
     ]
     bytes_read = sum(one.bytes_read for one in compared)
-    summary = _summary(points, findings, choice, time.monotonic() - began, bytes_read)
+    # Only a filter leaves points out; without one there is nothing to say of it.
+    chosen = None if choice.filter is None else ((len(points_a), len(a.points)), (len(points_b), len(b.points)))
+    summary = _summary(points, findings, choice, chosen, time.monotonic() - began, bytes_read)
     return Comparison(_header(a, b, choice), points, findings, summary)
 
 
@@ -216,6 +218,7 @@ def _summary(
     points: Sequence[PointRecord],
     findings: Sequence[FindingRecord],
     choice: Choice,
+    chosen: Chosen | None,
     seconds: float,
     bytes_read: int,
 ) -> SummaryRecord:
@@ -224,13 +227,16 @@ def _summary(
     skips = sum(finding.count for finding in findings if finding.is_skip)
     counts: Counter[str] = Counter(point.verdict for point in points)
     exit_code = exit_code_of(counts, errors=errors, skips=skips, forbid_skips=choice.forbid_skips)
+    sentence = describe_verdict(
+        points, findings, has_rules=bool(choice.thresholds), forbid_skips=choice.forbid_skips, chosen=chosen
+    )
     return SummaryRecord(
         counts=dict(counts),
         skips=skips,
         errors=errors,
         first_divergence=failed[0].label if failed else None,
         culprits=[point.label for point in innermost_culprits(points)],
-        sentence=describe_verdict(points, has_rules=bool(choice.thresholds), errors=errors, skips=skips),
+        sentence=sentence,
         exit_code=exit_code,
         seconds=seconds,
         bytes_read=bytes_read,

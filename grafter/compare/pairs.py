@@ -128,7 +128,7 @@ def alone(side: str, points: Sequence[DumpedPoint], others: Sequence[DumpedPoint
             hint = f"{there} has that name with other tags, steps or counts, such as {near[0]}"
         else:
             # Looking for near names takes time by the product of both sides' names.
-            near = difflib.get_close_matches(name, sorted(names), n=2, cutoff=0.7) if number < _MOST_LOOKED_FOR else []
+            near = _near_names(name, names) if number < _MOST_LOOKED_FOR else []
             hint = f"nothing at {there} is called so" + (f"; is it {' or '.join(near)} there?" if near else "")
         what = f"{len(own)} points {name!r}" if len(own) > 1 else f"the point {labels[0]}"
         example = f", such as {labels[0]}" if len(own) > 1 else ""
@@ -144,3 +144,18 @@ def alone(side: str, points: Sequence[DumpedPoint], others: Sequence[DumpedPoint
             )
         )
     return found
+
+
+def _near_names(name: str, names: Iterable[str]) -> list[str]:
+    """At most two names that are spelt nearly so; else those of which one is the beginning of the other."""
+    known = sorted(names)
+    near = difflib.get_close_matches(name, known, n=2, cutoff=0.7)
+    if near:
+        return near
+    beginnings = [other for other in known if _is_beginning(*sorted((name, other), key=len))]
+    return sorted(beginnings, key=lambda other: abs(len(other) - len(name)))[:2]
+
+
+def _is_beginning(short: str, long: str) -> bool:
+    """Of a third of it at least: `model` begins the name of nearly every module, and says nothing."""
+    return long.startswith(short) and 3 * len(short) >= len(long)

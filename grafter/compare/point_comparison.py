@@ -22,6 +22,7 @@ from grafter.compare.token_rows import (
 )
 from grafter.dumps.lazy_tensor import LazyTensor
 from grafter.dumps.point import DumpedPoint
+from grafter.dumps.saver import checksum
 from grafter.errors import GrafterError
 from grafter.rows.tokens import TokenMatch, Tokens, match
 
@@ -284,16 +285,20 @@ def _side(tensor: LazyTensor, which: Which) -> SideRecord:
 
 def _by_checksum(task: PointTask) -> LeafRecord:
     """Without values, the checksums of the ranks' own tensors, where both sides have them and are laid out alike."""
-    sums = []
-    for points in (task.pair.a, task.pair.b):
-        sums.append(
-            [
-                (rank, leaf.path, leaf.shape, leaf.dtype, leaf.checksum)
-                for point in points
-                for rank, record in point.records.items()
-                for leaf in record.leaves
-            ]
-        )
+    sides = (task.pair.a, task.pair.b)
+    # Without a checksum of one side no file of the other need be read.
+    has_sums = all(
+        leaf.checksum is not None
+        for points in sides
+        for point in points
+        for record in point.records.values()
+        if record.file is None
+        for leaf in record.leaves
+    )
+    try:
+        sums = [_checksums(points) if has_sums else [] for points in sides]
+    except GrafterError as error:
+        return LeafRecord(path="", verdict="error", reason=str(error))
     known = all(one[-1] is not None for side in sums for one in side) and all(sums)
     if known and sums[0] == sums[1]:
         return LeafRecord(path="", verdict="passed", reason="equal by checksum", values={"mismatched_fraction": 0.0})
@@ -305,6 +310,19 @@ def _by_checksum(task: PointTask) -> LeafRecord:
         if record.file is None
     }
     return LeafRecord(path="", verdict="skipped", reason=f"no values to compare: {'; '.join(sorted(reasons))}.{differ}")
+
+
+def _checksums(points: Sequence[DumpedPoint]) -> list[tuple[object, ...]]:
+    """Of each rank's own tensors; of what was saved whole, from its file. Raises DumpError where that is damaged."""
+    return [
+        (
+            *(rank, leaf.path, leaf.shape, leaf.dtype),
+            leaf.checksum if record.file is None else checksum(point.local(rank, leaf.path).contiguous()),
+        )
+        for point in points
+        for rank, record in point.records.items()
+        for leaf in record.leaves
+    ]
 
 
 def _worst_leaf(leaves: Sequence[LeafRecord]) -> LeafRecord | None:

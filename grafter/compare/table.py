@@ -11,10 +11,14 @@ from rich.text import Text
 
 from grafter.compare.comparison import Comparison
 from grafter.compare.record import FindingRecord, PointRecord
-from grafter.show import log_bar, printable
+from grafter.show import log_bar, print_table, printable
 
 _STYLE = {"failed": "bold red", "error": "bold red", "allowed": "yellow", "skipped": "dim"}
 _MOST_FINDINGS = 20
+_CAPTION = "rel of the worst tensor, on a logarithmic scale from 1e-16 to 1; worst row: of its rows (tokens)"
+_UNKNOWN = "? unknown: not a module's output, or its inputs were not dumped or could not be judged"
+# Of points that were compared, but not with all that either side has.
+_PARTS = {"other_rows": "left out", "missing_ranks": "missing"}
 
 
 def print_comparison(comparison: Comparison, console: Console, *, limit: int = 0, only_trouble: bool = False) -> None:
@@ -26,31 +30,43 @@ def print_comparison(comparison: Comparison, console: Console, *, limit: int = 0
     rows = [point for point in comparison.points if not only_trouble or point.verdict != "passed"]
     if rows:
         console.print()
-        console.print(point_table(rows[:limit] if limit else rows, _blocks(console)))
+        shown = rows[:limit] if limit else rows
+        print_table(point_table(shown, _blocks(console)), console)
+        console.print(Text(_CAPTION, style="italic"), soft_wrap=True)
+        if any(point.severity == "unknown" for point in shown):
+            console.print(Text(_UNKNOWN, style="italic"), soft_wrap=True)
         if limit and len(rows) > limit:
             console.print(Text(f"... and {len(rows) - limit} more (--limit)"))
     console.print()
-    console.print(Text(printable(comparison.summary.sentence), style="bold"), soft_wrap=True)
+    console.print(Text(printable(comparison.summary.sentence) + _where_why(comparison), style="bold"), soft_wrap=True)
+
+
+def _where_why(comparison: Comparison) -> str:
+    """Which of the lines above say why: a long table may have moved them out of sight."""
+    words = dict.fromkeys(_word(finding) for finding in comparison.findings if finding.is_error or finding.is_skip)
+    if not words:
+        return ""
+    return f" (Why: the lines {' and '.join(f'`{word}:`' for word in sorted(words))} above.)"
+
+
+def _word(finding: FindingRecord) -> str:
+    if finding.is_error:
+        return "error"
+    return _PARTS.get(finding.what, "skipped") if finding.is_skip else "note"
 
 
 def _print_findings(findings: Sequence[FindingRecord], console: Console) -> None:
     errors_first = sorted(findings, key=lambda finding: (not finding.is_error, not finding.is_skip))
     for finding in errors_first[:_MOST_FINDINGS]:
-        word = "error" if finding.is_error else "skipped" if finding.is_skip else "note"
         style = "bold red" if finding.is_error else "yellow" if finding.is_skip else ""
-        console.print(Text(f"{word}: {printable(finding.text)}", style=style), soft_wrap=True)
+        console.print(Text(f"{_word(finding)}: {printable(finding.text)}", style=style), soft_wrap=True)
     if len(findings) > _MOST_FINDINGS:
         console.print(Text(f"... and {len(findings) - _MOST_FINDINGS} more findings (--json has all)"))
 
 
 def point_table(points: Iterable[PointRecord], blocks: str) -> Table:
     """One row per point, in A's execution order; culprits are marked."""
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        collapse_padding=True,
-        pad_edge=False,
-        caption="rel of the worst tensor, on a logarithmic scale from 1e-16 to 1; worst row: of its rows (tokens)",
-    )
+    table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     table.add_column("", width=1)
     table.add_column("point", overflow="fold")
     for column in ("rel", "max_abs", "worst row", "max ulp"):

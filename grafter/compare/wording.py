@@ -2,35 +2,95 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-from grafter.compare.record import PointRecord
+from grafter.compare.record import FindingRecord, PointRecord
 from grafter.compare.severity import innermost_culprits
 
+# Of A and of B: how many points a filter chose, and of how many.
+Chosen = tuple[tuple[int, int], tuple[int, int]]
 
-def describe_verdict(points: Sequence[PointRecord], *, has_rules: bool, errors: int, skips: int) -> str:
-    """points: in A's execution order, with severity."""
+
+def describe_verdict(
+    points: Sequence[PointRecord],
+    findings: Sequence[FindingRecord],
+    *,
+    has_rules: bool,
+    forbid_skips: bool = False,
+    chosen: Chosen | None = None,
+) -> str:
+    """points: in A's execution order, with severity. "B agrees" is said only where the exit code is 0."""
     failed = [point for point in points if point.verdict == "failed"]
     judged = [point for point in points if point.verdict in ("passed", "allowed", "failed")]
+    errors = list(_errors(points, findings))
+    skips = list(_skips(findings))
     if not judged:
-        return "Nothing could be compared" + (": A and B have no point in common." if not points else ".")
-    parts = [_divergence(failed, len(judged)) if failed else _agreement(points, len(judged), has_rules)]
-    if failed and not has_rules:
-        parts.append("No threshold was given, so any difference counts; --threshold '*: rel <= 1e-3' sets one.")
-    if errors:
-        parts.append(f"{_counted(errors, 'thing')} could not be compared (see the findings).")
-    if skips:
-        parts.append(f"{_counted(skips, 'point')} {'was' if skips == 1 else 'were'} skipped (see the findings).")
-    return " ".join(parts)
+        why = [*errors, *skips] if points else [_nothing_in_common(chosen), *errors]
+        return f"Nothing could be compared: {'; '.join(why)}." if why else "Nothing could be compared."
+    if failed:
+        parts = [_divergence(failed, len(judged))]
+        if not has_rules:
+            parts.append("No threshold was given, so any difference counts; --threshold '*: rel <= 1e-3' sets one.")
+        parts += [f"{_sentence_case(text)}." for text in (*errors, *skips)]
+        return " ".join(parts)
+    allowed = sum(point.verdict == "allowed" for point in judged)
+    allowances = [_counted(allowed, "allowed failure")] if allowed else []
+    if not errors and not (skips and forbid_skips):
+        how = _agreement(judged, len(judged), has_rules)
+        head = "B agrees with A" + (f" but for {allowances[0]}" if allowed else "")
+        return " ".join((f"{head}: {how}.", *(f"{_sentence_case(text)}." for text in skips)))
+    if skips and forbid_skips:
+        skips[-1] += ", which --forbid-skips forbids"
+    parts = [*errors, *skips, *allowances, _agreement(judged, len(points), has_rules)]
+    return f"Not all could be compared: {'; '.join(parts)}."
 
 
-def _agreement(points: Sequence[PointRecord], judged: int, has_rules: bool) -> str:
-    allowed = sum(point.verdict == "allowed" for point in points)
-    how = "within its threshold" if has_rules else "bitwise the same"
-    if not allowed:
-        which = "the one point that was compared is" if judged == 1 else f"all {judged} points are"
-        return f"B agrees with A: {which} {how}."
-    return f"B agrees with A but for {_counted(allowed, 'allowed failure')}: the other {judged - allowed} are {how}."
+def _errors(points: Sequence[PointRecord], findings: Sequence[FindingRecord]) -> Iterator[str]:
+    """What could not be judged at all, by why."""
+    for what, one, several in (
+        ("cannot_compare", "could not be read or measured", "could not be read or measured"),
+        ("no_rule", "has no threshold", "have no threshold"),
+    ):
+        count = sum(finding.is_error and finding.what == what for finding in findings)
+        if count:
+            yield f"{count} of {_counted(len(points), 'point')} {one if count == 1 else several}"
+    damaged = sum(finding.is_error and finding.what == "damaged" for finding in findings)
+    if damaged:
+        yield f"{_counted(damaged, 'place')} in the dumps {'is' if damaged == 1 else 'are'} damaged"
+
+
+def _skips(findings: Sequence[FindingRecord]) -> Iterator[str]:
+    """What was left out: whole points, or a part of points that were compared nevertheless."""
+    skipped = sum(
+        finding.count for finding in findings if finding.is_skip and finding.what not in ("other_rows", "missing_ranks")
+    )
+    if skipped:
+        yield f"{_counted(skipped, 'point')} {'was' if skipped == 1 else 'were'} skipped"
+    for what, left_out in (
+        ("other_rows", "tokens that only one side has were left out"),
+        ("missing_ranks", "ranks that take part left no dump"),
+    ):
+        count = sum(finding.what == what for finding in findings)
+        if count:
+            yield f"in {_counted(count, 'point')}, {left_out}"
+
+
+def _nothing_in_common(chosen: Chosen | None) -> str:
+    if chosen is None:
+        return "A and B have no point in common"
+    (of_a, all_a), (of_b, all_b) = chosen
+    if not of_a and not of_b:
+        return f"--filter matched none of A's {all_a} and none of B's {all_b} points"
+    return f"--filter chose {of_a} of A's {all_a} points and {of_b} of B's {all_b}, and these have none in common"
+
+
+def _agreement(judged: Sequence[PointRecord], points: int, has_rules: bool) -> str:
+    """Of points of which none failed. points: how many pairs there are, judged or not."""
+    passed = sum(point.verdict == "passed" for point in judged)
+    how = f"within {'its' if passed == 1 else 'their'} threshold" if has_rules else "bitwise the same"
+    if passed < points:
+        return f"the other {passed} {'is' if passed == 1 else 'are'} {how}" if passed else "no other was compared"
+    return f"the one point that was compared is {how}" if passed == 1 else f"all {passed} points are {how}"
 
 
 def _divergence(failed: Sequence[PointRecord], judged: int) -> str:
@@ -58,3 +118,7 @@ def _clause(reason: str | None) -> str:
 
 def _counted(count: int, what: str) -> str:
     return f"{count} {what}{'' if count == 1 else 's'}"
+
+
+def _sentence_case(text: str) -> str:
+    return text[0].upper() + text[1:]

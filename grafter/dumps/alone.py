@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Mapping
 from pathlib import Path
 
+from grafter.dumps.writer import refuse_earlier_dumps
 from grafter.errors import ConfigError
 from grafter.rendezvous.join import Place
 from grafter.run_facts import write_run_facts
@@ -19,10 +20,12 @@ from grafter.watching.liveness import process_state
 def open_run(config: GrafterConfig, place: Place) -> Path:
     """The run's directory, made, with `<role>/run.json` in it. Called once by every rank of the job, on its own.
 
-    Raises ConfigError where the ranks could not come to one name.
+    Raises ConfigError where the ranks could not come to one name, and, with nothing written, where this rank's dumps of
+    an earlier run are there.
     """
     run_name = config.run_name or find_run_name(place, os.environ)
     directory = Path(config.dir) / run_name
+    refuse_earlier_dumps(directory / place.role, place.role_rank, place.who)
     (directory / place.role).mkdir(parents=True, exist_ok=True)
     if place.role_rank == 0:
         sizes: dict[str, int] = {place.role: place.role_world_size}

@@ -51,9 +51,7 @@ def find_role_directory(directory: str | os.PathLike[str], role: str | None) -> 
             raise DumpError(f"{path}: it holds no dumps of the {role}{_instead(path, there)}")
         return path / role
     if len(there) > 1:
-        raise DumpError(
-            f"{path}: this run holds dumps of both roles. Choose {path / there[0]} or {path / there[1]}, or give role=."
-        )
+        raise DumpError(f"{path}: this run holds dumps of both roles. Choose {path / there[0]} or {path / there[1]}.")
     if not there:
         raise DumpError(f"{path}: it holds no dumps{_instead(path, there)}")
     return path / there[0]
@@ -69,7 +67,7 @@ def _rank_numbers(path: Path) -> list[int]:
 
 def _instead(path: Path, there: list[str]) -> str:
     if there:
-        return f", but of the {there[0]}."
+        return f", but of the {there[0]}. To compare two runs, give two directories: grafter compare BASELINE TARGET."
     runs = sorted(
         run.name for run in path.iterdir() if any((run / role).is_dir() and _rank_numbers(run / role) for role in ROLES)
     )

@@ -28,8 +28,8 @@ from grafter.dumps.record import DumpedLeaf, DumpRecord, Level, TokenRuns
 from grafter.dumps.saved_rows import SavedRows
 from grafter.dumps.snapshot import NothingToSave, Snapshot, saveable, snapshot_bytes, take_snapshot
 from grafter.dumps.termination import Termination
-from grafter.dumps.writer import RecordLog, file_name, record_metadata, record_text, write_tensors
-from grafter.errors import ConfigError, UsageError
+from grafter.dumps.writer import RecordLog, earlier_dumps, file_name, record_metadata, record_text, write_tensors
+from grafter.errors import UsageError
 from grafter.layout.declared import DeclaredLayout, declare_layouts
 from grafter.leaves import Leaves, flatten, spec_of
 from grafter.ledger import Outcome
@@ -96,10 +96,7 @@ class Saver:
             self._rank_directory.mkdir(parents=True, exist_ok=True)
             self._log = RecordLog(role_directory / f"rank{place.role_rank}.dumps.jsonl")
         except FileExistsError as error:
-            raise ConfigError(
-                f"{role_directory} holds dumps of {place.who} from an earlier run, and two runs would mix. Give this "
-                f"run another name (GRAFTER_RUN_NAME), or remove that one."
-            ) from error
+            raise earlier_dumps(role_directory, place.who) from error
         queue_bytes = read_size(config.dump_queue_bytes)
         self._buffers = Buffers(queue_bytes)
         self._backlog = Backlog(queue_bytes, self._buffers.make_wanted, place.who)

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from grafter.dumps.record import METADATA_KEY, DumpRecord
+from grafter.errors import ConfigError
 
 # The dtypes that every reader of safetensors knows.
 SAFETENSORS_NAMES = {
@@ -91,6 +92,19 @@ def _write_all(fd: int, pieces: list[memoryview]) -> None:
             written -= len(pieces.pop(0))
         if written:
             pieces[0] = pieces[0][written:]
+
+
+def refuse_earlier_dumps(role_directory: Path, role_rank: int, who: str) -> None:
+    """Called before a run writes anything: what an earlier one left would be damaged. Raises ConfigError."""
+    if os.path.lexists(role_directory / f"rank{role_rank}.dumps.jsonl"):
+        raise earlier_dumps(role_directory, who)
+
+
+def earlier_dumps(role_directory: Path, who: str) -> ConfigError:
+    return ConfigError(
+        f"{role_directory} holds dumps of {who} from an earlier run, and two runs would mix. Give this run another "
+        f"name (GRAFTER_RUN_NAME), or remove that one."
+    )
 
 
 class RecordLog:

@@ -177,7 +177,7 @@ class _Parser:
 
     def _mod(self) -> Split | None:
         start = self._at
-        axis = self._word("the name of a mesh axis")
+        axis = self._word("the name of a mesh axis, as in `h[tp]`; a dim that is not divided has no brackets")
         self._claim(axis, start, "split")
         qualifiers: list[str] = []
         if self._next() == ":":

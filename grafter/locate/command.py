@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -49,13 +50,12 @@ def locate_command(
     not be judged, or a run failed.
     """
     # Slow to import (pydantic, rich), and every command of the program imports this file.
-    from rich.console import Console
-
     from grafter.locate.runner import locate
     from grafter.locate.table import print_verdict, verdict_as_json
+    from grafter.show import make_console
 
     # With --json stdout is the JSON alone.
-    console = Console(stderr=as_json)
+    console = make_console(sys.stderr if as_json else sys.stdout)
     out = out or Path("grafter_out") / time.strftime("locate-%Y%m%d-%H%M%S")
     try:
         verdict = locate(

@@ -15,8 +15,10 @@ from rich.text import Text
 
 from grafter.locate.verdict import PointVerdict, Verdict
 from grafter.locate.wording import describe_number
+from grafter.show import print_table
 
 BAR_WIDTH = 20
+_CAPTION = "differences are `rel`, the worst over steps and ranks; bars are logarithmic"
 # Room on either side of the scale, in decades, so that the smallest difference still shows.
 _MARGIN_DECADES = 1.0
 
@@ -27,7 +29,8 @@ def print_verdict(verdict: Verdict, console: Console) -> None:
     """
     console.print(Text(verdict.inputs), soft_wrap=True)
     console.print()
-    console.print(verdict_table(verdict, "\u2588" if console.encoding.startswith("utf") else "#"))
+    print_table(verdict_table(verdict, "\u2588" if console.encoding.startswith("utf") else "#"), console)
+    console.print(Text(_CAPTION, style="italic"), soft_wrap=True)
     for point in verdict.points:
         if point.note is not None:
             console.print(Text(f"{point.point}: {point.note}", style="yellow"), soft_wrap=True)
@@ -43,7 +46,6 @@ def verdict_table(verdict: Verdict, bar: str = "#") -> Table:
         box=box.SIMPLE_HEAD,
         collapse_padding=True,
         pad_edge=False,
-        caption="differences are `rel`, the worst over steps and ranks; bars are logarithmic",
     )
     table.add_column("", width=1)
     table.add_column("layer", overflow="fold")

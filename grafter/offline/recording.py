@@ -170,7 +170,7 @@ def find_recording(directory: str | os.PathLike[str], role: RoleName) -> tuple[P
     if facts.role != role:
         raise DumpError(
             f"{path} is a recording of the {shown(facts.role)}, and here one of the {role} is needed. Give that, "
-            "or let the live job have the other role (GRAFTER_ROLE)."
+            f"or let the recording be the {shown(facts.role)} and the live job the {role}."
         )
     if facts.recording_version > RECORDING_VERSION:
         raise DumpError(
@@ -214,7 +214,7 @@ def _role_directory(path: Path, role: RoleName) -> Path:
     if other is not None:
         raise DumpError(
             f"{path} holds a recording of the {other}, and here one of the {role} is needed. Give that, or let "
-            "the live job have the other role (GRAFTER_ROLE)."
+            f"the recording be the {other} and the live job the {role}."
         )
     # Says what there is instead.
     return find_role_directory(path, None)

@@ -211,7 +211,10 @@ def _why_no_rows(sender: Header, receiver: Header, tokens: TokenRows) -> str:
         for side, (header, count) in enumerate(zip((sender, receiver), tokens.only_at, strict=True))
         if count
     ]
-    return f"no token is in both sides' rows that count{': ' if only else ''}{', '.join(only)}"
+    return (
+        f"no token is in both sides' rows that count{': ' if only else ''}{', '.join(only)}. Give equal sequence ids, "
+        f"or token_ids= on both sides."
+    )
 
 
 def _reshard_rows(

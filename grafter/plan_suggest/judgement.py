@@ -98,10 +98,20 @@ def holder_reason(overlap: float) -> str:
 def name_reason(baseline: Module, target: Module) -> str:
     if not baseline.segment or not target.segment:
         return "" if baseline.segment or target.segment else "the models themselves"
-    likeness = name_likeness(baseline.segment, target.segment)
+    lists = baseline.parent, target.parent
+    if baseline.segment == target.segment and baseline.segment.isdecimal() and all(lists):
+        # A number says nothing of what the lists are called that the two are in.
+        ours, theirs = (module.segment for module in lists if module is not None)
+        if ours and theirs and ours != theirs:
+            return f"numbers equal, names of the lists {_likeness_in_words(ours, theirs)}"
+    return f"names {_likeness_in_words(baseline.segment, target.segment)}"
+
+
+def _likeness_in_words(ours: str, theirs: str) -> str:
+    likeness = name_likeness(ours, theirs)
     if likeness == SAME:
-        return "names equal"
-    return "names alike" if likeness >= ALIKE else "names unlike"
+        return "equal"
+    return "alike" if likeness >= ALIKE else "unlike"
 
 
 def shapes_of(module: Module) -> str:

@@ -40,10 +40,10 @@ def report_command(
     from grafter.report.writing import FILE_NAME, make_page, page_directory, show_page, write_page
 
     try:
+        if out is not None:
+            _refuse_wrong_out(out)
         page = make_page(places)
         path = out or page_directory(places[0]) / FILE_NAME
-        if path.is_dir():
-            raise UsageError(f"--out {path} is a directory; give the name of a file in it.")
         write_page(page, path)
         typer.echo(f"report: {path}")
         if tensorboard is not None:
@@ -56,3 +56,11 @@ def report_command(
         raise typer.Exit(2 if isinstance(error, (UsageError, ConfigError)) else 1) from None
     if open_it and not show_page(path):
         typer.echo("grafter report: there is no display to open it on, so it is only written.", err=True)
+
+
+def _refuse_wrong_out(out: Path) -> None:
+    """Before anything is read. Raises UsageError: a directory that a misspelt path names is not made in silence."""
+    if out.is_dir():
+        raise UsageError(f"--out {out} is a directory; give the name of a file in it.")
+    if not out.parent.is_dir():
+        raise UsageError(f"--out {out}: there is no directory {out.parent}. Make it first, or correct the path.")

@@ -139,11 +139,13 @@ def make_comparison_page(lines: Lines, a: Dumps | None, b: Dumps | None, source:
 
 
 def _title(lines: Lines) -> str:
+    if not lines.points:
+        return "Dumps compared: nothing in common"
     counts: dict[str, int] = {}
     for point in lines.points:
         counts[point.verdict] = counts.get(point.verdict, 0) + 1
     said = ", ".join(f"{number} {verdict}" for verdict, number in counts.items())
-    return f"Dumps compared: {said or 'no point'} of {len(lines.points)}"
+    return f"Dumps compared: {said} of {len(lines.points)}"
 
 
 def _sides(header: ComparisonHeader | None) -> tuple[str, str]:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from grafter.report.page_data import Finding, PageData, PagePoint
+from grafter.report.page_data import OWN_FACTS, Finding, PageData, PagePoint
 
 MOST_POINTS = 20_000
 MOST_FINDINGS = 300
@@ -40,6 +40,7 @@ def encode_page(page: PageData) -> str:
         "columns": _COLUMNS,
         "rows": [[_plain(getattr(point, column)) for column in _COLUMNS] for point in page.points],
         "environments": [_plain(asdict(environment)) for environment in page.environments],
+        "own_facts": OWN_FACTS,
         # Of our own making and size, but for the words in it.
         "pictures": [
             {**asdict(picture), "leaf": _plain(picture.leaf), "why_none": _plain(picture.why_none)}

@@ -47,8 +47,8 @@ def render_page(page: PageData, made_at: float | None = None) -> str:
 
 def _missing(package: str) -> MissingExtra:
     return MissingExtra(
-        f"the report needs {package}, which is not installed: pip install 'grafter[report]' (jinja2 for the page, "
-        "plotly for its charts)."
+        f"the report needs {package}, which is not installed: pip install 'jinja2>=3.1' 'plotly>=6' (the page and its "
+        "charts)."
     )
 
 

@@ -85,6 +85,10 @@ class PagePoint:
         return self.nonfinite > 0, self.difference.get("rel", -1.0)
 
 
+# Facts that differ between any two jobs, and so need no mark where they do.
+OWN_FACTS = ("dumps", "run", "run_id", "time", "GRAFTER_ROLE", "GRAFTER_RUN_NAME")
+
+
 @dataclass(frozen=True)
 class Environment:
     """What run.json says of one job: a title, and facts in order, all as text."""

@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -224,8 +225,16 @@ def flatten_facts(role: Role | str, facts: Mapping[str, Any]) -> dict[str, str]:
     known = {"command", "hostname", "run_name", "versions", "configuration", "schema_version", "role"}
     for name, value in facts.items():
         if name not in known and not name.endswith("_world_size"):
-            rows[str(name)] = _as_text(value)
+            rows[str(name)] = _as_date(value) if name == "time" else _as_text(value)
     return {name: text for name, text in rows.items() if text}
+
+
+def _as_date(seconds: Any) -> str:
+    """Of seconds since 1970, in UTC, since the two jobs may be in two places; what is no time as it is."""
+    try:
+        return datetime.fromtimestamp(seconds, tz=timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC")
+    except (TypeError, ValueError, OverflowError, OSError):
+        return _as_text(seconds)
 
 
 def _as_text(value: Any) -> str:

@@ -70,10 +70,9 @@ def page_directory(place: Path) -> Path:
 
 
 def write_page(page: PageData, path: Path) -> None:
-    """Render it into `path`: whole, or not at all. Raises GrafterError where it cannot be written."""
+    """Render it into `path`: whole, or not at all. Raises GrafterError where it cannot be, as without its directory."""
     text = render_page(page)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
             with os.fdopen(descriptor, "w", encoding="utf-8") as file:

@@ -19,5 +19,5 @@ replay        all of them in order, with the recorded gaps, to one server or two
 judgement     what differs; table: to look at, or as JSON
 commands      `grafter record` and `grafter replay`
 
-The recorder needs nothing but grafter. The proxy and the replay need the extra: pip install 'grafter[requests]'.
+The recorder needs nothing but grafter. The proxy and the replay need the extra `requests`.
 """

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,7 +41,7 @@ class PairResult:
     `exit_codes` by role: negative for a signal, None where a job was never started or its end was not seen.
     `failed_role` is the job that failed by itself, and first; `ended_roles` are the jobs that the launcher ended.
     `unreached` are the jobs in which `attach` found no model, as far as this process can tell.
-    `is_recorded`: the run was to keep what its jobs came with.
+    `attach`: its patterns, if any. `is_recorded`: the run was to keep what its jobs came with.
     `last_lines` are the last lines (200 at most) of each job's output, by role, also of a quiet run.
     """
 
@@ -53,6 +53,7 @@ class PairResult:
     failed_role: str | None = None
     ended_roles: tuple[str, ...] = ()
     unreached: tuple[str, ...] = ()
+    attach: str | None = None
     is_recorded: bool = False
     last_lines: dict[str, list[str]] = field(default_factory=dict)
 
@@ -218,7 +219,7 @@ class _Run:
                 for job in supervisor.jobs:
                     if job.gone:
                         job.close()
-            return self._result(supervisor, name, self._tell_unreached(store))
+            return self._result(supervisor, name, self._tell_unreached(store, supervisor.jobs))
 
     def _start_jobs(self, supervisor: Supervisor, master: tuple[str, int] | None, name: str | None) -> None:
         commands = {role: self._on_own_port(role, command) for role, command in self._commands.items()}
@@ -274,8 +275,9 @@ class _Run:
             directory = self._out / self._given_name / role
             if any(directory.glob("rank*")):
                 raise UsageError(
-                    f"{directory} already holds a run, and this one would be mixed with it. Give another --name, or "
-                    f"move that directory away."
+                    f"{directory} already holds a run, and this one would be mixed with it. Give "
+                    f"{'--record another directory' if self._config.record else 'another --name'}, or move that "
+                    f"directory away."
                 )
 
     def _announce(self, store: RendezvousStore | None, name: str | None) -> None:
@@ -298,10 +300,12 @@ class _Run:
             )
         return kept_off
 
-    def _tell_unreached(self, store: RendezvousStore | None) -> tuple[str, ...]:
+    def _tell_unreached(self, store: RendezvousStore | None, jobs: Sequence[Job]) -> tuple[str, ...]:
         if store is None or self._config.attach is None:
             return ()
-        unreached = tuple(role for role in self._commands if not store.has_announced(role))
+        announced = [role for role in _ROLES if store.has_announced(role)]
+        failed = [job.role for job in jobs if job.exit_code not in (0, None) and not job.ended_by_launcher]
+        unreached = tuple(role for role in find_unreached(announced, failed) if role in self._commands)
         if unreached:
             self._output.say(describe_unreached(unreached))
         return unreached
@@ -319,9 +323,20 @@ class _Run:
             failed_role=supervisor.first_failure.role if supervisor.first_failure else None,
             ended_roles=tuple(job.role for job in supervisor.jobs if job.ended_by_launcher),
             unreached=unreached,
+            attach=self._config.attach,
             is_recorded=self._config.record,
             last_lines={role: list(self._output.last_lines.get(role, ())) for role in self._commands},
         )
+
+
+def find_unreached(announced: Collection[str], failed: Collection[str]) -> tuple[str, ...]:
+    """The jobs that had a chance to attach a model and did not. announced: those that have come to their join.
+
+    Baseline rank 0 opens the run, and before that no target can announce itself: where the baseline is missing, nothing
+    is known of the target. A job that failed by itself may not have come as far as its model.
+    """
+    missing = ("target",) if "baseline" in announced else ("baseline",)
+    return tuple(role for role in missing if role not in announced and role not in failed)
 
 
 def describe_unreached(roles: Sequence[str]) -> str:

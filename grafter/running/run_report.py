@@ -33,7 +33,7 @@ def _read(result: PairResult) -> RunSummary:
     if result.run_directory.is_dir():
         return read_run_summary(result.run_directory)
     # Taken away because nothing was written into it.
-    return RunSummary(result.run_directory, [], [], find_problems([], []))
+    return RunSummary(result.run_directory, [], [], find_problems([], [], result.attach))
 
 
 def _recording_problems(result: PairResult) -> list[str]:

@@ -27,6 +27,7 @@ _SEVERITY = {
 # Points that do not wait, where the two sides came at different times; each side says it in its own way.
 UNMET = ("missed", "expired", "displaced")
 _NAMES_SHOWN = 8
+_ROLES = ("baseline", "target")
 
 RankLedger = tuple[Role, int, list[LedgerRecord]]
 
@@ -91,6 +92,9 @@ class RunSummary:
     rows: list[PointRow]
     notes: list[str]
     problems: list[str]
+    # Points on disk, of all ranks; and whether they can be grafted from later.
+    saved: int = 0
+    is_recording: bool = False
 
     def count(self, *outcomes: str) -> int:
         return sum(row.outcome in outcomes for row in self.rows)
@@ -105,39 +109,96 @@ def read_run_summary(run_directory: Path, all_ranks: bool = False) -> RunSummary
     summaries = read_summaries(run_directory)
     key_tags = _read_key_tags(run_directory)
     rows = merge_ranks(ledgers, key_tags)
-    problems = find_problems(rows, summaries)
+    problems = find_problems(rows, summaries, _read_attach(run_directory))
     notes = history_notes(run_directory) + find_notes(ledgers, rows, summaries)
-    return RunSummary(run_directory, list_ranks(ledgers) if all_ranks else rows, notes, problems)
+    saved = sum(summary.dumped for summary in summaries)
+    is_recording = any(_is_recording(run_directory / role) for role in _ROLES)
+    shown = list_ranks(ledgers) if all_ranks else rows
+    return RunSummary(run_directory, shown, notes, problems, saved, is_recording)
 
 
 def find_run(directory: Path) -> Path:
     """`directory` if it is a run, else the newest run in it. Raises GrafterError where there is none."""
     if not directory.is_dir():
+        if directory.exists():
+            raise GrafterError(
+                f"{directory} is a file and no run's directory. Give a run directory, or the --out directory of "
+                "`grafter run`; `grafter report` also takes what `grafter compare --json` wrote."
+            )
         raise GrafterError(
-            f"{directory} is no directory. Give a run directory, or the --out directory of `grafter run`."
+            f"{directory}: there is no such file or directory. Give a run directory, or the --out directory of "
+            "`grafter run`; `grafter report` also takes a file of `grafter compare --json`."
         )
     if _written(directory):
         return directory
     runs = [(max(times), path) for path in directory.iterdir() if path.is_dir() and (times := _written(path))]
     if not runs:
-        raise GrafterError(
-            f"{directory} holds no run: no <run>/<role>/rank<r>.ledger.jsonl is in it. A rank writes one once both "
-            f"jobs have joined."
-        )
+        raise GrafterError(_why_no_run(directory))
     return max(runs)[1]
 
 
+def _why_no_run(directory: Path) -> str:
+    """What the directory has instead of ledgers, and what to do with it."""
+    if directory.name in _ROLES and any(directory.glob("rank*.dumps.jsonl")):
+        directory, roles = directory.parent, [directory.name]
+    else:
+        roles = [role for role in _ROLES if any((directory / role).glob("rank*.dumps.jsonl"))]
+    if any(_is_recording(directory / role) for role in roles):
+        return (
+            f"{directory} holds a recording of the {' and the '.join(roles)}, which has met nobody. Graft from it: "
+            f"grafter run --peer {directory} ..."
+        )
+    if len(roles) == 1:
+        return (
+            f"{directory} holds dumps of the {roles[0]} alone, and nothing to set them against. Give two directories: "
+            "grafter compare BASELINE TARGET, or grafter report BASELINE TARGET."
+        )
+    if roles:
+        return (
+            f"{directory} holds dumps of both roles, and no ledger, as the jobs did not meet. Compare them: "
+            f"grafter compare {directory}, or grafter report {directory}."
+        )
+    return (
+        f"{directory} holds no run: no <run>/<role>/rank<r>.ledger.jsonl is in it. A rank writes one once both jobs "
+        f"have joined."
+    )
+
+
+def _is_recording(role_directory: Path) -> bool:
+    return bool(_configuration(role_directory / "run.json").get("record"))
+
+
+def _configuration(run_facts: Path) -> dict[str, Any]:
+    """The settings that a run.json has; none where it is missing or damaged, which those who need it tell."""
+    try:
+        found = json.loads(run_facts.read_bytes())["configuration"]
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def _written(run_directory: Path) -> list[float]:
-    files = [path for role in ("baseline", "target") for path in (run_directory / role).glob("rank*.ledger.jsonl")]
+    files = [path for role in _ROLES for path in (run_directory / role).glob("rank*.ledger.jsonl")]
     return [path.stat().st_mtime for path in files]
 
 
 def _read_key_tags(run_directory: Path) -> frozenset[str] | None:
     """Which tags identify a point in this run; None: all but rank tags."""
-    for path in run_directory.glob("*/run.json"):
-        key = json.loads(path.read_text()).get("configuration", {}).get("key")
-        if key:
-            return frozenset(tag.strip() for tag in key.split(","))
+    key = _read_setting(run_directory, "key")
+    return frozenset(tag.strip() for tag in key.split(",")) if key else None
+
+
+def _read_attach(run_directory: Path) -> str | None:
+    """The patterns of `--attach`, where the run has any."""
+    return _read_setting(run_directory, "attach")
+
+
+def _read_setting(run_directory: Path, name: str) -> str | None:
+    """A setting of the run as its first role has it that has it; None where no role has."""
+    for path in sorted(run_directory.glob("*/run.json")):
+        value = _configuration(path).get(name)
+        if value:
+            return str(value)
     return None
 
 
@@ -252,8 +313,8 @@ def _kind(outcome: str) -> str:
 # Sentences.
 
 
-def find_problems(rows: list[PointRow], summaries: list[RankSummary]) -> list[str]:
-    """What makes a run a failure, whatever its jobs' exit codes say."""
+def find_problems(rows: list[PointRow], summaries: list[RankSummary], attach: str | None = None) -> list[str]:
+    """What makes a run a failure, whatever its jobs' exit codes say. attach: the patterns of `--attach`, if any."""
     problems = []
     failed = [row for row in rows if row.outcome == "failed"]
     if failed:
@@ -277,16 +338,19 @@ def find_problems(rows: list[PointRow], summaries: list[RankSummary]) -> list[st
     problems += [f"{', '.join(ranks)} left with {text}" for text, ranks in by_error.items()]
     if summaries and all(summary.only_dumps for summary in summaries):
         if not any(summary.dumped or summary.dumps_left_out for summary in summaries):
-            problems.append(_why_nothing(rows, summaries, "nothing was saved"))
+            problems.append(_why_nothing(rows, summaries, "nothing was saved", attach))
         elif not any(summary.dumped for summary in summaries):
             problems.append("nothing was saved: all points that the dump filter matched were left out (see the notes).")
     elif not any(row.outcome in ("grafted", "compared") for row in rows):
-        problems.append(_why_nothing(rows, summaries))
+        problems.append(_why_nothing(rows, summaries, attach=attach))
     return problems
 
 
 def _why_nothing(
-    rows: list[PointRow], summaries: list[RankSummary], head: str = "nothing was grafted or compared"
+    rows: list[PointRow],
+    summaries: list[RankSummary],
+    head: str = "nothing was grafted or compared",
+    attach: str | None = None,
 ) -> str:
     if rows and all(row.outcome in UNMET for row in rows):
         return (
@@ -297,18 +361,23 @@ def _why_nothing(
     if rows:
         return f"{head}: of {len(rows)} matched points none got through."
     if not summaries:
+        hint = "" if attach else " Programs that never import grafter need --attach '*'."
         return (
             f"{head}: the jobs ended before both had joined. A job joins at its first call of grafter; one that never "
-            f"calls it, or fails before, keeps the other waiting. See the ends of their outputs above."
+            f"calls it, or fails before, keeps the other waiting.{hint} See the ends of their outputs above."
         )
     unmatched = _unmatched(summaries)
     if any(summary.error for summary in summaries):
         return f"{head}: the run ended before its first point was complete (see above)."
     if not unmatched:
+        if any(summary.hooks_never_fired for summary in summaries):
+            return f"{head}: modules have hooks, and no call reached them."
+        if attach:
+            return f"{head}: no module was attached: --attach {attach!r} matches none (see the jobs' outputs above)."
         return f"{head}: no rank called `grafter.dump` at all."
     calls = max(max(counts.values()) for counts in unmatched.values())
     names = f"{len(unmatched)} name{'s' * (len(unmatched) != 1)}"
-    return f"{head}: no filter matched a point; {names} came, up to {calls} times a rank (see the notes above)."
+    return f"{head}: no filter matched a point; {names} came, up to {calls} times a rank (see the notes)."
 
 
 def find_notes(ledgers: list[RankLedger], rows: list[PointRow], summaries: list[RankSummary]) -> list[str]:

@@ -35,6 +35,9 @@ class WatchedStore(HostedStore):
         run = client.peek(f"{client.lobby}/run")
         if run is None:
             return "waiting for the baseline job to join; a job joins at its first call of grafter"
+        if run.kind == ABORT:
+            # It ended before it was opened, and nobody waits any more.
+            return None
         client.seal.run_id = run.payload.partition(" ")[0]
         missing = [summary for role in _ROLES if (summary := self._missing(client, role)) is not None]
         if missing:

@@ -379,17 +379,18 @@ def _refuse_missing(values: Mapping[str, Any], setter_of: Callable[[str], str]) 
         problems.append(f"role: set {setter_of('role')} to baseline in one job and to target in the other")
     grafts = any(name in values for name in FILTER_FIELDS.values())
     records = _is_on(values.get("record", False))
+    saves = "dump_filter" in values or _has_saving_rule(values)
     is_offline = records or "peer" in values
     setters = ", ".join(setter_of(name) for name in FILTER_FIELDS.values())
     if not grafts and is_offline:
         setting = setter_of("record" if records else "peer")
         problems.append(f"a filter for {setting}: it is for the points that one of {setters} matches")
-    elif not grafts and "dump_filter" not in values and not _has_saving_rule(values):
+    elif not grafts and not saves:
         problems.append(
             f"a filter: set at least one of {setters} to an expression over tags, such as \"name == 'attn_out'\"; or "
             f"{setter_of('dump_filter')}, which saves points and needs no other job"
         )
-    if (grafts or problems) and not is_offline and "master_port" not in values:
+    if (grafts or not saves) and not is_offline and "master_port" not in values:
         setter = setter_of("master_port")
         problems.append(f"master_port: set {setter} to one free port, the same in both jobs (`grafter run` does)")
     if problems:

@@ -68,20 +68,28 @@ def explain_stuck(
     conflict = _find_conflict(stuck)
     if conflict is not None:
         return PairingError(f"{conflict}\n{board}")
+    has_points = any(line.last_points for line in (*lines, *stuck))
     recorded = [line for line in lines if line.played_from is not None]
     if recorded:
-        return _explain_recording(recorded, points, board)
+        return _explain_recording(recorded, points, board, has_points)
+    compare = (
+        "Compare the two lists of last points: the first place where they part is where one job dumps a point that the "
+        "other does not (another name, another tag, another count, one more step). "
+        if has_points
+        else ""
+    )
     return PairingError(
         "the two jobs ask for different points, and nobody is left who could bring them together: "
         f"{'; '.join(points[:4])}{'; ...' if len(points) > 4 else ''}.\n"
         f"{board}\n"
-        "Compare the two lists of last points: the first place where they part is where one job dumps a point that the "
-        "other does not (another name, another tag, another count, one more step). Make the two programs dump the same "
-        "points in the same order, or narrow the filters to points that both have."
+        f"{compare}Make the two programs dump the same points in the same order, or narrow the filters to points "
+        "that both have."
     )
 
 
-def _explain_recording(recorded: Sequence[BoardLine], points: Sequence[str], board: str) -> PairingError:
+def _explain_recording(
+    recorded: Sequence[BoardLine], points: Sequence[str], board: str, has_points: bool
+) -> PairingError:
     """One of the two jobs cannot be changed: it is a recording."""
     first = max(recorded, key=lambda line: (line.played_from and line.played_from.last_step) or 0)
     waits = f"{'; '.join(points[:4])}{'; ...' if len(points) > 4 else ''}"
@@ -92,12 +100,16 @@ def _explain_recording(recorded: Sequence[BoardLine], points: Sequence[str], boa
             f"the {first.role} is a recording, and this job asks for other points than it has, or in another order: "
             f"{waits}."
         )
+    compare = (
+        "Compare the two lists of last points: the first place where they part is where this job dumps a point that "
+        "the recording lacks (another name, another tag, another count, one more step), or leaves one out. "
+        if has_points
+        else ""
+    )
     return PairingError(
         f"{head}\n{board}\n"
-        "Compare the two lists of last points: the first place where they part is where this job dumps a point that "
-        "the recording lacks (another name, another tag, another count, one more step), or leaves one out. A point "
-        "that the filters of the recording did not match is not in it. Narrow the filters to points that it has, or "
-        "record again."
+        f"{compare}A point that the filters of the recording did not match is not in it. Narrow the filters to points "
+        "that it has, or record again."
     )
 
 

@@ -10,7 +10,7 @@ function showEnvironment() {
   const rowOfFact = (name) => {
     const values = sides.map((side) => side.facts[name] ?? "");
     const differs = values.length > 1 && values[0] !== values[1];
-    return [differs, make("tr", { class: differs ? "differs" : null }, make("th", { scope: "row", text: name }), ...values.map((value, n) => make("td", { text: value, "data-title": sides[n].title })))];
+    return [differs, make("tr", { class: differs && !page.own_facts.includes(name) ? "differs" : null }, make("th", { scope: "row", text: name }), ...values.map((value, n) => make("td", { text: value, "data-title": sides[n].title })))];
   };
   const tableOf = (rows) => make("table", {},
     make("thead", {}, make("tr", {}, make("th", { scope: "col" }, make("span", { class: "unseen", text: "Fact" })), ...sides.map((side) => make("th", { scope: "col", text: side.title })))),
