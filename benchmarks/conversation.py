@@ -31,7 +31,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from benchmarks.crew import _CONTEXT, Crew, obey
+from benchmarks.crew import Crew, obey
 from benchmarks.rounds import Spread, interleaved, ratio, spread
 from benchmarks.ways import Ranks
 from grafter.rendezvous.store import HostedStore, serve
@@ -84,19 +84,8 @@ class ConversationCrew(Crew):
         self._store: Any = HostedStore()
         self._gathering = serve("127.0.0.1", 0)
         self._processes, self._pipes = [], []
-        for role in ("baseline", "target"):
-            ours, theirs = _CONTEXT.Pipe()
-            arguments = (theirs, role, self._store.port, self._gathering.port, self._directory.name, stats)
-            process = _CONTEXT.Process(target=_serve, args=arguments, daemon=True)
-            process.start()
-            theirs.close()
-            self._processes.append(process)
-            self._pipes.append(ours)
-        try:
-            self._hear()
-        except BaseException:
-            self._kill()
-            raise
+        ports = self._store.port, self._gathering.port
+        self._start(_serve, [(role, *ports, self._directory.name, stats) for role in ("baseline", "target")])
 
     def __enter__(self) -> ConversationCrew:
         return self

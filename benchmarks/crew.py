@@ -11,7 +11,7 @@ import statistics
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import repeat
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -42,6 +42,7 @@ class Crew:
         self._store: Any = HostedStore() if issubclass(WAYS[way], Grafter) else serve("127.0.0.1", 0)
         self._processes: list[Any] = []
         self._pipes: list[Connection] = []
+        seats: list[tuple[Any, ...]] = []
         roles = [("baseline", k) for k in range(ranks.baseline)] + [("target", k) for k in range(ranks.target)]
         for role, role_rank in [("target", 0)] if way in SOLITARY else roles:
             seat = Seat(
@@ -53,15 +54,21 @@ class Crew:
                 str(sglang) if sglang else None,
                 settings,
             )
+            seats.append((way, seat))
+        self._start(_serve, seats)
+
+    def _start(self, serve: Callable[..., None], seats: Iterable[tuple[Any, ...]]) -> None:
+        """A process for each: `serve(pipe, *seat)`, which calls `obey`. Waits until all are ready."""
+        for seat in seats:
             ours, theirs = _CONTEXT.Pipe()
-            process = _CONTEXT.Process(target=_serve, args=(theirs, way, seat), daemon=True)
+            process = _CONTEXT.Process(target=serve, args=(theirs, *seat), daemon=True)
             process.start()
             theirs.close()
             self._processes.append(process)
             self._pipes.append(ours)
         try:
             self._hear()
-        except CrewError:
+        except BaseException:
             self._kill()
             raise
 

@@ -5,7 +5,6 @@ Four ranks of each job, started once. Of a crossing between fewer, the others ne
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import statistics
 import tempfile
@@ -31,7 +30,6 @@ _POINT = "sharded"
 _MODULUS = 16777213
 _UNTOUCHED = -1.0
 _TIMEOUT = timedelta(seconds=300)
-_CONTEXT = multiprocessing.get_context("forkserver")
 
 
 @dataclass(frozen=True)
@@ -75,20 +73,8 @@ class ShardCrew(Crew):
         self._directory = tempfile.TemporaryDirectory()
         self._store: Any = HostedStore() if way == "grafter" else serve("127.0.0.1", 0)
         self._processes, self._pipes = [], []
-        for number in range(self.ranks.total):
-            role = "baseline" if number < MOST_RANKS else "target"
-            ours, theirs = _CONTEXT.Pipe()
-            arguments = (theirs, way, role, number % MOST_RANKS, self._store.port, self._directory.name)
-            process = _CONTEXT.Process(target=_serve, args=arguments, daemon=True)
-            process.start()
-            theirs.close()
-            self._processes.append(process)
-            self._pipes.append(ours)
-        try:
-            self._hear()
-        except BaseException:
-            self._kill()
-            raise
+        places = [(role, rank) for role in ("baseline", "target") for rank in range(MOST_RANKS)]
+        self._start(_serve, [(way, *place, self._store.port, self._directory.name) for place in places])
 
     def __enter__(self) -> ShardCrew:
         return self

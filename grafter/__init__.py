@@ -6,8 +6,8 @@ compared, or written into the other's memory. The package reads in the order in 
     switch, settings     GRAFTER_* and the plan file become one frozen GrafterConfig (filters: its expressions)
     grafter              `dump`: off? return. Else tags, direction, key (points, options, leaves, offer); which token
                          each row is, and which rows count (rows)
-    rendezvous           once: both jobs' ranks find each other (join, roster); how they talk (store, wire, mailbox,
-                         courier); session is what then exists
+    entry                once: this rank comes into its run; session is what then exists
+    rendezvous           both jobs' ranks find each other (join, roster); how they talk (store, wire, mailbox, courier)
     meeting              one point, step by step:
       pairing              each rank's header out, both sides' manifests back, and one pure decision, the same on every
                            rank (layout: where tensors lie)

@@ -13,7 +13,6 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -28,16 +27,15 @@ from grafter.capture.parameters import dump_weights
 from grafter.control.rank_control import RankControl, TakingOver
 from grafter.control.traced import Verdict
 from grafter.direction import Direction, DirectionFilters, sender_role
-from grafter.dumps.alone import open_run
 from grafter.dumps.rank_dumps import RankDumps
 from grafter.dumps.saver import Taken
+from grafter.entry import Entry
 from grafter.errors import GrafterError, JoinError, PeerLostError, RunError, UsageError
 from grafter.farewell import Tally, last_error, say_goodbye, set_up_logging, summarise
-from grafter.ledger import LedgerRecord, write_summary
+from grafter.ledger import LedgerRecord
 from grafter.meeting import Meeting
 from grafter.offer import Offer, OfferMaker
-from grafter.offline.peer import Peer, start_peer
-from grafter.offline.recorded_part import RecordedPart, write_rank_facts
+from grafter.offline.recorded_part import RecordedPart
 from grafter.options import OptionChooser, PointOptions
 from grafter.outbox.counts import Pending
 from grafter.outbox.posting import Posting
@@ -46,7 +44,7 @@ from grafter.pairing.manifest import Header
 from grafter.points import LOOKED_AT, PHASE, PointKey, StepCounter, call_site, check_tags, split_options, surroundings
 from grafter.rendezvous.roster import PlayedFrom, other_role
 from grafter.rows.windows import ends_of
-from grafter.session import Joining, Session, find_place
+from grafter.session import Session, find_place
 from grafter.settings.config import GrafterConfig
 
 logger = logging.getLogger("grafter")
@@ -79,10 +77,6 @@ class Grafter:
         # From the first call on there is a run: joining has begun, or, where points are only dumped, its directory is
         # there.
         self._has_begun = False
-        self._joining: Joining | None = None
-        self._peer: Peer | None = None
-        self._alone_directory: Path | None = None
-        self._session: Session | None = None
         self._detached: str | None = None
         self._closed = False
         self._fault: BaseException | None = None
@@ -91,12 +85,13 @@ class Grafter:
         self._place = find_place(config)
         self.offers = OfferMaker(config, self._place)
         self.models = AttachedModels(self, self._place)
-        self.dumps = RankDumps(config, self._place, self.offers.axes, self._find_run_directory)
+        self.dumps = RankDumps(config, self._place, self.offers.axes, lambda: self.entry.run_directory())
         self.filters = DirectionFilters(config.filters, self.dumps.choice)
         self.stats = config.stats
         # Filters of earlier steps, with the step before which each was in force: a recomputation may ask for them.
         self._past_filters: deque[tuple[int, DirectionFilters]] = deque(maxlen=8)
         self.control = RankControl(config, self._place, self.steps, self._judge_traced, saves=self.saves_points)
+        self.entry = Entry(config, self._place, self.models, self.control, self.announced_modules, self._refuse_all)
         self.recomputations = Recomputations(self.steps)
         set_up_logging(config.log_level)
         atexit.register(self.close)
@@ -192,7 +187,7 @@ class Grafter:
             return
         with self.lock:
             if self.gradients is not None:
-                self.gradients.pending.end_step(self._session)
+                self.gradients.pending.end_step(self.entry.session)
             self.dumps.end_step()
             for taking_over in self.control.end_step():
                 self._take_over(taking_over)
@@ -304,9 +299,7 @@ class Grafter:
             error = last_error(self._fault)
             # First: whatever keeps this rank from leaving, what it dumped is on disk.
             self.dumps.flush()
-            session = self._session
-            if self._joining is not None and session is None:
-                session = self._joining.finished(patient=error is None)
+            session = self.entry.finished(patient=error is None)
             try:
                 if self.gradients is not None and error is None and (session is not None or self.config.only_dumps):
                     self.gradients.pending.end_step(session)
@@ -316,34 +309,17 @@ class Grafter:
             if session is not None:
                 session.outbox.close(session.client)
                 self._tally.replace_posted(session.outbox.settled)
-            directory = session.run_directory if session is not None else self._alone_directory
-            if directory is not None:
-                self._write_summary(directory, session, error)
-                self.models.write_trees(directory, session.roster if session is not None else None)
-                self._write_rank_facts(directory)
+            summary = summarise(
+                self._place, session.roster if session is not None else None, self._tally, self.filters,
+                self.models.attachments, self._detached, error, only_dumps=self.config.only_dumps,
+            )  # fmt: skip
+            role_directory = self.entry.write_last(session, summary)
             if session is not None:
                 session.close(
                     f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}" if error else ""
                 )
-            self.control.leave()
-            if self._peer is not None:
-                self._peer.close()
-            role_directory = directory / self._place.role if directory is not None else None
+            self.entry.close()
             say_goodbye(self._place, self._tally, self.filters, role_directory, only_dumps=self.config.only_dumps)
-
-    def _write_summary(self, directory: Path, session: Session | None, error: BaseException | None) -> None:
-        roster = session.roster if session is not None else None
-        summary = summarise(
-            self._place, roster, self._tally, self.filters, self.models.attachments, self._detached, error,
-            only_dumps=self.config.only_dumps,
-        )  # fmt: skip
-        try:
-            if session is not None:
-                session.ledger.write_summary(summary)
-            else:
-                write_summary(directory / self._place.role, summary)
-        except OSError as failure:
-            logger.error("grafter: the summary of %s cannot be written: %s", self._place.who, failure)
 
     # The steps before the other side is met.
 
@@ -353,26 +329,12 @@ class Grafter:
         with self.lock:
             if self._has_begun or self._closed:
                 return
-            if self.config.only_dumps:
-                try:
-                    self._alone_directory = open_run(self.config, self._place)
-                except GrafterError as error:
-                    self._fault = error
-                    raise
-                self.models.write_trees(self._alone_directory, None)
-                self._write_rank_facts(self._alone_directory)
-            else:
-                self._join()
+            try:
+                self.entry.begin(self.announced_recording())
+            except GrafterError as error:
+                self._fault = error
+                raise
             self._has_begun = True
-
-    def _join(self) -> None:
-        config, store = self.config, None
-        if config.peer is not None:
-            self._peer = start_peer(config, self._place)
-            if self._peer is not None:
-                config, store = self._peer.config, self._peer.store
-        modules, recording = self.announced_modules(), self.announced_recording()
-        self._joining = Joining(config, self._refuse_all, modules, recording, store, self.control)
 
     def announced_modules(self) -> tuple[str, ...] | None:
         """The modules that this rank has hooks on; None where it has none attached."""
@@ -416,7 +378,7 @@ class Grafter:
                 return self._save(name, value, tags, options, site, module)
             if self.config.records_alone:
                 return self._record(name, value, tags, options, site, direction, module)
-            session = self._joined()
+            session = self.entry.joined()
             key = self.steps.next_key({**tags, "name": name}, self.config.key_tags)
             if module is not None:
                 options, missing = self.among_holders(session, module, options)
@@ -453,7 +415,7 @@ class Grafter:
         if callable(value) and not isinstance(value, torch.Tensor):
             value = value()
         if module is not None and not self.config.only_dumps:
-            options, _ = self.among_holders(self._joined(), module, options)
+            options, _ = self.among_holders(self.entry.joined(), module, options)
         starts: tuple[int, ...] = ()
         if options.start is not None or options.new_rows_only:
             announced = self.offers.windows.announce(options, key)
@@ -501,14 +463,10 @@ class Grafter:
         )
         return part.model_dump_json(exclude_defaults=True)
 
-    def _find_run_directory(self) -> Path:
-        """Waits, where this rank has a job to meet, until both have joined."""
-        return self._alone_directory or self._joined().run_directory
-
     @property
     def session(self) -> Session:
         """Waits until both jobs have joined."""
-        return self._joined()
+        return self.entry.joined()
 
     @property
     def is_detached(self) -> bool:
@@ -569,7 +527,7 @@ class Grafter:
 
     def pending(self) -> Pending:
         """What lies in this rank's outbox. See `grafter.pending`."""
-        return self._session.outbox.pending if self._session is not None else Pending()
+        return self.entry.session.outbox.pending if self.entry.session is not None else Pending()
 
     def among_holders(self, session: Session, module: str, options: PointOptions) -> tuple[PointOptions, str | None]:
         """The participants are the ranks that have the module; and why the point is skipped, if that is so."""
@@ -598,23 +556,6 @@ class Grafter:
             )
         )  # fmt: skip
 
-    def _joined(self) -> Session:
-        if self._session is None:
-            assert self._joining is not None
-            self._session = self._joining.wait()
-            self.models.write_trees(self._session.run_directory, self._session.roster)
-            self._write_rank_facts(self._session.run_directory)
-            self.models.tell_which_are_only_here(self._session.roster)
-        return self._session
-
-    def _write_rank_facts(self, run_directory: Path) -> None:
-        if not self.config.record:
-            return
-        try:
-            write_rank_facts(run_directory, self.config, self._place, self.announced_modules())
-        except OSError as failure:
-            logger.error("grafter: the recording of %s cannot be grafted from: %s", self._place.who, failure)
-
     def _refuse_where_impossible(self, name: str, site: str) -> None:
         if os.getpid() != self._process_id:
             raise UsageError(
@@ -634,12 +575,12 @@ class Grafter:
 
     def end_run(self, error: RunError, value: Any) -> Any:
         """The run is over: every rank of both jobs must hear of it, and raise the same."""
-        if self._session is not None:
-            housekeeping = self._session.housekeeping
+        if self.entry.session is not None:
+            housekeeping = self.entry.session.housekeeping
             if isinstance(error, PeerLostError):
                 error = housekeeping.fuller_story(error)
             elif housekeeping.aborted is None:
-                error = housekeeping.abort(error, self._session.client)
+                error = housekeeping.abort(error, self.entry.session.client)
         self._fault = error
         if not isinstance(error, PeerLostError) or self.config.on_peer_loss == "raise":
             raise error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 
@@ -20,3 +21,13 @@ def clean_environ(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         if variable.startswith(("GRAFTER_", "DUMPER_GRAFTER_")):
             monkeypatch.delenv(variable)
     yield
+
+
+@pytest.fixture(autouse=True)
+def own_logging() -> Iterator[None]:
+    """A grafter made in the test's own process sets up its logger: the next test begins with an untouched one."""
+    ours = logging.getLogger("grafter")
+    level, handlers = ours.level, ours.handlers[:]
+    yield
+    ours.setLevel(level)
+    ours.handlers[:] = handlers

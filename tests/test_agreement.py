@@ -60,7 +60,7 @@ def graft_with_fault(rank: Rank) -> list[list[float]]:
 
 def wait_until_heard(rank: Rank) -> None:
     """Until this sender's ledger says that a point has failed."""
-    path = grafter._grafter._session.ledger.path  # type: ignore[union-attr]
+    path = grafter._grafter.entry.session.ledger.path  # type: ignore[union-attr]
     deadline = time.monotonic() + 15
     while '"outcome":"failed"' not in path.read_text() and time.monotonic() < deadline:
         time.sleep(0.05)

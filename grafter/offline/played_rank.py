@@ -233,9 +233,9 @@ class PlayedGrafter(Grafter):
 
     def _has_live_job_left(self) -> bool:
         """In good order, that is; whichever rank of this job noticed it first."""
-        if self._live_job_left or self._session is None:
+        if self._live_job_left or self.entry.session is None:
             return self._live_job_left
-        lines = self._session.housekeeping.last_seen(other_role(self._place.role))
+        lines = self.entry.session.housekeeping.last_seen(other_role(self._place.role))
         return bool(lines) and all(line.state == "left" and not line.note for line in lines)
 
     def _left_early(self, error: RunError) -> str:

@@ -85,7 +85,7 @@ class Pairing:
         # What this rank has put into the store for the point under way.
         self._left_in_store: list[str] = []
         self.claims = Claims(client)
-        self.words = Words(lambda places: housekeeping.delete_later(places))
+        self.words = Words(housekeeping.delete_later)
 
     def meet(self, key: PointKey, header: Header) -> Pair | NotMet:
         """Wait for all participants of both sides, or, with `header.wait` "job", for those of the own side.
@@ -375,7 +375,7 @@ class Pairing:
         if leader != told:
             if told is not None:
                 self._courier.recall(told, keys.second)
-            self._courier.bring([leader], keys.second, "manifest", mine, by_mail=True)
+            self._courier.bring([leader], keys.second, _MANIFEST, mine, by_mail=True)
             self._last_other_leader[header.participants] = leader
 
     def _check(self, key: PointKey, pair: Pair) -> None:

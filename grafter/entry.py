@@ -1,0 +1,117 @@
+"""Entry: how one rank comes into its run, and what it writes there about itself.
+
+with another job     it joins in the background (`Joining`); the session is what exists from then on
+with a recording     the same, with ranks that play it (`start_peer`)
+alone                where points are only kept on disk: the run's directory is there at once, and nobody is met
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+from grafter.capture.attached_models import AttachedModels
+from grafter.control.rank_control import RankControl
+from grafter.dumps.alone import open_run
+from grafter.errors import JoinError
+from grafter.ledger import RankSummary, write_summary
+from grafter.offline.peer import Peer, start_peer
+from grafter.offline.recorded_part import write_rank_facts
+from grafter.rendezvous.join import Place
+from grafter.rendezvous.roster import PlayedFrom, Roster
+from grafter.session import Joining, Session
+from grafter.settings.config import GrafterConfig
+
+logger = logging.getLogger("grafter")
+
+
+class Entry:
+    """Of one rank. Everything but `run_directory` is called under the lock of its points."""
+
+    def __init__(
+        self,
+        config: GrafterConfig,
+        place: Place,
+        models: AttachedModels,
+        control: RankControl,
+        announced_modules: Callable[[], tuple[str, ...] | None],
+        on_refusal: Callable[[JoinError], None],
+    ) -> None:
+        """on_refusal: called, in the background, where the two jobs do not fit."""
+        self._config, self._place, self._models, self._control = config, place, models, control
+        self._announced_modules, self._on_refusal = announced_modules, on_refusal
+        self._peer: Peer | None = None
+        self._alone_directory: Path | None = None
+        self.joining: Joining | None = None
+        # None until both jobs have joined, and where this one is alone.
+        self.session: Session | None = None
+
+    def begin(self, recording: PlayedFrom | None) -> None:
+        """Called once. recording: what this rank is played from, where it is no live one.
+
+        Raises GrafterError where the run's directory cannot be opened; what keeps this rank from joining is raised by
+        `joined`.
+        """
+        if self._config.only_dumps:
+            self._alone_directory = open_run(self._config, self._place)
+            self._write_facts(self._alone_directory, None)
+            return
+        config, store = self._config, None
+        if config.peer is not None:
+            self._peer = start_peer(config, self._place)
+            if self._peer is not None:
+                config, store = self._peer.config, self._peer.store
+        self.joining = Joining(config, self._on_refusal, self._announced_modules(), recording, store, self._control)
+
+    def joined(self) -> Session:
+        """Waits until both jobs have joined. Raises what kept them from it."""
+        if self.session is None:
+            assert self.joining is not None
+            self.session = self.joining.wait()
+            self._write_facts(self.session.run_directory, self.session.roster)
+            self._models.tell_which_are_only_here(self.session.roster)
+        return self.session
+
+    def run_directory(self) -> Path:
+        """Waits, where this rank has a job to meet, until both have joined."""
+        return self._alone_directory or self.joined().run_directory
+
+    # At the end.
+
+    def finished(self, *, patient: bool) -> Session | None:
+        """The session, if it comes to one. See `Joining.finished`."""
+        if self.joining is not None and self.session is None:
+            return self.joining.finished(patient=patient)
+        return self.session
+
+    def write_last(self, session: Session | None, summary: RankSummary) -> Path | None:
+        """The rank's summary, and what else it tells of itself; the directory of its role, where there is a run."""
+        directory = session.run_directory if session is not None else self._alone_directory
+        if directory is None:
+            return None
+        role_directory = directory / self._place.role
+        try:
+            if session is not None:
+                session.ledger.write_summary(summary)
+            else:
+                write_summary(role_directory, summary)
+        except OSError as failure:
+            logger.error("grafter: the summary of %s cannot be written: %s", self._place.who, failure)
+        self._write_facts(directory, session.roster if session is not None else None)
+        return role_directory
+
+    def close(self) -> None:
+        """After the session, if there was one, is closed."""
+        self._control.leave()
+        if self._peer is not None:
+            self._peer.close()
+
+    def _write_facts(self, run_directory: Path, roster: Roster | None) -> None:
+        self._models.write_trees(run_directory, roster)
+        if not self._config.record:
+            return
+        try:
+            write_rank_facts(run_directory, self._config, self._place, self._announced_modules())
+        except OSError as failure:
+            logger.error("grafter: the recording of %s cannot be grafted from: %s", self._place.who, failure)
