@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -24,11 +26,29 @@ from grafter.pairing.manifest import Header, Pair, store_keys
 from grafter.points import PointKey
 from grafter.session import Session
 from grafter.watching.watch import Abandoned, PeerGone
+from grafter.writing.tensor_access import without_gradient
 from grafter.writing.write_back import WriteMode, Written
 
 logger = logging.getLogger("grafter")
 
 Stats = Literal["full", "light", "off"]
+Sides = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class _Course:
+    """What both manifests lead to on this rank: worked out once, since they come again in every step.
+
+    sides: the baseline's participants, and the target's. receivers: role ranks. teller: the graft rank of the lowest of
+    them, from which the senders hear that a point failed. is_posted: the senders have posted it and gone on.
+    """
+
+    decision: Decision
+    plan: TransferPlan | None
+    sides: Sides
+    receivers: tuple[int, ...]
+    teller: int
+    is_posted: bool
 
 
 class Meeting:
@@ -57,34 +77,36 @@ class Meeting:
     ) -> tuple[Any, Outcome]:
         """(what `dump` returns, outcome). Raises what ended the run, or PointFailed where the options say so."""
         self._sequence = sequence
-        with self._timed("pairing"):
+        with _Stopwatch(self._seconds, "pairing"):
             pair = self._session.pairing.meet(self._key, self._header)
         value = leaves.value if leaves is not None else None
         if isinstance(pair, NotMet):
             return value, self._pass_by(pair)
-        if not pair.is_posted(self._direction):
-            return self._hold(pair, leaves, extras, stats)
         try:
-            return self._hold(pair, leaves, extras, stats)
+            with _Stopwatch(self._seconds, "pairing"):
+                course = self._course(pair)
+            return self._hold(pair, course, leaves, extras, stats)
         except BaseException as error:
-            self._session.pairing.claims.settle(
-                self._key.digest, "failed", f"{self._header.who} left with {type(error).__name__}"
-            )
+            if pair.is_posted(self._direction):
+                why = f"{self._header.who} left with {type(error).__name__}"
+                self._session.pairing.claims.settle(self._key.digest, "failed", why)
             raise
 
     def _pass_by(self, not_met: NotMet) -> Outcome:
         """The two sides have not met, since one of them does not wait: the value goes on as it is."""
         session, header = self._session, self._header
-        sides: tuple[tuple[int, ...], tuple[int, ...]] = (header.participants, ())
+        sides: Sides = (header.participants, ())
         if header.role == "target":
             sides = ((), header.participants)
         session.finished(sides, session.pairing.keys_to_delete(self._key, header))
         session.record(self._ledger_record(sides, not_met.outcome, not_met.reason))
         return not_met.outcome
 
-    def _hold(self, pair: Pair, leaves: Leaves | None, extras: list[torch.Tensor], stats: Stats) -> tuple[Any, Outcome]:
-        with self._timed("pairing"):
-            decision, plan = self._decide(pair)
+    def _hold(
+        self, pair: Pair, course: _Course, leaves: Leaves | None, extras: list[torch.Tensor], stats: Stats
+    ) -> tuple[Any, Outcome]:
+        decision = course.decision
+        plan = course.plan.of_point(self._key.digest) if course.plan is not None else None
         value = leaves.value if leaves is not None else None
         self.rows = decision.rows
         outcome: Outcome
@@ -92,36 +114,42 @@ class Meeting:
         if decision.outcome is not None or leaves is None or plan is None:
             outcome = decision.outcome or "skipped"
         elif self._session.place.role == sender_role(self._direction):
-            outcome, reason = self._send(pair, plan, self._outgoing(decision, leaves) + extras)
+            outcome, reason = self._send(pair, course, plan, self._outgoing(decision, leaves) + extras)
         else:
-            written, outcome, reason = self._receive(pair, decision, plan, leaves, stats)
+            written, outcome, reason = self._receive(pair, course, plan, leaves, stats)
             if written is not None:
                 value = leaves.rebuilt([w.value for w in written])
-        self._finish(pair, decision, outcome, reason)
+        self._finish(course, outcome, reason)
         if outcome == "failed" and self._is_receiver and self._options.on_transform_error == "raise":
             raise PointFailed(f"the point {self._key} failed on every receiver, and nothing was written: {reason}")
         return value, outcome
 
     # The steps.
 
-    def _decide(self, pair: Pair) -> tuple[Decision, TransferPlan | None]:
-        """What both manifests lead to; remembered with them, since they come again in every step."""
-        known = pair.memo.get(self._direction)
+    def _course(self, pair: Pair) -> _Course:
+        known: _Course | None = pair.memo.get(self._direction)
         if known is None:
             known = pair.memo[self._direction] = self._work_out(pair)
-        decision, plan = known
-        return decision, plan.of_point(self._key.digest) if plan is not None else None
+        return known
 
-    def _work_out(self, pair: Pair) -> tuple[Decision, TransferPlan | None]:
-        decision = decide(self._direction, pair)
-        if decision.outcome is not None:
-            return decision, None
-        try:
-            roster = self._session.roster
-            me = roster.graft_rank(self._header.role, self._header.role_rank)
-            return decision, make_plan(self._key.digest, self._direction, pair, decision, roster, me)
-        except ValueError as error:
-            return Decision({}, "failed", str(error)), None
+    def _work_out(self, pair: Pair) -> _Course:
+        roster, direction = self._session.roster, self._direction
+        plan, decision = None, decide(direction, pair)
+        if decision.outcome is None:
+            try:
+                me = roster.graft_rank(self._header.role, self._header.role_rank)
+                plan = make_plan(self._key.digest, direction, pair, decision, roster, me)
+            except ValueError as error:
+                decision = Decision({}, "failed", str(error))
+        lowest = min(header.role_rank for header in pair.receivers(direction))
+        return _Course(
+            decision,
+            plan,
+            sides=(pair.baseline.headers[0].participants, pair.target.headers[0].participants),
+            receivers=tuple(decision.sources),
+            teller=roster.graft_rank(receiver_role(direction), lowest),
+            is_posted=pair.is_posted(direction),
+        )
 
     def _outgoing(self, decision: Decision, leaves: Leaves) -> list[torch.Tensor]:
         rows = decision.rows_of(self._header)
@@ -129,14 +157,15 @@ class Meeting:
             return leaves.tensors
         return [own.of(tensor) for own, tensor in zip(rows, leaves.tensors, strict=True)]
 
-    def _send(self, pair: Pair, plan: TransferPlan, tensors: Sequence[torch.Tensor]) -> tuple[Outcome, str | None]:
+    def _send(
+        self, pair: Pair, course: _Course, plan: TransferPlan, tensors: Sequence[torch.Tensor]
+    ) -> tuple[Outcome, str | None]:
         session = self._session
-        # The lowest receiver tells, whoever of them gets what this rank sends, if any does.
-        leader = min(header.role_rank for header in pair.receivers(self._direction))
-        session.expect_failures_from(session.roster.graft_rank(receiver_role(self._direction), leader))
+        # Whoever of the receivers gets what this rank sends, if any does.
+        session.expect_failures_from(course.teller)
         outcome_key = store_keys(session.client.hall, self._key.digest).outcome
         try:
-            with self._timed("exchange"), torch.no_grad():
+            with _Stopwatch(self._seconds, "exchange"), without_gradient():
                 self._bytes_sent = session.transfer.send(plan, pair, tensors, self._key, outcome_key)
         except Abandoned as abandoned:
             session.agreement.refuse(self._key, str(abandoned))
@@ -146,12 +175,12 @@ class Meeting:
         return ("compared" if self._direction == "compare" else "sent"), None
 
     def _receive(
-        self, pair: Pair, decision: Decision, plan: TransferPlan, leaves: Leaves, stats: Stats
+        self, pair: Pair, course: _Course, plan: TransferPlan, leaves: Leaves, stats: Stats
     ) -> tuple[list[Written] | None, Outcome, str | None]:
-        session, receivers = self._session, tuple(decision.sources)
+        session, receivers = self._session, course.receivers
         try:
-            incoming, refusal = self._take_in(pair, decision, plan, leaves)
-            with self._timed("statistics"):
+            incoming, refusal = self._take_in(pair, course, plan, leaves)
+            with _Stopwatch(self._seconds, "statistics"):
                 self._measure(leaves, incoming, stats)
         except RunError:
             raise
@@ -159,14 +188,14 @@ class Meeting:
             # Ctrl-C in a transform, say: the other receivers must not write what this one does not.
             session.agreement.leave(self._key, receivers, f"{self._header.who} left with {type(error).__name__}")
             raise
-        with self._timed("agreement"):
+        with _Stopwatch(self._seconds, "agreement"):
             session.agreement.vote(self._key, receivers, refusal)
             refusal = session.agreement.outcome(self._key, receivers, refusal)
         if refusal is not None:
             return None, "failed", refusal
         if self._direction == "compare":
             return None, "compared", None
-        with self._timed("write"):
+        with _Stopwatch(self._seconds, "write"):
             mode = WriteMode(self._options.write, self._options.gradient)
             written = [one.write(original, mode) for original, one in zip(leaves.originals, incoming, strict=True)]
         interrupted_by, session.agreement.interrupted_by = session.agreement.interrupted_by, None
@@ -183,12 +212,13 @@ class Meeting:
         return written, "grafted", None
 
     def _take_in(
-        self, pair: Pair, decision: Decision, plan: TransferPlan, leaves: Leaves
+        self, pair: Pair, course: _Course, plan: TransferPlan, leaves: Leaves
     ) -> tuple[list[IncomingLeaf], str | None]:
         """What comes in for each leaf, complete and checked; or why there is nothing."""
+        decision = course.decision
         try:
-            with self._timed("exchange"), torch.no_grad():
-                if pair.is_posted(self._direction):
+            with _Stopwatch(self._seconds, "exchange"), without_gradient():
+                if course.is_posted:
                     values, self._bytes_received = self._session.puller.pull(plan, pair, decision, self._direction)
                 else:
                     values, self._bytes_received = self._session.transfer.receive(plan, pair, self._key)
@@ -201,7 +231,7 @@ class Meeting:
             reception = Reception(
                 self._key, self._tags, self._direction, place, roster, pair, decision, self._header, transform
             )
-            with self._timed("transform"), torch.no_grad():
+            with _Stopwatch(self._seconds, "transform"), without_gradient():
                 incoming = reception.incoming(values, leaves)
             self._check(leaves, incoming)
         except Exception as error:
@@ -237,30 +267,22 @@ class Meeting:
     def _measure(self, leaves: Leaves, incoming: Sequence[IncomingLeaf], stats: Stats) -> None:
         records = []
         for index, (spec, target) in enumerate(zip(leaves.specs, leaves.tensors, strict=True)):
-            before = arrived = difference = token = None
+            record = _record_of(spec.path, spec.shape, spec.dtype, target.device, self._layout_of(index))
+            figures: dict[str, Any] = {}
             if stats != "off" and incoming:
                 try:
                     before, arrived, difference = compare(incoming[index].target, incoming[index].value, stats)
-                    if self.rows is not None:
-                        token = self._token_of(index, difference)
-                        difference = incoming[index].placed(difference)
+                    placed = incoming[index].placed(difference)
+                    figures = {
+                        "before": before, "incoming": arrived, "difference": placed,
+                        "token": self._token_of(index, difference),
+                    }  # fmt: skip
                 except Exception as error:
                     # Out of memory, say: it costs the figures, not the point.
                     logger.warning("grafter: no statistics of %s: %s: %s", self._key, type(error).__name__, error)
-            records.append(
-                LeafRecord(
-                    path=spec.path,
-                    shape=list(spec.shape),
-                    dtype=spec.dtype,
-                    device=str(target.device),
-                    before=before,
-                    incoming=arrived,
-                    difference=difference,
-                    layout=str(layout) if (layout := self._layout_of(index)) is not None else None,
-                    replicas=incoming[index].replicas if incoming else None,
-                    token=token,
-                )
-            )
+            if incoming and incoming[index].replicas is not None:
+                figures["replicas"] = incoming[index].replicas
+            records.append(record.model_copy(update=figures) if figures else record)
         self._leaf_records = records
 
     def _token_of(self, leaf: int, found: Difference | None) -> str | None:
@@ -285,28 +307,25 @@ class Meeting:
 
     # The end.
 
-    def _finish(self, pair: Pair, decision: Decision, outcome: Outcome, reason: str | None) -> None:
-        session, receivers = self._session, tuple(decision.sources)
+    def _finish(self, course: _Course, outcome: Outcome, reason: str | None) -> None:
+        session, receivers = self._session, course.receivers
         deletable = session.pairing.keys_to_delete(self._key, self._header)
         if self._is_receiver and receivers:
             deletable += session.agreement.keys_to_delete(self._key, receivers, committed=outcome != "failed")
             leads = session.place.role_rank == min(receivers)
-            if outcome == "failed" and leads and not pair.is_posted(self._direction):
+            if outcome == "failed" and leads and not course.is_posted:
                 session.tell_failure(self._key, reason or "")
-        if pair.is_posted(self._direction):
+        if course.is_posted:
             state = "taken" if outcome in ("grafted", "compared") else outcome
             session.pairing.claims.settle(self._key.digest, state, reason)
             if outcome == "failed" and receivers:
                 # Its senders read the entry's state.
                 deletable.append(store_keys(session.client.hall, self._key.digest).outcome)
-        sides = (pair.baseline.headers[0].participants, pair.target.headers[0].participants)
-        session.finished(sides, deletable)
+        session.finished(course.sides, deletable)
         sent = not self._is_receiver and outcome in ("sent", "compared")
-        session.record(self._ledger_record(sides, outcome, reason), self._key if sent else None)
+        session.record(self._ledger_record(course.sides, outcome, reason), self._key if sent else None)
 
-    def _ledger_record(
-        self, sides: tuple[tuple[int, ...], tuple[int, ...]], outcome: Outcome, reason: str | None
-    ) -> LedgerRecord:
+    def _ledger_record(self, sides: Sides, outcome: Outcome, reason: str | None) -> LedgerRecord:
         worst = max(self._leaf_records, key=_badness, default=None)
         return LedgerRecord(
             sequence=self._sequence,
@@ -337,8 +356,14 @@ class Meeting:
     def _is_receiver(self) -> bool:
         return self._session.place.role == receiver_role(self._direction)
 
-    def _timed(self, stage: str) -> _Stopwatch:
-        return _Stopwatch(self._seconds, stage)
+
+@lru_cache(maxsize=4096)
+def _record_of(
+    path: str, shape: tuple[int, ...], dtype: str, device: torch.device, layout: DeclaredLayout | None
+) -> LeafRecord:
+    """A leaf without figures. The same ones come again at every step."""
+    where = str(layout) if layout is not None else None
+    return LeafRecord(path=path, shape=list(shape), dtype=dtype, device=str(device), layout=where)
 
 
 class _Stopwatch:

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -213,6 +213,7 @@ def _why_not_a_tag(name: str) -> str:
 traced_call_site: ContextVar[str | None] = ContextVar("grafter_traced_call_site", default=None)
 
 
+@lru_cache(maxsize=_MOST_REMEMBERED)
 def is_passed_over(file: str) -> bool:
     """Whether a frame's file is none of the user's."""
     return any(part in file for part in _PASSED_OVER)

@@ -154,6 +154,8 @@ class Watchman:
 
     def check(self) -> None: ...
 
+    def delete_later(self, keys: list[str]) -> None: ...
+
 
 class Simulation:
     """Two jobs of real pairings and agreements over a store and mail that count. Points follow one another.

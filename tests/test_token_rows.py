@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from torch.distributed.tensor import Replicate, Shard
 from grafter.exchange.assembly import assembled_leaves
 from grafter.exchange.incoming import IncomingLeaf
 from grafter.exchange.transfer_plan import make_plan
+from grafter.layout import token_rows
 from grafter.layout.declared import DeclaredLayout
 from grafter.layout.dtensor import read_dtensor
 from grafter.pairing.announced_tokens import AnnouncedTokens, announce
@@ -71,11 +73,11 @@ def moved(both: Pair, decision: Decision, sender: Batch, receiver: Batch, mode: 
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.data(), st.booleans(), st.sampled_from(["in_place", "return"]))
+@given(st.data(), st.booleans(), st.sampled_from(["in_place", "return"]), st.sampled_from([0, token_rows.FEW]))
 def test_each_row_gets_the_value_of_its_token_and_all_others_stay(
-    data: st.DataObject, windows: bool, write: str
+    data: st.DataObject, windows: bool, write: str, few: int
 ) -> None:
-    """Packed or padded, in any order, cut over ranks or held by all, with and without windows."""
+    """Packed or padded, in any order, cut over ranks or held by all, with and without windows; one by one, or not."""
     rows = data.draw(st.none() | any_rows(), label="the rows of both")
     sender, receiver = (data.draw(batches(windows=windows, rows=rows)) for _ in range(2))
     note(sender.text)
@@ -85,7 +87,8 @@ def test_each_row_gets_the_value_of_its_token_and_all_others_stay(
             for column, number in enumerate(held.columns):
                 held.by_rows[row, column] = code(token, number) if token else -1
     both = Pair(as_it_travels(sender.headers("baseline")), as_it_travels(receiver.headers("target")))
-    decision = decide("b2t", both)
+    with patch.object(token_rows, "FEW", few):
+        decision = decide("b2t", both)
     met = all_kept(sender) & all_kept(receiver)
     if not met:
         assert decision.outcome == "skipped" and "no token is in both" in (decision.reason or "")
@@ -218,11 +221,13 @@ def test_a_peer_that_announces_rows_that_it_has_not_got_is_refused() -> None:
 
 
 @settings(max_examples=100, deadline=None)
-@given(batches(windows=False), batches(windows=False))
-def test_how_far_a_sequence_got_is_told_alike_on_both_sides(sender: Batch, receiver: Batch) -> None:
+@given(batches(windows=False), batches(windows=False), st.sampled_from([0, token_rows.FEW]))
+def test_how_far_a_sequence_got_is_told_alike_on_both_sides(sender: Batch, receiver: Batch, few: int) -> None:
     both = pair(sender.headers("baseline"), receiver.headers("target"))
     decision = decide("b2t", both)
     met = all_kept(sender) & all_kept(receiver)
     reached = {name: max(p for n, p in met if n == name) + 1 for name in {name for name, _ in met}}
     assert decision.rows is not None
-    assert decision.rows.reached(both.baseline.headers[0]) == reached == decision.rows.reached(both.target.headers[0])
+    with patch.object(token_rows, "FEW", few):
+        told = [decision.rows.reached(side.headers[0]) for side in (both.baseline, both.target)]
+    assert told == [reached, reached]

@@ -138,7 +138,7 @@ class Reception:
                 tensors = [_leaf_at(spec.path, one) for one in received]
                 ranks = [one.sender_rank for one in received]
                 value = self._transformed(index, tensors, [one.extras for one in received], ranks, target)
-            incoming.append(IncomingLeaf(value.detach().to(target.device), target))
+            incoming.append(IncomingLeaf(_on_device_of(target, value), target))
         return incoming
 
     def _from_layouts(self, values: Values, leaves: Leaves) -> list[IncomingLeaf]:
@@ -155,7 +155,7 @@ class Reception:
             if self.transform is not None:
                 extras = received_extras(values, lowest, sender)
                 value, room = self._transformed(index, [value], [extras], [lowest.role_rank], target), None
-            value = value.detach().to(target.device)
+            value = _on_device_of(target, value)
             incoming.append(IncomingLeaf(value, target, whole, room, one.replicas, view))
             self._tell_replicas(one)
         return incoming
@@ -218,6 +218,13 @@ class Reception:
             "equal; that of %s is taken.",
             self.key, first, other, self.header.who, apart.mismatched_fraction, at, first,
         )  # fmt: skip
+
+
+def _on_device_of(target: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """What came, without a graph, where the target is. Nothing is done for what is that already, as most is."""
+    if value.requires_grad:
+        value = value.detach()
+    return value if value.device == target.device else value.to(target.device)
 
 
 def _leaf_at(path: str, received: Received) -> torch.Tensor:

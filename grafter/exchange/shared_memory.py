@@ -33,6 +33,7 @@ from grafter.exchange.staging import Staging, as_tensor, is_sealed_block, view_b
 from grafter.exchange.transfer_plan import Piece, TransferPlan
 from grafter.leaves import TensorSpec
 from grafter.rendezvous.roster import Roster
+from grafter.rendezvous.spinning import Spinning
 from grafter.watching.watch import Abandoned, PeerGone, Watch
 
 _POLL_SECONDS = 0.25
@@ -99,6 +100,7 @@ class SharedMemoryExchange(Exchange):
 
     def __init__(self, graft_rank: int, roster: Roster, listener: socket.socket) -> None:
         self._graft_rank, self._roster, self._listener = graft_rank, roster, listener
+        self._spinning = Spinning(roster.has_core_each)
         self._to: dict[int, _Sending] = {}
         self._from: dict[int, _Receiving] = {}
         # (generation, bytes) that each receiver announced for the coming point.
@@ -305,9 +307,8 @@ class SharedMemoryExchange(Exchange):
     def _receive(
         self, peer: int, connection: socket.socket, watch: Watch, *, with_descriptor: bool = False
     ) -> tuple[bytes, list[int]]:
-        spin_seconds = self._roster.spin_seconds
-        spin_until = time.monotonic() + spin_seconds if spin_seconds else 0.0
-        flags = _AT_ONCE if spin_seconds else 0
+        spin_until = self._spinning.until()
+        flags = _AT_ONCE if spin_until else 0
         while True:
             try:
                 if with_descriptor:
@@ -322,11 +323,14 @@ class SharedMemoryExchange(Exchange):
                 elif time.monotonic() > spin_until:
                     # From here on the kernel waits, as long as a look may take.
                     flags = 0
+                    self._spinning.tell(paid=False)
                 continue
             except OSError as error:
                 raise PeerGone(peer, f"its connection broke ({error.strerror})") from error
             if not message:
                 raise PeerGone(peer, "it closed the connection")
+            if flags:
+                self._spinning.tell(paid=True)
             return message, descriptors
 
     def close(self) -> None:

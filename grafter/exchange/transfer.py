@@ -35,21 +35,52 @@ def choose_way(backend: Backend, sender: Announcement, receiver: Announcement, d
 
 
 class _Part:
-    """This rank's part of a plan. It follows from the pair alone, and is remembered with it."""
+    """This rank's part of a plan, with which it is remembered.
 
-    def __init__(self, pieces: Sequence[Piece], by_way: dict[Way, list[Piece]], needs: Iterable[int]) -> None:
-        self.by_way, self.needs = by_way, frozenset(needs)
+    values: those that lie here, in staging or, where NCCL brings them, `on_device`.
+    """
+
+    def __init__(
+        self,
+        pieces: Sequence[Piece],
+        by_way: dict[Way, list[Piece]],
+        needs: Iterable[int],
+        values: Sequence[Value] = (),
+    ) -> None:
+        self.by_way, self.needs, self.values = by_way, frozenset(needs), values
+        self.on_device = {piece.value for piece in by_way.get("nccl", ())} & set(values)
         self.nbytes = sum(piece.spec.nbytes for piece in pieces)
 
 
 class _Watch:
-    def __init__(self, housekeeping: Housekeeping, wait: Wait) -> None:
-        self._housekeeping, self._wait = housekeeping, wait
+    """Around one point's exchange.
+
+    The housekeeping thread looks after the wait from the first `check` on, which says that there is something to wait
+    for: most small points never come to it.
+    """
+
+    __slots__ = ("_housekeeping", "_make_wait", "_wait")
+
+    def __init__(self, housekeeping: Housekeeping, make_wait: Callable[[], Wait]) -> None:
+        self._housekeeping, self._make_wait = housekeeping, make_wait
+        self._wait: Wait | None = None
 
     def check(self) -> None:
         self._housekeeping.check()
-        if self._wait.abandoned is not None:
+        if self._wait is None:
+            wait = self._make_wait()
+            self._housekeeping.begin(wait)
+            self._wait = wait
+        elif self._wait.abandoned is not None:
             raise Abandoned(self._wait.abandoned)
+
+    def __enter__(self) -> Watch:
+        self._housekeeping.check()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._wait is not None:
+            self._housekeeping.end(self._wait)
 
 
 class Transfer:
@@ -87,16 +118,17 @@ class Transfer:
         self, plan: TransferPlan, pair: Pair, tensors: Sequence[torch.Tensor], what: object, outcome_key: str
     ) -> int:
         """Send this rank's tensors to whoever the plan names; bytes sent. Raises Abandoned if a receiver gave up."""
-        known = pair.memo.get("outgoing")
+        known = plan.memo.get("outgoing")
         if known is None:
             pieces = plan.outgoing(self._graft_rank)
-            known = pair.memo["outgoing"] = _Part(pieces, self._by_way(pieces, pair), {p.receiver for p in pieces})
+            known = plan.memo["outgoing"] = _Part(pieces, self._by_way(pieces, pair), {p.receiver for p in pieces})
         self._hear_announcements(pair)
-        needs = known.needs
-        wait = Wait("exchange", what, self._timeout, needs=needs, outcome_key=outcome_key)
-        with self._housekeeping.waiting(wait):
-            watch = _Watch(self._housekeeping, wait)
-            by_way = known.by_way
+        needs, by_way = known.needs, known.by_way
+
+        def make_wait() -> Wait:
+            return Wait("exchange", what, self._timeout, needs=needs, outcome_key=outcome_key)
+
+        with _Watch(self._housekeeping, make_wait) as watch:
             for way, part in by_way.items():
                 outgoing = [Outgoing(piece, piece.taken_from(tensors[piece.index])) for piece in part]
                 try:
@@ -111,41 +143,44 @@ class Transfer:
 
         cannot be had. They lie in the staging memory, or on the device if NCCL brings them, until the next point.
         """
-        known = pair.memo.get("incoming")
+        known = plan.memo.get("incoming")
         if known is None:
             pieces = plan.incoming(self._graft_rank)
-            known = pair.memo["incoming"] = _Part(pieces, self._by_way(pieces, pair), {p.sender for p in pieces})
-        # Another receiver may give the point up, and then the senders stop for all.
-        outcome_key = store_keys(self._hall, plan.digest).outcome
-        needs = known.needs
-        wait = Wait("exchange", what, self._timeout, needs=needs, outcome_key=outcome_key)
-        by_way = known.by_way
-        with self._housekeeping.waiting(wait):
-            watch = _Watch(self._housekeeping, wait)
-            values = self._make_room(plan, by_way, watch)
+            values = plan.values_of(self._graft_rank)
+            known = _Part(pieces, self._by_way(pieces, pair), {p.sender for p in pieces}, values)
+            plan.memo["incoming"] = known
+        needs, by_way = known.needs, known.by_way
+
+        def make_wait() -> Wait:
+            # Another receiver may give the point up, and then the senders stop for all.
+            outcome_key = store_keys(self._hall, plan.digest).outcome
+            return Wait("exchange", what, self._timeout, needs=needs, outcome_key=outcome_key)
+
+        with _Watch(self._housekeeping, make_wait) as watch:
+            room = self._make_room(plan, known, watch)
             for way, part in by_way.items():
-                incoming = [Incoming(piece, piece.landing(values[piece.value])) for piece in part]
+                incoming = [Incoming(piece, piece.landing(room[piece.value])) for piece in part]
                 try:
                     self._exchanges[way].receive(plan, incoming, self.staging, watch)
                 except Abandoned as abandoned:
                     self._give_up(plan, by_way, abandoned, watch)
                     raise
-        return values, known.nbytes
+        return room, known.nbytes
 
-    def _make_room(self, plan: TransferPlan, by_way: dict[Way, list[Piece]], watch: Watch) -> dict[Value, torch.Tensor]:
+    def _make_room(self, plan: TransferPlan, part: _Part, watch: Watch) -> dict[Value, torch.Tensor]:
         """Memory for all values: on the device for what NCCL brings, else in staging."""
-        on_device = {piece.value for piece in by_way.get("nccl", ())}
+        by_way, on_device = part.by_way, part.on_device
         try:
-            if any(value not in on_device for value in plan.values_of(self._graft_rank)):
+            if len(on_device) < len(part.values):
                 self.staging.reserve(plan.staging_bytes[self._graft_rank])
             return {
                 value: self._device_memory(value) if value in on_device else self._staged(value)
-                for value in plan.values_of(self._graft_rank)
+                for value in part.values
             }
         except (StagingRefused, torch.OutOfMemoryError) as refused:
             reason = f"{self._roster.who(self._graft_rank)} has no memory to receive into: {refused}"
-            for way, part in by_way.items():
-                self._exchanges[way].refuse(plan, part, reason, watch)
+            for way, pieces in by_way.items():
+                self._exchanges[way].refuse(plan, pieces, reason, watch)
             raise Abandoned(reason) from refused
 
     def _staged(self, value: Value) -> torch.Tensor:

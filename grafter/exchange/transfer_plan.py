@@ -11,12 +11,14 @@ together from pieces of many. Every piece lands at its final place in its value.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from grafter.direction import Direction, receiver_role, sender_role
 from grafter.layout.region import Region
+from grafter.layout.remembered import Remembered
 from grafter.layout.resharding import CopyItem, Resharding
 from grafter.leaves import TensorSpec
 from grafter.pairing.decision import Decision
@@ -85,10 +87,14 @@ class TransferPlan:
     pieces: tuple[Piece, ...]
     values: tuple[Value, ...]
     staging_bytes: dict[int, int]
+    # What follows from it, once it has been worked out, for all points that have this plan.
+    memo: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def of_point(self, digest: str) -> TransferPlan:
-        """The same plan for another point with the same manifests."""
-        return TransferPlan(digest, self.members, self.generation, self.pieces, self.values, self.staging_bytes)
+        """The same plan for another point: of the same manifests, or of as many rows."""
+        return TransferPlan(
+            digest, self.members, self.generation, self.pieces, self.values, self.staging_bytes, self.memo
+        )
 
     def outgoing(self, sender: int) -> tuple[Piece, ...]:
         return tuple(piece for piece in self.pieces if piece.sender == sender)
@@ -107,6 +113,31 @@ def make_plan(
 
     Raises ValueError for a dtype that this torch does not have.
     """
+
+    def work_out() -> TransferPlan:
+        return _work_out(digest, direction, pair, decision, roster, graft_rank)
+
+    if decision.rows is None:
+        return work_out()
+    # Which rows they are, the plan does not say: those of the next step have the same one.
+    key = (
+        direction,
+        graft_rank,
+        decision.reshardings,
+        tuple(decision.sources.items()),
+        tuple(
+            (header.role, header.role_rank, header.generation, header.extras_tensors)
+            + tuple((leaf.path, leaf.device) for leaf in header.leaves)
+            for header in pair.headers
+        ),
+    )
+    known: Remembered[TransferPlan] = roster.memo.setdefault("plans of rows", Remembered(64))
+    return known.answer(key, work_out).of_point(digest)
+
+
+def _work_out(
+    digest: str, direction: Direction, pair: Pair, decision: Decision, roster: Roster, graft_rank: int | None
+) -> TransferPlan:
     planner = _Planner(direction, pair, decision, roster, graft_rank)
     if decision.reshardings is None:
         planner.plan_whole_tensors()

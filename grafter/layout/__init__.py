@@ -12,4 +12,5 @@ resharding         -> which values go from whom to whom (coverage: all of them, 
 region             a part of a tensor as a strided view of it
 token_rows         rows addressed by token: those that both sides have, numbered through, as a dim like any other
 token_shares       -> the shares of the tensor [tokens, ...], and row_view, the rows of a local tensor that are in it
+remembered         what was worked out, by what it follows from: the next step's rows are others, and most often as many
 """

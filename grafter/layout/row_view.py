@@ -10,6 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from grafter.rows.tokens import total
+
 _Numbers = npt.NDArray[np.int64]
 
 
@@ -26,7 +28,7 @@ class RowView:
 
     @cached_property
     def count(self) -> int:
-        return int(self.segments[:, 1].sum())
+        return total(self.segments[:, 1])
 
     @property
     def rows(self) -> int:
@@ -42,6 +44,8 @@ class RowView:
 
     @cached_property
     def packed_shape(self) -> tuple[int, ...]:
+        if self.row_dims == (0,):
+            return (self.count, *self.shape[1:])
         return (self.count, *(self.shape[dim] for dim in self.rest))
 
     @property
@@ -51,7 +55,7 @@ class RowView:
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
         """The rows that count, [count, ...]: memory of their own unless they are one stretch."""
-        by_rows = tensor.detach().permute(*self.row_dims, *self.rest)
+        by_rows = self._rows_first(tensor.detach())
         flat = self._flat(by_rows)
         if flat is not None:
             if len(self.segments) <= 1:
@@ -61,7 +65,7 @@ class RowView:
 
     def put(self, tensor: torch.Tensor, values: torch.Tensor) -> None:
         """Write [count, ...] into the rows that count, into the tensor's memory; all others stay."""
-        by_rows = tensor.permute(*self.row_dims, *self.rest)
+        by_rows = self._rows_first(tensor)
         flat = self._flat(by_rows)
         values = values.to(device=tensor.device, dtype=tensor.dtype)
         if flat is None:
@@ -91,6 +95,9 @@ class RowView:
     @property
     def _stretch(self) -> tuple[int, int]:
         return (int(self.segments[0, 0]), int(self.segments[0, 1])) if len(self.segments) else (0, 0)
+
+    def _rows_first(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor if self.row_dims == (0,) else tensor.permute(*self.row_dims, *self.rest)
 
     def _flat(self, by_rows: torch.Tensor) -> torch.Tensor | None:
         """Rows as one dim, where strides allow it without a copy."""

@@ -122,8 +122,11 @@ def row_dims(dims: Sequence[Dim] | None, shape: Sequence[int], rows: int) -> tup
     if dims is None:
         sizes = (tuple(range(count)) for count in range(1, len(shape) + 1))
         return next((own for own in sizes if prod(shape[dim] for dim in own) == rows), None)
+    for number, dim in enumerate(dims):
+        if len(dim.factors) == 1 and dim.factors[0].name == "t":
+            return (number,)
     numbers = {dim.names: number for number, dim in enumerate(dims)}
-    for names in ((("t",),), (("b",), ("s",)), (("b", "s"),), (("s",),), (("b",),)):
+    for names in ((("b",), ("s",)), (("b", "s"),), (("s",),), (("b",),)):
         if all(own in numbers for own in names):
             return tuple(numbers[own] for own in names)
     return None
@@ -186,11 +189,16 @@ def key_of_shares(
 ) -> Hashable:
     """All that the shares of a role follow from: the same in the next step, though its rows are others."""
     return tuple(
-        (header.role_rank, view.packed_shape, view.row_dims, rows[header.role_rank].runs, declared_of(header, leaf))
-        + (header.axes, header.role, header.leaves[leaf].dtype)
+        (header.role_rank, view.packed_shape, view.row_dims, rows[header.role_rank].runs)
+        + (header.axes, header.role, header.leaves[leaf].dtype, _fields_of(declared_of(header, leaf)))
         for header in headers
         for view in (views[header.role_rank],)
     )
+
+
+def _fields_of(layout: DeclaredLayout | None) -> Hashable:
+    """Compared by its fields, since as a model it costs ten times as much."""
+    return None if layout is None else tuple(layout.__dict__.values())
 
 
 def token_shares(

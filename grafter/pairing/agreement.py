@@ -138,9 +138,11 @@ class Agreement:
         self._courier.bring(receivers, place, kind, payload, by_mail=self._courier.mail_inside)
 
     def _fetch(self, key: PointKey, others: Sequence[int], places: Sequence[str]) -> list[Sealed]:
-        needs = frozenset(self._roster.graft_rank(self._role, rank) for rank in others)
-        wait = Wait("agreement", key, self._timeout, needs=needs)
-        return self._courier.fetch(wait, places, by_mail=self._courier.mail_inside)
+        def make_wait() -> Wait:
+            needs = frozenset(self._roster.graft_rank(self._role, rank) for rank in others)
+            return Wait("agreement", key, self._timeout, needs=needs)
+
+        return self._courier.fetch(make_wait, places, by_mail=self._courier.mail_inside)
 
     def keys_to_delete(self, key: PointKey, receivers: Sequence[int], *, committed: bool) -> list[str]:
         """What the receivers' leader deletes of a point that is over. The reason of a failed one stays until close."""

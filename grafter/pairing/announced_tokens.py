@@ -26,6 +26,7 @@ _LARGEST = 1 << 61
 MOST_RUNS = 1 << 20
 MOST_HASHES = 1 << 20
 _LONGEST_ID = 512
+_MOST_KNOWN = 64
 _WIDTHS = {"2": "<i2", "4": "<i4", "8": "<i8"}
 
 _Id = (
@@ -56,9 +57,13 @@ class AnnouncedTokens(BaseModel):
 
 def announce(tokens: Tokens, starts: tuple[int, ...] = ()) -> AnnouncedTokens:
     """Raises UsageError for more than travels in a header."""
-    if not starts and tokens.announced is not None:
-        known: AnnouncedTokens = tokens.announced
-        return known
+    known: AnnouncedTokens | None = tokens.announced.get(starts)
+    if known is None:
+        known = tokens.announced[starts] = _announce(tokens, starts)
+    return known
+
+
+def _announce(tokens: Tokens, starts: tuple[int, ...]) -> AnnouncedTokens:
     if len(tokens.runs) > MOST_RUNS:
         raise UsageError(f"tokens= has {len(tokens.runs)} runs of rows, and at most {MOST_RUNS} are announced.")
     if sum(map(len, tokens.hashes.values())) > MOST_HASHES:
@@ -77,15 +82,35 @@ def announce(tokens: Tokens, starts: tuple[int, ...] = ()) -> AnnouncedTokens:
         starts=starts,
         hashes=tuple((number, as_text(values)) for number, values in tokens.hashes.items()),
     )
-    if not starts:
-        tokens.announced = announced
+    _remember((announced.sequences, announced.runs, announced.hashes), tokens)
     return announced
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=_MOST_KNOWN)
 def _read(
     sequences: tuple[SequenceId, ...], runs: str, starts: tuple[int, ...], hashes: tuple[tuple[int, str], ...]
 ) -> WindowedTokens:
+    if starts and len(starts) != len(sequences):
+        raise LayoutError("tokens that were announced contradict themselves.")
+    tokens = _known.get((sequences, runs, hashes))
+    if tokens is None:
+        tokens = _read_tokens(sequences, runs, hashes)
+        _remember((sequences, runs, hashes), tokens)
+    return WindowedTokens(tokens, starts)
+
+
+# What travels, and the tokens that it is: those that this rank announces are most often those of the others, too.
+_Announced = tuple[tuple[SequenceId, ...], str, tuple[tuple[int, str], ...]]
+_known: dict[_Announced, Tokens] = {}
+
+
+def _remember(announced: _Announced, tokens: Tokens) -> None:
+    if len(_known) >= _MOST_KNOWN:
+        _known.clear()
+    _known[announced] = tokens
+
+
+def _read_tokens(sequences: tuple[SequenceId, ...], runs: str, hashes: tuple[tuple[int, str], ...]) -> Tokens:
     found = _from_text(runs)
     numbers, first, counts = found.T
     if len(found) and (
@@ -96,7 +121,7 @@ def _read(
     ends = map(sum, zip(first.tolist(), counts.tolist(), strict=True))
     if sum(counts.tolist()) > _LARGEST or max(ends, default=0) > _LARGEST:
         raise LayoutError("tokens that were announced have more rows than there can be.")
-    if len(set(sequences)) != len(sequences) or (starts and len(starts) != len(sequences)):
+    if len(set(sequences)) != len(sequences):
         raise LayoutError("tokens that were announced contradict themselves.")
     known = {}
     for number, text in hashes:
@@ -107,7 +132,7 @@ def _read(
         except ValueError as error:
             raise LayoutError(f"tokens that were announced: {error}") from None
     try:
-        return WindowedTokens(Tokens(sequences, found, known), starts)
+        return Tokens(sequences, found, known)
     except UsageError as error:
         raise LayoutError(str(error)) from None
 
@@ -134,16 +159,13 @@ def _from_text(text: str) -> _Numbers:
 
 def resolved(announced: Sequence[tuple[int, AnnouncedTokens]]) -> dict[int, WindowedTokens]:
     """Of one role: (role rank, what it announces). Raises LayoutError for what makes no sense."""
-    by_rank = dict(announced)
-    found = {}
+    found = {rank: own.read() for rank, own in announced if own.same_as is None}
     for rank, own in announced:
         if own.same_as is not None:
-            other = by_rank.get(own.same_as)
-            if other is None or other.same_as is not None:
+            if own.same_as not in found:
                 raise LayoutError(f"rank {rank} announces the tokens of rank {own.same_as}, which announces none.")
-            own = other
-        found[rank] = own.read()
-    return found
+            found[rank] = found[own.same_as]
+    return {rank: found[rank] for rank, _ in announced}
 
 
 def told_once(announced: Sequence[tuple[int, AnnouncedTokens | None]]) -> dict[int, AnnouncedTokens]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from grafter.direction import Direction, RoleName
 from grafter.errors import LayoutError
+from grafter.layout.remembered import Remembered
 from grafter.layout.resharding import Resharding
 from grafter.layout.row_view import RowView
 from grafter.layout.shares import RoleShares, find_shares, whole_tensor
@@ -236,20 +236,11 @@ def _reshard_rows(
         return _between(shares, senders, receivers, leaf)
 
     by_rank = {(h[0].role, rank): view for n, h in enumerate(sides) for rank, view in views[n].items()}
-    return _remembered(_Question(key, work_out)), by_rank
+    return _reshardings.answer(key, work_out), by_rank
 
 
-@dataclass(frozen=True)
-class _Question:
-    """What a resharding of rows follows from; and how it does, where it was not asked before."""
-
-    key: Hashable
-    work_out: Callable[[], Resharding] = field(compare=False)
-
-
-@lru_cache(maxsize=64)
-def _remembered(question: _Question) -> Resharding:
-    return question.work_out()
+# The rows of the next step are others, and most often as many.
+_reshardings: Remembered[Resharding] = Remembered(64)
 
 
 def _why_not_resharded(

@@ -11,7 +11,7 @@ that they were there (`grafter.outbox`).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, overload
+from typing import Any
 
 from pydantic import TypeAdapter
 
@@ -50,8 +50,6 @@ from grafter.rendezvous.wire import Sealed, read_message
 from grafter.watching.housekeeping import Housekeeping
 from grafter.watching.waits import Wait
 
-# How long a leader waits for the other to write first. A wait in the store costs more, but finds any leader.
-_PATIENCE_SECONDS = 0.01
 _MOST_REMEMBERED = 4096
 _MOST_REMEMBERED_WITH_TOKENS = 16
 _MANIFESTS = TypeAdapter(tuple[Manifest, Manifest])
@@ -213,29 +211,34 @@ class Pairing:
             _remember(self._pairs_of_tokens if has_tokens else self._pairs, text, pair, has_tokens)
         return pair
 
+    def _pair_with(self, header: Header, theirs: str, text: str) -> Pair:
+        """The same of a rank that is alone in its manifest, of which it need not read its own part."""
+        pair = self._pairs.get(text) or self._pairs_of_tokens.get(text)
+        if pair is None:
+            mine = Manifest(role=header.role, headers=(header,))
+            other = read_message(Manifest.model_validate_json, theirs, "a manifest")
+            pair = Pair(mine, other) if header.role == "baseline" else Pair(other, mine)
+            has_tokens = any(header.tokens is not None for header in pair.headers)
+            _remember(self._pairs_of_tokens if has_tokens else self._pairs, text, pair, has_tokens)
+        return pair
+
     def _bring(self, receivers: Sequence[int], place: str, kind: str, payload: str) -> None:
         self._courier.bring(receivers, place, kind, payload, by_mail=self._courier.mail_inside)
 
-    @overload
-    def _wait_for(self, key: PointKey, header: Header, places: Sequence[str], *, by_mail: bool) -> list[Sealed]: ...
-    @overload
-    def _wait_for(
-        self, key: PointKey, header: Header, places: Sequence[str], *, by_mail: bool, patience: float
-    ) -> list[Sealed] | None: ...
-    def _wait_for(
-        self, key: PointKey, header: Header, places: Sequence[str], *, by_mail: bool, patience: float | None = None
-    ) -> list[Sealed] | None:
-        wait = Wait(
-            "pairing",
-            key,
-            self._timeout,
-            leader=header.role_rank == min(header.participants),
-            digest=key.digest,
-            participants=header.participants,
-            call_site=header.call_site,
-            own_side=header.wait == "job",
-        )
-        return self._courier.fetch(wait, places, by_mail=by_mail, patience=patience)
+    def _wait_for(self, key: PointKey, header: Header, places: Sequence[str], *, by_mail: bool) -> list[Sealed]:
+        def make_wait() -> Wait:
+            return Wait(
+                "pairing",
+                key,
+                self._timeout,
+                leader=header.role_rank == min(header.participants),
+                digest=key.digest,
+                participants=header.participants,
+                call_site=header.call_site,
+                own_side=header.wait == "job",
+            )
+
+        return self._courier.fetch(make_wait, places, by_mail=by_mail)
 
     def _collect(self, key: PointKey, header: Header, keys: StoreKeys) -> str:
         """The leader's part: its own role's headers, checked against each other, as the text of a manifest."""
@@ -270,7 +273,7 @@ class Pairing:
         text = f"[{mine},{theirs.payload}]" if header.role == "baseline" else f"[{theirs.payload},{mine}]"
         if others:
             self._bring(others, keys.pair(header.role), "pair", text)
-        pair = self._read_pair(text)
+        pair = self._read_pair(text) if others else self._pair_with(header, theirs.payload, text)
         if self._courier.mail_across:
             self._answer(header, pair.target if header.role == "baseline" else pair.baseline, mine, keys, told)
         return pair
@@ -353,7 +356,8 @@ class Pairing:
         other = None
         if told is not None:
             self._courier.bring([told], keys.second, _MANIFEST, mine, by_mail=True)
-            other = self._wait_for(key, header, [keys.second], by_mail=True, patience=_PATIENCE_SECONDS)
+            # A wait in the store costs more, but finds any leader.
+            other = self._courier.fetch_shortly([keys.second])
         if other is None:
             found = self._client.put_if_absent(keys.first, _MANIFEST, mine)
             if found is not None:

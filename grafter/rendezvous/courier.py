@@ -6,8 +6,7 @@ the roles where the whole run does.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import overload
+from collections.abc import Callable, Sequence
 
 from grafter.rendezvous.mailbox import LONGEST_MAIL_BYTES, RECALL, Mailbox
 from grafter.rendezvous.roster import Announcement, Roster
@@ -58,30 +57,35 @@ class Courier:
                 # Whoever needs it finds out by itself, with a better story: its process is watched.
                 continue
 
-    @overload
-    def fetch(self, wait: Wait, keys: Sequence[str], *, by_mail: bool) -> list[Sealed]: ...
-    @overload
-    def fetch(
-        self, wait: Wait, keys: Sequence[str], *, by_mail: bool, patience: float | None
-    ) -> list[Sealed] | None: ...
-    def fetch(
-        self, wait: Wait, keys: Sequence[str], *, by_mail: bool, patience: float | None = None
-    ) -> list[Sealed] | None:
-        """Wait for what was brought under these keys, looked after by the housekeeping thread.
+    def fetch(self, make_wait: Callable[[], Wait], keys: Sequence[str], *, by_mail: bool) -> list[Sealed]:
+        """Wait for what was brought under these keys.
 
-        `patience` in seconds, for mail alone: None is returned if the letters have not come by then.
+        The wait that `make_wait` makes is looked after by the housekeeping thread. It is not made where the letters
+        come shortly, as most do.
         """
-        if not by_mail or self._mailbox is None:
+        mailbox = self._mailbox if by_mail else None
+        if mailbox is not None:
+            letters = self.fetch_shortly(keys)
+            if letters is not None:
+                return letters
+        wait = make_wait()
+        if mailbox is None:
             wait.awaits = tuple(keys)
             with self._housekeeping.waiting(wait):
                 return self._client.get_all(keys)
-        mailbox = self._mailbox
         wait.has_news = lambda: mailbox.has_news(keys)
         with self._housekeeping.waiting(wait):
-            letters = mailbox.wait(keys, self._housekeeping, patience)
-            if letters is None:
-                return None
-            return [self._client.get(letter.payload) if letter.kind == _STORED else letter for letter in letters]
+            return self._opened(mailbox.wait(keys, self._housekeeping))
+
+    def fetch_shortly(self, keys: Sequence[str]) -> list[Sealed] | None:
+        """What came by mail under these keys; None if that has not come within about 10 ms."""
+        assert self._mailbox is not None
+        self._housekeeping.check()
+        letters = self._mailbox.await_shortly(keys)
+        return None if letters is None else self._opened(letters)
+
+    def _opened(self, letters: list[Sealed]) -> list[Sealed]:
+        return [self._client.get(letter.payload) if letter.kind == _STORED else letter for letter in letters]
 
     def discard(self, key: str) -> None:
         """What came by another way already need not come by mail again."""

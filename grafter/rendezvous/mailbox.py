@@ -18,6 +18,7 @@ from collections.abc import Sequence
 
 from grafter.errors import ProtocolError
 from grafter.rendezvous.roster import Roster
+from grafter.rendezvous.spinning import Spinning
 from grafter.rendezvous.wire import Seal, Sealed
 from grafter.watching.watch import PeerGone, Watch
 
@@ -29,6 +30,7 @@ _AT_ONCE = int(socket.MSG_DONTWAIT)
 _FROM_KERNEL = (int(socket.SOL_SOCKET), int(getattr(socket, "SCM_CREDENTIALS", -1)))
 _TIMEVAL = struct.Struct("ll")
 _POLL_SECONDS = 0.25
+_SHORTLY_SECONDS = 0.01
 # Well under the kernel's limit for a datagram; what is larger goes through the store.
 LONGEST_MAIL_BYTES = 64 << 10
 _LONGEST_LETTER_BYTES = LONGEST_MAIL_BYTES + (8 << 10)
@@ -60,7 +62,7 @@ class Mailbox:
         self._to: dict[int, socket.socket] = {}
         # By credentials as the kernel gives them: who signs with them.
         self._signatures: dict[bytes, frozenset[str]] = {}
-        self._spin_seconds = roster.spin_seconds
+        self._spinning = Spinning(roster.has_core_each)
         self._poll_seconds = 0.0
         self._places: deque[socket.socket] = deque()
         self._unwanted: deque[str] = deque(maxlen=64)
@@ -93,28 +95,36 @@ class Mailbox:
         self._to[graft_rank] = sender
         return sender
 
-    def wait(self, keys: Sequence[str], watch: Watch, patience: float | None = None) -> list[Sealed] | None:
-        """The letters for these keys, once all have come; None if they have not within `patience` seconds."""
+    def await_shortly(self, keys: Sequence[str]) -> list[Sealed] | None:
+        """The letters for these keys; None where none has come for 10 ms and one is still missing."""
         unread = self._unread
-        deadline = None if patience is None else time.monotonic() + patience
-        if self._spin_seconds:
-            self._spin(keys)
+        until = self._spinning.until()
+        if until:
+            self._spin(keys, until)
         while not all(map(unread.__contains__, keys)):
-            self._poll_every(_POLL_SECONDS if patience is None else patience)
+            self._look_for(_SHORTLY_SECONDS)
             if not self._fetch():
-                watch.check()
-                if deadline is not None and time.monotonic() >= deadline:
-                    return None
+                return None
         return [unread.pop(key) for key in keys]
 
-    def _spin(self, keys: Sequence[str]) -> None:
-        """Look for these letters again and again for a short time: being woken would cost more."""
-        spin_until = time.monotonic() + self._spin_seconds
-        while not all(map(self._unread.__contains__, keys)):
-            if not self._fetch(_AT_ONCE) and time.monotonic() > spin_until:
-                return
+    def wait(self, keys: Sequence[str], watch: Watch) -> list[Sealed]:
+        """The letters for these keys, once all have come."""
+        unread = self._unread
+        while not all(map(unread.__contains__, keys)):
+            self._look_for(_POLL_SECONDS)
+            if not self._fetch():
+                watch.check()
+        return [unread.pop(key) for key in keys]
 
-    def _poll_every(self, seconds: float) -> None:
+    def _spin(self, keys: Sequence[str], until: float) -> None:
+        """Look for these letters again and again."""
+        while not all(map(self._unread.__contains__, keys)):
+            if not self._fetch(_AT_ONCE) and time.monotonic() > until:
+                self._spinning.tell(paid=False)
+                return
+        self._spinning.tell(paid=True)
+
+    def _look_for(self, seconds: float) -> None:
         """How long one look for a letter waits at most. In the kernel, since `select` would be another call."""
         if seconds != self._poll_seconds:
             timeval = _TIMEVAL.pack(int(seconds), int(seconds % 1 * 1e6))

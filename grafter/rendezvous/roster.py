@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter
 
 from grafter.direction import RoleName
 from grafter.names import is_tensor_key
 from grafter.watching.liveness import ProcessIdentity, host_identity
-
-_SPIN_SECONDS = 0.0003
 
 
 class PlayedFrom(BaseModel):
@@ -77,6 +76,8 @@ class Roster:
 
     baseline: tuple[Announcement, ...]
     target: tuple[Announcement, ...]
+    # What follows from it and from the points of its run, once it has been worked out.
+    memo: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @cached_property
     def all(self) -> tuple[Announcement, ...]:
@@ -115,12 +116,11 @@ class Roster:
         return [module for module in own if module not in others and not is_tensor_key(module)]
 
     @cached_property
-    def spin_seconds(self) -> float:
-        """How long a wait on this host may spin before it sleeps: being woken costs 40 us, which is most of a small
-        point. Only where every rank can have a core, since a spinning rank would else keep its peer from running."""
+    def has_core_each(self) -> bool:
+        """Whether every rank on this host can have a core of its own."""
         own_host = host_identity()
         here = sum(member.process.host == own_host for member in self.all)
-        return _SPIN_SECONDS if here <= len(os.sched_getaffinity(0)) else 0.0
+        return here <= len(os.sched_getaffinity(0))
 
     def share_memory(self, one: int, other: int) -> bool:
         """Whether two graft ranks can open each other's memory: on one machine, of one user."""

@@ -26,6 +26,8 @@ _Numbers = npt.NDArray[np.int64]
 _PADDING = -1
 # Sums of two of them stay within int64.
 _LARGEST = 1 << 61
+# Up to so many, NumPy's calls cost more than the numbers one by one.
+FEW = 16
 
 
 class Tokens:
@@ -39,7 +41,7 @@ class Tokens:
     hash of its first 1, 2, ... ids.
     """
 
-    __slots__ = ("announced", "hashes", "runs", "sequences")
+    __slots__ = ("announced", "hashes", "rows", "runs", "sequences")
 
     def __init__(
         self,
@@ -48,9 +50,11 @@ class Tokens:
         hashes: Mapping[int, npt.NDArray[np.uint64]] | None = None,
     ) -> None:
         self.sequences, self.runs = sequences, _joined_runs(runs)
+        # How many rows there are, padding included.
+        self.rows = total(self.runs[:, 2])
         self.hashes = dict(hashes or {})
-        # As it travels, once it has: the same tokens are given at every layer.
-        self.announced: Any = None
+        # As it travels, once it has, by from where on rows count: the same tokens are given at every layer.
+        self.announced: dict[tuple[int, ...], Any] = {}
         _check_each_once(self)
 
     @classmethod
@@ -82,10 +86,12 @@ class Tokens:
             if ids.shape != shape:
                 raise UsageError(f"token_ids is {list(ids.shape)}, and positions {list(shape)}: there is one per row.")
             ids = ids.reshape(-1)
-        codes, names = _in_order_of_rows(codes, names)
-        tokens = cls(names, _runs(codes, places))
+        runs = _runs(codes, places)
+        numbers, names = _in_order_of_rows(runs[:, 0], names)
+        runs[:, 0] = numbers[runs[:, 0]]
+        tokens = cls(names, runs)
         if ids is not None:
-            tokens.hashes = prefix_hashes(codes, places, ids)
+            tokens.hashes = prefix_hashes(numbers[codes], places, ids)
         return tokens
 
     @classmethod
@@ -97,6 +103,8 @@ class Tokens:
 
         Raises UsageError for lengths that differ or are negative, and for a position of a sequence that is there twice.
         """
+        if token_ids is None and (few := _few_runs(sequence_ids, lengths, starts)) is not None:
+            return cls(*few)
         counts = _integers(lengths, "lengths")
         if counts.ndim != 1:
             raise UsageError(f"lengths has {counts.ndim} dims; it is one number per sequence.")
@@ -112,8 +120,8 @@ class Tokens:
             raise UsageError("lengths or starts are too large for rows.")
         first = np.where(codes < 0, 0, first)
         codes, first, counts = (column[counts > 0] for column in (codes, first, counts))
-        codes, names = _in_order_of_rows(codes, names)
-        tokens = cls(names, np.stack([codes, first, counts], axis=1).reshape(-1, 3))
+        numbers, names = _in_order_of_rows(codes, names)
+        tokens = cls(names, np.stack([numbers[codes], first, counts], axis=1).reshape(-1, 3))
         if token_ids is not None:
             ids = _integers(token_ids, "token_ids").reshape(-1)
             if len(ids) != tokens.rows:
@@ -156,11 +164,6 @@ class Tokens:
             hashes=tuple((self.sequences[number], as_text(values)) for number, values in self.hashes.items()),
         )
 
-    @property
-    def rows(self) -> int:
-        """How many rows there are, padding included."""
-        return int(self.runs[:, 2].sum())
-
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Tokens) and self.record() == other.record()
 
@@ -198,6 +201,32 @@ class InvalidTokens(UsageError, ValueError):
 # --- making runs
 
 
+def total(counts: _Numbers) -> int:
+    """Their sum, which of the one count that there most often is costs a tenth of NumPy's."""
+    return int(counts[0]) if len(counts) == 1 else int(counts.sum())
+
+
+def _few_runs(sequence_ids: Any, lengths: Any, starts: Any) -> tuple[tuple[SequenceId, ...], _Numbers] | None:
+    """(sequences, runs) of short lists of plain numbers; None for all else, and for what makes no sense."""
+    starts = [0] * len(lengths) if starts is None and type(lengths) in (list, tuple) else starts
+    if not all(type(given) in (list, tuple) for given in (sequence_ids, lengths, starts)):
+        return None
+    if not len(sequence_ids) == len(lengths) == len(starts) <= FEW:
+        return None
+    numbers: dict[SequenceId, int] = {}
+    runs = []
+    for own, start, count in zip(sequence_ids, starts, lengths, strict=True):
+        if not (type(start) is type(count) is int and 0 <= start < _LARGEST // FEW > count >= 0):
+            return None
+        if type(own) not in (int, str, type(None)):
+            return None
+        if count and own is None:
+            runs.append((_PADDING, 0, count))
+        elif count:
+            runs.append((numbers.setdefault(own, len(numbers)), start, count))
+    return tuple(numbers), np.array(runs, dtype=np.int64).reshape(-1, 3)
+
+
 def _integers(value: Any, what: str) -> _Numbers:
     if hasattr(value, "detach"):
         value = value.detach().cpu().numpy()
@@ -226,9 +255,12 @@ def _codes(sequence_ids: Any, shape: tuple[int, ...]) -> tuple[_Numbers, tuple[S
             "(or, of a batch [b, s], each of b)."
         )
     flat = sequence_ids.reshape(-1)
-    if flat.dtype.kind in "iu":
-        names, codes = np.unique(flat, return_inverse=True)
-        return codes.astype(np.int64).reshape(-1), tuple(names.tolist())
+    if flat.dtype.kind in "iu" and len(flat):
+        # Only where another sequence begins: sorting all rows would cost more than all the rest.
+        first = np.concatenate([[0], np.flatnonzero(flat[1:] != flat[:-1]) + 1])
+        names, codes = np.unique(flat[first], return_inverse=True)
+        codes = codes.astype(np.int64).reshape(-1)
+        return np.repeat(codes, np.diff(np.append(first, len(flat)))), tuple(names.tolist())
     return _codes_one_by_one(flat.tolist())
 
 
@@ -262,13 +294,16 @@ def _codes_one_by_one(ids: list[Any]) -> tuple[_Numbers, tuple[SequenceId, ...]]
 
 
 def _in_order_of_rows(codes: _Numbers, names: tuple[SequenceId, ...]) -> tuple[_Numbers, tuple[SequenceId, ...]]:
-    """Sequences numbered by their first row, and only those that have one."""
+    """Sequences numbered by their first row, and only those that have one: (new number of each, names).
+
+    codes: of rows, or of what begins with each of them, in order. Padding, -1, keeps its number.
+    """
     there, first = np.unique(codes, return_index=True)
     there, first = there[there >= 0], first[there >= 0]
     kept = there[np.argsort(first, kind="stable")]
     renumbered = np.full(len(names) + 1, _PADDING, dtype=np.int64)
     renumbered[kept] = np.arange(len(kept))
-    return renumbered[codes], tuple(names[number] for number in kept.tolist())
+    return renumbered, tuple(names[number] for number in kept.tolist())
 
 
 def _runs(codes: _Numbers, places: _Numbers) -> _Numbers:

@@ -48,6 +48,21 @@ def local_tensor(tensor: torch.Tensor, *, wait: bool = True) -> torch.Tensor:
     return result
 
 
+class without_gradient:
+    """`torch.no_grad()` around work of our own, at a tenth of its cost: it stands in every point, several times."""
+
+    __slots__ = ("_was_enabled",)
+
+    def __enter__(self) -> None:
+        self._was_enabled = torch.is_grad_enabled()
+        if self._was_enabled:
+            torch._C._set_grad_enabled(False)
+
+    def __exit__(self, *_: object) -> None:
+        if self._was_enabled:
+            torch._C._set_grad_enabled(True)
+
+
 def wrap_like(target: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
     """`local` (this rank's shard) as a DTensor with the mesh, placements, shape and strides of `target`.
 

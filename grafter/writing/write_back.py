@@ -120,7 +120,7 @@ def _may_overlap_itself(tensor: torch.Tensor) -> bool:
 
     Dims in order of stride: each step must lead beyond everything that the dims below it reach.
     """
-    if tensor.numel() == 0:
+    if tensor.is_contiguous() or tensor.numel() == 0:
         return False
     reach = 0
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
@@ -133,7 +133,9 @@ def _may_overlap_itself(tensor: torch.Tensor) -> bool:
 
 
 def _span_bytes(tensor: torch.Tensor) -> int:
-    """Bytes from the start of the storage to the end of the last element."""
+    """Bytes from the start of the storage to the end of the last element. tensor: not empty."""
+    if tensor.is_contiguous():
+        return int(tensor.storage_offset() + tensor.numel()) * tensor.element_size()
     reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return int(tensor.storage_offset() + reach + 1) * tensor.element_size()
 
