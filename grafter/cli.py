@@ -12,9 +12,10 @@ import signal
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
@@ -26,6 +27,9 @@ from grafter.locate.command import locate_command
 from grafter.plan_suggest.command import plan_app
 from grafter.report.command import report_command
 from grafter.requests.commands import record_command, replay_command
+
+if TYPE_CHECKING:
+    from grafter.running.launcher import PairResult
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -191,55 +195,73 @@ def run(
     2 wrong usage; 130 Ctrl-C.
     """
     with errors_told():
-        from grafter.running.launcher import PairResult, run_pair, run_side
-        from grafter.running.run_report import report_run
-
         filters = {"b2t_filter": b2t, "t2b_filter": t2b, "compare_filter": compare, "dump_filter": dump}
-        own = {
-            **filters,
-            "transform_path": transform,
-            "attach": ",".join(attach) if attach else None,
-            "plan": str(plan) if plan is not None else None,
-        }
-        settings = _merge_settings(
-            {field: value for field, value in own.items() if value is not None}, assignments or []
-        )
-        result: PairResult
+        patterns = ",".join(attach) if attach else None
+        own = {**filters, "transform_path": transform, "attach": patterns, "plan": str(plan) if plan else None}
+        settings = _merge_settings({field: text for field, text in own.items() if text is not None}, assignments or [])
         if record is not None:
             _refuse({"--out": out, "--name": name}, "does not go with --record, whose DIR is where the run goes")
             settings["record"] = "1"
             out, name = record.absolute().parent, record.name
+        ends = _Ends(settings, out, name, peer)
         if role is None:
             away = {"--host-store": host_store, "--address": address, "--master": master, "-- CMD": command}
             _refuse(away, "needs --role")
-            if peer is not None and baseline is not None and target is not None:
-                raise UsageError("--peer plays one side, so only the other has a command: --baseline or --target.")
-            if (baseline is None or target is None) and (peer is None or baseline is target):
-                raise UsageError(
-                    "give both --baseline CMD and --target CMD, or one of them and --peer, or --role and one command "
-                    "after `--`."
-                )
-            result = run_pair(baseline, target, settings=settings, out=out, run_name=name, peer=peer)
+            _end(ends.run_pair(baseline, target))
         else:
-            _refuse(
-                {"--baseline": baseline, "--target": target}, "does not go with --role; write the command after `--`"
+            jobs = {"--baseline": baseline, "--target": target}
+            _refuse(jobs, "does not go with --role; write the command after `--`")
+            _end(ends.run_side(role.value, command or [], host_store, address, master))
+
+
+@dataclass(frozen=True)
+class _Ends:
+    """What both ways to run have: settings by field, where the run goes, its name, the recording that is played."""
+
+    settings: dict[str, str]
+    out: Path | None
+    name: str | None
+    peer: Path | None
+
+    def run_pair(self, baseline: str | None, target: str | None) -> PairResult:
+        from grafter.running.launcher import run_pair
+
+        if self.peer is not None and baseline is not None and target is not None:
+            raise UsageError("--peer plays one side, so only the other has a command: --baseline or --target.")
+        if (baseline is None or target is None) and (self.peer is None or baseline is target):
+            raise UsageError(
+                "give both --baseline CMD and --target CMD, or one of them and --peer, or --role and one command "
+                "after `--`."
             )
-            if peer is not None:
-                _refuse({"-- CMD": command}, "does not go with --peer: this side is the recording")
-            elif not command:
-                raise UsageError(f"say how to start the {role.value} job: grafter run --role {role.value} ... -- CMD")
-            if host_store is None:
-                _refuse({"--address": address}, "goes with --host-store")
-            hosted = None if host_store is None else (address or "127.0.0.1", host_store)
-            place = None if master is None else parse_master(master)
-            result = run_side(
-                role.value, command or (), settings=settings, host=hosted, master=place, out=out, run_name=name,
-                peer=peer,
-            )  # fmt: skip
-        if result.stop_signal == signal.SIGPIPE:
-            # Nobody reads any more; Python would complain again when it flushes stdout at exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise typer.Exit(report_run(result, sys.stdout, limit=_SUMMARY_ROWS))
+        return run_pair(baseline, target, settings=self.settings, out=self.out, run_name=self.name, peer=self.peer)
+
+    def run_side(
+        self, role: str, command: list[str], host_store: int | None, address: str | None, master: str | None
+    ) -> PairResult:
+        from grafter.running.launcher import run_side
+
+        if self.peer is not None:
+            _refuse({"-- CMD": command}, "does not go with --peer: this side is the recording")
+        elif not command:
+            raise UsageError(f"say how to start the {role} job: grafter run --role {role} ... -- CMD")
+        if host_store is None:
+            _refuse({"--address": address}, "goes with --host-store")
+        hosted = None if host_store is None else (address or "127.0.0.1", host_store)
+        place = None if master is None else parse_master(master)
+        return run_side(
+            role, command, settings=self.settings, host=hosted, master=place, out=self.out, run_name=self.name,
+            peer=self.peer,
+        )  # fmt: skip
+
+
+def _end(result: PairResult) -> NoReturn:
+    """Print the summary, and exit."""
+    from grafter.running.run_report import report_run
+
+    if result.stop_signal == signal.SIGPIPE:
+        # Nobody reads any more; Python would complain again when it flushes stdout at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    raise typer.Exit(report_run(result, sys.stdout, limit=_SUMMARY_ROWS))
 
 
 def _merge_settings(own: dict[str, str], assignments: list[str]) -> dict[str, str]:

@@ -197,11 +197,9 @@ class Grafter:
         coming.filters.continue_from(self.filters)
         self._past_filters.append((coming.step, self.filters))
         self.filters, self.stats = coming.filters, coming.in_force.stats
-        if coming.choice is not None:
-            self.dumps.choice = coming.choice
+        self.options.take_over(coming.config)
         dumped = coming.in_force.dumped_steps
-        if dumped is not None:
-            self.dumps.limits.also_allow(dumped.first, dumped.end)
+        self.dumps.take_over(coming.config, coming.choice, (dumped.first, dumped.end) if dumped is not None else None)
 
     def _filters_of(self, step: int) -> DirectionFilters:
         for before, filters in self._past_filters:
@@ -417,7 +415,7 @@ class Grafter:
         if module is not None and not self.config.only_dumps:
             options, _ = self.among_holders(self.entry.joined(), module, options)
         starts: tuple[int, ...] = ()
-        if options.start is not None or options.new_rows_only:
+        if options.has_window:
             announced = self.offers.windows.announce(options, key)
             starts = announced.starts if announced is not None else ()
         self.dumps.finish(self.dumps.take(key, None, value, options, tags, site, starts=starts))
@@ -564,7 +562,7 @@ class Grafter:
             )
         if self._closed:
             raise UsageError(f"the point {name!r} at {site} comes after grafter.close().")
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():  # type: ignore[no-untyped-call]
             raise UsageError(
                 f"the point {name!r} at {site} is in a CUDA graph capture, where nothing can be read or exchanged: the "
                 f"replay would repeat the capture's values. Run this part without CUDA graphs (eager, or "

@@ -82,7 +82,7 @@ class OfferMaker:
             except LayoutError as error:
                 raise LayoutError(f"the point {key.name!r}: {error}") if key is not None else error from None
             axes = self.axes(options.axes) if layouts else ()
-            given = options.tokens is not None or options.start is not None or options.new_rows_only
+            given = options.tokens is not None or options.has_window
             tokens = self.windows.announce(options, key) if given else None
         except NothingToOffer as nothing:
             return Offer(value, nothing=str(nothing))

@@ -32,6 +32,8 @@ class PointOptions:
     dump_level: DumpLevel = "full"
     tokens: Any = None
     start: Any = None
+    run_start: int = 0
+    """From the configuration, for a call that has no start: a sequence that ends before it has no rows that count."""
     new_rows_only: bool = False
     extras: Any = None
     ranks: Any = None
@@ -39,6 +41,11 @@ class PointOptions:
     layout: Layout | dict[str, Layout] | None = None
     axes: Any = None
     seq_lens: Any = None
+
+    @property
+    def has_window(self) -> bool:
+        """Whether some rows may not count."""
+        return self.start is not None or self.new_rows_only or self.run_start > 0
 
 
 class OptionChooser:
@@ -49,16 +56,23 @@ class OptionChooser:
         self._transforms = _load_transforms(config)
         self._known: dict[Any, PointOptions] = {}
 
+    def take_over(self, config: GrafterConfig) -> None:
+        """From now on by this configuration, which has the same rules and transforms."""
+        self._config = config
+        # Not the same one emptied: another thread may be about to keep there what it made of the old configuration.
+        self._known = {}
+
     def options_of(self, name: str, given: dict[str, Any]) -> PointOptions:
         """How this point is treated; worked out once for calls that give no options of their own, or only words."""
         if given and not all(isinstance(value, str) for value in given.values()):
             return self._choose_options(name, given)
         known = (name, *sorted(given.items())) if given else name
-        options = self._known.get(known)
+        remembered = self._known
+        options = remembered.get(known)
         if options is None:
-            if len(self._known) >= _MOST_REMEMBERED:
-                self._known.clear()
-            options = self._known[known] = self._choose_options(name, given)
+            if len(remembered) >= _MOST_REMEMBERED:
+                remembered.clear()
+            options = remembered[known] = self._choose_options(name, given)
         return options
 
     def _choose_options(self, name: str, given: dict[str, Any]) -> PointOptions:
@@ -83,8 +97,7 @@ class OptionChooser:
             wait=choose("wait"),
             dump_level=choose("dump_level"),
             tokens=given.get("tokens"),
-            start=given.get("start"),
-            new_rows_only=bool(given.get("new_rows_only")),
+            **self._window(given),
             dims=choose("dims") or None,
             layout=None if dims_are_ruled else given.get("layout"),
             axes=given.get("axes"),
@@ -92,6 +105,19 @@ class OptionChooser:
             extras=given.get("extras"),
             ranks=given.get("ranks"),
         )
+
+    def _window(self, given: dict[str, Any]) -> dict[str, Any]:
+        """Which rows count. What the configuration says is for points with tokens alone."""
+        config, start, new_rows_only = self._config, given.get("start"), given.get("new_rows_only")
+        if not config.windows:
+            return {}
+        if given.get("tokens") is None:
+            return {"start": start, "new_rows_only": bool(new_rows_only)}
+        return {
+            "start": start,
+            "run_start": config.start if start is None else 0,
+            "new_rows_only": config.new_rows_only if new_rows_only is None else bool(new_rows_only),
+        }
 
     def _transform(self, transform: str | Callable[..., Any]) -> UserTransform:
         if isinstance(transform, str):

@@ -188,11 +188,3 @@ def proxied(url: str, directory: Path, **options: Any) -> Iterator[tuple[str, Re
         proxy = RecordingProxy(url, recorder, limit)
         with served(Starlette(routes=[Route("/{path:path}", proxy)])) as proxy_url:
             yield proxy_url, recorder
-
-
-def lines_in(directory: Path) -> list[dict[str, Any]]:
-    """All requests in a directory, as they were written; headers of files are left out."""
-    found = []
-    for file in sorted(directory.glob("*.jsonl")):
-        found += [json.loads(line) for line in file.read_text().splitlines()[1:]]
-    return found

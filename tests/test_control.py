@@ -51,7 +51,7 @@ def test_set_changes_what_is_named_and_an_empty_text_unsets() -> None:
         ({"dump_filter": "occurrence == 1"}, "a filter cannot read it"),
         ({"compare_filter": ""}, "set at least one of"),
         ({"b2t_filter": " name == 'a'"}, "b2t and compare have the same filter"),
-        ({"stats": "much"}, "legal values are full, light and off"),
+        ({"stats": "much"}, "legal: full, light, off"),
         ({}, "nothing is set"),
     ],
 )

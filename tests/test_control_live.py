@@ -1,10 +1,11 @@
 """Filters and dumps of a run changed while it runs: at one step on every rank of both jobs, or nowhere.
 
-Costs about 5 s of one core. Ranks stop where the test wants them, so that each change's step is known.
+Costs about 8 s of one core. Ranks stop where the test wants them, so that each change's step is known.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from jobs import _CONTEXT, Jobs, Rank, succeed
+from request_files import lines_in, wait_until
 from typer.testing import CliRunner, Result
 
 import grafter
@@ -25,6 +27,7 @@ from grafter.control.history import read_history
 from grafter.control.run_access import RankView, RunAccess
 from grafter.dumps.record import DumpRecord
 from grafter.errors import ProtocolError
+from grafter.ledger import LedgerRecord
 from grafter.rendezvous.store import StoreClient, connect
 from grafter.rendezvous.wire import Seal
 from grafter.running.run_summary import read_run_summary
@@ -257,6 +260,99 @@ def test_a_killed_ctl_and_a_stopped_rank_hold_nobody_for_long(tmp_path: Path) ->
         assert succeed(jobs.wait()) == [3, 3]
     with pytest.raises(ProtocolError, match="no secret"):
         Seal("ctl", None).open("k", Seal("baseline/0", "x").seal("k", "run", "").encode())
+
+
+def serve_and_step(rank: Rank) -> None:
+    """A conversation that grows by one row a step; one job also has a recorder of requests, once it is told to."""
+    look_often()
+    recorder, step = None, 0
+    while not rank.signals["stop"].is_set():
+        if recorder is None and not rank.is_baseline and rank.signals["make a recorder"].is_set():
+            recorder = grafter.RequestRecorder(rank.arguments[0])
+        tokens = grafter.Tokens.from_lengths(["conversation"], [8 + step])
+        grafter.dump("h", torch.ones(8 + step, 2), dims="t h", tokens=tokens)
+        if recorder is not None:
+            recorder.record(str(step), {"text": "x", "logits": [1]})
+            recorder.finish(str(step), "y")
+        grafter.step()
+        step += 1
+        time.sleep(0.002)
+    if recorder is not None:
+        recorder.close()
+
+
+def step_of(result: Result) -> int:
+    assert result.exit_code == 0, result.output
+    return int(result.stdout.partition("for step ")[2].split()[0])
+
+
+def test_windows_dumps_and_recorders_change_at_one_step_in_both_jobs(tmp_path: Path) -> None:
+    """And are refused as a whole: a start that is none, a change of recorders where nobody has one."""
+    recorded, names = tmp_path / "requests", ("stop", "make a recorder")
+    settings: dict[str, Any] = {"compare_filter": "name == 'h'", "secret": SECRET, "timeout": FAR}
+    with Jobs(tmp_path, signals=names, **settings) as jobs:
+        for role in ("baseline", "target"):
+            jobs.start(role, 1, serve_and_step, recorded)
+        run = Run(jobs)
+        until_joined(jobs.port)
+
+        bad = run.ctl("set", "--start", "-1", "--stats", "off")
+        assert bad.exit_code == 1
+        assert "is refused: baseline rank 0, target rank 0: these settings" in bad.stderr
+        assert "start='-1': it must be at least 0" in bad.stderr
+        start = step_of(run.ctl("set", "--start", "5", "--wait", str(FAR)))
+        new = step_of(run.ctl("set", "--start", "", "--new-rows-only", "on", "--wait", str(FAR)))
+        every = step_of(run.ctl("set", "--windows", "off", "--wait", str(FAR)))
+        limits = ("--dump-level", "statistics", "--dump-max-points", "3")
+        dumped = step_of(run.ctl("set", "--dump", "name == 'h'", *limits, "--wait", str(FAR)))
+        assert "dump level: statistics; dump limits: points 3; stats: full; windows: off" in run.ctl("status").stdout
+
+        nobody = run.ctl("record", "off")
+        assert nobody.exit_code == 1
+        assert "would change nothing on any rank: no grafter.RequestRecorder lives in its process" in nobody.stderr
+        jobs.signals["make a recorder"].set()
+        wait_until(lambda: "recorder of target rank 0: on, 1000 to a batch" in run.ctl("status").stdout)
+        bare = step_of(run.ctl("record", "--exclude", "logits", "--wait", str(FAR)))
+        off = run.ctl("record", "off", "--threshold", "7", "--wait", str(FAR))
+        assert "recorder of target rank 0: off, 7 to a batch, without logits, into" in off.stdout, off.output
+        assert "no recorder of requests lives in the process of baseline rank 0" in off.stdout
+        on = step_of(run.ctl("record", "on", "--threshold", "0", "--wait", str(FAR)))
+        assert counts(run)["recorded"] > 0
+        dump = step_of(run.ctl("record", "dump-now", "--wait", str(FAR)))
+        wait_until(lambda: set(range(on, dump)) <= {int(line["id"]) for line in lines_in(recorded)})
+        # From here on nobody waits for the other.
+        step_of(run.ctl("off", "--wait", str(FAR)))
+        jobs.signals["stop"].set()
+        succeed(jobs.wait())
+
+    for ledger in jobs.ledgers().values():
+        assert [matched(record) for record in ledger] == [
+            8 + step if step < start or step >= every or step == new else 3 + step if step < new else 1
+            for step in range(len(ledger))
+        ]
+    for role in ("baseline", "target"):
+        assert dumped_levels(tmp_path, role) == [(dumped + n, "statistics") for n in range(3)]
+    lines = {int(line["id"]): line for line in lines_in(recorded)}
+    first = min(lines)
+    assert [step for step in sorted(lines) if step < on] == list(range(first, step_of(off)))
+    assert all(("logits" in line["request"]) is (step < bare) for step, line in lines.items())
+
+
+def matched(record: LedgerRecord) -> int:
+    assert record.tokens is not None
+    return record.tokens.matched
+
+
+def counts(run: Run) -> dict[str, int]:
+    ranks = json.loads(run.ctl("status", "--json").stdout)["ranks"]
+    found: dict[str, int] = ranks[1]["recorders"][0]["counts"]
+    return found
+
+
+def dumped_levels(directory: Path, role: str) -> list[tuple[int, str]]:
+    lines = (directory / "run" / role / "rank0.dumps.jsonl").read_text().splitlines()
+    records = [DumpRecord.model_validate_json(line) for line in lines]
+    return [(record.step, record.level) for record in records]
 
 
 ON = Change(action="on")

@@ -48,7 +48,7 @@ def test_steps_are_those_of_the_ranges(ranges: list[tuple[int, int | None]]) -> 
 
 def test_a_limit_that_is_reached_stays_reached(caplog: pytest.LogCaptureFixture) -> None:
     """After a point that is too large, a small one is not saved either: there is no hole. It is said once, counted."""
-    limits = Limits(None, 100, None, "baseline rank 0")
+    limits = Limits(None, "100", None, "baseline rank 0")
     assert [limits.take(n) for n in (60, 50, 1, 40)] == [True, False, False, False]
     assert limits.left_out == {"bytes": 3}
     assert [record.getMessage().count("GRAFTER_DUMP_MAX_BYTES") for record in caplog.records] == [1]

@@ -23,7 +23,8 @@ import httpx
 import pytest
 import uvicorn
 from jobs import PRELOAD
-from request_parts import Engine, lines_in, proxied, served, tcp_socket
+from request_files import lines_in, wait_until
+from request_parts import Engine, proxied, served, tcp_socket
 from starlette.responses import Response
 
 from grafter.requests.proxy import Kept, Room
@@ -385,6 +386,20 @@ def test_the_proxy_killed_in_the_middle(number: int, tmp_path: Path) -> None:
     else:
         assert Counter(request.state for request in requests) == {"finished": 45, "unfinished": 1}
         assert [r.request["number"] for r in requests if r.state == "unfinished"] == [45]
+
+
+def test_sigusr1_writes_what_is_in_memory_and_the_proxy_goes_on(tmp_path: Path) -> None:
+    """Finished requests and one whose stream is under way, which is then written again as what it came to."""
+    with Process(run_engine) as server, Process(run_proxy, server.url, tmp_path, 1000) as proxy:
+        assert ask_thousand(proxy.url, range(3)) == {"ok": 3}
+        held = hold_stream(proxy.url, 3)
+        os.kill(proxy.process.pid, signal.SIGUSR1)
+        wait_until(lambda: len(lines_in(tmp_path)) == 4)
+        assert Counter(line["state"] for line in lines_in(tmp_path)) == {"finished": 3, "unfinished": 1}
+        assert ask_thousand(proxy.url, range(4, 6)) == {"ok": 2}
+        assert proxy.kill(signal.SIGTERM) == -signal.SIGTERM
+        held.close()
+    assert len(Recording(tmp_path)) == 6
 
 
 def test_a_port_in_use_is_told(tmp_path: Path) -> None:

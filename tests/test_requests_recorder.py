@@ -23,7 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jobs import PRELOAD
 from pydantic import BaseModel
-from request_parts import lines_in
+from request_files import lines_in, wait_until
 
 import grafter
 from grafter.dumps.buffers import Buffers
@@ -40,13 +40,6 @@ _CONTEXT.set_forkserver_preload(PRELOAD)
 def records(directory: Path) -> list[Any]:
     recording = Recording(directory)
     return [recording.read(place) for place in recording.places]
-
-
-def wait_until(condition: Any, seconds: float = 20.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it never came to it"
-        time.sleep(0.005)
 
 
 def test_a_request_its_meta_data_and_output_are_read_back(tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ from typing import Any
 import httpx
 import pytest
 from jobs import PRELOAD
-from request_parts import Engine, lines_in, proxied, served, tcp_socket
+from request_files import lines_in
+from request_parts import Engine, proxied, served, tcp_socket
 from starlette.responses import JSONResponse
 from typer.testing import CliRunner, Result
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import io
 import itertools
+import os
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grafter.running.run_output import LineSplitter, RunOutput
+from grafter.running.run_output import LineSplitter, OutputReader, RunOutput
 from grafter.running.supervision import WaitTeller
 
 
@@ -72,6 +73,20 @@ def test_an_encoding_without_the_character_costs_the_character() -> None:
     output.lines("target", ["naïve", "next"])
     assert raw.getvalue() == b"[target] na?ve\n[target] next\n"
     assert output.broken is None
+
+
+def test_a_reader_closes_its_pipe_itself_when_it_is_through() -> None:
+    """Whoever started it may be gone before: a descriptor that another closed could by then be any other file's."""
+    ours, theirs = os.pipe()
+    pipe, raw = os.fdopen(ours, "rb", buffering=0), io.BytesIO()
+    reader = OutputReader(pipe, "target", RunOutput(io.TextIOWrapper(raw, encoding="utf-8")))
+    reader.start()
+    os.write(theirs, b"last words")
+    assert not pipe.closed
+    os.close(theirs)
+    reader.join(20)
+    assert pipe.closed
+    assert raw.getvalue() == b"[target] last words\n"
 
 
 def test_a_wait_is_told_after_ten_seconds_and_each_minute() -> None:

@@ -1,4 +1,5 @@
-"""Control: filters, statistics and dumping of a run changed while it runs, on every rank at the same step boundary.
+"""Control: filters, statistics, windows, dumping and recorders of requests, changed while a run goes on, on every rank
+at the same step boundary.
 
     in the store, under control/        by            what it does
     <n>                                 grafter ctl   proposes change n; the next one waits until this is decided
@@ -15,6 +16,7 @@ or nowhere, and holds nobody for longer than the change allows.
 
 change         what travels: proposal, answer, decision, state
 in_force       the settings that can be changed, before and after a change (pure)
+recorders      recorders of requests in a rank's process: changed, and told
 traced         points in compiled code, whose treatment is settled already
 decision       answers become one decision
 rank_control   a rank's part: it answers, is held, and takes over

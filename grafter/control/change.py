@@ -7,13 +7,19 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from grafter.control.in_force import InForce
+from grafter.control.recorders import RecorderChange, RecorderState
 from grafter.filters.expression import MAX_LENGTH
 
-ControlField = Literal["b2t_filter", "t2b_filter", "compare_filter", "dump_filter", "stats"]
+ControlField = Literal[
+    "b2t_filter", "t2b_filter", "compare_filter", "dump_filter", "stats", "windows", "start", "new_rows_only",
+    "dump_level", "dump_steps", "dump_max_bytes", "dump_max_points",
+]  # fmt: skip
 # As the command line has them.
 OPTION_OF: dict[ControlField, str] = {
     "b2t_filter": "--b2t", "t2b_filter": "--t2b", "compare_filter": "--compare", "dump_filter": "--dump",
-    "stats": "--stats",
+    "stats": "--stats", "windows": "--windows", "start": "--start", "new_rows_only": "--new-rows-only",
+    "dump_level": "--dump-level", "dump_steps": "--dump-steps", "dump_max_bytes": "--dump-max-bytes",
+    "dump_max_points": "--dump-max-points",
 }  # fmt: skip
 _LONGEST_REASON = 4000
 _Text = Annotated[str, Field(max_length=MAX_LENGTH)]
@@ -26,12 +32,14 @@ class _Message(BaseModel):
 
 
 class Change(_Message):
-    """What is asked for. settings: for `set`, an empty text unsets. steps, points: for `dump-next`."""
+    """What is asked for. settings: for `set`, an empty text unsets. steps, points: for `dump-next`. recorders: for
+    `record`."""
 
-    action: Literal["set", "off", "on", "dump-next"]
+    action: Literal["set", "off", "on", "dump-next", "record"]
     settings: dict[ControlField, _Text] = {}
     steps: Annotated[int, Field(strict=True, ge=1, le=1_000_000_000)] = 1
     points: _Text = "True"
+    recorders: RecorderChange = RecorderChange()
 
     def __str__(self) -> str:
         """As one would type it."""
@@ -39,7 +47,7 @@ class Change(_Message):
             return "set " + " ".join(f"{OPTION_OF[name]} {value!r}" for name, value in self.settings.items())
         if self.action == "dump-next":
             return f"dump-next {self.steps}" + (f" --points {self.points!r}" if self.points != "True" else "")
-        return self.action
+        return f"record {self.recorders}" if self.action == "record" else self.action
 
 
 class Proposal(_Message):
@@ -52,10 +60,12 @@ class Proposal(_Message):
 
 
 class Answer(_Message):
-    """Of one rank: the step that it is in, and does not end before the decision; or why it refuses."""
+    """Of one rank: the step that it is in, and does not end before the decision; or why it refuses. idle: why the
+    change, accepted, would change nothing here; where that is so everywhere, it is refused."""
 
     step: _Step | None = None
     refused: Annotated[str, Field(max_length=_LONGEST_REASON)] | None = None
+    idle: Annotated[str, Field(max_length=_LONGEST_REASON)] | None = None
 
     @classmethod
     def refusal(cls, reason: str) -> Answer:
@@ -71,7 +81,8 @@ class Decision(_Message):
 
 class State(_Message):
     """One rank, as it was asked. count: grows with every answer. changes: how many of the run's have been in force.
-    to_come: the steps of those that were decided and are not. last_point: empty where it has had none."""
+    to_come: the steps of those that were decided and are not. last_point: empty where it has had none. recorders: of
+    requests, in its process."""
 
     count: int
     step: _Step
@@ -79,6 +90,7 @@ class State(_Message):
     to_come: tuple[_Step, ...]
     in_force: InForce
     last_point: Annotated[str, Field(max_length=_LONGEST_REASON)] = ""
+    recorders: tuple[RecorderState, ...] = ()
 
 
 # Places in the store.

@@ -7,27 +7,43 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from grafter.errors import ConfigError, GrafterError, JoinError, UsageError
 
 if TYPE_CHECKING:
-    from grafter.control.change import Change, ControlField
+    from grafter.control.change import ControlField
     from grafter.control.run_access import RunAccess
 
 _EXIT_REFUSED, _EXIT_USAGE = 1, 2
 
 ctl_app = typer.Typer(
     name="ctl",
-    help="Look at a run that goes on, and change its filters and dumps.",
+    help="Look at a run that goes on, and change its filters, windows and dumps.",
     no_args_is_help=True,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+
+class RecorderAction(str, Enum):
+    on = "on"
+    off = "off"
+    dump_now = "dump-now"
+
+
+_Master = Annotated[
+    str | None, typer.Option(metavar="HOST:PORT", help="The run's store. Default: GRAFTER_MASTER_ADDRESS, _PORT.")
+]
+_Run = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="Or the run's directory, or that of --out: its newest run.")
+]
+_Group = Annotated[str | None, typer.Option(metavar="NAME", help="The run's GRAFTER_GROUP_NAME. Default: graft.")]
+_Json = Annotated[bool, typer.Option("--json", help="One JSON object and nothing else.")]
 _Wait = Annotated[
     float, typer.Option("--wait", metavar="SECONDS", min=0, help="How long to wait until it is in force everywhere.")
 ]
@@ -37,6 +53,27 @@ _Hold = Annotated[
         "--hold", metavar="SECONDS", min=0.1, max=3600, help="How long ranks may be held until it is decided."
     ),
 ]
+# Of `set`. Texts, since an empty one unsets, and the ranks are who reads them.
+_Filter = Annotated[str | None, typer.Option(metavar="EXPR", help="In its place; '' unsets it.")]
+_Stats = Annotated[str | None, typer.Option(metavar="LEVEL", help="full, light or off.")]
+_Start = Annotated[str | None, typer.Option(metavar="N", help="Rows from this position on, where a call has no start.")]
+_NewRowsOnly = Annotated[
+    str | None, typer.Option(metavar="on|off", help="Rows that met before do not count, where a call says nothing.")
+]
+_Windows = Annotated[str | None, typer.Option(metavar="on|off", help="off: every row counts, whatever calls say.")]
+_DumpLevel = Annotated[str | None, typer.Option(metavar="LEVEL", help="full, statistics or checksum.")]
+_DumpSteps = Annotated[str | None, typer.Option(metavar="STEPS", help="Only these are saved: 0-3,10 or 20-.")]
+_DumpMaxBytes = Annotated[str | None, typer.Option(metavar="BYTES", help="A rank saves no more: 512MiB, 10GiB.")]
+_DumpMaxPoints = Annotated[str | None, typer.Option(metavar="N", help="A rank saves no more points.")]
+# Of `dump-next`.
+_Steps = Annotated[int, typer.Argument(metavar="N", min=1, help="How many steps.")]
+_Points = Annotated[str, typer.Option(metavar="EXPR", help="Which points. Default: all.")]
+# Of `record`.
+_What = Annotated[
+    RecorderAction | None, typer.Argument(metavar="ACTION", help="Leave it out to change the rest alone.")
+]
+_Threshold = Annotated[int | None, typer.Option(metavar="N", min=0, help="Finished requests to a batch; 0: none.")]
+_Exclude = Annotated[str | None, typer.Option(metavar="KEYS", help="Keys to leave out of the record; '' for none.")]
 
 
 @dataclass(frozen=True)
@@ -47,19 +84,9 @@ class _Target:
 
 
 @ctl_app.callback()
-def ctl(
-    context: typer.Context,
-    master: Annotated[
-        str | None, typer.Option(metavar="HOST:PORT", help="The run's store. Default: GRAFTER_MASTER_ADDRESS, _PORT.")
-    ] = None,
-    run: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Or the run's directory, or that of --out: its newest run.")
-    ] = None,
-    group: Annotated[
-        str | None, typer.Option(metavar="NAME", help="The run's GRAFTER_GROUP_NAME. Default: graft.")
-    ] = None,
-) -> None:
-    """Look at a run that goes on, and change its filters and dumps, on every rank of both jobs at one step boundary.
+def ctl(context: typer.Context, master: _Master = None, run: _Run = None, group: _Group = None) -> None:
+    """Look at a run that goes on, and change its filters, windows and dumps, on every rank of both jobs at one step
+    boundary.
 
     \b
     grafter ctl --master 127.0.0.1:29400 status
@@ -75,11 +102,8 @@ def ctl(
 
 
 @ctl_app.command(short_help="What each rank does, and what is in force.")
-def status(
-    context: typer.Context,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object and nothing else.")] = False,
-) -> None:
-    """What each rank does, which step it is in, and which settings are in force."""
+def status(context: typer.Context, as_json: _Json = False) -> None:
+    """What each rank does, which step it is in, which settings are in force, and its recorders of requests."""
     with _errors_told():
         from rich.console import Console
 
@@ -93,64 +117,73 @@ def status(
             print_status(Console(width=None if sys.stdout.isatty() else 250), access, views)
 
 
-_Text = Annotated[str | None, typer.Option(metavar="EXPR", help="In its place; '' unsets it.")]
-
-
-@ctl_app.command("set", short_help="Change filters, or how much is measured.")
+@ctl_app.command("set", short_help="Change filters, windows, dumps, or how much is measured.")
 def set_command(
-    context: typer.Context,
-    b2t: _Text = None,
-    t2b: _Text = None,
-    compare: _Text = None,
-    dump: _Text = None,
-    stats: Annotated[str | None, typer.Option(metavar="LEVEL", help="full, light or off.")] = None,
-    wait: _Wait = 10.0,
-    hold: _Hold = 10.0,
-) -> None:
-    """Change filters, or how much is measured. What is not named stays as it is."""
+    context: typer.Context, b2t: _Filter = None, t2b: _Filter = None, compare: _Filter = None, stats: _Stats = None,
+    start: _Start = None, new_rows_only: _NewRowsOnly = None, windows: _Windows = None, dump: _Filter = None,
+    dump_level: _DumpLevel = None, dump_steps: _DumpSteps = None, dump_max_bytes: _DumpMaxBytes = None,
+    dump_max_points: _DumpMaxPoints = None, wait: _Wait = 10.0, hold: _Hold = 10.0,
+) -> None:  # fmt: skip
+    """Change filters, windows, dumps, or how much is measured. What is not named stays as it is; '' brings a setting
+    back to its default."""
     given: dict[ControlField, str | None] = {
         "b2t_filter": b2t, "t2b_filter": t2b, "compare_filter": compare, "dump_filter": dump, "stats": stats,
+        "start": start, "new_rows_only": new_rows_only, "windows": windows, "dump_level": dump_level,
+        "dump_steps": dump_steps, "dump_max_bytes": dump_max_bytes, "dump_max_points": dump_max_points,
     }  # fmt: skip
     settings = {name: value for name, value in given.items() if value is not None}
     with _errors_told():
-        if not settings:
-            raise UsageError("say what to set: --b2t, --t2b, --compare, --dump or --stats.")
-        from grafter.control.change import Change
+        from grafter.control.change import OPTION_OF
 
-        _change(context, Change(action="set", settings=settings), wait, hold)
+        if not settings:
+            *others, last = OPTION_OF.values()
+            raise UsageError(f"say what to set: {', '.join(others)} or {last}.")
+        _change(context, wait, hold, action="set", settings=settings)
 
 
 @ctl_app.command("off", short_help="No filter matches, and nothing is saved.")
 def off(context: typer.Context, wait: _Wait = 10.0, hold: _Hold = 10.0) -> None:
     """From the next step on no filter matches, and nothing is saved, until `on`."""
     with _errors_told():
-        from grafter.control.change import Change
-
-        _change(context, Change(action="off"), wait, hold)
+        _change(context, wait, hold, action="off")
 
 
 @ctl_app.command("on", short_help="The filters as they were before `off`.")
 def on(context: typer.Context, wait: _Wait = 10.0, hold: _Hold = 10.0) -> None:
     """The filters as they were before `off`, with what was set since."""
     with _errors_told():
-        from grafter.control.change import Change
-
-        _change(context, Change(action="on"), wait, hold)
+        _change(context, wait, hold, action="on")
 
 
 @ctl_app.command("dump-next", short_help="Save the points of the next N steps.")
 def dump_next(
-    context: typer.Context,
-    steps: Annotated[int, typer.Argument(metavar="N", min=1, help="How many steps.")],
-    points: Annotated[str, typer.Option(metavar="EXPR", help="Which points. Default: all.")] = "True",
-    wait: _Wait = 10.0,
-    hold: _Hold = 10.0,
+    context: typer.Context, steps: _Steps, points: _Points = "True", wait: _Wait = 10.0, hold: _Hold = 10.0
 ) -> None:
     """Save the points of the next N steps, the same steps on every rank, besides what the dump filter saves."""
     with _errors_told():
-        from grafter.control.change import Change
+        _change(context, wait, hold, action="dump-next", steps=steps, points=points)
 
-        _change(context, Change(action="dump-next", steps=steps, points=points), wait, hold)
+
+@ctl_app.command("record", short_help="Change the recorders of requests in the ranks' processes.")
+def record(
+    context: typer.Context,
+    what: _What = None,
+    threshold: _Threshold = None,
+    exclude: _Exclude = None,
+    wait: _Wait = 10.0,
+    hold: _Hold = 10.0,
+) -> None:
+    """Switch the recorders of requests (grafter.RequestRecorder) in the ranks' processes on or off, change what they
+    keep, or have them write what is in memory. Refused where no rank has one."""
+    switched = None if what in (None, RecorderAction.dump_now) else what is RecorderAction.on
+    with _errors_told():
+        from grafter.control.recorders import RecorderChange
+
+        recorders = RecorderChange(
+            enabled=switched, threshold=threshold, exclude=exclude, dump=what is RecorderAction.dump_now
+        )
+        recorders.check()
+        _change(context, wait, hold, action="record", recorders=recorders)
 
 
 def _open(context: typer.Context) -> RunAccess:
@@ -176,9 +209,12 @@ def _open(context: typer.Context) -> RunAccess:
     return RunAccess(address, port, group_name=target.group or group, secret=secret)
 
 
-def _change(context: typer.Context, change: Change, wait: float, hold: float) -> None:
-    from grafter.control.table import describe_effect
+def _change(context: typer.Context, wait: float, hold: float, **asked: Any) -> None:
+    """Propose a change of these fields, and tell what became of it."""
+    from grafter.control.change import Change
+    from grafter.control.table import describe_effect, recorder_lines
 
+    change = Change(**asked)
     access = _open(context)
     agreed = access.change(change, seconds=hold)
     if agreed.decision.refused is not None:
@@ -188,6 +224,9 @@ def _change(context: typer.Context, change: Change, wait: float, hold: float) ->
     views = access.await_effect(agreed.number, wait)
     text, is_done = describe_effect(agreed, views)
     print(text)
+    if change.action == "record":
+        for line in recorder_lines(views):
+            print(line)
     if not is_done:
         raise typer.Exit(_EXIT_REFUSED)
 

@@ -28,6 +28,9 @@ def decide(answers: Mapping[str, Answer], silent: list[str], *, seconds: float) 
     steps = [answer.step for answer in answers.values() if answer.step is not None]
     if not steps:
         return Decision(refused="all ranks have left the run")
+    idle = {answer.idle for answer in answers.values()}
+    if None not in idle:
+        return Decision(refused=f"it would change nothing on any rank: {'; '.join(sorted(filter(None, idle)))}")
     return Decision(step=max(steps) + 1)
 
 

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from grafter.direction import DirectionFilters
 from grafter.dumps.choice import DumpChoice
 from grafter.errors import UsageError
 from grafter.settings.config import FILTER_FIELDS, GrafterConfig
+from grafter.settings.rules import DumpLevel
 
 if TYPE_CHECKING:
-    from grafter.control.change import Change
+    from collections.abc import Mapping
 
-_FIELDS = ("b2t_filter", "t2b_filter", "compare_filter", "dump_filter", "stats")
+    from grafter.control.change import Change, ControlField
+
+_FILTERS = (*FILTER_FIELDS.values(), "dump_filter")
+_FIELDS = (
+    *_FILTERS, "stats", "windows", "start", "new_rows_only", "dump_level", "dump_steps", "dump_max_bytes",
+    "dump_max_points",
+)  # fmt: skip
 
 
 class DumpedSteps(BaseModel):
@@ -28,7 +35,8 @@ class DumpedSteps(BaseModel):
 
 
 class InForce(BaseModel):
-    """What a rank goes by from some step on. is_off: no filter matches, and nothing is saved."""
+    """What a rank goes by from some step on, by the names of the settings. is_off: no filter matches, and nothing is
+    saved."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -37,6 +45,13 @@ class InForce(BaseModel):
     compare_filter: str | None = None
     dump_filter: str | None = None
     stats: Literal["full", "light", "off"] = "full"
+    windows: bool = True
+    start: Annotated[int, Field(ge=0)] = 0
+    new_rows_only: bool = False
+    dump_level: DumpLevel = "full"
+    dump_steps: str | None = None
+    dump_max_bytes: str | None = None
+    dump_max_points: Annotated[int, Field(ge=1)] | None = None
     is_off: bool = False
     dumped_steps: DumpedSteps | None = None
 
@@ -45,13 +60,16 @@ class InForce(BaseModel):
         return cls(**{name: getattr(config, name) for name in _FIELDS})
 
     def after(self, change: Change, step: int) -> InForce:
-        """As this change leaves it, from `step` on. Raises UsageError where it makes no sense. What the settings hold
-        is checked by `configured`."""
+        """As this change leaves it, from `step` on. Raises UsageError where it makes no sense, ConfigError for a value
+        that is none of its setting. What the filters hold is checked by `configured`."""
         kept = self.dumped_steps if self.dumped_steps is not None and self.dumped_steps.end > step else None
         if change.action == "off":
             return self.model_copy(update={"is_off": True, "dumped_steps": None})
         if change.action == "on":
             return self.model_copy(update={"is_off": False, "dumped_steps": kept})
+        if change.action == "record":
+            change.recorders.check()
+            return self.model_copy(update={"dumped_steps": kept})
         if change.action == "dump-next":
             if self.is_off:
                 raise UsageError("grafting and dumping are off: `grafter ctl on` comes first")
@@ -61,14 +79,7 @@ class InForce(BaseModel):
             return self.model_copy(update={"dumped_steps": dumped})
         if not change.settings:
             raise UsageError("nothing is set: give a filter or another setting")
-        # Through the checks of the class, where a copy has none.
-        values: dict[str, Any] = self.model_dump(exclude={"dumped_steps"})
-        values.update((name, value) for name, value in change.settings.items())
-        cleaned = {name: value for name, value in values.items() if value is not None and value != ""}
-        try:
-            return InForce(**cleaned, dumped_steps=kept)
-        except ValueError:
-            raise UsageError(f"stats={values['stats']!r}: legal values are full, light and off") from None
+        return self.model_copy(update={**_read_settings(change.settings), "dumped_steps": kept})
 
     def at_end_of_dump(self) -> InForce:
         return self.model_copy(update={"dumped_steps": None})
@@ -146,7 +157,30 @@ class InForce(BaseModel):
             more = dumped.end > dumped.first + 1
             steps = f"steps {dumped.first}-{dumped.end - 1}" if more else f"step {dumped.first}"
             parts.append(f"dump in {steps}: {dumped.points if dumped.points != 'True' else 'every point'}")
-        return "; ".join([*parts, f"stats: {self.stats}"])
+        return "; ".join([*parts, *self._limits_of_dumps(), f"stats: {self.stats}", *self._windows()])
+
+    def _limits_of_dumps(self) -> list[str]:
+        named = {"steps": self.dump_steps, "bytes": self.dump_max_bytes, "points": self.dump_max_points}
+        limits = [f"{name} {limit}" for name, limit in named.items() if limit is not None]
+        level = [f"dump level: {self.dump_level}"] if self.dump_level != "full" else []
+        return level + ([f"dump limits: {', '.join(limits)}"] if limits else [])
+
+    def _windows(self) -> list[str]:
+        if not self.windows:
+            return ["windows: off"]
+        start = [f"start: {self.start}"] if self.start else []
+        return start + (["new rows only"] if self.new_rows_only else [])
+
+
+def _read_settings(settings: Mapping[ControlField, str]) -> dict[str, Any]:
+    """What a text sets, as the environment is read; an empty one: the default. Raises ConfigError."""
+    # A filter may only be judged with the other settings.
+    given = {name: text.strip() for name, text in settings.items() if name not in _FILTERS and text.strip()}
+    read = GrafterConfig(**given)
+    return {
+        name: (text if text.strip() else None) if name in _FILTERS else getattr(read, name)
+        for name, text in settings.items()
+    }
 
 
 def _given(values: dict[str, object]) -> dict[str, object]:

@@ -29,6 +29,7 @@ from grafter.control.change import (
 from grafter.control.decision import put_decision, read_decision, try_to_decide
 from grafter.control.history import HistoryLine, append_history
 from grafter.control.in_force import InForce
+from grafter.control.recorders import recorder_states, why_none
 from grafter.control.traced import Judge, TracedPoints, Verdict
 from grafter.direction import DirectionFilters
 from grafter.dumps.choice import DumpChoice
@@ -49,10 +50,12 @@ _LOOK_SECONDS = 0.25
 
 @dataclass(frozen=True)
 class TakingOver:
-    """What comes into force in a step. number: of the change; None where steps to dump are over by themselves."""
+    """What comes into force in a step. config: the configuration that one would have begun with. number: of the change;
+    None where steps to dump are over by themselves."""
 
     step: int
     in_force: InForce
+    config: GrafterConfig
     filters: DirectionFilters
     choice: DumpChoice | None
     number: int | None = None
@@ -119,6 +122,9 @@ class RankControl:
                 self._to_come.remove(one)
                 self._in_force = one.in_force
                 self._changes = self._changes if one.number is None else one.number + 1
+                if one.proposal is not None and one.proposal.change.action == "record":
+                    # Before anybody is told that it is in force.
+                    one.proposal.change.recorders.apply()
         for one in due:
             self._tell(one)
         return due
@@ -205,6 +211,7 @@ class RankControl:
             state = State(
                 count=self._states_told, step=self._steps.step, changes=self._changes, in_force=self._in_force,
                 to_come=tuple(one.step for one in self._to_come if one.number is not None), last_point=last_point,
+                recorders=recorder_states(),
             )  # fmt: skip
         client.set(state_place(client.hall, self._graft_rank), "state", state.model_dump_json())
 
@@ -256,7 +263,8 @@ class RankControl:
             why_not = f"{type(error).__name__}: {error}"
         if why_not is not None:
             return _InHand(number, proposal, Answer.refusal(why_not), None, None, now)
-        return _InHand(number, proposal, Answer(step=step), accepted, filters, now)
+        idle = why_none() if proposal.change.action == "record" else None
+        return _InHand(number, proposal, Answer(step=step, idle=idle), accepted, filters, now)
 
     def _learn(self, client: StoreClient) -> bool:
         """Whether the proposal in hand is decided, and then what that means here."""
@@ -296,9 +304,12 @@ class RankControl:
     def _taking_over(self, in_hand: _InHand, step: int) -> list[TakingOver]:
         """What comes from `step` on, and what once the steps to dump are over."""
         in_force = self._last_decided.after(in_hand.proposal.change, step)
-        filters, choice = in_force.filters(self._config, saves=self._saves)
-        coming = [TakingOver(step, in_force, filters, choice, in_hand.number, in_hand.proposal)]
+        coming = [self._made_ready(step, in_force, in_hand.number, in_hand.proposal)]
         if in_force.dumped_steps is not None:
-            ended = in_force.at_end_of_dump()
-            coming.append(TakingOver(in_force.dumped_steps.end, ended, *ended.filters(self._config, saves=self._saves)))
+            coming.append(self._made_ready(in_force.dumped_steps.end, in_force.at_end_of_dump(), None, None))
         return coming
+
+    def _made_ready(self, step: int, in_force: InForce, number: int | None, proposal: Proposal | None) -> TakingOver:
+        config = in_force.configured(self._config)
+        filters, choice = in_force.filters(self._config, saves=self._saves)
+        return TakingOver(step, in_force, config, filters, choice, number, proposal)

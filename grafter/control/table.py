@@ -35,6 +35,7 @@ def _as_data(view: RankView) -> dict[str, Any]:
         "to_come": list(state.to_come) if state is not None else None,
         "in_force": state.in_force.model_dump(mode="json") if state is not None else None,
         "last_point": _last_point(view),
+        "recorders": [recorder.model_dump(mode="json") for recorder in state.recorders] if state is not None else None,
     }
 
 
@@ -58,6 +59,19 @@ def print_status(console: Console, run: RunAccess, views: Sequence[RankView]) ->
     steps = sorted({step for view in views if view.state is not None for step in view.state.to_come})
     if steps:
         console.print(Text(f"agreed, and to come in step {', '.join(map(str, steps))}"))
+    for line in recorder_lines(views):
+        console.print(Text(line))
+
+
+def recorder_lines(views: Sequence[RankView]) -> list[str]:
+    """The recorders of requests that live in the ranks' processes, and which rank has none."""
+    lines = [f"recorder of {view.who}: {one.text}" for view in views if view.state for one in view.state.recorders]
+    without = [view.who for view in views if view.state is not None and not view.state.recorders]
+    if lines and without:
+        lines.append(f"no recorder of requests lives in the process of {', '.join(without)}")
+    elif without:
+        lines.append("no recorder of requests lives in a rank's process")
+    return lines
 
 
 def _grouped(views: Sequence[RankView]) -> dict[str, str]:

@@ -18,29 +18,38 @@ if TYPE_CHECKING:
     from grafter.doctor.page import Page
 
 
+_Baseline = Annotated[str | None, typer.Option(metavar="CMD", help="Examine this command, as the baseline.")]
+_Target = Annotated[str | None, typer.Option(metavar="CMD", help="Examine this command, as the target.")]
+_Graft = Annotated[str | None, typer.Option(metavar="EXPR", help="For the run of the pair, as in grafter run.")]
+_Compare = Annotated[
+    str | None, typer.Option(metavar="EXPR", help="For the run of the pair. Default with no filter: all points.")
+]
+_Transform = Annotated[str | None, typer.Option(metavar="PATH", help="As in grafter run.")]
+_Attach = Annotated[list[str] | None, typer.Option(metavar="PATTERN", help="As in grafter run; may be repeated.")]
+_Plan = Annotated[Path | None, typer.Option(metavar="FILE", help="A plan file (YAML), as in grafter run.")]
+_Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Any other setting; may be repeated.")
+]
+_Out = Annotated[Path | None, typer.Option(metavar="DIR", help="For ledgers. Default: doctor-<time> in grafter_out.")]
+_Master = Annotated[
+    str | None, typer.Option(metavar="HOST:PORT", help="Is the store that another machine hosts reached from here?")
+]
+_Json = Annotated[bool, typer.Option("--json", help="Print the findings as JSON and nothing else.")]
+
+
 def doctor_command(
-    baseline: Annotated[str | None, typer.Option(metavar="CMD", help="Examine this command, as the baseline.")] = None,
-    target: Annotated[str | None, typer.Option(metavar="CMD", help="Examine this command, as the target.")] = None,
-    b2t: Annotated[str | None, typer.Option(metavar="EXPR", help="For the run of the pair, as in grafter run.")] = None,
-    t2b: Annotated[str | None, typer.Option(metavar="EXPR", help="For the run of the pair, as in grafter run.")] = None,
-    compare: Annotated[
-        str | None, typer.Option(metavar="EXPR", help="For the run of the pair. Default with no filter: all points.")
-    ] = None,
-    transform: Annotated[str | None, typer.Option(metavar="PATH", help="As in grafter run.")] = None,
-    attach: Annotated[
-        list[str] | None, typer.Option(metavar="PATTERN", help="As in grafter run; may be repeated.")
-    ] = None,
-    plan: Annotated[Path | None, typer.Option(metavar="FILE", help="A plan file (YAML), as in grafter run.")] = None,
-    assignments: Annotated[
-        list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Any other setting; may be repeated.")
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="For ledgers. Default: doctor-<time> in grafter_out.")
-    ] = None,
-    master: Annotated[
-        str | None, typer.Option(metavar="HOST:PORT", help="Is the store that another machine hosts reached from here?")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON and nothing else.")] = False,
+    baseline: _Baseline = None,
+    target: _Target = None,
+    b2t: _Graft = None,
+    t2b: _Graft = None,
+    compare: _Compare = None,
+    transform: _Transform = None,
+    attach: _Attach = None,
+    plan: _Plan = None,
+    assignments: _Set = None,
+    out: _Out = None,
+    master: _Master = None,
+    as_json: _Json = False,
 ) -> None:
     """Is this machine able to graft, and is this pair of commands?
 
@@ -56,36 +65,22 @@ def doctor_command(
     """
     # Slow to import (pydantic, rich), and every command of the program imports this file.
     from grafter.doctor.finding import has_fault
-    from grafter.doctor.machine import check_machine
     from grafter.doctor.page import Page
     from grafter.doctor.page import as_json as findings_as_json
     from grafter.show import make_console
 
-    given = {
-        "b2t_filter": b2t,
-        "t2b_filter": t2b,
-        "compare_filter": compare,
-        "transform_path": transform,
-        "attach": ",".join(attach) if attach else None,
-        "plan": str(plan.absolute()) if plan is not None else None,
-    }
+    filters = {"b2t_filter": b2t, "t2b_filter": t2b, "compare_filter": compare}
+    patterns = ",".join(attach) if attach else None
+    own = {**filters, "transform_path": transform, "attach": patterns, "plan": str(plan.absolute()) if plan else None}
     page = Page(make_console(sys.stderr if as_json else sys.stdout))
     findings: list[Finding] = []
     exit_code = 2
     try:
-        settings = _settings({field: value for field, value in given.items() if value is not None}, assignments or [])
+        settings = _settings({field: text for field, text in own.items() if text is not None}, assignments or [])
         commands = {role: text for role, text in (("baseline", baseline), ("target", target)) if text is not None}
         if not commands and settings:
             raise UsageError("filters, --attach, --plan and --set go with --baseline CMD and --target CMD.")
-        place = out or Path(os.environ.get("GRAFTER_DIR", "").strip() or "grafter_out")
-        page.heading("this machine")
-        for finding in check_machine(place, None if master is None else _parse_master(master)):
-            findings.append(finding)
-            page.show(finding)
-        if commands and not has_fault(findings):
-            _examine(commands, settings, out or place / time.strftime("doctor-%Y%m%d-%H%M%S"), findings, page)
-        elif commands:
-            page.heading("the commands were not run: clear the faults above first.")
+        _look(commands, settings, out, None if master is None else _parse_master(master), findings, page)
         exit_code = 1 if has_fault(findings) else 0
     except GrafterError as error:
         typer.echo(f"grafter doctor: {error}", err=True)
@@ -98,6 +93,30 @@ def doctor_command(
         else:
             page.verdict(findings)
     raise typer.Exit(exit_code)
+
+
+def _look(
+    commands: dict[str, str],
+    settings: dict[str, str],
+    out: Path | None,
+    master: tuple[str, int] | None,
+    findings: list[Finding],
+    page: Page,
+) -> None:
+    """At the machine, and, where that has no fault, at the commands. What is found is shown, and added to `findings`:
+    also where it is interrupted."""
+    from grafter.doctor.finding import has_fault
+    from grafter.doctor.machine import check_machine
+
+    place = out or Path(os.environ.get("GRAFTER_DIR", "").strip() or "grafter_out")
+    page.heading("this machine")
+    for finding in check_machine(place, master):
+        findings.append(finding)
+        page.show(finding)
+    if commands and not has_fault(findings):
+        _examine(commands, settings, out or place / time.strftime("doctor-%Y%m%d-%H%M%S"), findings, page)
+    elif commands:
+        page.heading("the commands were not run: clear the faults above first.")
 
 
 def _examine(

@@ -43,15 +43,29 @@ def read_steps(text: str) -> tuple[tuple[int, int | None], ...]:
 
 
 class Limits:
-    """What one rank may still save. A limit of bytes or points that is reached stays reached: what is on disk is the
-    beginning of the run without a hole. Used under the lock of the rank's points."""
+    """What one rank may still save. A limit of bytes or points that is reached stays reached, until it is changed: what
+    is on disk is the beginning of the run without a hole. Used under the lock of the rank's points."""
 
-    def __init__(self, steps: str | None, max_bytes: int | None, max_points: int | None, who: str) -> None:
-        self._steps = read_steps(steps) if steps is not None else None
-        self._max_bytes, self._max_points, self._who = max_bytes, max_points, who
+    def __init__(self, steps: str | None, max_bytes: str | None, max_points: int | None, who: str) -> None:
+        """steps, max_bytes: as the settings have them."""
+        self._who = who
         self._bytes = self._points = 0
         self._is_full: LimitName | None = None
+        self._given: tuple[str | None, str | None, int | None] = (None, None, None)
+        self._has_told: set[LimitName] = set()
         self.left_out: Counter[str] = Counter()
+        self.change(steps, max_bytes, max_points)
+
+    def change(self, steps: str | None, max_bytes: str | None, max_points: int | None) -> None:
+        """From now on these. What was saved before counts; steps that were also allowed no longer are."""
+        self._steps = read_steps(steps) if steps is not None else None
+        self._max_bytes = read_size(max_bytes) if max_bytes is not None else None
+        self._max_points = max_points
+        before, self._given = self._given, (steps, max_bytes, max_points)
+        if before != self._given:
+            self._has_told.clear()
+        if before[1:] != self._given[1:]:
+            self._is_full = None
 
     def allows_step(self, step: int) -> bool:
         """Whether points of this step are saved; counts one that is not."""
@@ -83,6 +97,7 @@ class Limits:
         return False
 
     def _leave_out(self, limit: LimitName, why: str) -> None:
-        if not self.left_out[limit]:
+        if limit not in self._has_told:
+            self._has_told.add(limit)
             logger.warning("grafter: %s: %s: such points are not saved, only counted", self._who, why)
         self.left_out[limit] += 1

@@ -9,7 +9,7 @@ from typing import Any
 
 from grafter.direction import Direction
 from grafter.dumps.choice import DumpChoice
-from grafter.dumps.limits import Limits, read_size
+from grafter.dumps.limits import Limits
 from grafter.dumps.saved_rows import rows_to_save
 from grafter.dumps.saver import Saver, Taken
 from grafter.errors import GrafterError
@@ -38,10 +38,18 @@ class RankDumps:
         self._config, self._place = config, place
         self._axes_of, self._find_run_directory = axes_of, find_run_directory
         self.choice = DumpChoice(config)
-        max_bytes = read_size(config.dump_max_bytes) if config.dump_max_bytes is not None else None
-        self.limits = Limits(config.dump_steps, max_bytes, config.dump_max_points, place.who)
+        self.limits = Limits(config.dump_steps, config.dump_max_bytes, config.dump_max_points, place.who)
         self._saver: Saver | None = None
         self._has_told_fork = False
+
+    def take_over(self, config: GrafterConfig, choice: DumpChoice | None, also: tuple[int, int] | None) -> None:
+        """From now on by this configuration's limits. choice: None where nothing is saved. also: steps from the one on
+        and before the other, whose points are saved whatever the limit of steps."""
+        if choice is not None:
+            self.choice = choice
+        self.limits.change(config.dump_steps, config.dump_max_bytes, config.dump_max_points)
+        if also is not None:
+            self.limits.also_allow(*also)
 
     def open(self) -> Saver:
         """Raises ConfigError where the directory holds an earlier run's dumps."""

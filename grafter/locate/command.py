@@ -16,32 +16,41 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
+_Baseline = Annotated[str, typer.Option(metavar="CMD", help="Starts the job that is right, e.g. 'python a.py'.")]
+_Target = Annotated[str, typer.Option(metavar="CMD", help="Starts the job that is wrong, e.g. 'torchrun ... b.py'.")]
+_Floor = Annotated[
+    str | None,
+    typer.Option(metavar="CMD", help="Starts a target without the fault: it measures what rounding alone adds."),
+]
+_Points = Annotated[
+    str, typer.Option(metavar="EXPR", help="Which points: a filter expression over the tags. Default: all.")
+]
+_Attach = Annotated[
+    list[str] | None,
+    typer.Option(metavar="PATTERN", help="Modules to reach in programs that never import grafter; repeatable."),
+]
+_Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="A setting for both jobs; repeatable.")
+]
+_Out = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="For ledgers and verdict.json. Default: grafter_out/locate-<time>.")
+]
+_Json = Annotated[bool, typer.Option("--json", help="Print the verdict as JSON instead of the table.")]
+_Open = Annotated[bool, typer.Option("--open", help="Open the report in a browser, where there is a display.")]
+_Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Do not show the jobs' own output.")]
+
+
 def locate_command(
-    baseline: Annotated[str, typer.Option(metavar="CMD", help="Starts the job that is right, e.g. 'python a.py'.")],
-    target: Annotated[str, typer.Option(metavar="CMD", help="Starts the job that is wrong, e.g. 'torchrun ... b.py'.")],
-    floor: Annotated[
-        str | None,
-        typer.Option(metavar="CMD", help="Starts a target without the fault: it measures what rounding alone adds."),
-    ] = None,
-    points: Annotated[
-        str, typer.Option(metavar="EXPR", help="Which points: a filter expression over the tags. Default: all.")
-    ] = "",
-    attach: Annotated[
-        list[str] | None,
-        typer.Option(metavar="PATTERN", help="Modules to reach in programs that never import grafter; repeatable."),
-    ] = None,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="A setting for both jobs; repeatable.")
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="For ledgers and verdict.json. Default: grafter_out/locate-<time>."),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the verdict as JSON instead of the table.")] = False,
-    open_report: Annotated[
-        bool, typer.Option("--open", help="Open the report in a browser, where there is a display.")
-    ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Do not show the jobs' own output.")] = False,
+    baseline: _Baseline,
+    target: _Target,
+    floor: _Floor = None,
+    points: _Points = "",
+    attach: _Attach = None,
+    settings: _Set = None,
+    out: _Out = None,
+    as_json: _Json = False,
+    open_report: _Open = False,
+    quiet: _Quiet = False,
 ) -> None:
     """Name the module of the target that is wrong.
 

@@ -6,6 +6,7 @@ recorder      `grafter.RequestRecorder`: what is in flight, what is over, when a
 encoding      any object -> JSON and tensors, at the call or later (entry: one request in memory; headers: which of them
               are secrets)
 batch_file    a batch on disk: lines and tensors, each renamed when it is whole
+alive         the recorders of this process, for `grafter ctl`
 process_end   a crash, SIGTERM, the end: what is in memory is written first
 proxy         `grafter record`: passes everything on as it comes, and keeps a copy (upstream: its connections;
               bodies: of bytes, what they say; serving: its life as a program)

@@ -15,10 +15,8 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-import torch
-
 from grafter.dumps.encoding import safe_repr
-from grafter.dumps.writer import TEMPORARY_SUFFIX, write_tensors
+from grafter.dumps.writer import TEMPORARY_SUFFIX, StoredTensor, write_tensors
 from grafter.requests.encoding import resolve
 from grafter.requests.entry import LONGEST_LINE, Entry, Part, line_of, tensor_name
 
@@ -53,7 +51,7 @@ class BatchWriter:
 
     def _write_tensors(self, name: str, entries: Sequence[Entry]) -> str | None:
         """The file's name; None where there are no tensors, or where they cannot be written, which their lines tell."""
-        stored: dict[str, torch.Tensor] = {}
+        stored: dict[str, StoredTensor] = {}
         holding: list[tuple[str, Part]] = []
         for entry in entries:
             for part_name, part in entry.parts.items():

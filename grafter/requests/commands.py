@@ -25,22 +25,29 @@ _EXIT_COULD_NOT = 2
 _EXIT_INTERRUPTED = 130
 
 
+_Upstream = Annotated[str, typer.Option(metavar="URL", help="The server to record, such as http://127.0.0.1:30000.")]
+_Port = Annotated[int, typer.Option(metavar="P", min=0, max=65535, help="Where clients connect; 0: a free one.")]
+_Host = Annotated[str, typer.Option(metavar="HOST", help="The address to listen on.")]
+_Out = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="Where recordings go. Default: grafter_out/requests-<time>.")
+]
+_Threshold = Annotated[
+    int, typer.Option(metavar="N", min=0, help="Finished requests to a batch; 0: only the last five minutes.")
+]
+_Exclude = Annotated[str | None, typer.Option(metavar="KEYS", help="Keys to leave out of the record, or '' for none.")]
+_BodyLimit = Annotated[
+    int, typer.Option("--body-mib", metavar="N", min=1, max=60, help="How much of a body is recorded.")
+]
+
+
 def record_command(
-    upstream: Annotated[str, typer.Option(metavar="URL", help="The server to record, such as http://127.0.0.1:30000.")],
-    port: Annotated[int, typer.Option(metavar="P", min=0, max=65535, help="Where clients connect; 0: a free one.")],
-    host: Annotated[str, typer.Option(metavar="HOST", help="The address to listen on.")] = "127.0.0.1",
-    out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Where recordings go. Default: grafter_out/requests-<time>.")
-    ] = None,
-    threshold: Annotated[
-        int, typer.Option(metavar="N", min=0, help="Finished requests to a batch; 0: only the last five minutes.")
-    ] = 1000,
-    exclude: Annotated[
-        str | None, typer.Option(metavar="KEYS", help="Keys to leave out of the record, or '' for none.")
-    ] = None,
-    body_limit: Annotated[
-        int, typer.Option("--body-mib", metavar="N", min=1, max=60, help="How much of a body is recorded.")
-    ] = 16,
+    upstream: _Upstream,
+    port: _Port,
+    host: _Host = "127.0.0.1",
+    out: _Out = None,
+    threshold: _Threshold = 1000,
+    exclude: _Exclude = None,
+    body_limit: _BodyLimit = 16,
 ) -> None:
     """Record what clients ask a server and what it answers, as a proxy between them. Nothing in either changes.
 
@@ -48,7 +55,8 @@ def record_command(
     grafter record --upstream http://127.0.0.1:30000 --port 8000
     grafter replay grafter_out/requests-... --to http://127.0.0.1:30001
 
-    Streams pass through as they come. Secrets in headers are never written. Ctrl-C and SIGTERM write what is in memory.
+    Streams pass through as they come. Secrets in headers are never written. Ctrl-C and SIGTERM write what is in memory;
+    SIGUSR1 does, and goes on.
     """
     try:
         from grafter.requests.extra import need_extra
@@ -74,31 +82,35 @@ def record_command(
         recorder.close()
 
 
+_Recording = Annotated[Path, typer.Argument(metavar="FILE|DIR", help="A file of a recording, or all of a directory.")]
+_To = Annotated[list[str], typer.Option(metavar="URL", help="Where to send; twice: to both at once.")]
+_Speed = Annotated[float, typer.Option(metavar="X", min=0, help="Times as fast as recorded; 0: without gaps.")]
+_Concurrency = Annotated[int, typer.Option(metavar="N", min=1, max=10000, help="Requests in flight at once.")]
+_Only = Annotated[list[str] | None, typer.Option(metavar="ID", help="This request, by id or '#0'; repeatable.")]
+_NoForceLength = Annotated[bool, typer.Option("--no-force-length", help="Leave the output's length to the request.")]
+_IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="Set ignore_eos in requests of OpenAI's form, too.")]
+_MinTokens = Annotated[bool, typer.Option("--min-tokens", help="Set min_tokens in requests of OpenAI's form, too.")]
+_Header = Annotated[
+    list[str] | None, typer.Option(metavar="'NAME: VALUE'", help="Sent with each; $VARIABLE is read by grafter.")
+]
+_Tolerance = Annotated[float, typer.Option(metavar="X", min=0, help="What logprobs may differ by.")]
+_Json = Annotated[bool, typer.Option("--json", help="JSON lines and nothing else.")]
+_Limit = Annotated[int, typer.Option(metavar="N", min=0, help="At most N rows; 0: all.")]
+
+
 def replay_command(
-    recording: Annotated[
-        Path, typer.Argument(metavar="FILE|DIR", help="A file of a recording, or all of a directory.")
-    ],
-    to: Annotated[list[str], typer.Option(metavar="URL", help="Where to send; twice: to both at once.")],
-    speed: Annotated[float, typer.Option(metavar="X", min=0, help="Times as fast as recorded; 0: without gaps.")] = 1.0,
-    concurrency: Annotated[int, typer.Option(metavar="N", min=1, max=10000, help="Requests in flight at once.")] = 64,
-    only: Annotated[
-        list[str] | None, typer.Option(metavar="ID", help="This request, by id or '#0'; repeatable.")
-    ] = None,
-    no_force_length: Annotated[
-        bool, typer.Option("--no-force-length", help="Leave the output's length to the request.")
-    ] = False,
-    ignore_eos: Annotated[
-        bool, typer.Option("--ignore-eos", help="Set ignore_eos in requests of OpenAI's form, too.")
-    ] = False,
-    min_tokens: Annotated[
-        bool, typer.Option("--min-tokens", help="Set min_tokens in requests of OpenAI's form, too.")
-    ] = False,
-    header: Annotated[
-        list[str] | None, typer.Option(metavar="'NAME: VALUE'", help="Sent with each; $VARIABLE is read by grafter.")
-    ] = None,
-    logprob_tolerance: Annotated[float, typer.Option(metavar="X", min=0, help="What logprobs may differ by.")] = 0.0,
-    as_json: Annotated[bool, typer.Option("--json", help="JSON lines and nothing else.")] = False,
-    limit: Annotated[int, typer.Option(metavar="N", min=0, help="At most N rows; 0: all.")] = 0,
+    recording: _Recording,
+    to: _To,
+    speed: _Speed = 1.0,
+    concurrency: _Concurrency = 64,
+    only: _Only = None,
+    no_force_length: _NoForceLength = False,
+    ignore_eos: _IgnoreEos = False,
+    min_tokens: _MinTokens = False,
+    header: _Header = None,
+    logprob_tolerance: _Tolerance = 0.0,
+    as_json: _Json = False,
+    limit: _Limit = 0,
 ) -> None:
     """Send recorded requests again, in order and with their gaps, and tell what differs.
 

@@ -15,7 +15,6 @@ import logging
 import os
 import threading
 import time
-import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -24,6 +23,7 @@ from typing import Any, TypeVar
 from grafter.dumps.buffers import Buffers
 from grafter.dumps.encoding import safe_repr
 from grafter.errors import UsageError
+from grafter.requests import alive
 from grafter.requests.batch_file import BatchWriter
 from grafter.requests.encoding import encode_part
 from grafter.requests.entry import Entry, Later, Part, State
@@ -87,12 +87,13 @@ class RequestRecorder:
         self._threshold, self._exclude, self._is_enabled = _threshold(threshold), _keys(exclude), bool(enabled)
         self._limit = limit_bytes
         self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._start_afresh()
+        self.start_afresh()
         self._end = ProcessEnd(self.dump_now)
         self._end.install()
-        _recorders.add(self)
+        alive.add(self)
 
-    def _start_afresh(self) -> None:
+    def start_afresh(self) -> None:
+        """Of a forked child, which has none of what is in its parent's memory."""
         self._process_id = os.getpid()
         self._buffers = Buffers(self._limit)
         self._writer = BatchWriter(self.directory)
@@ -171,18 +172,28 @@ class RequestRecorder:
         then counts as finished.
         """
         try:
-            with self._changed:
-                if not self._open and not self._over and self._thread is None:
-                    return
-                self._asked += 1
-                mine = self._asked
-                self._wake()
+            mine = self._ask_for_dump()
             if self._thread is None:
                 self._write_due()
             with self._changed:
                 self._changed.wait_for(lambda: self._answered >= mine, timeout=_PATIENCE_SECONDS)
         except Exception as error:
             logger.error("grafter: the requests in memory could not be written: %s", safe_repr(error))
+
+    def dump_soon(self) -> None:
+        """As `dump_now`, and returns at once: for an event loop, or the thread of a scheduler."""
+        try:
+            self._ask_for_dump()
+        except Exception as error:
+            logger.error("grafter: the requests in memory could not be written: %s", safe_repr(error))
+
+    def _ask_for_dump(self) -> int:
+        """Which one it is: over once so many are answered."""
+        with self._changed:
+            if self._open or self._over or self._thread is not None:
+                self._asked += 1
+                self._wake()
+            return self._asked
 
     def configure(
         self,
@@ -228,7 +239,7 @@ class RequestRecorder:
         if self._thread is not None:
             self._thread.join(_PATIENCE_SECONDS)
         self._end.uninstall()
-        _recorders.discard(self)
+        alive.discard(self)
 
     def __enter__(self) -> RequestRecorder:
         return self
@@ -377,15 +388,3 @@ def _keys(exclude: Any) -> frozenset[str]:
     if not all(isinstance(key, str) for key in listed):
         raise UsageError(f"exclude={exclude!r}: it is names of keys, separated by commas, or an iterable of them.")
     return frozenset(key.strip() for key in listed if key.strip())
-
-
-# What a forked child must begin afresh.
-_recorders: weakref.WeakSet[RequestRecorder] = weakref.WeakSet()
-
-
-def _start_all_afresh() -> None:
-    for recorder in list(_recorders):
-        recorder._start_afresh()
-
-
-os.register_at_fork(after_in_child=_start_all_afresh)

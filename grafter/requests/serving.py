@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import signal
 import socket
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -45,7 +47,8 @@ def serve(
     upstream: str, host: str, port: int, recorder: RequestRecorder, limit_bytes: int, say: Callable[[str], None],
     grace_seconds: int = GRACE_SECONDS,
 ) -> None:  # fmt: skip
-    """Serve until SIGTERM or Ctrl-C, which end the process as they would have without us, with all written.
+    """Serve until SIGTERM or Ctrl-C, which end the process as they would have without us, with all written. SIGUSR1
+    writes what is in memory, and goes on.
 
     say: told the address once it is served. grace_seconds: what answers under way are given. Called on the main thread.
     Raises UsageError where the port cannot be listened on.
@@ -55,6 +58,7 @@ def serve(
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, recorder.dump_soon)
         shown = f"[{host}]" if ":" in host else host
         say(f"grafter record: http://{shown}:{listening.getsockname()[1]} -> {upstream}, into {recorder.directory}")
         yield

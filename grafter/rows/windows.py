@@ -12,15 +12,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from grafter.errors import UsageError
 from grafter.options import PointOptions
 from grafter.pairing.announced_tokens import AnnouncedTokens, announce
 from grafter.points import PointKey
-from grafter.rows.tokens import SequenceId, Tokens
+from grafter.rows.tokens import FEW, SequenceId, Tokens
 
-_Numbers = npt.NDArray[np.int64]
 # Of points and sequences together. The one that was longest unused is forgotten first, and then sent from its start.
 MOST_REMEMBERED = 1 << 16
 
@@ -50,17 +48,20 @@ class Windows:
             return None
         if not isinstance(tokens, Tokens):
             raise UsageError(f"tokens= is a grafter.Tokens, not {tokens!r}.")
-        if options.start is None and not options.new_rows_only:
+        if not options.has_window:
             return announce(tokens)
-        starts = _starts(tokens, options.start)
+        if options.start is None:
+            starts = [min(length, options.run_start) for length in _lengths(tokens)]
+        else:
+            starts = _starts(tokens, options.start)
         if options.new_rows_only and key is not None:
-            starts = np.maximum(starts, self._marks(tokens, key))
-        return announce(tokens, tuple(starts.tolist()) if starts.any() else ())
+            starts = list(map(max, starts, self._marks(tokens, key)))
+        return announce(tokens, tuple(starts) if any(starts) else ())
 
-    def _marks(self, tokens: Tokens, key: PointKey) -> _Numbers:
-        marks = np.zeros(len(tokens.sequences), dtype=np.int64)
+    def _marks(self, tokens: Tokens, key: PointKey) -> list[int]:
+        marks = [0] * len(tokens.sequences)
         point = key.name, repr(key.identifying), key.phase
-        for number, (name, length) in enumerate(zip(tokens.sequences, _lengths(tokens).tolist(), strict=True)):
+        for number, (name, length) in enumerate(zip(tokens.sequences, _lengths(tokens), strict=True)):
             mark = (*point, name)
             reached = self._reached.get(mark, 0)
             if reached > length:
@@ -82,24 +83,29 @@ class Windows:
             self._reached.popitem(last=False)
 
 
-def _lengths(tokens: Tokens) -> _Numbers:
+def _lengths(tokens: Tokens) -> list[int]:
     """For each sequence, the position after its last row."""
-    lengths = np.zeros(len(tokens.sequences), dtype=np.int64)
-    there = tokens.runs[tokens.runs[:, 0] >= 0]
-    np.maximum.at(lengths, there[:, 0], there[:, 1] + there[:, 2])
+    if len(tokens.runs) > FEW:
+        ends = np.zeros(len(tokens.sequences), dtype=np.int64)
+        there = tokens.runs[tokens.runs[:, 0] >= 0]
+        np.maximum.at(ends, there[:, 0], there[:, 1] + there[:, 2])
+        found: list[int] = ends.tolist()
+        return found
+    lengths = [0] * len(tokens.sequences)
+    for number, start, count in tokens.runs.tolist():
+        if number >= 0:
+            lengths[number] = max(lengths[number], start + count)
     return lengths
 
 
 def ends_of(tokens: Tokens) -> dict[SequenceId, int]:
     """For each sequence, the position after its last row."""
-    return dict(zip(tokens.sequences, _lengths(tokens).tolist(), strict=True))
+    return dict(zip(tokens.sequences, _lengths(tokens), strict=True))
 
 
-def _starts(tokens: Tokens, start: Any) -> _Numbers:
+def _starts(tokens: Tokens, start: Any) -> list[int]:
     """One start per sequence. Raises UsageError for one that does not lie in its sequence."""
     names, lengths = tokens.sequences, _lengths(tokens)
-    if start is None:
-        return np.zeros(len(names), dtype=np.int64)
     if isinstance(start, Mapping):
         strange = [name for name in start if name not in names]
         if strange:
@@ -119,10 +125,10 @@ def _starts(tokens: Tokens, start: Any) -> _Numbers:
             f"start= has {len(given)} positions, and tokens= {len(names)} sequences: give one for each, in the order "
             "of their first rows, or a dict from sequence to position."
         )
-    for name, own, length in zip(names, given, lengths.tolist(), strict=True):
+    for name, own, length in zip(names, given, lengths, strict=True):
         if type(own) is not int or not 0 <= own <= length:
             raise UsageError(
                 f"start= is {own!r} for the sequence {name!r}, whose rows end at {length}: a start is a whole number "
                 f"from 0 to {length}. Nothing was sent."
             )
-    return np.array(given, dtype=np.int64)
+    return given

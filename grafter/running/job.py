@@ -13,6 +13,8 @@ from pathlib import Path
 from grafter.running import job_keeper
 from grafter.running.run_output import OutputReader, RunOutput
 
+# Of a job whose launcher fails. The reader itself closes the pipe, whenever it is through.
+_LAST_WORDS_SECONDS = 1.0
 _KEEPER = str(Path(job_keeper.__file__))
 
 
@@ -52,7 +54,7 @@ class Job:
             os.close(status_write)
             os.close(control_read)
         assert self._keeper.stdout is not None
-        self._reader = OutputReader(self._keeper.stdout.fileno(), role, output)
+        self._reader = OutputReader(self._keeper.stdout, role, output)
         self._reader.start()
 
     def fileno(self) -> int:
@@ -95,11 +97,11 @@ class Job:
         return not self._reader.is_alive()
 
     def close(self) -> None:
-        """Give the file descriptors back; only once it is gone."""
+        """Give the file descriptors back; only once it is gone. What it said last is passed on first, if that takes no
+        longer than a second: where the launcher failed, nobody has waited for it."""
         os.close(self._status_read)
         os.close(self._control_write)
-        assert self._keeper.stdout is not None
-        self._keeper.stdout.close()
+        self._reader.join(_LAST_WORDS_SECONDS)
 
     def describe_exit(self) -> str:
         """A phrase that follows "the job": "exited with code 1", "was killed by SIGKILL"."""

@@ -9,7 +9,7 @@ import shutil
 import threading
 import time
 from collections import deque
-from typing import TextIO
+from typing import IO, TextIO
 
 # Without a newline for so long, it is printed in pieces: the launcher's memory is bounded.
 _LONGEST_LINE = 64 * 1024
@@ -132,11 +132,12 @@ class RunOutput:
 
 
 class OutputReader(threading.Thread):
-    """Reads one job's pipe until it ends; a thread per job, so that neither waits for the other to speak."""
+    """Reads one job's pipe until it ends, and closes it; a thread per job, so that neither waits for the other to
+    speak."""
 
-    def __init__(self, fd: int, label: str, output: RunOutput) -> None:
+    def __init__(self, pipe: IO[bytes], label: str, output: RunOutput) -> None:
         super().__init__(name=f"grafter-output-{label}", daemon=True)
-        self._fd, self._label, self._output = fd, label, output
+        self._pipe, self._label, self._output = pipe, label, output
         self._job_gone_at: float | None = None
 
     def job_is_gone(self) -> None:
@@ -144,14 +145,19 @@ class OutputReader(threading.Thread):
         self._job_gone_at = time.monotonic()
 
     def run(self) -> None:
+        # Nobody else closes it: its number could by then be another file's.
+        with self._pipe:
+            self._pass_on(self._pipe.fileno())
+
+    def _pass_on(self, fd: int) -> None:
         splitter = self._output.splitter()
         while True:
             gone_at = self._job_gone_at
-            readable, _, _ = select.select([self._fd], [], [], _POLL_SECONDS)
+            readable, _, _ = select.select([fd], [], [], _POLL_SECONDS)
             if not readable and gone_at is not None:
                 break
             if readable:
-                data = os.read(self._fd, _READ_BYTES)
+                data = os.read(fd, _READ_BYTES)
                 if not data or (gone_at is not None and time.monotonic() > gone_at + _LAST_WORDS_SECONDS):
                     break
                 self._output.lines(self._label, splitter.feed(data, time.monotonic()))

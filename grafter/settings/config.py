@@ -108,6 +108,9 @@ class GrafterConfig(BaseModel):
     wait: WaitFor = "both"
     outbox_bytes: str = "1GiB"
     outbox_seconds: _Seconds = 60.0
+    windows: Switch = True
+    start: _Index = 0
+    new_rows_only: Switch = False
     baseline_axes: str | None = None
     target_axes: str | None = None
     check_replicas: Switch = False
