@@ -15,6 +15,8 @@ from rich.console import Console
 
 from benchmarks.calls import measure_calls
 from benchmarks.capture import measure_capture
+from benchmarks.conversation import measure_conversation
+from benchmarks.dumping import measure_large_and_small
 from benchmarks.footprint import measure_import, measure_memory
 from benchmarks.planning import measure_planning
 from benchmarks.report import Report
@@ -27,7 +29,18 @@ from benchmarks.ways import ModelShape, Ranks
 
 Value = TypeVar("Value")
 
-PARTS = ("transfers", "calls", "memory", "import", "statistics", "capture", "resharding", "planning")
+PARTS = (
+    "transfers",
+    "calls",
+    "memory",
+    "import",
+    "statistics",
+    "capture",
+    "resharding",
+    "planning",
+    "conversation",
+    "dumping",
+)
 _RANKS = (Ranks(1, 1), Ranks(2, 2), Ranks(4, 2))
 _SIZES = (4 * KIB, 64 * KIB, MIB, 16 * MIB, 64 * MIB, 256 * MIB)
 
@@ -49,15 +62,22 @@ class Plan:
     resharding_bytes: int
     resharding: ReshardingEffort
     planning_rounds: int
+    conversation_rounds: int
+    conversation_stats: Sequence[str]
+    dumped_bytes: int
+    dumped_files: int
+    dumping_rounds: int
 
 
 FULL = Plan(
     *(_RANKS, _SIZES, Effort(9, 0.1, 5.0, True), 15, 200_000, 64 * MIB, 7, 64 * MIB, 7, 9),
-    *(256 * MIB, ReshardingEffort(15, 1, 0.4), 7),
+    *(256 * MIB, ReshardingEffort(15, 1, 0.4), 7, 7, ("full", "light", "off")),
+    *(1024 * MIB, 10_000, 5),
 )
 QUICK = Plan(
     *(_RANKS[:2], (4 * KIB, MIB, 64 * MIB), Effort(5, 0.05, 2.0, False), 7, 100_000, 64 * MIB, 3, 64 * MIB, 3, 5),
-    *(64 * MIB, ReshardingEffort(5, 1, 0.1), 3),
+    *(64 * MIB, ReshardingEffort(5, 1, 0.1), 3, 2, ("full", "off")),
+    *(256 * MIB, 1000, 3),
 )
 
 
@@ -107,6 +127,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if "planning" in given.parts:
         say("planning")
         report.planning = measure_planning(plan.planning_rounds)
+    if "conversation" in given.parts:
+        for stats in plan.conversation_stats:
+            say(f"conversation, statistics {stats}")
+            report.conversations.append(measure_conversation(stats, plan.conversation_rounds))
+    if "dumping" in given.parts:
+        say("dumping")
+        report.dumping = measure_large_and_small(plan.dumped_bytes, plan.dumped_files, plan.dumping_rounds)
     report.seconds = time.monotonic() - start
     report.print(console, verbose=given.verbose)
     if given.json is not None:

@@ -1,174 +1,338 @@
-"""What saving points costs, against `torch.save` of the same tensors in the caller: one thread, CPU.
+"""What saving points costs, against `torch.save` of the same tensors in the caller: CPU tensors, one torch thread.
 
-    .venv/bin/python -m benchmarks.dumping [--mib 1024] [--files 10000] [--rounds 3] [--directory DIR] [--json FILE]
+    .venv/bin/python -m benchmarks.dumping [--mib 1024] [--files 10000] [--rounds 3] [--directory DIR] [--synced]
 
-Large: so many MiB in tensors of 64 MiB. `cold` is a run's first step (its buffers are not there yet), `warm` a later
-one, both dumped one right after the other; `spaced` is warm, and the writer has time between two dumps, as in a program
-that computes. The stall is the time in `dump`, in copies of the same bytes; the end is when all is on disk as
-`torch.save` leaves it (in the page cache). Small: files of 32 KiB. The library's `save_file`, in the caller, stands
-beside the own writer.
+Large: so many MiB in tensors of 64 MiB. `cold` is a run's first step, whose buffers are new; `warm` a later one; both
+dump one tensor right after the other. `spaced` is warm, and each tensor is on disk before the next one comes, as in a
+program that computes (large ones only). Small: files of 32 KiB. The library's `save_file`, in the caller, stands beside
+our own writer.
 
-Each round measures every way in turn and removes what it wrote; ratios are within rounds.
+A way's end is when all of its files are there as `torch.save` leaves them: in the page cache, and neither we nor it ask
+the system to bring them to the disk. `--synced` measures also what it takes until they are there (`fsync` of each). The
+stall is the time in `dump`, in copies of the same bytes into memory that is there; those that `spaced` is compared with
+come after a file was written, as its dumps do. Processor time is that of all threads of the process.
+
+Each round measures every way, in the same file system, and removes what it wrote; ratios are within rounds. A directory
+in memory (`--directory /dev/shm`) shows what the code costs without a disk.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import random
 import shutil
+import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+from rich.console import Console
 from safetensors.torch import save_file
 
-from benchmarks.rounds import Spread, interleaved, ratio, spread
-from benchmarks.units import KIB, MIB
+from benchmarks.dumping_table import dumping_table, dumping_targets
+from benchmarks.memory_pages import PeakMemory, touch_free_memory
+from benchmarks.rounds import Spread, ratio, spread
+from benchmarks.units import KIB, MIB, size_text
 from grafter.dumps.writer import write_tensors
 from grafter.grafter import Grafter
 from grafter.settings.config import GrafterConfig
 
 LARGE_BYTES, SMALL_BYTES = 64 * MIB, 32 * KIB
 METADATA = {"grafter": "x" * 900}
+# More distinct tensors than this would only take memory.
+_MOST_VALUES_BYTES = 256 * MIB
+# What a dump may keep in memory where that is measured.
+_QUEUE_BYTES = 256 * MIB
+_PAUSE_SECONDS = 0.2
 
-# What must be reached.
-FASTER_THAN_TORCH_SAVE = 1.5
-STALL_MEMCPYS = 1.3
+TORCH_SAVE, SAVE_FILE, OWN_WRITER = "torch.save", "save_file", "own writer"
+
+Save = Callable[[torch.Tensor, Path], None]
 
 
 @dataclass(frozen=True)
 class DumpingResult:
-    """Seconds of each way and ratios of one run. `sizes`: bytes of one tensor, and how many."""
+    """Of `count` tensors of `nbytes`: by way, seconds until the end and of the processor; how many times less than
+    `torch.save` took; seconds in `dump` by kind, and in how many copies, by the clock and by the processor time of the
+    thread that dumps. peak_bytes: by how much the process grew while it dumped with a queue of `queue_bytes`."""
 
-    sizes: tuple[int, int]
+    nbytes: int
+    count: int
     seconds: dict[str, Spread]
-    ratios: dict[str, Spread]
+    processor_seconds: dict[str, Spread]
+    faster: dict[str, Spread]
+    less_processor: dict[str, Spread]
+    stalls: dict[str, Spread]
+    stall_memcpys: dict[str, Spread]
+    stall_processor_memcpys: dict[str, Spread]
+    queue_bytes: int
+    peak_bytes: int | None
+
+    def __str__(self) -> str:
+        return f"{self.count} tensors of {size_text(self.nbytes)}"
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Stopped(NamedTuple):
+    """Seconds by the clock, and of the processor on the thread that was watched."""
+
+    seconds: float
+    processor: float
+
+    def __add__(self, other: Stopped) -> Stopped:  # type: ignore[override]
+        return Stopped(self.seconds + other.seconds, self.processor + other.processor)
+
+
+class Watch:
+    """Begins when it is made."""
+
+    def __init__(self) -> None:
+        self._start = Stopped(time.perf_counter(), time.thread_time())
+
+    def stop(self) -> Stopped:
+        return Stopped(time.perf_counter() - self._start.seconds, time.thread_time() - self._start.processor)
 
 
 class Dumped:
     """A run that only dumps, into a directory of its own."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, **settings: Any) -> None:
         self.directory = Path(tempfile.mkdtemp(dir=directory))
         config = GrafterConfig(
-            enable=True, role="baseline", dump_filter="True", dir=str(self.directory), run_name="run", log_level="error"
-        )
+            enable=True, role="baseline", dump_filter="True", dir=str(self.directory), run_name="run",
+            log_level="error", **settings,
+        )  # fmt: skip
         self.grafter = Grafter(config)
         # Opens what the first point opens.
         self.grafter.dump("first", torch.ones(1))
+        self.grafter.dumps.flush()
 
-    def dump(self, tensors: Sequence[torch.Tensor]) -> tuple[float, float]:
-        """(seconds in `dump`, seconds until all is on disk)."""
-        start = time.perf_counter()
+    def dump(self, tensors: Sequence[torch.Tensor]) -> Stopped:
+        """The time in `dump`. All is on disk when it returns."""
+        watch = Watch()
         for tensor in tensors:
             self.grafter.dump("x", tensor)
-        stalled = time.perf_counter() - start
+        stalled = watch.stop()
         self.grafter.dumps.flush()
-        return stalled, time.perf_counter() - start
-
-    def dump_spaced(self, tensors: Sequence[torch.Tensor]) -> tuple[float, float]:
-        """The same, where each is on disk before the next one comes."""
-        stalled, start = 0.0, time.perf_counter()
-        for tensor in tensors:
-            stalled += self.dump([tensor])[0]
-        return stalled, time.perf_counter() - start
+        return stalled
 
     def remove_files(self) -> None:
-        for path in self.directory.glob("run/baseline/rank0/*"):
+        for path in self.files():
             path.unlink()
+
+    def files(self) -> list[Path]:
+        return sorted(self.directory.glob("run/baseline/rank0/*"))
 
     def close(self) -> None:
         self.grafter.close()
         shutil.rmtree(self.directory)
 
 
-def measure(size: int, count: int, rounds: int, directory: Path) -> DumpingResult:
-    """size: bytes of one tensor. directory: where to write; what is written is removed."""
-    values = [torch.randn(size // 4) for _ in range(max(1, min(count, 256 * MIB // size)))]
-    tensors = [values[number % len(values)] for number in range(count)]
-    copies = [torch.empty_like(value).copy_(value) for value in values]
-    stalls: dict[str, list[float]] = {"cold": [], "warm": [], "spaced": []}
+class Dumping:
+    """All ways of saving `count` tensors of `nbytes` in one directory. Keeps what a way measures besides its time."""
 
-    def memcpy() -> float:
-        start = time.perf_counter()
-        for number, tensor in enumerate(tensors):
-            copies[number % len(copies)].copy_(tensor)
-        return time.perf_counter() - start
+    def __init__(self, nbytes: int, count: int, directory: Path) -> None:
+        values = max(1, min(count, _MOST_VALUES_BYTES // nbytes))
+        self._values = [torch.randn(nbytes // 4) for _ in range(values)]
+        self._copies = [torch.empty_like(value).copy_(value) for value in self._values]
+        self._tensors = [self._values[number % values] for number in range(count)]
+        self._directory = directory
+        # Of the page cache and of buffers, and some more.
+        self._new_bytes = 9 * nbytes * count // 4
+        self.processor: dict[str, list[float]] = defaultdict(list)
+        self.stalls: dict[str, list[Stopped]] = defaultdict(list)
+        self.copies: dict[str, list[Stopped]] = defaultdict(list)
 
-    def in_caller(save: Callable[[torch.Tensor, Path], None]) -> Callable[[], float]:
-        def run() -> float:
-            own = Path(tempfile.mkdtemp(dir=directory))
-            start = time.perf_counter()
-            for number, tensor in enumerate(tensors):
-                save(tensor, own / f"{number:06d}.file")
-            seconds = time.perf_counter() - start
-            shutil.rmtree(own)
-            return seconds
+    def ways(self, *, synced: bool) -> dict[str, Callable[[], float]]:
+        def save(tensor: torch.Tensor, path: Path) -> None:
+            torch.save(tensor, path)
 
-        return run
+        def write(tensor: torch.Tensor, path: Path) -> None:
+            write_tensors(path, {"value": tensor}, METADATA)
 
-    def dump(which: str) -> Callable[[], float]:
-        def run() -> float:
-            dumped = Dumped(directory)
-            if which != "cold":
-                dumped.dump(tensors)
-                # Else the system slows whoever has twice as much to be written back.
-                dumped.remove_files()
-                # Between two steps of a program; what the first one missed is made meanwhile.
-                time.sleep(2.0)
-            stalled, seconds = dumped.dump_spaced(tensors) if which == "spaced" else dumped.dump(tensors)
-            dumped.close()
-            stalls[which].append(stalled)
-            return seconds
+        ways: dict[str, Callable[[], float]] = {
+            "memcpy": self._memcpy,
+            TORCH_SAVE: lambda: self._in_caller(TORCH_SAVE, save),
+            SAVE_FILE: lambda: self._in_caller(
+                SAVE_FILE, lambda tensor, path: save_file({"value": tensor}, path, METADATA)
+            ),
+            OWN_WRITER: lambda: self._in_caller(OWN_WRITER, write),
+            "dump, cold": lambda: self._dump("cold"),
+            "dump, warm": lambda: self._dump("warm"),
+        }
+        if self._values[0].nbytes >= MIB:
+            # A small one takes less time than the other thread needs to wake up: that would be all one sees.
+            ways["dump, spaced"] = self._dump_spaced
+        if synced:
+            ways[f"{TORCH_SAVE}, synced"] = lambda: self._in_caller(f"{TORCH_SAVE}, synced", save, synced=True)
+            ways["dump, synced"] = lambda: self._dump("warm", "dump, synced", synced=True)
+        return ways
 
-        return run
+    def _memcpy(self) -> float:
+        watch = Watch()
+        for number, tensor in enumerate(self._tensors):
+            self._copies[number % len(self._copies)].copy_(tensor)
+        copied = watch.stop()
+        for kind in ("cold", "warm"):
+            self.copies[kind].append(copied)
+        return copied.seconds
 
-    ways = {
-        "memcpy": memcpy,
-        "torch.save": in_caller(lambda tensor, path: torch.save(tensor, path)),
-        "save_file": in_caller(lambda tensor, path: save_file({"value": tensor}, path, METADATA)),
-        "own writer": in_caller(lambda tensor, path: write_tensors(path, {"value": tensor}, METADATA)),
-        "dump, cold": dump("cold"),
-        "dump, warm": dump("warm"),
-        "dump, spaced": dump("spaced"),
-    }
-    seconds = interleaved(ways, rounds)
-    ratios = {
-        **{f"torch.save / {way}": ratio(seconds["torch.save"], seconds[way]) for way in list(ways)[2:]},
-        **{f"stall / memcpy, {which}": ratio(stalls[which], seconds["memcpy"]) for which in stalls},
-    }
-    figures = {way: spread(values) for way, values in seconds.items()}
-    figures |= {f"stall, {which}": spread(stalled) for which, stalled in stalls.items()}
-    return DumpingResult((size, count), figures, ratios)
+    def _in_caller(self, way: str, save: Save, *, synced: bool = False) -> float:
+        own = Path(tempfile.mkdtemp(dir=self._directory))
+        touch_free_memory(self._new_bytes)
+        start, processor = time.perf_counter(), time.process_time()
+        for number, tensor in enumerate(self._tensors):
+            save(tensor, own / f"{number:06d}.file")
+        if synced:
+            _sync(sorted(own.iterdir()))
+        self.processor[way].append(time.process_time() - processor)
+        seconds = time.perf_counter() - start
+        shutil.rmtree(own)
+        return seconds
+
+    def _dump(self, kind: str, way: str = "", *, synced: bool = False) -> float:
+        dumped = Dumped(self._directory)
+        if kind != "cold":
+            dumped.dump(self._tensors)
+            # Else the system slows whoever has twice as much to be written back.
+            dumped.remove_files()
+            time.sleep(_PAUSE_SECONDS)
+        touch_free_memory(self._new_bytes)
+        start, processor = time.perf_counter(), time.process_time()
+        stalled = dumped.dump(self._tensors)
+        if synced:
+            _sync(dumped.files())
+        seconds = time.perf_counter() - start
+        self.processor[way or f"dump, {kind}"].append(time.process_time() - processor)
+        if not way:
+            self.stalls[kind].append(stalled)
+        dumped.close()
+        return seconds
+
+    def _dump_spaced(self) -> float:
+        """Seconds of the dumps alone; between them, as many copies, each after a file was written, too."""
+        dumped = Dumped(self._directory)
+        dumped.dump(self._tensors)
+        dumped.remove_files()
+        touch_free_memory(self._new_bytes)
+        own = Path(tempfile.mkdtemp(dir=self._directory))
+        stalled = copied = Stopped(0.0, 0.0)
+        seconds = busy = 0.0
+        for number, tensor in enumerate(self._tensors):
+            start, processor = time.perf_counter(), time.process_time()
+            stalled += dumped.dump([tensor])
+            busy += time.process_time() - processor
+            seconds += time.perf_counter() - start
+            watch = Watch()
+            self._copies[number % len(self._copies)].copy_(tensor)
+            copied += watch.stop()
+            write_tensors(own / "x", {"value": tensor}, METADATA)
+        self.processor["dump, spaced"].append(busy)
+        self.stalls["spaced"].append(stalled)
+        self.copies["spaced"].append(copied)
+        dumped.close()
+        shutil.rmtree(own)
+        return seconds
+
+    def peak_bytes(self) -> int | None:
+        """By how much the process grows at most while it dumps with a queue of `_QUEUE_BYTES`."""
+        dumped = Dumped(self._directory, dump_queue_bytes=str(_QUEUE_BYTES))
+        memory = PeakMemory()
+        dumped.dump(self._tensors)
+        growth = memory.growth_bytes()
+        dumped.close()
+        return growth
 
 
-def main() -> None:
+def _shuffled(ways: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """The results of each way, one per round. Each round has an order of its own, the same in every run: memory that a
+    way frees is what the next one takes."""
+    order, results = random.Random(0), defaultdict(list)
+    for _ in range(rounds):
+        for way in order.sample(list(ways), len(ways)):
+            results[way].append(ways[way]())
+    return {way: results[way] for way in ways}
+
+
+def _sync(paths: Sequence[Path]) -> None:
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+def measure_dumping(
+    nbytes: int, count: int, rounds: int, directory: Path | None = None, *, synced: bool = False
+) -> DumpingResult:
+    """nbytes: of one tensor. directory: where to write, default the system's temporary one; what is written is
+    removed."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with tempfile.TemporaryDirectory(dir=directory) as own:
+            dumping = Dumping(nbytes, count, Path(own))
+            seconds = _shuffled(dumping.ways(synced=synced), rounds)
+            peak_bytes = dumping.peak_bytes()
+    finally:
+        torch.set_num_threads(threads)
+    processor = dumping.processor
+
+    def times_faster(of: dict[str, list[float]]) -> dict[str, Spread]:
+        return {
+            way: ratio(of[f"{TORCH_SAVE}, synced" if "synced" in way else TORCH_SAVE], of[way])
+            for way in of
+            if way != "memcpy" and TORCH_SAVE not in way
+        }
+
+    def in_copies(kind: str, field: int) -> Spread:
+        return ratio([stall[field] for stall in dumping.stalls[kind]], [copy[field] for copy in dumping.copies[kind]])
+
+    return DumpingResult(
+        nbytes, count,
+        seconds={way: spread(values) for way, values in seconds.items()},
+        processor_seconds={way: spread(processor[way]) for way in seconds if way in processor},
+        faster=times_faster(seconds),
+        less_processor=times_faster(processor),
+        stalls={kind: spread([stall.seconds for stall in dumping.stalls[kind]]) for kind in dumping.stalls},
+        stall_memcpys={kind: in_copies(kind, 0) for kind in dumping.stalls},
+        stall_processor_memcpys={kind: in_copies(kind, 1) for kind in dumping.stalls},
+        queue_bytes=_QUEUE_BYTES, peak_bytes=peak_bytes,
+    )  # fmt: skip
+
+
+def measure_large_and_small(
+    total_bytes: int, files: int, rounds: int, directory: Path | None = None, *, synced: bool = False
+) -> list[DumpingResult]:
+    """`total_bytes` in tensors of 64 MiB, and so many files of 32 KiB; 0 leaves one of them out."""
+    given = ((LARGE_BYTES, total_bytes // LARGE_BYTES), (SMALL_BYTES, files))
+    return [measure_dumping(nbytes, count, rounds, directory, synced=synced) for nbytes, count in given if count]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Cost of saving points, against torch.save.")
     parser.add_argument("--mib", type=int, default=1024)
     parser.add_argument("--files", type=int, default=10_000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--directory", type=Path, help="where to write; default: the system's temporary directory")
+    parser.add_argument("--synced", action="store_true", help="also: until all is on the disk")
     parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory(dir=arguments.directory) as directory:
-        results = [
-            measure(LARGE_BYTES, arguments.mib * MIB // LARGE_BYTES, arguments.rounds, Path(directory)),
-            measure(SMALL_BYTES, arguments.files, arguments.rounds, Path(directory)),
-        ]
-    for result in results:
-        size, count = result.sizes
-        print(f"{count} tensors of {size // KIB} KiB, {arguments.rounds} rounds: median (middle half)")
-        for what, figure in result.seconds.items():
-            print(f"  {what:24} {figure.median:8.3f} s  ({figure.low:.3f} to {figure.high:.3f})")
-        for what, figure in result.ratios.items():
-            print(f"  {what:24} {figure.median:8.2f}    ({figure.low:.2f} to {figure.high:.2f})")
-    print(f"targets, large: torch.save / dump >= {FASTER_THAN_TORCH_SAVE}; stall / memcpy <= {STALL_MEMCPYS}")
-    if arguments.json:
-        arguments.json.write_text(json.dumps([asdict(result) for result in results], indent=1))
+    given = parser.parse_args(arguments)
+    results = measure_large_and_small(given.mib * MIB, given.files, given.rounds, given.directory, synced=given.synced)
+    console = Console(width=None if sys.stdout.isatty() else 180)
+    console.print(dumping_table(results))
+    for target in dumping_targets(results):
+        console.print(f"{target.what}: {target.measured:.3g}, {target.text}: {'met' if target.met else 'NOT met'}")
+    if given.json:
+        given.json.write_text(json.dumps([result.as_json() for result in results], indent=1) + "\n")
 
 
 if __name__ == "__main__":

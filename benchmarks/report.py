@@ -17,16 +17,21 @@ from rich.table import Table
 
 from benchmarks.calls import CallResult
 from benchmarks.capture import CaptureResult
+from benchmarks.conversation import GATHERED as GATHERED_TURNS
+from benchmarks.conversation import ConversationResult
+from benchmarks.dumping import DumpingResult
+from benchmarks.dumping_table import dumping_table, dumping_targets
 from benchmarks.footprint import ImportResult, MemoryResult
 from benchmarks.planning import PlanningResult
 from benchmarks.resharding import PLAIN, ReshardingResult
-from benchmarks.rounds import Spread
+from benchmarks.rounds import Spread, spread
 from benchmarks.sharding import GATHERED, RESHARDED
 from benchmarks.summaries import SummaryResult
 from benchmarks.targets import (
     Target,
     call_targets,
     capture_targets,
+    conversation_targets,
     import_targets,
     planning_targets,
     resharding_targets,
@@ -54,6 +59,8 @@ class Report:
     capture: list[CaptureResult] = field(default_factory=list)
     resharding: list[ReshardingResult] = field(default_factory=list)
     planning: list[PlanningResult] = field(default_factory=list)
+    conversations: list[ConversationResult] = field(default_factory=list)
+    dumping: list[DumpingResult] = field(default_factory=list)
     seconds: float = 0.0
     load_before: float = 0.0
 
@@ -67,6 +74,8 @@ class Report:
             *capture_targets(self.capture),
             *resharding_targets(self.resharding),
             *planning_targets(self.planning),
+            *conversation_targets(self.conversations),
+            *dumping_targets(self.dumping),
         ]
 
     def as_json(self) -> dict[str, Any]:
@@ -84,6 +93,8 @@ class Report:
             "capture": [result.as_json() for result in self.capture],
             "resharding": [result.as_json() for result in self.resharding],
             "planning": [result.as_json() for result in self.planning],
+            "conversation": [result.as_json() for result in self.conversations],
+            "dumping": [result.as_json() for result in self.dumping],
             "targets": [target.as_json() for target in self.targets],
         }
 
@@ -107,6 +118,8 @@ class Report:
             _resharding_stage_table(self.resharding) if self.resharding and verbose else None,
             _planning_table(self.planning) if self.planning else None,
             _scaling_table(self.planning) if self.planning else None,
+            _conversation_table(self.conversations) if self.conversations else None,
+            dumping_table(self.dumping) if self.dumping else None,
             _import_table(self.imports) if self.imports is not None and verbose else None,
             _target_table(self.targets) if self.targets else None,
         ]
@@ -325,6 +338,31 @@ def _scaling_table(results: list[PlanningResult]) -> Table:
                 number = result.pieces[role] - before.pieces[role] if name == "pieces" else result.world - before.world
                 cells.append(f"{more / number:.1f} us")
             table.add_row(*cells, end_section=result is rows[-1])
+    return table
+
+
+def _conversation_table(results: list[ConversationResult]) -> Table:
+    last = results[0].lengths[-1]
+    table = _table(
+        f"A turn of a conversation of {last} tokens in {len(results[0].lengths)} turns; cpu: processor time of both",
+        *("statistics, way", "first turns", "last turns", "x the first", "cpu", "x the first"),
+        *("faster than all rows", "±", "by cpu", "than gathering"),
+    )
+    for result in results:
+        for way, seconds in result.seconds_late.items():
+            table.add_row(
+                f"{result.stats}, {way}",
+                time_text(spread(result.seconds_early[way]).median),
+                time_text(spread(seconds).median),
+                "" if way == GATHERED_TURNS else ratio_text(result.growth(way)),
+                time_text(spread(result.processor_late[way]).median),
+                "" if way == GATHERED_TURNS else ratio_text(result.processor_growth(way)),
+                ratio_text(result.faster(way)),
+                f"{result.faster(way).noise:.0%}",
+                ratio_text(result.cheaper(way)),
+                ratio_text(result.faster(way, GATHERED_TURNS)),
+                end_section=way == GATHERED_TURNS,
+            )
     return table
 
 

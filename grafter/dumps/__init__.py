@@ -18,5 +18,5 @@ reader           `open_dumps`: points merged over ranks by key, in execution_ord
 point            one point: each rank's record and tensor, and the whole tensor
 tensor_file      one safetensors file, checked to the byte and mapped (safe_open: nothing outside of the directory)
 pieces           all ranks' layouts -> which part of the whole tensor each holds
-lazy_tensor      the whole tensor, read box by box
+lazy_tensor      the whole tensor, read box by box (readahead: the next one from the disk meanwhile)
 """

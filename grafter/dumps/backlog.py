@@ -16,14 +16,17 @@ _TELL_AFTER_SECONDS = 10.0
 class Backlog:
     """Jobs of one rank. What is used from several threads: all of it."""
 
-    def __init__(self, limit_bytes: int, in_idle_time: Callable[[], bool], who: str) -> None:
-        """in_idle_time: called while there is no job; whether it had something to do."""
-        self._limit, self._in_idle_time, self._who = limit_bytes, in_idle_time, who
+    def __init__(self, limit_bytes: int, who: str) -> None:
+        self._limit, self._who = limit_bytes, who
         self._jobs: deque[Callable[[], None]] = deque()
         self._bytes = self._put = self._done = 0
         self._marks: tuple[int, int] = (0, 0)
-        # Its lock may be taken again by the thread that holds it: a signal handler runs in the middle of anything.
-        self._changed = threading.Condition()
+        # A lock that may be taken again by the thread that holds it: a signal handler runs in the middle of anything.
+        lock = threading.RLock()
+        self._has_work, self._changed = threading.Condition(lock), threading.Condition(lock)
+        # What threads wait for. They are woken once one of it is so, and not by every job that is done: that would cost
+        # a small one as much again.
+        self._awaited: list[Callable[[], bool]] = []
         self._thread: threading.Thread | None = None
         self._is_closing = False
 
@@ -36,7 +39,7 @@ class Backlog:
     def release(self, nbytes: int) -> None:
         with self._changed:
             self._bytes -= nbytes
-            self._changed.notify_all()
+            self._wake()
 
     def put(self, job: Callable[[], None]) -> None:
         """job: never raises. What it reserved, it releases itself."""
@@ -46,7 +49,7 @@ class Backlog:
                 self._thread.start()
             self._jobs.append(job)
             self._put += 1
-            self._changed.notify_all()
+            self._has_work.notify()
 
     def wait_for_last_step(self) -> None:
         """Wait until what was put before the previous call of this is done: one step's worth may be under way."""
@@ -65,40 +68,47 @@ class Backlog:
         """The last call: works off what is there, and ends the thread."""
         with self._changed:
             self._is_closing = True
-            self._changed.notify_all()
+            self._has_work.notify()
         if self._thread is not None:
             self._thread.join()
 
     def _wait(self, is_enough: Callable[[], bool], patience_seconds: float | None = None) -> None:
         """Wait, and say so where it takes long: a run that is slow for its disk shall not look hung."""
-        told = time.monotonic() + _TELL_AFTER_SECONDS
-        done, since = self._done, time.monotonic()
-        while not is_enough():
-            self._changed.wait(1.0)
-            if self._done != done:
-                done, since = self._done, time.monotonic()
-            if patience_seconds is not None and time.monotonic() > since + patience_seconds:
-                return
-            if time.monotonic() > told:
-                told = time.monotonic() + _TELL_AFTER_SECONDS
-                logger.warning(
-                    "grafter: %s waits for the disk: %d dumped points (%d MiB) are not written yet",
-                    self._who, self._put - self._done, self._bytes >> 20,
-                )  # fmt: skip
+        if is_enough():
+            return
+        self._awaited.append(is_enough)
+        try:
+            told = time.monotonic() + _TELL_AFTER_SECONDS
+            done, since = self._done, time.monotonic()
+            while not is_enough():
+                self._changed.wait(1.0)
+                if self._done != done:
+                    done, since = self._done, time.monotonic()
+                if patience_seconds is not None and time.monotonic() > since + patience_seconds:
+                    return
+                if time.monotonic() > told:
+                    told = time.monotonic() + _TELL_AFTER_SECONDS
+                    logger.warning(
+                        "grafter: %s waits for the disk: %d dumped points (%d MiB) are not written yet",
+                        self._who, self._put - self._done, self._bytes >> 20,
+                    )  # fmt: skip
+        finally:
+            self._awaited.remove(is_enough)
+
+    def _wake(self) -> None:
+        if any(is_enough() for is_enough in self._awaited):
+            self._changed.notify_all()
 
     def _work(self) -> None:
         while True:
-            with self._changed:
-                job = self._jobs.popleft() if self._jobs else None
-            if job is not None:
-                job()
-                del job
-                with self._changed:
-                    self._done += 1
-                    self._changed.notify_all()
-            elif not self._in_idle_time():
-                with self._changed:
-                    if self._is_closing and not self._jobs:
+            with self._has_work:
+                while not self._jobs:
+                    if self._is_closing:
                         return
-                    if not self._jobs:
-                        self._changed.wait()
+                    self._has_work.wait()
+                job = self._jobs.popleft()
+            job()
+            del job
+            with self._changed:
+                self._done += 1
+                self._wake()

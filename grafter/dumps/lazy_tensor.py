@@ -15,6 +15,7 @@ from math import prod
 import torch
 
 from grafter.dumps.pieces import LocalPart, Pieces, named_dims
+from grafter.dumps.readahead import will_read
 from grafter.errors import DumpError, GrafterError, UsageError
 from grafter.exchange.assembly import reduce_summands, reduced_dtype
 from grafter.layout.resharding import Resharding
@@ -115,6 +116,15 @@ class LazyTensor:
         box = self._box(offset, size)
         for copy in range(self._pieces.replicas):
             yield self._ranks_of(box, copy), self._reduced(box, copy)
+
+    def will_read(self, offset: Numbers | None = None, size: Numbers | None = None) -> None:
+        """Have the system read a box from the disk meanwhile: a hint for what `read` or `copies` is asked for next.
+
+        Raises what `read` raises.
+        """
+        box = self._box(offset, size)
+        for row in self._pieces.within(*box).tolist():
+            will_read(self._view(row, *box)[1])
 
     def blocks(self, most_numel: int = BLOCK_NUMEL) -> Iterator[Box]:
         """Boxes (offset, size) that together are the tensor, in row-major order, none of more values than told.

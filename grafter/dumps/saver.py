@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,15 @@ from grafter.dumps.record import DumpedLeaf, DumpRecord, Level, TokenRuns
 from grafter.dumps.saved_rows import SavedRows
 from grafter.dumps.snapshot import NothingToSave, Snapshot, saveable, snapshot_bytes, take_snapshot
 from grafter.dumps.termination import Termination
-from grafter.dumps.writer import RecordLog, earlier_dumps, file_name, record_metadata, record_text, write_tensors
+from grafter.dumps.writer import (
+    RecordLog,
+    StoredTensor,
+    earlier_dumps,
+    file_name,
+    record_metadata,
+    record_text,
+    write_tensors,
+)
 from grafter.errors import UsageError
 from grafter.layout.declared import DeclaredLayout, declare_layouts
 from grafter.leaves import Leaves, flatten, spec_of
@@ -45,10 +54,13 @@ logger = logging.getLogger("grafter")
 _LONGEST_RECORD = 1 << 24
 # A process that is to end waits no longer than this for one file.
 _PATIENCE_SECONDS = 60.0
+# In the order of the record, with what stands where nothing is said.
+_NO_FIELDS = {name: field.get_default() for name, field in DumpRecord.model_fields.items()}
 _UNFINISHED = "the process ended, or the run did, while this point met the other side"
 
 
-@dataclass
+# Many of these may wait for the disk; with slots, Python's collector has half as much to look at.
+@dataclass(slots=True)
 class _TakenLeaf:
     """One tensor of the point: `value` as the program came to it, `grafted` as it went on; or why there is none."""
 
@@ -61,7 +73,7 @@ class _TakenLeaf:
     grafted: Snapshot | None = None
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Taken:
     """One point that is to be written. Nothing in it is the program's any more."""
 
@@ -91,15 +103,15 @@ class Saver:
         """Raises ConfigError where the directory holds this rank's dumps of an earlier run."""
         self._place, self._directory = place, role_directory
         self._exclude = config.dump_exclude_keys
-        self._rank_directory = role_directory / f"rank{place.role_rank}"
+        self._rank_name = f"rank{place.role_rank}"
         try:
-            self._rank_directory.mkdir(parents=True, exist_ok=True)
+            (role_directory / self._rank_name).mkdir(parents=True, exist_ok=True)
             self._log = RecordLog(role_directory / f"rank{place.role_rank}.dumps.jsonl")
         except FileExistsError as error:
             raise earlier_dumps(role_directory, place.who) from error
         queue_bytes = read_size(config.dump_queue_bytes)
-        self._buffers = Buffers(queue_bytes)
-        self._backlog = Backlog(queue_bytes, self._buffers.make_wanted, place.who)
+        self._buffers = Buffers(queue_bytes, in_order=True)
+        self._backlog = Backlog(queue_bytes, place.who)
         self._limits = limits
         self._order = 0
         self._unfinished: dict[int, Taken] = {}
@@ -133,16 +145,16 @@ class Saver:
         with unobserved(), torch.no_grad():
             parts = _Parts(value, options)
             level: Level = options.dump_level if header is None else "full"
-            nbytes = sum(snapshot_bytes(tensor) for tensor in parts.tensors) if level == "full" else 0
+            nbytes = sum(snapshot_bytes(tensor) for _, tensor in parts.leaves) if level == "full" else 0
             if header is None and not self._limits.take(nbytes):
                 return None
-            taken = Taken(self._order, key, level, {})
-            self._order += 1
-            self._encode(taken, tags, parts, options, self._exclude if header is None else frozenset())
-            taken.fields |= {
+            fields: dict[str, Any] = {
                 "time": time.time(), "direction": direction, "participants": participants, "axes": axes,
                 "call_site": site, "header": header,
             }  # fmt: skip
+            taken = Taken(self._order, key, level, fields)
+            self._order += 1
+            self._encode(taken, tags, parts, options, self._exclude if header is None else frozenset())
             self._unfinished[taken.order] = taken
             for leaf, tensor in parts.leaves:
                 taken.leaves.append(leaf)
@@ -193,7 +205,7 @@ class Saver:
     def _hand_over(self, taken: Taken) -> None:
         # Whoever takes it out of here hands it over, and nobody else.
         if self._unfinished.pop(taken.order, None) is not None:
-            self._backlog.put(lambda: self._write(taken))
+            self._backlog.put(partial(self._write, taken))
 
     def _snapshot(self, taken: Taken, tensor: torch.Tensor, what: str) -> Snapshot | None:
         nbytes = snapshot_bytes(tensor)
@@ -209,11 +221,13 @@ class Saver:
     def _encode(
         self, taken: Taken, tags: dict[str, Any], parts: _Parts, options: PointOptions, exclude: frozenset[str]
     ) -> None:
-        encoder, key = MetadataEncoder(exclude), taken.key
-        fields: dict[str, Any] = {
-            "name": encoder.text(key.name, "name"),
-            "tags": {encoder.text(tag, "tags"): encoder.encode(value, f"tags.{tag}") for tag, value in tags.items()},
-            "others": {encoder.text(path, "others"): encoder.encode(v, f"others{path}") for path, v in parts.others},
+        encoder, fields = MetadataEncoder(exclude), taken.fields
+        fields["name"] = encoder.text(taken.key.name, "name")
+        fields["tags"] = {
+            encoder.text(tag, "tags"): encoder.encode(value, f"tags.{tag}") for tag, value in tags.items()
+        }
+        fields["others"] = {
+            encoder.text(path, "others"): encoder.encode(value, f"others{path}") for path, value in parts.others
         }
         if parts.layout_error is not None:
             encoder.not_encoded["layout"] = parts.layout_error
@@ -233,21 +247,21 @@ class Saver:
                 continue
             if snapshot is not None:
                 taken.extras[number] = snapshot
-        fields |= {"not_encoded": encoder.not_encoded, "excluded": tuple(encoder.excluded)}
-        taken.fields |= fields
+        fields["not_encoded"], fields["excluded"] = encoder.not_encoded, tuple(encoder.excluded)
 
     # On the backlog's thread.
 
     def _write(self, taken: Taken) -> None:
+        snapshots = taken.snapshots
         try:
-            for snapshot in taken.snapshots:
+            for snapshot in snapshots:
                 snapshot.wait()
             self._write_point(taken)
             self.outcomes["saved"] += 1
         except BaseException as error:
             self._tell_failure(taken, error)
         finally:
-            for snapshot in taken.snapshots:
+            for snapshot in snapshots:
                 self._buffers.give_back(snapshot.buffer)
             self._backlog.release(taken.reserved)
 
@@ -255,15 +269,15 @@ class Saver:
         tensors = _named(taken)
         file = None
         if taken.level == "full" and tensors:
-            file = f"{self._rank_directory.name}/{file_name(taken.order, taken.key.name)}"
+            file = f"{self._rank_name}/{file_name(taken.order, taken.key.name)}"
         leaves = tuple(
             _leaf(leaf, taken) for leaf in taken.leaves if leaf.value is not None or leaf.grafted is not None
         )
         record = self._record(taken, leaves, file)
         text = record_text(record)
         if len(text) > _LONGEST_RECORD:
-            too_long = {**record.not_encoded, "extras": f"{len(text)} bytes of JSON are more than a record takes"}
-            record = record.model_copy(update={"extras": None, "not_encoded": too_long})
+            too_long = {**record["not_encoded"], "extras": f"{len(text)} bytes of JSON are more than a record takes"}
+            record |= {"extras": None, "not_encoded": too_long}
             text = record_text(record)
         if file is not None:
             try:
@@ -271,17 +285,19 @@ class Saver:
             except Exception as error:
                 # The line is small, and may have room where the tensors have not.
                 lost = f"the file could not be written: {type(error).__name__}: {error}"
-                self._log.append(record_text(record.model_copy(update={"file": None, "reason": lost})))
+                self._log.append(record_text({**record, "file": None, "reason": lost}))
                 raise
         self._log.append(text)
 
-    def _record(self, taken: Taken, leaves: tuple[DumpedLeaf, ...], file: str | None) -> DumpRecord:
+    def _record(self, taken: Taken, leaves: tuple[DumpedLeaf, ...], file: str | None) -> dict[str, Any]:
+        """The fields of a `DumpRecord`."""
         key, place = taken.key, self._place
-        return DumpRecord(
-            order=taken.order, step=key.step, phase=key.phase, occurrence=key.occurrence, role=place.role,
-            role_rank=place.role_rank, role_world_size=place.role_world_size, level=taken.level, file=file,
-            reason="; ".join(taken.reasons) or None, leaves=leaves, **taken.fields,
-        )  # fmt: skip
+        return {
+            **_NO_FIELDS, "order": taken.order, "step": key.step, "phase": key.phase, "occurrence": key.occurrence,
+            "role": place.role, "role_rank": place.role_rank, "role_world_size": place.role_world_size,
+            "level": taken.level, "file": file, "reason": "; ".join(taken.reasons) or None, "leaves": leaves,
+            **taken.fields,
+        }  # fmt: skip
 
     def _tell_failure(self, taken: Taken, error: BaseException) -> None:
         self.outcomes["lost"] += 1
@@ -353,14 +369,22 @@ def _leaf(leaf: _TakenLeaf, taken: Taken) -> DumpedLeaf:
                 figures[f"{prefix}statistics"] = summarize(snapshot.values, "full")
             except (UsageError, RuntimeError) as error:
                 taken.reasons.append(f"{leaf.path or 'the tensor'}: no statistics: {error}")
+    if not figures and leaf.layout is None:
+        return _plain_leaf(leaf.path, leaf.shape, leaf.dtype, leaf.device)
     return DumpedLeaf(
         path=leaf.path, shape=leaf.shape, dtype=leaf.dtype, device=leaf.device, layout=leaf.layout, **figures
     )
 
 
-def _named(taken: Taken) -> dict[str, torch.Tensor]:
+@lru_cache(maxsize=4096)
+def _plain_leaf(path: str, shape: tuple[int, ...], dtype: str, device: str) -> DumpedLeaf:
+    # The same tensors come again at every step.
+    return DumpedLeaf(path=path, shape=shape, dtype=dtype, device=device)
+
+
+def _named(taken: Taken) -> dict[str, StoredTensor]:
     """The tensors of the file by name."""
-    named = {}
+    named: dict[str, StoredTensor] = {}
     for leaf in taken.leaves:
         if leaf.value is not None:
             named[f"value{leaf.path}"] = leaf.value.stored
@@ -370,11 +394,10 @@ def _named(taken: Taken) -> dict[str, torch.Tensor]:
     return named
 
 
-def checksum(values: torch.Tensor) -> str:
+def checksum(values: torch.Tensor | StoredTensor) -> str:
     """SHA-256, hexadecimal, of the bytes of a contiguous CPU tensor: row-major, little-endian, nothing else."""
-    if not values.numel():
-        return hashlib.sha256().hexdigest()
-    return hashlib.sha256(values.view(-1).view(torch.uint8).numpy().data).hexdigest()
+    stored = StoredTensor.of(values) if isinstance(values, torch.Tensor) else values
+    return hashlib.sha256(stored.memory if stored.nbytes else b"").hexdigest()
 
 
 def _token_runs(tokens: Any, encoder: MetadataEncoder) -> TokenRuns | None:

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from grafter.dumps.buffers import Buffers
-from grafter.dumps.writer import SAFETENSORS_NAMES
+from grafter.dumps.buffers import SMALL_BYTES, Buffers, SharedBuffer
+from grafter.dumps.writer import SAFETENSORS_NAMES, StoredTensor
 from grafter.writing.tensor_access import local_tensor
 
 _REAL_OF = {torch.complex32: torch.float16, torch.complex64: torch.float32, torch.complex128: torch.float64}
@@ -18,21 +18,30 @@ class NothingToSave(Exception):
     """This tensor has no plain values; the text says why."""
 
 
-@dataclass
+@dataclass(slots=True)
 class Snapshot:
-    """A contiguous copy on the host. `values` has the tensor's own dtype and shape; `stored` is what the file holds:
-    the same, or, where safetensors lacks the dtype, the same memory in another one (`stored_as`)."""
+    """A contiguous copy on the host. `dtype` and `shape` are the tensor's own; `stored` is what the file holds: the
+    same, or, where safetensors lacks the dtype, the same memory in another one (`stored_as`)."""
 
-    values: torch.Tensor
-    stored: torch.Tensor
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stored: StoredTensor
     stored_as: str | None
-    buffer: torch.Tensor
+    # What is to be given back.
+    buffer: torch.Tensor | SharedBuffer | None
     # Where an accelerator copies: complete once these events have come.
     _copied: list[Any] = field(default_factory=list)
 
     @property
     def nbytes(self) -> int:
-        return self.values.numel() * self.values.element_size()
+        return self.stored.nbytes
+
+    @property
+    def values(self) -> torch.Tensor:
+        data = self.stored.data
+        if not isinstance(data, torch.Tensor):
+            data = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+        return data.view(self.dtype).view(self.shape)
 
     def wait(self) -> None:
         """Until an accelerator's copy is complete. Called by the thread that writes."""
@@ -72,28 +81,47 @@ def snapshot_bytes(tensor: torch.Tensor) -> int:
 def take_snapshot(local: torch.Tensor, buffers: Buffers) -> Snapshot:
     """Copy now, or, from an accelerator, in the order of its current stream: what the program queues next cannot
     change it. local: as `saveable` gave it. Called without grad."""
-    nbytes = snapshot_bytes(local)
-    buffer = buffers.take(nbytes, pinned=local.is_cuda)
-    # A dtype of which torch can do no more than hold it is copied as its bytes.
-    is_opaque = local.dtype not in SAFETENSORS_NAMES and local.dtype not in _REAL_OF
-    source = local.view(torch.uint8) if is_opaque else local
-    copy = buffer[:nbytes].view(source.dtype).view(source.shape)
-    copied = []
-    if local.is_cuda:
-        copy.copy_(source, non_blocking=True)
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record(torch.cuda.current_stream(local.device))
-        copied.append(event)
+    dtype, shape, nbytes = local.dtype, tuple(local.shape), snapshot_bytes(local)
+    is_native = dtype in SAFETENSORS_NAMES
+    if nbytes <= SMALL_BYTES and _is_plain_memory(local):
+        # Without torch's operations: each lets go of the interpreter's lock, and the thread that writes would come and
+        # go between them.
+        data: bytes | memoryview | torch.Tensor
+        buffer: torch.Tensor | SharedBuffer | None
+        data, buffer = buffers.copy_small(local.data_ptr(), nbytes) if nbytes else (b"", None)
+        copied = []
     else:
-        copy.copy_(source)
-    if local.dtype in _REAL_OF:
-        real = _REAL_OF[local.dtype]
-        stored = buffer[:nbytes].view(real).view(*local.shape, 2)
-        return Snapshot(copy, stored, _name(real), buffer, copied)
-    if is_opaque:
-        return Snapshot(copy, copy, "uint8", buffer, copied)
-    return Snapshot(copy, copy, None, buffer, copied)
+        buffer = buffers.take(nbytes, pinned=local.is_cuda)
+        flat = data = buffer[:nbytes]
+        # A dtype of which torch can do no more than hold it is copied as its bytes.
+        source = local if is_native or dtype in _REAL_OF else local.view(torch.uint8)
+        copied = _copy(source, flat.view(source.dtype).view(source.shape))
+    if is_native:
+        return Snapshot(dtype, shape, StoredTensor(dtype, shape, data), None, buffer, copied)
+    if dtype in _REAL_OF:
+        stored = StoredTensor(_REAL_OF[dtype], (*shape, 2), data)
+    else:
+        stored = StoredTensor(torch.uint8, tuple(local.view(torch.uint8).shape), data)
+    return Snapshot(dtype, shape, stored, str(stored.dtype).removeprefix("torch."), buffer, copied)
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _is_plain_memory(local: torch.Tensor) -> bool:
+    """Whether the values are the bytes from its address on, row-major."""
+    return (
+        local.is_cpu
+        and local.is_contiguous()
+        and not local.is_conj()
+        and not local.is_neg()
+        and not local._is_zerotensor()
+    )
+
+
+def _copy(source: torch.Tensor, target: torch.Tensor) -> list[Any]:
+    """What is to be waited for before the copy is complete."""
+    if not source.is_cuda:
+        target.copy_(source)
+        return []
+    target.copy_(source, non_blocking=True)
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record(torch.cuda.current_stream(source.device))
+    return [event]
