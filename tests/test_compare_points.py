@@ -47,6 +47,9 @@ class InMemory:
     def copies(self, offset: Any = None, size: Any = None) -> Any:
         yield (0,), self.read(offset, size)
 
+    def will_read(self, offset: Any = None, size: Any = None) -> None:
+        """All of it is in memory."""
+
 
 def measures_of(a: InMemory, b: InMemory, block_bytes: int = 1 << 20, **kwargs: Any) -> Measures:
     return measure_pair(a, b, block_bytes=block_bytes, **kwargs).measures

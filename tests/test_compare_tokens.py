@@ -16,7 +16,9 @@ from dump_parts import RankDumps
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from grafter.compare.comparison import Choice, compare
 from grafter.compare.record import PointRecord
+from grafter.dumps.reader import open_dumps
 from grafter.rows.tokens import Tokens
 
 
@@ -39,7 +41,7 @@ def trained(directory: Path) -> None:
 
 def serve(
     directory: Path, *calls: list[tuple[str, int, int]], change: dict[tuple[str, int], float] | None = None
-) -> None:
+) -> RankDumps:
     """An engine's forward passes, each of some stretches of sequences."""
     engine = RankDumps(directory / "target", role="target")
     for step, call in enumerate(calls):
@@ -50,6 +52,7 @@ def serve(
                 rows[at] *= (change or {}).get((name, position), 1.0)
                 at += 1
         engine.add("x", rows, "t h", step=step, tokens=runs(*call))
+    return engine
 
 
 PREFILL_AND_DECODE = ([("b", 0, 2), ("a", 0, 3)], [("a", 3, 1), ("b", 2, 1)], [("a", 4, 1)])
@@ -129,6 +132,73 @@ def test_tokens_that_come_again_in_another_step_are_paired_step_by_step(tmp_path
         b.add("x", order, "t h", step=step, tokens=packed({1: 3, 0: 5}))
     points = compared(tmp_path).points
     assert [(point.verdict, point.tokens and point.tokens.paired) for point in points] == [("passed", 8)] * 2
+
+
+# "a" loses its blocks after three rows, and is computed anew once "b" has ended.
+PREEMPTED = ([("b", 0, 2), ("a", 0, 3)], [("b", 2, 1)], [("a", 1, 4)])
+
+
+def test_rows_that_a_server_computes_anew_are_compared_each_time(tmp_path: Path) -> None:
+    """All passes meet the packed batch, and the rows that come again are told; on whichever side they do."""
+    trained(tmp_path)
+    serve(tmp_path, *PREEMPTED)
+    packed_batch, server = (open_dumps(tmp_path, role=role) for role in ("baseline", "target"))
+    for a, b, points in ((packed_batch, server, (1, 3)), (server, packed_batch, (3, 1))):
+        (point,) = compare(a, b, Choice(thresholds=[])).points
+        assert point.verdict == "passed" and point.tokens is not None
+        assert (point.tokens.paired, point.tokens.again, point.tokens.only_a, point.tokens.only_b) == (10, 2, 0, 0)
+        assert (point.tokens.points_a, point.tokens.points_b) == points
+
+
+def test_a_row_that_is_wrong_only_when_it_comes_again_is_named(tmp_path: Path) -> None:
+    """The first time it was right: one row of eight differs. Tokens that no pass has are of A alone."""
+    trained(tmp_path)
+    engine = serve(tmp_path, *PREEMPTED[:2])
+    rows = ROWS["a"][1:3].clone()
+    rows[1] *= 1.5
+    engine.add("x", rows, "t h", step=2, tokens=runs(("a", 1, 2)))
+    comparison = compared(tmp_path)
+    (point,) = comparison.points
+    assert point.verdict == "failed" and point.tokens is not None
+    assert (point.tokens.paired, point.tokens.again, point.tokens.only_a_tokens) == (8, 2, ["a:3..4"])
+    measures = point.leaves[0].measures
+    assert measures is not None and measures.rows is not None
+    assert measures.rows.differing == 1
+    assert (measures.rows.worst[0].sequence, measures.rows.worst[0].position) == ("a", 2)
+    (finding,) = comparison.findings
+    assert "6 tokens are on both sides (2 rows are there once more), 2 only in A and 0 only in B" in finding.text
+
+
+def test_batches_of_a_trainer_stay_apart_though_one_side_has_more_of_them(tmp_path: Path) -> None:
+    """Sequences are numbered from 0 in each step; a step that only one side has meets no other step's rows."""
+    a, b = sides(tmp_path)
+    order = torch.cat([BATCH[5:], BATCH[:5]])
+    a.add("x", BATCH, "t h", tokens=packed({0: 5, 1: 3}))
+    for step in range(2):
+        b.add("x", order + step, "t h", step=step, tokens=packed({1: 3, 0: 5}))
+    comparison = compared(tmp_path)
+    (point,) = comparison.points
+    assert (point.verdict, point.tokens and (point.tokens.paired, point.tokens.again)) == ("passed", (8, 0))
+    assert [(finding.what, finding.count) for finding in comparison.findings] == [("only_in_b", 1)]
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_any_passes_in_which_tokens_come_again_agree(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    """Each row of a server is compared, however often its token came before."""
+    directory = tmp_path_factory.mktemp("again")
+    trained(directory)
+    stretches = st.builds(lambda first, count: (first, min(count, 5 - first)), st.integers(0, 4), st.integers(1, 5))
+    # The first pass has one row, so that no step alone holds all that the others have.
+    calls = [[("b", 2, 1)]] + [[("a", *call)] for call in data.draw(st.lists(stretches, min_size=1, max_size=6))]
+    serve(directory, *calls)
+    rows = [(name, first + n) for call in calls for name, first, count in call for n in range(count)]
+    point = one(directory)
+    assert point.verdict == "passed" and point.tokens is not None
+    assert (point.tokens.paired, point.tokens.again) == (len(rows), len(rows) - len(set(rows)))
+    assert (point.tokens.only_a, point.tokens.only_b) == (8 - len(set(rows)), 0)
 
 
 def test_padding_and_batches_of_two_dims(tmp_path: Path) -> None:

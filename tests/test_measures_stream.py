@@ -6,6 +6,9 @@ Costs about 4 s of one core.
 from __future__ import annotations
 
 import math
+import threading
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 
 import numpy as np
@@ -72,6 +75,42 @@ def test_no_digit_depends_on_where_blocks_end(cuts: list[int], width: int) -> No
         stream.add(x[at:stop], y[at:stop])
         at = stop
     assert stream.finish() == one.finish()
+
+
+@pytest.mark.parametrize("width", [256 * 30, 4 * CHUNK + 256, 1000], ids=str)
+def test_no_digit_depends_on_who_measured(width: int) -> None:
+    """Runs of chunks that other threads took are merged in their order: rows across them, maxima, NaN, other dtypes."""
+    rows = 90 * CHUNK // width
+    x = random(rows * width)
+    y = x + 1e-3 * random(len(x), seed=2)
+    x[5], y[16 * CHUNK], y[40 * CHUNK + 1], y[70 * CHUNK :] = NAN, INF, 1e30, x[70 * CHUNK :]
+    for second in (torch.float32, torch.bfloat16):
+        with ThreadPoolExecutor(3) as helpers:
+            alone, helped = (
+                PairStream((rows, width), x.dtype, second, row_ndim=1, helpers=own) for own in (None, helpers)
+            )
+            for start in range(0, len(x), 40 * CHUNK + 3):
+                for stream in (alone, helped):
+                    stream.add(x[start : start + 40 * CHUNK + 3], y[start : start + 40 * CHUNK + 3].to(second))
+            assert helped.finish() == alone.finish()
+
+
+def test_work_that_no_helper_has_begun_is_done_by_the_caller() -> None:
+    """Helpers that are busy for good delay nothing, and what waits in their queue holds no block."""
+    x = random(40 * CHUNK)
+    stop = threading.Event()
+    with ThreadPoolExecutor(1) as helpers:
+        try:
+            helpers.submit(stop.wait)
+            stream = PairStream(x.shape, x.dtype, x.dtype, row_ndim=0, helpers=helpers)
+            block = x.clone()
+            stream.add(block, x)
+            gone = weakref.ref(block)
+            del block
+            assert gone() is None
+            assert stream.finish() == measure(x, x)
+        finally:
+            stop.set()
 
 
 def test_a_stream_that_is_short_of_values_gives_nothing() -> None:
@@ -231,10 +270,8 @@ def rows_in_chunks(x: torch.Tensor, y: torch.Tensor, chunk: int, *, slow: bool =
         a, b = flat_x[start : start + chunk], flat_y[start : start + chunk]
         if slow:
             rows.add_any(start, a, b)
-        elif torch.equal(a, b):
-            rows.add_equal(start, a.numpy())
         else:
-            rows.add(start, a.numpy(), b.numpy(), (a - b).abs().numpy())
+            rows.add(start, len(a), *(rows.squares(start, v.numpy()) for v in (a - b, a, b)))
     return rows
 
 

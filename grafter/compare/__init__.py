@@ -2,7 +2,8 @@
 
     thresholds         what a difference may be, by the name of the point
     pairs              which points belong together; what only one side has
-    token_rows         rows of several points paired by token: prefill and decode against one packed batch
+    token_rows         rows of several points as one tensor, and which token each of them is
+    paired_rows        the rows of both sides that are the same tokens: prefill and decode against one packed batch
     alignment          two tensors in one order of dims, read block by block
     measuring          the pair measured (grafter.measures), copies on the way
     point_comparison   one point judged by its rule

@@ -55,6 +55,8 @@ class WholeTensor(Protocol):
         self, offset: Numbers | None = None, size: Numbers | None = None
     ) -> Iterator[tuple[Numbers, torch.Tensor]]: ...
 
+    def will_read(self, offset: Numbers | None = None, size: Numbers | None = None) -> None: ...
+
 
 @dataclass(frozen=True)
 class Along:
@@ -103,6 +105,10 @@ class Side:
     def read(self, block: Block) -> torch.Tensor:
         """The block's values, of the shape of its sizes; a view of the file's memory where that is possible."""
         return self._aligned(self._tensor.read(*self._box(block)), block)
+
+    def will_read(self, block: Block) -> None:
+        """A hint that the block is read next."""
+        self._tensor.will_read(*self._box(block))
 
     def copies(self, block: Block) -> Iterator[tuple[Numbers, torch.Tensor]]:
         """Every copy of it, with the ranks that have it."""

@@ -24,35 +24,46 @@ class WhichChoice(str, Enum):
     grafted = "grafted"
 
 
+_A = Annotated[Path, typer.Argument(metavar="A", help="The reference: a role's directory, or a run's.")]
+_B = Annotated[
+    Path | None, typer.Argument(metavar="[B]", help="What is judged. Left out: A is a run, its target is judged.")
+]
+_Thresholds = Annotated[
+    list[str] | None,
+    typer.Option("--threshold", metavar="'PATTERN: EXPR'", help="What a difference may be; the first match counts."),
+]
+_Plan = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="A plan file; its `thresholds` come after those above.")
+]
+_Filter = Annotated[str | None, typer.Option(metavar="EXPR", help="Which points: a filter over their tags.")]
+_Which = Annotated[WhichChoice, typer.Option(help="Values as they came to the point, or as a graft left them.")]
+_Allow = Annotated[
+    list[str] | None, typer.Option(metavar="PATTERN", help="Names that may fail, such as '*.rotary.*'; repeatable.")
+]
+_ForbidSkips = Annotated[
+    bool, typer.Option("--forbid-skips", help="Exit with 2 if anything was skipped, or is on one side only.")
+]
+_Json = Annotated[bool, typer.Option("--json", help="JSON lines and nothing else.")]
+_Failed = Annotated[bool, typer.Option("--failed", help="Only points that did not pass.")]
+_Limit = Annotated[int, typer.Option(metavar="N", min=0, help="At most N rows; 0: all.")]
+_Block = Annotated[int, typer.Option("--block-mib", metavar="N", min=1, help="Memory for a block of one side.")]
+_Threads = Annotated[int | None, typer.Option(metavar="N", min=1, help="Default: one per core, up to 8.")]
+
+
 def compare_command(
-    a: Annotated[Path, typer.Argument(metavar="A", help="The reference: a role's directory, or a run's.")],
-    b: Annotated[
-        Path | None, typer.Argument(metavar="[B]", help="What is judged. Left out: A is a run, its target is judged.")
-    ] = None,
-    thresholds: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--threshold", metavar="'PATTERN: EXPR'", help="What a difference may be; the first match counts."
-        ),
-    ] = None,
-    plan: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="A plan file; its `thresholds` come after those above.")
-    ] = None,
-    filter: Annotated[str | None, typer.Option(metavar="EXPR", help="Which points: a filter over their tags.")] = None,
-    which: Annotated[
-        WhichChoice, typer.Option(help="Values as they came to the point, or as a graft left them.")
-    ] = WhichChoice.value,
-    allow: Annotated[
-        list[str] | None, typer.Option(metavar="PATTERN", help="Names that may fail, such as '*.rotary.*'; repeatable.")
-    ] = None,
-    forbid_skips: Annotated[
-        bool, typer.Option("--forbid-skips", help="Exit with 2 if anything was skipped, or is on one side only.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="JSON lines and nothing else.")] = False,
-    failed: Annotated[bool, typer.Option("--failed", help="Only points that did not pass.")] = False,
-    limit: Annotated[int, typer.Option(metavar="N", min=0, help="At most N rows; 0: all.")] = 0,
-    block: Annotated[int, typer.Option("--block-mib", metavar="N", min=1, help="Memory for a block of one side.")] = 16,
-    threads: Annotated[int | None, typer.Option(metavar="N", min=1, help="Default: one per core, up to 8.")] = None,
+    a: _A,
+    b: _B = None,
+    thresholds: _Thresholds = None,
+    plan: _Plan = None,
+    filter: _Filter = None,
+    which: _Which = WhichChoice.value,
+    allow: _Allow = None,
+    forbid_skips: _ForbidSkips = False,
+    as_json: _Json = False,
+    failed: _Failed = False,
+    limit: _Limit = 0,
+    block: _Block = 16,
+    threads: _Threads = None,
 ) -> None:
     """Compare what two jobs dumped: which points differ, by how much, and which module makes them differ.
 

@@ -1,9 +1,10 @@
 """All of A with all of B: pairs found, compared by several threads, told in A's execution order.
 
-    open -> pairs -> points, each measured by one thread -> severity -> summary
+    open -> pairs -> points, measured by several threads -> severity -> summary
 
-What one thread holds is a block of each side; how many points are under way is bounded, so a recording may be larger
-than memory. A point that cannot be read is an `error` of its own, and the others go on.
+What one thread holds is a block of each side, while the system reads the next one; how many points are under way is
+bounded, so a recording may be larger than memory. A point that cannot be read is an `error` of its own, and the others
+go on.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -129,16 +130,19 @@ def _tasks(a: Dumps, b: Dumps, pairs: Sequence[Pair], thresholds: Thresholds, ch
 
 
 def _run(tasks: Sequence[PointTask], threads: int | None) -> Iterator[Compared]:
-    """The tasks' outcomes, in their order. The work is NumPy's and torch's, which let other threads run meanwhile."""
+    """The tasks' outcomes, in their order. The work is NumPy's and torch's, which let other threads run meanwhile.
+
+    A thread for which there is no further point takes parts of those that the others have.
+    """
     count = threads or min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-    if count == 1 or len(tasks) < 2:
+    if count == 1:
         yield from map(compare_point, tasks)
         return
     with ThreadPoolExecutor(count, thread_name_prefix="grafter-compare") as pool:
         under_way: deque[Future[Compared]] = deque()
         try:
             for task in tasks:
-                under_way.append(pool.submit(compare_point, task))
+                under_way.append(pool.submit(compare_point, replace(task, helpers=pool)))
                 if len(under_way) > 2 * count:
                     yield under_way.popleft().result()
             while under_way:
@@ -176,8 +180,10 @@ def _of_points(points: Sequence[PointRecord], pairs: Sequence[Pair]) -> Iterator
         tokens = point.tokens
         if tokens is not None and (tokens.only_a or tokens.only_b):
             examples = ", ".join((*tokens.only_a_tokens, *tokens.only_b_tokens)[:4])
+            once = tokens.paired - tokens.again
+            again = f" ({tokens.again} rows are there once more)" if tokens.again else ""
             text = (
-                f"{point.label}: {tokens.paired} tokens are on both sides, {tokens.only_a} only in A and "
+                f"{point.label}: {once} tokens are on both sides{again}, {tokens.only_a} only in A and "
                 f"{tokens.only_b} only in B ({examples})"
             )
             yield _of_point(point, "other_rows", text)

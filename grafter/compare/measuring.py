@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from math import prod
 
@@ -52,11 +53,17 @@ class Measured:
 
 
 def measure_pair(
-    a: WholeTensor, b: WholeTensor, *, kl_dims: frozenset[str | None] = frozenset(), block_bytes: int
+    a: WholeTensor,
+    b: WholeTensor,
+    *,
+    kl_dims: frozenset[str | None] = frozenset(),
+    block_bytes: int,
+    helpers: Executor | None = None,
 ) -> Measured:
     """How far b is from a. Holds a block of each side (at most `block_bytes`), and of each replica one more.
 
-    kl_dims: over which dims the KL is asked for; None is A's last. Raises LayoutError where the two do not fit
+    kl_dims: over which dims the KL is asked for; None is A's last. helpers: threads that, where they have nothing else
+    to do, measure parts of a block. Raises LayoutError where the two do not fit
     together, DumpError where a file is damaged.
     """
     plain = Alignment(a, b)
@@ -66,7 +73,8 @@ def measure_pair(
     wanted = dict.fromkeys(sorted(str(dim or of_last) for dim in kl_dims))
     first, *further = wanted or [None]
     # The KL's dim comes last, so that one pass serves all; a second one is read in a pass of its own.
-    pass_ = _Pass(plain if first is None else Alignment(a, b, last=first), with_kl=first is not None)
+    alignment = plain if first is None else Alignment(a, b, last=first)
+    pass_ = _Pass(alignment, with_kl=first is not None, helpers=helpers)
     pass_.run(block_bytes)
     kl = pass_.kl_records()
     for dim in further:
@@ -122,7 +130,9 @@ class _Reader:
 class _Pass:
     """One reading of both sides."""
 
-    def __init__(self, alignment: Alignment, *, with_kl: bool, only_kl: bool = False) -> None:
+    def __init__(
+        self, alignment: Alignment, *, with_kl: bool, only_kl: bool = False, helpers: Executor | None = None
+    ) -> None:
         self.alignment = alignment
         a, b = alignment.a.tensor, alignment.b.tensor
         if with_kl and (a.dtype.is_complex or b.dtype.is_complex):
@@ -130,7 +140,7 @@ class _Pass:
         self._only_kl = only_kl
         self._divergence = Divergence() if with_kl else None
         # B is x, which is judged, and A is y.
-        self.stream = PairStream(alignment.shape, b.dtype, a.dtype, row_ndim=alignment.row_ndim)
+        self.stream = PairStream(alignment.shape, b.dtype, a.dtype, row_ndim=alignment.row_ndim, helpers=helpers)
         self._a = _Reader("a", alignment.a, alignment)
         self._b = _Reader("b", alignment.b, alignment)
         self.bytes_read = 0
@@ -138,7 +148,9 @@ class _Pass:
     def run(self, block_bytes: int) -> None:
         sizes = [own.side.tensor.dtype.itemsize for own in (self._a, self._b)]
         most = max(1, block_bytes // max(sizes))
-        for block in self.alignment.blocks(most, last_dim_whole=self._divergence is not None):
+        blocks = self.alignment.blocks(most, last_dim_whole=self._divergence is not None)
+        # The disk is busy with the next block while one is measured.
+        for block in _one_ahead(blocks, self._will_read):
             a, b = (own.read(block, with_copies=not self._only_kl) for own in (self._a, self._b))
             self.bytes_read += sum(sizes) * prod(block.sizes)
             if self._divergence is not None:
@@ -146,6 +158,10 @@ class _Pass:
                 self._divergence.add(a.reshape(-1, width), b.reshape(-1, width))
             if not self._only_kl:
                 self.stream.add(b, a)
+
+    def _will_read(self, block: Block) -> None:
+        self._a.side.will_read(block)
+        self._b.side.will_read(block)
 
     def replicas(self) -> list[ReplicaMeasurement]:
         return [found for own in (self._a, self._b) for found in own.replicas()]
@@ -166,6 +182,18 @@ class _Pass:
                 worst=worst,
             )
         ]
+
+
+def _one_ahead(blocks: Iterator[Block], announce: Callable[[Block], None]) -> Iterator[Block]:
+    """The blocks, each of which is announced before the one before it is given."""
+    waiting: Block | None = None
+    for block in blocks:
+        announce(block)
+        if waiting is not None:
+            yield waiting
+        waiting = block
+    if waiting is not None:
+        yield waiting
 
 
 # --- records

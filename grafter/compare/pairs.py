@@ -1,7 +1,8 @@
 """Pairs: which points of A and B are compared with each other, and what only one of them has.
 
 same key on both sides                          a pair
-tokens on both sides, another key or rows       all points of that name and tags on each side, paired by token
+tokens on both sides, another key or rows       all points of that name and tags on each side, paired by token; or
+                                                step by step, where each step is a batch of its own
 the rest                                        a finding, with near names
 """
 
@@ -84,33 +85,78 @@ def _same_rows(a: DumpedPoint, b: DumpedPoint) -> bool:
 
 
 def _pairs_by_token(a: list[DumpedPoint], b: list[DumpedPoint]) -> list[Pair]:
-    """All with all; or step by step, where a token comes again in another step (the next batch of a trainer)."""
-    if not (_tokens_come_again(a) or _tokens_come_again(b)):
+    """All with all; or step by step, where a token comes again because each step is a batch of its own (a trainer's).
+
+    Where it comes again on one side alone, that may be a server, which computes a preempted request's rows anew: then
+    steps are not paired one by one, unless that lets every token of the other side meet its partner, too.
+    """
+    again_a, again_b = _tokens_come_again(a), _tokens_come_again(b)
+    if not (again_a or again_b):
         return [Pair(tuple(a), tuple(b), by_token=True)]
-    steps = [step for step in dict.fromkeys(point.step for point in a) if any(point.step == step for point in b)]
+    if again_a != again_b and not (_meet_in_their_steps(a, b) if again_b else _meet_in_their_steps(b, a)):
+        return [Pair(tuple(a), tuple(b), by_token=True)]
+    steps_b = _by_step(b)
     return [
-        Pair(
-            tuple(point for point in a if point.step == step),
-            tuple(point for point in b if point.step == step),
-            by_token=True,
-        )
-        for step in steps
+        Pair(tuple(points), tuple(steps_b[step]), by_token=True)
+        for step, points in _by_step(a).items()
+        if step in steps_b
     ]
 
 
-def _tokens_come_again(points: Sequence[DumpedPoint]) -> bool:
-    """Whether two points have one token. By runs, of the first rank: each rank's rows are within its point's."""
-    taken: dict[object, list[tuple[int, int]]] = {}
+def _by_step(points: Iterable[DumpedPoint]) -> dict[int, list[DumpedPoint]]:
+    found: dict[int, list[DumpedPoint]] = {}
+    for point in points:
+        found.setdefault(point.step, []).append(point)
+    return found
+
+
+# By sequence: the stretches of positions that are there, in order.
+_Spans = dict[object, list[tuple[int, int]]]
+
+
+def _spans(points: Iterable[DumpedPoint]) -> _Spans:
+    """By runs, of the first rank: each rank's rows are within its point's."""
+    spans: _Spans = {}
     for point in points:
         tokens = point.first.tokens
         for sequence, start, count in tokens.runs if tokens is not None else ():
             if sequence is not None:
-                taken.setdefault((type(sequence), sequence), []).append((start, start + count))
-    for runs in taken.values():
-        runs.sort()
-        if any(later < end for (_, end), (later, _) in pairwise(runs)):
-            return True
-    return False
+                spans.setdefault((type(sequence), sequence), []).append((start, start + count))
+    for own in spans.values():
+        own.sort()
+    return spans
+
+
+def _tokens_come_again(points: Sequence[DumpedPoint]) -> bool:
+    """Whether two points have one token."""
+    return any(later < end for own in _spans(points).values() for (_, end), (later, _) in pairwise(own))
+
+
+def _meet_in_their_steps(once: Sequence[DumpedPoint], others: Sequence[DumpedPoint]) -> bool:
+    """Whether every token of `once` that `others` have at all, they have in the step that it has there."""
+    everywhere, theirs = _spans(others), _by_step(others)
+    return all(
+        _common(here, _spans(theirs.get(step, []))) == _common(here, everywhere)
+        for step, here in ((step, _spans(points)) for step, points in _by_step(once).items())
+    )
+
+
+def _common(once: _Spans, others: _Spans) -> int:
+    """How many tokens of `once`, which has none twice, are in `others`."""
+    count = 0
+    for sequence, own in once.items():
+        theirs, place = others.get(sequence, []), 0
+        for start, end in own:
+            reached = start
+            # Those of theirs that end before this one begins are behind all that follow, too.
+            while place < len(theirs) and theirs[place][1] <= start:
+                place += 1
+            for begin, stop in theirs[place:]:
+                if begin >= end:
+                    break
+                count += max(0, min(stop, end) - max(begin, reached))
+                reached = max(reached, min(stop, end))
+    return count
 
 
 def alone(side: str, points: Sequence[DumpedPoint], others: Sequence[DumpedPoint]) -> list[FindingRecord]:

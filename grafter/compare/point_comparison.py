@@ -4,27 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Literal
 
 from grafter.compare.measuring import Measured, Value, measure_pair, with_row_tokens
+from grafter.compare.paired_rows import PairedRows
 from grafter.compare.pairs import Pair
 from grafter.compare.record import LeafRecord, PointRecord, ReplicaRecord, SideRecord, TokenRecord, Verdict
 from grafter.compare.thresholds import Threshold
-from grafter.compare.token_rows import (
-    RowSource,
-    TokenRows,
-    described,
-    joined,
-    rows_of_sources,
-    token_at,
-    tokens_of,
-)
+from grafter.compare.token_rows import RowSource, tokens_of
 from grafter.dumps.lazy_tensor import LazyTensor
 from grafter.dumps.point import DumpedPoint
 from grafter.dumps.saver import checksum
 from grafter.errors import GrafterError
-from grafter.rows.tokens import TokenMatch, Tokens, match
+from grafter.rows.tokens import Tokens
 
 Which = Literal["value", "grafted"]
 
@@ -37,7 +31,8 @@ _WITHOUT_NARROW = "narrow_"
 class PointTask:
     """What to compare, and how. `order`, `order_b`: the places of the points among all of their side.
 
-    rule: the threshold of its name, None where none covers it. is_allowed: whether it may fail.
+    rule: the threshold of its name, None where none covers it. is_allowed: whether it may fail. helpers: threads that
+    may measure parts of it.
     """
 
     pair: Pair
@@ -47,6 +42,7 @@ class PointTask:
     rule: Threshold | None
     is_allowed: bool
     block_bytes: int
+    helpers: Executor | None = None
 
 
 @dataclass(frozen=True)
@@ -136,18 +132,18 @@ def _compare_leaf(task: PointTask, path: str) -> tuple[LeafRecord, TokenRecord |
     kl_dims = task.rule.kl_dims if task.rule is not None else frozenset()
     tokens: TokenRecord | None = None
     if pair.by_token:
-        rows = _RowsByToken(task, path)
-        tokens = rows.record
+        rows = PairedRows(_rows_of(task, pair.a, path), _rows_of(task, pair.b, path))
+        tokens = _token_record(rows, pair)
         if not tokens.paired:
             return LeafRecord(path=path, verdict="error", reason="no token is on both sides"), tokens, 0
-        measured = measure_pair(rows.a, rows.b, kl_dims=kl_dims, block_bytes=task.block_bytes)
+        measured = measure_pair(rows.a, rows.b, kl_dims=kl_dims, block_bytes=task.block_bytes, helpers=task.helpers)
         measured = Measured(
             with_row_tokens(measured.measures, rows.token_at),
             *(measured.values, measured.a, measured.b, measured.replicas, measured.bytes_read),
         )
     else:
         whole = [_reader(task, point, path) for point in (pair.a[0], pair.b[0])]
-        measured = measure_pair(*whole, kl_dims=kl_dims, block_bytes=task.block_bytes)
+        measured = measure_pair(*whole, kl_dims=kl_dims, block_bytes=task.block_bytes, helpers=task.helpers)
     leaf = _judged(task, path, measured)
     sides = [_reader(task, point, path) for point in (pair.a[0], pair.b[0])]
     leaf = leaf.model_copy(
@@ -168,47 +164,26 @@ def _reader(task: PointTask, point: DumpedPoint, path: str) -> LazyTensor:
     return point.reader(path, _which(task, point, path))
 
 
-class _RowsByToken:
-    """The rows of both sides that are the same tokens, in the order of A's."""
-
-    def __init__(self, task: PointTask, path: str) -> None:
-        sides = [self._sources(task, points, path) for points in (task.pair.a, task.pair.b)]
-        (sources_a, tokens_a), (sources_b, tokens_b) = sides
-        found = match(tokens_a, tokens_b)
-        pairs = found.pairs
-        self._tokens, self._pairs = tokens_a, pairs
-        self.a = TokenRows("A", sources_a, rows_of_sources(pairs[:, [0, 2]].tolist(), sources_a))
-        self.b = TokenRows("B", sources_b, rows_of_sources(pairs[:, [1, 2]].tolist(), sources_b))
-        self.record = _token_record(found, tokens_a, tokens_b, task.pair)
-
-    def token_at(self, row: int) -> tuple[str | int, int]:
-        """Sequence and position of a paired row."""
-        for first, _, count in self._pairs.tolist():
-            if row < count:
-                sequence, position = token_at(self._tokens, first + row)
-                # Padding is never paired.
-                return sequence if sequence is not None else "", position
-            row -= count
-        raise IndexError(row)
-
-    @staticmethod
-    def _sources(task: PointTask, points: Sequence[DumpedPoint], path: str) -> tuple[list[RowSource], Tokens]:
-        tensors = [_reader(task, point, path) for point in points]
-        of_points = [tokens_of(point, path, _which(task, point, path)) for point in points]
-        sources = [RowSource(tensor, tokens.rows) for tensor, tokens in zip(tensors, of_points, strict=True)]
-        return sources, joined(of_points)
+def _rows_of(task: PointTask, points: Sequence[DumpedPoint], path: str) -> list[tuple[RowSource, Tokens]]:
+    found = []
+    for point in points:
+        tokens = tokens_of(point, path, _which(task, point, path))
+        found.append((RowSource(_reader(task, point, path), tokens.rows), tokens))
+    return found
 
 
-def _token_record(found: TokenMatch, a: Tokens, b: Tokens, pair: Pair) -> TokenRecord:
+def _token_record(rows: PairedRows, pair: Pair) -> TokenRecord:
+    only_a, only_b = rows.only_a, rows.only_b
     return TokenRecord(
-        paired=found.count,
-        only_a=int(found.only_a[:, 1].sum()),
-        only_b=int(found.only_b[:, 1].sum()),
+        paired=rows.paired,
+        again=rows.again,
+        only_a=only_a[0],
+        only_b=only_b[0],
         points_a=len(pair.a),
         points_b=len(pair.b),
-        only_a_tokens=described(a, found.only_a),
-        only_b_tokens=described(b, found.only_b),
-        by_content=[list(ids) for ids in found.by_content],
+        only_a_tokens=only_a[1],
+        only_b_tokens=only_b[1],
+        by_content=[list(ids) for ids in rows.by_content],
     )
 
 

@@ -144,9 +144,13 @@ class LeafRecord(_Record):
 
 
 class TokenRecord(_Record):
-    """Rows paired by (sequence, position): how many, and how many tokens only one side has."""
+    """Rows paired by (sequence, position): how many, and how many tokens only one side has. again: of those paired, how
+
+    many are a further time of a token that comes again on one side (a server computed it anew).
+    """
 
     paired: int
+    again: int = 0
     only_a: int
     only_b: int
     points_a: int

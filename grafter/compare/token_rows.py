@@ -130,6 +130,9 @@ class TokenRows:
         """Only the one that `read` gives."""
         yield (), self.read(offset, size)
 
+    def will_read(self, offset: Numbers | None = None, size: Numbers | None = None) -> None:
+        """Nothing: rows lie anywhere."""
+
 
 def _kind(source: RowSource) -> str:
     dims = "" if source.rest_dims is None else f" ({' '.join(map(str, source.rest_dims))})"
@@ -273,13 +276,15 @@ def token_at(tokens: Tokens, row: int) -> tuple[SequenceId | None, int]:
 
 
 def described(tokens: Tokens, runs: _Rows, limit: int = 5) -> list[str]:
-    """The first tokens of some runs of rows, as `sequence:position..position`."""
-    found = []
-    for first, count in runs[:limit].tolist():
-        sequence, position = token_at(tokens, first)
-        end, last = token_at(tokens, first + count - 1)
-        if end == sequence:
-            found.append(f"{sequence}:{position}" + (f"..{last}" if last != position else ""))
-        else:
-            found.append(f"{sequence}:{position} ... {end}:{last}")
+    """The first tokens of some runs of rows, sequence by sequence, as `sequence:position..position`."""
+    ends = np.cumsum(tokens.runs[:, 2])
+    found: list[str] = []
+    for first, count in runs.tolist():
+        end = first + count
+        while first < end and len(found) < limit:
+            number = int(np.searchsorted(ends, first, side="right"))
+            here = min(end, int(ends[number])) - first
+            sequence, position = token_at(tokens, first)
+            found.append(f"{sequence}:{position}" + (f"..{position + here - 1}" if here > 1 else ""))
+            first += here
     return found

@@ -8,7 +8,8 @@ stats        chunks combined into statistics and differences
 
 Of two dumps more is asked, and they come block by block:
 
-pair_stream  blocks cut into the same chunks, each measured once
+pair_stream  blocks cut into the same chunks, each measured once, by this thread or by one that is free
+pair_chunks  what is measured of a few chunks at a time
 magnitudes   how large the differences are: a histogram, and percentiles from it
 ulps         how many representable numbers lie between
 rows         the worst token

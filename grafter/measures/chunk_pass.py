@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -28,6 +29,21 @@ DEVICE_ROWS = 70
 WIDE = (torch.float64, torch.complex128)
 
 
+class _OwnWorkspace(threading.local):
+    """A thread's buffers, kept from tensor to tensor: touching new memory costs as much as measuring a small one."""
+
+    largest: Workspace | None = None
+
+    def of(self, size: int) -> Workspace:
+        """For chunks of this size."""
+        if self.largest is None:
+            self.largest = Workspace(CHUNK)
+        return self.largest if size == CHUNK else Workspace(size, self.largest)
+
+
+_workspace = _OwnWorkspace()
+
+
 @dataclass(frozen=True)
 class Sums:
     """One entry a chunk; `x` and `y` are empty where no statistics of the single tensors were asked for."""
@@ -45,15 +61,15 @@ def pass_over_pair(x: torch.Tensor, y: torch.Tensor, level: Literal["full", "lig
     if device.type != "cpu":
         return pass_in_rows(*pair, device, statistics)
     sums = Sums()
-    space = Workspace(min(CHUNK, pair[0].parts))
+    space = _workspace.of(min(CHUNK, pair[0].parts))
     # Overflow and NaN are how the fast way finds input that it must decline.
     with np.errstate(over="ignore", invalid="ignore"):
         for start in range(0, pair[0].parts, CHUNK):
             stop = min(start + CHUNK, pair[0].parts)
             if stop - start != space.size:
-                space = Workspace(stop - start)
+                space = _workspace.of(stop - start)
             _pair_chunk(*pair, start, stop, space, level, statistics, sums)
-    _look_up_maximum(*pair, sums)
+        _look_up_maximum(*pair, sums)
     return sums
 
 
@@ -63,12 +79,12 @@ def pass_over_tensor(tensor: torch.Tensor) -> list[TensorSums]:
     if tensor.device.type != "cpu":
         return tensor_in_rows(reader)
     sums: list[TensorSums] = []
-    space = Workspace(min(CHUNK, reader.parts))
+    space = _workspace.of(min(CHUNK, reader.parts))
     with np.errstate(over="ignore", invalid="ignore"):
         for start in range(0, reader.parts, CHUNK):
             stop = min(start + CHUNK, reader.parts)
             if stop - start != space.size:
-                space = Workspace(stop - start)
+                space = _workspace.of(stop - start)
             space.x.tensor.copy_(reader.read(start, stop))
             sums += _tensor_chunk(space, tensor.dtype in WIDE)
     return sums
@@ -145,10 +161,14 @@ def _look_up_maximum(x: FlatReader, y: FlatReader, sums: Sums) -> None:
     if chunk is None or sums.pair[chunk].d_index != UNKNOWN_INDEX:
         return
     start, stop = chunk * CHUNK, min((chunk + 1) * CHUNK, x.parts)
-    x_chunk, y_chunk = x.read(start, stop).double(), y.read(start, stop).double()
-    index = int((x_chunk - y_chunk).abs().numpy().argmax())
+    space = _workspace.of(stop - start)
+    space.x.tensor.copy_(x.read(start, stop))
+    space.y.tensor.copy_(y.read(start, stop))
+    np.subtract(space.x.values, space.y.values, out=space.d.values)
+    space.d.tensor.abs_()
+    index = int(space.d.values.argmax())
     sums.pair[chunk] = sums.pair[chunk]._replace(
-        d_index=float(index), x_at=float(x_chunk[index]), y_at=float(y_chunk[index])
+        d_index=float(index), x_at=float(space.x.values[index]), y_at=float(space.y.values[index])
     )
 
 

@@ -7,25 +7,31 @@ A row is a run of `width` parts of the flattened index. Chunks do not end where 
         tail           the beginning of a row that goes on in the next chunk
 
 and a row in pieces has the sum of its pieces, by math.fsum. The rel of a row is that of `stats`, over this row alone.
+
+Runs of chunks may be counted apart, by several threads, and are then merged in their order: a run that begins inside of
+a row keeps the pieces of it (`_opening`) until it is known what came before.
 """
 
 from __future__ import annotations
 
 import heapq
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from grafter.measures.flat_chunks import PIECE
+from grafter.measures.chunk_sums import TILE, squares_of_rows
+from grafter.measures.flat_chunks import CHUNK, PIECE
 from grafter.measures.magnitudes import Magnitudes
-
-_vecdot = getattr(np, "vecdot", None)
 
 # How many of the worst rows are named.
 WORST_ROWS = 8
+# Rows whose sums wait, so that the rels of many are taken in one call.
+_BATCH = 2048
+_MOST_LAYOUTS = 64
 
 
 class RowPiece(NamedTuple):
@@ -43,31 +49,88 @@ class WorstRow(NamedTuple):
     rel: float
 
 
-class Rows:
-    """All rows of a pair of tensors, fed chunk by chunk in the order of the flattened index. `width` >= 1."""
+class _Segments(NamedTuple):
+    """What chunks have of rows, cut where rows and where chunks begin.
 
-    def __init__(self, width: int) -> None:
+    begins: of each segment, from the first chunk on. whole: which of them are whole rows, and rows: their numbers, from
+    the row on in which the first chunk begins. parts: the others, and the row that each ends, or None.
+    """
+
+    begins: NDArray[np.int64]
+    whole: NDArray[np.int64]
+    rows: NDArray[np.int64]
+    parts: list[tuple[int, int | None]]
+
+
+class _Pieces:
+    """The pieces so far of one row, and whether unequal non-finite values are among them."""
+
+    def __init__(self) -> None:
+        self.sums: list[RowPiece] = []
+        self.is_nonfinite = False
+
+    def extend(self, later: _Pieces) -> None:
+        self.sums += later.sums
+        self.is_nonfinite |= later.is_nonfinite
+
+
+class Rows:
+    """Rows of a pair of tensors, fed chunk by chunk in the order of the flattened index. `width` >= 1.
+
+    start: the flattened index at which it begins; what comes before is counted by another, which merges this one.
+    """
+
+    def __init__(self, width: int, start: int = 0) -> None:
         self.width = width
-        self.rel = Magnitudes()
         self.nonfinite = 0
         self.first_nonfinite: int | None = None
+        self._rel = Magnitudes()
         self._worst: list[tuple[float, int]] = []
-        self._pieces: list[RowPiece] = []
-        self._piece_is_nonfinite = False
+        # Sums of squares of whole rows, d's and both tensors', and the number of each; and rels of rows in pieces.
+        self._waiting: list[tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]] = []
+        self._waiting_rows = 0
+        self._closed: list[tuple[int, float]] = []
+        self._layouts: dict[tuple[int, int], _Segments] = {}
+        self._begins_inside = start % width != 0
+        # Of the row that is under way at the start, complete; and of the one that is under way at the end.
+        self._opening: _Pieces | None = None
+        self._opening_row = 0
+        self._pieces = _Pieces()
 
-    def add_equal(self, start: int, x: NDArray[np.float64]) -> None:
-        """A chunk of finite values that are the same in both, from the flattened index `start` on."""
-        head, middle, tail = self._cut(start, len(x))
+    @property
+    def rel(self) -> Magnitudes:
+        """How the rels of all rows so far are spread."""
+        self._count_waiting()
+        return self._rel
+
+    def squares(
+        self, start: int, values: NDArray[np.float64], tiles: NDArray[np.float64] | None = None
+    ) -> NDArray[np.float64]:
+        """The sums of squares of all that chunks from the flattened index `start` on have of rows.
+
+        tiles: of each TILE values, where they are known and begin where the chunks do.
+        """
+        if tiles is not None and not (self.width % TILE or start % TILE):
+            return np.add.reduceat(tiles, self._segments(start, len(values)).begins // TILE)
+        sums = [self._squares_of_chunk(start + at, values[at : at + CHUNK]) for at in range(0, len(values), CHUNK)]
+        return sums[0] if len(sums) == 1 else np.concatenate(sums)
+
+    def _squares_of_chunk(self, start: int, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        head = min(-start % self.width, len(values))
+        middle, tail = divmod(len(values) - head, self.width)
+        first, last = int(head > 0), len(values) - tail
+        sums = np.empty(first + middle + (tail > 0))
         if head:
-            self._add_piece(_piece_of_equal(x[:head]), start, head)
+            sums[0] = _square(values[:head])
         if middle:
-            self.rel.add_zeros(middle)
+            sums[first : first + middle] = squares_of_rows(values[head:last].reshape(middle, -1))
         if tail:
-            self._add_piece(_piece_of_equal(x[len(x) - tail :]), start + len(x) - tail, tail)
+            sums[-1] = _square(values[last:])
+        return sums
 
-    def add(self, start: int, x: NDArray[np.float64], y: NDArray[np.float64], d: NDArray[np.float64]) -> None:
-        """A chunk of finite values whose squares lie within float64, and d = |x - y|."""
-        self._add(start, x, y, d, 0, None)
+    def add(self, start: int, count: int, *squares: NDArray[np.float64]) -> None:
+        """Chunks of `count` finite values in all. squares: what `squares` gives of d, of x, and of y."""
+        self._add(start, count, squares, 0, None)
 
     def add_any(self, start: int, x: torch.Tensor, y: torch.Tensor) -> None:
         """A chunk of any float64 values: what is not finite is left out, and unequal such values are counted."""
@@ -78,73 +141,107 @@ class Rows:
         largest = max(float(np.abs(v).max(initial=0.0)) for v in (x_clean, y_clean))
         exponent = math.frexp(largest)[1] if largest else 0
         x_clean, y_clean = np.ldexp(x_clean, -exponent), np.ldexp(y_clean, -exponent)
-        self._add(start, x_clean, y_clean, np.abs(x_clean - y_clean), exponent, unequal)
+        squares = tuple(self.squares(start, v) for v in (x_clean - y_clean, x_clean, y_clean))
+        self._add(start, len(x), squares, exponent, unequal)
+
+    def merge(self, later: Rows) -> None:
+        """Count what `later` has counted, which begins where this one has come to."""
+        if later._begins_inside and later._opening is None:
+            # All of it lies within one row.
+            self._pieces.extend(later._pieces)
+        else:
+            if later._opening is not None:
+                self._pieces.extend(later._opening)
+                self._close_row(later._opening_row)
+            self._pieces = later._pieces
+        self._rel.merge(later.rel)
+        self.nonfinite += later.nonfinite
+        firsts = [rows.first_nonfinite for rows in (self, later) if rows.first_nonfinite is not None]
+        self.first_nonfinite = min(firsts, default=None)
+        for entry in later._worst:
+            self._keep(entry)
 
     def worst(self) -> list[WorstRow]:
         """The rows of the largest rel, the first of equals first; none whose rel is 0."""
+        self._count_waiting()
         return [WorstRow(-row, rel) for rel, row in sorted(self._worst, reverse=True)]
 
     def _add(
         self,
         start: int,
-        x: NDArray[np.float64],
-        y: NDArray[np.float64],
-        d: NDArray[np.float64],
+        count: int,
+        squares: Sequence[NDArray[np.float64]],
         exponent: int,
         unequal: NDArray[np.bool_] | None,
     ) -> None:
         """All in units of 2**exponent. unequal: where non-finite values differ; None: nowhere."""
-        head, middle, tail = self._cut(start, len(x))
-        last = len(x) - tail
-        if head:
-            self._note_nonfinite(unequal, 0, head)
-            self._add_piece(_piece(x[:head], y[:head], d[:head], exponent), start, head)
-        if middle:
-            first = (start + head) // self.width
-            if unequal is not None:
-                self._count_nonfinite(first, np.logical_or.reduce(unequal[head:last].reshape(middle, -1), axis=1))
-            self._add_rows(first, *(_squares(v[head:last], middle) for v in (d, x, y)))
-        if tail:
-            self._note_nonfinite(unequal, last, len(x))
-            self._add_piece(_piece(x[last:], y[last:], d[last:], exponent), start + last, tail)
+        segments = self._segments(start, count)
+        d, both = squares[0], squares[1] + squares[2]
+        first = start // self.width
+        nonfinite = None if unequal is None else np.logical_or.reduceat(unequal, segments.begins)
+        for number, ended in segments.parts:
+            self._pieces.sums.append(RowPiece(float(d[number]), float(both[number]), exponent))
+            self._pieces.is_nonfinite |= nonfinite is not None and bool(nonfinite[number])
+            if ended is not None:
+                self._end_row(first + ended)
+        if nonfinite is not None:
+            self._count_nonfinite((first + segments.rows)[nonfinite[segments.whole]])
+        if len(segments.whole):
+            self._waiting.append((first + segments.rows, d[segments.whole], both[segments.whole]))
+            self._waiting_rows += len(segments.whole)
+            if self._waiting_rows >= _BATCH:
+                self._count_waiting()
 
-    def _note_nonfinite(self, unequal: NDArray[np.bool_] | None, start: int, stop: int) -> None:
-        """The row that is in pieces has such values if one of its pieces has."""
-        if unequal is not None:
-            self._piece_is_nonfinite |= bool(unequal[start:stop].any())
+    def _segments(self, start: int, count: int) -> _Segments:
+        """Remembered: rows and chunks meet in few ways."""
+        key = start % self.width, count
+        found = self._layouts.get(key)
+        if found is None:
+            if len(self._layouts) >= _MOST_LAYOUTS:
+                self._layouts.clear()
+            found = self._layouts[key] = _find_segments(self.width, *key)
+        return found
 
-    def _count_nonfinite(self, first: int, rows: NDArray[np.bool_]) -> None:
-        count = int(np.count_nonzero(rows))
-        if count and self.first_nonfinite is None:
-            self.first_nonfinite = first + int(rows.argmax())
-        self.nonfinite += count
+    def _count_nonfinite(self, rows: NDArray[np.int64]) -> None:
+        if len(rows):
+            first = int(rows[0])
+            self.first_nonfinite = first if self.first_nonfinite is None else min(first, self.first_nonfinite)
+            self.nonfinite += len(rows)
 
-    def _cut(self, start: int, count: int) -> tuple[int, int, int]:
-        """Values of the head, rows of the middle, values of the tail."""
-        head = min(-start % self.width, count)
-        middle, tail = divmod(count - head, self.width)
-        return head, middle, tail
+    def _count_waiting(self) -> None:
+        if self._waiting:
+            numbers, d, both = (np.concatenate(parts) for parts in zip(*self._waiting, strict=True))
+            self._waiting.clear()
+            self._waiting_rows = 0
+            self._count(numbers, np.divide(d, both, out=np.zeros_like(d), where=d > 0))
+        if self._closed:
+            rows, rels = zip(*self._closed, strict=True)
+            self._closed.clear()
+            self._count(np.array(rows), np.array(rels))
 
-    def _add_rows(self, first: int, d: NDArray[np.float64], x: NDArray[np.float64], y: NDArray[np.float64]) -> None:
-        """Sums of squares of whole rows, the first of which has the number `first`."""
-        both = np.add(x, y, out=x)
-        rel = np.divide(d, both, out=np.zeros_like(d), where=d > 0)
-        self.rel.add(rel)
-        self._keep_worst(first, rel)
+    def _count(self, numbers: NDArray[np.int64], rel: NDArray[np.float64]) -> None:
+        """Rows by their numbers, in order, and their rels."""
+        self._rel.add(rel)
+        self._keep_worst(numbers, rel)
 
-    def _add_piece(self, piece: RowPiece, start: int, count: int) -> None:
-        self._pieces.append(piece)
-        if (start + count) % self.width:
-            return
-        row = start // self.width
-        self._count_nonfinite(row, np.array([self._piece_is_nonfinite]))
-        self._piece_is_nonfinite = False
-        rel = np.array([_rel(self._pieces)])
-        self._pieces.clear()
-        self.rel.add(rel)
-        self._keep_worst(row, rel)
+    def _end_row(self, row: int) -> None:
+        """A row in pieces has come to its end."""
+        if self._begins_inside and self._opening is None:
+            self._opening, self._opening_row = self._pieces, row
+            self._pieces = _Pieces()
+        else:
+            self._close_row(row)
 
-    def _keep_worst(self, first: int, rel: NDArray[np.float64]) -> None:
+    def _close_row(self, row: int) -> None:
+        """All pieces of the row are there."""
+        if self._pieces.is_nonfinite:
+            self._count_nonfinite(np.array([row]))
+        self._closed.append((row, _rel(self._pieces.sums)))
+        self._pieces = _Pieces()
+        if len(self._closed) >= _BATCH:
+            self._count_waiting()
+
+    def _keep_worst(self, numbers: NDArray[np.int64], rel: NDArray[np.float64]) -> None:
         worst = self._worst
         if rel.max() <= (worst[0][0] if len(worst) == WORST_ROWS else 0.0):
             return
@@ -152,38 +249,34 @@ class Rows:
         order = np.argsort(-rel, kind="stable")[:WORST_ROWS]
         for number in order:
             value = float(rel[number])
-            # By the negative row: of equals the first row counts as the worse.
-            entry = (value, -(first + int(number)))
             if value <= 0.0:
                 break
-            if len(worst) < WORST_ROWS:
-                heapq.heappush(worst, entry)
-            elif entry > worst[0]:
-                heapq.heapreplace(worst, entry)
+            # By the negative row: of equals the first row counts as the worse.
+            self._keep((value, -int(numbers[number])))
+
+    def _keep(self, entry: tuple[float, int]) -> None:
+        if len(self._worst) < WORST_ROWS:
+            heapq.heappush(self._worst, entry)
+        elif entry > self._worst[0]:
+            heapq.heapreplace(self._worst, entry)
 
 
-def _squares(values: NDArray[np.float64], rows: int) -> NDArray[np.float64]:
-    """The sum of squares of each row."""
-    matrix = values.reshape(rows, -1)
-    # Rows longer than a piece not by BLAS, whose threads would share them out. vecdot came with NumPy 2, and is four
-    # times as fast.
-    if matrix.shape[1] <= PIECE and _vecdot is not None:
-        result: NDArray[np.float64] = _vecdot(matrix, matrix)
-        return result
-    summed: NDArray[np.float64] = np.einsum("ij,ij->i", matrix, matrix)
-    return summed
+def _find_segments(width: int, start: int, count: int) -> _Segments:
+    """Of chunks that begin `start` values into a row."""
+    # A row may begin in the middle of a chunk, and a chunk in the middle of a row.
+    begins = np.union1d(np.arange(-start % width, count, width), np.arange(0, count, CHUNK))
+    ends = np.append(begins[1:], count)
+    is_whole = ends - begins == width
+    whole = np.flatnonzero(is_whole)
+    parts: list[tuple[int, int | None]] = []
+    for number in np.flatnonzero(~is_whole).tolist():
+        end = start + int(ends[number])
+        parts.append((number, None if end % width else end // width - 1))
+    return _Segments(begins, whole, (start + begins[whole]) // width, parts)
 
 
 def _square(values: NDArray[np.float64]) -> float:
     return float(sum(piece.dot(piece) for piece in (values[at : at + PIECE] for at in range(0, len(values), PIECE))))
-
-
-def _piece_of_equal(x: NDArray[np.float64]) -> RowPiece:
-    return RowPiece(0.0, 2 * _square(x), 0)
-
-
-def _piece(x: NDArray[np.float64], y: NDArray[np.float64], d: NDArray[np.float64], exponent: int) -> RowPiece:
-    return RowPiece(_square(d), _square(x) + _square(y), exponent)
 
 
 def _rel(pieces: list[RowPiece]) -> float:

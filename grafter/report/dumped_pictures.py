@@ -114,24 +114,19 @@ def _holds_values(pair: Pair, leaf: str) -> bool:
 
 
 def _read_pair(pair: Pair, leaf: str, which: Which) -> tuple[WholeTensor, WholeTensor]:
-    """Both sides' whole tensors; of points that were paired by token, the rows that both have, in the order of A's."""
+    """Both sides' whole tensors; of points that were paired by token, the rows that both have."""
     if not pair.by_token:
         return _reader(pair.a[0], leaf, which), _reader(pair.b[0], leaf, which)
-    from grafter.compare.token_rows import RowSource, TokenRows, joined, rows_of_sources, tokens_of
-    from grafter.rows.tokens import match
+    from grafter.compare.paired_rows import PairedRows
+    from grafter.compare.token_rows import RowSource, tokens_of
 
-    sources, tokens = [], []
+    sides = []
     for points in (pair.a, pair.b):
         readers = [_reader(point, leaf, which) for point in points]
         own = [tokens_of(point, leaf, _which(point, leaf, which)) for point in points]
-        sources.append([RowSource(reader, each.rows) for reader, each in zip(readers, own, strict=True)])
-        tokens.append(joined(own))
-    runs = match(*tokens).pairs
-    a, b = (
-        TokenRows(who, own, rows_of_sources(runs[:, [side, 2]].tolist(), own))
-        for side, (who, own) in enumerate(zip("AB", sources, strict=True))
-    )
-    return a, b
+        sides.append([(RowSource(reader, each.rows), each) for reader, each in zip(readers, own, strict=True)])
+    rows = PairedRows(*sides)
+    return rows.a, rows.b
 
 
 def _reader(point: DumpedPoint, leaf: str, which: Which) -> WholeTensor:
