@@ -24,7 +24,7 @@ compared, or written into the other's memory. The package reads in the order in 
     dumps                points on disk, and read back: `open_dumps`
     compare              the dumps of two jobs, point by point: how far apart, and does it matter
     offline              one of the jobs is a recording: kept, and played later by ranks of its own
-    control              filters changed while both jobs run: `grafter ctl`
+    control              filters, windows and dumps changed while both jobs run: `grafter ctl`
     watching             a wait explains itself; processes are watched; the store is tidied
     report               a run, or a comparison, as one HTML page
     cli                  `grafter run` (running), `show`, `compare`, `report`, `locate`, `plan suggest`, `doctor`, `ctl`
@@ -119,7 +119,8 @@ def dump(name: str, value: Any, /, **arguments: Any) -> Any:
             tokens: a `grafter.Tokens`, which token each row of `t`, or of `b s`, is: rows meet those of the same token,
             whatever the batches (docs/tokens.md).
             start: of the tokens' sequences (one position, one for each, or a dict): rows before it do not count.
-            new_rows_only: True: rows count from where this point and sequence met the other side last.
+            new_rows_only: True: rows count from where this point and sequence met the other side last. Left out, both
+            are as GRAFTER_START and GRAFTER_NEW_ROWS_ONLY say.
 
     Returns:
         The value itself; with `write="return"`, a value of the same shape and dtype that holds what came. A grafted

@@ -129,6 +129,13 @@ def run_programs(
         )
         for seed, (role, program) in enumerate(programs.items(), start=1)
     }
+    return run_commands(programs, commands, settings, directory)
+
+
+def run_commands(
+    programs: dict[str, Program], commands: dict[str, list[str]], settings: dict[str, str], directory: Path
+) -> PairRun:
+    """Run both to their end; each saves into `directory/saved/<role>`. Fails with all output where one does."""
     output = io.StringIO()
     settings = {"timeout": "60", "join_timeout": "90", "log_level": "warning", **settings}
     result = run_pair(commands["baseline"], commands["target"], settings=settings, out=directory / "out", output=output)

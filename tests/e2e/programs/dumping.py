@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from common import Seen
 
@@ -25,3 +27,9 @@ class Points:
 
     def on_output(self, module: torch.nn.Module, name: str, layer_id: int, dims: str) -> None:
         module.register_forward_hook(lambda _, args, output: self.dump(name, output, layer_id, dims))
+
+
+def keep_what_layers_pass_on(model: Any, seen: Seen) -> None:
+    """The output of layer i is what the next module gets, [rows, hidden], as `<step>.layer_out.<i>`."""
+    for i, following in enumerate([*model.model.layers[1:], model.model.norm]):
+        following.register_forward_pre_hook(lambda _, args, i=i: seen.keep(f"layer_out.{i}", args[0][0]))

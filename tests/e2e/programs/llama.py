@@ -4,14 +4,11 @@ python llama.py OUT --weights FILE --seed N [--own-layers I ...] [--steps N]
 torchrun --standalone --nproc-per-node 2 llama.py OUT ...
 """
 
-import os
-
 import torch
 import torch.distributed as dist
 from common import Seen, load_weights, parse_arguments, token_ids
 from dumping import Points
-from plain_llama import CONFIG, make_model
-from transformers import LlamaForCausalLM
+from sharded_llama import RANK, WORLD_SIZE, load_model
 
 import grafter
 
@@ -21,23 +18,8 @@ ATTENTION = "b s (n*d)[tp]"
 FEATURES = "b s f[tp]"
 
 options = parse_arguments()
-rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-if world_size == 1:
-    model = make_model(load_weights(options))
-else:
-    # transformers shards while it loads, from a directory.
-    from transformers import DistributedConfig
-
-    dist.init_process_group("gloo")
-    checkpoint = options.out / "checkpoint"
-    if rank == 0:
-        LlamaForCausalLM(CONFIG).save_pretrained(checkpoint, state_dict=load_weights(options))
-    dist.barrier()
-    model = LlamaForCausalLM.from_pretrained(
-        checkpoint, dtype=torch.float32, distributed_config=DistributedConfig(tp_plan="auto")
-    )
-model.eval()
-grafter.set_axes(tp=(rank, world_size))
+model = load_model(load_weights(options), options.out / "checkpoint")
+grafter.set_axes(tp=(RANK, WORLD_SIZE))
 seen = Seen()
 points = Points(seen)
 for i, layer in enumerate(model.model.layers):
@@ -54,6 +36,6 @@ with torch.no_grad():
     for seen.step in range(options.steps):
         seen.keep("logits", model(input_ids=token_ids()).logits)
         grafter.step()
-seen.save(options.out, rank)
+seen.save(options.out, RANK)
 if dist.is_initialized():
     dist.destroy_process_group()
