@@ -546,7 +546,7 @@ class Grafter:
         """A point that cannot meet anybody is in the ledger, too."""
         self._sequence += 1
         self._tally.outcomes["skipped"] += 1
-        session.record(
+        session.write_line(
             LedgerRecord(
                 sequence=self._sequence, time=time.time(), name=key.name, tags=tags, step=key.step, phase=key.phase,
                 occurrence=key.occurrence, direction=direction, role=session.place.role,

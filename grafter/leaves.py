@@ -64,7 +64,8 @@ def _spec(path: str, shape: tuple[int, ...], dtype: torch.dtype, device: str) ->
     return TensorSpec(path=path, shape=shape, dtype=str(dtype).removeprefix("torch."), device=device)
 
 
-@dataclass(frozen=True)
+# Not frozen: made at every point, and freezing triples what that costs.
+@dataclass
 class Leaves:
     """A value taken apart. `tensors` are local tensors without autograd wrappers, parallel to `paths` and `specs`.
 

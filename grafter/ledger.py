@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import to_json
 
 from grafter.errors import GrafterError
 
@@ -125,6 +126,11 @@ class LedgerRecord(_Record):
     tokens: TokenCounts | None = None
 
 
+# All fields of a LedgerRecord in its order, as a point of our own gives them: validating them would take as long again
+# as all else that the ledger costs.
+LedgerLine = dict[str, Any]
+
+
 class RankSummary(_Record):
     """What one rank says at close."""
 
@@ -159,9 +165,9 @@ class LedgerWriter:
         self.path = directory / f"rank{role_rank}.ledger.jsonl"
         self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
 
-    def write(self, record: LedgerRecord) -> None:
+    def write(self, record: LedgerRecord | LedgerLine) -> None:
         """Append one line; on a full disk raises OSError, which the caller reports once."""
-        os.write(self._fd, record.model_dump_json().encode() + b"\n")
+        os.write(self._fd, to_json(record, inf_nan_mode="constants") + b"\n")
 
     def write_summary(self, summary: RankSummary) -> None:
         write_summary(self._directory, summary)

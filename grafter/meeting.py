@@ -17,7 +17,7 @@ from grafter.exchange.incoming import IncomingLeaf, Reception
 from grafter.exchange.transfer_plan import TransferPlan, make_plan
 from grafter.layout.declared import DeclaredLayout
 from grafter.leaves import Leaves
-from grafter.ledger import Difference, LeafRecord, LedgerRecord, Outcome
+from grafter.ledger import SCHEMA_VERSION, Difference, LeafRecord, LedgerLine, Outcome
 from grafter.measures.stats import compare
 from grafter.options import PointOptions
 from grafter.outbox.states import NotMet
@@ -99,7 +99,7 @@ class Meeting:
         if header.role == "target":
             sides = ((), header.participants)
         session.finished(sides, session.pairing.keys_to_delete(self._key, header))
-        session.record(self._ledger_record(sides, not_met.outcome, not_met.reason))
+        session.record(self._line(sides, not_met.outcome, not_met.reason))
         return not_met.outcome
 
     def _hold(
@@ -323,34 +323,36 @@ class Meeting:
                 deletable.append(store_keys(session.client.hall, self._key.digest).outcome)
         session.finished(course.sides, deletable)
         sent = not self._is_receiver and outcome in ("sent", "compared")
-        session.record(self._ledger_record(course.sides, outcome, reason), self._key if sent else None)
+        session.record(self._line(course.sides, outcome, reason), self._key if sent else None)
 
-    def _ledger_record(self, sides: Sides, outcome: Outcome, reason: str | None) -> LedgerRecord:
+    def _line(self, sides: Sides, outcome: Outcome, reason: str | None) -> LedgerLine:
+        key, place = self._key, self._session.place
         worst = max(self._leaf_records, key=_badness, default=None)
-        return LedgerRecord(
-            sequence=self._sequence,
-            time=time.time(),
-            name=self._key.name,
-            tags={tag: value for tag, value in self._tags.items() if tag not in ("name", "step", "phase")},
-            step=self._key.step,
-            phase=self._key.phase,
-            occurrence=self._key.occurrence,
-            direction=self._direction,
-            role=self._session.place.role,
-            role_rank=self._session.place.role_rank,
-            outcome=outcome,
-            reason=reason,
-            call_site=self._header.call_site,
-            participants={"baseline": list(sides[0]), "target": list(sides[1])},
-            bytes_sent=self._bytes_sent,
-            bytes_received=self._bytes_received,
-            seconds=self._seconds,
-            before=worst.before if worst else None,
-            incoming=worst.incoming if worst else None,
-            difference=worst.difference if worst else None,
-            leaves=self._leaf_records,
-            tokens=self.rows.counts(self._header) if self.rows is not None else None,
-        )
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "sequence": self._sequence,
+            "time": time.time(),
+            "name": key.name,
+            "tags": {tag: value for tag, value in self._tags.items() if tag not in ("name", "step", "phase")},
+            "step": key.step,
+            "phase": key.phase,
+            "occurrence": key.occurrence,
+            "direction": self._direction,
+            "role": place.role,
+            "role_rank": place.role_rank,
+            "outcome": outcome,
+            "reason": reason,
+            "call_site": self._header.call_site,
+            "participants": {"baseline": sides[0], "target": sides[1]},
+            "bytes_sent": self._bytes_sent,
+            "bytes_received": self._bytes_received,
+            "seconds": self._seconds,
+            "before": worst.before if worst else None,
+            "incoming": worst.incoming if worst else None,
+            "difference": worst.difference if worst else None,
+            "leaves": self._leaf_records,
+            "tokens": self.rows.counts(self._header) if self.rows is not None else None,
+        }
 
     @property
     def _is_receiver(self) -> bool:

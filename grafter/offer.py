@@ -34,7 +34,8 @@ _DESCRIPTION = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
+# Not frozen: made at every point, and freezing triples what that costs.
+@dataclass
 class Offer:
     """What this rank brings to a point: leaves, or why there are none."""
 

@@ -21,7 +21,7 @@ from grafter.errors import ConfigError, GrafterError, JoinError, RunError
 from grafter.exchange.group import local_address_towards
 from grafter.exchange.shared_memory import SharedMemoryExchange, open_listener
 from grafter.exchange.transfer import Transfer
-from grafter.ledger import LedgerRecord, LedgerWriter
+from grafter.ledger import LedgerLine, LedgerRecord, LedgerWriter
 from grafter.outbox.delivery import Delivery
 from grafter.outbox.entries import Outbox
 from grafter.outbox.pull import Puller
@@ -127,7 +127,7 @@ class Session:
         if not all(self.roster.share_memory(self.graft_rank, other) for other in range(len(self.roster.all))):
             self.delivery = Delivery(local_address_towards(address, port), self.client.seal, self.outbox.find)
         self._deletable: dict[tuple[tuple[int, ...], tuple[int, ...]], list[str]] = {}
-        self._sent: OrderedDict[str, LedgerRecord] = OrderedDict()
+        self._sent: OrderedDict[str, LedgerLine] = OrderedDict()
         self._failures_posted = 0
         self._failures_heard: dict[int, int] = {}
         self._ledger_lock = threading.Lock()
@@ -152,12 +152,12 @@ class Session:
 
     # The ledger.
 
-    def record(self, record: LedgerRecord, key: PointKey | None = None) -> None:
+    def record(self, line: LedgerLine, key: PointKey | None = None) -> None:
         """Write one line; `key` for a point whose receivers may still tell that it failed."""
         with self._ledger_lock:
-            self._write(record)
+            self._write(line)
             if key is not None:
-                self._sent[key.digest] = record
+                self._sent[key.digest] = line
                 if len(self._sent) > _REMEMBERED_SENT:
                     self._sent.popitem(last=False)
 
@@ -166,7 +166,7 @@ class Session:
         with self._ledger_lock:
             self._write(record)
 
-    def _write(self, record: LedgerRecord) -> None:
+    def _write(self, record: LedgerRecord | LedgerLine) -> None:
         try:
             self.ledger.write(record)
         except OSError as error:
@@ -189,9 +189,9 @@ class Session:
                 self._failures_heard[leader] = heard
                 digest, reason = json.loads(sealed.payload)
                 with self._ledger_lock:
-                    record = self._sent.pop(digest, None)
-                    if record is not None:
-                        self._write(record.model_copy(update={"outcome": "failed", "reason": str(reason)}))
+                    line = self._sent.pop(digest, None)
+                    if line is not None:
+                        self._write({**line, "outcome": "failed", "reason": str(reason)})
 
     # Tidying.
 

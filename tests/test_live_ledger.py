@@ -70,6 +70,13 @@ def test_every_outcome_has_its_record_on_both_sides_and_unmatched_points_have_no
     }
 
 
+@pytest.mark.parametrize("role", ["baseline", "target"])
+def test_a_line_is_what_the_published_schema_makes_of_it(directory: Path, role: str) -> None:
+    """All fields, in their order: lines are written without being validated."""
+    for line in (directory / role / "rank0.ledger.jsonl").read_text().splitlines():
+        assert LedgerRecord.model_validate_json(line).model_dump_json() == line
+
+
 def test_a_record_says_what_point_it_was_and_where(directory: Path) -> None:
     sent, grafted = records(directory, "baseline")["grafted"], records(directory, "target")["grafted"]
     for record, role in ((sent, "baseline"), (grafted, "target")):

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 
@@ -18,16 +17,14 @@ from grafter.exchange.transfer_plan import Piece, TransferPlan
 from grafter.watching.watch import Watch
 
 
-@dataclass(frozen=True)
-class Outgoing:
+class Outgoing(NamedTuple):
     """A piece and the view of the sender's tensor that it is: on its device, of any strides."""
 
     piece: Piece
     tensor: torch.Tensor
 
 
-@dataclass(frozen=True)
-class Incoming:
+class Incoming(NamedTuple):
     """A piece and the view of the staged value in which it lands: of any strides, in `staging` or on the device."""
 
     piece: Piece

@@ -107,7 +107,8 @@ class IncomingLeaf:
         self.to_write = with_padding(self.padded, self.value, self.room if fits else None)
 
 
-@dataclass(frozen=True)
+# Not frozen: made at every point, and freezing triples what that costs.
+@dataclass
 class Reception:
     """One point on one receiver, once its bytes have come."""
 

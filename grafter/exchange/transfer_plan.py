@@ -77,7 +77,8 @@ class Piece:
         return value if self.place is None else self.place.of(value)
 
 
-@dataclass(frozen=True)
+# Not frozen: made at every point, and freezing triples what that costs.
+@dataclass
 class TransferPlan:
     """`pieces` and `values` are those of one rank where the plan was made for one. All ranks are graft ranks."""
 

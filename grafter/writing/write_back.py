@@ -33,7 +33,8 @@ class WriteMode:
 _PLAINEST = WriteMode()
 
 
-@dataclass(frozen=True)
+# Not frozen: made at every point, and freezing triples what that costs.
+@dataclass
 class Written:
     """What was written. `value` is what `dump` returns: the target itself for `in_place`, a new tensor for `return`.
 
