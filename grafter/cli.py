@@ -27,6 +27,7 @@ from grafter.locate.command import locate_command
 from grafter.plan_suggest.command import plan_app
 from grafter.report.command import report_command
 from grafter.requests.commands import record_command, replay_command
+from grafter.running.master_address import parse_master
 
 if TYPE_CHECKING:
     from grafter.running.launcher import PairResult
@@ -278,14 +279,6 @@ def _refuse(options: Mapping[str, object], why: str) -> None:
     for option, value in options.items():
         if value is not None and value != []:
             raise UsageError(f"{option} {why}.")
-
-
-def parse_master(text: str) -> tuple[str, int]:
-    """HOST:PORT; an IPv6 address is in brackets. Raises UsageError."""
-    host, colon, port = text.rpartition(":")
-    if not colon or not host or not port.isdigit() or not 0 < int(port) < 65536:
-        raise UsageError(f"--master {text}: write it as HOST:PORT, such as 10.0.0.1:29400.")
-    return host.removeprefix("[").removesuffix("]"), int(port)
 
 
 @app.command("show", short_help="Show what became of each point of a run.")

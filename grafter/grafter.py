@@ -28,7 +28,7 @@ from grafter.control.rank_control import RankControl, TakingOver
 from grafter.control.traced import Verdict
 from grafter.direction import Direction, DirectionFilters, sender_role
 from grafter.dumps.rank_dumps import RankDumps
-from grafter.dumps.saver import Taken
+from grafter.dumps.taken import Taken
 from grafter.entry import Entry
 from grafter.errors import GrafterError, JoinError, PeerLostError, RunError, UsageError
 from grafter.farewell import Tally, last_error, say_goodbye, set_up_logging, summarise

@@ -30,7 +30,7 @@ from grafter.watching.waits import Wait
 
 if TYPE_CHECKING:
     from grafter.backward.points import BackwardPoints
-    from grafter.dumps.saver import Taken
+    from grafter.dumps.taken import Taken
 
 PHASE = "backward"
 _POLL_SECONDS = 0.0002

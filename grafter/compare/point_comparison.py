@@ -16,7 +16,7 @@ from grafter.compare.thresholds import Threshold
 from grafter.compare.token_rows import RowSource, tokens_of
 from grafter.dumps.lazy_tensor import LazyTensor
 from grafter.dumps.point import DumpedPoint
-from grafter.dumps.saver import checksum
+from grafter.dumps.taken import checksum
 from grafter.errors import GrafterError
 from grafter.rows.tokens import Tokens
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from grafter.errors import ConfigError, GrafterError, JoinError, UsageError
+from grafter.running.master_address import parse_master
 
 if TYPE_CHECKING:
     from grafter.control.change import ControlField
@@ -187,7 +188,6 @@ def record(
 
 
 def _open(context: typer.Context) -> RunAccess:
-    from grafter.cli import parse_master
     from grafter.control.run_access import RunAccess, place_of_run
 
     target: _Target = context.obj

@@ -12,6 +12,7 @@ import typer
 
 from grafter.errors import GrafterError, UsageError
 from grafter.running.job_environment import parse_settings
+from grafter.running.master_address import parse_master
 
 if TYPE_CHECKING:
     from grafter.doctor.finding import Finding
@@ -80,7 +81,7 @@ def doctor_command(
         commands = {role: text for role, text in (("baseline", baseline), ("target", target)) if text is not None}
         if not commands and settings:
             raise UsageError("filters, --attach, --plan and --set go with --baseline CMD and --target CMD.")
-        _look(commands, settings, out, None if master is None else _parse_master(master), findings, page)
+        _look(commands, settings, out, None if master is None else parse_master(master), findings, page)
         exit_code = 1 if has_fault(findings) else 0
     except GrafterError as error:
         typer.echo(f"grafter doctor: {error}", err=True)
@@ -143,9 +144,3 @@ def _settings(own: dict[str, str], assignments: list[str]) -> dict[str, str]:
     for field in sorted(own.keys() & assigned.keys()):
         raise UsageError(f"{field} is given twice, by its own option and by --set; give it once.")
     return {**assigned, **own}
-
-
-def _parse_master(text: str) -> tuple[str, int]:
-    from grafter.cli import parse_master
-
-    return parse_master(text)

@@ -6,7 +6,7 @@ Writing, from a point to the disk:
 
 choice           which points are saved (limits: how many of them)
 rank_dumps       one rank's dumps as its points see them; alone: a run that only dumps, without another job
-saver            a point as it is at the call: snapshot (buffers) and metadata (encoding)
+saver            a point as it is at the call (taken): snapshot (buffers) and metadata (encoding)
 backlog          what is not on disk yet, bounded in bytes, worked off by one thread
 writer           the files: safetensors, renamed when they are whole; one line a point
 termination      SIGTERM: first to disk, then what would have happened

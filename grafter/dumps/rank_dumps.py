@@ -11,7 +11,8 @@ from grafter.direction import Direction
 from grafter.dumps.choice import DumpChoice
 from grafter.dumps.limits import Limits
 from grafter.dumps.saved_rows import rows_to_save
-from grafter.dumps.saver import Saver, Taken
+from grafter.dumps.saver import Saver
+from grafter.dumps.taken import Taken
 from grafter.errors import GrafterError
 from grafter.ledger import Outcome
 from grafter.options import PointOptions

@@ -9,4 +9,5 @@ supervision      until both are gone: who died, who hangs, what the store says
 watched_store    the hosted store, its death noticed
 run_summary      both jobs' ledgers as one table (pure)
 run_report       what is printed at the end
+master_address   HOST:PORT, as other commands find a run
 """
