@@ -16,7 +16,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -258,7 +258,7 @@ def _number_of_gradient(call: _Call) -> int:
         return _NO_GRADIENT
     number = next(_numbers)
     _expected[number] = grafter, watched
-    grafter.recomputations.keep_entry(_KeptNumber(replace(watched.key, phase=_NUMBERS), number))
+    grafter.recomputations.keep_entry(_KeptNumber(watched.key._replace(phase=_NUMBERS), number))
     return number
 
 

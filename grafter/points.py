@@ -9,9 +9,9 @@ import sys
 from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from grafter.errors import UsageError
 
@@ -78,25 +78,36 @@ def _encode_once(name: str, shown: str, identifying: tuple[tuple[str, Any], ...]
     return known
 
 
-@dataclass(frozen=True)
-class PointKey:
-    """What identifies a point in both jobs. `identifying` holds only the tags that identify."""
-
+class _KeyFields(NamedTuple):
     name: str
     identifying: tuple[tuple[str, Any], ...]
     step: int
     phase: str
     occurrence: int
 
-    @cached_property
+
+class PointKey(_KeyFields):
+    """What identifies a point in both jobs. `identifying` holds only the tags that identify.
+
+    A named tuple, since one is made at every point.
+    """
+
+    _digest: str = ""
+
+    @property
     def digest(self) -> str:
         """24 hex digits, the same for the same point in both jobs: the point's place in the store."""
+        if not self._digest:
+            self._digest = self._worked_out()
+        return self._digest
+
+    def _worked_out(self) -> str:
         # What `json.dumps` makes of all five. The first two stay from step to step, and are encoded once.
         stays = _encode_once(self.name, repr(self.identifying), self.identifying)
         canonical = f'[{stays}, {self.step}, "{self.phase}", {self.occurrence}]'
         return hashlib.blake2b(canonical.encode(), digest_size=12).hexdigest()
 
-    @cached_property
+    @property
     def text(self) -> str:
         """As messages show it."""
         parts = [f"{tag}={value!r}" for tag, value in self.identifying]

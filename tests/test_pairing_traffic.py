@@ -133,7 +133,7 @@ class CountedMailbox:
         self.traffic.sent(letter)
         self.others[graft_rank].put(key, letter.encode())
 
-    def wait(self, keys: Sequence[str], watch: object, patience: float | None = None) -> list[Sealed]:
+    def await_shortly(self, keys: Sequence[str]) -> list[Sealed]:
         letters = [self.own.get(key, waits=self.waits) for key in keys]
         for letter in letters:
             self.traffic.came(letter)
