@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
+from pathlib import Path
 
 import pytest
 
 import grafter
+from grafter.points import CONTEXT_OPTIONS, OPTIONS
 
 
 def test_public_names_are_exactly_these() -> None:
@@ -33,6 +36,18 @@ def test_public_names_are_exactly_these() -> None:
     ]
     for name in grafter.__all__:
         assert getattr(grafter, name).__doc__, f"grafter.{name} has no docstring"
+
+
+def test_every_public_name_and_option_has_a_row_on_the_page_of_the_api() -> None:
+    """With the parameters that the function really has, and no row of something that does not exist."""
+    page = (Path(__file__).parent.parent / "docs" / "api.md").read_text()
+    named = re.findall(r"^\| `@?grafter\.(\w+)", page, re.MULTILINE)
+    assert sorted(named) == sorted(grafter.__all__)
+    assert set(re.findall(r"^\| `(\w+)=`", page, re.MULTILINE)) == OPTIONS
+    assert set(re.findall(r"`(\w+)`", page.split("may also be given to")[0].rsplit("\n\n", 1)[1])) == CONTEXT_OPTIONS
+    for name, shown in re.findall(r"^\| `@?grafter\.(\w+)\(([^`]*)\)`", page, re.MULTILINE):
+        given = set(re.findall(r"(\w+)=", shown)) - {"tp"}
+        assert given <= set(inspect.signature(getattr(grafter, name)).parameters), name
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
