@@ -191,12 +191,15 @@ class Grafter:
             self.dumps.end_step()
             for taking_over in self.control.end_step():
                 self._take_over(taking_over)
+                self.control.has_taken_over(taking_over)
 
     def _take_over(self, coming: TakingOver) -> None:
-        """What a change of the run brings, in the first step in which it is in force."""
-        coming.filters.continue_from(self.filters)
-        self._past_filters.append((coming.step, self.filters))
-        self.filters, self.stats = coming.filters, coming.in_force.stats
+        """What a change of the run brings, in the first step in which it is in force. May be done twice."""
+        if self.filters is not coming.filters:
+            coming.filters.continue_from(self.filters)
+            self._past_filters.append((coming.step, self.filters))
+            self.filters = coming.filters
+        self.stats = coming.in_force.stats
         self.options.take_over(coming.config)
         dumped = coming.in_force.dumped_steps
         self.dumps.take_over(coming.config, coming.choice, (dumped.first, dumped.end) if dumped is not None else None)

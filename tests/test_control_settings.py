@@ -14,16 +14,20 @@ from request_files import lines_in
 from typer.testing import CliRunner
 
 from grafter.cli import app
-from grafter.control.change import OPTION_OF, Answer, Change, Decision, State
+from grafter.control.change import OPTION_OF, Answer, Change, Decision, Proposal, State
 from grafter.control.decision import decide
 from grafter.control.in_force import InForce
+from grafter.control.rank_control import RankControl, TakingOver
 from grafter.control.recorders import NONE_HERE, RecorderChange, RecorderState, recorder_states, why_none
 from grafter.control.run_access import RankView
 from grafter.control.table import recorder_lines
+from grafter.control.traced import Verdict
+from grafter.direction import DirectionFilters
 from grafter.dumps.limits import Limits
 from grafter.errors import ConfigError, UsageError
 from grafter.options import OptionChooser
-from grafter.points import PointKey
+from grafter.points import PointKey, StepCounter
+from grafter.rendezvous.join import Place
 from grafter.requests.recorder import RequestRecorder
 from grafter.rows.tokens import Tokens
 from grafter.rows.windows import Windows
@@ -281,3 +285,45 @@ def test_wrong_usage_is_told_before_anything_is_asked(arguments: list[str], told
     result = CliRunner().invoke(app, ["ctl", *arguments])
     assert result.exit_code == 2
     assert told in result.stderr
+
+
+def make_control(*, saves: bool = True) -> RankControl:
+    place = Place("baseline", 0, 1)
+    return RankControl(START, place, StepCounter(), lambda *_: Verdict("operator", only_compares=True), saves=saves)
+
+
+def test_what_an_interrupt_keeps_from_being_taken_over_comes_again() -> None:
+    """Until the points of this rank go by it, it is not in force."""
+    control = make_control()
+    coming = TakingOver(1, AT_START.after(setting(stats="off"), 1), START, DirectionFilters({}), None, number=0)
+    control._to_come.append(coming)
+    assert list(control.end_step()) == [coming] == list(control.end_step())
+    assert control._in_force == AT_START
+    control.has_taken_over(coming)
+    assert control._in_force == coming.in_force and not control.end_step()
+
+
+def test_a_recorder_that_fails_does_not_fail_the_step(caplog: pytest.LogCaptureFixture) -> None:
+    """The change is in force all the same, and the fault is told."""
+    control = make_control()
+
+    class Broken(RecorderChange):
+        def apply(self) -> None:
+            raise OSError(28, "No space left on device")
+
+    change = Change(action="record", recorders=RecorderChange(enabled=True))
+    object.__setattr__(change, "recorders", Broken(enabled=True))
+    proposal = Proposal.model_construct(change=change, seconds=1.0, by="a test", time=0.0)
+    coming = TakingOver(1, AT_START, START, DirectionFilters({}), None, number=4, proposal=proposal)
+    control._to_come.append(coming)
+    control.end_step()
+    with caplog.at_level(logging.WARNING):
+        control.has_taken_over(coming)
+    assert "No space left" in caplog.text and not control._to_come
+
+
+def test_windows_of_a_played_job_are_those_of_its_recording() -> None:
+    played = make_control(saves=False)
+    for asked, refused in ((setting(start="5"), True), (setting(windows="off"), True), (setting(stats="off"), False)):
+        answer = played._judge(0, Proposal(change=asked, seconds=1.0, by="a test", time=0.0)).answer
+        assert ("played from a recording" in (answer.refused or "")) == refused

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 import uuid
 from collections.abc import Iterator
@@ -21,6 +22,15 @@ from grafter.watching.watch import PeerGone
 class NoEnd:
     def check(self) -> None:
         """A run that nothing ends."""
+
+
+class EndedError(Exception):
+    """What ended the run."""
+
+
+class Ended:
+    def check(self) -> None:
+        raise EndedError
 
 
 @pytest.fixture
@@ -83,6 +93,23 @@ def test_a_short_wait_ends_without_the_letter(boxes: tuple[Mailbox, Mailbox]) ->
     assert second.await_shortly(["point"]) is None
     kept = second.await_shortly(["other"])
     assert kept is not None and kept[0].payload == "kept"
+
+
+def test_a_stranger_that_goes_on_writing_keeps_nobody_waiting(boxes: tuple[Mailbox, Mailbox]) -> None:
+    """A short wait ends, a long one hears what ended the run, and a look is over."""
+    first, second = boxes
+    stranger = os.fork()
+    if stranger == 0:
+        while True:
+            first.send(1, "point", "manifest", "{}", NoEnd())
+    try:
+        assert second.await_shortly(["point"]) is None
+        with pytest.raises(EndedError):
+            second.wait(["point"], Ended())
+        assert second.look("point") is None
+    finally:
+        os.kill(stranger, signal.SIGKILL)
+        os.waitpid(stranger, 0)
 
 
 def test_a_letter_taken_back_while_it_is_waited_for_does_not_count(boxes: tuple[Mailbox, Mailbox]) -> None:

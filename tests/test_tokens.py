@@ -173,6 +173,26 @@ def test_what_is_no_tokens_is_refused_with_the_reason(make: Any, words: str) -> 
         make()
 
 
+@pytest.mark.parametrize(
+    ("sequences", "runs", "words"),
+    [
+        (("a", "b"), [[0, 0, 3], [1, 0, 0]], "impossible runs"),
+        (("a",), [[1, 0, 3]], "impossible runs"),
+        (("a",), [[0, -1, 3]], "impossible runs"),
+        (("a",), [[0, 0, 1 << 62]], "more rows than there can be"),
+        (("a", "a"), [[0, 0, 3], [1, 3, 3]], "one sequence twice"),
+    ],
+)
+@pytest.mark.parametrize("padding", [0, 20])
+def test_tokens_that_the_other_side_would_refuse_cannot_be_made(
+    sequences: tuple[str, ...], runs: list[list[int]], words: str, padding: int
+) -> None:
+    """Else one side would go on where the other fails. With many runs they are checked in another way."""
+    rows = np.array(runs + [[-1, 0, 1]] * padding, dtype=np.int64)
+    with pytest.raises(UsageError, match=words):
+        Tokens(sequences, rows)
+
+
 def test_a_record_that_claims_more_rows_than_there_are_costs_nothing() -> None:
     """Matching is by runs: 2**60 rows are two numbers."""
     large = Tokens.from_record(TokenRuns(runs=(("a", 0, 1 << 60), ("b", 5, 1 << 59))))

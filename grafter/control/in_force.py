@@ -144,6 +144,11 @@ class InForce(BaseModel):
         return DirectionFilters(config.filters, choice), choice
 
     @property
+    def window(self) -> tuple[Any, ...]:
+        """Which rows of a point count."""
+        return self.windows, self.start, self.new_rows_only
+
+    @property
     def text(self) -> str:
         """As messages show it."""
         if self.is_off:

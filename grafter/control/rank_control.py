@@ -105,10 +105,11 @@ class RankControl:
     # On the program's thread.
 
     def end_step(self) -> Sequence[TakingOver]:
-        """Count the step up; what is in force from here on, in its order, where that changes here.
+        """Count the step up; what is to be in force from here on, in its order, where that changes here.
 
-        Waits while a change that this rank has accepted is undecided: no longer than the change allows, or than the
-        run lasts.
+        Each is handed out again at the next step unless `has_taken_over` is called for it: an interrupt in between
+        loses nothing. Waits while a change that this rank has accepted is undecided: no longer than the change allows,
+        or than the run lasts.
         """
         # Not by way of the condition, which is in Python, and would take half of the time.
         with self._lock:
@@ -117,17 +118,21 @@ class RankControl:
             self._steps.next_step()
             if not self._to_come:
                 return ()
-            due = [one for one in self._to_come if one.step <= self._steps.step]
-            for one in due:
-                self._to_come.remove(one)
-                self._in_force = one.in_force
-                self._changes = self._changes if one.number is None else one.number + 1
-                if one.proposal is not None and one.proposal.change.action == "record":
-                    # Before anybody is told that it is in force.
+            return [one for one in self._to_come if one.step <= self._steps.step]
+
+    def has_taken_over(self, one: TakingOver) -> None:
+        """This rank's points go by it from here on: so do its recorders, and then everybody is told."""
+        with self._lock:
+            if one.proposal is not None and one.proposal.change.action == "record":
+                try:
                     one.proposal.change.recorders.apply()
-        for one in due:
-            self._tell(one)
-        return due
+                except Exception as error:
+                    # A recorder's fault must not come out of the program's `step`.
+                    logger.warning("grafter: %s: a recorder did not change: %r", self._place.who, error)
+            self._in_force = one.in_force
+            self._changes = self._changes if one.number is None else one.number + 1
+            self._to_come.remove(one)
+        self._tell(one)
 
     def _wait_for_decision(self) -> None:
         keeper, in_hand = self._keeper, self._in_hand
@@ -253,6 +258,11 @@ class RankControl:
             # As it would be in the next step: where the step stands in a filter, its number changes nothing.
             accepted = self._last_decided.after(proposal.change, step + 1)
             accepted.check(self._config)
+            if not self._saves and accepted.window != self._last_decided.window:
+                raise UsageError(
+                    f"{self._place.who} is played from a recording, whose windows are in its points already; record it "
+                    "again with other ones, or change anything else"
+                )
             filters, _ = accepted.filters(self._config, saves=self._saves, in_any_step=True)
             why_not = None if accepted.is_off else self._traced.why_not(filters)
         except GrafterError as error:

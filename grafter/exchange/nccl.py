@@ -69,6 +69,8 @@ class NcclExchange(Exchange):
     ) -> None:
         """Coalesced calls in graft-rank order. The CPU polls an event, so that a lost peer does not hang it."""
         device = tensors[0].device if tensors else torch.device("cuda", torch.cuda.current_device())
+        # Looked after from here on: building a group waits for all its members.
+        watch.check()
         torch.cuda.current_stream(device).synchronize()
         group: Any = self._group(plan, device)  # torch's stubs leave out most of what a backend has
         operations = sorted(zip(peers, range(len(tensors)), strict=True))

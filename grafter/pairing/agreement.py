@@ -53,7 +53,7 @@ class Agreement:
             self._bring([leader], place, NO if refusal is not None else YES, refusal or "")
 
     def refuse(self, key: PointKey, reason: str) -> None:
-        """Give a point up: heard within a second by every rank, sender or receiver, that still moves its bytes."""
+        """Give a point up: all ranks that still move its bytes, senders and receivers, hear it in about a second."""
         self._client.set(store_keys(self._hall, key.digest).outcome, REFUSE, reason)
 
     def outcome(self, key: PointKey, receivers: Sequence[int], refusal: str | None) -> str | None:

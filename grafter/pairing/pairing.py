@@ -225,20 +225,20 @@ class Pairing:
     def _bring(self, receivers: Sequence[int], place: str, kind: str, payload: str) -> None:
         self._courier.bring(receivers, place, kind, payload, by_mail=self._courier.mail_inside)
 
-    def _wait_for(self, key: PointKey, header: Header, places: Sequence[str], *, by_mail: bool) -> list[Sealed]:
-        def make_wait() -> Wait:
-            return Wait(
-                "pairing",
-                key,
-                self._timeout,
-                leader=header.role_rank == min(header.participants),
-                digest=key.digest,
-                participants=header.participants,
-                call_site=header.call_site,
-                own_side=header.wait == "job",
-            )
+    def _make_wait(self, key: PointKey, header: Header) -> Wait:
+        return Wait(
+            "pairing",
+            key,
+            self._timeout,
+            leader=header.role_rank == min(header.participants),
+            digest=key.digest,
+            participants=header.participants,
+            call_site=header.call_site,
+            own_side=header.wait == "job",
+        )
 
-        return self._courier.fetch(make_wait, places, by_mail=by_mail)
+    def _wait_for(self, key: PointKey, header: Header, places: Sequence[str], *, by_mail: bool) -> list[Sealed]:
+        return self._courier.fetch(lambda: self._make_wait(key, header), places, by_mail=by_mail)
 
     def _collect(self, key: PointKey, header: Header, keys: StoreKeys) -> str:
         """The leader's part: its own role's headers, checked against each other, as the text of a manifest."""
@@ -357,7 +357,7 @@ class Pairing:
         if told is not None:
             self._courier.bring([told], keys.second, _MANIFEST, mine, by_mail=True)
             # A wait in the store costs more, but finds any leader.
-            other = self._courier.fetch_shortly([keys.second])
+            other = self._courier.fetch_shortly(lambda: self._make_wait(key, header), [keys.second])
         if other is None:
             found = self._client.put_if_absent(keys.first, _MANIFEST, mine)
             if found is not None:

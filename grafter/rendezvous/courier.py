@@ -65,7 +65,7 @@ class Courier:
         """
         mailbox = self._mailbox if by_mail else None
         if mailbox is not None:
-            letters = self.fetch_shortly(keys)
+            letters = self.fetch_shortly(make_wait, keys)
             if letters is not None:
                 return letters
         wait = make_wait()
@@ -75,17 +75,25 @@ class Courier:
                 return self._client.get_all(keys)
         wait.has_news = lambda: mailbox.has_news(keys)
         with self._housekeeping.waiting(wait):
-            return self._opened(mailbox.wait(keys, self._housekeeping))
+            letters = mailbox.wait(keys, self._housekeeping)
+        return self._opened(letters, make_wait)
 
-    def fetch_shortly(self, keys: Sequence[str]) -> list[Sealed] | None:
+    def fetch_shortly(self, make_wait: Callable[[], Wait], keys: Sequence[str]) -> list[Sealed] | None:
         """What came by mail under these keys; None if that has not come within about 10 ms."""
         assert self._mailbox is not None
         self._housekeeping.check()
         letters = self._mailbox.await_shortly(keys)
-        return None if letters is None else self._opened(letters)
+        return None if letters is None else self._opened(letters, make_wait)
 
-    def _opened(self, letters: list[Sealed]) -> list[Sealed]:
-        return [self._client.get(letter.payload) if letter.kind == _STORED else letter for letter in letters]
+    def _opened(self, letters: list[Sealed], make_wait: Callable[[], Wait]) -> list[Sealed]:
+        """The letters, those too long for mail read from the store."""
+        stored = tuple(letter.payload for letter in letters if letter.kind == _STORED)
+        if not stored:
+            return letters
+        wait = make_wait()
+        wait.awaits = stored
+        with self._housekeeping.waiting(wait):
+            return [self._client.get(letter.payload) if letter.kind == _STORED else letter for letter in letters]
 
     def discard(self, key: str) -> None:
         """What came by another way already need not come by mail again."""

@@ -35,6 +35,8 @@ _SHORTLY_SECONDS = 0.01
 LONGEST_MAIL_BYTES = 64 << 10
 _LONGEST_LETTER_BYTES = LONGEST_MAIL_BYTES + (8 << 10)
 _MOST_UNREAD = 100_000
+# More than Linux lets wait in a datagram socket (net.unix.max_dgram_qlen is 512 where it is large).
+_LONGEST_QUEUE = 1 << 16
 RECALL = "recall"
 _PLACES_HELD = 8
 _MOST_ASKING = 4096
@@ -96,30 +98,36 @@ class Mailbox:
         return sender
 
     def await_shortly(self, keys: Sequence[str]) -> list[Sealed] | None:
-        """The letters for these keys; None where none has come for 10 ms and one is still missing."""
+        """The letters for these keys; None where one is still missing after some 10 ms."""
         unread = self._unread
         until = self._spinning.until()
         if until:
             self._spin(keys, until)
+        deadline = time.monotonic() + _SHORTLY_SECONDS
         while not all(map(unread.__contains__, keys)):
-            self._look_for(_SHORTLY_SECONDS)
-            if not self._fetch():
+            # By the clock, whatever has come: letters of a stranger must not keep this rank here.
+            if time.monotonic() > deadline:
                 return None
+            self._look_for(_SHORTLY_SECONDS)
+            self._fetch()
         return [unread.pop(key) for key in keys]
 
     def wait(self, keys: Sequence[str], watch: Watch) -> list[Sealed]:
         """The letters for these keys, once all have come."""
         unread = self._unread
+        checked = time.monotonic()
         while not all(map(unread.__contains__, keys)):
             self._look_for(_POLL_SECONDS)
-            if not self._fetch():
+            if not self._fetch() or time.monotonic() > checked + _POLL_SECONDS:
                 watch.check()
+                checked = time.monotonic()
         return [unread.pop(key) for key in keys]
 
     def _spin(self, keys: Sequence[str], until: float) -> None:
         """Look for these letters again and again."""
         while not all(map(self._unread.__contains__, keys)):
-            if not self._fetch(_AT_ONCE) and time.monotonic() > until:
+            self._fetch(_AT_ONCE)
+            if time.monotonic() > until:
                 self._spinning.tell(paid=False)
                 return
         self._spinning.tell(paid=True)
@@ -133,15 +141,19 @@ class Mailbox:
 
     def look(self, key: str) -> Sealed | None:
         """The letter for a key if it is there. What was sent has arrived, so this never waits."""
-        while self._fetch(_AT_ONCE):
-            pass
+        self._fetch_all()
         return self._unread.pop(key, None)
 
     def has(self, key: str) -> bool:
         """Whether the letter for a key has come; it stays where it is."""
-        while self._fetch(_AT_ONCE):
-            pass
+        self._fetch_all()
         return key in self._unread
+
+    def _fetch_all(self) -> None:
+        """Every letter that was there at the call. No more than a socket can hold: a stranger may go on writing."""
+        for _ in range(_LONGEST_QUEUE):
+            if not self._fetch(_AT_ONCE):
+                return
 
     def discard(self, key: str) -> None:
         """Throw away a letter that came twice, by two ways."""

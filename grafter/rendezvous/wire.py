@@ -78,7 +78,7 @@ class Seal:
                 f"a message was not written by grafter (it starts with {value[:40]!r}). Another program may be using "
                 f"this master port."
             ) from None
-        if self._secret is not None and not hmac.compare_digest(mac, self._mac(text[len(mac) + 1 :])):
+        if self._secret is not None and not hmac.compare_digest(mac.encode(), self._mac(text[len(mac) + 1 :]).encode()):
             raise ProtocolError(
                 f"a message that says it is from {writer} ({key}) is unsigned or signed with another secret. Set "
                 f"GRAFTER_SECRET to the same value in both jobs."

@@ -6,29 +6,40 @@ Imports no torch, and no recorder: a process that has none pays nothing for the 
 from __future__ import annotations
 
 import os
+import threading
 import weakref
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from grafter.requests.recorder import RequestRecorder
 
-_recorders: weakref.WeakSet[RequestRecorder] = weakref.WeakSet()
+# Replaced as a whole, so that any thread, and a forked child, may read it without the lock.
+_recorders: tuple[weakref.ref[RequestRecorder], ...] = ()
+_lock = threading.Lock()
 
 
 def add(recorder: RequestRecorder) -> None:
-    _recorders.add(recorder)
+    global _recorders
+    with _lock:
+        _recorders = (*(known for known in _recorders if known() is not None), weakref.ref(recorder))
 
 
 def discard(recorder: RequestRecorder) -> None:
-    _recorders.discard(recorder)
+    global _recorders
+    with _lock:
+        _recorders = tuple(known for known in _recorders if known() not in (None, recorder))
 
 
 def living_recorders() -> list[RequestRecorder]:
     """Those that were made here and are not closed, in the order of their directories."""
-    return sorted(_recorders, key=lambda recorder: (str(recorder.directory), id(recorder)))
+    alive = [recorder for known in _recorders if (recorder := known()) is not None]
+    return sorted(alive, key=lambda recorder: (str(recorder.directory), id(recorder)))
 
 
 def _start_all_afresh() -> None:
+    global _lock
+    # It may belong to a thread that does not exist here.
+    _lock = threading.Lock()
     for recorder in living_recorders():
         recorder.start_afresh()
 

@@ -53,6 +53,8 @@ def serve(
     say: told the address once it is served. grace_seconds: what answers under way are given. Called on the main thread.
     Raises UsageError where the port cannot be listened on.
     """
+    # Until somebody listens to it; else it would end the process.
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     listening = _listen(host, port)
     proxy = RecordingProxy(upstream, recorder, limit_bytes)
 

@@ -49,6 +49,7 @@ class Tokens:
         runs: _Numbers,
         hashes: Mapping[int, npt.NDArray[np.uint64]] | None = None,
     ) -> None:
+        _check_runs(sequences, runs, hashes)
         self.sequences, self.runs = sequences, _joined_runs(runs)
         # How many rows there are, padding included.
         self.rows = total(self.runs[:, 2])
@@ -326,6 +327,29 @@ def _joined_runs(runs: _Numbers) -> _Numbers:
         return runs
     first = np.concatenate([[0], np.flatnonzero(~goes_on) + 1])
     return np.concatenate([runs[first, :2], np.add.reduceat(runs[:, 2], first)[:, None]], axis=1)
+
+
+def _check_runs(sequences: tuple[SequenceId, ...], runs: _Numbers, hashes: Mapping[int, Any] | None) -> None:
+    """What other ranks refuse to read must not exist here either: both sides decide alike."""
+    if len(runs) <= FEW:
+        rows = runs.tolist()
+        possible = all(-1 <= number < len(sequences) and first >= 0 and count > 0 for number, first, count in rows)
+        most = max(sum(count for _, _, count in rows), *(first + count for _, first, count in rows), 0)
+    else:
+        numbers, first, counts = runs.T
+        possible = bool(
+            numbers.min() >= -1 and numbers.max() < len(sequences) and first.min() >= 0 and counts.min() > 0
+        )
+        # In Python's numbers, which do not overflow.
+        most = max(int(first.max()) + int(counts.max()), sum(counts.tolist()))
+    if not possible:
+        raise InvalidTokens("tokens have impossible runs of rows; each is (sequence or -1, first position, count > 0).")
+    if most > _LARGEST:
+        raise InvalidTokens("tokens have more rows than there can be.")
+    if len(set(sequences)) != len(sequences):
+        raise InvalidTokens("tokens have one sequence twice; each is listed once, whatever number of runs it has.")
+    if any(not 0 <= number < len(sequences) for number in hashes or ()):
+        raise InvalidTokens("tokens have hashes of no sequence.")
 
 
 def _check_each_once(tokens: Tokens) -> None:
