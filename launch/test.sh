@@ -41,10 +41,13 @@ done
 setup dev ${pip_arguments[@]+"${pip_arguments[@]}"} || exit 2
 # The tests start many processes of their own: each with a thread per core would only wait for the others.
 export HF_HUB_OFFLINE=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+# Bytecode is kept, whatever the environment says: hundreds of processes would compile grafter and the test modules.
+unset PYTHONDONTWRITEBYTECODE
 if [[ -n "$e2e" ]]; then
     install_e2e || exit 2
     # One pair at a time: each is up to four ranks.
     exec python -m pytest tests/e2e "$@"
 fi
-# One worker more than cores: a good part of the tests waits for processes rather than computes.
-exec python -m pytest -n "$(python -c 'import os; print((os.cpu_count() or 1) + 1)')" "$@"
+# One worker more than cores: a good part of the tests waits for processes rather than computes. Each begins with a
+# stretch of files, so that what a file's tests share is mostly made once.
+exec python -m pytest -n "$(python -c 'import os; print((os.cpu_count() or 1) + 1)')" --dist worksteal "$@"

@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
-from pathlib import Path
+from typing import Any
 
-COMMON = """
-import sys
-import torch, torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.testing._internal.distributed.fake_pg import FakeStore
-from grafter.capture.adapters import mesh_axes
-rank, size = int(sys.argv[1]), int(sys.argv[2])
-dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
-model = torch.nn.Linear(8, 8)
-"""
+from jobs import call_in_a_process
 
 
 def axes(code: str, rank: int, size: int) -> dict[str, tuple[int, int]]:
-    done = subprocess.run(
-        [sys.executable, "-c", f"{COMMON}\n{code}\nprint(sorted(mesh_axes(model).items()))", str(rank), str(size)],
-        capture_output=True,
-        text=True,
-        timeout=90,
-        cwd=Path(__file__).parent.parent,
-    )
-    assert done.returncode == 0, done.stderr
-    return dict(eval(done.stdout.splitlines()[-1], {"__builtins__": {}}))
+    """The axes of `model` after `code`, which has `sys`, `torch`, `init_device_mesh` and `mesh_axes`, too."""
+    found: dict[str, tuple[int, int]] = call_in_a_process(_find_axes, code, rank, size)
+    return found
+
+
+def _find_axes(code: str, rank: int, size: int) -> dict[str, tuple[int, int]]:
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from grafter.capture.adapters import mesh_axes
+
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
+    names: dict[str, Any] = {
+        "sys": sys,
+        "torch": torch,
+        "init_device_mesh": init_device_mesh,
+        "mesh_axes": mesh_axes,
+        "model": torch.nn.Linear(8, 8),
+    }
+    exec(code, names)
+    return dict(mesh_axes(names["model"]))

@@ -21,7 +21,7 @@ def own_value(rank: Rank) -> float:
 
 def run_both(directory: Path, function: Callable[[Rank], Any], *arguments: Any, **settings: Any) -> tuple[Any, Any]:
     """The target's value, and its ledger; one rank on each side."""
-    with Jobs(directory, **{"b2t_filter": "True", **settings}) as jobs:
+    with Jobs(directory, compiler=True, **{"b2t_filter": "True", **settings}) as jobs:
         for role in ("baseline", "target"):
             jobs.start(role, 1, function, *arguments)
         values = succeed(jobs.wait())

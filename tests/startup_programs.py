@@ -1,6 +1,8 @@
-"""Programs that never import grafter, for tests/test_startup.py. `python startup_programs.py NAME`.
+"""Programs that never import grafter, for tests/test_startup.py. `python startup_programs.py NAME [ARGUMENT ...]`.
 
-Each prints one line of JSON: what the process found of grafter's doing once it was through.
+Each prints one line of JSON: what the process found of grafter's doing once it was through. `each NAME ...` runs
+several, each in a process that is forked as soon as torch is imported, since the import is most of what a program
+costs; they print their names beside it.
 """
 
 from __future__ import annotations
@@ -194,8 +196,10 @@ def compiled() -> Any:
     return found()
 
 
-def training() -> Any:
-    """Two iterations of two microbatches, with a validation after each."""
+def training(ends_a_step: str | None = None) -> Any:
+    """Two iterations of two microbatches, with a validation after each. `ends_a_step`: GRAFTER_STEP."""
+    if ends_a_step is not None:
+        os.environ["GRAFTER_STEP"] = ends_a_step
     model = Model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     steps = []
@@ -279,6 +283,18 @@ class Rows(torch.utils.data.Dataset):  # type: ignore[type-arg]
 def data_loader() -> Any:
     rows = list(torch.utils.data.DataLoader(Rows(), num_workers=1))
     return {**found(), "left alone": [float(row) for row in rows]}
+
+
+def each(*names: str) -> Any:
+    """Each name may have an argument: `training:manual`. Ends with the highest exit code of all."""
+    codes = []
+    for name in names:
+        child = os.fork()
+        if child == 0:
+            program, *arguments = name.split(":")
+            show({name: globals()[program](*arguments)})
+        codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    sys.exit(max(abs(code) for code in codes))
 
 
 def main() -> None:

@@ -375,7 +375,7 @@ def dump_weights(rank: Rank) -> dict[str, Any]:
 def test_both_jobs_start_from_the_same_weights(tmp_path: Path, ties: tuple[bool, bool], settings: Any) -> None:
     """Parameters and persistent buffers, integers included; tied in one job and not in the other; whatever is set for
     the writing of activations. A buffer that is not persistent is nobody's weight."""
-    with Jobs(tmp_path, b2t_filter="True", **settings) as jobs:
+    with Jobs(tmp_path, compiler=True, b2t_filter="True", **settings) as jobs:
         for role in ("baseline", "target"):
             jobs.start(role, 1, dump_weights, *ties, True)
         baseline, target = succeed(jobs.wait())
@@ -454,7 +454,7 @@ def dump_fsdp(rank: Rank) -> Any:
 
 def test_weights_cross_into_dtensors(tmp_path: Path) -> None:
     """FSDP2's parameters say themselves how they are sharded; then the outputs are equal."""
-    with Jobs(tmp_path, b2t_filter="True") as jobs:
+    with Jobs(tmp_path, compiler=True, b2t_filter="True") as jobs:
         jobs.start("baseline", 1, dump_fsdp)
         jobs.start("target", 2, dump_fsdp, tmp_path / "rendezvous")
         baseline, first, second = succeed(jobs.wait())

@@ -19,17 +19,18 @@ ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT))
 
 from benchmarks.calls import CallResult  # noqa: E402
-from benchmarks.capture import ALONE, measure_capture  # noqa: E402
+from benchmarks.dumping import measure_dumping  # noqa: E402
+from benchmarks.dumping_table import dumping_table, dumping_targets  # noqa: E402
 from benchmarks.footprint import measure_import  # noqa: E402
 from benchmarks.planning import PlanningResult, measure_planning  # noqa: E402
 from benchmarks.resharding import ReshardingResult, shape_of  # noqa: E402
 from benchmarks.rounds import Spread, interleaved, ratio, spread  # noqa: E402
 from benchmarks.sglang_grafter import load_dumper_module  # noqa: E402
 from benchmarks.sharding import DIMS, Crossing  # noqa: E402
-from benchmarks.targets import call_targets, capture_targets, planning_targets, resharding_targets, transfer_targets  # noqa: E402
+from benchmarks.targets import call_targets, planning_targets, resharding_targets, transfer_targets  # noqa: E402
 from benchmarks.transfers import CaseResult  # noqa: E402
 from benchmarks.units import parse_size, size_text, time_text  # noqa: E402
-from benchmarks.ways import AllGatherObject, ModelShape, Ranks  # noqa: E402
+from benchmarks.ways import AllGatherObject, Ranks  # noqa: E402
 
 TIMES = st.floats(1e-9, 1e3)
 
@@ -108,6 +109,21 @@ def test_planning_is_measured_for_as_many_pieces_as_the_layouts_cross_in() -> No
     assert pieces["zigzag"]["target"] == 64
     assert pieces["no dim in common"] == {"baseline": 1024, "target": 1024}
     assert all(r.parsing is not None and r.message_bytes > 2 * r.world * 100 for r in tables["layouts"])
+
+
+def test_saving_is_measured_beside_torch_save_and_leaves_nothing(tmp_path: Path) -> None:
+    """Every way saves all tensors in the directory that is given; files of 32 KiB have one target, large ones three."""
+    results = [measure_dumping(nbytes, 3, 1, tmp_path, synced=True) for nbytes in (32 << 10, 1 << 20)]
+    ways = {"save_file", "own writer", "dump, cold", "dump, warm", "dump, synced"}
+    saved = {"torch.save", "torch.save, synced"}
+    for result, spaced in zip(results, (set(), {"spaced"}), strict=True):
+        own = ways | {f"dump, {kind}" for kind in spaced}
+        assert set(result.seconds) - {"memcpy"} == set(result.processor_seconds) == own | saved
+        assert set(result.faster) == set(result.less_processor) == own
+        assert set(result.stalls) == set(result.stall_memcpys) == {"cold", "warm"} | spaced
+    assert list(tmp_path.iterdir()) == []
+    assert [target.unit for target in dumping_targets(results)] == ["times", "memcpys", "memcpys", "times"]
+    assert dumping_table(results).row_count == 2 * len(ways | saved | {"memcpy"}) + 1
 
 
 def test_import_is_measured_in_fresh_processes() -> None:
@@ -240,18 +256,3 @@ def test_the_dumper_of_sglang_loads_without_sglang(tmp_path: Path) -> None:
     assert module.DumperConfig().enable is False
     with pytest.raises(RuntimeError, match=r"sglang\.srt\.utils\.get_device"):
         module.get_device()
-
-
-def test_capture_is_measured_with_hooks_everywhere() -> None:
-    """A model of one layer: two hooks on each of its modules, a point for each tensor, and what a target is judged by.
-
-    Its modules are the embedding, the rotary embedding, the norm, the head, the inner model, and 13 of the layer; the
-    model itself has no hook, since its own forward is wrapped.
-    """
-    results = measure_capture(ModelShape(layers=1, hidden=64, tokens=4), rounds=2, passes=1)
-    assert [r.case for r in results] == ["plain", ALONE, "plain, both jobs", "compared", "grafted"]
-    assert [r.hooks for r in results] == [0, 36, 0, 36, 36]
-    assert all(r.points > 36 for r in results if r.hooks)
-    assert all(r.seconds.median > 0 and r.over_plain.median > 0 for r in results)
-    (target,) = capture_targets(results)
-    assert target.limit == 1.05 and target.measured == results[1].over_plain.median

@@ -47,7 +47,7 @@ def run_compiled(rank: Rank) -> Any:
 
 
 def test_compiled_code_grafts_with_tags_and_lines_of_the_user(tmp_path: Path) -> None:
-    with two_jobs(tmp_path, run_compiled, run_compiled, b2t_filter="True") as jobs:
+    with two_jobs(tmp_path, run_compiled, run_compiled, compiler=True, b2t_filter="True") as jobs:
         (_, _, _), (values, told, reasons) = succeed(jobs.wait())
         ledger = jobs.ledgers()["target", 0]
     assert values == [[30.0, 30.0]] * 3, "the target goes on with the baseline's values"
@@ -76,7 +76,7 @@ def run_whole(rank: Rank) -> Any:
 
 def test_a_whole_graph_is_refused_with_the_reason_and_the_users_line(tmp_path: Path) -> None:
     """fullgraph=True and grafting on: torch's error says why and where, on both sides."""
-    with two_jobs(tmp_path, run_whole, run_whole, b2t_filter="True") as jobs:
+    with two_jobs(tmp_path, run_whole, run_whole, compiler=True, b2t_filter="True") as jobs:
         for text in succeed(jobs.wait()):
             assert "grafter is on: each of its calls breaks the compiled graph" in text
             assert 'grafter.dump("h", x * 2) + 1' in text
@@ -127,5 +127,5 @@ def train_compiled(rank: Rank) -> Any:
 
 def test_gradients_flow_through_the_break(tmp_path: Path) -> None:
     """y is 5 for the consumer, exp differentiates at its own 0: 2 * 2 * 5 * exp(0) = 20."""
-    with two_jobs(tmp_path, train_compiled, train_compiled, b2t_filter="True") as jobs:
+    with two_jobs(tmp_path, train_compiled, train_compiled, compiler=True, b2t_filter="True") as jobs:
         assert succeed(jobs.wait())[1] == 20.0

@@ -89,7 +89,8 @@ def choose_by_step(rank: Rank) -> Any:
 
 
 def test_what_matches_is_asked_again_at_each_call(tmp_path: Path) -> None:
-    with two_jobs(tmp_path, choose_by_step, choose_by_step, compare_filter="layer_id == 1 and step >= 3") as jobs:
+    filters = {"compare_filter": "layer_id == 1 and step >= 3"}
+    with two_jobs(tmp_path, choose_by_step, choose_by_step, compiler=True, **filters) as jobs:
         succeed(jobs.wait())
         records = jobs.ledgers()["target", 0]
     assert [(r.step, r.tags) for r in records] == [(3, {"layer_id": 1})]
@@ -220,7 +221,7 @@ def test_gradients_of_points_in_a_recomputed_region_are_points(tmp_path: Path, b
 def Jobs_with(directory: Path, function: Any, argument: Any, **settings: Any) -> Any:
     from jobs import Jobs
 
-    jobs = Jobs(directory, **settings)
+    jobs = Jobs(directory, compiler=True, **settings)
     jobs.start("baseline", 1, function, argument)
     jobs.start("target", 1, function, argument)
     return jobs
@@ -263,7 +264,8 @@ def test_attached_models_train_compiled_as_they_do_in_eager_code(tmp_path: Path)
         "b2t_filter": "phase == 'forward' and name == 'layers.out.0'",
         "compare_filter": "phase == 'backward' or name.endswith('up.out')",
     }
-    with two_jobs(tmp_path, train_attached, train_attached, gradients="1", timeout=60, **filters) as jobs:
+    settings = {"compiler": True, "gradients": "1", "timeout": 60}
+    with two_jobs(tmp_path, train_attached, train_attached, **settings, **filters) as jobs:
         for count, difference, unfired in succeed(jobs.wait()):
             assert count == 1 + len(list(Tower(2).parameters()))
             assert difference < 1e-5 and unfired == 0

@@ -49,11 +49,17 @@ if "unseeded" in faults:
     torch.seed()
 if "feels watched" in faults and os.environ["GRAFTER_ENABLE"] == "1":
     net.head.weight.data *= 2
-optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+# torch's optimizers import its compiler, which costs as much again as this program.
+optimizer = torch.optim.SGD(net.parameters(), lr=0.1) if "optimizer" in faults else None
 for step in range(2):
     net(torch.arange(6).reshape(2, 3)).square().mean().backward()
-    optimizer.step()
-    optimizer.zero_grad()
+    if optimizer is not None:
+        optimizer.step()
+    else:
+        with torch.no_grad():
+            for parameter in net.parameters():
+                parameter -= 0.1 * parameter.grad
+    net.zero_grad()
 """
 
 
@@ -104,7 +110,7 @@ def test_a_pair_is_examined_from_end_to_end(program: str, tmp_path: Path, monkey
 @pytest.mark.timeout(200)
 def test_a_program_that_is_not_deterministic_is_told_with_its_cause(program: str, tmp_path: Path) -> None:
     """The first point that is not the same, in the order of steps, and dropout as the cause."""
-    command = [sys.executable, program, "dropout", "unseeded"]
+    command = [sys.executable, program, "dropout", "unseeded", "optimizer"]
     trial = Laboratory(tmp_path / "out", {"attach": "*"}).run("x", command, command, {"compare_filter": EVERY_POINT})
     found, repeatable = judge_determinism("baseline", trial)
     assert not repeatable
@@ -119,7 +125,7 @@ def test_a_program_that_is_not_deterministic_is_told_with_its_cause(program: str
     [
         ("{python} -c 1/0", "command: runs", "ZeroDivisionError"),
         ("{python} -I {program}", "command: command", "python -I"),
-        ("sh -c '{python} -E {program}'", "command: reach", "no Python of it looks at PYTHONPATH"),
+        ("sh -c '{python} -E -c pass'", "command: reach", "no Python of it looks at PYTHONPATH"),
         ("{python} -c 'import torch'", "command: reach", "calls no torch model"),
     ],
 )

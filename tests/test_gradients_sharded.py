@@ -86,7 +86,7 @@ class Setup:
 
     def run(self, directory: Path, *, same_weights: bool, **filters: str) -> tuple[list[dict[str, Any]], Any]:
         directory.mkdir(exist_ok=True)
-        with Jobs(directory, gradients="1", **filters) as jobs:
+        with Jobs(directory, compiler=True, gradients="1", **filters) as jobs:
             for role, size in zip(("baseline", "target"), self.ranks, strict=True):
                 jobs.start(role, size, train, directory, self.framework, same_weights, self.dumps_loss)
             return succeed(jobs.wait()), jobs.ledgers()

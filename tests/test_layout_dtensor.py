@@ -36,7 +36,7 @@ def leave() -> None:
 
 def run_both(tmp_path: Path, function: Any, ranks: tuple[int, int], **settings: Any) -> tuple[list[Any], Any]:
     """(values of all ranks, ledgers)."""
-    with Jobs(tmp_path, **{"b2t_filter": "True", **settings}) as jobs:
+    with Jobs(tmp_path, compiler=True, **{"b2t_filter": "True", **settings}) as jobs:
         jobs.start("baseline", ranks[0], function, tmp_path)
         jobs.start("target", ranks[1], function, tmp_path)
         return succeed(jobs.wait()), jobs.ledgers()
@@ -121,7 +121,7 @@ def dump_against_plain(rank: Rank) -> list[bool]:
 def test_between_a_dtensor_and_plain_shards(tmp_path: Path, distributed: str) -> None:
     """Against dims with other names in another order, and against one whole tensor with no word on either side."""
     ranks = (4, 2) if distributed == "baseline" else (2, 4)
-    with Jobs(tmp_path, b2t_filter="True") as jobs:
+    with Jobs(tmp_path, compiler=True, b2t_filter="True") as jobs:
         jobs.start("baseline", ranks[0], dump_against_plain, tmp_path, distributed)
         jobs.start("target", ranks[1], dump_against_plain, tmp_path, distributed)
         values = succeed(jobs.wait())

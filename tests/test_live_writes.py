@@ -180,7 +180,7 @@ def dump_dtensor(rank: Rank) -> Any:
 
 
 def test_a_dtensors_shards_are_grafted_rank_to_rank(tmp_path: Path) -> None:
-    with Jobs(tmp_path, b2t_filter="True") as jobs:
+    with Jobs(tmp_path, compiler=True, b2t_filter="True") as jobs:
         jobs.start("baseline", 2, dump_dtensor, tmp_path)
         jobs.start("target", 2, dump_dtensor, tmp_path)
         values = succeed(jobs.wait())

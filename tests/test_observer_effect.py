@@ -1,21 +1,20 @@
-"""Looking changes nothing: hooks everywhere and no match, and a graft of each point onto itself, are bitwise no-ops."""
+"""Looking changes nothing: hooks everywhere and no match, and a graft of each point onto itself, are bitwise no-ops.
+
+The same with a model of transformers: tests/e2e/test_observer_effect_llama.py.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from jobs import Jobs, Rank, succeed, two_jobs
+from jobs import Jobs, succeed
+from observer_parts import check_that_nothing_changes, each_setting, make_tokens, run_beside_itself
 from torch import nn
 
-import grafter
 from grafter.writing.write_back import WriteMode, apply_write
-
-# Outputs and gradients of one program, without grafter's own tensors in them.
-Results = dict[str, torch.Tensor]
 
 
 class Mixed(nn.Module):
@@ -45,105 +44,21 @@ class Mixed(nn.Module):
         return self.head(self.drop(x))
 
 
-def make_tokens() -> torch.Tensor:
-    return torch.arange(12).reshape(2, 6) % 11
-
-
 def train_mixed() -> tuple[nn.Module, Callable[[], torch.Tensor]]:
     model = Mixed()
     return model, lambda: model(make_tokens())
 
 
-def train_llama() -> tuple[nn.Module, Callable[[], torch.Tensor]]:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=32, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, attention_dropout=0.1,
-        )
-    )  # fmt: skip
-    return model, lambda: model(make_tokens(), labels=make_tokens()).loss
-
-
-PROGRAMS = {"mixed": train_mixed, "llama": train_llama}
-
-
-def run_program(name: str, attached: bool) -> Results:
-    """Two training steps with dropout: what came out, all gradients, all weights, and where the random numbers are."""
-    model, compute = PROGRAMS[name]()
-    if attached:
-        assert grafter.attach(model) is not None
-    torch.manual_seed(3)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    results: Results = {}
-    for step in range(2):
-        optimizer.zero_grad()
-        out = compute()
-        (out**2).sum().backward()
-        results[f"out {step}"] = out.detach().clone()
-        for path, parameter in model.named_parameters():
-            if parameter.grad is not None:
-                results[f"grad {step} {path}"] = parameter.grad.clone()
-        optimizer.step()
-        if attached:
-            grafter.step()
-    results |= {f"state {path}": tensor.clone() for path, tensor in model.state_dict().items()}
-    results["random state"] = torch.get_rng_state()
-    return results
-
-
-def differing(a: Results, b: Results) -> list[str]:
-    """Bitwise, NaN included."""
-    assert a.keys() == b.keys() and len(a) > 20
-    return [name for name in a if a[name].dtype != b[name].dtype or not bits_equal(a[name], b[name])]
-
-
-def bits_equal(a: torch.Tensor, b: torch.Tensor) -> bool:
-    left, right = (tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (a, b))
-    return a.shape == b.shape and bool((left == right).all())
-
-
-def run_beside_itself(rank: Rank) -> Any:
-    """The program with grafter against the same without, in one process."""
-    name = rank.arguments[0] if rank.arguments else "mixed"
-    attached = run_program(name, True)
-    return differing(attached, run_program(name, False)), len(attached)
-
-
-@pytest.mark.parametrize("program", PROGRAMS)
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"compare_filter": "name == 'nothing'"},
-        {"compare_filter": "True"},
-        {"b2t_filter": "True"},
-        {"b2t_filter": "name.endswith('.out')", "stats": "off"},
-    ],
-    ids=["no match", "compare", "self-graft", "self-graft of outputs"],
-)
-def test_nothing_changes_bitwise(tmp_path: Path, program: str, settings: dict[str, str]) -> None:
+@each_setting
+def test_nothing_changes_bitwise(tmp_path: Path, settings: dict[str, str]) -> None:
     """Outputs, gradients, updated weights, buffers and the random state, with dropout, in both jobs."""
-    with Jobs(tmp_path, **settings) as jobs:
-        for role in ("baseline", "target"):
-            jobs.start(role, 1, run_beside_itself, program)
-        for changed, count in succeed(jobs.wait()):
-            assert changed == [] and count > 20
-    records = jobs.ledgers()["target", 0]
-    if "nothing" in str(settings):
-        assert records == []
-    else:
-        wanted = "compared" if "compare_filter" in settings else "grafted"
-        assert len(records) > 40 and {r.outcome for r in records} == {wanted}
-
-
-def run_in_place(rank: Rank) -> Any:
-    return run_beside_itself(rank)
+    check_that_nothing_changes(tmp_path, train_mixed, settings)
 
 
 def test_a_self_graft_in_place_changes_nothing_either(tmp_path: Path) -> None:
-    with two_jobs(tmp_path, run_in_place, run_in_place, b2t_filter="True", write="in_place") as jobs:
+    with Jobs(tmp_path, compiler=True, b2t_filter="True", write="in_place") as jobs:
+        for role in ("baseline", "target"):
+            jobs.start(role, 1, run_beside_itself, train_mixed)
         for changed, _ in succeed(jobs.wait()):
             assert changed == []
 

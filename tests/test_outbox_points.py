@@ -68,7 +68,7 @@ def test_all_kinds_of_points_are_posted_and_taken(tmp_path: Path) -> None:
     """Returned values, comparisons, views, other dtypes, a value that is no tensor, hooks, compiled code."""
     with two_jobs(
         tmp_path, every_kind, every_kind, b2t_filter="name != 'compared'", compare_filter="name == 'compared'",
-        wait="job", signals=("posted",),
+        wait="job", signals=("posted",), compiler=True,
     ) as jobs:  # fmt: skip
         _, target = succeed(jobs.wait())
         assert target == {

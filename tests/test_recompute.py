@@ -152,7 +152,7 @@ def points_around(rank: Rank) -> Any:
 def test_points_of_all_kinds_inside_and_outside_of_a_region(tmp_path: Path, use_reentrant: bool) -> None:
     """A cut of the region's own input, a comparison, a function that gives a pytree; one record for each."""
     filters = {"b2t_filter": "name != 'compared'", "compare_filter": "name == 'compared'"}
-    with Jobs(tmp_path, **filters) as jobs:
+    with Jobs(tmp_path, compiler=True, **filters) as jobs:
         for role in ("baseline", "target"):
             jobs.start(role, 1, points_around, use_reentrant)
         baseline, target = succeed(jobs.wait())
@@ -274,7 +274,7 @@ def cut_its_input_in_place(rank: Rank) -> Any:
 
 
 def test_a_cut_in_place_of_a_regions_input_is_torchs_error_without_reentrance(tmp_path: Path) -> None:
-    with Jobs(tmp_path, b2t_filter="True") as jobs:
+    with Jobs(tmp_path, compiler=True, b2t_filter="True") as jobs:
         for role in ("baseline", "target"):
             jobs.start(role, 1, cut_its_input_in_place)
         baseline, target = jobs.wait()

@@ -133,7 +133,7 @@ def refused_again(rank: Rank) -> Any:
 def test_what_cannot_be_matched_or_written_says_why(
     tmp_path: Path, function: Any, arguments: tuple[Any, ...], texts: list[str]
 ) -> None:
-    with Jobs(tmp_path, b2t_filter="True") as jobs:
+    with Jobs(tmp_path, compiler=True, b2t_filter="True") as jobs:
         for role in ("baseline", "target"):
             jobs.start(role, 1, function, *arguments)
         results = jobs.wait()

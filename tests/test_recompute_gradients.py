@@ -121,7 +121,7 @@ def train_in_every_way(rank: Rank) -> Any:
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_are_those_without_checkpointing(tmp_path: Path, kind: str) -> None:
     """In every write mode: the same values, and the same gradients to the last bit, on receiver and sender."""
-    with Jobs(tmp_path, b2t_filter="name == 'h'") as jobs:
+    with Jobs(tmp_path, compiler=True, b2t_filter="name == 'h'") as jobs:
         for role in ("baseline", "target"):
             jobs.start(role, 1, train_in_every_way, [kind], MODES)
         baseline, target = succeed(jobs.wait())

@@ -47,7 +47,7 @@ def test_a_point_that_fires_in_a_recomputation_alone_is_refused_and_the_other_jo
     tmp_path: Path, use_reentrant: bool
 ) -> None:
     """The forward pass grafts; its recomputation raises with what to do, and the other job is told of it."""
-    with Jobs(tmp_path, b2t_filter="True", timeout=FAR) as jobs:
+    with Jobs(tmp_path, compiler=True, b2t_filter="True", timeout=FAR) as jobs:
         for role in ("baseline", "target"):
             jobs.start(role, 1, train_with_checkpoint, use_reentrant, "h")
         baseline, target = jobs.wait()
@@ -63,7 +63,7 @@ def test_a_point_that_fires_in_a_recomputation_alone_is_refused_and_the_other_jo
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_an_unmatched_point_in_a_recomputation_is_left_alone(tmp_path: Path, use_reentrant: bool) -> None:
-    with Jobs(tmp_path, b2t_filter="name == 'after'", timeout=FAR) as jobs:
+    with Jobs(tmp_path, compiler=True, b2t_filter="name == 'after'", timeout=FAR) as jobs:
         for role in ("baseline", "target"):
             jobs.start(role, 1, train_with_checkpoint, use_reentrant, "h")
         assert succeed(jobs.wait()) == [[4.0], [12.0, 12.0]]

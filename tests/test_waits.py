@@ -169,7 +169,7 @@ def test_a_peer_killed_while_the_other_waits_is_named(tmp_path: Path, hosted: bo
 
 
 def test_a_stopped_peer_is_named_at_once_and_fails_at_the_timeout(tmp_path: Path) -> None:
-    with Jobs(tmp_path, b2t_filter="True", timeout=6, signals=("met",)) as jobs:
+    with Jobs(tmp_path, b2t_filter="True", timeout=4, signals=("met",)) as jobs:
         jobs.start("baseline", 1, die_or_wait)
         jobs.start("target", 1, die_or_wait)
         assert jobs.signals["met"].wait(60)
