@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import socket
@@ -225,8 +226,12 @@ def test_a_stranger_that_says_anything_else_is_sent_nothing(hello: bytes) -> Non
     try:
         with socket.create_connection((server.address, server.port), timeout=10) as stranger:
             stranger.sendall(hello)
-            stranger.shutdown(socket.SHUT_WR)
-            assert stranger.recv(1) == b""
+            sent = b""
+            # It may have hung up by now, and does so hard where something was left unread.
+            with contextlib.suppress(OSError):
+                stranger.shutdown(socket.SHUT_WR)
+                sent = stranger.recv(1)
+            assert sent == b""
         with Fetcher(sealed(None)) as fetcher:
             assert len(fetcher.fetch("a", server.address, server.port, 0, 5, "baseline rank 0")) == 5
     finally:
