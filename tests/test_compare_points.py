@@ -283,6 +283,25 @@ def test_what_was_saved_without_values_is_skipped_unless_its_checksums_agree(tmp
     assert without_tensors(tmp_path / "none", None, None).verdict == "skipped"
 
 
+def test_checksums_of_what_a_graft_left(tmp_path: Path) -> None:
+    """`grafted` is judged by the checksum, or the value, that a graft left; the value's is another."""
+    a, b = sides(tmp_path)
+    x, y = random(3), random(3, seed=1)
+    sums = [hashlib.sha256(tensor.numpy().tobytes()).hexdigest() for tensor in (x, y)]
+    for name, grafted in (("sums", sums[1]), ("right", sums[0])):
+        for side in (a, b):
+            told = side.record(name, {"": x}, level="checksum", file=None)
+            told["leaves"][0] |= {"checksum": sums[0], "grafted_checksum": grafted if side is b else None}
+            side.write_line(json.dumps(told))
+            side.order += 1
+    a.add("file", x, stored={"grafted": y})
+    b.write_line(json.dumps(told | {"name": "file", "order": b.order}))
+    assert [point.verdict for point in compared(tmp_path).points] == ["passed"] * 3
+    points = compared(tmp_path, which="grafted").points
+    assert [point.verdict for point in points] == ["skipped", "passed", "skipped"]
+    assert all("Their checksums differ" in str(point.reason) for point in points if point.verdict == "skipped")
+
+
 def test_values_meet_a_checksum(tmp_path: Path) -> None:
     """Where one side saved the values, and the other only their checksum; a damaged file is no difference."""
     x = random(3)

@@ -169,8 +169,9 @@ def test_a_row_that_is_wrong_only_when_it_comes_again_is_named(tmp_path: Path) -
     assert "6 tokens are on both sides (2 rows are there once more), 2 only in A and 0 only in B" in finding.text
 
 
-def test_batches_of_a_trainer_stay_apart_though_one_side_has_more_of_them(tmp_path: Path) -> None:
-    """Sequences are numbered from 0 in each step; a step that only one side has meets no other step's rows."""
+def test_a_further_step_of_the_same_tokens_never_agrees_unseen(tmp_path: Path) -> None:
+    """Sequences are numbered from 0 in each step; a step that only one side has meets no other step's rows. It might
+    be rows of a server computed anew, too, which nobody compared: an error, unless a filter leaves that step out."""
     a, b = sides(tmp_path)
     order = torch.cat([BATCH[5:], BATCH[:5]])
     a.add("x", BATCH, "t h", tokens=packed({0: 5, 1: 3}))
@@ -179,7 +180,34 @@ def test_batches_of_a_trainer_stay_apart_though_one_side_has_more_of_them(tmp_pa
     comparison = compared(tmp_path)
     (point,) = comparison.points
     assert (point.verdict, point.tokens and (point.tokens.paired, point.tokens.again)) == ("passed", (8, 0))
-    assert [(finding.what, finding.count) for finding in comparison.findings] == [("only_in_b", 1)]
+    (finding,) = comparison.findings
+    assert (finding.what, finding.is_error) == ("only_in_b", True) and "computed anew" in finding.text
+    assert comparison.summary.exit_code == 2
+    assert "1 point has tokens once more" in comparison.summary.sentence
+    assert "--filter 'step != 1'" in finding.text
+    assert compared(tmp_path, filter="step != 1").summary.exit_code == 0
+
+
+def hashed(name: str, start: int, ids: list[int]) -> Any:
+    return Tokens.from_lengths([name], [len(ids)], [start], token_ids=ids).record().model_dump()
+
+
+def test_rows_that_come_again_are_known_by_the_token_ids_of_the_first_time(tmp_path: Path) -> None:
+    """They mostly begin in the middle, without hashes of their own, and are paired by content, or contradicted, too."""
+    for name, first in (("r9", [7, 8, 9, 6, 5]), ("a", [1, 2, 3, 4, 5])):
+        a, b = sides(tmp_path / name)
+        a.add("x", ROWS["a"], "t h", tokens=hashed("a", 0, [7, 8, 9, 6, 5]))
+        b.add("x", ROWS["a"], "t h", tokens=hashed(name, 0, first))
+        b.add("x", ROWS["a"][2:], "t h", step=1, tokens=hashed(name, 2, first[2:]))
+        # Not all of A is in one step of B, so all meet all.
+        a.add("x", ROWS["b"], "t h", step=1, tokens=packed({"b": 3}))
+        b.add("x", ROWS["b"], "t h", step=2, tokens=packed({"b": 3}))
+    point = one(tmp_path / "r9")
+    assert point.verdict == "passed" and point.tokens is not None
+    assert (point.tokens.paired, point.tokens.again, point.tokens.only_a, point.tokens.only_b) == (11, 3, 0, 0)
+    point = one(tmp_path / "a")
+    assert point.tokens is not None
+    assert (point.tokens.paired, point.tokens.only_a, point.tokens.only_b) == (3, 5, 8)
 
 
 @settings(max_examples=25, deadline=None)
@@ -271,6 +299,18 @@ def test_rows_that_a_record_only_claims_take_no_memory(tmp_path: Path, count: in
         dumps.add("x", BATCH[4 * rank : 4 * rank + 4], "t[cp] h", axes=[["cp", rank, 2]], tokens=tokens)
     point = one(tmp_path)
     assert point.verdict == "error" and f"gives tokens for {count} rows, and has 4" in str(point.reason)
+
+
+def test_rows_without_values_take_no_memory(tmp_path: Path) -> None:
+    """2**40 rows of no values: the file of no bytes has them, as it says, and they are there once more."""
+    a, b = sides(tmp_path)
+    rows = torch.empty(2**40, 0)
+    for side, steps in ((a, (0,)), (b, (1, 2))):
+        for step in steps:
+            side.add("x", rows, None, step=step, tokens=runs(("a", 0, len(rows))))
+    (point,) = compared(tmp_path).points
+    assert point.tokens is not None
+    assert (point.verdict, point.tokens.paired, point.tokens.again) == ("passed", 2**41, 2**40)
 
 
 def test_a_shape_that_a_record_only_claims_takes_no_memory(tmp_path: Path) -> None:

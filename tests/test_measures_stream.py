@@ -219,6 +219,25 @@ def test_one_step_is_one_ulp_in_every_dtype(dtype: torch.dtype) -> None:
     assert result.ulps.mean == pytest.approx(2 / 3)
 
 
+@pytest.mark.parametrize("rel", [0.02, 0.5])
+@pytest.mark.parametrize("chunks", [1, 4])
+def test_the_mean_of_large_distances_is_exact(chunks: int, rel: float) -> None:
+    """float64 values that are some per cent apart: 2**47 and more each, whose sum leaves int64 at four chunks."""
+    x = random(chunks * CHUNK).double()
+    y = x * (1 + rel)
+    ulps = measure(x, y).ulps
+    exact = Fraction(sum((x.view(torch.int64) - y.view(torch.int64)).abs().tolist()), len(x))
+    assert ulps is not None and ulps.mean == pytest.approx(float(exact), rel=1e-12)
+
+
+def test_scales_have_no_ulps() -> None:
+    """float8_e8m0fnu (MX scales) has no sign and no zero; it is measured without ULPs, and not rounded to."""
+    scales = torch.tensor([1.0, 2.0, 4.0, 0.5]).to(torch.float8_e8m0fnu)
+    for other in (scales, scales.float()):
+        result = measure(scales, other)
+        assert result.ulps is None and result.narrow is None and result.difference.mismatched_fraction == 0
+
+
 def test_the_sum_of_huge_distances_does_not_overflow() -> None:
     """float64 distances of 2**62, thirty thousand of them, have a right mean."""
     x = torch.full((30_000,), 2.3e-308, dtype=torch.float64)

@@ -6,6 +6,7 @@
     paired_rows        the rows of both sides that are the same tokens: prefill and decode against one packed batch
     alignment          two tensors in one order of dims, read block by block
     measuring          the pair measured (grafter.measures), copies on the way
+    other_leaves       what of a point is no tensor, and tensors that were not saved
     point_comparison   one point judged by its rule
     severity           whether a module made its output bad, or was given bad inputs
     comparison         all of A with all of B

@@ -73,7 +73,7 @@ def compare_command(
                 --threshold '*: rel <= 1e-3 or max_abs <= 1e-3'
 
     Without a threshold any difference counts; with one, a name that none covers is an error. Exit code: 0 all pass;
-    1 a point differs; 2 something, or everything, could not be compared.
+    1 a point differs; 2 something, or everything, could not be compared; 130 Ctrl-C.
     """
     # Slow to import (torch, pydantic), and every command of the program imports this file.
     from grafter.compare.comparison import Choice, compare, open_both
@@ -98,6 +98,14 @@ def compare_command(
         comparison = _with_progress(lambda progress: compare(dumps_a, dumps_b, choice, progress))
     except GrafterError as error:
         typer.echo(f"grafter compare: {error}", err=True)
+        raise typer.Exit(_EXIT_NOT_COMPARED) from None
+    except Exception as error:
+        # Python's own exit code would say that a point differs.
+        typer.echo(
+            "grafter compare: nothing was compared, for a fault of grafter's own, which is worth a report: "
+            f"{type(error).__name__}: {error}",
+            err=True,
+        )
         raise typer.Exit(_EXIT_NOT_COMPARED) from None
     if as_json:
         for line in json_lines(comparison):

@@ -12,13 +12,13 @@ side are then parted into rounds, in each of which every token comes once, and e
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import product
 
 import numpy as np
 import numpy.typing as npt
 
-from grafter.compare.token_rows import RowSource, TokenRows, described, joined, rows_of_sources, token_at
+from grafter.compare.token_rows import RowSource, TokenRows, described, joined, keep_longer, rows_of_sources, token_at
 from grafter.rows.tokens import SequenceId, TokenMatch, Tokens, match
 
 _MOST_NAMED = 5
@@ -40,7 +40,10 @@ class PairedRows:
         parted = [_rounds([tokens for _, tokens in side]) for side in sides]
         if all(len(rounds) > 1 for rounds in parted):
             parted = [[list(range(len(side)))] for side in sides]
-        whole = [[_Round(side, points) for points in rounds] for side, rounds in zip(sides, parted, strict=True)]
+        whole = [
+            [_Round(side, points, _known_hashes(side)) for points in rounds]
+            for side, rounds in zip(sides, parted, strict=True)
+        ]
         runs: tuple[list[tuple[int, int, int]], ...] = [], []
         self._met: list[tuple[Tokens, TokenMatch]] = []
         for of_a, of_b in product(*whole):
@@ -76,15 +79,36 @@ class PairedRows:
         raise IndexError(row)
 
 
-class _Round:
-    """Some points of a side, of which no token is there twice. alone: [n, 2], runs of rows that none has met so far."""
+_Hashes = npt.NDArray[np.uint64]
 
-    def __init__(self, side: Sequence[tuple[RowSource, Tokens]], points: Sequence[int]) -> None:
+
+def _known_hashes(side: Sequence[tuple[RowSource, Tokens]]) -> dict[SequenceId, _Hashes]:
+    """Of each sequence the longest that a point has: rows that come again mostly have no beginning of their own."""
+    found: dict[SequenceId, _Hashes] = {}
+    for _, tokens in side:
+        for number, hashes in tokens.hashes.items():
+            keep_longer(found, tokens.sequences[number], hashes)
+    return found
+
+
+class _Round:
+    """Some points of a side, of which no token is there twice.
+
+    known: hashes of the side's sequences. alone: int64 [n, 2], runs of rows (first, count) that none has met so far.
+    """
+
+    def __init__(
+        self, side: Sequence[tuple[RowSource, Tokens]], points: Sequence[int], known: Mapping[SequenceId, _Hashes]
+    ) -> None:
         self._points = points
         self._sources = [side[number][0] for number in points]
         self.tokens = joined([side[number][1] for number in points])
-        self._is_alone: npt.NDArray[np.bool_] | None = None
-        self._kept = 0
+        for number, name in enumerate(self.tokens.sequences):
+            own, longest = self.tokens.hashes.get(number), known.get(name)
+            # An id that stands for another sequence by now keeps its own.
+            if longest is not None and (own is None or own[-1] == longest[len(own) - 1]):
+                self.tokens.hashes[number] = longest
+        self._alone: npt.NDArray[np.int64] | None = None
 
     def in_sources(self, runs: npt.NDArray[np.int64]) -> list[tuple[int, int, int]]:
         """Runs (first row, count) of this round as (number of the point in its side, its row, count)."""
@@ -92,27 +116,35 @@ class _Round:
         return [(self._points[source], row, count) for source, row, count in pieces]
 
     def keep_alone(self, runs: npt.NDArray[np.int64]) -> None:
-        is_alone = np.zeros(self.tokens.rows, dtype=np.bool_)
-        for first, count in runs.tolist():
-            is_alone[first : first + count] = True
-        self._is_alone = is_alone if self._is_alone is None else self._is_alone & is_alone
+        """runs: those that one of the other side's rounds does not have, in order."""
+        self._alone = runs if self._alone is None else _in_both(self._alone, runs)
 
     @property
     def alone(self) -> npt.NDArray[np.int64]:
-        edges = np.diff(np.concatenate([[False], self._alone_rows, [False]]).astype(np.int8))
-        first = np.flatnonzero(edges == 1)
-        return np.stack([first, np.flatnonzero(edges == -1) - first], axis=1)
+        assert self._alone is not None
+        return self._alone
 
     @property
     def count_met(self) -> int:
         """How many rows have met one."""
         padding = int(self.tokens.runs[self.tokens.runs[:, 0] < 0, 2].sum())
-        return self.tokens.rows - padding - int(self._alone_rows.sum())
+        return self.tokens.rows - padding - int(self.alone[:, 1].sum())
 
-    @property
-    def _alone_rows(self) -> npt.NDArray[np.bool_]:
-        assert self._is_alone is not None
-        return self._is_alone
+
+def _in_both(one: npt.NDArray[np.int64], other: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """The rows that two lists of runs have in common, as runs: rows that a record only claims take no memory."""
+    found = []
+    theirs = other.tolist()
+    place = 0
+    for first, count in one.tolist():
+        while place < len(theirs) and sum(theirs[place]) <= first:
+            place += 1
+        for begin, length in theirs[place:]:
+            if begin >= first + count:
+                break
+            start = max(first, begin)
+            found.append((start, min(first + count, begin + length) - start))
+    return np.array(found, dtype=np.int64).reshape(-1, 2)
 
 
 _Spans = dict[SequenceId, list[tuple[int, int]]]

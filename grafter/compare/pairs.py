@@ -160,13 +160,19 @@ def _common(once: _Spans, others: _Spans) -> int:
 
 
 def alone(side: str, points: Sequence[DumpedPoint], others: Sequence[DumpedPoint]) -> list[FindingRecord]:
-    """One finding per name that has points on one side only. side: "a" or "b"."""
+    """One finding per name that has points on one side only. side: "a" or "b".
+
+    A point of rows that may be another's computed anew is an error: they should have been compared, unless the tokens
+    are those of another batch.
+    """
     here, there = side.upper(), "B" if side == "a" else "A"
     names = {point.name for point in others}
     by_name: dict[str, list[DumpedPoint]] = {}
+    anew = _perhaps_anew(points, others)
+    found = _findings_of_anew(side, [point for point in points if id(point) in anew])
     for point in points:
-        by_name.setdefault(point.name, []).append(point)
-    found = []
+        if id(point) not in anew:
+            by_name.setdefault(point.name, []).append(point)
     for number, (name, own) in enumerate(by_name.items()):
         labels = [point.key.text for point in own[:_MOST_NAMED]]
         if name in names:
@@ -189,6 +195,40 @@ def alone(side: str, points: Sequence[DumpedPoint], others: Sequence[DumpedPoint
                 is_skip=True,
             )
         )
+    return found
+
+
+def _findings_of_anew(side: str, points: Sequence[DumpedPoint]) -> list[FindingRecord]:
+    here, there = side.upper(), "B" if side == "a" else "A"
+    by_name: dict[str, list[DumpedPoint]] = {}
+    for point in points:
+        by_name.setdefault(point.name, []).append(point)
+    return [
+        FindingRecord(
+            what="only_in_a" if side == "a" else "only_in_b",
+            text=f"only {here} has {own[0].key.text}{f' and {len(own) - 1} more' if own[1:] else ''}, with tokens that "
+            f"{there} has in another step: rows that were computed anew, or a batch that is numbered like an earlier "
+            f"one? They were not compared. Where it is another batch, leave its step out (--filter 'step != "
+            f"{own[0].step}'), or give its sequences other ids.",
+            name=name,
+            count=len(own),
+            points=[point.key.text for point in own[:_MOST_NAMED]],
+            is_error=True,
+        )
+        for name, own in by_name.items()
+    ]
+
+
+def _perhaps_anew(points: Sequence[DumpedPoint], others: Sequence[DumpedPoint]) -> set[int]:
+    """Of points without a partner, by id, those whose tokens the other side has, and has only once."""
+    found: set[int] = set()
+    theirs = _grouped(others)
+    for group, own in _grouped(points).items():
+        there = theirs.get(group, [])
+        if not there or not all(_has_tokens(point) for point in (*own, *there)) or _tokens_come_again(there):
+            continue
+        spans = _spans(there)
+        found.update(id(point) for point in own if _common(spans, _spans([point])))
     return found
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from grafter.compare.measuring import Measured, Value, measure_pair, with_row_tokens
+from grafter.compare.other_leaves import compare_others, with_unsaved
 from grafter.compare.paired_rows import PairedRows
 from grafter.compare.pairs import Pair
 from grafter.compare.record import LeafRecord, PointRecord, ReplicaRecord, SideRecord, TokenRecord, Verdict
@@ -16,6 +17,7 @@ from grafter.compare.thresholds import Threshold
 from grafter.compare.token_rows import RowSource, tokens_of
 from grafter.dumps.lazy_tensor import LazyTensor
 from grafter.dumps.point import DumpedPoint
+from grafter.dumps.record import DumpedLeaf
 from grafter.dumps.taken import checksum
 from grafter.errors import GrafterError
 from grafter.rows.tokens import Tokens
@@ -63,6 +65,10 @@ def compare_point(task: PointTask) -> Compared:
         leaves, tokens, bytes_read, verdict, reason = [], None, 0, "error", str(error)
     except MemoryError:
         leaves, tokens, bytes_read, verdict, reason = [], None, 0, "error", "it needs more memory than there is"
+    except Exception as error:
+        # A fault of grafter's own costs this point, not the others.
+        reason = f"a fault of grafter's own, which is worth a report: {type(error).__name__}: {error}"
+        leaves, tokens, bytes_read, verdict = [], None, 0, "error"
     finally:
         _let_go(task.pair)
     if task.rule is None and verdict != "skipped":
@@ -97,8 +103,16 @@ def compare_point(task: PointTask) -> Compared:
 
 def _compare_leaves(task: PointTask) -> tuple[list[LeafRecord], TokenRecord | None, int]:
     pair = task.pair
-    if not _holds_values(pair.a) or not _holds_values(pair.b):
-        return [_by_checksum(task)], None, 0
+    with_values = _holds_values(pair.a) and _holds_values(pair.b)
+    leaves, tokens, bytes_read = _compare_tensors(task) if with_values else ([_by_checksum(task)], None, 0)
+    leaves = with_unsaved(leaves, pair, with_values=with_values) + compare_others(pair)
+    if not leaves:
+        leaves = [LeafRecord(path="", verdict="skipped", reason="neither side has a tensor here")]
+    return leaves, tokens, bytes_read
+
+
+def _compare_tensors(task: PointTask) -> tuple[list[LeafRecord], TokenRecord | None, int]:
+    pair = task.pair
     paths = dict.fromkeys(path for point in (*pair.a, *pair.b) for path in point.paths)
     leaves: list[LeafRecord] = []
     tokens: TokenRecord | None = None
@@ -111,8 +125,6 @@ def _compare_leaves(task: PointTask) -> tuple[list[LeafRecord], TokenRecord | No
         except GrafterError as error:
             leaf = LeafRecord(path=path, verdict="error", reason=str(error))
         leaves.append(leaf)
-    if not paths:
-        leaves.append(LeafRecord(path="", verdict="skipped", reason="neither side has a tensor here"))
     return leaves, tokens, bytes_read
 
 
@@ -158,6 +170,10 @@ def _compare_leaf(task: PointTask, path: str) -> tuple[LeafRecord, TokenRecord |
 def _which(task: PointTask, point: DumpedPoint, path: str) -> Which:
     """`grafted` where that is asked for and a graft changed the tensor; else what the program came with."""
     return "grafted" if task.which == "grafted" and point.ranks_with(path, "grafted") else "value"
+
+
+def _which_on(point: DumpedPoint, rank: int, path: str, which: Which) -> Which:
+    return "grafted" if which == "grafted" and rank in point.ranks_with(path, "grafted") else "value"
 
 
 def _reader(task: PointTask, point: DumpedPoint, path: str) -> LazyTensor:
@@ -263,7 +279,7 @@ def _by_checksum(task: PointTask) -> LeafRecord:
     sides = (task.pair.a, task.pair.b)
     # Without a checksum of one side no file of the other need be read.
     has_sums = all(
-        leaf.checksum is not None
+        _checksum_of(leaf, task.which) is not None
         for points in sides
         for point in points
         for record in point.records.values()
@@ -271,7 +287,7 @@ def _by_checksum(task: PointTask) -> LeafRecord:
         for leaf in record.leaves
     )
     try:
-        sums = [_checksums(points) if has_sums else [] for points in sides]
+        sums = [_checksums(points, task.which) if has_sums else [] for points in sides]
     except GrafterError as error:
         return LeafRecord(path="", verdict="error", reason=str(error))
     known = all(one[-1] is not None for side in sums for one in side) and all(sums)
@@ -287,12 +303,18 @@ def _by_checksum(task: PointTask) -> LeafRecord:
     return LeafRecord(path="", verdict="skipped", reason=f"no values to compare: {'; '.join(sorted(reasons))}.{differ}")
 
 
-def _checksums(points: Sequence[DumpedPoint]) -> list[tuple[object, ...]]:
+def _checksum_of(leaf: DumpedLeaf, which: Which) -> str | None:
+    return (leaf.grafted_checksum if which == "grafted" else None) or leaf.checksum
+
+
+def _checksums(points: Sequence[DumpedPoint], which: Which) -> list[tuple[object, ...]]:
     """Of each rank's own tensors; of what was saved whole, from its file. Raises DumpError where that is damaged."""
     return [
         (
             *(rank, leaf.path, leaf.shape, leaf.dtype),
-            leaf.checksum if record.file is None else checksum(point.local(rank, leaf.path).contiguous()),
+            _checksum_of(leaf, which)
+            if record.file is None
+            else checksum(point.local(rank, leaf.path, _which_on(point, rank, leaf.path, which)).contiguous()),
         )
         for point in points
         for rank, record in point.records.items()

@@ -188,7 +188,7 @@ def _assembled(tensor: LazyTensor, of_ranks: dict[int, Tokens]) -> Tokens:
             continue
         own_ids, own_positions = _each_row(tokens)
         for number, values in tokens.hashes.items():
-            _keep_longer(hashes, tokens.sequences[number], values)
+            keep_longer(hashes, tokens.sequences[number], values)
         for start, size, local, local_shape in tensor.boxes_of(rank):
             local_rows = tuple(local_shape[dim] for dim in row_dims)
             if prod(local_rows) != len(own_positions):
@@ -227,7 +227,7 @@ def joined(several: Sequence[Tokens]) -> Tokens:
             else:
                 runs.append((numbers.setdefault(tokens.sequences[number], len(numbers)), start, count))
         for number, values in tokens.hashes.items():
-            _keep_longer(hashes, tokens.sequences[number], values)
+            keep_longer(hashes, tokens.sequences[number], values)
     return Tokens(
         tuple(numbers),
         np.array(runs, dtype=np.int64).reshape(-1, 3),
@@ -235,7 +235,7 @@ def joined(several: Sequence[Tokens]) -> Tokens:
     )
 
 
-def _keep_longer(
+def keep_longer(
     hashes: dict[SequenceId, npt.NDArray[np.uint64]], name: SequenceId, values: npt.NDArray[np.uint64]
 ) -> None:
     if len(values) > len(hashes.get(name, ())):

@@ -54,6 +54,9 @@ def _errors(points: Sequence[PointRecord], findings: Sequence[FindingRecord]) ->
         count = sum(finding.is_error and finding.what == what for finding in findings)
         if count:
             yield f"{count} of {_counted(len(points), 'point')} {one if count == 1 else several}"
+    anew = sum(finding.count for finding in findings if finding.is_error and finding.what in ("only_in_a", "only_in_b"))
+    if anew:
+        yield f"{_counted(anew, 'point')} {'has' if anew == 1 else 'have'} tokens once more, and no step to meet"
     damaged = sum(finding.is_error and finding.what == "damaged" for finding in findings)
     if damaged:
         yield f"{_counted(damaged, 'place')} in the dumps {'is' if damaged == 1 else 'are'} damaged"

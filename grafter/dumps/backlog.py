@@ -19,7 +19,9 @@ class Backlog:
     def __init__(self, limit_bytes: int, who: str) -> None:
         self._limit, self._who = limit_bytes, who
         self._jobs: deque[Callable[[], None]] = deque()
-        self._bytes = self._put = self._done = 0
+        self._bytes = self._done = 0
+        # Whether a job is under way.
+        self._is_working = False
         self._marks: tuple[int, int] = (0, 0)
         # A lock that may be taken again by the thread that holds it: a signal handler runs in the middle of anything.
         lock = threading.RLock()
@@ -27,8 +29,15 @@ class Backlog:
         # What threads wait for. They are woken once one of it is so, and not by every job that is done: that would cost
         # a small one as much again.
         self._awaited: list[Callable[[], bool]] = []
-        self._thread: threading.Thread | None = None
         self._is_closing = False
+        self._thread = threading.Thread(target=self._work, name="grafter-dump", daemon=True)
+        # At once, and not with the first job: a signal may come between any two steps of `put`.
+        self._thread.start()
+
+    @property
+    def _put(self) -> int:
+        """How many jobs there were. Not counted, since a signal may come between the job and its count."""
+        return self._done + self._is_working + len(self._jobs)
 
     def reserve(self, nbytes: int) -> None:
         """Wait for room. One point that is larger than all of it passes alone."""
@@ -44,11 +53,7 @@ class Backlog:
     def put(self, job: Callable[[], None]) -> None:
         """job: never raises. What it reserved, it releases itself."""
         with self._changed:
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name="grafter-dump", daemon=True)
-                self._thread.start()
             self._jobs.append(job)
-            self._put += 1
             self._has_work.notify()
 
     def wait_for_last_step(self) -> None:
@@ -69,8 +74,7 @@ class Backlog:
         with self._changed:
             self._is_closing = True
             self._has_work.notify()
-        if self._thread is not None:
-            self._thread.join()
+        self._thread.join()
 
     def _wait(self, is_enough: Callable[[], bool], patience_seconds: float | None = None) -> None:
         """Wait, and say so where it takes long: a run that is slow for its disk shall not look hung."""
@@ -106,9 +110,11 @@ class Backlog:
                     if self._is_closing:
                         return
                     self._has_work.wait()
+                self._is_working = True
                 job = self._jobs.popleft()
             job()
             del job
             with self._changed:
+                self._is_working = False
                 self._done += 1
                 self._wake()

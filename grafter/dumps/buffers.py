@@ -76,8 +76,7 @@ class Buffers:
         """A uint8 tensor in host memory of at least `nbytes`; pinned where an accelerator copies into it."""
         if nbytes <= SMALL_BYTES and not pinned:
             return _new(nbytes, pinned=False)
-        granule = _GRANULE_BYTES if nbytes < _HUGE_PAGE_BYTES else _HUGE_PAGE_BYTES
-        capacity = -(-nbytes // granule) * granule
+        capacity = capacity_of(nbytes, pinned=pinned)
         with self._lock:
             buffer = self._fitting(capacity, pinned)
             self._used_bytes += capacity if buffer is None else buffer.numel()
@@ -100,8 +99,11 @@ class Buffers:
                 return self._shared.add(address, nbytes), self._shared
         following = SharedBuffer(self.take(_HUGE_PAGE_BYTES))
         with self._lock:
-            # The one before is not lost: who gives back its last part gives back all of it.
-            self._shared = following
+            before, self._shared = self._shared, following
+            # The one before is not lost: who gives back its last part gives back all of it. That may have been just
+            # now, when it was still the one in use.
+            if before is not None and not before.parts:
+                self._keep(before.buffer)
             return following.add(address, nbytes), following
 
     def give_back(self, buffer: torch.Tensor | SharedBuffer | None) -> None:
@@ -119,12 +121,15 @@ class Buffers:
                 if not buffer.free_part() or buffer is self._shared:
                     return
                 buffer = buffer.buffer
-            self._used_bytes -= buffer.numel()
-            self._free.append(buffer)
-            self._kept_bytes += buffer.numel()
-            self._free_surplus()
+            self._keep(buffer)
         finally:
             self._lock.release()
+
+    def _keep(self, buffer: torch.Tensor) -> None:
+        self._used_bytes -= buffer.numel()
+        self._free.append(buffer)
+        self._kept_bytes += buffer.numel()
+        self._free_surplus()
 
     def _free_surplus(self) -> None:
         while self._free and self._kept_bytes + self._used_bytes > self._limit:
@@ -143,6 +148,18 @@ class Buffers:
         buffer = self._free.pop(best)
         self._kept_bytes -= buffer.numel()
         return buffer
+
+
+def capacity_of(nbytes: int, *, pinned: bool) -> int:
+    """How large a new buffer is made for so many bytes, more than SMALL_BYTES or pinned.
+
+    Pinned memory is taken whole, the rest of it as it is written to: so a small pinned buffer is not much larger than
+    what is asked for.
+    """
+    granule = SMALL_BYTES if pinned else _GRANULE_BYTES
+    if nbytes >= _HUGE_PAGE_BYTES:
+        granule = _HUGE_PAGE_BYTES
+    return max(1, -(-nbytes // granule)) * granule
 
 
 def _new(nbytes: int, *, pinned: bool) -> torch.Tensor:

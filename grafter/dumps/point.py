@@ -164,6 +164,12 @@ class DumpedPoint:
         assert isinstance(restored, dict)
         return restored
 
+    def other(self, rank: int, path: str) -> Any:
+        """A leaf of one rank's value that is no tensor, as it was encoded; NumPy's arrays are tensors. None: there is
+        none, or it is None."""
+        record = self._record(rank)
+        return self._restored(record.others.get(path), record, rank)
+
     def tokens(self, rank: int) -> Tokens | None:
         """Which token each row of one rank's tensor is; None where that was not said."""
         record = self._record(rank)
@@ -276,13 +282,13 @@ class DumpedPoint:
         name = f"extras{value[TENSOR_MARK]}"
         if record.file is None:
             raise DumpError(
-                f"{self._who(rank)}: its extras hold a tensor, and at the level {record.level!r} none is saved."
+                f"{self._who(rank)}: a tensor is among its metadata, and at the level {record.level!r} none is saved."
             )
         with opened(self._directory, record.file) as descriptor:
             file = read_header(descriptor, f"{self._directory}/{shown(record.file)}")
             entry = file.entries.get(name)
             if entry is None:
-                raise DumpError(f"{file.where}: it has no tensor {shown(name)!r}, which its extras name.")
+                raise DumpError(f"{file.where}: it has no tensor {shown(name)!r}, which its metadata names.")
             return map_tensor(descriptor, file, name, _dtype_named(entry.dtype, file.where), entry.shape)
 
 

@@ -83,6 +83,9 @@ class DumpRecord(_Record):
     # Relative to the role's directory; None below level `full`, or where nothing could be saved (`reason` says why).
     file: str | None = None
     reason: str | None = None
+    # The tensors of the value that are not saved, or not both before and after a graft: path -> why. None in files of
+    # grafters that did not tell.
+    unsaved: dict[str, str] | None = None
     leaves: tuple[DumpedLeaf, ...] = ()
     # The leaves that are no tensors: path -> value.
     others: dict[str, Any] = {}

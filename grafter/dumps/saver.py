@@ -23,7 +23,7 @@ from grafter.dumps.buffers import Buffers
 from grafter.dumps.encoding import MetadataEncoder, safe_repr
 from grafter.dumps.limits import Limits, read_size
 from grafter.dumps.record import DumpedLeaf, DumpRecord, Level, TokenRuns
-from grafter.dumps.snapshot import NothingToSave, Snapshot, saveable, snapshot_bytes, take_snapshot
+from grafter.dumps.snapshot import NothingToSave, Snapshot, held_bytes, saveable, snapshot_bytes, take_snapshot
 from grafter.dumps.taken import Parts, Taken, leaf_of, tensors_of
 from grafter.dumps.termination import Termination
 from grafter.dumps.writer import (
@@ -109,10 +109,13 @@ class Saver:
             taken = Taken(self._order, key, level, fields)
             self._order += 1
             self._encode(taken, tags, parts, options, self._exclude if header is None else frozenset())
+            taken.unsaved = {**parts.unsaved, **dict.fromkeys((leaf.path for leaf, _ in parts.leaves), _UNFINISHED)}
             self._unfinished[taken.order] = taken
             for leaf, tensor in parts.leaves:
                 taken.leaves.append(leaf)
-                leaf.value = self._snapshot(taken, tensor, leaf.path)
+                leaf.value = self._snapshot_of_leaf(taken, tensor, leaf.path)
+                if leaf.value is not None:
+                    del taken.unsaved[leaf.path]
             taken.reasons += parts.reasons
             return taken
 
@@ -122,10 +125,12 @@ class Saver:
         """The point is over: hand it to the writer. grafted: what the program goes on with, where a graft wrote it."""
         if outcome == "grafted":
             with unobserved(), torch.no_grad():
-                after = {leaf.path: tensor for leaf, tensor in Parts(grafted, None).leaves}
+                parts = Parts(grafted, None)
+                taken.unsaved |= parts.unsaved
+                after = {leaf.path: tensor for leaf, tensor in parts.leaves}
                 for leaf in taken.leaves:
                     if leaf.path in after:
-                        leaf.grafted = self._snapshot(taken, after[leaf.path], leaf.path)
+                        leaf.grafted = self._snapshot_of_leaf(taken, after[leaf.path], leaf.path)
         taken.fields["outcome"] = outcome
         if reason is not None:
             taken.reasons.append(reason)
@@ -152,17 +157,26 @@ class Saver:
     def _end_all(self) -> None:
         """Also called by a signal's handler, in the middle of anything: what is half taken is written as it is."""
         for taken in list(self._unfinished.values()):
-            taken.reasons.append(_UNFINISHED)
+            if not taken.is_over:
+                taken.reasons.append(_UNFINISHED)
             self._hand_over(taken)
         self._backlog.flush(_PATIENCE_SECONDS)
 
     def _hand_over(self, taken: Taken) -> None:
-        # Whoever takes it out of here hands it over, and nobody else.
-        if self._unfinished.pop(taken.order, None) is not None:
+        taken.is_over = True
+        # Whoever comes in between, as SIGTERM may, hands it over once more, which the writer sees.
+        if taken.order in self._unfinished:
             self._backlog.put(partial(self._write, taken))
+            self._unfinished.pop(taken.order, None)
+
+    def _snapshot_of_leaf(self, taken: Taken, tensor: torch.Tensor, path: str) -> Snapshot | None:
+        snapshot = self._snapshot(taken, tensor, path)
+        if snapshot is None:
+            taken.unsaved[path] = taken.reasons[-1]
+        return snapshot
 
     def _snapshot(self, taken: Taken, tensor: torch.Tensor, what: str) -> Snapshot | None:
-        nbytes = snapshot_bytes(tensor)
+        nbytes = held_bytes(tensor)
         self._backlog.reserve(nbytes)
         taken.reserved += nbytes
         try:
@@ -206,6 +220,9 @@ class Saver:
     # On the backlog's thread.
 
     def _write(self, taken: Taken) -> None:
+        if taken.is_written:
+            return
+        taken.is_written = True
         snapshots = taken.snapshots
         try:
             for snapshot in snapshots:
@@ -249,7 +266,8 @@ class Saver:
         return {
             **_NO_FIELDS, "order": taken.order, "step": key.step, "phase": key.phase, "occurrence": key.occurrence,
             "role": place.role, "role_rank": place.role_rank, "role_world_size": place.role_world_size,
-            "level": taken.level, "file": file, "reason": "; ".join(taken.reasons) or None, "leaves": leaves,
+            "level": taken.level, "file": file, "reason": "; ".join(taken.reasons) or None, "unsaved": taken.unsaved,
+            "leaves": leaves,
             **taken.fields,
         }  # fmt: skip
 

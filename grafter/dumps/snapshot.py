@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from grafter.dumps.buffers import SMALL_BYTES, Buffers, SharedBuffer
+from grafter.dumps.buffers import SMALL_BYTES, Buffers, SharedBuffer, capacity_of
 from grafter.dumps.writer import SAFETENSORS_NAMES, StoredTensor
 from grafter.writing.tensor_access import local_tensor
 
@@ -76,6 +76,12 @@ def saveable(tensor: torch.Tensor) -> torch.Tensor:
 def snapshot_bytes(tensor: torch.Tensor) -> int:
     """What a snapshot takes: the elements that the tensor shows, not the storage that it shares."""
     return tensor.numel() * tensor.element_size()
+
+
+def held_bytes(tensor: torch.Tensor) -> int:
+    """The host memory that a snapshot holds: pinned memory comes in whole granules."""
+    nbytes = snapshot_bytes(tensor)
+    return capacity_of(nbytes, pinned=True) if tensor.is_cuda else nbytes
 
 
 def take_snapshot(local: torch.Tensor, buffers: Buffers) -> Snapshot:

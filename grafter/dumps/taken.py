@@ -50,9 +50,14 @@ class Taken:
     # By their number, as `extras` in the record names them.
     extras: dict[int, Snapshot] = field(default_factory=dict)
     reasons: list[str] = field(default_factory=list)
+    # Paths of tensors, and why they are not saved.
+    unsaved: dict[str, str] = field(default_factory=dict)
     reserved: int = 0
     # Where only some rows are saved: those.
     rows: SavedRows | None = None
+    # Over: handed to the writer, or about to be. Written: the writer has it; set by its thread.
+    is_over: bool = False
+    is_written: bool = False
 
     @property
     def snapshots(self) -> list[Snapshot]:
@@ -68,6 +73,7 @@ class Parts:
         self.leaves: list[tuple[TakenLeaf, torch.Tensor]] = []
         self.others: list[tuple[str, Any]] = []
         self.reasons: list[str] = []
+        self.unsaved: dict[str, str] = {}
         self.layout_error: str | None = None
         originals: list[torch.Tensor] = []
         flat = [("", value)] if isinstance(value, torch.Tensor) else sorted(flatten(value)[0], key=lambda leaf: leaf[0])
@@ -79,6 +85,7 @@ class Parts:
                 local = saveable(leaf)
             except NothingToSave as reason:
                 self.reasons.append(f"{path or 'the tensor'}: {reason}")
+                self.unsaved[path] = str(reason)
                 continue
             spec = spec_of(path, local)
             taken = TakenLeaf(path, spec.shape, spec.dtype, str(local.device))

@@ -21,6 +21,8 @@ _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 _FEW = 32
 # Numbers that are summed in their own dtype.
 _WIDTHS = (256, 64)
+# Of MX formats; older versions of torch do not have it.
+_SCALES = getattr(torch, "float8_e8m0fnu", None)
 # Real parts: a complex number is two numbers.
 _PARTS = {torch.complex32: torch.float16, torch.complex64: torch.float32, torch.complex128: torch.float64}
 
@@ -45,10 +47,11 @@ def narrower(x: torch.dtype, y: torch.dtype) -> torch.dtype | None:
     """Of two floating dtypes (or those of complex parts) the one with fewer bits of precision; None for integers.
 
     bfloat16 is narrower than float16 (8 bits against 11), and float8_e5m2 than float8_e4m3fn. Of two with the same
-    precision, the one with the smaller range.
+    precision, the one with the smaller range. None, too, for scales (float8_e8m0fnu): powers of two without a sign or
+    a zero are no numbers to round to.
     """
     x, y = part_dtype(x), part_dtype(y)
-    if not (x.is_floating_point and y.is_floating_point):
+    if not (x.is_floating_point and y.is_floating_point) or _SCALES in (x, y):
         return None
 
     def precision(dtype: torch.dtype) -> tuple[float, float]:
@@ -141,10 +144,10 @@ class UlpCounter:
     def _total(self, distance: NDArray[Any], largest: int) -> int:
         # In its own dtype a sum takes a quarter of the time, so rows are summed as long as none can overflow.
         room = int(self._magnitude) // max(largest, 1)
-        for width in _WIDTHS:
+        for width in () if self._wide else _WIDTHS:
             if width <= room and not len(distance) % width:
                 return int(np.add.reduce(distance.reshape(-1, width), axis=1, dtype=distance.dtype).sum(dtype=np.int64))
-        if not self._wide or largest < 2**47:
+        if largest * len(distance) < 2**63:
             # torch's: numpy's takes three times as long where it widens.
             return int(torch.from_numpy(distance).sum(dtype=torch.int64))
         # Too large for int64 together: in two halves.

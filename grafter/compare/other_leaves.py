@@ -1,0 +1,130 @@
+"""The rest of a point: tensors that were not saved, which agree with nothing, and leaves that are no tensors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from grafter.compare.pairs import Pair
+from grafter.compare.record import LeafRecord
+from grafter.dumps.encoding import TENSOR_MARK
+from grafter.dumps.point import DumpedPoint
+from grafter.dumps.safe_open import shown
+from grafter.dumps.taken import checksum
+from grafter.errors import GrafterError
+
+
+def with_unsaved(leaves: Sequence[LeafRecord], pair: Pair, *, with_values: bool) -> list[LeafRecord]:
+    """The leaves, and those that a rank of either side did not save: what passed without them is `skipped`.
+
+    with_values: whether the values of both sides were compared; a rank that has none then lacks them.
+    """
+    lost: dict[str, str] = {}
+    for side, points in (("A", pair.a), ("B", pair.b)):
+        for path, why in _unsaved(points, with_values):
+            lost.setdefault(path, f"{side} {why}")
+    found = []
+    for leaf in leaves:
+        if leaf.path not in lost:
+            found.append(leaf)
+            continue
+        why = lost.pop(leaf.path)
+        if leaf.verdict in ("passed", "skipped"):
+            found.append(leaf.model_copy(update={"verdict": "skipped", "reason": why}))
+        else:
+            found.append(leaf.model_copy(update={"reason": f"{leaf.reason}; {why}"}))
+    return found + [LeafRecord(path=path, verdict="skipped", reason=why) for path, why in lost.items()]
+
+
+def _unsaved(points: Sequence[DumpedPoint], with_values: bool) -> Iterator[tuple[str, str]]:
+    for point in points:
+        for rank, record in point.records.items():
+            who = f"(rank {rank}) did not save it"
+            for path, why in (record.unsaved or {}).items():
+                yield path, f"{who}: {shown(why)}"
+            if record.unsaved is None and record.reason is not None:
+                # Of a grafter that did not tell the paths apart.
+                yield "", f"(rank {rank}) may not have saved all: {shown(record.reason)}"
+            if with_values and record.file is None:
+                why = record.reason or f"its level is {record.level!r}"
+                yield from ((leaf.path, f"{who}: {shown(why)}") for leaf in record.leaves)
+
+
+def compare_others(pair: Pair) -> list[LeafRecord]:
+    """The leaves that are no tensors, where they are not the same: rank by rank where both sides have the same ranks,
+    else (and of rows paired by token) by the values that there are."""
+    paths = dict.fromkeys(
+        path for point in (*pair.a, *pair.b) for record in point.records.values() for path in record.others
+    )
+    found = []
+    for path in paths:
+        try:
+            leaf = _compare_other(pair, path)
+        except GrafterError as error:
+            leaf = LeafRecord(path=path, verdict="error", reason=str(error))
+        if leaf is not None:
+            found.append(leaf)
+    return found
+
+
+def _compare_other(pair: Pair, path: str) -> LeafRecord | None:
+    """None: they are the same. Raises GrafterError where an array among them cannot be read."""
+    sides = pair.a, pair.b
+    if any(_is_array_without_file(point, path) for points in sides for point in points):
+        return LeafRecord(path=path, verdict="skipped", reason="it is an array, whose values were not saved")
+    a, b = ([_by_rank(point, path) for point in points] for points in sides)
+    if pair.by_token or a[0].keys() != b[0].keys():
+        only = _differing(a, b)
+        differing = [(min(only[0], default=""), min(only[1], default=""))] if any(only) else []
+    else:
+        differing = [(one, b[0][rank]) for rank, one in a[0].items() if one != b[0][rank]]
+    if not differing:
+        return None
+    if not any(a) or not any(b):
+        there = "A" if any(a) else "B"
+        return LeafRecord(path=path, verdict="error", reason=f"only {there} has this part of the point, no tensor")
+    values = " and ".join(f"{side} has {shown(own)}" for side, own in zip("AB", differing[0], strict=True) if own)
+    if any(_was_replaced(point, path) for points in sides for point in points):
+        return LeafRecord(path=path, verdict="skipped", reason=f"only its repr was saved, and that differs: {values}")
+    if pair.by_token:
+        reason = f"it is no tensor, so it is not paired by token, and differs: {values}"
+        return LeafRecord(path=path, verdict="skipped", reason=reason)
+    return LeafRecord(path=path, verdict="failed", reason=f"it is no tensor, and differs: {values}")
+
+
+def _by_rank(point: DumpedPoint, path: str) -> dict[int, str]:
+    """Of each rank that has it, as JSON, in which 1, 1.0 and True are apart and NaN is NaN."""
+    return {
+        rank: json.dumps(point.other(rank, path), sort_keys=True, default=_described)
+        for rank, record in point.records.items()
+        if path in record.others
+    }
+
+
+def _described(array: Any) -> Any:
+    assert isinstance(array, torch.Tensor)
+    return {TENSOR_MARK: [str(array.dtype), list(array.shape), checksum(array.contiguous())]}
+
+
+def _differing(a: Sequence[dict[int, str]], b: Sequence[dict[int, str]]) -> tuple[set[str], set[str]]:
+    """The values that only A, and that only B, has."""
+    of_a, of_b = ({value for by_rank in points for value in by_rank.values()} for points in (a, b))
+    return of_a - of_b, of_b - of_a
+
+
+def _is_array_without_file(point: DumpedPoint, path: str) -> bool:
+    return any(
+        record.file is None and TENSOR_MARK in json.dumps(record.others.get(path)) for record in point.records.values()
+    )
+
+
+def _was_replaced(point: DumpedPoint, path: str) -> bool:
+    return any(
+        place == whole or place.startswith((f"{whole}.", f"{whole}["))
+        for record in point.records.values()
+        for whole in [f"others{path}"]
+        for place in record.not_encoded
+    )
