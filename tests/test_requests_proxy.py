@@ -374,6 +374,8 @@ def test_the_proxy_killed_in_the_middle(number: int, tmp_path: Path) -> None:
     with Process(run_engine) as server, Process(run_proxy, server.url, tmp_path, 20) as proxy:
         assert ask_thousand(proxy.url, range(45)) == {"ok": 45}
         held = hold_stream(proxy.url, 45)
+        # Written in the background: how soon is nobody's promise.
+        wait_until(lambda: len(lines_in(tmp_path)) >= 20)
         proxy.kill(number)
         with pytest.raises((http.client.IncompleteRead, ConnectionError)):
             held.read()
