@@ -139,7 +139,8 @@ def test_tokens_of_an_sglang_batch_are_its_positions(monkeypatch: pytest.MonkeyP
     assert rows_of(ModelRunner().forward(extend)) == [("a", 0), ("a", 1), ("a", 2), ("b", 4), ("b", 5)]
     decode = types.SimpleNamespace(forward_mode=Mode("decode"), rids=["a", "b"], seq_lens=torch.tensor([4, 7]))
     assert rows_of(ModelRunner().forward(decode)) == [("a", 3), ("b", 6)]
-    assert ModelRunner().forward(types.SimpleNamespace(forward_mode=Mode("idle"))) is None
+    assert ModelRunner().forward(forward_batch=types.SimpleNamespace(forward_mode=Mode("idle"), rids=["a"])) is None
+    assert ModelRunner().forward(types.SimpleNamespace(forward_mode=Mode("decode"), rids=None)) is None
 
 
 @pytest.mark.parametrize("engine", ENGINES)
