@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
+from grafter.command_options import GROUP, AttachOption, SetOption
 from grafter.compare.command import compare_command
 from grafter.control.command import ctl_app
 from grafter.doctor.command import doctor_command
@@ -27,6 +28,7 @@ from grafter.locate.command import locate_command
 from grafter.plan_suggest.command import plan_app
 from grafter.report.command import report_command
 from grafter.requests.commands import record_command, replay_command
+from grafter.running.job_environment import merge_settings
 from grafter.running.master_address import parse_master
 
 if TYPE_CHECKING:
@@ -49,10 +51,8 @@ _OPTION_BY_VARIABLE = {
 app = typer.Typer(
     name="grafter",
     add_completion=False,
-    no_args_is_help=True,
-    rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    **GROUP,
 )
 
 
@@ -120,14 +120,7 @@ _T2b = Annotated[str | None, typer.Option(metavar="EXPR", help="Points whose tar
 _Compare = Annotated[str | None, typer.Option(metavar="EXPR", help="Points to compare; nothing is written.")]
 _Dump = Annotated[str | None, typer.Option(metavar="EXPR", help="Points to save to disk, grafted or not.")]
 _Transform = Annotated[str | None, typer.Option(metavar="PATH", help="package.module:function or file.py:function.")]
-_Attach = Annotated[
-    list[str] | None,
-    typer.Option(metavar="PATTERN", help="Modules to reach in programs that never import grafter; may be repeated."),
-]
 _Plan = Annotated[Path | None, typer.Option(metavar="FILE", help="A plan file (YAML) for both jobs.")]
-_Set = Annotated[
-    list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Any other setting; may be repeated.")
-]
 _Out = Annotated[
     Path | None, typer.Option(metavar="DIR", help="Where ledgers go; default grafter_out, or GRAFTER_DIR.")
 ]
@@ -162,9 +155,9 @@ def run(
     compare: _Compare = None,
     dump: _Dump = None,
     transform: _Transform = None,
-    attach: _Attach = None,
+    attach: AttachOption = None,
     plan: _Plan = None,
-    assignments: _Set = None,
+    assignments: SetOption = None,
     out: _Out = None,
     name: _Name = None,
     role: _Role = None,
@@ -199,7 +192,7 @@ def run(
         filters = {"b2t_filter": b2t, "t2b_filter": t2b, "compare_filter": compare, "dump_filter": dump}
         patterns = ",".join(attach) if attach else None
         own = {**filters, "transform_path": transform, "attach": patterns, "plan": str(plan) if plan else None}
-        settings = _merge_settings({field: text for field, text in own.items() if text is not None}, assignments or [])
+        settings = merge_settings({field: text for field, text in own.items() if text is not None}, assignments or [])
         if record is not None:
             _refuse({"--out": out, "--name": name}, "does not go with --record, whose DIR is where the run goes")
             settings["record"] = "1"
@@ -263,16 +256,6 @@ def _end(result: PairResult) -> NoReturn:
         # Nobody reads any more; Python would complain again when it flushes stdout at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     raise typer.Exit(report_run(result, sys.stdout, limit=_SUMMARY_ROWS))
-
-
-def _merge_settings(own: dict[str, str], assignments: list[str]) -> dict[str, str]:
-    """Settings by field, of options of their own and of --set. Raises UsageError where both give one."""
-    from grafter.running.job_environment import parse_settings
-
-    assigned = parse_settings(assignments)
-    for field in sorted(own.keys() & assigned.keys()):
-        raise UsageError(f"{field} is given twice, by its own option and by --set; give it once.")
-    return {**assigned, **own}
 
 
 def _refuse(options: Mapping[str, object], why: str) -> None:

@@ -21,8 +21,9 @@ from grafter.ledger import SCHEMA_VERSION, Difference, LeafRecord, LedgerLine, O
 from grafter.measures.stats import compare
 from grafter.options import PointOptions
 from grafter.outbox.states import NotMet
-from grafter.pairing.decision import Decision, PairedRows, decide
+from grafter.pairing.decision import Decision, decide
 from grafter.pairing.manifest import Header, Pair, store_keys
+from grafter.pairing.paired_rows import PairedRows
 from grafter.points import PointKey
 from grafter.session import Session
 from grafter.watching.watch import Abandoned, PeerGone

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from grafter.settings.config import GrafterConfig
-from grafter.settings.rules import DumpLevel
+from grafter.settings.field_types import DumpLevel
 from grafter.user_transform import UserTransform, load_transform, transform_of
 
 if TYPE_CHECKING:

@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from grafter.running.run_summary import PointRow, RunSummary
+from grafter.running.point_rows import PointRow
+from grafter.running.run_summary import RunSummary
 
 SORT_ORDERS = ("time", "rel", "max_abs", "seconds")
 # float64's own resolution squared is far below; what lies under 1e-16 looks like no difference.

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from point_parts import header, pair, sides, spec
 
-from grafter.pairing.decision import Decision, decide, find_conflict, find_mismatch
+from grafter.pairing.decision import Decision, decide
+from grafter.pairing.mismatch import find_conflict, find_mismatch
 
 
 def test_the_k_th_sender_serves_the_k_th_receiver() -> None:

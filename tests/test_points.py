@@ -22,7 +22,7 @@ from grafter.points import (
     check_tags,
     split_options,
 )
-from grafter.settings.rules import Gradient, WaitFor, Write
+from grafter.settings.field_types import Gradient, WaitFor, Write
 
 tag_names = st.from_regex(r"[a-z][a-z_]{0,8}", fullmatch=True).filter(lambda n: n not in OPTIONS | OWN_TAGS)
 tag_values = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8)

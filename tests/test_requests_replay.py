@@ -6,6 +6,7 @@ import asyncio
 import io
 import json
 import multiprocessing
+import sys
 import threading
 import time
 from pathlib import Path
@@ -21,7 +22,8 @@ from starlette.responses import JSONResponse
 from typer.testing import CliRunner, Result
 
 from grafter.cli import app
-from grafter.requests import commands, extra
+from grafter.command_options import progress_bar
+from grafter.requests import extra
 from grafter.requests.judgement import Outcome
 from grafter.requests.reading import Recording
 from grafter.requests.recorder import RequestRecorder
@@ -310,9 +312,9 @@ def test_a_bar_shows_on_a_terminal_alone(monkeypatch: pytest.MonkeyPatch) -> Non
     for is_terminal in (True, False):
         stream = io.StringIO()
         monkeypatch.setattr(stream, "isatty", lambda is_terminal=is_terminal: is_terminal)
-        monkeypatch.setattr(commands.sys, "stderr", stream)
+        monkeypatch.setattr(sys, "stderr", stream)
         monkeypatch.setenv("TERM", "xterm")
-        with commands._progress(3) as progress:
+        with progress_bar("replaying", "requests", 3) as progress:
             progress(2, 3)
         assert ("2/3" in stream.getvalue() and "replaying" in stream.getvalue()) is is_terminal
         assert is_terminal or not stream.getvalue()

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from grafter.errors import GrafterError
 from grafter.ledger import Difference, LeafRecord, LedgerRecord, LedgerWriter, RankSummary, Role
 from grafter.running.launcher import PairResult
+from grafter.running.point_rows import merge_ranks
 from grafter.running.run_report import report_run
-from grafter.running.run_summary import find_run, merge_ranks, read_run_summary
+from grafter.running.run_summary import find_run, read_run_summary
 from grafter.show import log_bar, printable, show_run
 
 

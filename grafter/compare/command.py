@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from grafter.command_options import JsonLinesOption, RowLimitOption, progress_bar
 from grafter.errors import GrafterError
 
 if TYPE_CHECKING:
-    from grafter.compare.comparison import Comparison, Progress
+    from grafter.compare.comparison import Choice, Comparison
     from grafter.compare.thresholds import Threshold
 
 _EXIT_NOT_COMPARED = 2
@@ -43,9 +45,7 @@ _Allow = Annotated[
 _ForbidSkips = Annotated[
     bool, typer.Option("--forbid-skips", help="Exit with 2 if anything was skipped, or is on one side only.")
 ]
-_Json = Annotated[bool, typer.Option("--json", help="JSON lines and nothing else.")]
 _Failed = Annotated[bool, typer.Option("--failed", help="Only points that did not pass.")]
-_Limit = Annotated[int, typer.Option(metavar="N", min=0, help="At most N rows; 0: all.")]
 _Block = Annotated[int, typer.Option("--block-mib", metavar="N", min=1, help="Memory for a block of one side.")]
 _Threads = Annotated[int | None, typer.Option(metavar="N", min=1, help="Default: one per core, up to 8.")]
 
@@ -59,9 +59,9 @@ def compare_command(
     which: _Which = WhichChoice.value,
     allow: _Allow = None,
     forbid_skips: _ForbidSkips = False,
-    as_json: _Json = False,
+    as_json: JsonLinesOption = False,
     failed: _Failed = False,
-    limit: _Limit = 0,
+    limit: RowLimitOption = 0,
     block: _Block = 16,
     threads: _Threads = None,
 ) -> None:
@@ -76,16 +76,11 @@ def compare_command(
     1 a point differs; 2 something, or everything, could not be compared; 130 Ctrl-C.
     """
     # Slow to import (torch, pydantic), and every command of the program imports this file.
-    from grafter.compare.comparison import Choice, compare, open_both
-    from grafter.compare.table import json_lines, print_comparison
-    from grafter.compare.thresholds import parse_threshold
-    from grafter.show import make_console
+    from grafter.compare.comparison import Choice
 
-    try:
-        rules = [parse_threshold(text) for text in thresholds or []]
-        rules += _thresholds_of(plan) if plan is not None else []
+    with _errors_told():
         choice = Choice(
-            thresholds=rules,
+            thresholds=_read_thresholds(thresholds or [], plan),
             which=which.value,
             filter=filter,
             allow=allow or [],
@@ -93,9 +88,18 @@ def compare_command(
             block_bytes=block << 20,
             threads=threads,
         )
-        dumps_a, dumps_b = open_both(a, b)
-        _one_thread_a_point()
-        comparison = _with_progress(lambda progress: compare(dumps_a, dumps_b, choice, progress))
+        comparison = _compare(a, b, choice)
+    if as_json:
+        _print_json(comparison)
+    else:
+        _print_table(comparison, limit=limit, only_trouble=failed)
+    raise typer.Exit(comparison.summary.exit_code)
+
+
+@contextmanager
+def _errors_told() -> Iterator[None]:
+    try:
+        yield
     except GrafterError as error:
         typer.echo(f"grafter compare: {error}", err=True)
         raise typer.Exit(_EXIT_NOT_COMPARED) from None
@@ -107,36 +111,42 @@ def compare_command(
             err=True,
         )
         raise typer.Exit(_EXIT_NOT_COMPARED) from None
-    if as_json:
-        for line in json_lines(comparison):
-            typer.echo(line)
-    else:
-        print_comparison(comparison, make_console(sys.stdout), limit=limit, only_trouble=failed)
-    raise typer.Exit(comparison.summary.exit_code)
 
 
-def _thresholds_of(plan: Path) -> list[Threshold]:
+def _read_thresholds(texts: list[str], plan: Path | None) -> list[Threshold]:
+    """Those of --threshold, and after them those of the plan file."""
+    from grafter.compare.thresholds import parse_threshold
+
+    given = [parse_threshold(text) for text in texts]
+    if plan is None:
+        return given
     from grafter.settings.config import SETTING_FIELDS
     from grafter.settings.plan_file import read_plan_file
 
-    return list(read_plan_file(plan, SETTING_FIELDS).thresholds)
+    return [*given, *read_plan_file(plan, SETTING_FIELDS).thresholds]
 
 
-def _one_thread_a_point() -> None:
-    """Points are shared out among our own threads; torch's would only stand in their way."""
+def _compare(a: Path, b: Path | None, choice: Choice) -> Comparison:
     import torch
 
+    from grafter.compare.comparison import compare, open_both
+
+    dumps_a, dumps_b = open_both(a, b)
+    # Points are shared out among our own threads; torch's would only stand in their way.
     torch.set_num_threads(1)
+    with progress_bar("comparing", "points") as progress:
+        return compare(dumps_a, dumps_b, choice, progress)
 
 
-def _with_progress(work: Callable[[Progress], Comparison]) -> Comparison:
-    """Show a bar where stderr is a terminal."""
-    if not sys.stderr.isatty():
-        return work(lambda done, of: None)
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+def _print_json(comparison: Comparison) -> None:
+    from grafter.compare.table import json_lines
 
-    columns = (TextColumn("comparing"), BarColumn(), MofNCompleteColumn(), TextColumn("points"), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("points", total=None)
-        return work(lambda done, of: bar.update(task, completed=done, total=of))
+    for line in json_lines(comparison):
+        typer.echo(line)
+
+
+def _print_table(comparison: Comparison, *, limit: int, only_trouble: bool) -> None:
+    from grafter.compare.table import print_comparison
+    from grafter.show import make_console
+
+    print_comparison(comparison, make_console(sys.stdout), limit=limit, only_trouble=only_trouble)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from grafter.command_options import GROUP, ExcludeOption
 from grafter.errors import ConfigError, GrafterError, JoinError, UsageError
 from grafter.running.master_address import parse_master
 
@@ -25,9 +26,7 @@ _EXIT_REFUSED, _EXIT_USAGE = 1, 2
 ctl_app = typer.Typer(
     name="ctl",
     help="Look at a run that goes on, and change its filters, windows and dumps.",
-    no_args_is_help=True,
-    rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    **GROUP,
 )
 
 
@@ -74,7 +73,6 @@ _What = Annotated[
     RecorderAction | None, typer.Argument(metavar="ACTION", help="Leave it out to change the rest alone.")
 ]
 _Threshold = Annotated[int | None, typer.Option(metavar="N", min=0, help="Finished requests to a batch; 0: none.")]
-_Exclude = Annotated[str | None, typer.Option(metavar="KEYS", help="Keys to leave out of the record; '' for none.")]
 
 
 @dataclass(frozen=True)
@@ -170,7 +168,7 @@ def record(
     context: typer.Context,
     what: _What = None,
     threshold: _Threshold = None,
-    exclude: _Exclude = None,
+    exclude: ExcludeOption = None,
     wait: _Wait = 10.0,
     hold: _Hold = 10.0,
 ) -> None:

@@ -9,8 +9,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from grafter.direction import DirectionFilters
 from grafter.dumps.choice import DumpChoice
 from grafter.errors import UsageError
-from grafter.settings.config import FILTER_FIELDS, GrafterConfig
-from grafter.settings.rules import DumpLevel
+from grafter.settings.config import GrafterConfig
+from grafter.settings.field_types import DumpLevel
+from grafter.settings.filter_fields import FILTER_FIELDS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

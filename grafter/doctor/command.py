@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from grafter.command_options import SetOption
 from grafter.errors import GrafterError, UsageError
-from grafter.running.job_environment import parse_settings
+from grafter.running.job_environment import merge_settings
 from grafter.running.master_address import parse_master
 
 if TYPE_CHECKING:
@@ -28,9 +29,6 @@ _Compare = Annotated[
 _Transform = Annotated[str | None, typer.Option(metavar="PATH", help="As in grafter run.")]
 _Attach = Annotated[list[str] | None, typer.Option(metavar="PATTERN", help="As in grafter run; may be repeated.")]
 _Plan = Annotated[Path | None, typer.Option(metavar="FILE", help="A plan file (YAML), as in grafter run.")]
-_Set = Annotated[
-    list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Any other setting; may be repeated.")
-]
 _Out = Annotated[Path | None, typer.Option(metavar="DIR", help="For ledgers. Default: doctor-<time> in grafter_out.")]
 _Master = Annotated[
     str | None, typer.Option(metavar="HOST:PORT", help="Is the store that another machine hosts reached from here?")
@@ -47,7 +45,7 @@ def doctor_command(
     transform: _Transform = None,
     attach: _Attach = None,
     plan: _Plan = None,
-    assignments: _Set = None,
+    assignments: SetOption = None,
     out: _Out = None,
     master: _Master = None,
     as_json: _Json = False,
@@ -77,7 +75,7 @@ def doctor_command(
     findings: list[Finding] = []
     exit_code = 2
     try:
-        settings = _settings({field: text for field, text in own.items() if text is not None}, assignments or [])
+        settings = merge_settings({field: text for field, text in own.items() if text is not None}, assignments or [])
         commands = {role: text for role, text in (("baseline", baseline), ("target", target)) if text is not None}
         if not commands and settings:
             raise UsageError("filters, --attach, --plan and --set go with --baseline CMD and --target CMD.")
@@ -137,10 +135,3 @@ def _examine(
     for finding in examination.findings():
         findings.append(finding)
         page.show(finding)
-
-
-def _settings(own: dict[str, str], assignments: list[str]) -> dict[str, str]:
-    assigned = parse_settings(assignments)
-    for field in sorted(own.keys() & assigned.keys()):
-        raise UsageError(f"{field} is given twice, by its own option and by --set; give it once.")
-    return {**assigned, **own}

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from grafter.doctor.finding import Finding, fault, first_line, listed, ok, warning
 from grafter.doctor.trials import EVERY_POINT, Trial
 from grafter.ledger import RankSummary
-from grafter.running.run_summary import PointRow
+from grafter.running.point_rows import PointRow
 from grafter.show import describe_counts
 
 # What a model is told of where its tokens stand, by the last part of a point's name.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from grafter.command_options import AttachOption
 from grafter.errors import GrafterError, UsageError
 from grafter.running.job_environment import parse_settings
 
@@ -24,10 +25,6 @@ _Floor = Annotated[
 ]
 _Points = Annotated[
     str, typer.Option(metavar="EXPR", help="Which points: a filter expression over the tags. Default: all.")
-]
-_Attach = Annotated[
-    list[str] | None,
-    typer.Option(metavar="PATTERN", help="Modules to reach in programs that never import grafter; repeatable."),
 ]
 _Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="A setting for both jobs; repeatable.")
@@ -45,7 +42,7 @@ def locate_command(
     target: _Target,
     floor: _Floor = None,
     points: _Points = "",
-    attach: _Attach = None,
+    attach: AttachOption = None,
     settings: _Set = None,
     out: _Out = None,
     as_json: _Json = False,

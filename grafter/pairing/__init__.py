@@ -1,9 +1,12 @@
 """Pairing: before a byte of payload moves, both sides know what they exchange, and after it all write or none do.
 
-participants  which ranks of this job share a point
-manifest      what one rank says of its part (header); those of one role together
-rank_set      many ranks in few characters
-pairing       headers out, manifests of both sides back
-decision      one pure function of both manifests, the same on every rank: who sends what to whom, or why not
-agreement     the outcome among the receivers
+participants     which ranks of this job share a point
+manifest         what one rank says of its part (header); those of one role together
+rank_set         many ranks in few characters
+pairing          headers out, manifests of both sides back
+mismatch         what headers must have in common, and the sentence where they do not
+leaf_resharding  what goes where, by the layouts of both sides
+paired_rows      what goes where, by the tokens of their rows
+decision         one pure function of both manifests, the same on every rank: who sends what to whom, or why not
+agreement        the outcome among the receivers
 """

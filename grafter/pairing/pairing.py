@@ -32,7 +32,6 @@ from grafter.outbox.states import (
     read_not_met,
     receivers_account,
 )
-from grafter.pairing.decision import find_conflict, two_leaders
 from grafter.pairing.manifest import (
     Header,
     Manifest,
@@ -42,6 +41,7 @@ from grafter.pairing.manifest import (
     store_keys,
     with_tokens_told_once,
 )
+from grafter.pairing.mismatch import find_conflict, two_leaders
 from grafter.points import PointKey
 from grafter.rendezvous.courier import Courier
 from grafter.rendezvous.roster import Roster

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from grafter.command_options import GROUP
 from grafter.errors import GrafterError, UsageError
 
 if TYPE_CHECKING:
@@ -15,9 +16,7 @@ if TYPE_CHECKING:
 plan_app = typer.Typer(
     name="plan",
     help="The plan file that both jobs share.",
-    no_args_is_help=True,
-    rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    **GROUP,
 )
 
 

@@ -21,7 +21,9 @@ from grafter.locate.wording import describe_number
 from grafter.report.dumped_pictures import draw_run
 from grafter.report.page_data import Environment, Finding, PageData, PagePoint, PageVerdict
 from grafter.report.run_files import ROLES, RunFiles, read_run_files
-from grafter.running.run_summary import PointRow, find_notes, find_problems, group_points, merge_ranks
+from grafter.running.point_rows import PointRow, group_points, merge_ranks
+from grafter.running.run_notes import find_notes
+from grafter.running.run_problems import find_problems
 
 DIFFERENCES = ("rel", "rel_l2", "max_abs", "mean_abs", "cosine", "mismatched_fraction")
 GRAFTING = ("b2t", "t2b")

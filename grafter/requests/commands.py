@@ -7,19 +7,19 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from grafter.command_options import ExcludeOption, JsonLinesOption, RowLimitOption, progress_bar
 from grafter.errors import GrafterError, UsageError
 
 if TYPE_CHECKING:
     from grafter.requests.judgement import Outcome
     from grafter.requests.reading import Place, Recording
-    from grafter.requests.replay import Progress, ReplayOptions
+    from grafter.requests.replay import ReplayOptions
 
 _EXIT_COULD_NOT = 2
 _EXIT_INTERRUPTED = 130
@@ -34,7 +34,6 @@ _Out = Annotated[
 _Threshold = Annotated[
     int, typer.Option(metavar="N", min=0, help="Finished requests to a batch; 0: only the last five minutes.")
 ]
-_Exclude = Annotated[str | None, typer.Option(metavar="KEYS", help="Keys to leave out of the record, or '' for none.")]
 _BodyLimit = Annotated[
     int, typer.Option("--body-mib", metavar="N", min=1, max=60, help="How much of a body is recorded.")
 ]
@@ -46,7 +45,7 @@ def record_command(
     host: _Host = "127.0.0.1",
     out: _Out = None,
     threshold: _Threshold = 1000,
-    exclude: _Exclude = None,
+    exclude: ExcludeOption = None,
     body_limit: _BodyLimit = 16,
 ) -> None:
     """Record what clients ask a server and what it answers, as a proxy between them. Nothing in either changes.
@@ -94,8 +93,6 @@ _Header = Annotated[
     list[str] | None, typer.Option(metavar="'NAME: VALUE'", help="Sent with each; $VARIABLE is read by grafter.")
 ]
 _Tolerance = Annotated[float, typer.Option(metavar="X", min=0, help="What logprobs may differ by.")]
-_Json = Annotated[bool, typer.Option("--json", help="JSON lines and nothing else.")]
-_Limit = Annotated[int, typer.Option(metavar="N", min=0, help="At most N rows; 0: all.")]
 
 
 def replay_command(
@@ -109,8 +106,8 @@ def replay_command(
     min_tokens: _MinTokens = False,
     header: _Header = None,
     logprob_tolerance: _Tolerance = 0.0,
-    as_json: _Json = False,
-    limit: _Limit = 0,
+    as_json: JsonLinesOption = False,
+    limit: RowLimitOption = 0,
 ) -> None:
     """Send recorded requests again, in order and with their gaps, and tell what differs.
 
@@ -158,34 +155,13 @@ def _replay(
     from grafter.requests.replay import replay
 
     outcomes: list[Outcome] = []
-    with _progress(len(places)) as progress:
+    with progress_bar("replaying", "requests", len(places)) as progress:
         try:
             asyncio.run(replay(recording, places, urls, options, progress, outcomes))
         except KeyboardInterrupt:
             outcomes.sort(key=lambda outcome: outcome.number)
             return outcomes, False
     return outcomes, True
-
-
-@contextmanager
-def _progress(count: int) -> Iterator[Progress]:
-    """A bar where stderr is a terminal."""
-    if not sys.stderr.isatty():
-        yield lambda done, of: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("replaying"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("requests"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("requests", total=count)
-        yield lambda done, of: bar.update(task, completed=done, total=of)
 
 
 def read_headers(given: Sequence[str]) -> dict[str, str]:

@@ -7,7 +7,10 @@ job_environment  which variables a job gets and loses
 run_output       both jobs' lines, prefixed
 supervision      until both are gone: who died, who hangs, what the store says
 watched_store    the hosted store, its death noticed
-run_summary      both jobs' ledgers as one table (pure)
+run_summary      a run directory, found and read
+point_rows       both jobs' ledgers as one table, a row per point (pure)
+run_problems     what makes the run a failure (pure)
+run_notes        what else a reader should know (pure)
 run_report       what is printed at the end
 master_address   HOST:PORT, as other commands find a run
 """

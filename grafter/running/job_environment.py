@@ -151,3 +151,11 @@ def parse_settings(assignments: list[str]) -> dict[str, str]:
             raise UsageError(f"--set {field}=... is given twice; give it once.")
         settings[field] = value
     return settings
+
+
+def merge_settings(own: dict[str, str], assignments: list[str]) -> dict[str, str]:
+    """Settings by field, of a command's own options and of --set. Raises UsageError where both give one."""
+    assigned = parse_settings(assignments)
+    for field in sorted(own.keys() & assigned.keys()):
+        raise UsageError(f"{field} is given twice, by its own option and by --set; give it once.")
+    return {**assigned, **own}

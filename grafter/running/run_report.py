@@ -9,7 +9,8 @@ from typing import TextIO
 from grafter.ledger import read_summaries
 from grafter.running.job import describe_exit
 from grafter.running.launcher import PairResult
-from grafter.running.run_summary import RunSummary, find_problems, read_run_summary
+from grafter.running.run_problems import find_problems
+from grafter.running.run_summary import RunSummary, read_run_summary
 from grafter.show import show_run
 
 

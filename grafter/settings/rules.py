@@ -4,32 +4,21 @@ from __future__ import annotations
 
 import re
 from functools import lru_cache
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, field_validator
+from pydantic import BaseModel, ConfigDict, field_validator
 
 from grafter.errors import ConfigError
 from grafter.layout.dims import parse_dims
-from grafter.switch import LEGAL_WORDS, switch_value
-
-OnTransformError = Literal["skip", "raise"]
-Write = Literal["in_place", "return"]
-Gradient = Literal["straight_through", "cut", "strict"]
-WaitFor = Literal["both", "job"]
-PartialTarget = Literal["refuse", "first"]
-DumpLevel = Literal["full", "statistics", "checksum"]
-
-
-def _to_switch(value: object) -> object:
-    if isinstance(value, str):
-        word = switch_value(value)
-        if word is None:
-            raise ValueError(f"legal: {LEGAL_WORDS}")
-        return word
-    return value
-
-
-Switch = Annotated[bool, BeforeValidator(_to_switch)]
+from grafter.settings.field_types import (
+    DumpLevel,
+    Gradient,
+    OnTransformError,
+    PartialTarget,
+    Switch,
+    WaitFor,
+    Write,
+)
 
 
 class Rule(BaseModel):

@@ -51,3 +51,8 @@ def _explain(details: dict[str, Any]) -> str:
     if kind == "missing":
         return "it is required"
     return str(details["msg"])
+
+
+def list_problems(title: str, problems: list[str]) -> str:
+    """All problems of one kind as one message, a line for each."""
+    return title + "".join("\n  " + problem.replace("\n", "\n  ") for problem in problems)
