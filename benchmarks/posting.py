@@ -143,6 +143,7 @@ def measure(nbytes: int, rounds: int, calls: int) -> PostingResult:
         limit = max(_OUTBOX_VALUES * nbytes, 64 * 1024)
         grafter = Grafter(_config("baseline", store.port, directory, outbox_bytes=str(limit)))
         grafter.begin()
+        assert grafter.session
         other = Other(store.port, directory)
         try:
             sender = Sender(grafter, other, nbytes)

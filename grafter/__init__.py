@@ -17,7 +17,7 @@ compared, or written into the other's memory. The package reads in the order in 
       pairing.agreement    all receivers are ready, or none writes
       writing              into the target's memory, shape and autograd rules checked
       measures, ledger     what it was, what came, how far apart; one line per point
-    outbox               points that never wait for the other job
+    outbox               points that never wait for the other job (early_points: not even until it has joined)
     compiled             points inside of a torch.compile region (operators)
     backward             gradients as points; points that fire again in activation checkpointing
     capture              points that nobody wrote into the program: hooks by `attach` (names)

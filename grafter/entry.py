@@ -20,7 +20,7 @@ from grafter.offline.peer import Peer, start_peer
 from grafter.offline.recorded_part import write_rank_facts
 from grafter.rendezvous.join import Place
 from grafter.rendezvous.roster import PlayedFrom, Roster
-from grafter.session import Joining, Session
+from grafter.session import Begun, Joining, Session
 from grafter.settings.config import GrafterConfig
 
 logger = logging.getLogger("grafter")
@@ -37,10 +37,13 @@ class Entry:
         control: RankControl,
         announced_modules: Callable[[], tuple[str, ...] | None],
         on_refusal: Callable[[JoinError], None],
+        on_joined: Callable[[], None],
+        begun: Begun,
     ) -> None:
-        """on_refusal: called, in the background, where the two jobs do not fit."""
+        """on_refusal, on_joined: called, in the background, where the two jobs do not fit, and once both are there."""
         self._config, self._place, self._models, self._control = config, place, models, control
-        self._announced_modules, self._on_refusal = announced_modules, on_refusal
+        self._announced_modules, self._on_refusal, self._on_joined = announced_modules, on_refusal, on_joined
+        self._begun = begun
         self._peer: Peer | None = None
         self._alone_directory: Path | None = None
         self.joining: Joining | None = None
@@ -62,19 +65,33 @@ class Entry:
             self._peer = start_peer(config, self._place)
             if self._peer is not None:
                 config, store = self._peer.config, self._peer.store
-        self.joining = Joining(config, self._on_refusal, self._announced_modules(), recording, store, self._control)
+        self.joining = Joining(
+            config, self._on_refusal, self._on_joined, self._begun, self._announced_modules(), recording, store,
+            self._control,
+        )  # fmt: skip
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether `joined` would wait for the other job. Ranks that play a recording come by themselves."""
+        joining = self.joining
+        return joining is not None and not joining.is_over and self._config.peer is None
 
     def joined(self) -> Session:
         """Waits until both jobs have joined. Raises what kept them from it."""
         if self.session is None:
             assert self.joining is not None
-            self.session = self.joining.wait()
+            session = self.joining.wait()
+            self._begun.check(session.run_directory)
+            self.session = session
             self._write_facts(self.session.run_directory, self.session.roster)
             self._models.tell_which_are_only_here(self.session.roster)
         return self.session
 
     def run_directory(self) -> Path:
-        """Waits, where this rank has a job to meet, until both have joined."""
+        """Waits, where this rank has a job to meet and the run has no name yet, until both have joined."""
+        if self.is_waiting and self._config.run_name:
+            self._begun.directory = Path(self._config.dir) / self._config.run_name
+            return self._begun.directory
         return self._alone_directory or self.joined().run_directory
 
     # At the end.

@@ -6,6 +6,7 @@ tags, direction, key  ->  pairing  ->  plan  ->  exchange  ->  transform  ->  ag
 from __future__ import annotations
 
 import atexit
+import contextlib
 import logging
 import os
 import threading
@@ -27,24 +28,28 @@ from grafter.capture.parameters import dump_weights
 from grafter.control.rank_control import RankControl, TakingOver
 from grafter.control.traced import Verdict
 from grafter.direction import Direction, DirectionFilters, sender_role
+from grafter.dumps.limits import read_size
 from grafter.dumps.rank_dumps import RankDumps
 from grafter.dumps.taken import Taken
+from grafter.early_points import EarlyPoints
 from grafter.entry import Entry
 from grafter.errors import GrafterError, JoinError, PeerLostError, RunError, UsageError
 from grafter.farewell import Tally, last_error, say_goodbye, set_up_logging, summarise
-from grafter.ledger import LedgerRecord
+from grafter.ledger import LedgerRecord, Outcome
 from grafter.meeting import Meeting
 from grafter.offer import Offer, OfferMaker
 from grafter.offline.recorded_part import RecordedPart
 from grafter.options import OptionChooser, PointOptions
 from grafter.outbox.counts import Pending
+from grafter.outbox.memory import Memory
 from grafter.outbox.posting import Posting
 from grafter.outbox.states import OutboxPlace
 from grafter.pairing.manifest import Header
+from grafter.pairing.participants import own_participants
 from grafter.points import LOOKED_AT, PHASE, PointKey, StepCounter, call_site, check_tags, split_options, surroundings
 from grafter.rendezvous.roster import PlayedFrom, other_role
 from grafter.rows.windows import ends_of
-from grafter.session import Session, find_place
+from grafter.session import Begun, Session, find_place
 from grafter.settings.config import GrafterConfig
 
 logger = logging.getLogger("grafter")
@@ -91,7 +96,12 @@ class Grafter:
         # Filters of earlier steps, with the step before which each was in force: a recomputation may ask for them.
         self._past_filters: deque[tuple[int, DirectionFilters]] = deque(maxlen=8)
         self.control = RankControl(config, self._place, self.steps, self._judge_traced, saves=self.saves_points)
-        self.entry = Entry(config, self._place, self.models, self.control, self.announced_modules, self._refuse_all)
+        begun = Begun(Memory(read_size(config.outbox_bytes)))
+        self.early = EarlyPoints(self._place, self.offers, begun.outbox)
+        self.entry = Entry(
+            config, self._place, self.models, self.control, self.announced_modules, self._refuse_all,
+            self._make_up_in_background, begun,
+        )  # fmt: skip
         self.recomputations = Recomputations(self.steps)
         set_up_logging(config.log_level)
         atexit.register(self.close)
@@ -307,6 +317,7 @@ class Grafter:
             finally:
                 self._tally.dumps.update(self.dumps.close())
                 self._tally.left_out.update(self.dumps.limits.left_out)
+            self._end_early(session, is_orderly=error is None)
             if session is not None:
                 session.outbox.close(session.client)
                 self._tally.replace_posted(session.outbox.settled)
@@ -379,9 +390,10 @@ class Grafter:
                 return self._save(name, value, tags, options, site, module)
             if self.config.records_alone:
                 return self._record(name, value, tags, options, site, direction, module)
-            session = self.entry.joined()
+            is_early = options.wait == "job" and self.entry.is_waiting
+            session = self.joined() if not is_early else None
             key = self.steps.next_key({**tags, "name": name}, self.config.key_tags)
-            if module is not None:
+            if module is not None and session is not None:
                 options, missing = self.among_holders(session, module, options)
                 if missing is not None:
                     self.record_skipped(session, key, direction, tags, site, missing)
@@ -393,12 +405,12 @@ class Grafter:
                     self.recomputations.keep_nothing(key)
                     return value
             offer = self.offers.take_up(value, options, key)
-            taken = None
-            if saves:
-                part = self.recorded_part(offer, options, direction, site, module)
-                starts = offer.tokens.starts if offer.tokens is not None else ()
-                taken = self.dumps.take(key, direction, offer.value, options, tags, site, part, starts)
-            grafted = self.meet(session, key, direction, offer, options, tags, site, taken)
+            taken = self._take(key, offer, options, tags, site, direction, module) if saves else None
+            if session is None:
+                grafted = offer.value
+                self.dumps.finish(taken, self.defer(key, direction, offer, options, tags, site, module))
+            else:
+                grafted = self.meet(session, key, direction, offer, options, tags, site, taken)
         except RunError as error:
             return self.end_run(error, value)
         except BaseException as error:
@@ -408,6 +420,87 @@ class Grafter:
             raise offer.failure
         return grafted if offer.leaves is not None else offer.value
 
+    def _take(
+        self,
+        key: PointKey,
+        offer: Offer,
+        options: PointOptions,
+        tags: dict[str, Any],
+        site: str,
+        direction: Direction,
+        module: str | None,
+    ) -> Taken | None:
+        """What is saved of a point that is grafted or compared, as it is now."""
+        part = self.recorded_part(offer, options, direction, site, module)
+        starts = offer.tokens.starts if offer.tokens is not None else ()
+        return self.dumps.take(key, direction, offer.value, options, tags, site, part, starts)
+
+    def defer(
+        self,
+        key: PointKey,
+        direction: Direction,
+        offer: Offer,
+        options: PointOptions,
+        tags: dict[str, Any],
+        site: str,
+        module: str | None,
+    ) -> Outcome:
+        """Keep a point until both jobs have joined: `posted` or `missed`."""
+        own_participants(self._place, options.ranks)
+        with unobserved():
+            outcome = self.early.add(key, direction, offer, options, tags, site, module)
+        if key.phase == PHASE:
+            self.recomputations.keep(key, options, None, None)
+        return outcome
+
+    def _make_up(self, session: Session) -> None:
+        """The points that came before both jobs had joined, in their order."""
+        while (point := self.early.next()) is not None:
+            options, missing = point.options, None
+            if point.module is not None:
+                options, missing = self.among_holders(session, point.module, options)
+            if missing is not None:
+                self.early.give_up(point)
+                self.record_skipped(session, point.key, point.direction, point.tags, point.header.call_site, missing)
+                continue
+            self._sequence += 1
+            with unobserved():
+                outcome = point.hold(session, own_participants(self._place, options.ranks), self._sequence)
+            self._tally.outcomes[outcome] += 1
+            session.housekeeping.board.last_points.append((point.key, outcome))
+
+    def _make_up_in_background(self) -> None:
+        """As soon as both jobs have joined: this rank may have no further point for long."""
+        with self.lock:
+            if self._closed or not self.early:
+                return
+            try:
+                self.joined()
+            except RunError as error:
+                # The next point raises it, too.
+                with contextlib.suppress(RunError):
+                    self.end_run(error, None)
+            except BaseException as error:
+                self._fault = error
+                logger.exception("grafter: %s could not make up for its first points", self._place.who)
+
+    def _end_early(self, session: Session | None, *, is_orderly: bool) -> None:
+        """This rank leaves: what came before both jobs had joined is made up for now, or never."""
+        if session is not None and is_orderly:
+            with contextlib.suppress(RunError):
+                self._make_up(session)
+        self.early.give_up_all()
+        self._tally.outcomes.update(self.early.forgotten)
+        if session is None:
+            self.early.memory.release()
+
+    def joined(self) -> Session:
+        """Waits until both jobs have joined. Raises what kept them from it, and what ended the run."""
+        session = self.entry.joined()
+        if self.early:
+            self._make_up(session)
+        return session
+
     def _save(
         self, name: str, value: Any, tags: dict[str, Any], options: PointOptions, site: str, module: str | None
     ) -> Any:
@@ -416,7 +509,7 @@ class Grafter:
         if callable(value) and not isinstance(value, torch.Tensor):
             value = value()
         if module is not None and not self.config.only_dumps:
-            options, _ = self.among_holders(self.entry.joined(), module, options)
+            options, _ = self.among_holders(self.joined(), module, options)
         starts: tuple[int, ...] = ()
         if options.has_window:
             announced = self.offers.windows.announce(options, key)
@@ -458,7 +551,7 @@ class Grafter:
         """What a recording keeps of this rank's part of a point besides its values; None where nothing is recorded."""
         if not self.config.record:
             return None
-        header = self.offers.describe(None, offer, options, direction, site)
+        header = self.offers.describe(None, offer, options, direction, site, recorded=True)
         part = RecordedPart(
             header=header, module=module, is_parameter=is_parameter, new_rows_only=bool(options.new_rows_only)
         )
@@ -467,7 +560,12 @@ class Grafter:
     @property
     def session(self) -> Session:
         """Waits until both jobs have joined."""
-        return self.entry.joined()
+        return self.joined()
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether the other job has not joined yet."""
+        return self.entry.is_waiting
 
     @property
     def is_detached(self) -> bool:
@@ -528,7 +626,9 @@ class Grafter:
 
     def pending(self) -> Pending:
         """What lies in this rank's outbox. See `grafter.pending`."""
-        return self.entry.session.outbox.pending if self.entry.session is not None else Pending()
+        if self.entry.session is None or self.early:
+            return self.early.pending
+        return self.entry.session.outbox.pending
 
     def among_holders(self, session: Session, module: str, options: PointOptions) -> tuple[PointOptions, str | None]:
         """The participants are the ranks that have the module; and why the point is skipped, if that is so."""

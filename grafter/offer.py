@@ -30,7 +30,7 @@ _MOST_REMEMBERED_WITH_TOKENS = 64
 _DESCRIPTION = (
     "participants", "direction", "call_site", "needs", "generation", "staging", "leaves", "structure", "others",
     "extras", "extras_tensors", "nothing", "failure", "nccl_device", "layouts", "axes", "check_replicas",
-    "partial_target", "tokens", "wait", "outbox",
+    "partial_target", "tokens", "wait", "outbox", "early",
 )  # fmt: skip
 
 
@@ -106,10 +106,14 @@ class OfferMaker:
         direction: Direction,
         site: str,
         outbox: OutboxPlace | None = None,
+        *,
+        early: bool = False,
+        recorded: bool = False,
     ) -> Header:
         """This rank's part of the point, for the other ranks. The same description gives the same object.
 
-        session: None for a recording, which names nothing of this run's transfers. outbox: where the snapshot lies.
+        session: None where nothing is transferred, in a recording or before both jobs have joined. outbox: where the
+        snapshot lies. early: this rank has nothing for the point any more. recorded: another rank will wait.
         """
         leaves, failure = offer.leaves, offer.failure
         description = (
@@ -132,8 +136,9 @@ class OfferMaker:
             bool(offer.layouts) and self._config.check_replicas,
             options.partial_target,
             offer.tokens,
-            options.wait if session is not None else "both",
+            options.wait if not recorded else "both",
             outbox,
+            early,
         )
         known, most = self._headers, _MOST_REMEMBERED
         if offer.tokens is not None:

@@ -10,12 +10,12 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch.distributed as dist
 
 from grafter.control.rank_control import RankControl
-from grafter.dumps.limits import read_size
 from grafter.dumps.writer import refuse_earlier_dumps
 from grafter.errors import ConfigError, GrafterError, JoinError, RunError
 from grafter.exchange.group import local_address_towards
@@ -24,6 +24,7 @@ from grafter.exchange.transfer import Transfer
 from grafter.ledger import LedgerLine, LedgerRecord, LedgerWriter
 from grafter.outbox.delivery import Delivery
 from grafter.outbox.entries import Outbox
+from grafter.outbox.memory import Memory
 from grafter.outbox.pull import Puller
 from grafter.pairing.agreement import Agreement
 from grafter.pairing.pairing import Pairing
@@ -70,6 +71,22 @@ def _environment_number(variable: str, default: int) -> int:
     return int(text) if text else default
 
 
+@dataclass
+class Begun:
+    """What a rank that does not wait may have before both jobs have joined: values in its outbox, and dumps here."""
+
+    outbox: Memory
+    directory: Path | None = None
+
+    def check(self, run_directory: Path) -> None:
+        """Raises ConfigError where the run, as baseline rank 0 has named it, is another one."""
+        if self.directory not in (None, run_directory):
+            raise ConfigError(
+                f"this rank has saved points in {self.directory} before both jobs had joined, and the run is in "
+                f"{run_directory}. Give both jobs one GRAFTER_DIR and one GRAFTER_RUN_NAME."
+            )
+
+
 class Session:
     """What a matched point needs, by step: pairing, transfer, agreement, ledger."""
 
@@ -79,6 +96,7 @@ class Session:
         membership: Membership,
         shared_memory: SharedMemoryExchange | None,
         mailbox: Mailbox | None,
+        begun: Begun,
         control: RankControl | None = None,
     ) -> None:
         self.place, self.roster, self.graft_rank = membership.place, membership.roster, membership.graft_rank
@@ -111,10 +129,11 @@ class Session:
             self.place.role_rank,
             timeout,
         )
-        refuse_earlier_dumps(self.run_directory / self.place.role, self.place.role_rank, self.place.who)
+        begun.check(self.run_directory)
+        self._refuse_earlier_dumps(begun)
         self.ledger = LedgerWriter(self.run_directory / self.place.role, self.place.role_rank)
         self.outbox = Outbox(
-            read_size(config.outbox_bytes),
+            begun.outbox,
             config.outbox_seconds,
             self.graft_rank,
             self.housekeeping,
@@ -139,6 +158,14 @@ class Session:
         if control is not None:
             control.joined(self.housekeeping, self.roster, self.graft_rank, self.run_directory / self.place.role)
         self.housekeeping.on_second = self._each_second
+
+    def _refuse_earlier_dumps(self, begun: Begun) -> None:
+        try:
+            refuse_earlier_dumps(self.run_directory / self.place.role, self.place.role_rank, self.place.who)
+        except ConfigError:
+            if begun.directory is None:
+                raise
+            # They are this rank's own, from before it had joined.
 
     def _each_second(self, client: StoreClient) -> None:
         self.outbox.look_after(client)
@@ -238,14 +265,18 @@ class Joining:
         self,
         config: GrafterConfig,
         on_refusal: Callable[[JoinError], None],
+        on_joined: Callable[[], None],
+        begun: Begun,
         modules: tuple[str, ...] | None = None,
         played_from: PlayedFrom | None = None,
         served: StoreServer | None = None,
         control: RankControl | None = None,
     ) -> None:
-        """played_from: the recording, where this is no live rank. served: the store, where this rank hosts it already.
+        """on_refusal, on_joined: called in the background, where the jobs do not fit, and once there is a session.
+        played_from: the recording, where this is no live rank. served: the store, where this rank hosts it already.
         control: told once this rank has joined."""
-        self._config, self._on_refusal = config, on_refusal
+        self._config, self._on_refusal, self._on_joined = config, on_refusal, on_joined
+        self._begun = begun
         self._modules, self._played_from, self._served = modules, played_from, served
         self._control = control
         self._done = threading.Event()
@@ -276,7 +307,7 @@ class Joining:
                 membership.roster, membership.graft_rank, membership.roster.graft_rank(*host) if host else None
             )
             try:
-                self._session = Session(config, membership, shared, mailbox, self._control)
+                self._session = Session(config, membership, shared, mailbox, self._begun, self._control)
             except BaseException as error:
                 # A disk without room for the ledger, say: the others must not wait for a rank that cannot take part.
                 self._leave_at_once(membership, error)
@@ -290,6 +321,13 @@ class Joining:
             if box is not None:
                 box.close()
         self._done.set()
+        if self._session is not None:
+            self._on_joined()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether both jobs have joined, or never will."""
+        return self._done.is_set()
 
     def _leave_at_once(self, membership: Membership, error: BaseException) -> None:
         text = f"{self._place.who} has joined and cannot go on: {type(error).__name__}: {error}"

@@ -24,10 +24,10 @@ def clean_environ(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def own_logging() -> Iterator[None]:
-    """A grafter made in the test's own process sets up its logger: the next test begins with an untouched one."""
+def own_logging() -> None:
+    """A grafter made in a test's own process, or by a fixture of a whole file, sets up its logger, and programs that
+    tests run in process may switch it off: each test begins with an untouched one."""
     ours = logging.getLogger("grafter")
-    level, handlers = ours.level, ours.handlers[:]
-    yield
-    ours.setLevel(level)
-    ours.handlers[:] = handlers
+    ours.setLevel(logging.NOTSET)
+    ours.handlers.clear()
+    ours.disabled, ours.propagate = False, True

@@ -12,6 +12,12 @@ import grafter
 _SECONDS = 20
 
 
+def join() -> None:
+    """Both jobs have joined when this returns; what becomes of points before that has tests of its own."""
+    grafter._active().begin()
+    assert grafter._active().session
+
+
 def until_nothing_is_pending() -> int:
     """How many entries are left in this rank's outbox once it is empty, or the time is up. No call reaches a point."""
     deadline = time.monotonic() + _SECONDS

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from jobs import Jobs, Rank, succeed, two_jobs
-from outbox_parts import outcomes, point_keys, until_nothing_is_pending
+from outbox_parts import join, outcomes, point_keys, until_nothing_is_pending
 
 import grafter
 from grafter.points import PointKey
@@ -24,7 +24,7 @@ B2T = "name != 'start'"
 
 
 def post_then_take(rank: Rank) -> list[float]:
-    grafter.step()  # joining begins
+    join()
     value = torch.arange(4.0) if rank.is_baseline else torch.zeros(4)
     if not rank.is_baseline:
         rank.wait_for("posted")
@@ -48,7 +48,7 @@ def test_what_was_posted_is_taken_as_it_was_when_dump_returned(tmp_path: Path) -
 
 
 def come_first_to_what_is_posted_later(rank: Rank) -> list[float]:
-    grafter.step()
+    join()
     value = torch.ones(2) if rank.is_baseline else torch.zeros(2)
     if rank.is_baseline:
         rank.wait_for("missed")
@@ -76,7 +76,7 @@ def test_what_nobody_has_posted_is_missed_and_the_run_goes_on(tmp_path: Path) ->
 
 
 def train_and_serve(rank: Rank) -> list[float]:
-    grafter.step()
+    join()
     seen = []
     for number in range(5):
         # The server comes first to the even ones, and the trainer, which then waits there, to the odd ones.
@@ -93,7 +93,7 @@ def train_and_serve(rank: Rank) -> list[float]:
 
 def wait_for_a_leader_at_the_meeting_place(number: int) -> None:
     session = grafter._active().session
-    digest = PointKey("h", (("number", number),), 1, "forward", 0).digest
+    digest = PointKey("h", (("number", number),), 0, "forward", 0).digest
     deadline = time.monotonic() + 20
     while not (session.pairing.is_asked_by_mail(digest) or session.pairing.is_asked_in_store(digest)):
         assert time.monotonic() < deadline
@@ -119,7 +119,7 @@ def without_mail(rank: Rank) -> list[float]:
 
 
 def send_waiting(rank: Rank) -> list[float]:
-    grafter.step()
+    join()
     seen = []
     for number in range(6):
         # The receiver comes first to the even ones, and the sender to the odd ones.
@@ -148,7 +148,7 @@ def test_a_sender_that_waits_meets_a_receiver_that_does_not_only_if_it_came_firs
 
 
 def post_many(rank: Rank) -> Any:
-    grafter.step()
+    join()
     numbers = range(24)
     if rank.is_baseline:
         grafter.dump("h", torch.zeros(1), number=-1)
@@ -179,7 +179,7 @@ KIB = 256  # float32 values
 
 
 def post_beyond_the_limit(rank: Rank) -> Any:
-    grafter.step()
+    join()
     if not rank.is_baseline:
         rank.wait_for("posted")
         return [grafter.dump("h", torch.zeros(512 * KIB), number=number)[0].item() for number in range(5)]
@@ -206,7 +206,7 @@ def test_an_outbox_holds_no_more_than_its_limit(tmp_path: Path) -> None:
 
 
 def post_and_leave_it(rank: Rank) -> int:
-    grafter.step()
+    join()
     if rank.is_baseline:
         grafter.dump("h", torch.ones(3))
         assert grafter.pending().entries == 1
@@ -231,7 +231,7 @@ def test_an_entry_that_nobody_takes_expires_without_any_traffic(tmp_path: Path, 
 
 
 def post_at_the_end(rank: Rank) -> None:
-    grafter.step()
+    join()
     if rank.is_baseline:
         grafter.dump("h", torch.ones(3))
 
@@ -248,7 +248,7 @@ def test_what_is_left_at_the_end_of_the_run_is_recorded(tmp_path: Path) -> None:
 
 
 def reshard(rank: Rank) -> list[float]:
-    grafter.step()
+    join()
     whole = torch.arange(12.0).reshape(2, 6)
     width = 6 // rank.world_size
     own = whole[:, rank.role_rank * width : (rank.role_rank + 1) * width].contiguous()
@@ -301,7 +301,7 @@ def test_receivers_on_another_machine_have_it_delivered(tmp_path: Path) -> None:
 
 
 def disagree(rank: Rank) -> float:
-    grafter.step()
+    join()
     if not rank.is_baseline:
         rank.wait_for("posted")
     value = grafter.dump("h", torch.full((2,), float(rank.is_baseline)), transform=fails_on_the_second)

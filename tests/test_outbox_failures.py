@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from jobs import Jobs, Rank, succeed
-from outbox_parts import point_keys, until_nothing_is_pending
+from outbox_parts import join, point_keys, until_nothing_is_pending
 
 import grafter
 from grafter.exchange.staging import StagingRefused
@@ -27,6 +27,7 @@ def fails_to_read() -> torch.Tensor:
 
 def send_in_stages(rank: Rank) -> tuple[int, list[str]]:
     """(entries left, store keys that were not there before) of one rank of the baseline; 0 is the first stage."""
+    join()
     stage = STAGES[rank.role_rank]
     grafter.dump("h", torch.zeros(4), ranks=stage, stage=len(stage), number=-1)
     rank.tell(f"posted -1 {rank.role_rank}")
@@ -52,8 +53,7 @@ def send_in_stages(rank: Rank) -> tuple[int, list[str]]:
 
 
 def take_in_stages(rank: Rank) -> list[float]:
-    grafter.step()
-    grafter._active().steps.step = 0
+    join()
     session = grafter._active().session
     stage, reserve, got = STAGES[rank.role_rank], session.transfer.staging.reserve, []
 
@@ -109,6 +109,7 @@ def test_what_fails_in_the_second_stage_is_drained_on_every_rank(tmp_path: Path)
 
 
 def send_to_those_who_die(rank: Rank) -> Any:
+    join()
     stage = STAGES[rank.role_rank]
     grafter.dump("h", torch.ones(1000), ranks=stage, stage=len(stage))
     rank.tell(f"posted {rank.role_rank}")
@@ -135,8 +136,7 @@ def the_first(graft_input: grafter.GraftTransformInput) -> torch.Tensor:
 
 
 def die_in_the_middle(rank: Rank) -> str:
-    grafter.step()
-    grafter._active().steps.step = 0
+    join()
     for sender in range(3):
         rank.wait_for(f"posted {sender}")
     stage = [rank.role_rank]
@@ -174,14 +174,14 @@ def test_a_receiver_or_a_sender_that_is_killed_leaves_nothing_in_an_outbox(tmp_p
 
 
 def post_for_two(rank: Rank) -> int:
+    join()
     grafter.dump("h", torch.ones(1000))
     rank.tell("posted")
     return until_nothing_is_pending()
 
 
 def die_as_follower(rank: Rank) -> None:
-    grafter.step()
-    grafter._active().steps.step = 0
+    join()
     rank.wait_for("posted")
     if rank.role_rank == 1:
         Puller.pull = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign, assignment, return-value]
@@ -201,7 +201,7 @@ def test_a_run_that_is_over_drains_all_outboxes(tmp_path: Path) -> None:
 
 
 def dump_with_another_wait(rank: Rank) -> None:
-    grafter.step()
+    join()
     wait = "job" if rank.role_rank == 0 or not rank.is_baseline else "both"
     grafter.dump("h", torch.ones(2), wait=wait)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from jobs import Jobs, Rank, succeed
-from outbox_parts import until_nothing_is_pending
+from outbox_parts import join, until_nothing_is_pending
 
 import grafter
 
@@ -24,7 +24,7 @@ def waits_of(number: int) -> dict[str, str]:
 
 
 def dump_all(rank: Rank) -> tuple[int, int]:
-    grafter.step()
+    join()
     pace = random.Random(rank.role)
     sends = {"b2t": rank.is_baseline, "t2b": not rank.is_baseline}
     wrong = 0

@@ -38,8 +38,9 @@ from grafter.outbox.states import (
     receivers_account,
     senders_outcome,
 )
-from grafter.pairing.decision import Decision, find_conflict
+from grafter.pairing.decision import Decision
 from grafter.pairing.manifest import Header, StoreKeys, manifest_text
+from grafter.pairing.mismatch import find_conflict
 from grafter.rendezvous.store import Connection, StoreClient, serve
 from grafter.rendezvous.wire import Seal, Sealed
 from grafter.settings.config import GrafterConfig
@@ -316,7 +317,7 @@ def make_outbox(limit: int = 1 << 20, keep_seconds: float = 60, gone: dict[int, 
     deleted: list[str] = []
     watchers: Any = SimpleNamespace(aborted=None, delete_later=deleted.extend)
     lines: list[Any] = []
-    outbox = Outbox(limit, keep_seconds, 0, watchers, Words(deleted.extend), lambda: gone or {}, lines.append)
+    outbox = Outbox(Memory(limit), keep_seconds, 0, watchers, Words(deleted.extend), lambda: gone or {}, lines.append)
     return SimpleNamespace(outbox=outbox, store=OneStore(), deleted=deleted, lines=lines, watchers=watchers)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from jobs import Jobs, Rank, succeed, two_jobs
-from outbox_parts import until_nothing_is_pending
+from outbox_parts import join, until_nothing_is_pending
 
 import grafter
 
@@ -15,7 +15,7 @@ import grafter
 
 
 def in_turn(rank: Rank, dump: Any) -> Any:
-    grafter.step()
+    join()
     if rank.is_baseline:
         found = dump(rank)
         rank.tell("posted")
@@ -115,7 +115,7 @@ def test_gradients_are_posted_where_they_come_and_nobody_is_asked_for_them(tmp_p
 
 
 def gradients_first(rank: Rank) -> Any:
-    grafter.step()
+    join()
     if rank.is_baseline:
         rank.wait_for("missed")
     found = differentiate(rank)

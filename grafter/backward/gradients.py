@@ -113,6 +113,11 @@ class PendingGradients:
                 f"the gradient of {watched.key} came twice (backward through one graph twice, with retain_graph). The "
                 "other job does not come to it a second time; call grafter.step() between the two, and dump again."
             )
+        if self.points.is_early(watched.options):
+            watched.met = True
+            self.watched.pop(watched.key.digest, None)
+            self.points.defer(watched, gradient)
+            return None
         session = self.points.session
         if session.place.role == sender_role(watched.direction):
             if watched.options.wait == "job":

@@ -16,6 +16,7 @@ from grafter.backward.regions import current_recomputation
 from grafter.errors import RunError
 from grafter.names import PointName
 from grafter.offer import Offer
+from grafter.options import PointOptions
 from grafter.pairing.participants import own_participants
 from grafter.points import call_site, check_tags, split_options, surroundings
 from grafter.session import Session
@@ -168,7 +169,10 @@ class BackwardPoints:
             return
         watched = WatchedGradient(key, direction, dict(name.tags), options, site, saves=saves, is_parameter=True)
         self._take(watched, gradient)
-        self.meet(self.session, watched, gradient)
+        if self.is_early(options):
+            self.defer(watched, gradient)
+        else:
+            self.meet(self.session, watched, gradient)
 
     def participants_of(self, session: Session, watched: WatchedGradient) -> tuple[int, ...]:
         """Role ranks of this side."""
@@ -176,6 +180,22 @@ class BackwardPoints:
         if watched.module is not None:
             options, _ = self._grafter.among_holders(session, watched.module, options)
         return own_participants(session.place, options.ranks)
+
+    def is_early(self, options: PointOptions) -> bool:
+        """Whether a point does not wait, and both jobs have not joined yet."""
+        return options.wait == "job" and self._grafter.is_waiting
+
+    def defer(self, watched: WatchedGradient, gradient: torch.Tensor) -> None:
+        """Keep a gradient until both jobs have joined."""
+        grafter = self._grafter
+        offer = grafter.offers.take_up(gradient, watched.options, watched.key)
+        taken, watched.taken = watched.taken, None
+        outcome = grafter.defer(
+            watched.key, watched.direction, offer, watched.options, watched.tags, watched.call_site, watched.module
+        )
+        grafter.dumps.finish(taken, outcome)
+        if offer.failure is not None:
+            raise offer.failure
 
     def skip(self, session: Session, watched: WatchedGradient, reason: str) -> None:
         """A gradient that meets nobody is in the ledger, too."""

@@ -70,7 +70,7 @@ class Outbox:
 
     def __init__(
         self,
-        limit_bytes: int,
+        memory: Memory,
         keep_seconds: float,
         graft_rank: int,
         watchers: Watchers,
@@ -82,7 +82,7 @@ class Outbox:
         self._keep_seconds, self._graft_rank = keep_seconds, graft_rank
         self._gone: dict[int, str] = {}
         self._watchers, self._words, self._find_gone, self._write = watchers, words, find_gone, write
-        self._memory = Memory(limit_bytes)
+        self._memory = memory
         # Oldest first.
         self._entries: OrderedDict[str, Entry] = OrderedDict()
         self._lock = threading.RLock()

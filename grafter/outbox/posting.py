@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable
 from typing import Any
 
-import torch
-
 from grafter.direction import Direction
-from grafter.leaves import TensorSpec
 from grafter.ledger import LedgerRecord, Outcome
 from grafter.offer import Offer
 from grafter.outbox.entries import Entry
-from grafter.outbox.memory import Slot, offsets_of, snapshot
+from grafter.outbox.keeping import keep
+from grafter.outbox.memory import Slot
 from grafter.outbox.states import OutboxPlace, open_state
 from grafter.pairing.manifest import Header, store_keys
 from grafter.points import PointKey
 from grafter.session import Session
 
 Describe = Callable[[Offer, OutboxPlace | None], Header]
-
-
-class OutboxFull(Exception):
-    """There is no memory for a snapshot; the text says how much was asked for and how much there is."""
 
 
 class Posting:
@@ -44,9 +37,15 @@ class Posting:
         session, started = self.session, time.perf_counter()
         # Before memory is taken, which may be a receiver's to read until the run is over.
         session.housekeeping.check()
-        slot, offer, nbytes = self._take_in(offer)
+        outbox = session.outbox
+        kept = keep(offer, lambda nbytes: outbox.make_room(nbytes, session.client), outbox.give_back)
         self._seconds["snapshot"] = time.perf_counter() - started
-        header = describe(offer, self._place_of(slot))
+        header = describe(kept.offer, self.place_of(kept.slot))
+        return self.post(header, kept.slot, kept.nbytes, sequence)
+
+    def post(self, header: Header, slot: Slot | None, nbytes: int, sequence: int) -> Outcome:
+        """The same, from what is in the outbox already. header: with its `place_of`."""
+        session, started = self.session, time.perf_counter()
         place, roster = session.place, session.roster
         participants = tuple(roster.graft_rank(place.role, rank) for rank in header.participants)
         keys = store_keys(session.client.hall, self.key.digest)
@@ -62,35 +61,15 @@ class Posting:
         if ended is not None:
             state, reason = ended
             session.outbox.ended(entry, session.client, state, reason)
-        self._seconds["pairing"] = time.perf_counter() - started - self._seconds["snapshot"]
+        self._seconds["pairing"] = time.perf_counter() - started
         return session.outbox.recorded(entry, self._record(header, sequence))
 
-    def _take_in(self, offer: Offer) -> tuple[Slot | None, Offer, int]:
-        """(where the snapshot lies, the offer, its bytes); the offer says so where that failed."""
-        if offer.leaves is None:
-            return None, offer, 0
-        outbox, tensors, specs = self.session.outbox, offer.leaves.tensors + offer.extras, offer.specs
-        slot, why_not = outbox.make_room(offsets_of(specs)[1], self.session.client)
-        if why_not is not None:
-            return None, replace(offer, leaves=None, extras_text=None, extras=[], failure=OutboxFull(why_not)), 0
-        try:
-            self._copy(slot, specs, tensors)
-        except Exception as error:
-            # The device's, say: it costs the point, and all ranks must hear of it.
-            outbox.give_back(slot)
-            return None, replace(offer, leaves=None, extras_text=None, extras=[], failure=error), 0
-        return slot, offer, sum(spec.nbytes for spec in specs)
-
-    def _place_of(self, slot: Slot | None) -> OutboxPlace | None:
+    def place_of(self, slot: Slot | None) -> OutboxPlace | None:
+        """Where receivers find a snapshot."""
         delivery = self.session.delivery
         if slot is None or delivery is None:
             return slot.place if slot is not None else None
         return slot.place.model_copy(update={"address": delivery.address, "port": delivery.port})
-
-    def _copy(self, slot: Slot | None, specs: Sequence[TensorSpec], tensors: Sequence[torch.Tensor]) -> None:
-        if slot is not None:
-            with torch.no_grad():
-                snapshot(slot, specs, tensors)
 
     def _record(self, header: Header, sequence: int) -> LedgerRecord:
         key, place = self.key, self.session.place

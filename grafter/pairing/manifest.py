@@ -22,8 +22,7 @@ Needs = Literal["identity", "all", "same_rank", "resharded"]
 
 
 # Most points have none of these, and say nothing of it.
-_NOT_POSTED = {"outbox"}
-_NO_TOKENS = {"tokens", "outbox"}
+_RARE = ("tokens", "outbox", "early")
 
 
 class Header(BaseModel):
@@ -65,17 +64,23 @@ class Header(BaseModel):
     wait: Literal["both", "job"] = "both"
     # Where the snapshot lies, of a sender that does not wait for the receivers.
     outbox: OutboxPlace | None = None
+    # Whether this rank, which does not wait, came before both jobs had joined, and has nothing for the point any more:
+    # a receiver has gone on, and a sender had to give up its snapshot.
+    early: bool = False
 
     @property
     def who(self) -> str:
         return f"{self.role} rank {self.role_rank}"
 
+    def changed(self, **fields: Any) -> Header:
+        """Another one with these fields. Not by `model_copy`, which would keep the text."""
+        return Header(**{name: getattr(self, name) for name in Header.model_fields} | fields)
+
     @cached_property
     def text(self) -> str:
         """As it travels."""
-        if self.outbox is not None:
-            return self.model_dump_json()
-        return self.model_dump_json(exclude=_NO_TOKENS if self.tokens is None else _NOT_POSTED)
+        unsaid = {name for name in _RARE if (value := getattr(self, name)) is None or value is False}
+        return self.model_dump_json(exclude=unsaid)
 
 
 class Manifest(BaseModel):

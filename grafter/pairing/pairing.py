@@ -20,6 +20,7 @@ from grafter.errors import PairingError, ProtocolError
 from grafter.outbox.claims import Claims
 from grafter.outbox.places import Words
 from grafter.outbox.states import (
+    DISPLACED,
     GONE,
     MISSED,
     NOT_MET,
@@ -54,6 +55,14 @@ _MOST_REMEMBERED = 4096
 _MOST_REMEMBERED_WITH_TOKENS = 16
 _MANIFESTS = TypeAdapter(tuple[Manifest, Manifest])
 _MANIFEST = "manifest"
+
+
+def _word_of(header: Header) -> str:
+    """What receivers leave at the meeting place when they go on."""
+    return Header(
+        role=header.role, role_rank=header.role_rank, participants=header.participants, direction=header.direction,
+        call_site=header.call_site, wait=header.wait,
+    ).text  # fmt: skip
 
 
 def _remember(known: dict[Any, Any], text: Any, found: Any, has_tokens: bool) -> None:
@@ -124,7 +133,12 @@ class Pairing:
             raise self._housekeeping.abort(PairingError(f"at the point {key}: {own.conflict}"), self._client)
         failed = next((each for each in own.headers if each.failure is not None), None)
         if failed is not None:
-            return self._withdraw(key, header, keys, f"{failed.who} failed before the exchange: {failed.failure}")
+            reason = f"{failed.who} failed before the exchange: {failed.failure}"
+            return self._withdraw(key, header, keys, WITHDRAWN, reason)
+        early = next((each for each in own.headers if each.early), None)
+        if early is not None:
+            reason = f"{early.who} had no room to keep it until both jobs had joined (GRAFTER_OUTBOX_BYTES)"
+            return self._withdraw(key, header, keys, DISPLACED, reason)
         if len(header.participants) == 1:
             self._client.set(keys.state, OPEN, "")
         elif (ended := self._client.put_if_absent(keys.state, OPEN, "")) is not None:
@@ -137,9 +151,8 @@ class Pairing:
         found = self._client.exchange(keys.state, open_state(header.role, header.role_rank), *missed)
         return missed if found is None else (found.kind, found.payload)
 
-    def _withdraw(self, key: PointKey, header: Header, keys: StoreKeys, reason: str) -> tuple[str, str]:
+    def _withdraw(self, key: PointKey, header: Header, keys: StoreKeys, state: str, reason: str) -> tuple[str, str]:
         """One rank of this side could not: nothing is posted, and all others are told. What the entry's state is."""
-        state = WITHDRAWN
         if len(header.participants) > 1:
             found = self._client.put_if_absent(keys.state, state, reason)
             if found is not None:
@@ -159,14 +172,17 @@ class Pairing:
             receivers = self._read_header(found.payload)
             return MISSED, f"{receivers.who} had been here before, found nothing, and went on ({receivers.call_site})"
         if found.kind == _MANIFEST:
-            # The receivers wait there.
-            receivers = self._read_own(found.payload).headers[0]
-            leader = self._roster.graft_rank(receivers.role, receivers.role_rank)
-            if self._courier.mail_across:
-                # It may have written here before it looked in the store.
-                self._courier.look(keys.second)
-            self._courier.bring([leader], keys.second, kind, text, by_mail=self._courier.mail_across)
+            self._tell_who_waits(found.payload, keys, kind, text)
         return None
+
+    def _tell_who_waits(self, manifest: str, keys: StoreKeys, kind: str, text: str) -> None:
+        """The other side waits at the meeting place, with this manifest."""
+        waiting = self._read_own(manifest).headers[0]
+        leader = self._roster.graft_rank(waiting.role, waiting.role_rank)
+        if self._courier.mail_across:
+            # It may have written here before it looked in the store.
+            self._courier.look(keys.second)
+        self._courier.bring([leader], keys.second, kind, text, by_mail=self._courier.mail_across)
 
     def _refuse_second_leader(self, key: PointKey, header: Header, found: Sealed) -> None:
         """What lies at the meeting place must be the other side's, or tell that an entry of the own side is gone."""
@@ -261,13 +277,16 @@ class Pairing:
     def _meet_other_leader(self, key: PointKey, header: Header, mine: str, keys: StoreKeys) -> Pair | NotMet:
         """The leaders' part: each gets the other's manifest, and hands both to its own side."""
         told: int | None = None
+        others = [self._roster.graft_rank(header.role, r) for r in header.participants if r != header.role_rank]
+        early = self._find_early(header, mine) if header.wait == "job" else None
+        if early is not None:
+            return self._pass_by(key, header, keys, early, others)
         theirs = self._look(header, keys) if header.wait == "job" else None
         if theirs is None:
             if self._courier.mail_across:
                 theirs, told = self._swap_by_mail(key, header, mine, keys)
             else:
                 theirs = self._swap_in_store(key, header, mine, keys)
-        others = [self._roster.graft_rank(header.role, r) for r in header.participants if r != header.role_rank]
         if theirs.kind != _MANIFEST:
             return self._meet_without_waiting(key, header, mine, keys, theirs, others)
         text = f"[{mine},{theirs.payload}]" if header.role == "baseline" else f"[{theirs.payload},{mine}]"
@@ -282,15 +301,43 @@ class Pairing:
         """What the senders have left at the meeting place. Nothing: leave word. None: they wait here, or write now."""
         if self._courier.mail_across and self._courier.has(keys.second):
             return None
-        word = Header(
-            role=header.role, role_rank=header.role_rank, participants=header.participants,
-            direction=header.direction, call_site=header.call_site, wait=header.wait,
-        )  # fmt: skip
-        found = self._client.put_if_absent(keys.first, MISSED, word.text)
+        found = self._leave_word(header, keys)
         if found is None:
-            self.words.left_at(keys.first)
             return Sealed(MISSED, self._client.seal.writer, "")
         return None if found.kind == _MANIFEST else found
+
+    def _leave_word(self, header: Header, keys: StoreKeys) -> Sealed | None:
+        """That the receivers were here and have gone on, unless something lies there: then that."""
+        found = self._client.put_if_absent(keys.first, MISSED, _word_of(header))
+        if found is None:
+            self.words.left_at(keys.first)
+        return found
+
+    def _find_early(self, header: Header, mine: str) -> Header | None:
+        """A rank of this side that came before both jobs had joined, and has gone on."""
+        # Within a string of JSON the quotes would be escaped.
+        if '"early":true' not in mine:
+            return None
+        return next((own for own in self._read_own(mine).headers if own.early), None)
+
+    def _pass_by(self, key: PointKey, header: Header, keys: StoreKeys, early: Header, others: Sequence[int]) -> NotMet:
+        """One rank of this side has gone on, so nobody of it takes the point, whatever was posted."""
+        reason = f"{early.who} was here before both jobs had joined, and went on ({early.call_site})"
+        found = self._leave_word(header, keys)
+        if found is not None:
+            self._refuse_second_leader(key, header, found)
+            if found.kind == _MANIFEST:
+                self._tell_who_waits(found.payload, keys, MISSED, _word_of(header))
+            elif found.kind == POSTED:
+                sender = self._read_own(found.payload).headers[0]
+                self._client.exchange(keys.state, open_state(sender.role, sender.role_rank), MISSED, reason)
+            if found.kind != _MANIFEST:
+                # Whoever comes second removes what was left for it.
+                self._housekeeping.delete_later([keys.first])
+        not_met = NotMet("missed", reason)
+        if others:
+            self._bring(others, keys.pair(header.role), NOT_MET, not_met.text)
+        return not_met
 
     def _meet_without_waiting(
         self, key: PointKey, header: Header, mine: str, keys: StoreKeys, theirs: Sealed, others: Sequence[int]
