@@ -8,5 +8,5 @@ mismatch         what headers must have in common, and the sentence where they d
 leaf_resharding  what goes where, by the layouts of both sides
 paired_rows      what goes where, by the tokens of their rows
 decision         one pure function of both manifests, the same on every rank: who sends what to whom, or why not
-agreement        the outcome among the receivers
+agreement        the outcome among the receivers (mutual_vote: of two on one host)
 """

@@ -2,7 +2,8 @@
 
 The outcome is decided by whoever takes its place first: the receivers' leader, to commit after all yes votes, or a
 receiver that gives up because the run is over. Everyone obeys what it finds there. The place is a key of the store; for
-receivers of one host, a name of the kernel, which is quicker and goes with its process.
+receivers of one host, a name of the kernel, which is quicker and goes with its process. Two receivers of one host need
+neither leader nor place (`mutual_vote`).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 from grafter.direction import RoleName
 from grafter.errors import RunError
 from grafter.pairing.manifest import StoreKeys, store_keys
+from grafter.pairing.mutual_vote import COMMIT, NO, REFUSE, YES, MutualVote
 from grafter.points import PointKey
 from grafter.rendezvous.courier import Courier
 from grafter.rendezvous.roster import Roster
@@ -20,7 +22,6 @@ from grafter.rendezvous.wire import Sealed
 from grafter.watching.housekeeping import Housekeeping
 from grafter.watching.waits import Wait
 
-COMMIT, REFUSE, YES, NO = "commit", "refuse", "yes", "no"
 _GAVE_UP = "a receiver gave up, because the run was over before the outcome was decided"
 
 
@@ -42,15 +43,18 @@ class Agreement:
         self._hall = client.hall
         # What interrupted this rank in a point that was committed already: to be raised once it has written.
         self.interrupted_by: BaseException | None = None
+        self._mutual = MutualVote(courier)
 
     def vote(self, key: PointKey, receivers: Sequence[int], refusal: str | None) -> None:
         """Say that this receiver's value is complete and may be written (None), or why not. Never waits."""
         if refusal is not None:
             self.refuse(key, refusal)
-        leader = min(receivers)
-        if self._role_rank != leader:
-            place = store_keys(self._hall, key.digest).vote(self._role_rank)
-            self._bring([leader], place, NO if refusal is not None else YES, refusal or "")
+        keys, other = store_keys(self._hall, key.digest), self._only_other(receivers)
+        if other is not None:
+            self._mutual.vote(keys, self._role_rank, self._roster.graft_rank(self._role, other), refusal)
+        elif self._role_rank != min(receivers):
+            place = keys.vote(self._role_rank)
+            self._bring([min(receivers)], place, NO if refusal is not None else YES, refusal or "")
 
     def refuse(self, key: PointKey, reason: str) -> None:
         """Give a point up: all ranks that still move its bytes, senders and receivers, hear it in about a second."""
@@ -63,10 +67,26 @@ class Agreement:
         """
         if len(receivers) == 1:
             return refusal
-        keys = store_keys(self._hall, key.digest)
+        keys, other = store_keys(self._hall, key.digest), self._only_other(receivers)
+        if other is not None:
+            return self._agree_with(other, key, keys, refusal)
         if self._role_rank != min(receivers):
             return self._obey(key, keys, receivers)
         return self._lead(key, keys, receivers, refusal)
+
+    def _only_other(self, receivers: Sequence[int]) -> int | None:
+        """The other one of two receivers of one host."""
+        if len(receivers) != 2 or not self._courier.mail_inside:
+            return None
+        return receivers[1] if receivers[0] == self._role_rank else receivers[0]
+
+    def _agree_with(self, other: int, key: PointKey, keys: StoreKeys, refusal: str | None) -> str | None:
+        peer = self._roster.graft_rank(self._role, other)
+        found = self._mutual.outcome(
+            keys, self._role_rank, other, peer, refusal, lambda place: self._fetch(key, [other], [place])[0]
+        )
+        self.interrupted_by, self._mutual.interrupted_by = self._mutual.interrupted_by, None
+        return found
 
     def _lead(self, key: PointKey, keys: StoreKeys, receivers: Sequence[int], refusal: str | None) -> str | None:
         others = [rank for rank in receivers if rank != self._role_rank]
@@ -93,6 +113,11 @@ class Agreement:
 
     def leave(self, key: PointKey, receivers: Sequence[int], reason: str) -> None:
         """Give a point up before the vote, because this rank leaves it with an error: the others must not wait."""
+        if (other := self._only_other(receivers)) is not None:
+            peer = self._roster.graft_rank(self._role, other)
+            self.refuse(key, reason)
+            self._mutual.leave(store_keys(self._hall, key.digest), self._role_rank, other, peer, reason)
+            return
         self.vote(key, receivers, reason)
         if len(receivers) > 1 and self._role_rank == min(receivers):
             others = [rank for rank in receivers if rank != self._role_rank]
