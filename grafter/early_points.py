@@ -67,16 +67,13 @@ class EarlyPoints:
         """memory: the outbox's, which has it to itself once both jobs have joined."""
         self._place, self._offers, self.memory = place, offers, memory
         # Oldest first.
-        self._points: deque[EarlyPoint] = deque()
+        self.points: deque[EarlyPoint] = deque()
         # Of those that nobody will hear of, by what became of them.
         self.forgotten: Counter[Outcome] = Counter()
 
-    def __len__(self) -> int:
-        return len(self._points)
-
     @property
     def pending(self) -> Pending:
-        sent = [point for point in self._points if point.is_sent and not point.header.early]
+        sent = [point for point in self.points if point.is_sent and not point.header.early]
         return Pending(len(sent), sum(point.nbytes for point in sent), len(sent))
 
     def add(
@@ -97,9 +94,9 @@ class EarlyPoints:
             early=not is_sent,
         )  # fmt: skip
         options = replace(options, extras=None, tokens=None)
-        self._points.append(EarlyPoint(key, direction, header, options, tags, module, is_sent, kept.slot, kept.nbytes))
-        if len(self._points) > _MOST_POINTS:
-            oldest = self._points.popleft()
+        self.points.append(EarlyPoint(key, direction, header, options, tags, module, is_sent, kept.slot, kept.nbytes))
+        if len(self.points) > _MOST_POINTS:
+            oldest = self.points.popleft()
             if not self.forgotten:
                 logger.warning(
                     "grafter: %s comes to more than %d points before the other job has joined; the oldest are counted "
@@ -111,7 +108,7 @@ class EarlyPoints:
 
     def next(self) -> EarlyPoint | None:
         """The oldest, taken out: it is to be held, or given up."""
-        return self._points.popleft() if self._points else None
+        return self.points.popleft() if self.points else None
 
     def give_up(self, point: EarlyPoint) -> None:
         """It meets nobody."""
@@ -138,7 +135,7 @@ class EarlyPoints:
                 return None, f"{nbytes} bytes cannot be had for the outbox: {error}"
             if slot is not None:
                 return slot, None
-            oldest = next((point for point in self._points if point.slot is not None), None)
+            oldest = next((point for point in self.points if point.slot is not None), None)
             if oldest is None:
                 return None, f"the outbox has no room for {nbytes} bytes (GRAFTER_OUTBOX_BYTES)"
             self._displace(oldest)

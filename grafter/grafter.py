@@ -472,7 +472,7 @@ class Grafter:
     def _make_up_in_background(self) -> None:
         """As soon as both jobs have joined: this rank may have no further point for long."""
         with self.lock:
-            if self._closed or not self.early:
+            if self._closed or not self.early.points:
                 return
             try:
                 self.joined()
@@ -496,8 +496,8 @@ class Grafter:
 
     def joined(self) -> Session:
         """Waits until both jobs have joined. Raises what kept them from it, and what ended the run."""
-        session = self.entry.joined()
-        if self.early:
+        session = self.entry.session or self.entry.joined()
+        if self.early.points:
             self._make_up(session)
         return session
 
@@ -626,7 +626,7 @@ class Grafter:
 
     def pending(self) -> Pending:
         """What lies in this rank's outbox. See `grafter.pending`."""
-        if self.entry.session is None or self.early:
+        if self.entry.session is None or self.early.points:
             return self.early.pending
         return self.entry.session.outbox.pending
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 
-from grafter.direction import Direction, receiver_role, sender_role
+from grafter.direction import Direction, receiver_role
 from grafter.errors import PeerLostError, PointFailed, RunError, TransformError, WriteRefused
 from grafter.exchange.incoming import IncomingLeaf, Reception
 from grafter.exchange.transfer_plan import TransferPlan, make_plan
@@ -67,9 +67,11 @@ class Meeting:
         self._session, self._key, self._direction = session, key, direction
         self._header, self._options, self._tags = header, options, tags
         self._seconds: dict[str, float] = {}
+        self._stage_since = time.perf_counter()
         self._leaf_records: list[LeafRecord] = []
         self._bytes_sent = self._bytes_received = 0
         self._sequence = 0
+        self._is_receiver = session.place.role == receiver_role(direction)
         # Where rows are addressed by token: how they paired.
         self.rows: PairedRows | None = None
 
@@ -78,14 +80,14 @@ class Meeting:
     ) -> tuple[Any, Outcome]:
         """(what `dump` returns, outcome). Raises what ended the run, or PointFailed where the options say so."""
         self._sequence = sequence
-        with _Stopwatch(self._seconds, "pairing"):
-            pair = self._session.pairing.meet(self._key, self._header)
+        pair = self._session.pairing.meet(self._key, self._header)
         value = leaves.value if leaves is not None else None
         if isinstance(pair, NotMet):
+            self._end_stage("pairing")
             return value, self._pass_by(pair)
         try:
-            with _Stopwatch(self._seconds, "pairing"):
-                course = self._course(pair)
+            course = self._course(pair)
+            self._end_stage("pairing")
             return self._hold(pair, course, leaves, extras, stats)
         except BaseException as error:
             if pair.is_posted(self._direction):
@@ -114,7 +116,7 @@ class Meeting:
         reason = decision.reason
         if decision.outcome is not None or leaves is None or plan is None:
             outcome = decision.outcome or "skipped"
-        elif self._session.place.role == sender_role(self._direction):
+        elif not self._is_receiver:
             outcome, reason = self._send(pair, course, plan, self._outgoing(decision, leaves) + extras)
         else:
             written, outcome, reason = self._receive(pair, course, plan, leaves, stats)
@@ -166,13 +168,15 @@ class Meeting:
         session.expect_failures_from(course.teller)
         outcome_key = store_keys(session.client.hall, self._key.digest).outcome
         try:
-            with _Stopwatch(self._seconds, "exchange"), without_gradient():
+            with without_gradient():
                 self._bytes_sent = session.transfer.send(plan, pair, tensors, self._key, outcome_key)
         except Abandoned as abandoned:
             session.agreement.refuse(self._key, str(abandoned))
             return "failed", str(abandoned)
         except PeerGone as gone:
             raise self._end_of_run(gone) from gone
+        finally:
+            self._end_stage("exchange")
         return ("compared" if self._direction == "compare" else "sent"), None
 
     def _receive(
@@ -181,35 +185,31 @@ class Meeting:
         session, receivers = self._session, course.receivers
         try:
             incoming, refusal = self._take_in(pair, course, plan, leaves)
-            with _Stopwatch(self._seconds, "statistics"):
-                self._measure(leaves, incoming, stats)
+            self._measure(leaves, incoming, stats)
+            self._end_stage("statistics")
         except RunError:
             raise
         except BaseException as error:
             # Ctrl-C in a transform, say: the other receivers must not write what this one does not.
             session.agreement.leave(self._key, receivers, f"{self._header.who} left with {type(error).__name__}")
             raise
-        with _Stopwatch(self._seconds, "agreement"):
-            session.agreement.vote(self._key, receivers, refusal)
-            refusal = session.agreement.outcome(self._key, receivers, refusal)
+        session.agreement.vote(self._key, receivers, refusal)
+        refusal = session.agreement.outcome(self._key, receivers, refusal)
+        self._end_stage("agreement")
         if refusal is not None:
             return None, "failed", refusal
         if self._direction == "compare":
             return None, "compared", None
-        with _Stopwatch(self._seconds, "write"):
-            mode = WriteMode(self._options.write, self._options.gradient)
-            written = [one.write(original, mode) for original, one in zip(leaves.originals, incoming, strict=True)]
+        mode = WriteMode(self._options.write, self._options.gradient)
+        written = [one.write(original, mode) for original, one in zip(leaves.originals, incoming, strict=True)]
+        self._end_stage("write")
         interrupted_by, session.agreement.interrupted_by = session.agreement.interrupted_by, None
         if interrupted_by is not None:
             raise interrupted_by
-        saturated = [
-            i.saturated if i.saturated is not None else w.saturated for i, w in zip(incoming, written, strict=True)
-        ]
-        if any(count is not None for count in saturated):
-            self._leaf_records = [
-                record.model_copy(update={"saturated": count})
-                for record, count in zip(self._leaf_records, saturated, strict=True)
-            ]
+        for index, (one, done) in enumerate(zip(incoming, written, strict=True)):
+            count = one.saturated if one.saturated is not None else done.saturated
+            if count is not None:
+                self._leaf_records[index] = self._leaf_records[index].model_copy(update={"saturated": count})
         return written, "grafted", None
 
     def _take_in(
@@ -218,7 +218,7 @@ class Meeting:
         """What comes in for each leaf, complete and checked; or why there is nothing."""
         decision = course.decision
         try:
-            with _Stopwatch(self._seconds, "exchange"), without_gradient():
+            with without_gradient():
                 if course.is_posted:
                     values, self._bytes_received = self._session.puller.pull(plan, pair, decision, self._direction)
                 else:
@@ -227,16 +227,20 @@ class Meeting:
             return [], str(abandoned)
         except PeerGone as gone:
             raise self._end_of_run(gone) from gone
+        finally:
+            self._end_stage("exchange")
         try:
             place, roster, transform = self._session.place, self._session.roster, self._options.transform
             reception = Reception(
                 self._key, self._tags, self._direction, place, roster, pair, decision, self._header, transform
             )
-            with _Stopwatch(self._seconds, "transform"), without_gradient():
+            with without_gradient():
                 incoming = reception.incoming(values, leaves)
             self._check(leaves, incoming)
         except Exception as error:
             return [], self._explain(error)
+        finally:
+            self._end_stage("transform")
         return incoming, None
 
     def _check(self, leaves: Leaves, incoming: Sequence[IncomingLeaf]) -> None:
@@ -306,6 +310,12 @@ class Meeting:
         )
         return self._session.housekeeping.abort(error, self._session.client)
 
+    def _end_stage(self, stage: str) -> None:
+        """All time since the stage before is this one's."""
+        now = time.perf_counter()
+        self._seconds[stage] = self._seconds.get(stage, 0.0) + now - self._stage_since
+        self._stage_since = now
+
     # The end.
 
     def _finish(self, course: _Course, outcome: Outcome, reason: str | None) -> None:
@@ -355,10 +365,6 @@ class Meeting:
             "tokens": self.rows.counts(self._header) if self.rows is not None else None,
         }
 
-    @property
-    def _is_receiver(self) -> bool:
-        return self._session.place.role == receiver_role(self._direction)
-
 
 @lru_cache(maxsize=4096)
 def _record_of(
@@ -367,21 +373,6 @@ def _record_of(
     """A leaf without figures. The same ones come again at every step."""
     where = str(layout) if layout is not None else None
     return LeafRecord(path=path, shape=list(shape), dtype=dtype, device=str(device), layout=where)
-
-
-class _Stopwatch:
-    """Adds the time of a `with` block to a stage's seconds. A class, since a generator costs four times as much."""
-
-    __slots__ = ("_seconds", "_stage", "_start")
-
-    def __init__(self, seconds: dict[str, float], stage: str) -> None:
-        self._seconds, self._stage = seconds, stage
-
-    def __enter__(self) -> None:
-        self._start = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self._seconds[self._stage] = self._seconds.get(self._stage, 0.0) + time.perf_counter() - self._start
 
 
 def _badness(record: LeafRecord) -> tuple[int, float]:

@@ -27,6 +27,9 @@ class DumpChoice:
 
     def saves(self, tags: Mapping[str, Any]) -> bool:
         """tags: those of the point, its own name, step and phase, and the option `save` where the call has it."""
+        if self.filter is None and not self._has_rules:
+            # Most runs save nothing, and each of their points asks.
+            return bool(tags.get("save"))
         meant = self._is_meant(tags)
         self._has_matched |= meant
         return meant

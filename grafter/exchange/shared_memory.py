@@ -307,7 +307,7 @@ class SharedMemoryExchange(Exchange):
     def _receive(
         self, peer: int, connection: socket.socket, watch: Watch, *, with_descriptor: bool = False
     ) -> tuple[bytes, list[int]]:
-        spin_until = self._spinning.until()
+        spin_until = self._spinning.until() if self._spinning.is_worthwhile else 0.0
         flags = _AT_ONCE if spin_until else 0
         while True:
             try:

@@ -100,24 +100,25 @@ class Mailbox:
     def await_shortly(self, keys: Sequence[str]) -> list[Sealed] | None:
         """The letters for these keys; None where one is still missing after some 10 ms."""
         unread = self._unread
-        until = self._spinning.until()
-        if until:
+        if self._spinning.is_worthwhile and (until := self._spinning.until()):
             self._spin(keys, until)
         deadline = time.monotonic() + _SHORTLY_SECONDS
         while not all(map(unread.__contains__, keys)):
             # By the clock, whatever has come: letters of a stranger must not keep this rank here.
             if time.monotonic() > deadline:
                 return None
-            self._look_for(_SHORTLY_SECONDS)
+            if self._poll_seconds != _SHORTLY_SECONDS:
+                self._look_for(_SHORTLY_SECONDS)
             self._fetch()
-        return [unread.pop(key) for key in keys]
+        return list(map(unread.pop, keys))
 
     def wait(self, keys: Sequence[str], watch: Watch) -> list[Sealed]:
         """The letters for these keys, once all have come."""
         unread = self._unread
         checked = time.monotonic()
         while not all(map(unread.__contains__, keys)):
-            self._look_for(_POLL_SECONDS)
+            if self._poll_seconds != _POLL_SECONDS:
+                self._look_for(_POLL_SECONDS)
             if not self._fetch() or time.monotonic() > checked + _POLL_SECONDS:
                 watch.check()
                 checked = time.monotonic()
@@ -134,10 +135,9 @@ class Mailbox:
 
     def _look_for(self, seconds: float) -> None:
         """How long one look for a letter waits at most. In the kernel, since `select` would be another call."""
-        if seconds != self._poll_seconds:
-            timeval = _TIMEVAL.pack(int(seconds), int(seconds % 1 * 1e6))
-            self._box.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
-            self._poll_seconds = seconds
+        timeval = _TIMEVAL.pack(int(seconds), int(seconds % 1 * 1e6))
+        self._box.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
+        self._poll_seconds = seconds
 
     def look(self, key: str) -> Sealed | None:
         """The letter for a key if it is there. What was sent has arrived, so this never waits."""

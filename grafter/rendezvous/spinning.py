@@ -18,12 +18,12 @@ class Spinning:
     def __init__(self, worthwhile: bool) -> None:
         """worthwhile: every rank of this host can have a core of its own. A spinning rank would else keep its peer from
         running."""
-        self._worthwhile = worthwhile
+        self.is_worthwhile = worthwhile
         self._pause = self._left = 0
 
     def until(self) -> float:
         """Until when to look without sleeping, on `time.monotonic`'s clock; 0.0: not this time."""
-        if not self._worthwhile:
+        if not self.is_worthwhile:
             return 0.0
         if self._left:
             self._left -= 1

@@ -52,9 +52,7 @@ def check_write(target: torch.Tensor, incoming: torch.Tensor, mode: WriteMode) -
     local shard), of a dtype that converts without loss beyond rounding, on any device. Nothing is changed, and a
     pending collective is not waited for. Running out of memory is the one thing that cannot be foreseen here.
     """
-    _check_kind(target, "the tensor to write into")
-    _check_kind(incoming, "the incoming value")
-    into, value = local_tensor(target, wait=False), local_tensor(incoming, wait=False)
+    into, value = _dense(target, "the tensor to write into"), _dense(incoming, "the incoming value")
     if into.shape != value.shape:
         raise _refused(
             f"a value of shape {list(value.shape)} cannot be written into a tensor of shape {list(into.shape)}. Shapes "
@@ -75,10 +73,22 @@ def _refused(text: str) -> WriteRefused:
     return WriteRefused(f"{text} Nothing was written.")
 
 
-def _check_kind(tensor: torch.Tensor, what: str) -> None:
-    """Refuse every kind of tensor that is not simply values in memory."""
+def _dense(tensor: torch.Tensor, what: str) -> torch.Tensor:
+    """The local tensor. Refuses every kind that is not simply values in memory."""
     if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         raise _refused(f"{what} is inside a torch.func transform (vmap, grad, ...), where there is no one value.")
+    inner = tensor if type(tensor) is torch.Tensor else _unwrapped(tensor, what)
+    if inner.is_nested or inner.layout != torch.strided:
+        kind = "nested" if inner.is_nested else f"of layout {inner.layout}"
+        raise _refused(f"{what} is {kind}; only dense (strided) tensors can be grafted. Dump its dense parts.")
+    if inner.is_quantized:
+        raise _refused(f"{what} is quantised ({inner.dtype}); graft its `int_repr()` or its dequantised values.")
+    if inner.is_meta:
+        raise _refused(f"{what} is on the meta device and has no values.")
+    return inner
+
+
+def _unwrapped(tensor: torch.Tensor, what: str) -> torch.Tensor:
     if torch.nn.parameter.is_lazy(tensor):
         raise _refused(f"{what} is an uninitialised parameter. Run the module once before this point.")
     inner = local_tensor(tensor, wait=False)
@@ -87,13 +97,7 @@ def _check_kind(tensor: torch.Tensor, what: str) -> None:
             f"{what} is a {type(inner).__name__}, which is made of other tensors; only DTensor and "
             "AsyncCollectiveTensor can be looked through. Dump the tensors inside it."
         )
-    if inner.is_nested or inner.layout != torch.strided:
-        kind = "nested" if inner.is_nested else f"of layout {inner.layout}"
-        raise _refused(f"{what} is {kind}; only dense (strided) tensors can be grafted. Dump its dense parts.")
-    if inner.is_quantized:
-        raise _refused(f"{what} is quantised ({inner.dtype}); graft its `int_repr()` or its dequantised values.")
-    if inner.is_meta:
-        raise _refused(f"{what} is on the meta device and has no values.")
+    return inner
 
 
 def _check_memory(into: torch.Tensor) -> None:
