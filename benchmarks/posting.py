@@ -143,9 +143,10 @@ def measure(nbytes: int, rounds: int, calls: int) -> PostingResult:
         limit = max(_OUTBOX_VALUES * nbytes, 64 * 1024)
         grafter = Grafter(_config("baseline", store.port, directory, outbox_bytes=str(limit)))
         grafter.begin()
-        assert grafter.session
         other = Other(store.port, directory)
         try:
+            # What comes before both have joined is told elsewhere.
+            assert grafter.session
             sender = Sender(grafter, other, nbytes)
             ways = {name: getattr(sender, name) for name in ("memcpy", "left", "taken", "waiting")}
             for way in ways.values():

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from grafter.control.rank_control import RankControl
+from grafter.copying import share_long_copies
 from grafter.dumps.writer import refuse_earlier_dumps
 from grafter.errors import ConfigError, GrafterError, JoinError, RunError
 from grafter.exchange.group import local_address_towards
@@ -104,6 +105,7 @@ class Session:
         self._server = membership.server
         self.run_directory = Path(config.dir) / membership.run_name
         self.timeout = timeout = config.timeout
+        share_long_copies(self.roster.has_core_each)
         self.client.set_timeout(timeout + 5)
         self._mailbox = mailbox
         courier = Courier(self.client, self.housekeeping, self.roster, self.graft_rank, mailbox)

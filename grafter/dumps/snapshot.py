@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from grafter.copying import copy
 from grafter.dumps.buffers import SMALL_BYTES, Buffers, SharedBuffer, capacity_of
 from grafter.dumps.writer import SAFETENSORS_NAMES, StoredTensor
 from grafter.writing.tensor_access import local_tensor
@@ -125,7 +126,7 @@ def _is_plain_memory(local: torch.Tensor) -> bool:
 def _copy(source: torch.Tensor, target: torch.Tensor) -> list[Any]:
     """What is to be waited for before the copy is complete."""
     if not source.is_cuda:
-        target.copy_(source)
+        copy(target, source)
         return []
     target.copy_(source, non_blocking=True)
     event = torch.cuda.Event()  # type: ignore[no-untyped-call]

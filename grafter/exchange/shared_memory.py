@@ -27,6 +27,7 @@ from typing import ClassVar
 
 import torch
 
+from grafter.copying import copy
 from grafter.errors import GrafterError, ProtocolError
 from grafter.exchange import Exchange, Incoming, Outgoing
 from grafter.exchange.staging import Staging, as_tensor, is_sealed_block, view_bytes
@@ -346,7 +347,7 @@ class SharedMemoryExchange(Exchange):
 def _write_piece(sending: _Sending, item: Outgoing) -> None:
     if item.tensor.numel():
         value = item.piece.value
-        item.piece.landing(sending.place_of(value.offset, value.spec)).copy_(item.tensor)
+        copy(item.piece.landing(sending.place_of(value.offset, value.spec)), item.tensor)
 
 
 def _set_timeouts(connection: socket.socket) -> None:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from grafter.copying import copy
 from grafter.exchange.staging import new_block
 from grafter.exchange.transfer_plan import ALIGNMENT_BYTES
 from grafter.leaves import TensorSpec
@@ -167,4 +168,4 @@ def snapshot(slot: Slot, specs: Sequence[TensorSpec], tensors: Sequence[torch.Te
     first = slot.number * slot.block.slot_bytes
     for offset, spec, tensor in zip(offsets_of(specs)[0], specs, tensors, strict=True):
         if spec.numel:
-            tensor_at(slot.block.mapped, first + offset, spec).copy_(tensor.detach())
+            copy(tensor_at(slot.block.mapped, first + offset, spec), tensor.detach())

@@ -15,6 +15,7 @@ from collections import OrderedDict
 
 import torch
 
+from grafter.copying import copy
 from grafter.direction import Direction
 from grafter.exchange.staging import Staging, StagingRefused, as_tensor, is_sealed_block
 from grafter.exchange.transfer_plan import TransferPlan, Value
@@ -63,7 +64,7 @@ class Puller:
                 if source is None:
                     source = self._source(piece.sender, headers[piece.sender], piece.index, decision, fetcher, base)
                     sources[piece.sender, piece.index] = source
-                piece.landing(values[piece.value]).copy_(piece.taken_from(source))
+                copy(piece.landing(values[piece.value]), piece.taken_from(source))
                 nbytes += piece.spec.nbytes
         return values, nbytes
 

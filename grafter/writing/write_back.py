@@ -14,6 +14,7 @@ import torch
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter as preserve_version_counter
 from torch.autograd.graph import increment_version
 
+from grafter.copying import copy
 from grafter.errors import WriteRefused
 from grafter.writing.conversion import count_saturated, why_not_convertible
 from grafter.writing.tensor_access import is_async_collective, is_dtensor, local_tensor, wrap_like
@@ -199,7 +200,7 @@ def apply_write(target: torch.Tensor, incoming: torch.Tensor, mode: WriteMode) -
         memory of its own. Where the values are those of the target, bit by bit, it is the target.
     """
     if mode == _PLAINEST and _is_plain_copy(target, incoming):
-        target.data.copy_(incoming)
+        copy(target.data, incoming)
         return Written(target, None)
     into = local_tensor(target)
     with torch.no_grad():
@@ -280,7 +281,7 @@ def _write_in_place(target: torch.Tensor, into: torch.Tensor, value: torch.Tenso
         return
     with torch.no_grad():
         # `.data` shares the memory but not the version counter, and works on leaves, views and inference tensors.
-        into.data.copy_(value)
+        copy(into.data, value)
     if mode.gradient == "cut" and _records_graph(target):
         target.detach_()
     _raise_version(target, into, mode)
