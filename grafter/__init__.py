@@ -8,6 +8,8 @@ compared, or written into the other's memory. The package reads in the order in 
                          each row is, and which rows count (rows)
     entry                once: this rank comes into its run; session is what then exists
     rendezvous           both jobs' ranks find each other (join, roster); how they talk (store, wire, mailbox, courier)
+    matched_points       what becomes of a point that a filter matches: saved, recorded, grafted, kept for later
+                         (meetings: one rank's, numbered; standing: whether it still takes part)
     meeting              one point, step by step:
       pairing              each rank's header out, both sides' manifests back, and one pure decision, the same on every
                            rank (layout: where tensors lie)
@@ -25,6 +27,7 @@ compared, or written into the other's memory. The package reads in the order in 
     compare              the dumps of two jobs, point by point: how far apart, and does it matter
     offline              one of the jobs is a recording: kept, and played later by ranks of its own
     control              filters, windows and dumps changed while both jobs run: `grafter ctl`
+    departure            one rank leaves its run (farewell: what it says)
     watching             a wait explains itself; processes are watched; the store is tidied
     report               a run, or a comparison, as one HTML page
     cli                  `grafter run` (running), `show`, `compare`, `report`, `locate`, `plan suggest`, `doctor`, `ctl`

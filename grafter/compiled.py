@@ -135,10 +135,10 @@ def find_site(
     """Called while code is traced: the number of a site, or BREAK (the call breaks the graph and runs as in eager
     code), or NOTHING (no filter can ever match: the call is left out).
     """
-    verdict = grafter.compiled_verdict(name, dict(arguments))
-    if verdict != "operator":
-        return BREAK if verdict == "break" else NOTHING
-    only_compares = not has_gradient and grafter.is_only_compared(name, dict(arguments))
+    verdict = grafter.trace(name, dict(arguments))
+    if verdict.kind != "operator":
+        return BREAK if verdict.kind == "break" else NOTHING
+    only_compares = not has_gradient and verdict.only_compares
     site = Site(grafter, name, arguments, _users_line(), has_gradient, only_compares, suffix)
     number = _known.get(site)
     if number is None:

@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from grafter.backward.kept_writes import unobserved
+from grafter.backward.recompute import Recomputations
 from grafter.direction import Direction, sender_role
 from grafter.ledger import Outcome
 from grafter.meeting import Meeting
@@ -24,7 +26,8 @@ from grafter.outbox.keeping import keep
 from grafter.outbox.memory import Memory, Slot
 from grafter.outbox.posting import Posting
 from grafter.pairing.manifest import Header
-from grafter.points import PointKey
+from grafter.pairing.participants import own_participants
+from grafter.points import PHASE, PointKey
 from grafter.rendezvous.join import Place
 from grafter.session import Session
 
@@ -63,9 +66,9 @@ class EarlyPoint:
 class EarlyPoints:
     """One rank's. Used under the lock of its points."""
 
-    def __init__(self, place: Place, offers: OfferMaker, memory: Memory) -> None:
+    def __init__(self, place: Place, offers: OfferMaker, recomputations: Recomputations, memory: Memory) -> None:
         """memory: the outbox's, which has it to itself once both jobs have joined."""
-        self._place, self._offers, self.memory = place, offers, memory
+        self._place, self._offers, self._recomputations, self.memory = place, offers, recomputations, memory
         # Oldest first.
         self.points: deque[EarlyPoint] = deque()
         # Of those that nobody will hear of, by what became of them.
@@ -87,6 +90,23 @@ class EarlyPoints:
         module: str | None,
     ) -> Outcome:
         """Keep a point, of which the value may be changed once this returns. `posted` or `missed`."""
+        own_participants(self._place, options.ranks)
+        with unobserved():
+            outcome = self._append(key, direction, offer, options, tags, site, module)
+        if key.phase == PHASE:
+            self._recomputations.keep(key, options, None, None)
+        return outcome
+
+    def _append(
+        self,
+        key: PointKey,
+        direction: Direction,
+        offer: Offer,
+        options: PointOptions,
+        tags: dict[str, Any],
+        site: str,
+        module: str | None,
+    ) -> Outcome:
         is_sent = self._place.role == sender_role(direction)
         kept = keep(offer if is_sent else Offer(None), self._make_room, self._give_back)
         header = self._offers.describe(

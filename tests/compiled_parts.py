@@ -13,6 +13,7 @@ from grafter.capture.attachment import Attachment
 from grafter.capture.naming import Naming
 from grafter.capture.patterns import read_patterns
 from grafter.compiled import find_site, offer_traced
+from grafter.control.traced import Verdict
 from grafter.names import NameRule, PointName
 
 
@@ -37,11 +38,9 @@ class Taker:
 
     # As a Grafter.
 
-    def compiled_verdict(self, name: str, arguments: dict[str, Any]) -> str:
-        return self._verdict if isinstance(self._verdict, str) else self._verdict(name)
-
-    def is_only_compared(self, name: str, arguments: dict[str, Any]) -> bool:
-        return self._change is None
+    def trace(self, name: str, arguments: dict[str, Any]) -> Verdict:
+        kind = self._verdict if isinstance(self._verdict, str) else self._verdict(name)
+        return Verdict(kind, only_compares=self._change is None)  # type: ignore[arg-type]
 
     def dump_point(self, name: str, value: torch.Tensor, arguments: dict[str, Any], module: str | None = None) -> Any:
         self.seen.append((name, arguments.get("layer_id")))

@@ -31,7 +31,7 @@ from grafter.ledger import LedgerRecord
 from grafter.rendezvous.store import StoreClient, connect
 from grafter.rendezvous.wire import Seal
 from grafter.running.run_summary import read_run_summary
-from grafter.watching import housekeeping
+from grafter.watching import housekeeping, lookout
 
 FAR = 60.0
 SECRET = "a secret"
@@ -43,7 +43,7 @@ PAUSES = (9, 12, 14)
 
 def look_often() -> None:
     """A second is long for a test."""
-    housekeeping._CHORES_EVERY_SECONDS = housekeeping._TICK_SECONDS = 0.02
+    housekeeping._CHORES_EVERY_SECONDS = housekeeping._TICK_SECONDS = lookout._SHOWN_AFTER_SECONDS = 0.02
 
 
 def run_to_pauses(rank: Rank) -> int:
@@ -57,7 +57,7 @@ def run_to_pauses(rank: Rank) -> int:
         if step == 12 and me == ("target", 1):
             # As the compiler does it where it comes to this point.
             active = grafter._active()
-            assert active.compiled_verdict("b", {}) == "nothing"
+            assert active.trace("b", {}).kind == "nothing"
         if step in pauses:
             rank.tell(f"{rank.role} {rank.role_rank} at {pauses.index(step)}")
             rank.wait_for(f"go {pauses.index(step)}")

@@ -104,7 +104,7 @@ def come_early(rank: Rank) -> Any:
         Entry.is_waiting = property(lambda self: True)  # type: ignore[method-assign, assignment]
     got = grafter.dump("h", torch.full((2,), float(rank.is_baseline)))
     Entry.is_waiting = is_waiting  # type: ignore[method-assign]
-    grafter._active()._make_up_in_background()
+    grafter._active().matched.make_up_in_background()
     if rank.is_baseline:
         rank.tell(f"posted {rank.role_rank}")
     assert until_nothing_is_pending() == 0

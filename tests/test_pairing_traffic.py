@@ -149,6 +149,8 @@ class CountedMailbox:
 class Watchman:
     """Nothing goes wrong here, and nobody interrupts a wait."""
 
+    aborted = None
+
     def waiting(self, wait: object) -> nullcontext[None]:
         return nullcontext()
 
@@ -192,7 +194,7 @@ class Simulation:
         mailbox: Any = CountedMailbox(self._mail[number], self._mail, seal, traffic, waits)
         own = courier.Courier(client, housekeeping, self._roster, number, mailbox)
         pairing = Pairing(client, own, housekeeping, self._roster, PATIENCE_SECONDS)
-        pairing._pairs = self._pairs
+        pairing._known.pairs = self._pairs
         role, rank = member.role, member.role_rank
         return pairing, Agreement(client, own, housekeeping, self._roster, role, rank, PATIENCE_SECONDS)
 

@@ -14,6 +14,7 @@ import torch
 from grafter.backward.gradients import PHASE, PendingGradients, SavedGradient, WatchedGradient
 from grafter.backward.regions import current_recomputation
 from grafter.errors import RunError
+from grafter.meetings import among_holders
 from grafter.names import PointName
 from grafter.offer import Offer
 from grafter.options import PointOptions
@@ -128,7 +129,7 @@ class BackwardPoints:
         saved.came = True
         options = saved.options
         if saved.module is not None and not grafter.config.only_dumps:
-            options, _ = grafter.among_holders(self.session, saved.module, options)
+            options, _ = among_holders(self.session, saved.module, options)
         part = self._recorded_part(saved, gradient)
         taken = grafter.dumps.take(key, saved.direction, gradient, options, saved.tags, saved.call_site, part)
         grafter.dumps.finish(taken)
@@ -140,7 +141,9 @@ class BackwardPoints:
         offer = grafter.offers.take_up(gradient, options, point.key)
         if gradient is None:
             offer = Offer(None, nothing=NO_GRADIENT)
-        return grafter.recorded_part(offer, options, point.direction, point.call_site, point.module, point.is_parameter)
+        return grafter.matched.recorded_part(
+            offer, options, point.direction, point.call_site, point.module, point.is_parameter
+        )
 
     def record_missing(self, saved: SavedGradient) -> None:
         """No gradient came to a point that is recorded in its step: whoever grafts from the recording must know."""
@@ -178,19 +181,19 @@ class BackwardPoints:
         """Role ranks of this side."""
         options = watched.options
         if watched.module is not None:
-            options, _ = self._grafter.among_holders(session, watched.module, options)
+            options, _ = among_holders(session, watched.module, options)
         return own_participants(session.place, options.ranks)
 
     def is_early(self, options: PointOptions) -> bool:
         """Whether a point does not wait, and both jobs have not joined yet."""
-        return options.wait == "job" and self._grafter.is_waiting
+        return options.wait == "job" and self._grafter.entry.is_waiting
 
     def defer(self, watched: WatchedGradient, gradient: torch.Tensor) -> None:
         """Keep a gradient until both jobs have joined."""
         grafter = self._grafter
         offer = grafter.offers.take_up(gradient, watched.options, watched.key)
         taken, watched.taken = watched.taken, None
-        outcome = grafter.defer(
+        outcome = grafter.early.add(
             watched.key, watched.direction, offer, watched.options, watched.tags, watched.call_site, watched.module
         )
         grafter.dumps.finish(taken, outcome)
@@ -199,18 +202,20 @@ class BackwardPoints:
 
     def skip(self, session: Session, watched: WatchedGradient, reason: str) -> None:
         """A gradient that meets nobody is in the ledger, too."""
-        self._grafter.record_skipped(session, watched.key, watched.direction, watched.tags, watched.call_site, reason)
+        self._grafter.meetings.record_skipped(
+            session, watched.key, watched.direction, watched.tags, watched.call_site, reason
+        )
         self._grafter.dumps.finish(watched.taken, "skipped", reason=reason)
         watched.taken = None
 
     def meet(self, session: Session, watched: WatchedGradient, gradient: torch.Tensor | None) -> torch.Tensor | None:
         """One point of phase backward; what takes the gradient's place, if something does. None offers nothing."""
         grafter, options = self._grafter, watched.options
-        if grafter.is_detached:
+        if grafter.standing.detached is not None:
             return None
         try:
             if watched.module is not None:
-                options, missing = grafter.among_holders(session, watched.module, options)
+                options, missing = among_holders(session, watched.module, options)
                 if missing is not None:
                     self.skip(session, watched, missing)
                     return None
@@ -218,11 +223,11 @@ class BackwardPoints:
             if gradient is None:
                 offer = Offer(None, nothing=NO_GRADIENT)
             taken, watched.taken = watched.taken, None
-            grafted = grafter.meet(
+            grafted = grafter.meetings.meet(
                 session, watched.key, watched.direction, offer, options, watched.tags, watched.call_site, taken
             )
         except RunError as error:
-            return grafter.end_run(error, None)  # type: ignore[no-any-return]
+            return grafter.standing.end_run(error, None, grafter.entry.session)  # type: ignore[no-any-return]
         if offer.failure is not None:
             raise offer.failure
         return grafted if grafted is not None and grafted is not gradient else None

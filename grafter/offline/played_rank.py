@@ -23,6 +23,7 @@ from grafter.backward.gradients import WatchedGradient
 from grafter.direction import Direction, DirectionFilters, receiver_role, sender_role
 from grafter.errors import GrafterError, RunError, UsageError
 from grafter.grafter import Grafter
+from grafter.meetings import Meetings
 from grafter.offer import Offer, OfferMaker
 from grafter.offline.recording import RecordedFailure, RecordedPoint, RecordedRank
 from grafter.options import PointOptions
@@ -56,44 +57,8 @@ class RecordedOffers(OfferMaker):
             return Offer(value, nothing=f"the recording cannot be used here: {error}")
 
 
-class PlayedGrafter(Grafter):
-    """A Grafter whose points are recorded ones. `play` is called once, in a process that is this rank."""
-
-    # What is played is on disk already.
-    saves_points = False
-
-    def __init__(self, config: GrafterConfig, rank: RecordedRank) -> None:
-        # It comes to its next point at once, and the live job may be long in coming: it computes. A live job that ends,
-        # or asks for something else, is noticed all the same.
-        patient = {"timeout": max(config.timeout, _LONGEST_STEP_SECONDS), "on_peer_loss": "raise"}
-        config = config.model_copy(update=patient)
-        super().__init__(config)
-        self._rank = rank
-        self.offers = RecordedOffers(config, self._place)
-        self.filters = DirectionFilters(config.filters)
-        self._live_job_left = False
-
-    def play(self) -> None:
-        """Come to all points; returns when they are over, or when the live job has left. Raises what ended the run."""
-        try:
-            # Joins also where nothing matches, since the live job waits for every rank.
-            session = self._begin()
-            for step, of_step in groupby(self._rank.points, key=lambda one: one.record.step):
-                self._play_step(session, step, list(of_step))
-            self._end_gradients(session)
-        except RunError as error:
-            if not self._has_live_job_left():
-                raise
-            self._fault = None
-            logger.info("grafter: %s: %s", self._who, self._left_early(error))
-
-    # What a Grafter asks.
-
-    def announced_modules(self) -> tuple[str, ...] | None:
-        return self._rank.facts.modules
-
-    def announced_recording(self) -> PlayedFrom:
-        return self._rank.played_from
+class RecordedMeetings(Meetings):
+    """How a recorded rank meets the live job."""
 
     def meet(
         self, session: Session, key: PointKey, direction: Direction, offer: Offer, options: PointOptions, *rest: Any
@@ -119,6 +84,47 @@ class PlayedGrafter(Grafter):
             ),
         )
 
+
+class PlayedGrafter(Grafter):
+    """A Grafter whose points are recorded ones. `play` is called once, in a process that is this rank."""
+
+    # What is played is on disk already.
+    saves_points = False
+    offer_maker = RecordedOffers
+    meeting_maker = RecordedMeetings
+
+    def __init__(self, config: GrafterConfig, rank: RecordedRank) -> None:
+        # It comes to its next point at once, and the live job may be long in coming: it computes. A live job that ends,
+        # or asks for something else, is noticed all the same.
+        patient = {"timeout": max(config.timeout, _LONGEST_STEP_SECONDS), "on_peer_loss": "raise"}
+        config = config.model_copy(update=patient)
+        super().__init__(config)
+        self._rank = rank
+        self.filters = DirectionFilters(config.filters)
+        self._live_job_left = False
+
+    def play(self) -> None:
+        """Come to all points; returns when they are over, or when the live job has left. Raises what ended the run."""
+        try:
+            # Joins also where nothing matches, since the live job waits for every rank.
+            session = self._begin()
+            for step, of_step in groupby(self._rank.points, key=lambda one: one.record.step):
+                self._play_step(session, step, list(of_step))
+            self._end_gradients(session)
+        except RunError as error:
+            if not self._has_live_job_left():
+                raise
+            self.standing.fault = None
+            logger.info("grafter: %s: %s", self._who, self._left_early(error))
+
+    # What a Grafter asks.
+
+    def announced_modules(self) -> tuple[str, ...] | None:
+        return self._rank.facts.modules
+
+    def announced_recording(self) -> PlayedFrom:
+        return self._rank.played_from
+
     # The steps.
 
     @property
@@ -126,7 +132,7 @@ class PlayedGrafter(Grafter):
         return f"{self._place.who}, {self._rank.played_from}"
 
     def _begin(self) -> Session:
-        self._start_joining()
+        self.begin()
         session = self.session
         hear = session.housekeeping.on_second
 

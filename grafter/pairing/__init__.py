@@ -4,6 +4,9 @@ participants     which ranks of this job share a point
 manifest         what one rank says of its part (header); those of one role together
 rank_set         many ranks in few characters
 pairing          headers out, manifests of both sides back
+meeting_place    where two leaders meet, for a side that does not wait there
+known_texts      manifests and pairs that came before
+refusals         manifests for which no point can be
 mismatch         what headers must have in common, and the sentence where they do not
 leaf_resharding  what goes where, by the layouts of both sides
 paired_rows      what goes where, by the tokens of their rows

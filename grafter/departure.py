@@ -1,0 +1,75 @@
+"""Departure: how one rank leaves its run. It ends its step, tells the other ranks, deletes what is its, and sums up."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+
+from grafter.backward.points import BackwardPoints
+from grafter.capture.attached_models import AttachedModels
+from grafter.direction import DirectionFilters
+from grafter.dumps.rank_dumps import RankDumps
+from grafter.early_points import EarlyPoints
+from grafter.entry import Entry
+from grafter.errors import RunError
+from grafter.farewell import Tally, last_error, say_goodbye, summarise
+from grafter.meetings import Meetings
+from grafter.rendezvous.join import Place
+from grafter.session import Session
+from grafter.settings.config import GrafterConfig
+from grafter.standing import Standing
+
+
+@dataclass(frozen=True)
+class Departure:
+    """Of one rank that has begun. filters: those in force at the end."""
+
+    config: GrafterConfig
+    place: Place
+    standing: Standing
+    entry: Entry
+    models: AttachedModels
+    filters: DirectionFilters
+    dumps: RankDumps
+    gradients: BackwardPoints | None
+    early: EarlyPoints
+    meetings: Meetings
+    tally: Tally
+
+    def leave(self) -> None:
+        """Called once, under the lock of the rank's points."""
+        error = last_error(self.standing.fault)
+        # First: whatever keeps this rank from leaving, what it dumped is on disk.
+        self.dumps.flush()
+        session = self.entry.finished(patient=error is None)
+        try:
+            if self.gradients is not None and error is None and (session is not None or self.config.only_dumps):
+                self.gradients.pending.end_step(session)
+        finally:
+            self.tally.dumps.update(self.dumps.close())
+            self.tally.left_out.update(self.dumps.limits.left_out)
+        self._end_early(session, is_orderly=error is None)
+        if session is not None:
+            session.outbox.close(session.client)
+            self.tally.replace_posted(session.outbox.settled)
+        summary = summarise(
+            self.place, session.roster if session is not None else None, self.tally, self.filters,
+            self.models.attachments, self.standing.detached, error, only_dumps=self.config.only_dumps,
+        )  # fmt: skip
+        role_directory = self.entry.write_last(session, summary)
+        if session is not None:
+            session.close(
+                f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}" if error else ""
+            )
+        self.entry.close()
+        say_goodbye(self.place, self.tally, self.filters, role_directory, only_dumps=self.config.only_dumps)
+
+    def _end_early(self, session: Session | None, *, is_orderly: bool) -> None:
+        """What came before both jobs had joined is made up for now, or never."""
+        if session is not None and is_orderly:
+            with contextlib.suppress(RunError):
+                self.meetings.make_up(session, self.early)
+        self.early.give_up_all()
+        self.tally.outcomes.update(self.early.forgotten)
+        if session is None:
+            self.early.memory.release()

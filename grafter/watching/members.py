@@ -1,0 +1,82 @@
+"""All ranks of the run as one of them sees them: what they say on the board, and what has become of their processes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from grafter.errors import RunError
+from grafter.rendezvous.roster import Roster
+from grafter.rendezvous.store import StoreClient
+from grafter.watching.board import BoardLine, board_key, describe_board, read_line
+from grafter.watching.processes import ProcessWatch
+
+
+class Members:
+    """One per rank, used by its housekeeping thread. It knows nobody before `joined`. Ranks are graft ranks."""
+
+    def __init__(self) -> None:
+        self.roster: Roster | None = None
+        self._processes: ProcessWatch | None = None
+        self._last_lines: dict[int, BoardLine] = {}
+
+    def joined(self, roster: Roster, graft_rank: int, host_rank: int | None) -> None:
+        self.roster = roster
+        self._processes = ProcessWatch(roster, graft_rank, host_rank)
+
+    def beat(self, client: StoreClient) -> None:
+        if self._processes is not None:
+            self._processes.beat(client)
+
+    def read_board(self, client: StoreClient, ranks: Sequence[int] | None = None) -> list[BoardLine]:
+        assert self.roster is not None
+        wanted = range(len(self.roster.all)) if ranks is None else ranks
+        members = [self.roster.all[rank] for rank in wanted]
+        sealed_lines = client.get_all([board_key(client, member.role, member.role_rank) for member in members])
+        lines = [read_line(sealed.payload, self.roster) for sealed in sealed_lines]
+        self._last_lines.update((line.graft_rank, line) for line in lines)
+        return lines
+
+    def read_line_of_host(self, client: StoreClient) -> None:
+        """The last word of the store's host, for when the store is gone with it."""
+        if self._processes is not None and self._processes.host_rank is not None:
+            self.read_board(client, [self._processes.host_rank])
+
+    def wake_waiting(self, client: StoreClient, error: RunError) -> None:
+        """Put the error under every key that a rank on the board waits for."""
+        if self.roster is not None:
+            for line in self.read_board(client):
+                if line.state == "waiting":
+                    for awaited in line.awaits:
+                        client.wake(awaited, error)
+
+    def gone(self, client: StoreClient, *, all_hosts: bool) -> dict[int, str]:
+        """Graft rank -> how its process went, without those that left in good order."""
+        assert self._processes is not None
+        gone = self._processes.gone(client, all_hosts=all_hosts)
+        for line in self.read_board(client, list(gone)):
+            if line.state == "left":
+                del gone[line.graft_rank]
+        return gone
+
+    def gone_here(self) -> dict[int, str]:
+        """The same for this host alone, without asking the store."""
+        if self._processes is None:
+            return {}
+        left = {line.graft_rank for line in self._last_lines.values() if line.state == "left"}
+        return {rank: how for rank, how in self._processes.gone_here().items() if rank not in left}
+
+    def stopped(self) -> dict[int, str]:
+        return self._processes.stopped() if self._processes is not None else {}
+
+    def store_host_stopped(self) -> bool:
+        return self._processes is not None and self._processes.store_host_stopped()
+
+    def last_seen(self, role: str) -> list[BoardLine]:
+        """The lines of a job, as this rank has last read them; empty until it has read all of them."""
+        side = self.roster.side("baseline" if role == "baseline" else "target") if self.roster is not None else ()
+        lines = [line for line in list(self._last_lines.values()) if line.role == role]
+        return lines if len(lines) == len(side) else []
+
+    def describe_last_board(self, remarks: dict[int, str] | None = None) -> str:
+        """Of the lines that this rank has read last, without asking the store; empty if it has read none."""
+        return describe_board(list(self._last_lines.values()), self.gone_here(), remarks) if self._last_lines else ""
