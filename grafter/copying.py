@@ -6,16 +6,21 @@ copies, the other waits for it.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
-from concurrent.futures import Future, ThreadPoolExecutor
+import queue
+import threading
+from concurrent.futures import Future
 
 import torch
 
 # Waking the other thread costs 50 us, in which one thread copies half a megabyte.
 _LONG_BYTES = 8 << 20
 _PAGE_BYTES = 4096
+# Of anything else, what lies at its address is not what it shows, or nothing does.
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+_Part = tuple["Future[None]", int, int, int]
 
 
 class _Helper:
@@ -24,16 +29,27 @@ class _Helper:
     def __init__(self) -> None:
         self.is_allowed = False
         self._process_id = 0
-        self._executor: ThreadPoolExecutor | None = None
+        self._parts: queue.SimpleQueue[_Part] = queue.SimpleQueue()
 
-    def copy(self, into: int, value: int, nbytes: int) -> Future[object] | None:
-        """None where the interpreter is on its way out and starts no thread."""
-        if self._executor is None or self._process_id != os.getpid():
-            self._executor = ThreadPoolExecutor(1, thread_name_prefix="grafter-copy")
-            self._process_id = os.getpid()
-        with contextlib.suppress(RuntimeError):
-            return self._executor.submit(ctypes.memmove, into, value, nbytes)
-        return None
+    def offer(self, part: _Part) -> None:
+        """It may be copied there; whoever offers it copies it where it can still be cancelled."""
+        if self._process_id != os.getpid():
+            parts: queue.SimpleQueue[_Part] = queue.SimpleQueue()
+            try:
+                threading.Thread(target=_copy_parts, args=(parts,), name="grafter-copy", daemon=True).start()
+            except RuntimeError:
+                # The process may have no more threads, or is on its way out.
+                return
+            self._parts, self._process_id = parts, os.getpid()
+        self._parts.put(part)
+
+
+def _copy_parts(parts: queue.SimpleQueue[_Part]) -> None:
+    while True:
+        done, into, value, nbytes = parts.get()
+        if done.set_running_or_notify_cancel():
+            ctypes.memmove(into, value, nbytes)
+            done.set_result(None)
 
 
 _helper = _Helper()
@@ -53,17 +69,29 @@ def copy(into: torch.Tensor, value: torch.Tensor) -> None:
     if nbytes < _LONG_BYTES or not _helper.is_allowed or torch.get_num_threads() > 1 or not _are_alike(into, value):
         into.copy_(value)
         return
+    _copy_in_two(into.data_ptr(), value.data_ptr(), nbytes)
+
+
+def _copy_in_two(into: int, value: int, nbytes: int) -> None:
     half = nbytes // 2 // _PAGE_BYTES * _PAGE_BYTES
-    to, source = into.data_ptr(), value.data_ptr()
-    rest = _helper.copy(to + half, source + half, nbytes - half)
-    ctypes.memmove(to, source, half if rest is not None else nbytes)
+    done: Future[None] = Future()
+    rest = (done, into + half, value + half, nbytes - half)
+    is_offered = False
     interrupt: KeyboardInterrupt | None = None
-    while rest is not None:
+    while True:
+        # An interrupt may come between any two steps, while the other thread still writes there. Each can be repeated.
         try:
-            rest.result()
+            if not is_offered:
+                is_offered = True
+                _helper.offer(rest)
+            ctypes.memmove(into, value, half)
+            if done.cancel():
+                # The other thread has not begun.
+                ctypes.memmove(*rest[1:])
+            else:
+                done.result()
             break
         except KeyboardInterrupt as error:
-            # The other thread still writes there.
             interrupt = error
     if interrupt is not None:
         raise interrupt
@@ -72,7 +100,9 @@ def copy(into: torch.Tensor, value: torch.Tensor) -> None:
 def _are_alike(into: torch.Tensor, value: torch.Tensor) -> bool:
     """Whether one's bytes, in their order, are the other's."""
     return (
-        into.is_cpu
+        type(into) in _PLAIN
+        and type(value) in _PLAIN
+        and into.is_cpu
         and value.is_cpu
         and into.dtype == value.dtype
         and into.shape == value.shape

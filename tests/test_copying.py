@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
+import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from typing import Any
 
 import pytest
 import torch
+from torch.testing._internal.two_tensor import TwoTensor
 
 from grafter import copying
 
@@ -29,13 +33,13 @@ def two_threads() -> Iterator[None]:
 def shared(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many bytes the second thread was given, each time."""
     given: list[int] = []
-    to_helper = copying._helper.copy
+    offer = copying._helper.offer
 
-    def counted(into: int, value: int, nbytes: int) -> Future[object] | None:
-        given.append(nbytes)
-        return to_helper(into, value, nbytes)
+    def counted(part: Any) -> None:
+        given.append(part[-1])
+        offer(part)
 
-    monkeypatch.setattr(copying._helper, "copy", counted)
+    monkeypatch.setattr(copying._helper, "offer", counted)
     return given
 
 
@@ -76,22 +80,71 @@ def test_torch_copies_alone_where_it_has_threads_or_the_ranks_have_no_core_each(
     assert torch.equal(into, value) and not shared
 
 
-def test_an_interrupt_comes_once_all_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second thread would else write into memory that the program believes to be its own again."""
-    waits: list[None] = []
-    wait = Future.result
+@pytest.mark.parametrize("step", ["offer", "first half", "wait"])
+@pytest.mark.parametrize("after", [True, False])
+def test_an_interrupt_comes_once_all_is_copied(monkeypatch: pytest.MonkeyPatch, step: str, after: bool) -> None:
+    """Whichever step it comes before or after: the second thread would else write into memory that the program believes
+    to be its own again."""
+    came: list[None] = []
 
-    def interrupted(future: Future[Any], timeout: float | None = None) -> Any:
-        waits.append(None)
-        if len(waits) == 1:
+    def interrupted(function: Any) -> Any:
+        def call(*arguments: Any) -> Any:
+            if threading.current_thread() is not threading.main_thread() or came:
+                return function(*arguments)
+            came.append(None)
+            if after:
+                function(*arguments)
             raise KeyboardInterrupt
-        return wait(future, timeout)
 
-    monkeypatch.setattr(Future, "result", interrupted)
+        return call
+
+    owner, name = {
+        "offer": (copying._helper, "offer"), "first half": (ctypes, "memmove"), "wait": (Future, "result"),
+    }[step]  # fmt: skip
+    if step == "wait":
+        # The other thread has begun, so there is something to wait for.
+        monkeypatch.setattr(Future, "cancel", lambda future: not future.running() and not future.done())
+        monkeypatch.setattr(copying._helper, "offer", offered_and_begun(copying._helper.offer))
+    monkeypatch.setattr(owner, name, interrupted(getattr(owner, name)))
     value, into = torch.rand(LONG), torch.empty(LONG)
     with pytest.raises(KeyboardInterrupt):
         copying.copy(into, value)
-    assert torch.equal(into, value) and len(waits) == 2
+    assert torch.equal(into, value) and came
+
+
+def offered_and_begun(offer: Any) -> Any:
+    def call(part: Any) -> None:
+        offer(part)
+        while not (part[0].running() or part[0].done()):
+            time.sleep(0.001)
+
+    return call
+
+
+def test_where_no_thread_can_start_nothing_is_left_to_be_copied_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was finished by one thread is the program's from then on."""
+
+    def fail(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(copying, "_helper", copying._Helper())
+    copying.share_long_copies(True)
+    first, value = torch.empty(LONG), torch.rand(LONG)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", fail)
+        copying.copy(first, value)
+    assert torch.equal(first, value)
+    first.zero_()
+    copying.copy(torch.empty(LONG), value)
+    assert not first.any()
+
+
+def test_a_tensor_that_is_made_of_others_is_left_to_torch(shared: list[int]) -> None:
+    """At its own address there is nothing."""
+    value = TwoTensor(torch.rand(LONG), torch.rand(LONG))  # type: ignore[no-untyped-call]
+    into = TwoTensor(torch.empty(LONG), torch.empty(LONG))  # type: ignore[no-untyped-call]
+    copying.copy(into, value)
+    assert torch.equal(into.a, value.a) and not shared
 
 
 def copy_in_a_child(pipe: Any) -> None:

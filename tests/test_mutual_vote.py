@@ -166,3 +166,46 @@ def test_one_reason_is_told_on_both() -> None:
     for choices in itertools.product([0, 1], repeat=4):
         assert decide_both(list(choices), ("low", "high"), (None, None)) == ["low", "low"]
         assert decide_both(list(choices), (None, "high"), (None, None)) == ["high", "high"]
+
+
+class InterruptedCourier(Courier):
+    """Ctrl-C comes in its first look."""
+
+    was_interrupted = False
+
+    def look(self, place: str) -> Sealed | None:
+        if not self.was_interrupted:
+            self.was_interrupted = True
+            raise KeyboardInterrupt
+        return super().look(place)
+
+
+@pytest.mark.parametrize("who", [0, 1])
+def test_an_interrupt_behind_the_other_ones_yes_comes_after_the_point(who: int) -> None:
+    """The other may have written by then."""
+    for choices in itertools.product([0, 1], repeat=5):
+        post, found, interrupted = Post(Turns(list(choices))), ["hangs", "hangs"], [False, False]
+
+        def vote(rank: int, post: Post = post, found: list[Any] = found, interrupted: list[bool] = interrupted) -> None:
+            courier = (InterruptedCourier if rank == who else Courier)(post, rank)
+            mutual = MutualVote(courier)  # type: ignore[arg-type]
+
+            def fetch(place: str) -> Sealed:
+                while (letter := courier.take_one(place)) is None:
+                    pass
+                return letter
+
+            try:
+                mutual.vote(KEYS, rank, 1 - rank, None)
+                found[rank] = mutual.outcome(KEYS, rank, 1 - rank, 1 - rank, None, fetch)  # type: ignore[assignment]
+                interrupted[rank] = mutual.interrupted_by is not None
+            finally:
+                post.turns.leave(rank)
+
+        threads = [threading.Thread(target=vote, args=(rank,), daemon=True) for rank in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+        assert found == [None, None], choices
+        assert interrupted == [who == 0, who == 1]

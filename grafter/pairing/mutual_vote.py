@@ -61,12 +61,20 @@ class MutualVote:
             return None
         if refusal is not None:
             return theirs.payload if theirs.kind == NO and other < own else refusal
-        if theirs.kind == YES:
-            # Before this rank had voted, the other may have had to leave.
-            theirs = self._courier.look(keys.vote(other)) or theirs
+        interrupt: KeyboardInterrupt | None = None
+        while theirs.kind == YES:
+            try:
+                # Before this rank had voted, the other may have had to leave.
+                theirs = self._courier.look(keys.vote(other)) or theirs
+                break
+            except KeyboardInterrupt as error:
+                # The other may have written by now.
+                interrupt = error
         if theirs.kind == _LEAVES:
             theirs = self._last_word(keys)
-        return None if theirs.kind in (YES, COMMIT) else theirs.payload
+        is_committed = theirs.kind in (YES, COMMIT)
+        self._raise_unless(is_committed, interrupt)
+        return None if is_committed else theirs.payload
 
     def _is_committed_all_the_same(self, keys: StoreKeys, own: int, other: int, peer: int) -> bool:
         """This rank has voted yes, and must leave."""
@@ -74,6 +82,8 @@ class MutualVote:
         theirs = self._courier.look(keys.vote(other))
         if theirs is None:
             word = Sealed(REFUSE, "", "a receiver had to leave before both had voted")
+            # Nobody will read it.
+            self._courier.discard(keys.vote(other))
         elif theirs.kind == _LEAVES and own < other:
             word = self._last_word(keys)
             if word.kind != _YOURS:
@@ -100,11 +110,15 @@ class MutualVote:
                     time.sleep(_POLL_SECONDS)
             except KeyboardInterrupt as error:
                 interrupt = error
+        self._raise_unless(word.kind == COMMIT, interrupt)
+        return word
+
+    def _raise_unless(self, is_committed: bool, interrupt: KeyboardInterrupt | None) -> None:
+        """An interrupt of a point that is written comes after it."""
         if interrupt is not None:
-            if word.kind != COMMIT:
+            if not is_committed:
                 raise interrupt
             self.interrupted_by = interrupt
-        return word
 
     def _tell(self, peer: int, place: str, kind: str, payload: str) -> None:
         self._courier.bring([peer], place, kind, payload, by_mail=True)
