@@ -33,8 +33,10 @@ from grafter.session import Session
 
 logger = logging.getLogger("grafter")
 
-# Small ones take a kilobyte each, and the other job may not come for half an hour.
-_MOST_POINTS = 16384
+# So many values are kept, whatever their size; and so many points in all, of a kilobyte each: the other job may need
+# half an hour. A rank that forgot a point would be waited for by one that did not, so most are never forgotten.
+_MOST_KEPT = 16384
+_MOST_POINTS = 1 << 18
 
 
 @dataclass(eq=False)
@@ -69,15 +71,17 @@ class EarlyPoints:
     def __init__(self, place: Place, offers: OfferMaker, recomputations: Recomputations, memory: Memory) -> None:
         """memory: the outbox's, which has it to itself once both jobs have joined."""
         self._place, self._offers, self._recomputations, self.memory = place, offers, recomputations, memory
-        # Oldest first.
+        # Oldest first: all of them, and those of which a value is kept.
         self.points: deque[EarlyPoint] = deque()
+        self._kept: deque[EarlyPoint] = deque()
         # Of those that nobody will hear of, by what became of them.
         self.forgotten: Counter[Outcome] = Counter()
 
     @property
     def pending(self) -> Pending:
-        sent = [point for point in self.points if point.is_sent and not point.header.early]
-        return Pending(len(sent), sum(point.nbytes for point in sent), len(sent))
+        # A copy, since another thread may ask.
+        kept = self._kept.copy()
+        return Pending(len(kept), sum(point.nbytes for point in kept), len(kept))
 
     def add(
         self,
@@ -90,7 +94,9 @@ class EarlyPoints:
         module: str | None,
     ) -> Outcome:
         """Keep a point, of which the value may be changed once this returns. `posted` or `missed`."""
-        own_participants(self._place, options.ranks)
+        if options.ranks is not None:
+            # Now: a process group may be gone by then.
+            options = replace(options, ranks=own_participants(self._place, options.ranks))
         with unobserved():
             outcome = self._append(key, direction, offer, options, tags, site, module)
         if key.phase == PHASE:
@@ -114,21 +120,34 @@ class EarlyPoints:
             early=not is_sent,
         )  # fmt: skip
         options = replace(options, extras=None, tokens=None)
-        self.points.append(EarlyPoint(key, direction, header, options, tags, module, is_sent, kept.slot, kept.nbytes))
+        point = EarlyPoint(key, direction, header, options, tags, module, is_sent, kept.slot, kept.nbytes)
+        self.points.append(point)
+        if is_sent:
+            self._kept.append(point)
+            if len(self._kept) > _MOST_KEPT:
+                self._displace()
         if len(self.points) > _MOST_POINTS:
-            oldest = self.points.popleft()
-            if not self.forgotten:
-                logger.warning(
-                    "grafter: %s comes to more than %d points before the other job has joined; the oldest are counted "
-                    "in its summary, and nobody will hear of them, of %s first", self._place.who, _MOST_POINTS,
-                    oldest.key,
-                )  # fmt: skip
-            self._forget(oldest, "displaced")
+            self._forget_oldest()
         return "posted" if is_sent else "missed"
 
     def next(self) -> EarlyPoint | None:
         """The oldest, taken out: it is to be held, or given up."""
-        return self.points.popleft() if self.points else None
+        if not self.points:
+            return None
+        point = self.points.popleft()
+        if self._kept and self._kept[0] is point:
+            self._kept.popleft()
+        return point
+
+    def _forget_oldest(self) -> None:
+        oldest = self.next()
+        assert oldest is not None
+        if not self.forgotten:
+            logger.warning(
+                "grafter: %s comes to more than %d points before the other job has joined; the oldest are counted in "
+                "its summary, and nobody will hear of them, of %s first", self._place.who, _MOST_POINTS, oldest.key,
+            )  # fmt: skip
+        self._forget(oldest, "displaced")
 
     def give_up(self, point: EarlyPoint) -> None:
         """It meets nobody."""
@@ -155,16 +174,19 @@ class EarlyPoints:
                 return None, f"{nbytes} bytes cannot be had for the outbox: {error}"
             if slot is not None:
                 return slot, None
-            oldest = next((point for point in self.points if point.slot is not None), None)
-            if oldest is None:
+            if not self._kept:
                 return None, f"the outbox has no room for {nbytes} bytes (GRAFTER_OUTBOX_BYTES)"
-            self._displace(oldest)
+            self._displace()
         return None, None
 
-    def _displace(self, point: EarlyPoint) -> None:
+    def _displace(self) -> None:
+        """Of the oldest whose value is kept, only that it came."""
+        point = self._kept.popleft()
         self._give_back(point.slot)
         point.slot, point.nbytes = None, 0
-        point.header = point.header.changed(outbox=None, early=True)
+        point.header = self._offers.describe(
+            None, Offer(None), point.options, point.direction, point.header.call_site, early=True
+        )
 
     def _give_back(self, slot: Slot | None) -> None:
         if slot is not None:

@@ -14,6 +14,7 @@ import atexit
 import logging
 import os
 import threading
+from dataclasses import astuple
 from typing import Any
 
 import torch
@@ -53,6 +54,8 @@ logger = logging.getLogger("grafter")
 # Bound once: each look-up would be a fiftieth of a call that no filter matches.
 _graph_task, _scopes = torch._C._current_graph_task_id, scopes.get
 _surroundings, _is_plain = surroundings.get, LOOKED_AT.isdisjoint
+# So long another thread may be at a point when this rank leaves, before it is asked whether it leaves with an error.
+_PATIENCE_SECONDS = 2.0
 
 
 class Grafter:
@@ -234,9 +237,9 @@ class Grafter:
 
     def pending(self) -> Pending:
         """What lies in this rank's outbox. See `grafter.pending`."""
-        if self.entry.session is None or self.early.points:
-            return self.early.pending
-        return self.entry.session.outbox.pending
+        early, session = self.early.pending, self.entry.session
+        posted = session.outbox.pending if session is not None else Pending()
+        return Pending(*map(sum, zip(astuple(early), astuple(posted), strict=True)))
 
     def close(self) -> None:
         """Leave the run: say so, delete what is ours, write the summary. Later matched points are refused."""
@@ -247,7 +250,11 @@ class Grafter:
         if not self.has_begun and self.models.attachments and standing.fault is None:
             # No call reached a hook: the others wait for this rank to join, and must hear that it leaves.
             self.begin()
-        with self.lock:
+        if not self.lock.acquire(timeout=_PATIENCE_SECONDS):
+            # Another thread is at a point, which waits for other ranks; Ctrl-C must not.
+            standing.end_where_interrupted(self.entry.session)
+            self.lock.acquire()
+        try:
             if standing.is_closed:
                 return
             standing.is_closed = True
@@ -258,6 +265,8 @@ class Grafter:
                     self.config, self._place, standing, self.entry, self.models, self.filters, self.dumps,
                     self.gradients, self.early, self.meetings, self._tally,
                 ).leave()  # fmt: skip
+        finally:
+            self.lock.release()
 
     # The other job.
 
@@ -295,4 +304,5 @@ class Grafter:
     @property
     def session(self) -> Session:
         """Waits until both jobs have joined."""
-        return self.matched.joined()
+        with self.lock:
+            return self.matched.joined()

@@ -21,7 +21,7 @@ from grafter.dumps.rank_dumps import RankDumps
 from grafter.dumps.taken import Taken
 from grafter.early_points import EarlyPoints
 from grafter.entry import Entry
-from grafter.errors import RunError
+from grafter.errors import GrafterError, RunError
 from grafter.meetings import Meetings, among_holders
 from grafter.offer import Offer, OfferMaker
 from grafter.offline.recorded_part import RecordedPart
@@ -99,7 +99,9 @@ class MatchedPoints:
             else:
                 grafted = self._meetings.meet(session, key, direction, offer, options, tags, site, taken)
         except RunError as error:
-            return self._standing.end_run(error, value, self._entry.session)
+            self._standing.end_run(error, value, self._entry.session)
+            self._early.give_up_all()
+            return value
         except BaseException as error:
             self._standing.fault = error
             raise
@@ -109,7 +111,11 @@ class MatchedPoints:
 
     def joined(self) -> Session:
         """Waits until both jobs have joined. Raises what kept them from it, and what ended the run."""
-        session = self._entry.session or self._entry.joined()
+        try:
+            session = self._entry.session or self._entry.joined()
+        except GrafterError:
+            self._early.give_up_all()
+            raise
         if self._early.points:
             self._meetings.make_up(session, self._early)
         return session
@@ -122,13 +128,14 @@ class MatchedPoints:
                 return
             try:
                 self.joined()
-            except RunError as error:
-                # The next point raises it, too.
+            except BaseException as error:
+                # The next point raises it, too; so do those of all other ranks.
+                self._early.give_up_all()
+                if not isinstance(error, RunError):
+                    logger.exception("grafter: %s could not make up for its first points", standing.who)
+                    error = RunError(f"{standing.who} could not make up for its first points: {error}")
                 with contextlib.suppress(RunError):
                     standing.end_run(error, None, self._entry.session)
-            except BaseException as error:
-                standing.fault = error
-                logger.exception("grafter: %s could not make up for its first points", standing.who)
 
     def _save(
         self, name: str, value: Any, tags: dict[str, Any], options: PointOptions, site: str, module: str | None
@@ -137,7 +144,8 @@ class MatchedPoints:
         key = self._steps.next_key({**tags, "name": name}, self._config.key_tags)
         if callable(value) and not isinstance(value, torch.Tensor):
             value = value()
-        if module is not None and not self._config.only_dumps:
+        is_early = options.wait == "job" and self._entry.is_waiting
+        if module is not None and not self._config.only_dumps and not is_early:
             options, _ = among_holders(self.joined(), module, options)
         starts: tuple[int, ...] = ()
         if options.has_window:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from grafter.errors import PeerLostError, RunError, UsageError
+from grafter.farewell import last_error
 from grafter.rendezvous.join import Place
 from grafter.session import Session
 from grafter.settings.config import GrafterConfig
@@ -44,6 +45,12 @@ class Standing:
                 f"replay would repeat the capture's values. Run this part without CUDA graphs (eager, or "
                 f"`mode='default'` for torch.compile) while grafting."
             )
+
+    def end_where_interrupted(self, session: Session | None) -> None:
+        """This rank leaves with an error while another thread of it is at a point: no rank shall wait there."""
+        error = last_error(self.fault)
+        if error is not None and session is not None:
+            session.housekeeping.abort(PeerLostError(f"{self.who} has left with {type(error).__name__}: {error}"))
 
     def end_run(self, error: RunError, value: Any, session: Session | None) -> Any:
         """The run is over: every rank of both jobs must hear of it, and raise the same."""

@@ -12,6 +12,7 @@ from jobs import Jobs, Rank, succeed
 from outbox_parts import join, outcomes, point_keys, until_nothing_is_pending
 
 import grafter
+from grafter import early_points
 from grafter.dumps.reader import open_dumps
 from grafter.entry import Entry
 from grafter.points import PointKey
@@ -310,3 +311,199 @@ def test_dumps_of_a_run_that_gets_another_name_are_told(tmp_path: Path) -> None:
         _, saved = jobs.wait()
         for word in ("/mine before both jobs had joined", "the run is in", "/run.", "GRAFTER_RUN_NAME"):
             assert saved.error is not None and word in saved.error
+
+
+# What a review found.
+
+
+def come_to_points_of_ones_own(rank: Rank) -> int:
+    early_points._MOST_KEPT = 4
+    (which,) = rank.arguments
+    for number in range(6):
+        grafter.dump("h", torch.ones(2), number=number)
+        if rank.role_rank == which:
+            grafter.dump("loss", torch.ones(2), number=number, ranks=[which])
+    rank.tell(f"went on {rank.role_rank}")
+    rank.wait_for("took")
+    return until_nothing_is_pending()
+
+
+def take_six(rank: Rank) -> list[float]:
+    join()
+    got = [grafter.dump("h", torch.zeros(2), number=number)[0].item() for number in range(6)]
+    rank.tell("took")
+    return got
+
+
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("direction", ["t2b", "b2t"])
+def test_a_rank_that_keeps_fewer_values_is_waited_for_by_nobody(tmp_path: Path, which: int, direction: str) -> None:
+    """It has points of its own, so its older ones are displaced sooner: then they are on all ranks."""
+    names = ("went on 0", "went on 1", "took")
+    settings: dict[str, Any] = {f"{direction}_filter": "True", "transform_path": "transforms/take_last.py:transform"}
+    with Jobs(tmp_path, signals=names, timeout=20, outbox_seconds=1, **settings) as jobs:
+        jobs.start("target", 2, come_to_points_of_ones_own, which, wait="job")
+        for name in names[:2]:
+            assert jobs.signals[name].wait(60)
+        jobs.start("baseline", 1, take_six)
+        got, *left = succeed(jobs.wait())
+        assert left == [0, 0]
+        if direction == "t2b":
+            # Of twelve points four are kept: two of h on the rank that has the others, too.
+            assert got == [0.0] * 4 + [1.0] * 2
+
+
+def post_many_and_ask(rank: Rank) -> int:
+    for number in range(1500):
+        grafter.dump("h", torch.ones(2), number=number)
+    rank.tell("went on")
+    highest = 0
+    while grafter._active().early.points:
+        highest = max(highest, grafter.pending().entries)
+    rank.tell("made up")
+    assert highest > 0
+    return until_nothing_is_pending()
+
+
+def take_none(rank: Rank) -> None:
+    join()
+    rank.wait_for("made up")
+
+
+def test_what_is_pending_can_be_asked_while_early_points_are_made_up(tmp_path: Path) -> None:
+    """By the program, while the thread that has joined posts them."""
+    with Jobs(tmp_path, t2b_filter="True", outbox_seconds=1, signals=("went on", "made up")) as jobs:
+        jobs.start("target", 1, post_many_and_ask, wait="job")
+        assert jobs.signals["went on"].wait(60)
+        jobs.start("baseline", 1, take_none)
+        assert succeed(jobs.wait()) == [None, 0]
+
+
+def miss_many(rank: Rank) -> None:
+    for number in range(1100):
+        grafter.dump("h", torch.ones(2), number=number)
+    rank.tell("went on")
+    join()
+    rank.tell("made up")
+    rank.wait_for("sent")
+
+
+def send_the_first(rank: Rank) -> None:
+    join()
+    rank.wait_for("made up")
+    grafter.dump("h", torch.ones(2), number=0)
+    rank.tell("sent")
+
+
+def test_a_sender_is_told_of_the_first_of_many_points_that_were_missed(tmp_path: Path) -> None:
+    """A server that was started first has gone past more than a thousand."""
+    with Jobs(tmp_path, b2t_filter="True", timeout=20, signals=("went on", "made up", "sent")) as jobs:
+        jobs.start("target", 1, miss_many, wait="job")
+        assert jobs.signals["went on"].wait(60)
+        jobs.start("baseline", 1, send_the_first)
+        succeed(jobs.wait())
+        assert outcomes(jobs, "baseline") == {"h": "missed"}
+
+
+def share_by_a_group(rank: Rank) -> None:
+    import torch.distributed as dist
+
+    (directory,) = rank.arguments
+    dist.init_process_group(
+        "gloo", init_method=f"file://{directory}/group", rank=rank.role_rank, world_size=rank.world_size
+    )
+    grafter.dump("h", torch.ones(2), ranks=dist.new_group([0, 1]))
+    dist.barrier()
+    dist.destroy_process_group()
+    rank.tell(f"went on {rank.role_rank}")
+    join()
+    assert until_nothing_is_pending() == 0
+
+
+def test_a_process_group_that_is_gone_by_then_has_said_whose_the_point_was(tmp_path: Path) -> None:
+    names = ("went on 0", "went on 1")
+    with Jobs(tmp_path, t2b_filter="True", signals=names) as jobs:
+        jobs.start("target", 2, share_by_a_group, str(tmp_path), wait="job")
+        for name in names:
+            assert jobs.signals[name].wait(60)
+        jobs.start("baseline", 1, come_too_late, transform_path="transforms/take_last.py:transform")
+        assert succeed(jobs.wait()) == [[1.0, 1.0], None, None]
+
+
+def have_no_backward_pass(rank: Rank) -> None:
+    grafter.dump("h", torch.nn.Parameter(torch.ones(2)) * 2.0)
+    grafter.step()
+    rank.tell("went on")
+    join()
+    assert until_nothing_is_pending() == 0
+
+
+def differentiate_alone(rank: Rank) -> list[float]:
+    weight = torch.nn.Parameter(torch.ones(2))
+    grafter.dump("h", weight * 2.0).sum().backward()
+    grafter.step()
+    assert weight.grad is not None
+    return weight.grad.tolist()
+
+
+@pytest.mark.parametrize("direction", ["t2b", "b2t"])
+def test_a_gradient_that_never_came_is_told_once_there_is_a_run(tmp_path: Path, direction: str) -> None:
+    """The job that waits for it, or with it, goes on with its own."""
+    settings: dict[str, Any] = {f"{direction}_filter": "phase == 'backward'"}
+    with Jobs(tmp_path, gradients=True, timeout=20, signals=("went on",), **settings) as jobs:
+        jobs.start("target", 1, have_no_backward_pass, wait="job")
+        assert jobs.signals["went on"].wait(60)
+        jobs.start("baseline", 1, differentiate_alone)
+        assert succeed(jobs.wait()) == [[2.0, 2.0], None]
+
+
+def save_hooked(rank: Rank) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    grafter.attach(model, "0", inputs=False)
+    model(torch.ones(1, 2)).sum().backward()
+    rank.tell("went on")
+    join()
+
+
+def test_hooks_whose_points_are_only_saved_wait_for_nobody(tmp_path: Path) -> None:
+    """Nor do those of their gradients."""
+    with Jobs(
+        tmp_path, t2b_filter="name == 'never'", dump_filter="True", gradients=True, signals=("went on",)
+    ) as jobs:  # fmt: skip
+        jobs.start("target", 1, save_hooked, wait="job")
+        assert jobs.signals["went on"].wait(60)
+        jobs.start("baseline", 1, save_hooked)
+        succeed(jobs.wait())
+        assert len(open_dumps(tmp_path / "run" / "target").points) >= 2
+
+
+def leave_by_an_interrupt(rank: Rank) -> None:
+    grafter.dump("h", torch.ones(2))
+    rank.tell("went on")
+    rank.wait_for("joined")
+    while not grafter._active().entry.joining.is_over:  # type: ignore[union-attr]
+        time.sleep(0.01)
+    time.sleep(0.2)
+    raise KeyboardInterrupt
+
+
+def stay_without_the_point(rank: Rank) -> None:
+    grafter._active().begin()
+    assert grafter._active().entry.joining is not None
+    if rank.is_baseline:
+        join()
+        rank.tell("joined")
+    rank.wait_for("left")
+
+
+def test_an_interrupt_ends_a_rank_whose_early_points_wait_for_another(tmp_path: Path) -> None:
+    """The thread that makes up for them waits for a rank of its own job, which is not there yet."""
+    with Jobs(tmp_path, t2b_filter="True", timeout=60, signals=("went on", "joined", "left")) as jobs:
+        jobs.start("target", 2, leave_by_an_interrupt, only=0, wait="job")
+        jobs.start("target", 2, stay_without_the_point, only=1, wait="job")
+        assert jobs.signals["went on"].wait(60)
+        jobs.start("baseline", 1, stay_without_the_point)
+        result = jobs.wait_for_one("target", 0, seconds=30)
+        jobs.signals["left"].set()
+        assert result.error_kind == "KeyboardInterrupt"
+        jobs.wait()

@@ -197,7 +197,7 @@ def test_an_interrupt_behind_the_other_ones_yes_comes_after_the_point(who: int) 
 
             try:
                 mutual.vote(KEYS, rank, 1 - rank, None)
-                found[rank] = mutual.outcome(KEYS, rank, 1 - rank, 1 - rank, None, fetch)  # type: ignore[assignment]
+                found[rank] = mutual.outcome(KEYS, rank, 1 - rank, 1 - rank, None, fetch)
                 interrupted[rank] = mutual.interrupted_by is not None
             finally:
                 post.turns.leave(rank)

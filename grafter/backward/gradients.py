@@ -276,17 +276,23 @@ class PendingGradients:
             if not saved.came:
                 self.points.record_missing(saved)
         self.recorded.clear()
+        unmet = [watched for watched in self.watched.values() if not watched.met]
         if session is None:
-            self.watched.clear()
-            return
+            if any(watched.options.wait == "both" for watched in unmet):
+                # The other job will wait for them, too.
+                session = self.points.session
+            else:
+                for watched in unmet:
+                    self.points.defer(watched, None)
+                self.watched.clear()
+                return
         self.serve(at_end_of_step=True)
         unmet = [watched for watched in self.watched.values() if not watched.met]
         leads = [w for w in unmet if session.place.role_rank == min(self.points.participants_of(session, w))]
         for watched in leads:
             session.client.set(_decline_place(session, watched), "declined", "")
-        asked_for = [watched for watched in unmet if watched.options.wait == "both"]
-        if any(session.place.role == sender_role(watched.direction) for watched in asked_for):
-            self._answer_late_askers(session, asked_for)
+        if any(session.place.role == sender_role(watched.direction) for watched in unmet):
+            self._answer_late_askers(session, unmet)
         for watched in unmet:
             if not watched.met:
                 self.points.skip(session, watched, "no gradient came to it in this step")

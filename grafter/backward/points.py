@@ -128,7 +128,7 @@ class BackwardPoints:
             key = grafter.steps.next_key({**saved.tags, "name": key.name}, grafter.config.key_tags, PHASE)
         saved.came = True
         options = saved.options
-        if saved.module is not None and not grafter.config.only_dumps:
+        if saved.module is not None and not grafter.config.only_dumps and not self.is_early(options):
             options, _ = among_holders(self.session, saved.module, options)
         part = self._recorded_part(saved, gradient)
         taken = grafter.dumps.take(key, saved.direction, gradient, options, saved.tags, saved.call_site, part)
@@ -188,10 +188,12 @@ class BackwardPoints:
         """Whether a point does not wait, and both jobs have not joined yet."""
         return options.wait == "job" and self._grafter.entry.is_waiting
 
-    def defer(self, watched: WatchedGradient, gradient: torch.Tensor) -> None:
-        """Keep a gradient until both jobs have joined."""
+    def defer(self, watched: WatchedGradient, gradient: torch.Tensor | None) -> None:
+        """Keep a gradient, or that none came, until both jobs have joined."""
         grafter = self._grafter
-        offer = grafter.offers.take_up(gradient, watched.options, watched.key)
+        offer = Offer(None, nothing=NO_GRADIENT)
+        if gradient is not None:
+            offer = grafter.offers.take_up(gradient, watched.options, watched.key)
         taken, watched.taken = watched.taken, None
         outcome = grafter.early.add(
             watched.key, watched.direction, offer, watched.options, watched.tags, watched.call_site, watched.module

@@ -9,14 +9,14 @@ from grafter.outbox.states import GONE, POSTED, gone_text
 from grafter.pairing.manifest import StoreKeys
 from grafter.rendezvous.store import StoreClient
 
-# Words for a side that may never come are kept for so many points.
-_MOST_WORDS = 1024
+# Words for a side that may never come are kept for so many points, at half a kilobyte of the store each.
+_MOST_WORDS = 16384
 
 
 class Words:
     """Words that this rank has left at meeting places, for whoever comes: `missed`, `gone`.
 
-    Whoever comes removes the word. One that nobody comes for is removed once a thousand more have been left, so that
+    Whoever comes removes the word. One that nobody comes for is removed once so many more have been left, so that
     the store does not grow.
     """
 
