@@ -70,7 +70,7 @@ class MatchedPoints:
         saved."""
         site = call_site()
         self._standing.refuse_where_impossible(name, site)
-        tags, given = split_options(arguments)
+        tags, given = split_options(arguments) if arguments else ({}, {})
         check_tags(tags)
         if self._standing.detached is not None:
             direction = None

@@ -127,7 +127,7 @@ class OfferMaker:
             leaves.structure if leaves is not None else "",
             tuple(sorted(leaves.others.items())) if leaves is not None else (),
             offer.extras_text,
-            offer.extras_specs,
+            offer.extras_specs if offer.extras else (),
             offer.nothing,
             f"{type(failure).__name__}: {failure}" if failure is not None else None,
             self._nccl_device(leaves),

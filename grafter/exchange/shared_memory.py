@@ -200,7 +200,10 @@ class SharedMemoryExchange(Exchange):
     # The receiver's side.
 
     def receive(self, plan: TransferPlan, incoming: Sequence[Incoming], staging: Staging, watch: Watch) -> None:
-        senders = list(dict.fromkeys(item.piece.sender for item in incoming))
+        senders: list[int] = []
+        for item in incoming:
+            if item.piece.sender not in senders:
+                senders.append(item.piece.sender)
         try:
             for sender in senders:
                 if sender not in self._from:
@@ -217,7 +220,8 @@ class SharedMemoryExchange(Exchange):
 
     def _last_words(self, plan: TransferPlan, senders: Sequence[int], watch: Watch) -> Abandoned | None:
         """Wait until each sender has put all its pieces in place, or has said why it will not."""
-        self._owed_words.update((sender, plan.digest) for sender in senders)
+        for sender in senders:
+            self._owed_words.add((sender, plan.digest))
         failure: Abandoned | None = None
         for sender in senders:
             while (sender, plan.digest) in self._owed_words:
