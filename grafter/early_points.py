@@ -41,7 +41,7 @@ _MOST_POINTS = 1 << 18
 
 @dataclass(eq=False)
 class EarlyPoint:
-    """One that is to be made up for. slot: where a sender's snapshot lies. options: but for tensors of the call."""
+    """One that is to be made up for. slot: where a sender's snapshot lies. options: without its tensors."""
 
     key: PointKey
     direction: Direction
@@ -97,28 +97,15 @@ class EarlyPoints:
         if options.ranks is not None:
             # Now: a process group may be gone by then.
             options = replace(options, ranks=own_participants(self._place, options.ranks))
-        with unobserved():
-            outcome = self._append(key, direction, offer, options, tags, site, module)
-        if key.phase == PHASE:
-            self._recomputations.keep(key, options, None, None)
-        return outcome
-
-    def _append(
-        self,
-        key: PointKey,
-        direction: Direction,
-        offer: Offer,
-        options: PointOptions,
-        tags: dict[str, Any],
-        site: str,
-        module: str | None,
-    ) -> Outcome:
         is_sent = self._place.role == sender_role(direction)
-        kept = keep(offer if is_sent else Offer(None), self._make_room, self._give_back)
+        with unobserved():
+            kept = keep(offer if is_sent else Offer(None), self._make_room, self._give_back)
         header = self._offers.describe(
             None, kept.offer, options, direction, site, kept.slot.place if kept.slot is not None else None,
             early=not is_sent,
         )  # fmt: skip
+        if key.phase == PHASE:
+            self._recomputations.keep(key, options, None, None)
         options = replace(options, extras=None, tokens=None)
         point = EarlyPoint(key, direction, header, options, tags, module, is_sent, kept.slot, kept.nbytes)
         self.points.append(point)

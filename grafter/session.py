@@ -110,18 +110,7 @@ class Session:
         self._mailbox = mailbox
         courier = Courier(self.client, self.housekeeping, self.roster, self.graft_rank, mailbox)
         self.pairing = Pairing(self.client, courier, self.housekeeping, self.roster, timeout)
-        address, port = config.master_address, config.master_port or 0
-        self.transfer = Transfer(
-            config.backend,
-            self.roster,
-            self.graft_rank,
-            self.housekeeping,
-            timeout,
-            shared_memory,
-            self.client.hall,
-            lambda: connect(address, port, timeout=30, keep_trying=lambda: True).store,
-            lambda: local_address_towards(address, port),
-        )
+        self.transfer = self._make_transfer(config, shared_memory)
         self.agreement = Agreement(
             self.client,
             courier,
@@ -146,7 +135,8 @@ class Session:
         self.puller = Puller(self.roster, self.graft_rank, self.transfer.staging, self.client.seal, self.client.hall)
         self.delivery: Delivery | None = None
         if not all(self.roster.share_memory(self.graft_rank, other) for other in range(len(self.roster.all))):
-            self.delivery = Delivery(local_address_towards(address, port), self.client.seal, self.outbox.find)
+            own_address = local_address_towards(config.master_address, config.master_port or 0)
+            self.delivery = Delivery(own_address, self.client.seal, self.outbox.find)
         self._deletable: dict[tuple[tuple[int, ...], tuple[int, ...]], list[str]] = {}
         self._sent: OrderedDict[str, LedgerLine] = OrderedDict()
         self._failures_posted = 0
@@ -160,6 +150,20 @@ class Session:
         if control is not None:
             control.joined(self.housekeeping, self.roster, self.graft_rank, self.run_directory / self.place.role)
         self.housekeeping.on_second = self._each_second
+
+    def _make_transfer(self, config: GrafterConfig, shared_memory: SharedMemoryExchange | None) -> Transfer:
+        address, port = config.master_address, config.master_port or 0
+        return Transfer(
+            config.backend,
+            self.roster,
+            self.graft_rank,
+            self.housekeeping,
+            self.timeout,
+            shared_memory,
+            self.client.hall,
+            lambda: connect(address, port, timeout=30, keep_trying=lambda: True).store,
+            lambda: local_address_towards(address, port),
+        )
 
     def _refuse_earlier_dumps(self, begun: Begun) -> None:
         try:

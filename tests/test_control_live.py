@@ -95,48 +95,16 @@ def test_changes_hold_from_one_step_on_every_rank_or_nowhere(tmp_path: Path) -> 
         run.await_pause(0)
         until_joined(jobs.port)
 
-        wrong = run.ctl("status", secret="another")
-        assert wrong.exit_code == 1
-        assert "signed with another secret" in wrong.stderr
-        forge_proposal(jobs.port)
-
-        agreed = run.ctl("set", "--compare", "name == 'a'", "--wait", "0")
-        assert "change 1 is agreed, for step 7" in agreed.stdout, agreed.output
-        assert agreed.exit_code == 1, "nobody has come to step 7 yet"
-        assert "0 of 4 have come to it. no rank has ended a step since" in agreed.stdout
-        status = run.ctl("status")
-        assert "target rank 1" in status.stdout
-        assert "in force on all ranks that answer: compare: name == 'none'; stats: full" in status.stdout
-        assert "to come in step 7" in status.stdout
-
-        assert "give a shorter --hold" in run.ctl("off", "--hold", str(FAR)).stderr
+        change_what_is_to_come(run)
         jobs.signals["go 0"].set()
         run.await_pause(1)
-        bad = run.ctl("set", "--b2t", "name = 'b'")
-        assert bad.exit_code == 1
-        assert "baseline rank 0, baseline rank 1, target rank 0, target rank 1: b2t_filter: a single `=`" in bad.stderr
-        same = run.ctl("set", "--b2t", "name == 'a'", "--hold", "5")
-        assert "b2t and compare have the same filter" in same.stderr
-        assert "change 5 is agreed, for step 10" in run.ctl("dump-next", "2", "--wait", "0").stdout
-        assert "change 6 is agreed, for step 10" in run.ctl("set", "--stats", "off", "--wait", "0").stdout
-
+        refuse_what_no_rank_can_take(run)
         jobs.signals["go 1"].set()
         run.await_pause(2)
-        one = run.ctl("set", "--b2t", "name == 'b'", "--wait", "0")
-        assert one.exit_code == 1
-        assert "change 7 is refused: target rank 1: the points b are in compiled code" in one.stderr
-        assert "for step 13" in run.ctl("off", "--wait", "0").stdout
-        assert "are off: `grafter ctl on` comes first" in run.ctl("dump-next", "1").stderr
-
+        refuse_what_one_rank_cannot_take(run)
         jobs.signals["go 2"].set()
         run.await_pause(3)
-        assert "for step 15" in run.ctl("on", "--wait", "0").stdout
-        # Also in step 15, and after it: what is said last counts.
-        assert "for step 15" in run.ctl("set", "--stats", "light", "--wait", "0").stdout
-        jobs.signals["go 3"].set()
-        done = run.ctl("off", "--wait", str(FAR))
-        assert done.exit_code == 0, done.output
-        assert "on all 4 ranks" in done.stdout
+        switch_on_and_off_again(run)
         jobs.signals["stop"].set()
         succeed(jobs.wait())
         off_at = {line.step for line in read_history(tmp_path / "run")["target"]}
@@ -159,6 +127,52 @@ def test_changes_hold_from_one_step_on_every_rank_or_nowhere(tmp_path: Path) -> 
         (5, 10),
         (6, 10),
     ]
+
+
+def change_what_is_to_come(run: Run) -> None:
+    wrong = run.ctl("status", secret="another")
+    assert wrong.exit_code == 1
+    assert "signed with another secret" in wrong.stderr
+    forge_proposal(run.jobs.port)
+
+    agreed = run.ctl("set", "--compare", "name == 'a'", "--wait", "0")
+    assert "change 1 is agreed, for step 7" in agreed.stdout, agreed.output
+    assert agreed.exit_code == 1, "nobody has come to step 7 yet"
+    assert "0 of 4 have come to it. no rank has ended a step since" in agreed.stdout
+    status = run.ctl("status")
+    assert "target rank 1" in status.stdout
+    assert "in force on all ranks that answer: compare: name == 'none'; stats: full" in status.stdout
+    assert "to come in step 7" in status.stdout
+
+    assert "give a shorter --hold" in run.ctl("off", "--hold", str(FAR)).stderr
+
+
+def refuse_what_no_rank_can_take(run: Run) -> None:
+    bad = run.ctl("set", "--b2t", "name = 'b'")
+    assert bad.exit_code == 1
+    assert "baseline rank 0, baseline rank 1, target rank 0, target rank 1: b2t_filter: a single `=`" in bad.stderr
+    same = run.ctl("set", "--b2t", "name == 'a'", "--hold", "5")
+    assert "b2t and compare have the same filter" in same.stderr
+    assert "change 5 is agreed, for step 10" in run.ctl("dump-next", "2", "--wait", "0").stdout
+    assert "change 6 is agreed, for step 10" in run.ctl("set", "--stats", "off", "--wait", "0").stdout
+
+
+def refuse_what_one_rank_cannot_take(run: Run) -> None:
+    one = run.ctl("set", "--b2t", "name == 'b'", "--wait", "0")
+    assert one.exit_code == 1
+    assert "change 7 is refused: target rank 1: the points b are in compiled code" in one.stderr
+    assert "for step 13" in run.ctl("off", "--wait", "0").stdout
+    assert "are off: `grafter ctl on` comes first" in run.ctl("dump-next", "1").stderr
+
+
+def switch_on_and_off_again(run: Run) -> None:
+    assert "for step 15" in run.ctl("on", "--wait", "0").stdout
+    # Also in step 15, and after it: what is said last counts.
+    assert "for step 15" in run.ctl("set", "--stats", "light", "--wait", "0").stdout
+    run.jobs.signals["go 3"].set()
+    done = run.ctl("off", "--wait", str(FAR))
+    assert done.exit_code == 0, done.output
+    assert "on all 4 ranks" in done.stdout
 
 
 def until_joined(port: int) -> None:

@@ -431,28 +431,39 @@ def test_a_process_group_that_is_gone_by_then_has_said_whose_the_point_was(tmp_p
 
 
 def have_no_backward_pass(rank: Rank) -> None:
+    (has_joined,) = rank.arguments
+    grafter._active().begin()
+    while has_joined and grafter._active().entry.is_waiting:
+        time.sleep(0.01)
     grafter.dump("h", torch.nn.Parameter(torch.ones(2)) * 2.0)
     grafter.step()
     rank.tell("went on")
-    join()
-    assert until_nothing_is_pending() == 0
+    # It comes to no further point, and asks for nothing.
+    rank.wait_for("done")
 
 
 def differentiate_alone(rank: Rank) -> list[float]:
+    grafter._active().begin()
+    rank.wait_for("went on")
     weight = torch.nn.Parameter(torch.ones(2))
     grafter.dump("h", weight * 2.0).sum().backward()
     grafter.step()
+    rank.tell("done")
     assert weight.grad is not None
     return weight.grad.tolist()
 
 
 @pytest.mark.parametrize("direction", ["t2b", "b2t"])
-def test_a_gradient_that_never_came_is_told_once_there_is_a_run(tmp_path: Path, direction: str) -> None:
-    """The job that waits for it, or with it, goes on with its own."""
+@pytest.mark.parametrize("has_joined", [True, False])
+def test_a_gradient_that_never_came_is_told_once_there_is_a_run(
+    tmp_path: Path, direction: str, has_joined: bool
+) -> None:
+    """The job that waits for it, or with it, goes on with its own; also where no point had asked for the run yet."""
     settings: dict[str, Any] = {f"{direction}_filter": "phase == 'backward'"}
-    with Jobs(tmp_path, gradients=True, timeout=20, signals=("went on",), **settings) as jobs:
-        jobs.start("target", 1, have_no_backward_pass, wait="job")
-        assert jobs.signals["went on"].wait(60)
+    with Jobs(tmp_path, gradients=True, timeout=20, signals=("went on", "done"), **settings) as jobs:
+        jobs.start("target", 1, have_no_backward_pass, has_joined, wait="job")
+        if not has_joined:
+            assert jobs.signals["went on"].wait(60)
         jobs.start("baseline", 1, differentiate_alone)
         assert succeed(jobs.wait()) == [[2.0, 2.0], None]
 

@@ -276,16 +276,15 @@ class PendingGradients:
             if not saved.came:
                 self.points.record_missing(saved)
         self.recorded.clear()
-        unmet = [watched for watched in self.watched.values() if not watched.met]
         if session is None:
-            if any(watched.options.wait == "both" for watched in unmet):
-                # The other job will wait for them, too.
-                session = self.points.session
-            else:
+            unmet = [watched for watched in self.watched.values() if not watched.met]
+            if all(self.points.is_early(watched.options) for watched in unmet):
                 for watched in unmet:
                     self.points.defer(watched, None)
                 self.watched.clear()
                 return
+            # No point has asked for it yet, and the other job may wait for these.
+            session = self.points.session
         self.serve(at_end_of_step=True)
         unmet = [watched for watched in self.watched.values() if not watched.met]
         leads = [w for w in unmet if session.place.role_rank == min(self.points.participants_of(session, w))]

@@ -84,9 +84,11 @@ class Courier:
         if self._housekeeping.aborted is not None:
             self._housekeeping.check()
         letters = self._mailbox.await_shortly(keys)
-        for letter in letters or ():
+        if letters is None:
+            return None
+        for letter in letters:
             if letter.kind == _STORED:
-                return self._opened(letters or [], make_wait)
+                return self._opened(letters, make_wait)
         return letters
 
     def _opened(self, letters: list[Sealed], make_wait: Callable[[], Wait]) -> list[Sealed]:
