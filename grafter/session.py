@@ -20,7 +20,7 @@ from grafter.copying import share_long_copies
 from grafter.dumps.writer import refuse_earlier_dumps
 from grafter.errors import ConfigError, GrafterError, JoinError, RunError
 from grafter.exchange.group import local_address_towards
-from grafter.exchange.shared_memory import SharedMemoryExchange, open_listener
+from grafter.exchange.shared_memory import SharedMemoryExchange
 from grafter.exchange.transfer import Transfer
 from grafter.ledger import LedgerLine, LedgerRecord, LedgerWriter
 from grafter.outbox.delivery import Delivery
@@ -30,9 +30,10 @@ from grafter.outbox.pull import Puller
 from grafter.pairing.agreement import Agreement
 from grafter.pairing.pairing import Pairing
 from grafter.points import PointKey
+from grafter.rendezvous.channels import Channels
+from grafter.rendezvous.connecting import Listener, connect_ranks, open_listener
 from grafter.rendezvous.courier import Courier
 from grafter.rendezvous.join import LINGER_SECONDS, Membership, Place, StoreServer, join, store_place
-from grafter.rendezvous.mailbox import Mailbox, open_mailbox
 from grafter.rendezvous.roster import PlayedFrom
 from grafter.rendezvous.store import StoreClient, connect
 from grafter.run_facts import write_run_facts
@@ -95,8 +96,7 @@ class Session:
         self,
         config: GrafterConfig,
         membership: Membership,
-        shared_memory: SharedMemoryExchange | None,
-        mailbox: Mailbox | None,
+        channels: Channels | None,
         begun: Begun,
         control: RankControl | None = None,
     ) -> None:
@@ -107,13 +107,13 @@ class Session:
         self.timeout = timeout = config.timeout
         share_long_copies(self.roster.has_core_each)
         self.client.set_timeout(timeout + 5)
-        self._mailbox = mailbox
-        courier = Courier(self.client, self.housekeeping, self.roster, self.graft_rank, mailbox)
-        self.pairing = Pairing(self.client, courier, self.housekeeping, self.roster, timeout)
-        self.transfer = self._make_transfer(config, shared_memory)
+        self._channels = channels
+        self._courier = Courier(self.client, self.housekeeping, self.roster, self.graft_rank, channels, timeout)
+        self.pairing = Pairing(self.client, self._courier, self.housekeeping, self.roster, timeout)
+        self.transfer = self._make_transfer(config)
         self.agreement = Agreement(
             self.client,
-            courier,
+            self._courier,
             self.housekeeping,
             self.roster,
             self.place.role,
@@ -151,8 +151,11 @@ class Session:
             control.joined(self.housekeeping, self.roster, self.graft_rank, self.run_directory / self.place.role)
         self.housekeeping.on_second = self._each_second
 
-    def _make_transfer(self, config: GrafterConfig, shared_memory: SharedMemoryExchange | None) -> Transfer:
+    def _make_transfer(self, config: GrafterConfig) -> Transfer:
         address, port = config.master_address, config.master_port or 0
+        shared_memory = None
+        if self._channels is not None:
+            shared_memory = SharedMemoryExchange(self.graft_rank, self.roster, self._channels)
         return Transfer(
             config.backend,
             self.roster,
@@ -250,8 +253,9 @@ class Session:
         if self.delivery is not None:
             self.delivery.close()
         self.transfer.close()
-        if self._mailbox is not None:
-            self._mailbox.close()
+        self._courier.close()
+        if self._channels is not None:
+            self._channels.close()
         self.ledger.close()
 
     def _linger(self) -> None:
@@ -293,42 +297,44 @@ class Joining:
         threading.Thread(target=self._run, name="grafter-join", daemon=True).start()
 
     def _run(self) -> None:
-        listener = box = None
+        listener = None
         try:
             listener = open_listener()
-            socket_name = listener[1] if listener is not None else ""
-            box = open_mailbox(socket_name) if socket_name else None
+            socket_name = listener.name if listener is not None else ""
             config = self._config
             run_name = config.run_name or time.strftime("%Y%m%d-%H%M%S")
             membership = join(
                 config, self._place, run_name, socket_name, lambda: not self._cancelled, modules=self._modules,
                 played_from=self._played_from, served=self._served,
             )  # fmt: skip
-            shared = mailbox = None
-            if listener is not None and box is not None:
-                shared = SharedMemoryExchange(membership.graft_rank, membership.roster, listener[0])
-                mailbox = Mailbox(box, membership.roster, membership.client.seal)
             host = store_place(config, self._place)
             membership.housekeeping.joined(
                 membership.roster, membership.graft_rank, membership.roster.graft_rank(*host) if host else None
             )
-            try:
-                self._session = Session(config, membership, shared, mailbox, self._begun, self._control)
-            except BaseException as error:
-                # A disk without room for the ledger, say: the others must not wait for a rank that cannot take part.
-                self._leave_at_once(membership, error)
-                raise
+            self._session = self._begin(membership, listener)
         except BaseException as error:
             self._error = error
             if isinstance(error, JoinError):
                 self._on_refusal(error)
             if listener is not None:
-                listener[0].close()
-            if box is not None:
-                box.close()
+                listener.close()
         self._done.set()
         if self._session is not None:
             self._on_joined()
+
+    def _begin(self, membership: Membership, listener: Listener | None) -> Session:
+        """The session, with a channel to each rank of this host."""
+        channels = None
+        try:
+            if listener is not None:
+                channels = _open_channels(membership, listener, self._config.timeout)
+            return Session(self._config, membership, channels, self._begun, self._control)
+        except BaseException as error:
+            # A disk without room for the ledger, say: the others must not wait for a rank that cannot take part.
+            self._leave_at_once(membership, error)
+            if channels is not None:
+                channels.close()
+            raise
 
     @property
     def is_over(self) -> bool:
@@ -371,3 +377,9 @@ class Joining:
         self._cancelled = True
         self._done.wait(2.0)
         return self._session
+
+
+def _open_channels(membership: Membership, listener: Listener, timeout: float) -> Channels:
+    roster, graft_rank, seal = membership.roster, membership.graft_rank, membership.client.seal
+    connections = connect_ranks(listener, roster, graft_rank, seal, timeout, membership.housekeeping.check)
+    return Channels(graft_rank, roster, seal, connections)

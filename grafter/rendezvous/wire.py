@@ -20,11 +20,15 @@ _FRESH = "Use a fresh master port for each run."
 
 
 class Sealed(NamedTuple):
-    """What one process wrote. A named tuple, since a frozen dataclass costs three times as much to make."""
+    """What one process wrote. A named tuple, since a frozen dataclass costs three times as much to make.
+
+    descriptor: a file descriptor that came with it over a channel. Whoever takes the letter closes it.
+    """
 
     kind: str
     writer: str
     payload: str
+    descriptor: int | None = None
 
 
 class Seal:

@@ -1,8 +1,8 @@
 """The housekeeping thread of a rank: it diagnoses waits, wakes the waiter, watches processes, and tidies the store.
 
-The dump thread blocks in one place at a time: in the store, in its mailbox, or in a transfer. Everything that could end
-that wait early happens here, on a store client of its own: an abort is put under the awaited key, or `aborted` is set,
-which the other waits look at four times a second.
+The dump thread blocks in one place at a time: in the store, in its channels, or in a transfer. Everything that could
+end that wait early happens here, on a store client of its own: an abort is put under the awaited key, or `aborted` is
+set, which the other waits look at four times a second.
 """
 
 from __future__ import annotations
