@@ -26,6 +26,7 @@ from grafter.pairing.manifest import Header, Pair, store_keys
 from grafter.pairing.paired_rows import PairedRows
 from grafter.points import PointKey
 from grafter.session import Session
+from grafter.signal_handlers import is_from_signal_handler
 from grafter.watching.watch import Abandoned, PeerGone
 from grafter.writing.tensor_access import without_gradient
 from grafter.writing.write_back import WriteMode, Written
@@ -238,6 +239,8 @@ class Meeting:
                 incoming = reception.incoming(values, leaves)
             self._check(leaves, incoming)
         except Exception as error:
+            if is_from_signal_handler(error):
+                raise
             return [], self._explain(error)
         finally:
             self._end_stage("transform")
@@ -283,6 +286,8 @@ class Meeting:
                         "token": self._token_of(index, difference),
                     }  # fmt: skip
                 except Exception as error:
+                    if is_from_signal_handler(error):
+                        raise
                     # Out of memory, say: it costs the figures, not the point.
                     logger.warning("grafter: no statistics of %s: %s: %s", self._key, type(error).__name__, error)
             if incoming and incoming[index].replicas is not None:

@@ -263,6 +263,8 @@ class Channels:
                 else:
                     if len(letter) > _LONG_LETTER_BYTES or len(self._unread) >= _MOST_LETTERS:
                         self._check_room(sealed)
+                    if key in self._unread:
+                        _close_descriptor(self._unread[key])
                     self._unread[key] = sealed
             except ProtocolError:
                 arrived.popleft()
