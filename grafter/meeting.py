@@ -101,9 +101,10 @@ class Meeting:
     def _leave(self, pair: Pair, error: BaseException) -> None:
         """An exception ended this rank's part. Where that was before anything could hold it, no receiver must wait."""
         course: _Course | None = pair.memo.get(self._direction)
-        if course is not None and self._is_receiver and not self._is_settled:
-            if self._header.role_rank in course.receivers:
-                self._session.agreement.leave(self._key, course.receivers, error)
+        if course is None or not self._is_receiver or self._is_settled:
+            return
+        if self._header.role_rank in course.receivers:
+            self._session.agreement.leave(self._key, course.receivers, error)
 
     def _pass_by(self, not_met: NotMet) -> Outcome:
         """The two sides have not met, since one of them does not wait: the value goes on as it is."""

@@ -33,7 +33,7 @@ from grafter.pairing.vote_log import VoteLog
 
 # So often a step may fail with one error before that is taken for its own, and not for one that a signal brought.
 _TRIES = 3
-_BEGIN = Step("begin")
+_BEGIN, _END = Step("begin"), Step("end")
 
 
 class Work(ABC):
@@ -124,6 +124,7 @@ class CriticalSection:
                 try:
                     step = course.send(result)
                 except StopIteration as end:
+                    step = _END
                     return self._settled(end.value, is_leaving)
                 result = self._perform(step)
             except Exception as error:

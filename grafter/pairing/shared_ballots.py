@@ -88,7 +88,8 @@ class SharedBallots:
                 break
         if self._history is not None and self._position - self._reclaimed > 2 * RECLAIMED_BYTES:
             self._reclaim(self._history.unneeded)
-        return self._ballots.get(digest) or self._over.get(digest, ())
+        ballots = self._ballots.get(digest)
+        return ballots if ballots is not None else self._over.get(digest, [])
 
     def _take(self, point: bytes, ballot: Ballot) -> None:
         if self._history is not None:
@@ -119,7 +120,7 @@ class SharedBallots:
             del self._over[next(iter(self._over))]
 
     def _reclaim(self, unneeded: int) -> None:
-        """Give the memory of records back, by the MiB. The file's size grows with each point; what it holds does not."""
+        """Give memory of records back, by the MiB. The file's size grows with each point; what it holds does not."""
         while unneeded - self._reclaimed >= RECLAIMED_BYTES:
             with (
                 contextlib.suppress(OSError),
