@@ -12,9 +12,22 @@ from collections.abc import Collection
 import pytest
 from commit_parts import Bounds, Explorer, Violation, shortened
 
-from grafter.pairing import commit_protocol
 from grafter.pairing.commit_protocol import (
-    APPEND, AWAIT, GIVEN_UP, NO, OPEN, PREPARE, READ, WAKE, WRITE, YES, Ballot, Course, Outcome, Step, outcome_of,
+    APPEND,
+    AWAIT,
+    GIVEN_UP,
+    NO,
+    OPEN,
+    PREPARE,
+    READ,
+    WAKE,
+    WRITE,
+    YES,
+    Ballot,
+    Course,
+    Outcome,
+    Step,
+    outcome_of,
 )  # fmt: skip
 
 HOST, STORE = False, True
@@ -34,9 +47,7 @@ HOST, STORE = False, True
         (4, STORE, Bounds(), 5_000),
     ],
 )
-def test_all_write_or_none_does_in_every_order_of_steps(
-    size: int, in_store: bool, bounds: Bounds, states: int
-) -> None:
+def test_all_write_or_none_does_in_every_order_of_steps(size: int, in_store: bool, bounds: Bounds, states: int) -> None:
     """Also: nobody waits for nothing, all report one outcome, and all write where all voted yes and nothing happened."""
     found = Explorer(size, in_store, bounds).explore()
     print(f"{size} receivers, {'store' if in_store else 'host'}, {bounds}: {found.states} states, ends {found.ends}")

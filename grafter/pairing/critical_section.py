@@ -3,7 +3,7 @@
 An exception may arrive anywhere: Ctrl-C, what a signal handler raises, the end of the run. It is held. This rank then
 leaves the point by the protocol, which reads the log and writes if the point was committed; after that the exception is
 raised by whoever called. Python runs signal handlers at calls and at the end of loops, so that another exception may
-arrive while the first is being held: hence the nested loops in `run`.
+arrive while the first is being held: hence the levels.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ from grafter.pairing.vote_log import VoteLog
 
 # So often a step may fail with one error before that is taken for its own, and not for one that a signal brought.
 _TRIES = 3
+# So many exceptions may arrive one on top of the other, in the few instructions that it takes to hold one.
+_LEVELS = 4
 _BEGIN, _END = Step("begin"), Step("end")
 
 
@@ -90,22 +92,13 @@ class CriticalSection:
 
     def run(self) -> Settled:
         """Take part in the point. Raises nothing; what arrives is held."""
-        # Each level holds what arrives while the level inside holds another.
+        return self._held_back(_LEVELS)
+
+    def _held_back(self, level: int) -> Settled:
+        """Each level holds what arrives while the level inside of it holds something."""
         while True:
             try:
-                while True:
-                    try:
-                        while True:
-                            try:
-                                while True:
-                                    try:
-                                        return self._attempt()
-                                    except BaseException as error:
-                                        self.held.append(error)
-                            except BaseException as error:
-                                self.held.append(error)
-                    except BaseException as error:
-                        self.held.append(error)
+                return self._held_back(level - 1) if level else self._attempt()
             except BaseException as error:
                 self.held.append(error)
 
