@@ -31,7 +31,7 @@ class FailedPoints:
         self.is_listening = False
 
     def add(self, digest: str, reason: str) -> None:
-        """A point has failed here; `tell` puts it into the store."""
+        """A point has failed here. Does not wait for the store, which may not answer; `tell` does."""
         self._untold.append((digest, reason))
 
     def tell(self, client: StoreClient) -> None:
@@ -45,13 +45,17 @@ class FailedPoints:
                     self._untold.popleft()
 
     def tell_before_leaving(self, client: StoreClient, patience_seconds: float) -> None:
-        """What could not be told before, because the run was over. Does not wait for a store that does not answer."""
+        """What was not told yet. Does not wait long for a store that does not answer."""
         if self._untold:
             client.set_timeout(patience_seconds)
             try:
                 self.tell(client)
             except RunError as error:
                 logger.debug("grafter: the senders could not be told of failed points: %s", error)
+
+    @property
+    def has_told_all(self) -> bool:
+        return not self._untold
 
     def hear(self, client: StoreClient) -> None:
         """Called about once a second."""

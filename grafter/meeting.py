@@ -359,6 +359,9 @@ class Meeting:
 
     def _finish(self, course: _Course, outcome: Outcome, reason: str | None) -> None:
         session, receivers = self._session, course.receivers
+        sent = not self._is_receiver and outcome in ("sent", "compared")
+        # First, since the store, which the rest may need, can be lost.
+        session.record(self._line(course.sides, outcome, reason), self._key if sent else None)
         deletable = session.pairing.keys_to_delete(self._key, self._header)
         if self._is_receiver and receivers:
             deletable += session.agreement.keys_to_delete(self._key, receivers)
@@ -371,8 +374,6 @@ class Meeting:
                 # Its senders read the entry's state.
                 deletable.append(store_keys(session.client.hall, self._key.digest).outcome)
         session.finished(course.sides, deletable)
-        sent = not self._is_receiver and outcome in ("sent", "compared")
-        session.record(self._line(course.sides, outcome, reason), self._key if sent else None)
 
     def _line(self, sides: Sides, outcome: Outcome, reason: str | None) -> LedgerLine:
         key, place = self._key, self._session.place

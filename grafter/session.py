@@ -200,10 +200,8 @@ class Session:
             logger.error("grafter: the ledger %s cannot be written: %s", self.ledger.path, error)
 
     def tell_failure(self, key: PointKey, reason: str) -> None:
-        """Called by every receiver of a point that has failed: the senders hear of it within about a second."""
+        """Called by every receiver of a point that has failed: the senders hear of it within about two seconds."""
         self._failed.add(key.digest, reason)
-        if self.housekeeping.aborted is None:
-            self._failed.tell(self.client)
 
     def expect_failures(self) -> None:
         """This rank sends, and hears from now on of points that have failed."""

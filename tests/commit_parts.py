@@ -189,7 +189,7 @@ class Explorer:
         """One world for all that differ in the receivers' names only: the protocol treats all receivers alike."""
         if not self.renames:
             return world
-        own = {rank: kind for rank, kind in reversed(world.log)}
+        own = dict(reversed(world.log))
         keys = [
             (r.node.step and r.node.step.name, r.has_written, r.is_killed, r.has_opened, world.letters[rank],
              own.get(rank, 0), r.node.outcome is not None and r.node.outcome.decided_by == rank)

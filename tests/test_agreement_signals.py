@@ -82,7 +82,7 @@ def at(phase: str, act: Callable[[], None]) -> Iterator[Callable[[Any], torch.Te
 
 
 def receive(rank: Rank, phase: str | None, number: int, name: str) -> tuple[list[list[float]], str | None]:
-    """One point of two leaves: what it holds afterwards, and the name of what was raised. phase: where a signal comes."""
+    """One point of two leaves: what it holds then, and the name of what was raised. phase: where the signal comes."""
     value = {"a": torch.full((2,), OLD[0]), "b": torch.full((2,), OLD[0])}
     raised = None
     with at(phase or "", lambda: os.kill(os.getpid(), number)) as transform:
@@ -98,8 +98,18 @@ def send(name: str) -> None:
     grafter.dump(name, {"a": torch.full((2,), NEW[0]), "b": torch.full((2,), NEW[0])})
 
 
-def hear_all() -> None:
+def wait_until_told(rank: Rank) -> None:
+    """Until this receiver has told the senders of all that has failed."""
+    failed = grafter._grafter.entry.session._failed  # type: ignore[union-attr]
+    deadline = time.monotonic() + 15
+    while not failed.has_told_all and time.monotonic() < deadline:
+        time.sleep(0.05)
+    rank.tell("told")
+
+
+def hear_all(rank: Rank) -> None:
     """Until this sender has heard of every failure that receivers have told."""
+    rank.wait_for("told")
     session = grafter._grafter.entry.session  # type: ignore[union-attr]
     failed, told = session._failed, 0
     while session.client.peek(failed._place(told)) is not None:
@@ -128,9 +138,10 @@ def be_interrupted(rank: Rank) -> list[Any]:
             send(phase)
     if is_receiver(rank, receivers):
         found.append(receive(rank, None, 0, "last"))
+        wait_until_told(rank)
     else:
         send("last")
-        hear_all()
+        hear_all(rank)
     return found
 
 
@@ -152,7 +163,7 @@ def test_a_receiver_that_is_interrupted_writes_as_all_others_do_and_raises_after
     """At each phase; and the next point grafts. Where the receivers are the baseline, its rank 0 hosts the store."""
     filters = {"b2t_filter": "True"} if receivers == "target" else {"t2b_filter": "True"}
     sender = "baseline" if receivers == "target" else "target"
-    with Jobs(tmp_path, hosted=receivers == "target", timeout=FAR, **filters) as jobs:
+    with Jobs(tmp_path, hosted=receivers == "target", timeout=FAR, signals=("told",), **filters) as jobs:
         for role in ("baseline", "target"):
             jobs.start(role, size if role == receivers else 1, be_interrupted, carrier, receivers, which)
         values = succeed(jobs.wait())
@@ -259,7 +270,8 @@ def test_a_receiver_that_is_stopped_past_the_timeout_and_resumed_does_what_the_o
     is_written = phase in ("after vote", "before write", "inside write")
     assert found == [[NEW if is_written else OLD] * 2] * size
     for rank in range(size):
-        assert [line.outcome for line in ledgers[receivers, rank]] == ["grafted" if is_written else "failed"]
+        outcomes = [line.outcome for line in ledgers[receivers, rank]]
+        assert outcomes == ["grafted" if is_written else "failed"], (rank, results)
     sender = "baseline" if receivers == "target" else "target"
     if receivers == "target":
         assert [line.outcome for line in ledgers[sender, 0]] == ["sent" if is_written else "failed"]

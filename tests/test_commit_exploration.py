@@ -48,7 +48,7 @@ HOST, STORE = False, True
     ],
 )
 def test_all_write_or_none_does_in_every_order_of_steps(size: int, in_store: bool, bounds: Bounds, states: int) -> None:
-    """Also: nobody waits for nothing, all report one outcome, and all write where all voted yes and nothing happened."""
+    """Also: nobody waits for nothing, all report one outcome, and all write where all vote yes and nothing happens."""
     found = Explorer(size, in_store, bounds).explore()
     print(f"{size} receivers, {'store' if in_store else 'host'}, {bounds}: {found.states} states, ends {found.ends}")
     assert found.states >= states
