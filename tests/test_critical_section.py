@@ -8,12 +8,17 @@ from types import CodeType, FrameType
 from typing import Any
 
 import pytest
+from vote_log_parts import DIGEST, Courier, Post, Roster, make_wait
 
 from grafter.errors import PeerLostError, RunError
-from grafter.pairing import commit_protocol, critical_section
+from grafter.pairing import commit_protocol, critical_section, host_votes, shared_ballots
 from grafter.pairing.commit_protocol import GIVEN_UP, NO, YES, Ballot, Outcome, outcome_of
 from grafter.pairing.critical_section import CriticalSection, Settled, Work
+from grafter.pairing.host_votes import HostLogs, HostVotes
+from grafter.pairing.manifest import StoreKeys
 from grafter.pairing.vote_log import OwnVotes, VoteLog
+from grafter.rendezvous.wire import Sealed
+from grafter.watching.waits import Wait
 
 RECEIVERS = (0, 1)
 
@@ -86,11 +91,66 @@ def make_votes() -> dict[str, Callable[[], VoteLog]]:
         "the other refuses meanwhile": lambda: Votes([], [Ballot(1, NO)]),
         "the other never votes": lambda: Votes(),
         "alone": lambda: OwnVotes(0),
+        "in shared memory": lambda: in_shared_memory(is_first=True),
+        "in shared memory that another rank has made": lambda: in_shared_memory(is_first=False),
     }
 
 
+def in_shared_memory(*, is_first: bool) -> HostVotes:
+    """The log that really runs, as receiver 0 sees it. The other one has voted yes already where it is the lowest rank,
+    which makes the log; else it does once receiver 0 waits."""
+    post = Post()
+    receivers = RECEIVERS if is_first else (1, 0)
+    keys, digest = StoreKeys("hall", DIGEST), DIGEST
+    courier: Any = VotesMeanwhile(post, 0)
+    logs: list[Any] = [HostLogs(courier, Roster(), "target", 0, "hall"), None]  # type: ignore[arg-type]
+    other: Any = Courier(post, 1)
+    logs[1] = HostLogs(other, Roster(), "target", 1, "hall")  # type: ignore[arg-type]
+    mine = HostVotes(logs[0], courier, keys, digest, receivers, 0, make_wait)
+    theirs = HostVotes(logs[1], other, keys, digest, receivers, 1, make_wait)
+    if not is_first:
+        theirs.offer()
+        assert theirs.open() is None
+        theirs.append(YES, "")
+    courier.other = theirs
+    _OPEN.append(logs)
+    return mine
+
+
+class VotesMeanwhile(Courier):
+    """Whoever waits for a letter gives the other receiver time to vote."""
+
+    other: HostVotes
+
+    def fetch(self, make_wait: Callable[[], Wait], keys: Sequence[str], *, by_mail: bool) -> list[Sealed]:
+        if keys[0] not in self._post.boxes[self._rank]:
+            assert self.other.open() is None
+            self.other.append(YES, "")
+            outcome = outcome_of(self.other.read(), RECEIVERS)
+            assert outcome is not None
+            self.other.wake(outcome, "")
+        return super().fetch(make_wait, keys, by_mail=by_mail)
+
+
+_OPEN: list[list[Any]] = []
+
+
+@pytest.fixture(autouse=True)
+def closed_logs() -> Iterator[None]:
+    yield
+    close_logs()
+
+
+def close_logs() -> None:
+    while _OPEN:
+        for logs in _OPEN.pop():
+            logs.close()
+
+
 # The code in which exceptions arrive.
-_FILES = {critical_section.__file__, commit_protocol.__file__, __file__}
+_FILES = {
+    critical_section.__file__, commit_protocol.__file__, host_votes.__file__, shared_ballots.__file__, __file__,
+}  # fmt: skip
 
 
 class Injector:
@@ -150,12 +210,13 @@ class Held(list[BaseException]):
 def judge(make: Callable[[], VoteLog], injector: Injector, refusal: str | None = None) -> bool:
     """Run a section; whether anything was injected. Whatever was, it carries out what the log says."""
     log, work = make(), TwoLeaves(refusal)
-    receivers = (0,) if isinstance(log, OwnVotes) else RECEIVERS
+    receivers = (0,) if isinstance(log, OwnVotes) else getattr(log, "_receivers", RECEIVERS)
     section = CriticalSection(log, 0, receivers, work, "target rank 0")
     try:
         settled = injector.run(section)
     except (Arrived, ArrivedAsError) as error:
         # Before the section began, or once all was done: as the meeting does then.
+        assert log.open() is None
         outcome = outcome_of(log.read(), receivers)
         assert Ballot(0, YES) not in log.read() or outcome is not None
         assert (work.leaves == ["new", "new"]) == (outcome is not None and outcome.is_committed)
@@ -170,6 +231,7 @@ def judge(make: Callable[[], VoteLog], injector: Injector, refusal: str | None =
         chain = {id(error) for held in (*section.held, *settled.held) for error in contexts(held)}
         assert {id(error) for error in injector.raised} <= chain
         assert isinstance(settled.error, (Arrived, ArrivedAsError))
+    close_logs()
     return bool(injector.raised)
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import random
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from vote_log_parts import DIGEST, RECEIVERS, Courier, Post, Roster, make_wait
 
 from grafter.pairing import shared_ballots
 from grafter.pairing.commit_protocol import GIVEN_UP, NO, YES, Ballot, Outcome, outcome_of
@@ -21,59 +23,6 @@ from grafter.pairing.store_votes import StoreVotes
 from grafter.pairing.vote_log import VoteLog
 from grafter.rendezvous.store import HostedStore, StoreClient, connect
 from grafter.rendezvous.wire import Seal, Sealed
-from grafter.watching.waits import Wait
-
-RECEIVERS = (0, 1, 2)
-DIGEST = "0123456789abcdef01234567"
-
-
-class Post:
-    """Letters of all ranks of a host: what was brought has arrived."""
-
-    def __init__(self) -> None:
-        self.boxes: dict[int, dict[str, Sealed]] = defaultdict(dict)
-
-
-class Courier:
-    """As one rank sees it. A letter that is waited for must be there."""
-
-    def __init__(self, post: Post, rank: int, client: StoreClient | None = None) -> None:
-        self._post, self._rank, self._client = post, rank, client
-
-    def bring(self, receivers: Sequence[int], key: str, kind: str, payload: str, *, by_mail: bool) -> None:
-        for receiver in receivers:
-            self._post.boxes[receiver][key] = Sealed(kind, str(self._rank), payload)
-
-    def look(self, key: str) -> Sealed | None:
-        return self._post.boxes[self._rank].pop(key, None)
-
-    def fetch(self, make_wait: Callable[[], Wait], keys: Sequence[str], *, by_mail: bool) -> list[Sealed]:
-        if not by_mail:
-            assert self._client is not None
-            return self._client.get_all(keys)
-        return [self._post.boxes[self._rank].pop(key) for key in keys]
-
-    def discard(self, key: str) -> None:
-        self._post.boxes[self._rank].pop(key, None)
-
-
-class Process:
-    pid = os.getpid()
-
-
-class Roster:
-    class Member:
-        process = Process()
-
-    def side(self, role: str) -> list[Any]:
-        return [self.Member()] * len(RECEIVERS)
-
-    def graft_rank(self, role: str, role_rank: int) -> int:
-        return role_rank
-
-
-def make_wait(has_grown: Callable[[], bool] | None = None) -> Wait:
-    return Wait("agreement", "h", 5.0)
 
 
 @pytest.fixture
@@ -150,12 +99,18 @@ def test_a_log_that_is_opened_again_is_the_same(logs: list[VoteLog]) -> None:
 # On one host.
 
 
+def opened_again(name: str) -> int:
+    """As by another process."""
+    fd = shared_ballots.find(os.getpid(), name)
+    assert fd is not None
+    return fd
+
+
 def test_ballots_of_many_threads_are_all_there_whole_and_in_one_order() -> None:
     writers, each = 8, 2000
-    first = SharedBallots(shared_ballots.create(), 0, range(writers), reclaims=False)
+    first = SharedBallots(shared_ballots.create("votes"), 0, range(writers), reclaims=False)
     logs = [first] + [
-        SharedBallots(shared_ballots.open_of(os.getpid(), *first.place), rank, range(writers), reclaims=False)
-        for rank in range(1, writers)
+        SharedBallots(opened_again("votes"), rank, range(writers), reclaims=False) for rank in range(1, writers)
     ]
     digest = bytes(12)
     threads = [
@@ -174,8 +129,8 @@ def test_ballots_of_many_threads_are_all_there_whole_and_in_one_order() -> None:
 
 
 def test_a_log_outlives_the_rank_that_made_it() -> None:
-    made = SharedBallots(shared_ballots.create(), 0, (0, 1), reclaims=True)
-    other = SharedBallots(shared_ballots.open_of(os.getpid(), *made.place), 1, (0, 1), reclaims=False)
+    made = SharedBallots(shared_ballots.create("votes"), 0, (0, 1), reclaims=True)
+    other = SharedBallots(opened_again("votes"), 1, (0, 1), reclaims=False)
     made.append(bytes(12), YES)
     made.close()
     other.append(bytes(12), GIVEN_UP)
@@ -184,21 +139,35 @@ def test_a_log_outlives_the_rank_that_made_it() -> None:
 
 
 def test_what_is_no_log_is_not_opened(tmp_path: Path) -> None:
-    """Neither another file under that descriptor nor one that could shrink."""
-    made = SharedBallots(shared_ballots.create(), 0, (0, 1), reclaims=True)
-    fd, inode, device = made.place
-    with pytest.raises(OSError, match="another file"):
-        shared_ballots.open_of(os.getpid(), fd, inode + 1, device)
-    with (tmp_path / "file").open("w+b") as file:
-        status = os.fstat(file.fileno())
-        with pytest.raises(OSError):
-            shared_ballots.open_of(os.getpid(), file.fileno(), status.st_ino, status.st_dev)
-    plain = os.memfd_create("plain", os.MFD_ALLOW_SEALING)
-    status = os.fstat(plain)
-    with pytest.raises(OSError, match="shrink"):
-        shared_ballots.open_of(os.getpid(), plain, status.st_ino, status.st_dev)
+    """Neither memory that could shrink nor a file of that name."""
+    plain = os.memfd_create("votes-of-nobody", os.MFD_ALLOW_SEALING)
+    with (tmp_path / "memfd:votes").open("w+b"):
+        assert shared_ballots.find(os.getpid(), "votes-of-nobody") is None
+        assert shared_ballots.find(os.getpid(), "votes") is None
     os.close(plain)
-    made.close()
+
+
+def test_a_process_that_cannot_be_looked_into_is_an_error_that_names_it() -> None:
+    """The point is refused with that; nobody can have committed without this receiver's yes."""
+    ended = multiprocessing.get_context("forkserver").Process(target=int)
+    ended.start()
+    ended.join()
+
+    class Gone(Roster):
+        class Member:
+            class process:
+                pid = ended.pid
+
+    post = Post()
+    courier: Any = Courier(post, 1)
+    logs = HostLogs(courier, Gone(), "target", 1, "hall")  # type: ignore[arg-type]
+    votes = HostVotes(logs, courier, StoreKeys("hall", DIGEST), DIGEST, (0, 1), 1, make_wait)
+    post.boxes[1][logs._place((0, 1))] = Sealed("here", "0", "")
+    problem = votes.open()
+    assert problem is not None
+    assert f"(pid {ended.pid}): No such file" in problem
+    votes.excuse(problem)
+    assert post.boxes[0][StoreKeys("hall", DIGEST).outcome] == Sealed("give-up", "1", problem)
 
 
 def do_points(logs: list[SharedBallots], orders: list[list[bytes]], choices: random.Random) -> None:
@@ -226,14 +195,11 @@ def do_points(logs: list[SharedBallots], orders: list[list[bytes]], choices: ran
 def test_memory_is_given_back_and_nothing_is_lost_that_somebody_reads(
     monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
-    """Also where ranks do the points in another order, and where they are at different points."""
+    """Also where some ranks are a point ahead of others, which have not read yet what they will need."""
     monkeypatch.setattr(shared_ballots, "RECLAIMED_BYTES", 4096)
     choices, size = random.Random(seed), 3
-    made = SharedBallots(shared_ballots.create(), 0, range(size), reclaims=True)
-    logs = [made] + [
-        SharedBallots(shared_ballots.open_of(os.getpid(), *made.place), rank, range(size), reclaims=False)
-        for rank in range(1, size)
-    ]
+    made = SharedBallots(shared_ballots.create("votes"), 0, range(size), reclaims=True)
+    logs = [made] + [SharedBallots(opened_again("votes"), rank, range(size), reclaims=False) for rank in range(1, size)]
     points = [number.to_bytes(12, "little") for number in range(3000)]
     do_points(logs, [points] * size, choices)
     status = os.fstat(made.fd)

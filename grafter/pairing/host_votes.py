@@ -1,14 +1,13 @@
 """The vote log of receivers that share a host: shared ballots, and a letter to wake those who wait.
 
-One log serves one set of receivers for the whole run. Its lowest rank makes it at the set's first point and tells the
-others where it is; they open it when they first vote.
+One log serves one set of receivers for the whole run. Its lowest rank makes it at the set's first point and says so;
+the others look for it among that process's open files when they first vote.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import time
 from collections.abc import Callable, Sequence
 
@@ -53,12 +52,10 @@ class HostLogs:
             return None
         place = self._place(receivers)
         try:
-            log = self._logs.get(receivers)
-            if log is None:
-                log = self._logs[receivers] = SharedBallots(
-                    shared_ballots.create(), self._role_rank, receivers, reclaims=True
-                )
-            self._bring(receivers, place, _HERE, json.dumps(log.place))
+            if receivers not in self._logs:
+                fd = shared_ballots.create(self._name(receivers))
+                self._logs[receivers] = SharedBallots(fd, self._role_rank, receivers, reclaims=True)
+            self._bring(receivers, place, _HERE, "")
         except OSError as error:
             problem = f"{self._role} rank {self._role_rank} cannot make a vote log in shared memory: {error}"
             self._bring(receivers, place, _NONE, problem)
@@ -70,42 +67,48 @@ class HostLogs:
     def _bring(self, receivers: tuple[int, ...], place: str, kind: str, text: str) -> None:
         self._courier.bring(self.graft_ranks(receivers), place, kind, text, by_mail=True)
 
+    def _name(self, receivers: tuple[int, ...]) -> str:
+        text = f"{self._hall} {self._role} {receivers}"
+        return f"grafter-votes-{hashlib.blake2b(text.encode(), digest_size=12).hexdigest()}"
+
     def _place(self, receivers: tuple[int, ...]) -> str:
-        name = hashlib.blake2b(repr(receivers).encode(), digest_size=12).hexdigest()
-        return f"{self._hall}/votes/{self._role}/{name}/{self._failures.get(receivers, 0)}"
+        return f"{self._hall}/{self._name(receivers)}/{self._failures.get(receivers, 0)}"
 
     def open(self, receivers: tuple[int, ...], make_wait: MakeWait) -> str | None:
         """Why this rank has no log of these receivers; None if it has one from now on. May wait for the lowest rank."""
         if receivers in self._offered or (receivers in self._logs and self._role_rank != receivers[0]):
             return None
+        place = self._place(receivers)
         try:
             if self._role_rank == receivers[0]:
                 return self.offer(receivers)
-            place = self._place(receivers)
-            letter = self._courier.look(place)
-            if letter is None:
-                letter = self._courier.fetch(lambda: make_wait(None), [place], by_mail=True)[0]
+            # Looked for first: an exception may have taken the letter with it.
+            problem = self._find(receivers)
+            if problem is None:
+                self._courier.discard(place)
+                return None
+            letter = self._courier.fetch(lambda: make_wait(None), [place], by_mail=True)[0]
         except RunError as error:
             return f"the run was over before {self._role} rank {self._role_rank} could vote ({error})"
-        problem = self._open(receivers, letter)
+        problem = letter.payload if letter.kind == _NONE else self._find(receivers)
         if problem is not None:
             self._failures[receivers] = self._failures.get(receivers, 0) + 1
         return problem
 
-    def _open(self, receivers: tuple[int, ...], letter: Sealed) -> str | None:
-        if letter.kind == _NONE:
-            return letter.payload
-        lowest = self._roster.side(self._role)[receivers[0]]
+    def _find(self, receivers: tuple[int, ...]) -> str | None:
+        """Open the log that the lowest rank has made; why not, if that is impossible or it has made none."""
+        lowest = self._roster.side(self._role)[receivers[0]].process
         try:
-            fd, inode, device = map(int, json.loads(letter.payload))
-            own = shared_ballots.open_of(lowest.process.pid, fd, inode, device)
-        except (OSError, ValueError, TypeError) as error:
+            fd = shared_ballots.find(lowest.pid, self._name(receivers))
+        except OSError as error:
             return (
                 f"{self._role} rank {self._role_rank} cannot open the vote log of {self._role} rank {receivers[0]} "
-                f"(pid {lowest.process.pid}): {error}. Its process has ended, or it may not be looked into by this one "
+                f"(pid {lowest.pid}): {error.strerror}. That process has ended, or this one may not look into it "
                 "(another user, or made undumpable)"
             )
-        self._logs[receivers] = SharedBallots(own, self._role_rank, receivers, reclaims=False)
+        if fd is None:
+            return f"{self._role} rank {receivers[0]} (pid {lowest.pid}) has no vote log open"
+        self._logs[receivers] = SharedBallots(fd, self._role_rank, receivers, reclaims=False)
         return None
 
     def graft_ranks(self, receivers: Sequence[int]) -> list[int]:

@@ -25,9 +25,9 @@ RECLAIMED_BYTES = 1 << 20
 _REMEMBERED = 64
 
 
-def create() -> int:
+def create(name: str) -> int:
     """The descriptor of a new, empty log. Raises OSError."""
-    fd = os.memfd_create("grafter-votes", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
         return _opened_to_append(f"/proc/self/fd/{fd}")
@@ -35,20 +35,33 @@ def create() -> int:
         os.close(fd)
 
 
-def open_of(pid: int, fd: int, inode: int, device: int) -> int:
-    """A descriptor of the log that another process of this user has open as `fd`. Raises OSError."""
-    own = _opened_to_append(f"/proc/{pid}/fd/{fd}")
+def find(pid: int, name: str) -> int | None:
+    """A descriptor of the log of this name that another process of this user has made; None if it has made none.
+
+    Raises OSError where that process cannot be looked into: it has ended, belongs to another user, or is undumpable.
+    """
+    directory = f"/proc/{pid}/fd"
+    for entry in os.listdir(directory):
+        try:
+            if os.readlink(f"{directory}/{entry}") != f"/memfd:{name} (deleted)":
+                continue
+            fd = _opened_to_append(f"{directory}/{entry}")
+        except FileNotFoundError:
+            # Closed in the meantime.
+            continue
+        if _is_log(fd):
+            return fd
+        os.close(fd)
+    return None
+
+
+def _is_log(fd: int) -> bool:
+    """A file may have been given any name; only memory has seals."""
     try:
-        status = os.fstat(own)
-        if (status.st_ino, status.st_dev, status.st_uid) != (inode, device, os.getuid()):
-            raise OSError("it is another file")
-        # Only memory files have seals.
-        if not fcntl.fcntl(own, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
-            raise OSError("it could shrink")
-    except BaseException:
-        os.close(own)
-        raise
-    return own
+        seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+    except OSError:
+        return False
+    return os.fstat(fd).st_uid == os.getuid() and bool(seals & fcntl.F_SEAL_SHRINK)
 
 
 def _opened_to_append(path: str) -> int:
@@ -106,12 +119,6 @@ class SharedBallots:
     def has_grown(self) -> bool:
         """Whether there is something that this rank has not read. May be asked from any thread."""
         return os.fstat(self.fd).st_size > self._position
-
-    @property
-    def place(self) -> tuple[int, int, int]:
-        """Where other processes find it: what `open_of` takes besides this one's pid."""
-        status = os.fstat(self.fd)
-        return (self.fd, status.st_ino, status.st_dev)
 
     def forget(self, digest: bytes) -> None:
         """This rank is done with a point."""
