@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from grafter.ledger import SCHEMA_VERSION, Difference, LeafRecord, LedgerLine, O
 from grafter.measures.stats import compare
 from grafter.options import PointOptions
 from grafter.outbox.states import NotMet
+from grafter.pairing.critical_section import Settled, Work
 from grafter.pairing.decision import Decision, decide
 from grafter.pairing.manifest import Header, Pair, store_keys
 from grafter.pairing.paired_rows import PairedRows
@@ -41,15 +43,14 @@ Sides = tuple[tuple[int, ...], tuple[int, ...]]
 class _Course:
     """What both manifests lead to on this rank: worked out once, since they come again in every step.
 
-    sides: the baseline's participants, and the target's. receivers: role ranks. teller: the graft rank of the lowest of
-    them, from which the senders hear that a point failed. is_posted: the senders have posted it and gone on.
+    sides: the baseline's participants, and the target's. receivers: role ranks, in order. is_posted: the senders have
+    posted it and gone on.
     """
 
     decision: Decision
     plan: TransferPlan | None
     sides: Sides
     receivers: tuple[int, ...]
-    teller: int
     is_posted: bool
 
 
@@ -73,6 +74,7 @@ class Meeting:
         self._bytes_sent = self._bytes_received = 0
         self._sequence = 0
         self._is_receiver = session.place.role == receiver_role(direction)
+        self._is_settled = False
         # Where rows are addressed by token: how they paired.
         self.rows: PairedRows | None = None
 
@@ -84,17 +86,26 @@ class Meeting:
         pair = self._session.pairing.meet(self._key, self._header)
         value = leaves.value if leaves is not None else None
         if isinstance(pair, NotMet):
-            self._end_stage("pairing")
+            self.end_stage("pairing")
             return value, self._pass_by(pair)
         try:
             course = self._course(pair)
-            self._end_stage("pairing")
+            self.end_stage("pairing")
             return self._hold(pair, course, leaves, extras, stats)
         except BaseException as error:
+            self._leave(pair, error)
             if pair.is_posted(self._direction):
                 why = f"{self._header.who} left with {type(error).__name__}"
                 self._session.pairing.claims.settle(self._key.digest, "failed", why)
             raise
+
+    def _leave(self, pair: Pair, error: BaseException) -> None:
+        """An exception ended this rank's part. Where that was before anything could hold it, no receiver must wait."""
+        course: _Course | None = pair.memo.get(self._direction)
+        if course is None or not self._is_receiver or self._is_settled:
+            return
+        if self._header.role_rank in course.receivers:
+            self._session.agreement.leave(self._key, course.receivers, error)
 
     def _pass_by(self, not_met: NotMet) -> Outcome:
         """The two sides have not met, since one of them does not wait: the value goes on as it is."""
@@ -120,9 +131,10 @@ class Meeting:
         elif not self._is_receiver:
             outcome, reason = self._send(pair, course, plan, self._outgoing(decision, leaves) + extras)
         else:
-            written, outcome, reason = self._receive(pair, course, plan, leaves, stats)
-            if written is not None:
-                value = leaves.rebuilt([w.value for w in written])
+            reception = _Receiving(self, pair, course, plan, leaves, stats)
+            outcome, reason = self._receive(course, reception)
+            if outcome == "grafted":
+                value = leaves.rebuilt([w.value for w in reception.written])
         self._finish(course, outcome, reason)
         if outcome == "failed" and self._is_receiver and self._options.on_transform_error == "raise":
             raise PointFailed(f"the point {self._key} failed on every receiver, and nothing was written: {reason}")
@@ -145,13 +157,11 @@ class Meeting:
                 plan = make_plan(self._key.digest, direction, pair, decision, roster, me)
             except ValueError as error:
                 decision = Decision({}, "failed", str(error))
-        lowest = min(header.role_rank for header in pair.receivers(direction))
         return _Course(
             decision,
             plan,
             sides=(pair.baseline.headers[0].participants, pair.target.headers[0].participants),
-            receivers=tuple(decision.sources),
-            teller=roster.graft_rank(receiver_role(direction), lowest),
+            receivers=tuple(sorted(decision.sources)),
             is_posted=pair.is_posted(direction),
         )
 
@@ -165,8 +175,7 @@ class Meeting:
         self, pair: Pair, course: _Course, plan: TransferPlan, tensors: Sequence[torch.Tensor]
     ) -> tuple[Outcome, str | None]:
         session = self._session
-        # Whoever of the receivers gets what this rank sends, if any does.
-        session.expect_failures_from(course.teller)
+        session.expect_failures()
         outcome_key = store_keys(session.client.hall, self._key.digest).outcome
         try:
             with without_gradient():
@@ -177,41 +186,68 @@ class Meeting:
         except PeerGone as gone:
             raise self._end_of_run(gone) from gone
         finally:
-            self._end_stage("exchange")
+            self.end_stage("exchange")
         return ("compared" if self._direction == "compare" else "sent"), None
 
-    def _receive(
-        self, pair: Pair, course: _Course, plan: TransferPlan, leaves: Leaves, stats: Stats
-    ) -> tuple[list[Written] | None, Outcome, str | None]:
-        session, receivers = self._session, course.receivers
-        try:
-            incoming, refusal = self._take_in(pair, course, plan, leaves)
-            self._measure(leaves, incoming, stats)
-            self._end_stage("statistics")
-        except RunError:
-            raise
-        except BaseException as error:
-            # Ctrl-C in a transform, say: the other receivers must not write what this one does not.
-            session.agreement.leave(self._key, receivers, f"{self._header.who} left with {type(error).__name__}")
-            raise
-        session.agreement.vote(self._key, receivers, refusal)
-        refusal = session.agreement.outcome(self._key, receivers, refusal)
-        self._end_stage("agreement")
-        if refusal is not None:
-            return None, "failed", refusal
-        if self._direction == "compare":
-            return None, "compared", None
-        mode = WriteMode(self._options.write, self._options.gradient)
-        written = [one.write(original, mode) for original, one in zip(leaves.originals, incoming, strict=True)]
-        self._end_stage("write")
-        interrupted_by, session.agreement.interrupted_by = session.agreement.interrupted_by, None
-        if interrupted_by is not None:
-            raise interrupted_by
-        for index, (one, done) in enumerate(zip(incoming, written, strict=True)):
+    def _receive(self, course: _Course, receiving: _Receiving) -> tuple[Outcome, str | None]:
+        settled = self._session.agreement.settle(self._key, course.receivers, receiving)
+        self._is_settled = True
+        if settled.refusal is not None:
+            self.end_stage("agreement")
+            outcome: Outcome = "failed"
+        else:
+            outcome = "compared" if self._direction == "compare" else "grafted"
+        arrived = self._error_of(settled, receiving)
+        if arrived is not None:
+            with contextlib.suppress(RunError):
+                self._finish(course, outcome, settled.refusal)
+            raise arrived
+        self._note_saturated(receiving)
+        return outcome, settled.refusal
+
+    def _error_of(self, settled: Settled, receiving: _Receiving) -> BaseException | None:
+        error = settled.error
+        if settled.refusal is not None or settled.fault is None:
+            return error
+        done, paths = receiving.progress, [record.path for record in self._leaf_records]
+        failed = PointFailed(
+            f"all receivers of the point {self._key} had agreed to write, and {self._header.who} could not: "
+            f"{type(settled.fault).__name__}: {settled.fault}. It has written the leaves {paths[:done]}, and not, or "
+            f"not wholly, {paths[done:]}. The other receivers have written. Restart both jobs before you rely on these "
+            "values."
+        )
+        failed.__cause__ = settled.fault
+        return failed
+
+    def _note_saturated(self, receiving: _Receiving) -> None:
+        for index, (one, done) in enumerate(zip(receiving.incoming, receiving.written, strict=False)):
             count = one.saturated if one.saturated is not None else done.saturated
             if count is not None:
                 self._leaf_records[index] = self._leaf_records[index].model_copy(update={"saturated": count})
-        return written, "grafted", None
+
+    def prepare(
+        self, receiving: _Receiving, pair: Pair, course: _Course, plan: TransferPlan, leaves: Leaves, stats: Stats
+    ) -> str | None:
+        """The value, complete, checked and measured; else why there is none."""
+        receiving.incoming, refusal = self._take_in(pair, course, plan, leaves)
+        self._measure(leaves, receiving.incoming, stats)
+        self.end_stage("statistics")
+        if refusal is None and self._options.write == "return":
+            # Touches no memory of the program. So what could fail here fails before the vote.
+            try:
+                self.write(receiving, leaves)
+            except Exception as error:
+                return self._explain(error)
+        return refusal
+
+    def write(self, receiving: _Receiving, leaves: Leaves) -> None:
+        """Goes on with the first leaf that is not known to be written."""
+        if self._direction == "compare":
+            return
+        mode, written = WriteMode(self._options.write, self._options.gradient), receiving.written
+        while len(written) < len(receiving.incoming):
+            index = len(written)
+            written.append(receiving.incoming[index].write(leaves.originals[index], mode))
 
     def _take_in(
         self, pair: Pair, course: _Course, plan: TransferPlan, leaves: Leaves
@@ -229,7 +265,7 @@ class Meeting:
         except PeerGone as gone:
             raise self._end_of_run(gone) from gone
         finally:
-            self._end_stage("exchange")
+            self.end_stage("exchange")
         try:
             place, roster, transform = self._session.place, self._session.roster, self._options.transform
             reception = Reception(
@@ -238,12 +274,15 @@ class Meeting:
             with without_gradient():
                 incoming = reception.incoming(values, leaves)
             self._check(leaves, incoming)
+            if transform is not None:
+                for one in incoming:
+                    one.keep_apart(leaves.originals)
         except Exception as error:
             if is_from_signal_handler(error):
                 raise
             return [], self._explain(error)
         finally:
-            self._end_stage("transform")
+            self.end_stage("transform")
         return incoming, None
 
     def _check(self, leaves: Leaves, incoming: Sequence[IncomingLeaf]) -> None:
@@ -315,8 +354,8 @@ class Meeting:
         )
         return self._session.housekeeping.abort(error, self._session.client)
 
-    def _end_stage(self, stage: str) -> None:
-        """All time since the stage before is this one's."""
+    def end_stage(self, stage: str) -> None:
+        """All time since the end of the stage before is this one's."""
         now = time.perf_counter()
         self._seconds[stage] = self._seconds.get(stage, 0.0) + now - self._stage_since
         self._stage_since = now
@@ -325,11 +364,13 @@ class Meeting:
 
     def _finish(self, course: _Course, outcome: Outcome, reason: str | None) -> None:
         session, receivers = self._session, course.receivers
+        sent = not self._is_receiver and outcome in ("sent", "compared")
+        # First, since the store, which the rest may need, can be lost.
+        session.record(self._line(course.sides, outcome, reason), self._key if sent else None)
         deletable = session.pairing.keys_to_delete(self._key, self._header)
         if self._is_receiver and receivers:
-            deletable += session.agreement.keys_to_delete(self._key, receivers, committed=outcome != "failed")
-            leads = session.place.role_rank == min(receivers)
-            if outcome == "failed" and leads and not course.is_posted:
+            deletable += session.agreement.keys_to_delete(self._key, receivers)
+            if outcome == "failed" and not course.is_posted:
                 session.tell_failure(self._key, reason or "")
         if course.is_posted:
             state = "taken" if outcome in ("grafted", "compared") else outcome
@@ -338,8 +379,6 @@ class Meeting:
                 # Its senders read the entry's state.
                 deletable.append(store_keys(session.client.hall, self._key.digest).outcome)
         session.finished(course.sides, deletable)
-        sent = not self._is_receiver and outcome in ("sent", "compared")
-        session.record(self._line(course.sides, outcome, reason), self._key if sent else None)
 
     def _line(self, sides: Sides, outcome: Outcome, reason: str | None) -> LedgerLine:
         key, place = self._key, self._session.place
@@ -369,6 +408,30 @@ class Meeting:
             "leaves": self._leaf_records,
             "tokens": self.rows.counts(self._header) if self.rows is not None else None,
         }
+
+
+class _Receiving(Work):
+    """What one receiver does with a point, once both sides have met."""
+
+    def __init__(
+        self, meeting: Meeting, pair: Pair, course: _Course, plan: TransferPlan, leaves: Leaves, stats: Stats
+    ) -> None:
+        self._meeting, self._pair, self._course, self._plan = meeting, pair, course, plan
+        self._leaves, self._stats = leaves, stats
+        self.incoming: list[IncomingLeaf] = []
+        self.written: list[Written] = []
+
+    def prepare(self) -> str | None:
+        return self._meeting.prepare(self, self._pair, self._course, self._plan, self._leaves, self._stats)
+
+    def write(self) -> None:
+        self._meeting.end_stage("agreement")
+        self._meeting.write(self, self._leaves)
+        self._meeting.end_stage("write")
+
+    @property
+    def progress(self) -> int:
+        return len(self.written)
 
 
 @lru_cache(maxsize=4096)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import threading
@@ -22,6 +21,7 @@ from grafter.errors import ConfigError, GrafterError, JoinError, RunError
 from grafter.exchange.group import local_address_towards
 from grafter.exchange.shared_memory import SharedMemoryExchange
 from grafter.exchange.transfer import Transfer
+from grafter.failed_points import FailedPoints
 from grafter.ledger import LedgerLine, LedgerRecord, LedgerWriter
 from grafter.outbox.delivery import Delivery
 from grafter.outbox.entries import Outbox
@@ -43,6 +43,7 @@ logger = logging.getLogger("grafter")
 
 # Sent points whose failure could still be heard of.
 _REMEMBERED_SENT = 4096
+_LAST_WORDS_SECONDS = 2.0
 
 
 def find_place(config: GrafterConfig) -> Place:
@@ -112,13 +113,7 @@ class Session:
         self.pairing = Pairing(self.client, self._courier, self.housekeeping, self.roster, timeout)
         self.transfer = self._make_transfer(config)
         self.agreement = Agreement(
-            self.client,
-            self._courier,
-            self.housekeeping,
-            self.roster,
-            self.place.role,
-            self.place.role_rank,
-            timeout,
+            self.client, self._courier, self.roster, self.place.role, self.place.role_rank, timeout
         )
         begun.check(self.run_directory)
         self._refuse_earlier_dumps(begun)
@@ -139,8 +134,7 @@ class Session:
             self.delivery = Delivery(own_address, self.client.seal, self.outbox.find)
         self._deletable: dict[tuple[tuple[int, ...], tuple[int, ...]], list[str]] = {}
         self._sent: OrderedDict[str, LedgerLine] = OrderedDict()
-        self._failures_posted = 0
-        self._failures_heard: dict[int, int] = {}
+        self._failed = FailedPoints(self.client.hall, self._note_failure)
         self._ledger_lock = threading.Lock()
         if self.place.role_rank == 0:
             sizes = {"baseline": len(self.roster.baseline), "target": len(self.roster.target)}
@@ -178,7 +172,8 @@ class Session:
 
     def _each_second(self, client: StoreClient) -> None:
         self.outbox.look_after(client)
-        self._hear_of_failures(client)
+        self._failed.tell(client)
+        self._failed.hear(client)
         if self._control is not None:
             self._control.poll(client)
 
@@ -210,24 +205,18 @@ class Session:
             logger.error("grafter: the ledger %s cannot be written: %s", self.ledger.path, error)
 
     def tell_failure(self, key: PointKey, reason: str) -> None:
-        """Called by the leader of the receivers: the senders hear of it within about a second."""
-        place = f"{self.client.hall}/failure/{self.graft_rank}/{self._failures_posted}"
-        self._failures_posted += 1
-        self.client.set(place, "failure", json.dumps([key.digest, reason]))
+        """Called by every receiver of a point that has failed: the senders hear of it within about two seconds."""
+        self._failed.add(key.digest, reason)
 
-    def expect_failures_from(self, graft_rank: int) -> None:
-        self._failures_heard.setdefault(graft_rank, 0)
+    def expect_failures(self) -> None:
+        """This rank sends, and hears from now on of points that have failed."""
+        self._failed.is_listening = True
 
-    def _hear_of_failures(self, client: StoreClient) -> None:
-        for leader, heard in list(self._failures_heard.items()):
-            while (sealed := client.peek(f"{client.hall}/failure/{leader}/{heard}")) is not None:
-                heard += 1
-                self._failures_heard[leader] = heard
-                digest, reason = json.loads(sealed.payload)
-                with self._ledger_lock:
-                    line = self._sent.pop(digest, None)
-                    if line is not None:
-                        self._write({**line, "outcome": "failed", "reason": str(reason)})
+    def _note_failure(self, digest: str, reason: str) -> None:
+        with self._ledger_lock:
+            line = self._sent.pop(digest, None)
+            if line is not None:
+                self._write({**line, "outcome": "failed", "reason": reason})
 
     # Tidying.
 
@@ -243,12 +232,14 @@ class Session:
 
     def close(self, note: str) -> None:
         """Leave: say so on the board, and, where this rank hosts the store, linger until the others can do without."""
+        self._failed.tell_before_leaving(self.client, _LAST_WORDS_SECONDS)
         try:
             self.housekeeping.close(note)
             if self._server is not None:
                 self._linger()
         except RunError as error:
             logger.debug("grafter: the store was gone when %s left: %s", self.place.who, error)
+        self.agreement.close()
         self.puller.close()
         if self.delivery is not None:
             self.delivery.close()

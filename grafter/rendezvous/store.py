@@ -6,6 +6,7 @@ Costs on loopback, for orientation: `set` is fire-and-forget (3 us), `compare_se
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import stat
@@ -21,7 +22,7 @@ import torch
 from torch.distributed import DistError, TCPStore
 
 from grafter import errors
-from grafter.errors import GrafterError, JoinError, PeerLostError, RunError
+from grafter.errors import GrafterError, JoinError, PeerLostError, ProtocolError, RunError
 from grafter.rendezvous.wire import PROTOCOL_VERSION, Seal, Sealed
 
 ABORT = "abort"
@@ -30,6 +31,8 @@ _REASONABLE_BACKLOG = 4096
 # Known of this version on; a `set` more costs little where it is not needed.
 _COMPARE_SET_ROUSES = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 13)
 _NEVER_STORED = "grafter: never stored"
+# JSON escapes it.
+_END_OF_RECORD = "\x1e"
 
 Value = TypeVar("Value")
 
@@ -183,6 +186,31 @@ class StoreClient:
     def set(self, key: str, kind: str, payload: str) -> None:
         """Put a value, without waiting for the store."""
         self._guard(lambda: self.raw.set(key, self.seal.seal(key, kind, payload)))
+
+    def append(self, key: str, kind: str, payload: str) -> None:
+        """Append a sealed record to a key, which need not exist, without waiting for the store. payload: JSON.
+
+        The server appends records one at a time, and whatever this client asks for next finds this one there.
+        """
+        record = self.seal.seal(key, kind, payload)
+        # On both sides: what a stranger appends then spoils no record that comes behind it.
+        text = f"{_END_OF_RECORD}{record}{_END_OF_RECORD}"
+        # torch's stubs lack it.
+        self._guard(lambda: self.raw.append(key, text))  # type: ignore[attr-defined]
+
+    def read_appended(self, key: str) -> list[Sealed]:
+        """All records that were appended to a key, in their order; none if it does not exist. Three round trips.
+
+        What no process of the run has written there is left out.
+        """
+        if not self.exists(key):
+            return []
+        text = self._guard(lambda: self.raw.get(key))
+        records = []
+        for record in filter(None, text.split(_END_OF_RECORD.encode())):
+            with contextlib.suppress(ProtocolError):
+                records.append(self.seal.open(key, record))
+        return records
 
     def put_if_absent(self, key: str, kind: str, payload: str) -> Sealed | None:
         """None if the value was put; else what was there already. One round trip. Raises what an abort there says."""

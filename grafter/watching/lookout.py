@@ -121,7 +121,7 @@ class Lookout:
         if wait.stage != "agreement":
             return False
         left = any(line.state == "left" for line in self._members.read_board(client, sorted(wait.needs)))
-        news = wait.has_news is not None and wait.has_news()
+        news = any(ask is not None and ask() for ask in (wait.has_news, wait.has_grown))
         return left and not news and not any(client.exists(key) for key in wait.awaits) and not wait.over
 
     def _look_for_stuck(self, client: StoreClient, gone: dict[int, str]) -> RunError | None:
