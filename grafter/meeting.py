@@ -26,6 +26,7 @@ from grafter.pairing.manifest import Header, Pair, store_keys
 from grafter.pairing.paired_rows import PairedRows
 from grafter.points import PointKey
 from grafter.session import Session
+from grafter.watching.stages import Stage
 from grafter.watching.watch import Abandoned, PeerGone
 from grafter.writing.tensor_access import without_gradient
 from grafter.writing.write_back import WriteMode, Written
@@ -72,6 +73,9 @@ class Meeting:
         self._bytes_sent = self._bytes_received = 0
         self._sequence = 0
         self._is_receiver = session.place.role == receiver_role(direction)
+        # For the board, while it lasts.
+        self.stage: Stage = "pairing"
+        self.point, self.call_site = key, header.call_site
         # Where rows are addressed by token: how they paired.
         self.rows: PairedRows | None = None
 
@@ -80,20 +84,24 @@ class Meeting:
     ) -> tuple[Any, Outcome]:
         """(what `dump` returns, outcome). Raises what ended the run, or PointFailed where the options say so."""
         self._sequence = sequence
-        pair = self._session.pairing.meet(self._key, self._header)
-        value = leaves.value if leaves is not None else None
-        if isinstance(pair, NotMet):
-            self._end_stage("pairing")
-            return value, self._pass_by(pair)
+        housekeeping = self._session.housekeeping
+        housekeeping.underway = self
         try:
-            course = self._course(pair)
-            self._end_stage("pairing")
-            return self._hold(pair, course, leaves, extras, stats)
-        except BaseException as error:
-            if pair.is_posted(self._direction):
-                why = f"{self._header.who} left with {type(error).__name__}"
-                self._session.pairing.claims.settle(self._key.digest, "failed", why)
-            raise
+            pair = self._session.pairing.meet(self._key, self._header)
+            if isinstance(pair, NotMet):
+                self._end_stage("pairing")
+                return leaves.value if leaves is not None else None, self._pass_by(pair)
+            try:
+                course = self._course(pair)
+                self._end_stage("pairing")
+                return self._hold(pair, course, leaves, extras, stats)
+            except BaseException as error:
+                if pair.is_posted(self._direction):
+                    why = f"{self._header.who} left with {type(error).__name__}"
+                    self._session.pairing.claims.settle(self._key.digest, "failed", why)
+                raise
+        finally:
+            housekeeping.underway = None
 
     def _pass_by(self, not_met: NotMet) -> Outcome:
         """The two sides have not met, since one of them does not wait: the value goes on as it is."""
@@ -164,6 +172,7 @@ class Meeting:
         self, pair: Pair, course: _Course, plan: TransferPlan, tensors: Sequence[torch.Tensor]
     ) -> tuple[Outcome, str | None]:
         session = self._session
+        self.stage = "sending"
         # Whoever of the receivers gets what this rank sends, if any does.
         session.expect_failures_from(course.teller)
         outcome_key = store_keys(session.client.hall, self._key.digest).outcome
@@ -185,6 +194,7 @@ class Meeting:
         session, receivers = self._session, course.receivers
         try:
             incoming, refusal = self._take_in(pair, course, plan, leaves)
+            self.stage = "measuring"
             self._measure(leaves, incoming, stats)
             self._end_stage("statistics")
         except RunError:
@@ -193,13 +203,16 @@ class Meeting:
             # Ctrl-C in a transform, say: the other receivers must not write what this one does not.
             session.agreement.leave(self._key, receivers, f"{self._header.who} left with {type(error).__name__}")
             raise
+        self.stage = "voting"
         session.agreement.vote(self._key, receivers, refusal)
+        self.stage = "deciding"
         refusal = session.agreement.outcome(self._key, receivers, refusal)
         self._end_stage("agreement")
         if refusal is not None:
             return None, "failed", refusal
         if self._direction == "compare":
             return None, "compared", None
+        self.stage = "writing"
         mode = WriteMode(self._options.write, self._options.gradient)
         written = [one.write(original, mode) for original, one in zip(leaves.originals, incoming, strict=True)]
         self._end_stage("write")
@@ -217,6 +230,7 @@ class Meeting:
     ) -> tuple[list[IncomingLeaf], str | None]:
         """What comes in for each leaf, complete and checked; or why there is nothing."""
         decision = course.decision
+        self.stage = "receiving"
         try:
             with without_gradient():
                 if course.is_posted:
@@ -229,6 +243,7 @@ class Meeting:
             raise self._end_of_run(gone) from gone
         finally:
             self._end_stage("exchange")
+        self.stage = "transforming"
         try:
             place, roster, transform = self._session.place, self._session.roster, self._options.transform
             reception = Reception(
@@ -238,6 +253,7 @@ class Meeting:
                 incoming = reception.incoming(values, leaves)
             self._check(leaves, incoming)
         except Exception as error:
+            logger.debug("grafter: %s failed at %s:", self._key, self._header.who, exc_info=error)
             return [], self._explain(error)
         finally:
             self._end_stage("transform")
@@ -320,6 +336,9 @@ class Meeting:
 
     def _finish(self, course: _Course, outcome: Outcome, reason: str | None) -> None:
         session, receivers = self._session, course.receivers
+        self.stage = "finishing"
+        if outcome == "failed":
+            self._log_failure(receivers if self._is_receiver else (), reason or "")
         deletable = session.pairing.keys_to_delete(self._key, self._header)
         if self._is_receiver and receivers:
             deletable += session.agreement.keys_to_delete(self._key, receivers, committed=outcome != "failed")
@@ -335,6 +354,11 @@ class Meeting:
         session.finished(course.sides, deletable)
         sent = not self._is_receiver and outcome in ("sent", "compared")
         session.record(self._line(course.sides, outcome, reason), self._key if sent else None)
+
+    def _log_failure(self, receivers: Sequence[int], reason: str) -> None:
+        """By one rank of each job. receivers: of this side, where there are any."""
+        if self._session.place.role_rank == min(receivers or self._header.participants):
+            self._session.failures.add(self._key.name, self._key, reason)
 
     def _line(self, sides: Sides, outcome: Outcome, reason: str | None) -> LedgerLine:
         key, place = self._key, self._session.place
