@@ -85,29 +85,24 @@ class BoundedCalls:
     def _await(self, call: _Call, seconds: float, patience: Patience | None) -> None:
         held: BaseException | None = None
         until = call.since + seconds
-        while True:
+        while not call.is_done:
             try:
-                if self._answers.get(timeout=_LOOK_SECONDS) is call:
-                    break
+                # That of an earlier call, perhaps, for which nobody waited any more.
+                self._answers.get(timeout=_LOOK_SECONDS)
+                continue
             except Empty:
-                if call.is_done:
-                    break
-                try:
-                    if time.monotonic() > until:
-                        raise held or Unanswered from None
-                    if patience is not None and held is None:
-                        patience.look(time.monotonic() - call.since)
-                    continue
-                except Unanswered:
-                    raise
-                except BaseException as error:
-                    ended: BaseException = error
+                if time.monotonic() > until:
+                    raise held or Unanswered from None
             except BaseException as error:
                 # A signal's handler: Ctrl-C, say.
-                ended = error
-            if held is not None:
-                raise held
-            held, until = ended, min(until, time.monotonic() + _LAST_SECONDS)
+                if held is not None:
+                    raise
+                held, until = error, min(until, time.monotonic() + _LAST_SECONDS)
+            if patience is not None and held is None:
+                try:
+                    patience.look(time.monotonic() - call.since)
+                except BaseException as error:
+                    held, until = error, min(until, time.monotonic() + _LAST_SECONDS)
         if held is not None:
             raise held
 

@@ -121,7 +121,7 @@ def unknown_line(roster: Roster, graft_rank: int) -> BoardLine:
     member = roster.all[graft_rank]
     return BoardLine(
         role=member.role, role_rank=member.role_rank, graft_rank=graft_rank, sequence=-1, state="running",
-        since=time.time(), doing="has no line on the board that could be read", played_from=member.played_from,
+        since=time.time(), doing="has no line on the board that this rank could read", played_from=member.played_from,
     )  # fmt: skip
 
 
@@ -145,6 +145,8 @@ def describe_line(line: BoardLine, now: float, gone: str | None = None, remark: 
     rows = [head]
     if line.state != "left" and line.call_site:
         rows.append(f"    at {line.call_site}")
+    if line.sequence < 0:
+        return head
     if line.last_points:
         rows.append("    its last points: " + "; ".join(line.last_points))
     else:

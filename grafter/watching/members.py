@@ -97,5 +97,8 @@ class Members:
         return lines if len(lines) == len(side) else []
 
     def describe_last_board(self, remarks: dict[int, str] | None = None) -> str:
-        """Of the lines that this rank has read last, without asking the store; empty if it has read none."""
-        return describe_board(list(self._last_lines.values()), self.gone_here(), remarks) if self._last_lines else ""
+        """Of the lines that this rank has read last, without asking the store; empty before it has joined."""
+        if self.roster is None:
+            return ""
+        lines = [self._last_lines.get(rank) or unknown_line(self.roster, rank) for rank in range(len(self.roster.all))]
+        return describe_board(lines, self.gone_here(), remarks)
