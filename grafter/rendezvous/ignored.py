@@ -41,6 +41,12 @@ class IgnoredValues:
         )  # fmt: skip
 
     @property
+    def keys(self) -> list[str]:
+        """Under which they lay, oldest first."""
+        with self._lock:
+            return list(self._last)
+
+    @property
     def note(self) -> str:
         """What a message says of them; empty where there are none."""
         with self._lock:
