@@ -394,7 +394,7 @@ def test_nothing_is_pending_where_grafting_is_off() -> None:
 def client() -> Iterator[StoreClient]:
     """A real store, in this process."""
     store = serve("127.0.0.1", 0)
-    yield StoreClient(store, sealed(None), "graft")
+    yield StoreClient(store, sealed(None), "graft", is_server=True)
 
 
 def test_a_state_changes_only_from_what_was_found(client: StoreClient) -> None:

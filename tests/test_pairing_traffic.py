@@ -189,7 +189,7 @@ class Simulation:
         member, traffic, waits = self._roster.all[number], self._traffic[number], self._watched(number)
         seal = Seal(f"{member.role}/{member.role_rank}", None)
         store: Any = CountedStore(self._store, traffic, waits)
-        client = StoreClient(store, seal, "graft")
+        client = StoreClient(store, seal, "graft", is_server=True)
         housekeeping: Any = Watchman()
         mailbox: Any = CountedMailbox(self._mail[number], self._mail, seal, traffic, waits)
         own = courier.Courier(client, housekeeping, self._roster, number, mailbox)

@@ -107,8 +107,10 @@ class BoundedCalls:
             raise held
 
     def close(self) -> None:
-        """End the thread, once the call that blocks, if one does, has ended."""
-        self._requests.put(None)
+        """End the thread, once the call that blocks, if one does, has ended. Another call would start another."""
+        if self._thread is not None:
+            self._requests.put(None)
+            self._thread = None
 
     def __del__(self) -> None:
         self.close()

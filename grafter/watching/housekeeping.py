@@ -128,6 +128,7 @@ class Housekeeping:
         if note is not None and not self._link.is_down and not self._thread.is_alive():
             self.board.left(self._link.client, note)
         if not self._thread.is_alive():
+            self._link.client.close()
             os.close(self._wake_read)
             os.close(self._wake_write)
 
