@@ -69,8 +69,11 @@ class Grafter:
     # What a point's value is taken up with, and what meets the other side.
     offer_maker = OfferMaker
     meeting_maker = Meetings
+    # Whether this process has had one.
+    is_made = False
 
     def __init__(self, config: GrafterConfig) -> None:
+        Grafter.is_made = True
         self.config = config
         self.steps = StepCounter()
         self.lock = threading.RLock()
