@@ -368,7 +368,7 @@ class Joining:
         return self._done.is_set()
 
     def _leave_at_once(self, membership: Membership, error: BaseException) -> None:
-        text = f"{self._place.who} has joined and cannot go on: {type(error).__name__}: {error}"
+        text = f"{self._place.who} has joined, and cannot take part: {type(error).__name__}: {error}"
         with contextlib.suppress(RunError):
             membership.housekeeping.abort(RunError(text), membership.client)
         membership.housekeeping.close(f"{type(error).__name__}: {error}")

@@ -208,13 +208,12 @@ class _Handshake:
         text += f"{mine.process.hostname}. "
         if mine.restart_count != holder.restart_count:
             return text + (
-                "The second is a restart of the job (torchrun --max-restarts): a run cannot be joined again, since the "
-                "other job is at other points by now. Start both jobs anew."
+                "The second one is a restart of the job (torchrun --max-restarts). A run cannot be joined again, "
+                "since the other job has reached other points. Restart both jobs."
             )
         return text + (
-            "Each rank needs a rank of its own: GRAFTER_RANK, else torch.distributed's, else RANK, is taken. If "
-            "another "
-            "pair uses this store, give each pair its own GRAFTER_GROUP_NAME or master port."
+            "Each process needs its own rank, which is GRAFTER_RANK, else torch.distributed's, else RANK. If another "
+            "pair of jobs uses this store, give each pair its own GRAFTER_GROUP_NAME or master port."
         )
 
     def _refuse(self, text: str) -> JoinError:

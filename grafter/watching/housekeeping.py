@@ -158,7 +158,7 @@ class Housekeeping:
             except Exception:
                 # A fault of our own must not end the watch silently: the run would lose its safety net.
                 logger.exception(
-                    "grafter: the housekeeping thread of %s met an unexpected error and goes on", self._who
+                    "grafter: the housekeeping thread of %s met an unexpected error and continues", self._who
                 )
         if not self._link.is_down:
             try:

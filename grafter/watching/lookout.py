@@ -118,7 +118,7 @@ class Lookout:
             return PointTimeoutError(
                 f"{self._who} waited {wait.timeout:.0f} s for {wait.what}, and gives up. Check that the other job was "
                 f"started, has GRAFTER_ENABLE=1, the same master address, port and group_name, and calls grafter "
-                f"in every rank; raise GRAFTER_JOIN_TIMEOUT if it only needs longer to load.{_ignored(client)}"
+                f"in every rank. Raise GRAFTER_JOIN_TIMEOUT if it only needs more time to load.{_ignored(client)}"
             )
         return error
 
@@ -139,8 +139,8 @@ class Lookout:
         elif any(rank in wait.needs for rank in gone) or self._outcome_will_not_come(client, wait):
             board = describe_board(self._members.read_board(client), gone)
             return PeerLostError(
-                f"a process of the run is gone in the middle of {wait.what} ({wait.stage}); nothing of it was "
-                f"written where the outcome was not decided yet.\n{board}\nLook at the end of its output first."
+                f"a process of the run ended during {wait.what} ({wait.stage}). Ranks that had not learnt the outcome "
+                f"of this point have written nothing.\n{board}\nLook at the end of that process's output first."
             )
         return None
 
@@ -174,11 +174,11 @@ class Lookout:
         gone = self._members.gone(client, all_hosts=wait.leader)
         board = describe_board(self._members.read_board(client), gone, self._members.stopped())
         return PointTimeoutError(
-            f"{self._who} waited {wait.timeout:.0f} s for {wait.what} ({wait.stage}), and the time is "
-            f"up.\n{board}\n"
-            f"No process is known to be gone and the waits do not exclude each other, so a rank that seems to run "
-            f"is probably slow, stopped, or stuck in its own job's collectives (py-spy dump --pid tells). "
-            f"Raise GRAFTER_TIMEOUT if it only needs longer.{_ignored(client)}"
+            f"{self._who} waited {wait.timeout:.0f} s for {wait.what} ({wait.stage}), which is GRAFTER_TIMEOUT.\n"
+            f"{board}\n"
+            f"No process is known to have ended, and the waits could still end. A rank that is shown as running is "
+            f"probably slow, stopped, or blocked in its own job's collectives: `py-spy dump --pid PID` shows where. "
+            f"Raise GRAFTER_TIMEOUT if it only needs more time.{_ignored(client)}"
         )
 
 
