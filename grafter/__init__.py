@@ -191,6 +191,12 @@ def step() -> None:
 def close() -> None:
     """Leave the run. Called at exit by itself; a matched point after it is refused."""
     global _off
+    if _grafter is None and _off is None and enabled():
+        from grafter.grafter import Grafter
+
+        # A rank without a point joins all the same: the others wait for it, and must hear that it leaves.
+        if not Grafter.is_made:
+            _active()
     if _grafter is not None:
         _grafter.close()
     elif _off is None:

@@ -29,6 +29,7 @@ from grafter.pairing.paired_rows import PairedRows
 from grafter.points import PointKey
 from grafter.session import Session
 from grafter.signal_handlers import is_from_signal_handler
+from grafter.watching.stages import Stage
 from grafter.watching.watch import Abandoned, PeerGone
 from grafter.writing.tensor_access import without_gradient
 from grafter.writing.write_back import WriteMode, Written
@@ -75,6 +76,9 @@ class Meeting:
         self._sequence = 0
         self._is_receiver = session.place.role == receiver_role(direction)
         self._is_settled = False
+        # For the board, while it lasts.
+        self.stage: Stage = "pairing"
+        self.point, self.call_site = key, header.call_site
         # Where rows are addressed by token: how they paired.
         self.rows: PairedRows | None = None
 
@@ -83,21 +87,25 @@ class Meeting:
     ) -> tuple[Any, Outcome]:
         """(what `dump` returns, outcome). Raises what ended the run, or PointFailed where the options say so."""
         self._sequence = sequence
-        pair = self._session.pairing.meet(self._key, self._header)
-        value = leaves.value if leaves is not None else None
-        if isinstance(pair, NotMet):
-            self.end_stage("pairing")
-            return value, self._pass_by(pair)
+        housekeeping = self._session.housekeeping
+        housekeeping.underway = self
         try:
-            course = self._course(pair)
-            self.end_stage("pairing")
-            return self._hold(pair, course, leaves, extras, stats)
-        except BaseException as error:
-            self._leave(pair, error)
-            if pair.is_posted(self._direction):
-                why = f"{self._header.who} left with {type(error).__name__}"
-                self._session.pairing.claims.settle(self._key.digest, "failed", why)
-            raise
+            pair = self._session.pairing.meet(self._key, self._header)
+            if isinstance(pair, NotMet):
+                self.end_stage("pairing")
+                return leaves.value if leaves is not None else None, self._pass_by(pair)
+            try:
+                course = self._course(pair)
+                self.end_stage("pairing")
+                return self._hold(pair, course, leaves, extras, stats)
+            except BaseException as error:
+                self._leave(pair, error)
+                if pair.is_posted(self._direction):
+                    why = f"{self._header.who} left with {type(error).__name__}"
+                    self._session.pairing.claims.settle(self._key.digest, "failed", why)
+                raise
+        finally:
+            housekeeping.underway = None
 
     def _leave(self, pair: Pair, error: BaseException) -> None:
         """An exception ended this rank's part. Where that was before anything could hold it, no receiver must wait."""
@@ -175,6 +183,7 @@ class Meeting:
         self, pair: Pair, course: _Course, plan: TransferPlan, tensors: Sequence[torch.Tensor]
     ) -> tuple[Outcome, str | None]:
         session = self._session
+        self.stage = "sending"
         session.expect_failures()
         outcome_key = store_keys(session.client.hall, self._key.digest).outcome
         try:
@@ -230,6 +239,7 @@ class Meeting:
     ) -> str | None:
         """The value, complete, checked and measured; else why there is none."""
         receiving.incoming, refusal = self._take_in(pair, course, plan, leaves)
+        self.stage = "measuring"
         self._measure(leaves, receiving.incoming, stats)
         self.end_stage("statistics")
         if refusal is None and self._options.write == "return":
@@ -254,6 +264,7 @@ class Meeting:
     ) -> tuple[list[IncomingLeaf], str | None]:
         """What comes in for each leaf, complete and checked; or why there is nothing."""
         decision = course.decision
+        self.stage = "receiving"
         try:
             with without_gradient():
                 if course.is_posted:
@@ -266,6 +277,7 @@ class Meeting:
             raise self._end_of_run(gone) from gone
         finally:
             self.end_stage("exchange")
+        self.stage = "transforming"
         try:
             place, roster, transform = self._session.place, self._session.roster, self._options.transform
             reception = Reception(
@@ -280,6 +292,7 @@ class Meeting:
         except Exception as error:
             if is_from_signal_handler(error):
                 raise
+            logger.debug("grafter: %s failed at %s:", self._key, self._header.who, exc_info=error)
             return [], self._explain(error)
         finally:
             self.end_stage("transform")
@@ -364,9 +377,12 @@ class Meeting:
 
     def _finish(self, course: _Course, outcome: Outcome, reason: str | None) -> None:
         session, receivers = self._session, course.receivers
+        self.stage = "finishing"
         sent = not self._is_receiver and outcome in ("sent", "compared")
         # First, since the store, which the rest may need, can be lost.
         session.record(self._line(course.sides, outcome, reason), self._key if sent else None)
+        if outcome == "failed":
+            self._log_failure(receivers if self._is_receiver else (), reason or "")
         deletable = session.pairing.keys_to_delete(self._key, self._header)
         if self._is_receiver and receivers:
             deletable += session.agreement.keys_to_delete(self._key, receivers)
@@ -379,6 +395,11 @@ class Meeting:
                 # Its senders read the entry's state.
                 deletable.append(store_keys(session.client.hall, self._key.digest).outcome)
         session.finished(course.sides, deletable)
+
+    def _log_failure(self, receivers: Sequence[int], reason: str) -> None:
+        """By one rank of each job. receivers: of this side, where there are any."""
+        if self._session.place.role_rank == min(receivers or self._header.participants):
+            self._session.failures.add(self._key.name, self._key, reason)
 
     def _line(self, sides: Sides, outcome: Outcome, reason: str | None) -> LedgerLine:
         key, place = self._key, self._session.place
@@ -432,6 +453,9 @@ class _Receiving(Work):
     @property
     def progress(self) -> int:
         return len(self.written)
+
+    def at(self, stage: Stage) -> None:
+        self._meeting.stage = stage
 
 
 @lru_cache(maxsize=4096)

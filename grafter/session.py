@@ -17,11 +17,12 @@ import torch.distributed as dist
 from grafter.control.rank_control import RankControl
 from grafter.copying import share_long_copies
 from grafter.dumps.writer import refuse_earlier_dumps
-from grafter.errors import ConfigError, GrafterError, JoinError, RunError
+from grafter.errors import ConfigError, GrafterError, JoinError, PeerLostError, RunError
 from grafter.exchange.group import local_address_towards
 from grafter.exchange.shared_memory import SharedMemoryExchange
 from grafter.exchange.transfer import Transfer
 from grafter.failed_points import FailedPoints
+from grafter.failure_log import FailureLog
 from grafter.ledger import LedgerLine, LedgerRecord, LedgerWriter
 from grafter.outbox.delivery import Delivery
 from grafter.outbox.entries import Outbox
@@ -38,6 +39,8 @@ from grafter.rendezvous.roster import PlayedFrom
 from grafter.rendezvous.store import StoreClient, connect
 from grafter.run_facts import write_run_facts
 from grafter.settings.config import GrafterConfig
+from grafter.watching.housekeeping import Housekeeping
+from grafter.watching.store_patience import StorePatience
 
 logger = logging.getLogger("grafter")
 
@@ -57,6 +60,8 @@ def find_place(config: GrafterConfig) -> Place:
         role_rank, world_size = dist.get_rank(), dist.get_world_size()
     else:
         role_rank, world_size = _environment_number("RANK", 0), _environment_number("WORLD_SIZE", 1)
+    if config.rank is None and expected not in (None, world_size):
+        raise ConfigError(_explain_world_size(config.role, expected, world_size, initialised=initialised))
     if world_size is None:
         world_size = dist.get_world_size() if initialised else _environment_number("WORLD_SIZE", 1)
     if role_rank >= world_size:
@@ -65,6 +70,21 @@ def find_place(config: GrafterConfig) -> Place:
             f"GRAFTER_RANK, GRAFTER_{config.role.upper()}_WORLD_SIZE, RANK and WORLD_SIZE."
         )
     return Place(config.role, role_rank, world_size)
+
+
+def _explain_world_size(role: str, expected: object, world_size: object, *, initialised: bool) -> str:
+    text = os.environ.get("WORLD_SIZE", "").strip()
+    if initialised:
+        found = f"torch.distributed says that this job has {world_size}"
+    elif text:
+        found = f"WORLD_SIZE={text} says that this job has {world_size}"
+    else:
+        found = "this process sees only itself: torch.distributed is not initialised, and WORLD_SIZE is not set"
+    return (
+        f"GRAFTER_{role.upper()}_WORLD_SIZE={expected} says that the {role} has {expected} ranks, and {found}. Correct "
+        "the variable, or leave it out: the size is then discovered. For a job larger than torch.distributed's "
+        "default group, set GRAFTER_RANK in each process, too."
+    )
 
 
 def _environment_number(variable: str, default: int) -> int:
@@ -108,6 +128,7 @@ class Session:
         self.timeout = timeout = config.timeout
         share_long_copies(self.roster.has_core_each)
         self.client.set_timeout(timeout + 5)
+        self.client.patience = StorePatience(self.housekeeping, timeout)
         self._channels = channels
         self._courier = Courier(self.client, self.housekeeping, self.roster, self.graft_rank, channels, timeout)
         self.pairing = Pairing(self.client, self._courier, self.housekeeping, self.roster, timeout)
@@ -117,6 +138,7 @@ class Session:
         )
         begun.check(self.run_directory)
         self._refuse_earlier_dumps(begun)
+        self.failures = FailureLog(self.place.who)
         self.ledger = LedgerWriter(self.run_directory / self.place.role, self.place.role_rank)
         self.outbox = Outbox(
             begun.outbox,
@@ -158,7 +180,7 @@ class Session:
             self.timeout,
             shared_memory,
             self.client.hall,
-            lambda: connect(address, port, timeout=30, keep_trying=lambda: True).store,
+            lambda: connect(address, port, timeout=30, keep_trying=lambda: True),
             lambda: local_address_towards(address, port),
         )
 
@@ -194,6 +216,8 @@ class Session:
 
     def write_line(self, record: LedgerRecord) -> None:
         """Write one line; called on any thread."""
+        if record.outcome == "failed" and self.housekeeping.aborted is None:
+            self.failures.add(record.name, f"{record.name!r} (step={record.step})", record.reason or "")
         with self._ledger_lock:
             self._write(record)
 
@@ -217,6 +241,8 @@ class Session:
             line = self._sent.pop(digest, None)
             if line is not None:
                 self._write({**line, "outcome": "failed", "reason": reason})
+        if line is not None and self.place.role_rank == min(line["participants"][self.place.role]):
+            self.failures.add(line["name"], f"{line['name']!r} (step={line['step']})", reason)
 
     # Tidying.
 
@@ -247,7 +273,11 @@ class Session:
         self._courier.close()
         if self._channels is not None:
             self._channels.close()
+        self.client.close()
         self.ledger.close()
+        self.failures.close()
+        if self.client.seal.ignored.count > 1:
+            logger.warning("grafter: %s", self.client.seal.ignored.note)
 
     def _linger(self) -> None:
         deadline = time.monotonic() + LINGER_SECONDS
@@ -283,6 +313,8 @@ class Joining:
         self._done = threading.Event()
         self._cancelled = False
         self._session: Session | None = None
+        # From when the store is reached.
+        self._housekeeping: Housekeeping | None = None
         self._error: BaseException | None = None
         self._place = find_place(config)
         threading.Thread(target=self._run, name="grafter-join", daemon=True).start()
@@ -295,8 +327,8 @@ class Joining:
             config = self._config
             run_name = config.run_name or time.strftime("%Y%m%d-%H%M%S")
             membership = join(
-                config, self._place, run_name, socket_name, lambda: not self._cancelled, modules=self._modules,
-                played_from=self._played_from, served=self._served,
+                config, self._place, run_name, socket_name, lambda: not self._cancelled, self._connected,
+                modules=self._modules, played_from=self._played_from, served=self._served,
             )  # fmt: skip
             host = store_place(config, self._place)
             membership.housekeeping.joined(
@@ -333,7 +365,7 @@ class Joining:
         return self._done.is_set()
 
     def _leave_at_once(self, membership: Membership, error: BaseException) -> None:
-        text = f"{self._place.who} has joined and cannot go on: {type(error).__name__}: {error}"
+        text = f"{self._place.who} has joined, and cannot take part: {type(error).__name__}: {error}"
         with contextlib.suppress(RunError):
             membership.housekeeping.abort(RunError(text), membership.client)
         membership.housekeeping.close(f"{type(error).__name__}: {error}")
@@ -364,10 +396,26 @@ class Joining:
                 "(Ctrl-C ends it)",
                 self._place.who,
             )
-            self._done.wait()
-        self._cancelled = True
-        self._done.wait(2.0)
+            try:
+                self._done.wait()
+            except BaseException as error:
+                self._call_off(type(error).__name__)
+                raise
+        if not self._done.wait(2.0):
+            self._call_off("an error")
         return self._session
+
+    def _connected(self, housekeeping: Housekeeping) -> None:
+        self._housekeeping = housekeeping
+
+    def _call_off(self, why: str) -> None:
+        """This rank ends before all have joined, and the others would wait for it until the join times out."""
+        self._cancelled = True
+        if self._housekeeping is not None:
+            text = f"{self._place.who} has left with {why}, before all ranks of both jobs had joined"
+            self._housekeeping.abort_soon(PeerLostError(f"{text}. Look at the end of its output first."))
+        # A rank that hosts the store lingers, so that the others can read it there.
+        self._done.wait(LINGER_SECONDS + 1)
 
 
 def _open_channels(membership: Membership, listener: Listener, timeout: float) -> Channels:

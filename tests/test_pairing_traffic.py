@@ -21,7 +21,7 @@ from grafter.points import PointKey
 from grafter.rendezvous import courier
 from grafter.rendezvous.channels import Channels
 from grafter.rendezvous.roster import Announcement, Roster
-from grafter.rendezvous.store import Connection, StoreClient
+from grafter.rendezvous.store import StoreClient
 from grafter.rendezvous.wire import Seal, Sealed
 from grafter.watching.liveness import ProcessIdentity
 
@@ -187,7 +187,7 @@ class Simulation:
         member, traffic, waits = self._roster.all[number], self._traffic[number], self._watched(number)
         seal = Seal(f"{member.role}/{member.role_rank}", None)
         store: Any = CountedStore(self._store, traffic, waits)
-        client = StoreClient(Connection(store, None), seal, "graft")
+        client = StoreClient(store, seal, "graft", is_server=True)
         housekeeping: Any = Watchman()
         channels: Any = CountedChannels(self._mail[number], self._mail, seal, traffic, waits)
         own = courier.Courier(client, housekeeping, self._roster, number, channels, PATIENCE_SECONDS)

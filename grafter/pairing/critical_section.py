@@ -30,6 +30,7 @@ from grafter.pairing.commit_protocol import (
     take_part,
 )  # fmt: skip
 from grafter.pairing.vote_log import VoteLog
+from grafter.watching.stages import Stage
 
 # So often a step may fail with one error before that is taken for its own, and not for one that a signal brought.
 _TRIES = 3
@@ -53,6 +54,9 @@ class Work(ABC):
     @abstractmethod
     def progress(self) -> int:
         """How many leaves are written."""
+
+    def at(self, stage: Stage) -> None:  # noqa: B027 only a live point is on the board
+        """What this rank does now, for the board."""
 
 
 @dataclass
@@ -145,6 +149,7 @@ class CriticalSection:
         if name == READ.name:
             return log.read()
         if name == APPEND:
+            self._work.at("voting")
             if step.kind != YES:
                 self._reason = step.reason
             return log.append(step.kind, step.reason)
@@ -152,8 +157,10 @@ class CriticalSection:
             assert step.outcome is not None
             return log.wake(step.outcome, self._reason)
         if name == WRITE.name:
+            self._work.at("writing")
             return self._work.write()
         if name == AWAIT.name:
+            self._work.at("deciding")
             return log.await_news()
         if name == OPEN.name:
             return log.open()
