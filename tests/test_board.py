@@ -28,6 +28,7 @@ def hold_at(rank: Rank, stage: str) -> None:
     """Make this rank's next point last in this stage until the test has seen it."""
     from grafter import meeting
     from grafter.exchange.incoming import IncomingLeaf, Reception
+    from grafter.pairing.host_votes import HostVotes
 
     session: Any = grafter._grafter.entry.session  # type: ignore[union-attr]
     places: dict[str, tuple[Any, str]] = {
@@ -35,8 +36,8 @@ def hold_at(rank: Rank, stage: str) -> None:
         "receiving": (session.transfer, "receive"),
         "transforming": (Reception, "incoming"),
         "measuring": (meeting, "compare"),
-        "voting": (session.agreement, "vote"),
-        "deciding": (session.agreement, "outcome"),
+        "voting": (HostVotes, "append"),
+        "deciding": (HostVotes, "await_news"),
         "writing": (IncomingLeaf, "write"),
     }
     holder, name = places[stage]
@@ -55,6 +56,9 @@ def meet_slowly(rank: Rank) -> float:
     grafter.dump("first", value)
     if STAGES[stage][0] == rank.role and rank.role_rank == 0:
         hold_at(rank, stage)
+    elif stage == "deciding" and not rank.is_baseline:
+        # Else rank 0 might find the point decided, and wait for nobody.
+        hold_at(rank, "voting")
     grafter.dump("second", value)
     rank.wait_for("seen")
     return float(value[0])

@@ -225,6 +225,6 @@ def test_what_a_stranger_appends_changes_nothing(store: HostedStore) -> None:
     client_of(store, 1).append(keys.log, "no", '""')
     stranger.raw.append(keys.log, "\x1e- yes")  # type: ignore[attr-defined]
     # What the stranger has asked for is done.
-    assert stranger.exists(keys.log)
+    assert stranger.raw.check([keys.log])
     logs[1].append(YES, "")
     assert [list(log.read()) for log in logs] == [[Ballot(0, YES), Ballot(1, YES)]] * 2
