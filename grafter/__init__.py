@@ -144,7 +144,9 @@ def dump(name: str, value: Any, /, **arguments: Any) -> Any:
     return _dump_on(name, value, arguments)
 
 
-def attach(model: torch.nn.Module, *patterns: str, inputs: bool = True, outputs: bool = True) -> Attachment | None:
+def attach(
+    model: torch.nn.Module, *patterns: str, inputs: bool = True, outputs: bool = True, name: str | None = None
+) -> Attachment | None:
     """Points for a model's modules, without a line in the model: hooks on the inputs and outputs of those selected.
 
     Args:
@@ -153,6 +155,8 @@ def attach(model: torch.nn.Module, *patterns: str, inputs: bool = True, outputs:
         patterns: over module paths and classes (docs/capture.md): `"model.layers.*"`, `":*DecoderLayer"`,
             `"!*.rotary_emb"`. Default: GRAFTER_ATTACH, else all modules.
         inputs, outputs: whether inputs, and whether outputs, are points.
+        name: stands before the names of the model's points (`policy.layers.mlp.out`), the same in both jobs. Give one
+            to each of several models of one class. Default: plain names.
 
     Returns:
         An attachment, whose `detach()` (or end of a `with` block) leaves the model as it was; None while grafting is
@@ -166,7 +170,7 @@ def attach(model: torch.nn.Module, *patterns: str, inputs: bool = True, outputs:
     """
     if _off or (_off is None and _decide()):
         return None
-    return _active().attach(model, patterns, inputs=inputs, outputs=outputs)
+    return _active().attach(model, patterns, inputs=inputs, outputs=outputs, name=name)
 
 
 def dump_model(model: torch.nn.Module) -> int:

@@ -30,6 +30,7 @@ from grafter.outbox.pull import Puller
 from grafter.pairing.agreement import Agreement
 from grafter.pairing.pairing import Pairing
 from grafter.points import PointKey
+from grafter.rendezvous.announced_models import NO_HOOKS, AnnouncedHooks
 from grafter.rendezvous.courier import Courier
 from grafter.rendezvous.join import LINGER_SECONDS, Membership, Place, StoreServer, join, store_place
 from grafter.rendezvous.mailbox import Mailbox, open_mailbox
@@ -273,7 +274,7 @@ class Joining:
         on_refusal: Callable[[JoinError], None],
         on_joined: Callable[[], None],
         begun: Begun,
-        modules: tuple[str, ...] | None = None,
+        hooks: AnnouncedHooks = NO_HOOKS,
         played_from: PlayedFrom | None = None,
         served: StoreServer | None = None,
         control: RankControl | None = None,
@@ -283,7 +284,7 @@ class Joining:
         control: told once this rank has joined."""
         self._config, self._on_refusal, self._on_joined = config, on_refusal, on_joined
         self._begun = begun
-        self._modules, self._played_from, self._served = modules, played_from, served
+        self._hooks, self._played_from, self._served = hooks, played_from, served
         self._control = control
         self._done = threading.Event()
         self._cancelled = False
@@ -301,7 +302,7 @@ class Joining:
             config = self._config
             run_name = config.run_name or time.strftime("%Y%m%d-%H%M%S")
             membership = join(
-                config, self._place, run_name, socket_name, lambda: not self._cancelled, modules=self._modules,
+                config, self._place, run_name, socket_name, lambda: not self._cancelled, hooks=self._hooks,
                 played_from=self._played_from, served=self._served,
             )  # fmt: skip
             shared = mailbox = None

@@ -152,6 +152,8 @@ class PendingGradients:
 
     def parameter_came(self, name: PointName, parameter: torch.Tensor) -> None:
         """Gradients of parameters are taken once, at the end of the backward pass, when all of them are there."""
+        if self.points.is_warming_up:
+            return
         self._parameters[name.key] = (name, parameter)
         self._queue_end()
 

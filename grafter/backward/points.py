@@ -44,6 +44,11 @@ class BackwardPoints:
     def session(self) -> Session:
         return self._grafter.session
 
+    @property
+    def is_warming_up(self) -> bool:
+        """Whether the models of this rank are called, and no pass of theirs counts yet."""
+        return self._grafter.models.passes.is_warming_up
+
     # In the forward pass.
 
     def watch(self, name: str, value: Any, arguments: dict[str, Any], module: str | None) -> None:
