@@ -46,6 +46,8 @@ class Departure:
             if self.gradients is not None and error is None and (session is not None or self.config.only_dumps):
                 self.gradients.pending.end_step(session)
         finally:
+            if self.gradients is not None:
+                self.gradients.pending.close()
             self.tally.dumps.update(self.dumps.close())
             self.tally.left_out.update(self.dumps.limits.left_out)
         self._end_early(session, is_orderly=error is None)

@@ -115,6 +115,11 @@ class Grafter:
         set_up_logging(config.log_level)
         atexit.register(self.close)
 
+    @property
+    def is_warming_up(self) -> bool:
+        """Whether points are left out, since the models are not warm yet."""
+        return self.models.passes.is_warming_up
+
     # What users call.
 
     def dump(self, name: str, value: Any, /, **arguments: Any) -> Any:
@@ -203,7 +208,7 @@ class Grafter:
         """The end of an iteration: the step counts up, occurrences start at 0 again."""
         if not self.has_begun:
             self.begin()
-        if os.getpid() != self.standing.process_id or self.models.passes.is_warming_up:
+        if os.getpid() != self.standing.process_id or self.is_warming_up:
             return
         with self.lock:
             if self.gradients is not None:

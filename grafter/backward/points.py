@@ -46,8 +46,13 @@ class BackwardPoints:
 
     @property
     def is_warming_up(self) -> bool:
-        """Whether the models of this rank are called, and no pass of theirs counts yet."""
-        return self._grafter.models.passes.is_warming_up
+        """Whether points are left out, since the models are not warm yet."""
+        return self._grafter.is_warming_up
+
+    @property
+    def waits_for_optimizer(self) -> bool:
+        """Whether gradients of weights are points when an optimizer steps, and not before."""
+        return self._grafter.config.weight_gradients == "optimizer_step"
 
     # In the forward pass.
 
