@@ -170,7 +170,7 @@ def attach(
     """
     if _off or (_off is None and _decide()):
         return None
-    return _active().attach(model, patterns, inputs=inputs, outputs=outputs, name=name)
+    return _active(watch_models=False).attach(model, patterns, inputs=inputs, outputs=outputs, name=name)
 
 
 def dump_model(model: torch.nn.Module) -> int:
@@ -464,13 +464,19 @@ def _step_on() -> None:
     _active().step()
 
 
-def _active() -> Grafter:
+def _active(*, watch_models: bool = True) -> Grafter:
+    """watch_models: whether this call may be the first, and says nothing of which models are to be attached."""
     global _grafter
     if _grafter is None:
         from grafter.grafter import Grafter
         from grafter.settings.config import GrafterConfig
 
         _grafter = Grafter(GrafterConfig.from_environment())
+        if watch_models and _grafter.config.attach is not None:
+            from grafter.capture.first_call import watch_from_here
+
+            # The start of this Python did not do it, unless `grafter run` has started it.
+            watch_from_here()
     return _grafter
 
 

@@ -15,7 +15,7 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from grafter.capture.containers import Arguments, Found, find_tensors, replace_tensors
-from grafter.capture.copies import leave_hooks_out, stop_leaving_out
+from grafter.capture.copies import around, leave_hooks_out, stop_leaving_out
 from grafter.capture.model_forward import watch_forward
 from grafter.capture.module_tree import tree_of
 from grafter.capture.naming import Naming
@@ -189,6 +189,9 @@ class Attachment:
                 self._hook(module, points, inputs, outputs)
             else:
                 self._stop_watching = watch_forward(module, _Watcher(points, inputs, outputs))
+        self._around: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet(around(model, self._modules))
+        for module in self._around:
+            leave_hooks_out(module)
         if selected:
             forget_compiled_code()
 
@@ -241,9 +244,10 @@ class Attachment:
         if self._stop_watching is not None:
             self._stop_watching()
             self._stop_watching = None
-        for module in self._modules:
+        for module in (*self._modules, *self._around):
             stop_leaving_out(module)
         self._modules.clear()
+        self._around.clear()
         forget_compiled_code()
 
     def __enter__(self) -> Attachment:

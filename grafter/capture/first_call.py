@@ -36,6 +36,18 @@ def watch(modules: Any) -> None:
         os.register_at_fork(after_in_child=_after_fork)
 
 
+def watch_from_here() -> None:
+    """The same in a program that has torch and its models already: they are attached at the next call of one."""
+    if _watcher is None and HELPER_MARK not in os.environ:
+        modules: Any = sys.modules["torch.nn.modules.module"]
+        watch(modules)
+        assert _watcher is not None
+        for thing in gc.get_objects():
+            # By type alone: looking at an object's attributes may run code of its own.
+            if issubclass(type(thing), modules.Module):
+                _watcher._notice(thing)
+
+
 def attach_roots(called: Any, made: list[Any]) -> Any:
     """Imported late: it needs torch and pydantic."""
     from grafter.capture.roots import Roots

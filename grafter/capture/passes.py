@@ -107,6 +107,11 @@ class CountedForward:
         finally:
             self._leave(torch.is_grad_enabled())
 
+    @property
+    def own(self) -> Any:
+        """The instance's own `forward` that the model had, if it had one."""
+        return self._inner if self._had_own else None
+
     def take_away(self) -> None:
         if self._model.__dict__.get("forward") is self:
             if self._had_own:

@@ -194,11 +194,12 @@ class Roots:
             return
         self._told_nameless.add(facts.class_name)
         where = f" (first called at {facts.first_call})" if facts.first_call else ""
+        role = self._grafter.config.role
         logger.warning(
             "grafter: %s: a further model of class %s%s has no points: no variable of the program says which it is, "
             "and by its order it could be taken for another one of the other job. Name it: "
-            "--set %s_models=VARIABLE=NAME (GRAFTER_%s_MODELS), or grafter.attach(model, name='...') in the program.", self._grafter.who,
-            facts.class_name, where, self._grafter.config.role, str(self._grafter.config.role).upper(),
+            "--set %s_models=VARIABLE=NAME (GRAFTER_%s_MODELS), or grafter.attach(model, name='...') in the program.",
+            self._grafter.who, facts.class_name, where, role, str(role).upper(),
         )  # fmt: skip
 
     def _set_axes(self, model: torch.nn.Module) -> None:

@@ -9,7 +9,6 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
 
 from torch.distributed import TCPStore
 
@@ -20,6 +19,7 @@ from grafter.rendezvous.roster import ANNOUNCEMENTS, Announcement, PlayedFrom, R
 from grafter.rendezvous.store import HostedStore, StoreClient, connect, serve
 from grafter.rendezvous.wire import PROTOCOL_VERSION, Seal, read_message
 from grafter.settings.config import GrafterConfig
+from grafter.version import VERSION
 from grafter.watching.board import BoardWriter
 from grafter.watching.housekeeping import Housekeeping
 from grafter.watching.liveness import own_identity
@@ -167,7 +167,7 @@ class _Handshake:
         expected = {"baseline": config.baseline_world_size, "target": config.target_world_size}
         announcement = Announcement(
             protocol_version=PROTOCOL_VERSION,
-            grafter_version=version("grafter"),
+            grafter_version=VERSION,
             role=place.role,
             role_rank=place.role_rank,
             role_world_size=place.role_world_size,

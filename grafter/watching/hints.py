@@ -26,10 +26,10 @@ def _of_models(lines: Sequence[BoardLine]) -> list[str]:
     names = [_model_of(line) for line in (own, other)]
     if names[0] == names[1] or not all(name in line.hooks.models for name in names for line in (own, other)):
         return []
-    shown = [f"{name!r}" if name else "that with plain names" for name in names]
+    shown = [f"the model {name!r}" if name else "the model with plain names" for name in names]
     return [
-        f"Both jobs have several models, and call them in another order: the baseline is in the model {shown[0]}, and "
-        f"the target in {shown[1]}. Points of both cannot meet in one run then. Compare one model in a run: "
+        f"Both jobs have several models, and call them in another order: the baseline is in {shown[0]}, and the target "
+        f"in {shown[1]}. Points of both cannot meet in one run then. Compare one model in a run: "
         f'--compare "{_filter_for(names[0], names)}" --set step=manual, and then the other: '
         f'--compare "{_filter_for(names[1], names)}" --set step=manual.'
     ]
@@ -83,6 +83,6 @@ def _of_bypassed(role: RoleName, lines: Sequence[BoardLine]) -> str | None:
     more = f", and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
     return (
         f"These modules of the {role} have no points, though parts of them were called: "
-        f"{', '.join(names[:_NAMES_SHOWN])}{more}. A module that is called as module.forward(...) runs no hooks; call module(...), or leave these names "
-        "out of the filters."
+        f"{', '.join(names[:_NAMES_SHOWN])}{more}. A module that is called as module.forward(...) runs no hooks; "
+        "call module(...), or leave these names out of the filters."
     )
