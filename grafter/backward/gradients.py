@@ -324,8 +324,8 @@ class PendingGradients:
         if self._parameters:
             names = ", ".join(name.name for name, _ in list(self._parameters.values())[:3])
             logger.warning(
-                "grafter: %d gradients of weights (%s%s) were to be taken when an optimizer steps, and none has stepped "
-                "since they came, so they are no points. Of an optimizer that is none of torch's, call "
+                "grafter: %d gradients of weights (%s%s) were to be taken when an optimizer steps, and none has "
+                "stepped since they came, so they are no points. Of an optimizer that is none of torch's, call "
                 "grafter.dump yourself, or take them at each backward pass (GRAFTER_WEIGHT_GRADIENTS=backward)",
                 len(self._parameters), names, ", ..." if len(self._parameters) > 3 else "",
             )  # fmt: skip

@@ -30,8 +30,13 @@ _FACTS = (
 )
 
 
+# How many attachments each module has them left out for.
+_left_out_for: weakref.WeakKeyDictionary[torch.nn.Module, int] = weakref.WeakKeyDictionary()
+
+
 def leave_hooks_out(module: torch.nn.Module) -> None:
-    """From now on the module's state has none of our hooks. May be called twice."""
+    """From now on the module's state has none of our hooks. Called once by each attachment."""
+    _left_out_for[module] = _left_out_for.get(module, 0) + 1
     # By a weak reference: a module that refers to itself is freed late.
     module.__dict__.setdefault(_GIVE_STATE, functools.partial(_state_of, weakref.ref(module)))
     module.__dict__.setdefault(_SCRIPT, functools.partial(_bare, weakref.ref(module)))
@@ -46,14 +51,12 @@ def around(model: torch.nn.Module, hooked: Collection[torch.nn.Module]) -> list[
 
 
 def stop_leaving_out(module: torch.nn.Module) -> None:
-    """Once none of our hooks is left in it, the module is as it was."""
-    if not any(_is_hooked(part) for part in module.modules()):
+    """Once no attachment is left, the module is as it was."""
+    _left_out_for[module] = _left_out_for.get(module, 1) - 1
+    if not _left_out_for[module]:
+        del _left_out_for[module]
         module.__dict__.pop(_GIVE_STATE, None)
         module.__dict__.pop(_SCRIPT, None)
-
-
-def _is_hooked(module: torch.nn.Module) -> bool:
-    return watch_on(module) is not None or any(hooks_of_ours(getattr(module, hooks)) for hooks in _HOOKS)
 
 
 def hooks_of_ours(hooks: dict[int, Any]) -> list[int]:
@@ -101,4 +104,4 @@ def _bare(reference: weakref.ref[torch.nn.Module]) -> torch.nn.Module:
     bare.__dict__.update(_state_of(reference))
     bare.__dict__["_modules"] = dict(module._modules)
     prepare = getattr(type(module), _SCRIPT, None)
-    return bare if prepare is None else prepare(bare)  # type: ignore[no-any-return]
+    return bare if prepare is None else prepare(bare)
