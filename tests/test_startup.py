@@ -61,6 +61,9 @@ IN_ONE_PROCESS = (
     "attaches_late",
     "chunks",
     "copies",
+    "made_anew",
+    "in_a_list",
+    "held_by_nothing",
     "grown",
     "part_called_alone",
     "built_with_a_call",
@@ -133,10 +136,11 @@ def test_a_python_without_torch_imports_nothing_of_grafter() -> None:
     assert run("-c", code) == "[]\n"
 
 
-def test_models_beside_the_first_have_their_class_in_front_of_their_names(forked: dict[str, Any]) -> None:
-    """Those that are there at the first call are attached with it, a later one at its own."""
+def test_models_beside_the_first_have_their_class_or_variable_in_front_of_their_names(forked: dict[str, Any]) -> None:
+    """Those that are there at the first call are attached with it, a later one at its own; a second one of a class is
+    called by the variable that holds it, not by a number, which would be that of its call."""
     reward = {"head.in.input": 1, "head.out": 1, "root.in.x": 1, "root.out": 1}
-    assert forked["two_models"]["points"] == {**CALL, **under("Reward", reward), **under("Reward2", reward)}
+    assert forked["two_models"]["points"] == {**CALL, **under("Reward", reward), **under("late", reward)}
 
 
 def test_a_model_that_the_program_attaches_by_itself_has_each_point_once(forked: dict[str, Any]) -> None:
@@ -154,7 +158,23 @@ def test_a_deep_copy_computes_with_its_own_weights_and_has_names_of_its_own(fork
     result = forked["copies"]
     assert result["outputs"][0] > 0
     assert result["outputs"][1] == 0
-    assert result["points"] == {**times(CALL, 2), **under("Model", CALL)}
+    assert result["points"] == {**times(CALL, 2), **under("average", CALL)}
+
+
+def test_a_model_that_is_made_anew_keeps_the_names_of_the_one_before(forked: dict[str, Any]) -> None:
+    """Also where another of its class lives on, and the models that are gone are freed."""
+    result = forked["made_anew"]
+    assert result["points"] == {**times(CALL, 3), **under("kept", times(CALL, 3))}
+    assert result["alive"] == 1
+
+
+def test_models_in_a_list_are_called_by_their_places(forked: dict[str, Any]) -> None:
+    assert forked["in_a_list"]["points"] == {**CALL, **under("models.1", CALL), **under("models.2", CALL)}
+
+
+def test_a_further_model_of_a_class_that_no_variable_holds_has_no_points(forked: dict[str, Any]) -> None:
+    """Nothing says which of the other job's models it is."""
+    assert forked["held_by_nothing"]["points"] == CALL
 
 
 def test_modules_that_a_model_gets_later_have_points_too(forked: dict[str, Any]) -> None:

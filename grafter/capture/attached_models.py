@@ -113,9 +113,11 @@ class AttachedModels:
 
     def facts_of(self, model: torch.nn.Module, first_call: str) -> ModelFacts:
         """What tells this model from others. Called where the program holds it."""
-        given, class_name, variables = self._grafter.config.model_names, class_name_of(model), variables_of(model)
-        name = next((given[word] for word in (*variables, class_name) if word in given), None)
-        self._names_found.update((*variables, class_name))
+        given, class_name = self._grafter.config.model_names, class_name_of(model)
+        variables, arguments = variables_of(model)
+        words = (*variables, *arguments, class_name)
+        name = next((given[word] for word in words if word in given), None)
+        self._names_found.update(words)
         return ModelFacts(class_name, variables, first_call, name)
 
     def _describe(self, model: torch.nn.Module, naming: Naming, facts: ModelFacts) -> AnnouncedModel:

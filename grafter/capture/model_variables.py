@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import inspect
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from grafter.writing.tensor_access import local_tensor
 
 # Values looked at of each weight.
 _VALUES = 64
+# How much a name says, the most first.
+_PLACE, _VARIABLE, _ATTRIBUTE, _ARGUMENT = 0, 1, 2, 3
 # What holds everything, and says nothing of what it is.
 _SAYS_NOTHING = frozenset({"_", "self", "cls", "module", "modules"})
 
@@ -44,44 +47,43 @@ def class_name_of(model: torch.nn.Module) -> str:
     return cls.__name__
 
 
-def variables_of(model: torch.nn.Module) -> list[str]:
-    """Names that hold the model now, the best first: globals and locals, then attributes and keys, then arguments.
+def variables_of(model: torch.nn.Module) -> tuple[list[str], list[str]]:
+    """Names that hold the model now, the best first: its place in a list, globals and locals, attributes and keys. And
+    the arguments that do, which are the called functions' words for whatever they are given.
 
-    Called where the program calls a model: locals are those of the functions that run.
+    Called where the program calls a model: locals and arguments are those of the functions that run.
     """
     found: dict[str, int] = {}
     for thing in dict.fromkeys((model, unwrapped(model))):
         for name, rank in _names_of(thing, with_containers=True):
             if name not in _SAYS_NOTHING:
                 found[name] = min(rank, found.get(name, rank))
-    best = min(found.values(), default=0)
-    # An argument's name is the called function's word for whatever it is given.
-    return sorted((name for name in found if found[name] < 2 or best == 2), key=lambda name: (found[name], name))
+    names = sorted(found, key=lambda name: (found[name], name))
+    return [n for n in names if found[n] < _ARGUMENT], [n for n in names if found[n] == _ARGUMENT]
 
 
 def _names_of(thing: Any, *, with_containers: bool) -> Iterator[tuple[str, int]]:
-    frames = list(_users_frames())
-    copies = [frame.f_locals for frame in frames if frame.f_locals is not frame.f_globals]
-    for frame in frames:
-        arguments = _arguments(frame)
-        for name, value in list(frame.f_locals.items()):
+    frames = [(_arguments(frame), _locals_of(frame)) for frame in _users_frames()]
+    for arguments, variables in frames:
+        for name, value in variables.items():
             if value is thing:
-                yield name, 2 if name in arguments else 0
-    passed_over = {id(found) for found in (copies, frames, *copies)}
+                yield name, _ARGUMENT if name in arguments else _VARIABLE
+    passed_over = {id(found) for found in (frames, *(variables for _, variables in frames))}
     for holder in gc.get_referrers(thing):
         if id(holder) in passed_over:
             continue
         if isinstance(holder, dict):
-            rank = 0 if "__name__" in holder and "__builtins__" in holder else 1
+            rank = _VARIABLE if "__name__" in holder and "__builtins__" in holder else _ATTRIBUTE
             yield from ((name, rank) for name, value in list(holder.items()) if value is thing and _is_name(name))
         elif isinstance(holder, (list, tuple)) and with_containers:
             places = [place for place, value in enumerate(holder) if value is thing]
             for name, rank in _names_of(holder, with_containers=False) if places else ():
-                yield f"{name}.{places[0]}", rank
+                # A loop over the list has a variable for each in turn.
+                yield f"{name}.{places[0]}", _ARGUMENT if rank == _ARGUMENT else _PLACE
         elif isinstance(holder, torch.nn.Module) or type(holder).__module__.startswith("grafter."):
             continue
         else:
-            yield from ((name, 1) for name, value in _attributes(holder).items() if value is thing)
+            yield from ((name, _ATTRIBUTE) for name, value in _attributes(holder).items() if value is thing)
 
 
 def _is_name(name: Any) -> bool:
@@ -102,6 +104,16 @@ def _users_frames() -> Iterator[FrameType]:
         if not is_passed_over(frame.f_code.co_filename):
             yield frame
         frame = frame.f_back
+
+
+def _locals_of(frame: FrameType) -> dict[str, Any]:
+    """A function's variables, copied. What Python itself remembers of them would keep alive what the function deletes."""
+    variables = frame.f_locals
+    found = dict(variables)
+    # Held by the frame, by `variables`, and by the call: then it is not what the function itself got from `locals()`.
+    if frame.f_code.co_flags & inspect.CO_OPTIMIZED and type(variables) is dict and sys.getrefcount(variables) <= 3:
+        variables.clear()
+    return found
 
 
 def _arguments(frame: FrameType) -> tuple[str, ...]:

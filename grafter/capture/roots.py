@@ -70,6 +70,9 @@ class Roots:
 
     def extend(self, called: torch.nn.Module, made: list[torch.nn.Module]) -> None:
         """Attach what is new: other models, or new modules of one that is attached."""
+        if {root.class_name for root in self._roots} & {class_name_of(module) for module in made}:
+            # The program may hold one model after the other: what nobody refers to any more is no model of it.
+            gc.collect()
         known = {id(model): root for root in self._roots if (model := root.model) is not None}
         parents = _parents_of([*made, *(model for root in self._roots if (model := root.model) is not None)])
         grown = {id(_outermost(module, parents)) for module in made}
@@ -113,11 +116,11 @@ class Roots:
         if name is None:
             self._tell_nameless(facts)
         else:
-            self._replace_gone(name)
+            level = logging.DEBUG if self._replace_gone(name) else logging.INFO
             self._set_axes(model)
             root.attachment = self._hook(root, model, facts)
-            logger.info(
-                "grafter: %s: %d modules of %s have hooks%s", self._grafter.who, len(root.attachment.points),
+            logger.log(
+                level, "grafter: %s: %d modules of %s have hooks%s", self._grafter.who, len(root.attachment.points),
                 type(model).__name__, f"; their points' names begin with {name}." if name else "",
             )  # fmt: skip
             self._grafter.models.passes.wrap(model)
@@ -160,9 +163,6 @@ class Roots:
             return facts.given_name
         if self._is_chunk(model):
             return ""
-        if any(root.class_name == facts.class_name and root.model is not None for root in self._roots):
-            # The program may hold one model after the other: what nobody refers to any more is no model of it.
-            gc.collect()
         same = [root for root in self._roots if root.class_name == facts.class_name and not root.is_left]
         gone = [root for root in same if root.model is None]
         held_alike = [root for root in gone if not set(root.variables).isdisjoint(facts.variables)]
@@ -182,12 +182,14 @@ class Roots:
         layers = [_layers(other, self._patterns, self._grafter.models.naming) for other in same]
         return bool(own) and bool(layers) and all(other and own.isdisjoint(other) for other in layers)
 
-    def _replace_gone(self, name: str) -> None:
-        """Of a model that is gone, and whose place another takes, nothing is left."""
-        for root in [root for root in self._roots if root.model is None and root.name == name]:
+    def _replace_gone(self, name: str) -> bool:
+        """Of a model that is gone, and whose place another takes, nothing is left. Whether there was one."""
+        gone = [root for root in self._roots if root.model is None and root.name == name]
+        for root in gone:
             if root.attachment is not None and not root.is_left:
                 self._grafter.models.withdraw(root.attachment)
             self._roots.remove(root)
+        return bool(gone)
 
     def _tell_nameless(self, facts: ModelFacts) -> None:
         if facts.class_name in self._told_nameless:
