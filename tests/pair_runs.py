@@ -34,7 +34,8 @@ def run_program(
     done = subprocess.run(
         [
             sys.executable, "-m", "grafter.cli", "run", "--out", str(directory / "out"),
-            "--baseline", f"{sys.executable} {path} {baseline}", "--target", f"{target_python} {path} {target}", *options,
+            "--baseline", f"{sys.executable} {path} {baseline}", "--target", f"{target_python} {path} {target}",
+            *options,
         ],
         env={**kept, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300,
     )  # fmt: skip

@@ -107,7 +107,7 @@ def _users_frames() -> Iterator[FrameType]:
 
 
 def _locals_of(frame: FrameType) -> dict[str, Any]:
-    """A function's variables, copied. What Python itself remembers of them would keep alive what the function deletes."""
+    """A function's variables, copied. What Python remembers of them would keep alive what the function deletes."""
     variables = frame.f_locals
     found = dict(variables)
     # Held by the frame, by `variables`, and by the call: then it is not what the function itself got from `locals()`.
