@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.metadata
 import json
 import os
 import re
@@ -15,9 +17,12 @@ from typing import Any
 import pytest
 
 from grafter.running.job_environment import STARTUP_DIRECTORY, job_environment, what_defeats_attach
+from grafter.version import VERSION
 
 HERE = Path(__file__).parent
 PROGRAMS = str(HERE / "startup_programs.py")
+# A program is mostly an import of torch, which takes long where others use the cores.
+pytestmark = pytest.mark.timeout(300)
 SETTINGS = {
     "GRAFTER_ENABLE": "1",
     "GRAFTER_ROLE": "target",
@@ -45,7 +50,7 @@ def environment(**changes: str | None) -> dict[str, str]:
 
 def run(*words: str, **changes: str | None) -> str:
     done = subprocess.run(
-        [sys.executable, *words], env=environment(**changes), capture_output=True, text=True, timeout=90, cwd=HERE
+        [sys.executable, *words], env=environment(**changes), capture_output=True, text=True, timeout=280, cwd=HERE
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -86,7 +91,7 @@ def forked() -> dict[str, Any]:
         env=environment(),
         stdout=subprocess.PIPE,
         text=True,
-        timeout=90,
+        timeout=280,
         cwd=HERE,
     )
     return {name: result for line in done.stdout.splitlines() for name, result in json.loads(line).items()}
@@ -374,7 +379,7 @@ def test_a_pair_that_never_heard_of_grafter_is_compared_module_by_module(tmp_pat
         ["--plan", str(tmp_path / "plan.yaml")],
     ):
         job = graft(tmp_path, *commands(tmp_path), *options)
-        output, _ = job.communicate(timeout=90)
+        output, _ = job.communicate(timeout=280)
         assert job.returncode == 0, output
         assert "2 compared" in output
         assert len(re.findall(r"compare compared", output)) == 2
@@ -382,11 +387,75 @@ def test_a_pair_that_never_heard_of_grafter_is_compared_module_by_module(tmp_pat
 
 def test_a_job_that_is_not_reached_is_named_with_the_reason(tmp_path: Path) -> None:
     job = graft(tmp_path, *commands(tmp_path, f"{sys.executable} -I"), "--attach", "*", "--compare", "True")
-    output, _ = job.communicate(timeout=90)
+    output, _ = job.communicate(timeout=280)
     assert job.returncode == 1
     assert "--attach will not reach the target job: its command has python -I" in output
     assert "--attach reached no model in the target job" in output
     assert "reached no model in the baseline" not in output
+
+
+def test_a_python_without_grafter_is_reached(tmp_path: Path) -> None:
+    """Where the job's Python has the dependencies alone, it gets the package that `grafter run` is of."""
+    python = python_without_grafter(tmp_path / "bare")
+    known = subprocess.run([python, "-c", "import grafter"], capture_output=True, text=True, cwd=tmp_path, timeout=280)
+    assert "ModuleNotFoundError" in known.stderr
+    job = graft(tmp_path, *commands(tmp_path, python), "--attach", "2", "--compare", "name.endswith('.out')")
+    output, _ = job.communicate(timeout=280)
+    assert job.returncode == 0, output
+    assert "1 compared" in output
+
+
+def python_without_grafter(directory: Path) -> str:
+    """An environment with what this one has but for grafter."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", directory], check=True, timeout=280)
+    (own,) = {Path(path) for path in sys.path if Path(path, "torch").is_dir()}
+    (its,) = directory.glob("lib/python*/site-packages")
+    for entry in own.iterdir():
+        if "grafter" not in entry.name:
+            (its / entry.name).symlink_to(entry)
+    return str(directory / "bin" / "python")
+
+
+def test_the_version_needs_no_installation() -> None:
+    """It is that of the package that runs, and what is installed says the same."""
+    assert importlib.metadata.version("grafter") == VERSION
+
+
+PLANNED = """
+import torch
+model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Tanh())
+IMPORT
+with torch.no_grad():
+    for _ in range(3):
+        model(torch.ones(1, 4))
+        CALL
+import os, sys
+own = getattr(sys.modules.get("grafter"), "_grafter", None)
+print(dict(own._unmatched) if own is not None else None, flush=True)
+os._exit(0)
+"""
+
+
+@pytest.mark.parametrize(
+    ("imports", "call", "path", "points"),
+    [
+        ("import grafter", "grafter.step()", None, {"0.out": 2, "0.in.input": 2}),
+        ("import grafter; grafter.step()", "pass", None, {"0.out": 3, "0.in.input": 3}),
+        ("pass", "pass", STARTUP_DIRECTORY, {"0.out": 3, "0.in.input": 3}),
+        ("import grafter; grafter.attach(model, '1')", "pass", None, {"1.out": 3, "1.in.input": 3}),
+    ],
+)
+def test_a_plan_file_alone_attaches(
+    tmp_path: Path, imports: str, call: str, path: str | None, points: dict[str, int]
+) -> None:
+    """From the program's first call of grafter on, or from its start where the start-up module is on the path. A
+    program that attaches by itself has the points that it asks for."""
+    (tmp_path / "plan.yaml").write_text('attach: "0"\n')
+    (tmp_path / "program.py").write_text(PLANNED.replace("IMPORT", imports).replace("CALL", call))
+    changes = {"GRAFTER_ATTACH": None, "GRAFTER_PLAN": str(tmp_path / "plan.yaml"), "PYTHONPATH": path}
+    # The number of the module is its layer's.
+    expected = {f"root.{name.partition('.')[2]}": count for name, count in points.items()}
+    assert ast.literal_eval(run(str(tmp_path / "program.py"), **changes).splitlines()[-1]) == expected
 
 
 def test_ctrl_c_leaves_no_process_of_programs_that_never_end(tmp_path: Path) -> None:
