@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -150,3 +153,19 @@ def test_models_called_in_another_order_are_never_compared_crosswise(tmp_path: P
     assert run.code == 0, run.output
     assert len(run.rel) == 3
     assert set(run.rel.values()) == {0.0}
+
+
+def test_a_recording_knows_its_models(tmp_path: Path) -> None:
+    """A job that made its models in another order is refused by one that is only played."""
+    recording, filters = tmp_path / "recording", ("--compare", "name.endswith('.out')")
+    (tmp_path / "program.py").write_text(textwrap.dedent(TWO_MODELS))
+    program = [sys.executable, str(tmp_path / "program.py")]
+    base = [sys.executable, "-m", "grafter.cli", "run", "--attach", "*", *filters]
+    recorded = ["--role", "baseline", "--record", str(recording), "--", *program, "policy,policy"]
+    done = subprocess.run([*base, *recorded], capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for order, code, said in (("policy,policy", 0, "6 compared"), ("ref,policy", 1, "it is not clear which of them")):
+        target = ["--peer", str(recording), "--target", " ".join([*program, order]), "--out", str(tmp_path / "out")]
+        done = subprocess.run([*base, *target], capture_output=True, text=True, timeout=280)
+        assert done.returncode == code, done.stdout + done.stderr
+        assert said in done.stdout
