@@ -41,8 +41,8 @@ PROGRAM = """
                 made = torch.jit.script(model)
             elif way == "fx":
                 made = torch.fx.symbolic_trace(model)
-            elif way == "export":
-                made = torch.export.export(model, (x,)).graph_module
+            elif way in ("export", "strict"):
+                made = torch.export.export(model, (x,), strict=way == "strict").graph_module
                 assert "grafter" not in str(made.graph)
                 continue
             elif way == "make_fx":
@@ -58,7 +58,7 @@ PROGRAM = """
 
 def test_a_model_with_hooks_is_traced_exported_and_scripted_as_without_grafter(tmp_path: Path) -> None:
     """Its points before and after are compared; calls that make a program of it have none and count no step."""
-    ways = "trace,make_fx,export,script,fx"
+    ways = "strict,trace,make_fx,export,script,fx"
     options = ("--attach", "*", "--compare", "name.endswith('.out')")
     run = run_program(tmp_path, PROGRAM, ways, ways, *options)
     assert run.code == 0, run.output

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -21,6 +22,7 @@ from grafter.capture.parameter_gradients import watch_gradients
 from grafter.capture.passes import ForwardPasses
 from grafter.capture.patterns import read_patterns
 from grafter.compiled import find_site
+from grafter.errors import UsageError
 from grafter.layout.axes import axes_of_job, set_axes
 from grafter.names import PointName
 from grafter.rendezvous.announced_models import AnnouncedHooks, AnnouncedModel
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("grafter")
 
+_NAME = re.compile(r"[^\W\d]\w*(\.\w+)*")
 _CLASSES_SHOWN = 20
 _MOST_BYPASSED = 100
 
@@ -72,6 +75,8 @@ class AttachedModels:
         naming, facts: of a model that is attached without a line in the program, whose own `attach` takes its place.
         """
         grafter, config = self._grafter, self._grafter.config
+        if name is not None and not _NAME.fullmatch(str(name)):
+            raise UsageError(f"attach(name={name!r}): the name of a model is a word, such as 'policy'.")
         is_programs_own = naming is None
         if is_programs_own:
             for make_room in self.before_attach:

@@ -135,7 +135,8 @@ class Watcher:
 
     def _arm(self) -> None:
         # Somebody else may have put a function of theirs there (a tracer, for as long as it traces).
-        if self._class.__call__ is self._call and self._handles:
+        # torch.export makes a module of its own around the model, and follows each call that it sees.
+        if self._class.__call__ is self._call and self._handles and not _is_exporting():
             self._class.__call__ = self._armed_call
             _leave_uncompiled(self._armed_call.__code__)
 
@@ -194,6 +195,11 @@ def _is_being_built(module_class: type) -> bool:
 
 def _first_local(frame: FrameType) -> Any:
     return frame.f_locals.get(frame.f_code.co_varnames[0])
+
+
+def _is_exporting() -> bool:
+    compiler = sys.modules.get("torch.compiler")
+    return compiler is not None and bool(getattr(compiler, "is_exporting", bool)())
 
 
 def _is_data_loader_worker() -> bool:
