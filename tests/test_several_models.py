@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from attach_parts import Tower, attach
 from pair_runs import run_program
 
+from grafter.capture.naming import Naming
+from grafter.names import NameRule
 from grafter.rendezvous.announced_models import AnnouncedModel, find_confused_models
 from grafter.settings.field_types import read_model_names
 
@@ -123,6 +126,33 @@ def test_names_of_models_are_read(text: str, names: dict[str, str]) -> None:
 def test_what_names_no_model_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"variable=name|twice|both"):
         read_model_names(text)
+
+
+def test_two_models_that_the_program_attaches_are_told_to_share_names() -> None:
+    """Not where a model is attached twice, nor after a detach, nor parts of one model with layers of their own."""
+    one, two = Tower(2), Tower(2)
+    first, _ = attach(one)
+    second, _ = attach(two)
+    again, _ = attach(one)
+    assert second.takes_names_of(first)
+    assert not again.takes_names_of(first)
+    for number, layer in enumerate(two.layers):
+        layer.layer_idx = 2 + number
+    chunk, _ = attach(two)
+    assert not chunk.takes_names_of(first)
+    first.detach()
+    assert not second.takes_names_of(first)
+
+
+def test_a_name_stands_before_all_names_of_a_model() -> None:
+    """Before a rule's names, and those of weights, too."""
+    rule = NameRule(path="layers.{layer_id}", name="block")
+    naming, model = Naming((rule,), "target").under("policy"), Tower(2)
+    module = naming.of_module(model, "layers.1")
+    assert (module.name, module.tags) == ("policy.block", {"layer_id": 1})
+    assert naming.of_tensor(module, "layers.1", ".out.0").name == "policy.block.out.0"
+    assert naming.of_weight(model, "head.weight").name == "policy.head.weight"
+    assert naming.under("") is naming
 
 
 def test_models_made_in_another_order_are_refused_and_compared_once_they_are_named(tmp_path: Path) -> None:
