@@ -144,7 +144,9 @@ def dump(name: str, value: Any, /, **arguments: Any) -> Any:
     return _dump_on(name, value, arguments)
 
 
-def attach(model: torch.nn.Module, *patterns: str, inputs: bool = True, outputs: bool = True) -> Attachment | None:
+def attach(
+    model: torch.nn.Module, *patterns: str, inputs: bool = True, outputs: bool = True, name: str | None = None
+) -> Attachment | None:
     """Points for a model's modules, without a line in the model: hooks on the inputs and outputs of those selected.
 
     Args:
@@ -153,6 +155,8 @@ def attach(model: torch.nn.Module, *patterns: str, inputs: bool = True, outputs:
         patterns: over module paths and classes (docs/capture.md): `"model.layers.*"`, `":*DecoderLayer"`,
             `"!*.rotary_emb"`. Default: GRAFTER_ATTACH, else all modules.
         inputs, outputs: whether inputs, and whether outputs, are points.
+        name: stands before the names of the model's points (`policy.layers.mlp.out`), the same in both jobs. Give one
+            to each of several models of one class. Default: plain names.
 
     Returns:
         An attachment, whose `detach()` (or end of a `with` block) leaves the model as it was; None while grafting is
@@ -166,7 +170,7 @@ def attach(model: torch.nn.Module, *patterns: str, inputs: bool = True, outputs:
     """
     if _off or (_off is None and _decide()):
         return None
-    return _active().attach(model, patterns, inputs=inputs, outputs=outputs)
+    return _active(watch_models=False).attach(model, patterns, inputs=inputs, outputs=outputs, name=name)
 
 
 def dump_model(model: torch.nn.Module) -> int:
@@ -466,13 +470,19 @@ def _step_on() -> None:
     _active().step()
 
 
-def _active() -> Grafter:
+def _active(*, watch_models: bool = True) -> Grafter:
+    """watch_models: whether this call may be the first, and says nothing of which models are to be attached."""
     global _grafter
     if _grafter is None:
         from grafter.grafter import Grafter
         from grafter.settings.config import GrafterConfig
 
         _grafter = Grafter(GrafterConfig.from_environment())
+        if watch_models and _grafter.config.attach is not None:
+            from grafter.capture.first_call import watch_from_here
+
+            # The start of this Python did not do it, unless `grafter run` has started it.
+            watch_from_here()
     return _grafter
 
 

@@ -30,6 +30,7 @@ from grafter.report.command import report_command
 from grafter.requests.commands import record_command, replay_command
 from grafter.running.job_environment import merge_settings
 from grafter.running.master_address import parse_master
+from grafter.version import VERSION
 
 if TYPE_CHECKING:
     from grafter.running.launcher import PairResult
@@ -95,9 +96,7 @@ def _in_options(text: str) -> str:
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import version
-
-        print(f"grafter {version('grafter')}")
+        print(f"grafter {VERSION}")
         raise typer.Exit()
 
 

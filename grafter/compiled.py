@@ -190,8 +190,10 @@ def _notice(token: torch.Tensor, number: int) -> None:
 
 
 def _call_of(number: int, hook: torch.Tensor) -> _Call | None:
-    """None: of a hook that is gone."""
+    """None: of a hook that is gone, or while the rank warms up."""
     site = _sites[number]
+    if site.grafter.is_warming_up:
+        return None
     if site.suffix is None:
         return _Call(site, dict(site.arguments), None)
     points = _hooked.get(int(hook))

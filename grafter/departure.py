@@ -46,6 +46,8 @@ class Departure:
             if self.gradients is not None and error is None and (session is not None or self.config.only_dumps):
                 self.gradients.pending.end_step(session)
         finally:
+            if self.gradients is not None:
+                self.gradients.pending.close()
             self.tally.dumps.update(self.dumps.close())
             self.tally.left_out.update(self.dumps.limits.left_out)
         self._end_early(session, is_orderly=error is None)
@@ -62,6 +64,7 @@ class Departure:
                 f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}" if error else ""
             )
         self.entry.close()
+        self.models.tell_at_end()
         say_goodbye(self.place, self.tally, self.filters, role_directory, only_dumps=self.config.only_dumps)
 
     def _end_early(self, session: Session | None, *, is_orderly: bool) -> None:

@@ -18,6 +18,7 @@ from grafter.errors import JoinError
 from grafter.ledger import RankSummary, write_summary
 from grafter.offline.peer import Peer, start_peer
 from grafter.offline.recorded_part import write_rank_facts
+from grafter.rendezvous.announced_models import AnnouncedHooks
 from grafter.rendezvous.join import Place
 from grafter.rendezvous.roster import PlayedFrom, Roster
 from grafter.session import Begun, Joining, Session
@@ -35,14 +36,14 @@ class Entry:
         place: Place,
         models: AttachedModels,
         control: RankControl,
-        announced_modules: Callable[[], tuple[str, ...] | None],
+        announced_hooks: Callable[[], AnnouncedHooks],
         on_refusal: Callable[[JoinError], None],
         on_joined: Callable[[], None],
         begun: Begun,
     ) -> None:
         """on_refusal, on_joined: called, in the background, where the two jobs do not fit, and once both are there."""
         self._config, self._place, self._models, self._control = config, place, models, control
-        self._announced_modules, self._on_refusal, self._on_joined = announced_modules, on_refusal, on_joined
+        self._announced_hooks, self._on_refusal, self._on_joined = announced_hooks, on_refusal, on_joined
         self._begun = begun
         self._peer: Peer | None = None
         self._alone_directory: Path | None = None
@@ -66,7 +67,7 @@ class Entry:
             if self._peer is not None:
                 config, store = self._peer.config, self._peer.store
         self.joining = Joining(
-            config, self._on_refusal, self._on_joined, self._begun, self._announced_modules(), recording, store,
+            config, self._on_refusal, self._on_joined, self._begun, self._announced_hooks(), recording, store,
             self._control,
         )  # fmt: skip
 
@@ -84,6 +85,7 @@ class Entry:
             self._begun.check(session.run_directory)
             self.session = session
             self._write_facts(self.session.run_directory, self.session.roster)
+            session.housekeeping.board.hook_facts = self._models.hook_facts
             self._models.tell_which_are_only_here(self.session.roster)
         return self.session
 
@@ -129,6 +131,6 @@ class Entry:
         if not self._config.record:
             return
         try:
-            write_rank_facts(run_directory, self._config, self._place, self._announced_modules())
+            write_rank_facts(run_directory, self._config, self._place, self._announced_hooks())
         except OSError as failure:
             logger.error("grafter: the recording of %s cannot be grafted from: %s", self._place.who, failure)

@@ -61,6 +61,7 @@ def summarise(
         filters_never_matched=filters.never_matched(),
         tags_never_seen=filters.tags_never_seen(),
         hooks_never_fired=[path for attachment in attachments for path in attachment.never_fired()],
+        modules_bypassed=[path for attachment in attachments for path in attachment.bypassed()],
         modules_only_here=roster.only_at(place.role) if roster is not None else [],
         only_dumps=only_dumps or not filters.have_directions,
         dumped=tally.dumps["saved"],

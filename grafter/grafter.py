@@ -26,6 +26,7 @@ from grafter.backward.repeated_points import RepeatedPoints
 from grafter.capture.attached_models import AttachedModels
 from grafter.capture.attachment import Attachment
 from grafter.capture.parameters import dump_weights
+from grafter.capture.tracing import is_being_traced
 from grafter.control.rank_control import RankControl, TakingOver
 from grafter.control.traced import Verdict
 from grafter.departure import Departure
@@ -43,6 +44,7 @@ from grafter.options import OptionChooser
 from grafter.outbox.counts import Pending
 from grafter.outbox.memory import Memory
 from grafter.points import LOOKED_AT, PHASE, StepCounter, call_site, split_options, surroundings
+from grafter.rendezvous.announced_models import AnnouncedHooks
 from grafter.rendezvous.roster import PlayedFrom
 from grafter.session import Begun, Session, find_place
 from grafter.settings.config import GrafterConfig
@@ -92,13 +94,15 @@ class Grafter:
         self.standing = Standing(config, self._place)
         self.offers = self.offer_maker(config, self._place)
         self.models = AttachedModels(self, self._place)
+        if config.warm_up:
+            self._begin_warm_up()
         self.dumps = RankDumps(config, self._place, self.offers.axes, lambda: self.entry.run_directory())
         self.filters = DirectionFilters(config.filters, self.dumps.choice)
         judge = TraceJudge(self.options, has_gradients=self.has_gradients).judge
         self.control = RankControl(config, self._place, self.steps, judge, saves=self.saves_points)
         begun = Begun(Memory(read_size(config.outbox_bytes)))
         self.entry = Entry(
-            config, self._place, self.models, self.control, self.announced_modules, self._refuse_all,
+            config, self._place, self.models, self.control, self.announced_hooks, self._refuse_all,
             lambda: self.matched.make_up_in_background(), begun,
         )  # fmt: skip
         self.recomputations = Recomputations(self.steps)
@@ -113,6 +117,11 @@ class Grafter:
         self._repeated = RepeatedPoints(config, self.steps, self.recomputations, self.standing)
         set_up_logging(config.log_level)
         atexit.register(self.close)
+
+    @property
+    def is_warming_up(self) -> bool:
+        """Whether points are left out, since the models are not warm yet."""
+        return self.models.passes.is_warming_up
 
     # What users call.
 
@@ -155,6 +164,8 @@ class Grafter:
             return value
         for own in ("name", "step", "phase"):
             del tags[own]
+        if is_being_traced():
+            return value
         try:
             if os.getpid() != self.standing.process_id:
                 if direction is None:
@@ -171,10 +182,26 @@ class Grafter:
                 error.__cause__, error.__context__ = None, None
             raise error.with_traceback(None) from error.__cause__
 
+    def _begin_warm_up(self) -> None:
+        """Points are left out until the models are warm: in place of `dump_point`, so that nobody pays for it later."""
+        self._dump_when_warm = self.dump_point
+        self.dump_point = self._dump_in_warm_up  # type: ignore[method-assign]
+        self.models.passes.on_warm = self._end_warm_up
+
+    def _end_warm_up(self) -> None:
+        self.dump_point = self._dump_when_warm  # type: ignore[method-assign]
+
+    def _dump_in_warm_up(self, name: str, value: Any, arguments: dict[str, Any], module: str | None = None) -> Any:
+        if not self.has_begun:
+            self.begin()
+        return value
+
     def _dump_with_gradients(self, name: str, value: Any, arguments: dict[str, Any], module: str | None = None) -> Any:
         """`dump_point` where gradients are points, too. In its place, so that nobody else pays for the question."""
         given = dict(arguments)
         value = Grafter.dump_point(self, name, value, arguments, module)
+        if is_being_traced():
+            return value
         differentiated = is_graph_differentiated() if torch.is_grad_enabled() else self.recomputations.lead_to_graph()
         if self.gradients is not None and differentiated:
             self.gradients.watch(name, value, given, module)
@@ -184,7 +211,7 @@ class Grafter:
         """The end of an iteration: the step counts up, occurrences start at 0 again."""
         if not self.has_begun:
             self.begin()
-        if os.getpid() != self.standing.process_id:
+        if os.getpid() != self.standing.process_id or self.is_warming_up:
             return
         with self.lock:
             if self.gradients is not None:
@@ -206,10 +233,16 @@ class Grafter:
         self.dumps.take_over(coming.config, coming.choice, (dumped.first, dumped.end) if dumped is not None else None)
 
     def attach(
-        self, model: torch.nn.Module, patterns: tuple[str, ...], *, inputs: bool = True, outputs: bool = True
+        self,
+        model: torch.nn.Module,
+        patterns: tuple[str, ...],
+        *,
+        inputs: bool = True,
+        outputs: bool = True,
+        name: str | None = None,
     ) -> Attachment:
         """Hooks on a model's modules. See `grafter.attach`."""
-        return self.models.attach(model, patterns, inputs=inputs, outputs=outputs)
+        return self.models.attach(model, patterns, inputs=inputs, outputs=outputs, name=name)
 
     @property
     def who(self) -> str:
@@ -287,8 +320,8 @@ class Grafter:
                 raise
             self.has_begun = True
 
-    def announced_modules(self) -> tuple[str, ...] | None:
-        """The modules that this rank has hooks on; None where it has none attached."""
+    def announced_hooks(self) -> AnnouncedHooks:
+        """The modules that this rank has hooks on, and their models."""
         return self.models.announced()
 
     def announced_recording(self) -> PlayedFrom | None:

@@ -144,6 +144,8 @@ class RankSummary(_Record):
     # Modules with hooks that no call reached, and those that no rank of the other job has.
     hooks_never_fired: list[str] = []
     modules_only_here: list[str] = []
+    # Of hooks_never_fired, those whose parts were called: by `module.forward(...)`, say.
+    modules_bypassed: list[str] = []
     # Whether no filter of a direction was set. Points saved to disk; those whose file or record could not be written;
     # and those that a limit left out, by limit.
     only_dumps: bool = False

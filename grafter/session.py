@@ -31,6 +31,7 @@ from grafter.outbox.pull import Puller
 from grafter.pairing.agreement import Agreement
 from grafter.pairing.pairing import Pairing
 from grafter.points import PointKey
+from grafter.rendezvous.announced_models import NO_HOOKS, AnnouncedHooks
 from grafter.rendezvous.channels import Channels
 from grafter.rendezvous.connecting import Listener, connect_ranks, open_listener
 from grafter.rendezvous.courier import Courier
@@ -298,7 +299,7 @@ class Joining:
         on_refusal: Callable[[JoinError], None],
         on_joined: Callable[[], None],
         begun: Begun,
-        modules: tuple[str, ...] | None = None,
+        hooks: AnnouncedHooks = NO_HOOKS,
         played_from: PlayedFrom | None = None,
         served: StoreServer | None = None,
         control: RankControl | None = None,
@@ -308,7 +309,7 @@ class Joining:
         control: told once this rank has joined."""
         self._config, self._on_refusal, self._on_joined = config, on_refusal, on_joined
         self._begun = begun
-        self._modules, self._played_from, self._served = modules, played_from, served
+        self._hooks, self._played_from, self._served = hooks, played_from, served
         self._control = control
         self._done = threading.Event()
         self._cancelled = False
@@ -328,7 +329,7 @@ class Joining:
             run_name = config.run_name or time.strftime("%Y%m%d-%H%M%S")
             membership = join(
                 config, self._place, run_name, socket_name, lambda: not self._cancelled, self._connected,
-                modules=self._modules, played_from=self._played_from, served=self._served,
+                hooks=self._hooks, played_from=self._played_from, served=self._served,
             )  # fmt: skip
             host = store_place(config, self._place)
             membership.housekeeping.joined(

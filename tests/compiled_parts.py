@@ -21,6 +21,7 @@ class Taker:
     """Keeps what is offered, in order, with the number of the backward pass that it came in (-1: none)."""
 
     gradients = None
+    is_warming_up = False
 
     def __init__(
         self,

@@ -8,10 +8,12 @@ costs; they print their names beside it.
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import multiprocessing
 import os
 import sys
+import weakref
 from typing import Any
 
 import torch
@@ -135,6 +137,37 @@ def copies() -> Any:
             parameter.zero_()
         outputs = [m(torch.ones(1, 4)).abs().sum().item() for m in (model, average)]
     return {**found(), "outputs": outputs}
+
+
+def made_anew() -> Any:
+    """A model that is made in each iteration, beside one of the same class that is kept."""
+    kept, seen = None, []
+    for _ in range(3):
+        model = Model()
+        seen.append(weakref.ref(model))
+        call(model)
+        kept = kept or Model()
+        call(kept)
+        del model
+    gc.collect()
+    alive = [thing for thing in gc.get_objects() if type(thing) is Model]
+    return {**found(), "alive": len(alive) + sum(reference() is not None for reference in seen)}
+
+
+def in_a_list() -> Any:
+    models = [Model(), Model(), Model()]
+    for model in reversed(models):
+        call(model)
+    return found()
+
+
+def held_by_nothing() -> Any:
+    """But by an argument, which is the word of the function that calls it."""
+    model = Model()
+    call(model)
+    hidden = {1: Model()}
+    call(hidden[1])
+    return found()
 
 
 def grown() -> Any:

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grafter.errors import PairingError, PeerLostError
-from grafter.watching.board import BoardLine
+from grafter.watching.board import BoardLine, HookFacts
 from grafter.watching.diagnosis import explain_stuck, find_stuck
+from grafter.watching.hints import find_hints
 
 # A rank: "running", "gone", or (point, participants of its own side).
 State = Any
@@ -149,3 +150,47 @@ def test_lists_of_points_are_compared_only_where_there_are_any() -> None:
         text = str(explain_stuck(find_stuck(lines), {}, "", lines))
         assert ("Compare the two lists of last points" in text) is told
         assert "Make the two programs dump the same points" in text
+
+
+# --- hints ---------------------------------------------------------------------------------------------------------
+
+
+def waiting(role: Any, point: str, call_site: str = "", **facts: Any) -> BoardLine:
+    return BoardLine(
+        role=role, role_rank=0, sequence=1, state="waiting", since=0.0, point=point, call_site=call_site,
+        hooks=HookFacts(**facts),
+    )  # fmt: skip
+
+
+def test_the_error_says_which_modules_were_passed_by() -> None:
+    lines = [waiting("baseline", "'a'", bypassed=("layers.0", "root")), waiting("target", "'b'")]
+    (hint,) = find_hints(lines)
+    assert "modules of the baseline" in hint
+    assert "layers.0, root" in hint
+    assert "module.forward(...)" in hint
+    assert hint in str(explain_stuck(lines, {}, "", lines))
+
+
+def test_the_error_suggests_a_warm_up_of_the_job_that_has_made_more_passes() -> None:
+    """None where one of them has no models."""
+    (hint,) = find_hints([waiting("baseline", "'a'", passes=3), waiting("target", "'b'", passes=1)])
+    assert "--set baseline_warm_up=N" in hint
+    assert find_hints([waiting("baseline", "'a'", passes=3), waiting("target", "'b'")]) == []
+    assert find_hints([waiting("baseline", "'a'", passes=2), waiting("target", "'b'", passes=2)]) == []
+
+
+def test_the_error_suggests_gradients_at_the_optimizers_step() -> None:
+    (hint,) = find_hints([waiting("baseline", "'w'", "the parameter w"), waiting("target", "'x'")])
+    assert "weight_gradients=optimizer_step" in hint
+
+
+def test_the_error_says_that_models_are_called_in_another_order() -> None:
+    """Only where both jobs have both models, and are in different ones."""
+    both = ("", "ref")
+    lines = [waiting("baseline", "'layers.out' (step=0)", models=both)]
+    lines.append(waiting("target", "'ref.layers.out' (step=0)", models=both))
+    (hint,) = find_hints(lines)
+    assert "name.startswith('ref.')" in hint
+    assert "not name.startswith('ref.')" in hint
+    assert find_hints([lines[0], lines[0].model_copy(update={"role": "target"})]) == []
+    assert find_hints([lines[0], waiting("target", "'ref.x'", models=("ref",))]) == []

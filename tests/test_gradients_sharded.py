@@ -183,3 +183,43 @@ def test_main_grad_is_the_gradient_where_grad_is_moved_there(tmp_path: Path, rol
     ]
     assert [(r.name, r.tags["layer_id"], r.outcome) for r in records] == expected * 2
     assert all(r.difference.max_abs > 1e-3 for r in records)
+
+
+def train_accumulating(rank: Rank) -> Any:
+    """Two steps. A job of several ranks takes each rank's part of the batch row by row, with a backward pass for each;
+    returns the class of the gradients."""
+    directory, framework = rank.arguments
+    model: nn.Module = make_model(1)
+    if rank.world_size > 1:
+        model = distribute(model, framework, rank, directory)
+    grafter.attach(model, inputs=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(2):
+        part = inputs().chunk(rank.world_size)[rank.role_rank]
+        micro_batches = part.chunk(len(part)) if rank.world_size > 1 else (part,)
+        for micro_batch in micro_batches:
+            (model(micro_batch).square().mean() / len(micro_batches)).backward()
+        kinds = {type(parameter.grad).__name__ for parameter in model.parameters()}
+        optimizer.step()
+        optimizer.zero_grad()
+        grafter.step()
+    if rank.world_size > 1:
+        torch.distributed.destroy_process_group()
+    return kinds
+
+
+@pytest.mark.parametrize("framework", ["fsdp2", "ddp"])
+def test_accumulated_gradients_are_taken_once_for_each_step_of_the_optimizer(tmp_path: Path, framework: str) -> None:
+    """What has been added up over reduced backward passes is the gradient of the whole batch."""
+    settings = {"gradients": "1", "weight_gradients": "optimizer_step", "compare_filter": GRADIENTS}
+    with Jobs(tmp_path, compiler=True, **settings) as jobs:
+        jobs.start("baseline", 1, train_accumulating, tmp_path, framework)
+        jobs.start("target", 2, train_accumulating, tmp_path, framework)
+        kinds = succeed(jobs.wait())
+        ledgers = jobs.ledgers()
+    assert kinds == [{"Tensor"}, *[{"DTensor" if framework == "fsdp2" else "Tensor"}] * 2]
+    expected = [(step, name, layer) for step in (0, 1) for name in ("bias", "weight") for layer in (0, 2)]
+    for records in ledgers.values():
+        assert [(r.step, r.name, r.tags["layer_id"]) for r in records] == expected
+        assert {r.outcome for r in records} == {"compared"}
+        assert all(r.difference is None or r.difference.max_abs < 1e-6 for r in records)

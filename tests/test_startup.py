@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.metadata
 import json
 import os
 import re
@@ -15,9 +17,12 @@ from typing import Any
 import pytest
 
 from grafter.running.job_environment import STARTUP_DIRECTORY, job_environment, what_defeats_attach
+from grafter.version import VERSION
 
 HERE = Path(__file__).parent
 PROGRAMS = str(HERE / "startup_programs.py")
+# A program is mostly an import of torch, which takes long where others use the cores.
+pytestmark = pytest.mark.timeout(300)
 SETTINGS = {
     "GRAFTER_ENABLE": "1",
     "GRAFTER_ROLE": "target",
@@ -45,7 +50,7 @@ def environment(**changes: str | None) -> dict[str, str]:
 
 def run(*words: str, **changes: str | None) -> str:
     done = subprocess.run(
-        [sys.executable, *words], env=environment(**changes), capture_output=True, text=True, timeout=90, cwd=HERE
+        [sys.executable, *words], env=environment(**changes), capture_output=True, text=True, timeout=280, cwd=HERE
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -61,6 +66,9 @@ IN_ONE_PROCESS = (
     "attaches_late",
     "chunks",
     "copies",
+    "made_anew",
+    "in_a_list",
+    "held_by_nothing",
     "grown",
     "part_called_alone",
     "built_with_a_call",
@@ -83,7 +91,7 @@ def forked() -> dict[str, Any]:
         env=environment(),
         stdout=subprocess.PIPE,
         text=True,
-        timeout=90,
+        timeout=280,
         cwd=HERE,
     )
     return {name: result for line in done.stdout.splitlines() for name, result in json.loads(line).items()}
@@ -133,10 +141,11 @@ def test_a_python_without_torch_imports_nothing_of_grafter() -> None:
     assert run("-c", code) == "[]\n"
 
 
-def test_models_beside_the_first_have_their_class_in_front_of_their_names(forked: dict[str, Any]) -> None:
-    """Those that are there at the first call are attached with it, a later one at its own."""
+def test_models_beside_the_first_have_their_class_or_variable_in_front_of_their_names(forked: dict[str, Any]) -> None:
+    """Those that are there at the first call are attached with it, a later one at its own; a second one of a class is
+    called by the variable that holds it, not by a number, which would be that of its call."""
     reward = {"head.in.input": 1, "head.out": 1, "root.in.x": 1, "root.out": 1}
-    assert forked["two_models"]["points"] == {**CALL, **under("Reward", reward), **under("Reward2", reward)}
+    assert forked["two_models"]["points"] == {**CALL, **under("Reward", reward), **under("late", reward)}
 
 
 def test_a_model_that_the_program_attaches_by_itself_has_each_point_once(forked: dict[str, Any]) -> None:
@@ -154,7 +163,23 @@ def test_a_deep_copy_computes_with_its_own_weights_and_has_names_of_its_own(fork
     result = forked["copies"]
     assert result["outputs"][0] > 0
     assert result["outputs"][1] == 0
-    assert result["points"] == {**times(CALL, 2), **under("Model", CALL)}
+    assert result["points"] == {**times(CALL, 2), **under("average", CALL)}
+
+
+def test_a_model_that_is_made_anew_keeps_the_names_of_the_one_before(forked: dict[str, Any]) -> None:
+    """Also where another of its class lives on, and the models that are gone are freed."""
+    result = forked["made_anew"]
+    assert result["points"] == {**times(CALL, 3), **under("kept", times(CALL, 3))}
+    assert result["alive"] == 1
+
+
+def test_models_in_a_list_are_called_by_their_places(forked: dict[str, Any]) -> None:
+    assert forked["in_a_list"]["points"] == {**CALL, **under("models.1", CALL), **under("models.2", CALL)}
+
+
+def test_a_further_model_of_a_class_that_no_variable_holds_has_no_points(forked: dict[str, Any]) -> None:
+    """Nothing says which of the other job's models it is."""
+    assert forked["held_by_nothing"]["points"] == CALL
 
 
 def test_modules_that_a_model_gets_later_have_points_too(forked: dict[str, Any]) -> None:
@@ -354,7 +379,7 @@ def test_a_pair_that_never_heard_of_grafter_is_compared_module_by_module(tmp_pat
         ["--plan", str(tmp_path / "plan.yaml")],
     ):
         job = graft(tmp_path, *commands(tmp_path), *options)
-        output, _ = job.communicate(timeout=90)
+        output, _ = job.communicate(timeout=280)
         assert job.returncode == 0, output
         assert "2 compared" in output
         assert len(re.findall(r"compare compared", output)) == 2
@@ -362,11 +387,75 @@ def test_a_pair_that_never_heard_of_grafter_is_compared_module_by_module(tmp_pat
 
 def test_a_job_that_is_not_reached_is_named_with_the_reason(tmp_path: Path) -> None:
     job = graft(tmp_path, *commands(tmp_path, f"{sys.executable} -I"), "--attach", "*", "--compare", "True")
-    output, _ = job.communicate(timeout=90)
+    output, _ = job.communicate(timeout=280)
     assert job.returncode == 1
     assert "--attach will not reach the target job: its command has python -I" in output
     assert "--attach reached no model in the target job" in output
     assert "reached no model in the baseline" not in output
+
+
+def test_a_python_without_grafter_is_reached(tmp_path: Path) -> None:
+    """Where the job's Python has the dependencies alone, it gets the package that `grafter run` is of."""
+    python = python_without_grafter(tmp_path / "bare")
+    known = subprocess.run([python, "-c", "import grafter"], capture_output=True, text=True, cwd=tmp_path, timeout=280)
+    assert "ModuleNotFoundError" in known.stderr
+    job = graft(tmp_path, *commands(tmp_path, python), "--attach", "2", "--compare", "name.endswith('.out')")
+    output, _ = job.communicate(timeout=280)
+    assert job.returncode == 0, output
+    assert "1 compared" in output
+
+
+def python_without_grafter(directory: Path) -> str:
+    """An environment with what this one has but for grafter."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", directory], check=True, timeout=280)
+    (own,) = {Path(path) for path in sys.path if Path(path, "torch").is_dir()}
+    (its,) = directory.glob("lib/python*/site-packages")
+    for entry in own.iterdir():
+        if "grafter" not in entry.name:
+            (its / entry.name).symlink_to(entry)
+    return str(directory / "bin" / "python")
+
+
+def test_the_version_needs_no_installation() -> None:
+    """It is that of the package that runs, and what is installed says the same."""
+    assert importlib.metadata.version("grafter") == VERSION
+
+
+PLANNED = """
+import torch
+model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Tanh())
+IMPORT
+with torch.no_grad():
+    for _ in range(3):
+        model(torch.ones(1, 4))
+        CALL
+import os, sys
+own = getattr(sys.modules.get("grafter"), "_grafter", None)
+print(dict(own._unmatched) if own is not None else None, flush=True)
+os._exit(0)
+"""
+
+
+@pytest.mark.parametrize(
+    ("imports", "call", "path", "points"),
+    [
+        ("import grafter", "grafter.step()", None, {"0.out": 2, "0.in.input": 2}),
+        ("import grafter; grafter.step()", "pass", None, {"0.out": 3, "0.in.input": 3}),
+        ("pass", "pass", STARTUP_DIRECTORY, {"0.out": 3, "0.in.input": 3}),
+        ("import grafter; grafter.attach(model, '1')", "pass", None, {"1.out": 3, "1.in.input": 3}),
+    ],
+)
+def test_a_plan_file_alone_attaches(
+    tmp_path: Path, imports: str, call: str, path: str | None, points: dict[str, int]
+) -> None:
+    """From the program's first call of grafter on, or from its start where the start-up module is on the path. A
+    program that attaches by itself has the points that it asks for."""
+    (tmp_path / "plan.yaml").write_text('attach: "0"\n')
+    (tmp_path / "program.py").write_text(PLANNED.replace("IMPORT", imports).replace("CALL", call))
+    changes = {"GRAFTER_ATTACH": None, "GRAFTER_PLAN": str(tmp_path / "plan.yaml"), "PYTHONPATH": path}
+    # The number of the module is its layer's.
+    expected = {f"root.{name.partition('.')[2]}": count for name, count in points.items()}
+    assert ast.literal_eval(run(str(tmp_path / "program.py"), **changes).splitlines()[-1]) == expected
 
 
 def test_ctrl_c_leaves_no_process_of_programs_that_never_end(tmp_path: Path) -> None:

@@ -11,14 +11,17 @@ is, and hand the grafted one on.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils import _pytree as pytree
 
+from grafter.capture.untraced import untraced
 from grafter.direction import Direction, sender_role
 from grafter.errors import PointTimeoutError, UsageError
 from grafter.names import PointName
@@ -31,6 +34,8 @@ from grafter.watching.waits import Wait
 if TYPE_CHECKING:
     from grafter.backward.points import BackwardPoints
     from grafter.dumps.taken import Taken
+
+logger = logging.getLogger("grafter")
 
 PHASE = "backward"
 _POLL_SECONDS = 0.0002
@@ -86,6 +91,8 @@ class PendingGradients:
     _parameters: dict[str, tuple[PointName, torch.Tensor]] = field(default_factory=dict)
     _end_is_queued: bool = False
     _parameters_are_queued: bool = False
+    # What ends the watch over optimizers, where there is one.
+    _optimizers: Any = None
     _served: int = 0
     # Words of a leader to its followers that can go once all of them have met after it.
     _told: list[str] = field(default_factory=list)
@@ -151,9 +158,20 @@ class PendingGradients:
         self._offered[watched.key.digest] = watched
 
     def parameter_came(self, name: PointName, parameter: torch.Tensor) -> None:
-        """Gradients of parameters are taken once, at the end of the backward pass, when all of them are there."""
+        """Gradients of parameters are taken once: at the end of the backward pass, when all of them are there, or when
+        an optimizer is about to step."""
+        if self.points.is_warming_up:
+            return
         self._parameters[name.key] = (name, parameter)
-        self._queue_end()
+        if not self.points.waits_for_optimizer:
+            self._queue_end()
+        elif self._optimizers is None:
+            self._optimizers = register_optimizer_step_pre_hook(untraced(self._before_optimizer))
+
+    def _before_optimizer(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        """All that has come since the last time, whoever's it is: an optimizer may have copies of the weights instead
+        of the weights, and where one job has two optimizers, the other may have one."""
+        self._take_parameters()
 
     def _queue_end(self) -> None:
         if not self._end_is_queued:
@@ -164,7 +182,7 @@ class PendingGradients:
         self._end_is_queued = False
         with self.points.lock, torch.no_grad():
             self.serve()
-        if self._parameters and not self._parameters_are_queued:
+        if self._parameters and not self._parameters_are_queued and not self.points.waits_for_optimizer:
             # FSDP2 and DDP end their reductions in callbacks of their own, which may stand behind this one, but before
             # one that is queued now.
             self._parameters_are_queued = True
@@ -271,7 +289,8 @@ class PendingGradients:
         """Nothing of this step comes any more: say so to whoever might wait for it."""
         # A backward pass that failed never called back.
         self._end_is_queued = self._parameters_are_queued = False
-        self._parameters.clear()
+        if not self.points.waits_for_optimizer:
+            self._parameters.clear()
         for saved in self.recorded:
             if not saved.came:
                 self.points.record_missing(saved)
@@ -296,6 +315,21 @@ class PendingGradients:
             if not watched.met:
                 self.points.skip(session, watched, "no gradient came to it in this step")
         self.watched.clear()
+
+    def close(self) -> None:
+        """The run is over: of gradients that still wait for an optimizer, say so."""
+        if self._optimizers is not None:
+            self._optimizers.remove()
+            self._optimizers = None
+        if self._parameters:
+            names = ", ".join(name.name for name, _ in list(self._parameters.values())[:3])
+            logger.warning(
+                "grafter: %d gradients of weights (%s%s) were to be taken when an optimizer steps, and none has "
+                "stepped since they came, so they are no points. Of an optimizer that is none of torch's, call "
+                "grafter.dump yourself, or take them at each backward pass (GRAFTER_WEIGHT_GRADIENTS=backward)",
+                len(self._parameters), names, ", ..." if len(self._parameters) > 3 else "",
+            )  # fmt: skip
+            self._parameters.clear()
 
     def _answer_late_askers(self, session: Session, unmet: Sequence[WatchedGradient]) -> None:
         """Receivers that had looked for a word of ours just before we left it: they wait for an answer now."""

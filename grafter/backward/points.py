@@ -44,6 +44,16 @@ class BackwardPoints:
     def session(self) -> Session:
         return self._grafter.session
 
+    @property
+    def is_warming_up(self) -> bool:
+        """Whether points are left out, since the models are not warm yet."""
+        return self._grafter.is_warming_up
+
+    @property
+    def waits_for_optimizer(self) -> bool:
+        """Whether gradients of weights are points when an optimizer steps, and not before."""
+        return self._grafter.config.weight_gradients == "optimizer_step"
+
     # In the forward pass.
 
     def watch(self, name: str, value: Any, arguments: dict[str, Any], module: str | None) -> None:

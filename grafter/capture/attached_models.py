@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+import re
+from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,23 +14,30 @@ import torch
 
 from grafter.capture.adapters import mesh_axes
 from grafter.capture.attachment import Attachment
+from grafter.capture.model_variables import ModelFacts, class_name_of, digest_of, variables_of
 from grafter.capture.module_tree import write_module_trees
 from grafter.capture.naming import Naming
 from grafter.capture.packing import PackedSequences
 from grafter.capture.parameter_gradients import watch_gradients
+from grafter.capture.passes import ForwardPasses
 from grafter.capture.patterns import read_patterns
 from grafter.compiled import find_site
+from grafter.errors import UsageError
 from grafter.layout.axes import axes_of_job, set_axes
 from grafter.names import PointName
+from grafter.rendezvous.announced_models import AnnouncedHooks, AnnouncedModel
 from grafter.rendezvous.join import Place
 from grafter.rendezvous.roster import Roster
+from grafter.watching.board import HookFacts
 
 if TYPE_CHECKING:
     from grafter.grafter import Grafter
 
 logger = logging.getLogger("grafter")
 
+_NAME = re.compile(r"[^\W\d]\w*(\.\w+)*")
 _CLASSES_SHOWN = 20
+_MOST_BYPASSED = 100
 
 
 class AttachedModels:
@@ -40,6 +50,11 @@ class AttachedModels:
         # Told of each model that the program attaches by itself.
         self.before_attach: list[Callable[[torch.nn.Module], None]] = []
         self.attachments: list[Attachment] = []
+        self._described: dict[Attachment, tuple[AnnouncedModel, ModelFacts]] = {}
+        self.passes = ForwardPasses(config.warm_up)
+        # What was announced when this rank joined, and what models were found to be held by.
+        self._keys_at_join: set[str] = set()
+        self._names_found: set[str] = set()
         self._packed = PackedSequences()
         # Where a hook can hand on another tensor, nothing needs to be written into the model's memory.
         self._hook_write = {} if "write" in config.model_fields_set else {"write": "return"}
@@ -51,17 +66,23 @@ class AttachedModels:
         *,
         inputs: bool = True,
         outputs: bool = True,
+        name: str | None = None,
         naming: Naming | None = None,
+        facts: ModelFacts | None = None,
     ) -> Attachment:
         """Hooks on a model's modules. See `grafter.attach`.
 
-        naming: for a model that is attached without a line in the program, whose own `attach` takes its place.
+        naming, facts: of a model that is attached without a line in the program, whose own `attach` takes its place.
         """
         grafter, config = self._grafter, self._grafter.config
-        if naming is None:
+        if name is not None and not _NAME.fullmatch(str(name)):
+            raise UsageError(f"attach(name={name!r}): the name of a model is a word, such as 'policy'.")
+        is_programs_own = naming is None
+        if is_programs_own:
             for make_room in self.before_attach:
                 make_room(model)
-        naming = naming or self.naming
+        facts = facts or replace(self.facts_of(model, ""), given_name=name)
+        naming = naming or self.naming.under(name or "")
         texts = patterns or ((config.attach,) if config.attach else ())
         selected = read_patterns(texts)
         attachment = Attachment(model, selected, naming, self._offer, self._find_site, inputs=inputs, outputs=outputs)
@@ -70,28 +91,96 @@ class AttachedModels:
         if grafter.gradients is not None:
             paths = [points.path for points in attachment.points]
             attachment.keep(watch_gradients(model, paths, naming, grafter.gradients.pending.parameter_came))
-        if grafter.has_begun and not config.only_dumps:
+        is_announced = set(attachment.keys) <= self._keys_at_join
+        if grafter.has_begun and not config.only_dumps and not is_announced:
             logger.warning(
                 "grafter: %s: this attach comes after the first point, so the names of its modules are not compared",
                 self._place.who,
             )
         if config.axes is None and not axes_of_job():
             set_axes(**mesh_axes(model))
+        if is_programs_own and self.passes.is_warming_up:
+            self.passes.wrap(model)
         if any(axis == "cp" and size > 1 for axis, _, size in grafter.offers.axes(None)):
             attachment.keep(self._packed.follow(model))
         # What is attached until the first point is announced together, so that is when joining begins.
+        if is_programs_own:
+            self._warn_of_same_names(attachment, model)
         self.attachments.append(attachment)
+        self._described[attachment] = self._describe(model, naming, facts), facts
         return attachment
 
-    def withdraw(self, attachment: Attachment) -> None:
-        """Detach, as if it had never been attached."""
+    def withdraw(self, attachment: Attachment) -> ModelFacts:
+        """Detach, as if it had never been attached; what was known of its model."""
         attachment.detach()
         self.attachments.remove(attachment)
+        return self._described.pop(attachment)[1]
 
-    def announced(self) -> tuple[str, ...] | None:
-        """The modules that this rank has hooks on; None where it has none attached."""
+    def facts_of(self, model: torch.nn.Module, first_call: str) -> ModelFacts:
+        """What tells this model from others. Called where the program holds it."""
+        given, class_name = self._grafter.config.model_names, class_name_of(model)
+        variables, arguments = variables_of(model)
+        words = (*variables, *arguments, class_name)
+        name = next((given[word] for word in words if word in given), None)
+        self._names_found.update(words)
+        return ModelFacts(class_name, variables, first_call, name)
+
+    def _describe(self, model: torch.nn.Module, naming: Naming, facts: ModelFacts) -> AnnouncedModel:
+        return AnnouncedModel(
+            name=naming.prefix, class_name=facts.class_name, variables=tuple(facts.variables), weights=digest_of(model),
+            first_call=facts.first_call, is_given=facts.given_name is not None,
+        )  # fmt: skip
+
+    def _warn_of_same_names(self, attachment: Attachment, model: torch.nn.Module) -> None:
+        """Of two models with the same names, only the order of their calls says which is which."""
+        if any(attachment.takes_names_of(other) for other in self.attachments):
+            logger.warning(
+                "grafter: %s: this %s has the same names as one attached before, so their points are told apart by the "
+                "order of their calls alone. Give each a name: grafter.attach(model, name='policy').",
+                self._place.who, type(model).__name__,
+            )  # fmt: skip
+
+    def announced(self) -> AnnouncedHooks:
+        """The modules that this rank has hooks on, and the models that they belong to."""
         modules = tuple(key for attachment in self.attachments for key in attachment.keys)
-        return modules if self.attachments else None
+        self._keys_at_join.update(modules)
+        described = [model for model, _ in self._described.values()]
+        counts = Counter(variable for model in described for variable in set(model.variables))
+        models = tuple(
+            model.model_copy(update={"variables": tuple(v for v in model.variables if counts[v] == 1)})
+            for model in described
+        )
+        return AnnouncedHooks(modules if self.attachments else None, models)
+
+    def hook_facts(self) -> HookFacts:
+        """For the board; called on any thread."""
+        attachments = list(self.attachments)
+        return HookFacts(
+            passes=self.passes.begun,
+            bypassed=tuple(path for attachment in attachments for path in attachment.bypassed())[:_MOST_BYPASSED],
+            models=tuple(model.name for model, _ in list(self._described.values())),
+        )
+
+    def tell_at_end(self) -> None:
+        """What settings have asked for in vain."""
+        self._tell_unused_names()
+        if self.passes.is_warming_up:
+            role = self._place.role
+            logger.warning(
+                "grafter: %s: GRAFTER_%s_WARM_UP=%d leaves out as many forward passes, and models with hooks were "
+                "called %d times, so this rank had no points%s", self._place.who, role.upper(), self.passes.warm_up,
+                self.passes.begun, "" if self.attachments else " (none was attached, so none was counted)",
+            )  # fmt: skip
+
+    def _tell_unused_names(self) -> None:
+        """Of `models` that the user named, those that nothing was held by."""
+        unused = [word for word in self._grafter.config.model_names if word not in self._names_found]
+        if unused:
+            role = self._place.role
+            logger.warning(
+                "grafter: %s: GRAFTER_%s_MODELS names %s, and no model was held by that (found: %s)", self._place.who,
+                role.upper(), ", ".join(unused), ", ".join(sorted(self._names_found)) or "none",
+            )  # fmt: skip
 
     def tell_which_are_only_here(self, roster: Roster) -> None:
         only_here = roster.only_at(self._place.role)

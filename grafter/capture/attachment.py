@@ -15,11 +15,11 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from grafter.capture.containers import Arguments, Found, find_tensors, replace_tensors
-from grafter.capture.copies import leave_hooks_out, stop_leaving_out
+from grafter.capture.copies import around, leave_hooks_out, stop_leaving_out
 from grafter.capture.model_forward import watch_forward
 from grafter.capture.module_tree import tree_of
 from grafter.capture.naming import Naming
-from grafter.capture.patterns import Pattern
+from grafter.capture.patterns import ROOT, Pattern
 from grafter.capture.selection import select_modules
 from grafter.capture.traced import Family, followed, input_hook, output_hook
 from grafter.capture.untraced import forget_compiled_code, untraced
@@ -171,6 +171,7 @@ class Attachment:
         self._stop_watching: Callable[[], None] | None = None
         # Weakly, as the handles of the hooks have them: an attachment outlives its model.
         self._modules: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
+        self._takes_inputs = inputs
         # For `grafter plan suggest`; the model may be gone when this is written down.
         self.tree = tree_of(model)
         selected = select_modules(model, patterns)
@@ -188,6 +189,9 @@ class Attachment:
                 self._hook(module, points, inputs, outputs)
             else:
                 self._stop_watching = watch_forward(module, _Watcher(points, inputs, outputs))
+        self._around: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet(around(model, self._modules))
+        for module in self._around:
+            leave_hooks_out(module)
         if selected:
             forget_compiled_code()
 
@@ -204,6 +208,15 @@ class Attachment:
         """Whether any of these modules is one of its own."""
         return any(module in self._modules for module in modules)
 
+    def takes_names_of(self, other: Attachment) -> bool:
+        """Whether it is on another model, some of whose points have the same names. Parts of one model, which have
+        layers of their own each, are none."""
+        if not other._modules or self.has_hooks_on(other._modules):
+            return False
+        own, others = set(self.keys), set(other.keys)
+        layers, other_layers = ({key for key in keys if "layer_id" in key} for keys in (own, others))
+        return not layers.isdisjoint(other_layers) if layers and other_layers else not own.isdisjoint(others)
+
     @property
     def hook_count(self) -> int:
         """Hooks in the model, but for the wrapper around its own `forward`."""
@@ -212,6 +225,14 @@ class Attachment:
     def never_fired(self) -> list[str]:
         """Paths of selected modules that no call has reached."""
         return [points.path for points in self.points if not points.fired and not points.family.is_silent]
+
+    def bypassed(self) -> list[str]:
+        """Paths of those that no call has reached though calls have reached parts of them: called by
+        `module.forward(...)`, say. None where inputs are no points, since then a call shows only when it is over."""
+        if not self._takes_inputs:
+            return []
+        around_fired = {path for points in self.points if points.fired for path in _paths_above(points.path)}
+        return [path or ROOT for path in self.never_fired() if path in around_fired]
 
     def detach(self) -> None:
         """Take all hooks away. May be called twice."""
@@ -223,9 +244,10 @@ class Attachment:
         if self._stop_watching is not None:
             self._stop_watching()
             self._stop_watching = None
-        for module in self._modules:
+        for module in (*self._modules, *self._around):
             stop_leaving_out(module)
         self._modules.clear()
+        self._around.clear()
         forget_compiled_code()
 
     def __enter__(self) -> Attachment:
@@ -253,3 +275,9 @@ class Attachment:
                 return take_output(output)
 
             self._handles.append(module.register_forward_hook(after))
+
+
+def _paths_above(path: str) -> list[str]:
+    """Of what a module is in, the model itself included."""
+    segments = path.split(".") if path else []
+    return [".".join(segments[:number]) for number in range(len(segments))]

@@ -1,4 +1,4 @@
-"""Copies: what is pickled, saved or copied of an attached model is the model without grafter's hooks.
+"""Copies: what is pickled, saved, copied or scripted of an attached model is the model without grafter's hooks.
 
 Hooks cannot be pickled, a file with them could not be loaded where there is no grafter, and a copy that had them would
 offer the points of the model that it was made from. So an attached module gives its state without them, which is what
@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import functools
 import weakref
+from collections.abc import Collection
 from typing import Any
 
 import torch
 
 from grafter.capture.model_forward import watch_on
+from grafter.capture.passes import CountedForward
 
 _GIVE_STATE = "__getstate__"
+# What torch.jit.script asks a module for.
+_SCRIPT = "__prepare_scriptable__"
 _OURS = "grafter.capture."
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 # Beside the hooks, what torch knows of each, by the same numbers.
@@ -26,16 +30,33 @@ _FACTS = (
 )
 
 
+# How many attachments each module has them left out for.
+_left_out_for: weakref.WeakKeyDictionary[torch.nn.Module, int] = weakref.WeakKeyDictionary()
+
+
 def leave_hooks_out(module: torch.nn.Module) -> None:
-    """From now on the module's state has none of our hooks. May be called twice."""
+    """From now on the module's state has none of our hooks. Called once by each attachment."""
+    _left_out_for[module] = _left_out_for.get(module, 0) + 1
     # By a weak reference: a module that refers to itself is freed late.
     module.__dict__.setdefault(_GIVE_STATE, functools.partial(_state_of, weakref.ref(module)))
+    module.__dict__.setdefault(_SCRIPT, functools.partial(_bare, weakref.ref(module)))
+
+
+def around(model: torch.nn.Module, hooked: Collection[torch.nn.Module]) -> list[torch.nn.Module]:
+    """The modules of a model that have hooked ones inside, and are not hooked themselves.
+
+    Hooks are left out of them, too: torch.jit.script puts what it is given for a part in the place of that part.
+    """
+    return [m for m in model.modules() if m not in hooked and any(part in hooked for part in m.modules())]
 
 
 def stop_leaving_out(module: torch.nn.Module) -> None:
-    """Once none of our hooks is left, the module is as it was."""
-    if watch_on(module) is None and not any(hooks_of_ours(getattr(module, hooks)) for hooks in _HOOKS):
+    """Once no attachment is left, the module is as it was."""
+    _left_out_for[module] = _left_out_for.get(module, 1) - 1
+    if not _left_out_for[module]:
+        del _left_out_for[module]
         module.__dict__.pop(_GIVE_STATE, None)
+        module.__dict__.pop(_SCRIPT, None)
 
 
 def hooks_of_ours(hooks: dict[int, Any]) -> list[int]:
@@ -58,7 +79,7 @@ def _state_of(reference: weakref.ref[torch.nn.Module]) -> Any:
     state = dict(module.__dict__) if give is None else give(module)
     if not isinstance(state, dict):
         return state
-    state = {name: value for name, value in state.items() if name != _GIVE_STATE}
+    state = {name: value for name, value in state.items() if name not in (_GIVE_STATE, _SCRIPT)}
     ours = {number for kind in _HOOKS for number in hooks_of_ours(module.__dict__.get(kind, {}))}
     for kind in (*_HOOKS, *_FACTS):
         if isinstance(state.get(kind), dict):
@@ -68,4 +89,19 @@ def _state_of(reference: weakref.ref[torch.nn.Module]) -> Any:
         del state["forward"]
         if watched.own is not None:
             state["forward"] = watched.own
+    elif isinstance(state.get("forward"), CountedForward):
+        own = state.pop("forward").own
+        if own is not None:
+            state["forward"] = own
     return state
+
+
+def _bare(reference: weakref.ref[torch.nn.Module]) -> torch.nn.Module:
+    """A module with the same weights and parts, and without hooks. It is none that the program has made."""
+    module = reference()
+    assert module is not None
+    bare: torch.nn.Module = object.__new__(type(module))
+    bare.__dict__.update(_state_of(reference))
+    bare.__dict__["_modules"] = dict(module._modules)
+    prepare = getattr(type(module), _SCRIPT, None)
+    return bare if prepare is None else prepare(bare)

@@ -36,6 +36,18 @@ def watch(modules: Any) -> None:
         os.register_at_fork(after_in_child=_after_fork)
 
 
+def watch_from_here() -> None:
+    """The same in a program that has torch and its models already: they are attached at the next call of one."""
+    if _watcher is None and HELPER_MARK not in os.environ:
+        modules: Any = sys.modules["torch.nn.modules.module"]
+        watch(modules)
+        assert _watcher is not None
+        for thing in gc.get_objects():
+            # By type alone: looking at an object's attributes may run code of its own.
+            if issubclass(type(thing), modules.Module):
+                _watcher._notice(thing)
+
+
 def attach_roots(called: Any, made: list[Any]) -> Any:
     """Imported late: it needs torch and pydantic."""
     from grafter.capture.roots import Roots
@@ -123,7 +135,8 @@ class Watcher:
 
     def _arm(self) -> None:
         # Somebody else may have put a function of theirs there (a tracer, for as long as it traces).
-        if self._class.__call__ is self._call and self._handles:
+        # torch.export makes a module of its own around the model, and follows each call that it sees.
+        if self._class.__call__ is self._call and self._handles and not _is_exporting():
             self._class.__call__ = self._armed_call
             _leave_uncompiled(self._armed_call.__code__)
 
@@ -182,6 +195,11 @@ def _is_being_built(module_class: type) -> bool:
 
 def _first_local(frame: FrameType) -> Any:
     return frame.f_locals.get(frame.f_code.co_varnames[0])
+
+
+def _is_exporting() -> bool:
+    compiler = sys.modules.get("torch.compiler")
+    return compiler is not None and bool(getattr(compiler, "is_exporting", bool)())
 
 
 def _is_data_loader_worker() -> bool:

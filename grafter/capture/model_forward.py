@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import types
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -41,7 +42,8 @@ def watch_forward(module: torch.nn.Module, watcher: Watcher) -> Callable[[], Non
         watched = Watched(module.__dict__.get("forward"))
         module.__dict__["forward"] = _wrapper(module, watched)
     watched.watchers.append(watcher)
-    return functools.partial(_stop, module, watched, watcher)
+    # Weakly: an attachment outlives its model.
+    return functools.partial(_stop, weakref.ref(module), watched, watcher)
 
 
 def watch_on(module: torch.nn.Module) -> Watched | None:
@@ -81,9 +83,10 @@ def _wrapper(module: torch.nn.Module, watched: Watched) -> Callable[..., Any]:
     return types.MethodType(forward, module)
 
 
-def _stop(module: torch.nn.Module, watched: Watched, watcher: Watcher) -> None:
+def _stop(reference: weakref.ref[torch.nn.Module], watched: Watched, watcher: Watcher) -> None:
     watched.watchers.remove(watcher)
-    if watched.watchers:
+    module = reference()
+    if watched.watchers or module is None:
         return
     if watch_on(module) is not watched:
         logger.warning("grafter: the model's forward was replaced since attach; it is left as it is")

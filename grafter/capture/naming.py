@@ -23,8 +23,15 @@ _NUMBERS = (("layer_number", 1), ("layer_idx", 0), ("layer_id", 0))
 class Naming:
     """One job's names."""
 
+    # What stands before all of them.
+    prefix = ""
+
     def __init__(self, rules: Sequence[NameRule], role: str | None) -> None:
         self._rules = [rule for rule in rules if rule.role in (None, role)]
+
+    def under(self, name: str) -> Naming:
+        """The same names behind that of a model; these where it has none."""
+        return PrefixedNaming(self, name) if name else self
 
     @property
     def names_tensors(self) -> bool:
@@ -80,6 +87,26 @@ class Naming:
             if found is not None:
                 return found
         return None
+
+
+class PrefixedNaming(Naming):
+    """The plain names, those of the plan file's rules too, behind a model's own."""
+
+    def __init__(self, plain: Naming, prefix: str) -> None:
+        self._rules, self._plain, self.prefix = plain._rules, plain, prefix
+
+    def of_module(self, root: torch.nn.Module, path: str) -> PointName:
+        return self._prefixed(self._plain.of_module(root, path))
+
+    def of_tensor(self, module: PointName, path: str, suffix: str) -> PointName:
+        plain = replace(module, name=module.name.removeprefix(f"{self.prefix}."))
+        return self._prefixed(self._plain.of_tensor(plain, path, suffix))
+
+    def of_weight(self, root: torch.nn.Module, path: str) -> PointName:
+        return self._prefixed(self._plain.of_weight(root, path))
+
+    def _prefixed(self, name: PointName) -> PointName:
+        return replace(name, name=f"{self.prefix}.{name.name}")
 
 
 def _numbers_in(root: torch.nn.Module, path: str) -> LayerIdAt:

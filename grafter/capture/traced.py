@@ -21,6 +21,7 @@ import torch
 
 import grafter
 from grafter.capture.containers import is_looked_into
+from grafter.capture.tracing import is_exporting
 from grafter.compiled import BREAK, NOTHING, offer_traced
 
 if TYPE_CHECKING:
@@ -74,6 +75,8 @@ def input_hook(points: ModulePoints, apart: Callable[..., Any]) -> Callable[...,
 
     @followed
     def before(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if is_exporting():
+            return args, kwargs
         if not torch.compiler.is_dynamo_compiling():
             return apart(args, kwargs)
         found: list[tuple[str, torch.Tensor]] = []
@@ -100,6 +103,8 @@ def output_hook(points: ModulePoints, apart: Callable[..., Any]) -> Callable[...
 
     @followed
     def after(output: Any) -> Any:
+        if is_exporting():
+            return output
         if not torch.compiler.is_dynamo_compiling():
             return apart(output)
         found: list[tuple[str, torch.Tensor]] = []

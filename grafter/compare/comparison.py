@@ -15,7 +15,6 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 
 from grafter.compare.pairs import Pair, alone, find_pairs
@@ -29,6 +28,7 @@ from grafter.dumps.reader import Dumps, open_dumps
 from grafter.errors import UsageError
 from grafter.filters.expression import parse_filter
 from grafter.settings.rules import compile_match
+from grafter.version import VERSION
 
 BLOCK_BYTES = 16 << 20
 
@@ -205,7 +205,7 @@ def _of_rules(thresholds: Thresholds, points: Sequence[PointRecord]) -> Iterator
 
 def _header(a: Dumps, b: Dumps, choice: Choice) -> ComparisonHeader:
     return ComparisonHeader(
-        grafter_version=version("grafter"),
+        grafter_version=VERSION,
         a=str(a.directory),
         b=str(b.directory),
         role_a=a.role,

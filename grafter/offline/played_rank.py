@@ -28,6 +28,7 @@ from grafter.offer import Offer, OfferMaker
 from grafter.offline.recording import RecordedFailure, RecordedPoint, RecordedRank
 from grafter.options import PointOptions
 from grafter.points import PointKey, identify, traced_call_site
+from grafter.rendezvous.announced_models import AnnouncedHooks
 from grafter.rendezvous.roster import PlayedFrom, other_role
 from grafter.rendezvous.store import StoreClient
 from grafter.session import Session
@@ -119,8 +120,8 @@ class PlayedGrafter(Grafter):
 
     # What a Grafter asks.
 
-    def announced_modules(self) -> tuple[str, ...] | None:
-        return self._rank.facts.modules
+    def announced_hooks(self) -> AnnouncedHooks:
+        return AnnouncedHooks(self._rank.facts.modules, self._rank.facts.models)
 
     def announced_recording(self) -> PlayedFrom:
         return self._rank.played_from

@@ -8,6 +8,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from grafter.pairing.manifest import Header
+from grafter.rendezvous.announced_models import AnnouncedHooks, AnnouncedModel
 from grafter.rendezvous.join import SHARED_SETTINGS, Place
 from grafter.settings.config import GrafterConfig
 
@@ -30,7 +31,8 @@ class RecordedPart(BaseModel):
 class RankFacts(BaseModel):
     """`rank<r>.recording.json`: there is one for every rank of a recorded job, also where none of its points matched.
 
-    modules: those with hooks, None where nothing was attached. shared_settings: the filters and the key.
+    modules: those with hooks, None where nothing was attached. models: those they belong to. shared_settings: the
+    filters and the key.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -40,6 +42,7 @@ class RankFacts(BaseModel):
     role_rank: int
     role_world_size: int
     modules: tuple[str, ...] | None = None
+    models: tuple[AnnouncedModel, ...] = ()
     shared_settings: dict[str, str] = {}
 
 
@@ -52,13 +55,14 @@ def settings_of(config: GrafterConfig) -> dict[str, str]:
     return {name: str(getattr(config, name)) for name in SHARED_SETTINGS if getattr(config, name)}
 
 
-def write_rank_facts(run_directory: Path, config: GrafterConfig, place: Place, modules: tuple[str, ...] | None) -> None:
+def write_rank_facts(run_directory: Path, config: GrafterConfig, place: Place, hooks: AnnouncedHooks) -> None:
     """Called by every rank of a recorded job, once the run has begun. Raises OSError."""
     facts = RankFacts(
         role=place.role,
         role_rank=place.role_rank,
         role_world_size=place.role_world_size,
-        modules=modules,
+        modules=hooks.modules,
+        models=hooks.models,
         shared_settings=settings_of(config),
     )
     path = run_directory / place.role / facts_name(place.role_rank)

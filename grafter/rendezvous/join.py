@@ -9,17 +9,18 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
 
 from torch.distributed import TCPStore
 
 from grafter.direction import RoleName
 from grafter.errors import JoinError, RunError
+from grafter.rendezvous.announced_models import NO_HOOKS, AnnouncedHooks
 from grafter.rendezvous.roster import ANNOUNCEMENTS, Announcement, PlayedFrom, Roster, find_disagreement, other_role
 from grafter.rendezvous.secret_check import SecretCheck
 from grafter.rendezvous.store import HostedStore, StoreClient, connect, host_place, serve
 from grafter.rendezvous.wire import PROTOCOL_VERSION, Seal, read_message
 from grafter.settings.config import GrafterConfig
+from grafter.version import VERSION
 from grafter.watching.board import BoardWriter
 from grafter.watching.housekeeping import Housekeeping
 from grafter.watching.liveness import ProcessIdentity, own_identity
@@ -78,14 +79,14 @@ def join(
     socket_name: str,
     keep_trying: Callable[[], bool],
     on_connected: Callable[[Housekeeping], None],
-    modules: tuple[str, ...] | None = None,
+    hooks: AnnouncedHooks = NO_HOOKS,
     played_from: PlayedFrom | None = None,
     served: StoreServer | None = None,
 ) -> Membership:
     """Called once by every rank of both jobs, in the background. Waits up to `join_timeout` seconds.
 
     on_connected: called once the store is reached.
-    modules: what this rank announces of its hooks. played_from: where it is no live rank. served: the store, where this
+    hooks: what this rank announces of its hooks. played_from: where it is no live rank. served: the store, where this
     rank hosts it already.
 
     Raises JoinError where the jobs do not fit, and what ended the run where something did.
@@ -113,7 +114,7 @@ def join(
     on_connected(housekeeping)
     try:
         check.hail(client)
-        handshake = _Handshake(config, place, client, housekeeping, modules, played_from)
+        handshake = _Handshake(config, place, client, housekeeping, hooks, played_from)
         return handshake.run(run_name, socket_name, server)
     except BaseException as error:
         # Also what could not be read: whoever has another secret cannot read this either, and learns it so.
@@ -149,11 +150,11 @@ class _Handshake:
         place: Place,
         client: StoreClient,
         housekeeping: Housekeeping,
-        modules: tuple[str, ...] | None,
+        hooks: AnnouncedHooks,
         played_from: PlayedFrom | None,
     ) -> None:
         self._config, self._place, self._client, self._housekeeping = config, place, client, housekeeping
-        self._modules, self._played_from = modules, played_from
+        self._hooks, self._played_from = hooks, played_from
 
     def run(self, run_name: str, socket_name: str, server: StoreServer | None) -> Membership:
         run_id, run_name = self._learn_run(run_name)
@@ -183,7 +184,7 @@ class _Handshake:
         expected = {"baseline": config.baseline_world_size, "target": config.target_world_size}
         announcement = Announcement(
             protocol_version=PROTOCOL_VERSION,
-            grafter_version=version("grafter"),
+            grafter_version=VERSION,
             role=place.role,
             role_rank=place.role_rank,
             role_world_size=place.role_world_size,
@@ -192,7 +193,8 @@ class _Handshake:
             shared_settings={s: str(getattr(config, s)) for s in SHARED_SETTINGS if getattr(config, s)},
             expected_world_sizes={role: size for role, size in expected.items() if size is not None},
             socket_name=socket_name,
-            modules=self._modules,
+            modules=self._hooks.modules,
+            models=self._hooks.models,
             played_from=self._played_from,
         )
         claimed = self._client.put_if_absent(self._hello(place.role_rank), "hello", announcement.model_dump_json())

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter
 
 from grafter.direction import RoleName
 from grafter.names import is_tensor_key
+from grafter.rendezvous.announced_models import AnnouncedModel, find_confused_models
 from grafter.watching.liveness import ProcessIdentity, host_identity
 
 
@@ -56,6 +57,8 @@ class Announcement(BaseModel):
     socket_name: str = ""
     # The modules that this rank has hooks on, where `attach` came before the join.
     modules: tuple[str, ...] | None = None
+    # The models that these belong to.
+    models: tuple[AnnouncedModel, ...] = ()
     # Where it is no live rank.
     played_from: PlayedFrom | None = None
     # How the rendezvous store sees this rank's address: what other hosts can reach.
@@ -185,4 +188,4 @@ def find_disagreement(baseline: Sequence[Announcement], target: Sequence[Announc
                     f"  {theirs}\nfor {member.who}. Give both jobs the same filters (a shared plan file does), since "
                     f"each decides by itself which points meet."
                 )
-    return None
+    return find_confused_models([member.models for member in baseline], [member.models for member in target])

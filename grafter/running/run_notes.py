@@ -22,7 +22,7 @@ def find_notes(ledgers: list[RankLedger], rows: list[PointRow], summaries: list[
     if any(row.nonfinite for row in rows):
         notes.append("! marks points where the sides differ in NaN or Inf; rel and max_abs are over the finite values")
     notes += _unmet_notes(rows) + _token_notes(ledgers)
-    notes += _dump_notes(summaries)
+    notes += _dump_notes(summaries) + _hook_notes(summaries)
     unmatched = count_unmatched(summaries)
     notes += [_filter_note(text, list(unmatched)) for text in _common([s.filters_never_matched for s in summaries])]
     for tag in _common([s.tags_never_seen for s in summaries]):
@@ -88,6 +88,34 @@ def _dump_notes(summaries: list[RankSummary]) -> list[str]:
         if left_out:
             notes.append(f"points that the limit of {limit} kept from being saved: {', '.join(left_out)}")
     return notes
+
+
+def _hook_notes(summaries: list[RankSummary]) -> list[str]:
+    """Modules that have hooks and no points, since no call ran these."""
+    notes = []
+    for role in dict.fromkeys(summary.role for summary in summaries):
+        own = [summary for summary in summaries if summary.role == role]
+        bypassed = list(dict.fromkeys(path for summary in own for path in summary.modules_bypassed))
+        if bypassed:
+            notes.append(
+                f"modules of the {role} that have no points though parts of them were called (called as "
+                f"module.forward(...), which runs no hooks; or their parts called one by one): {_shown(bypassed)}"
+            )
+        # Where ranks have the same modules, an expert that one of them never needs is no news.
+        silent = [_called(path) for path in _common([summary.hooks_never_fired for summary in own])]
+        silent = [path for path in silent if path not in bypassed]
+        if silent:
+            notes.append(f"modules of the {role} with hooks that no call reached: {_shown(silent)}")
+    return notes
+
+
+def _called(path: str) -> str:
+    return path or "root"
+
+
+def _shown(names: list[str]) -> str:
+    more = f", and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
+    return ", ".join(names[:_NAMES_SHOWN]) + more
 
 
 def _counts(by_role: dict[Role, int]) -> str:

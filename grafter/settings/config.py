@@ -29,6 +29,7 @@ from grafter.settings.field_types import (
     Index,
     Label,
     LogLevel,
+    ModelNames,
     OnTransformError,
     PartialTarget,
     Port,
@@ -38,6 +39,7 @@ from grafter.settings.field_types import (
     Switch,
     WaitFor,
     Write,
+    read_model_names,
 )
 from grafter.settings.filter_fields import (
     ALWAYS_IDENTIFYING,
@@ -118,8 +120,13 @@ class GrafterConfig(BaseModel):
     peer: str | None = None
     store_host: Literal["rank0", "launcher", "peer"] = "rank0"
     attach: str | None = None
+    baseline_models: ModelNames | None = None
+    target_models: ModelNames | None = None
+    baseline_warm_up: Index = 0
+    target_warm_up: Index = 0
     step: Literal["auto", "optimizer", "forward", "manual"] = "auto"
     gradients: Switch = False
+    weight_gradients: Literal["backward", "optimizer_step"] = "backward"
     rules: tuple[Rule, ...] = ()
     names: tuple[NameRule, ...] = ()
     """Both from the plan file; no variable sets them."""
@@ -260,6 +267,16 @@ class GrafterConfig(BaseModel):
     def axes(self) -> str | None:
         """The mesh of this job, where a setting says it."""
         return self.baseline_axes if self.role == "baseline" else self.target_axes
+
+    @cached_property
+    def model_names(self) -> dict[str, str]:
+        """What stands before the names of a model's points in this job, by the variable that holds it, or its class."""
+        return read_model_names((self.baseline_models if self.role == "baseline" else self.target_models) or "")
+
+    @property
+    def warm_up(self) -> int:
+        """How many first forward passes of this job have no points."""
+        return self.baseline_warm_up if self.role == "baseline" else self.target_warm_up
 
     def public_dict(self) -> dict[str, Any]:
         """What run.json may hold: every field as JSON-able data, but not the secret."""

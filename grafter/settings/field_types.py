@@ -57,6 +57,27 @@ def _check_axis_sizes(value: str) -> str:
     return value
 
 
+def read_model_names(text: str) -> dict[str, str]:
+    """`policy=policy,ref_model=ref`, as GRAFTER_BASELINE_MODELS has it: by the variable that holds a model, or its
+    class, the name that stands before those of its points; empty for plain names. Raises ValueError."""
+    names: dict[str, str] = {}
+    for word in text.replace(",", " ").split():
+        held, equals, name = word.partition("=")
+        if not equals or not re.fullmatch(r"[^\W\d]\w*(\.\w+)*", held) or not re.fullmatch(r"([^\W\d]\w*)?", name):
+            raise ValueError(f"{word!r} is not `variable=name`, such as policy=policy; `variable=` gives plain names")
+        if held in names:
+            raise ValueError(f"{held!r} is there twice")
+        if name in names.values():
+            raise ValueError(f"two models cannot both be called {name!r}")
+        names[held] = name
+    return names
+
+
+def _check_model_names(value: str) -> str:
+    read_model_names(value)
+    return value
+
+
 def _check_label(value: str) -> str:
     # They become part of store keys and of a path.
     if not re.fullmatch(r"(?!\.)[\w.+:-]{1,200}", value):
@@ -73,4 +94,5 @@ LogLevel = Annotated[Literal["debug", "info", "warning", "error"], BeforeValidat
 Size = Annotated[str, BeforeValidator(_to_size)]
 Steps = Annotated[str, AfterValidator(_check_steps)]
 AxisSizes = Annotated[str, AfterValidator(_check_axis_sizes)]
+ModelNames = Annotated[str, AfterValidator(_check_model_names)]
 Label = Annotated[str, AfterValidator(_check_label)]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -22,6 +22,17 @@ from grafter.rendezvous.store import StoreClient
 from grafter.rendezvous.wire import read_message
 
 _LONGEST_BOARD = 8
+
+
+class HookFacts(BaseModel):
+    """What a rank's models have done. passes: how many outermost forward passes have begun. bypassed: modules whose
+    hooks did not run though parts of them did. models: what stands before their points' names."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    passes: int = 0
+    bypassed: tuple[str, ...] = ()
+    models: tuple[str, ...] = ()
 
 
 class BoardLine(BaseModel):
@@ -49,6 +60,7 @@ class BoardLine(BaseModel):
     last_points: tuple[str, ...] = ()
     # How it left, if not in good order: the error.
     note: str = ""
+    hooks: HookFacts = HookFacts()
     # Filled in by the reader, too: the recording that the rank is played from.
     played_from: PlayedFrom | None = None
 
@@ -64,6 +76,8 @@ class BoardWriter:
     def __init__(self, role: RoleName, role_rank: int) -> None:
         self.role, self._role_rank = role, role_rank
         self.sequence = 0
+        # Set once both jobs have joined.
+        self.hook_facts: Callable[[], HookFacts] = HookFacts
         # Filled by the dump thread, read when a line is written.
         self.last_points: deque[tuple[PointKey, str]] = deque(maxlen=10)
 
@@ -94,6 +108,7 @@ class BoardWriter:
             "sequence": self.sequence,
             "since": time.time(),
             "last_points": [f"{key} {outcome}" for key, outcome in tuple(self.last_points)],
+            "hooks": self.hook_facts().model_dump(),
             **fields,
         }
         client.set(board_key(client, self.role, self._role_rank), "board", json.dumps(line))

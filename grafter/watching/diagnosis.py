@@ -10,6 +10,7 @@ from collections.abc import Collection, Sequence
 
 from grafter.errors import PairingError, PeerLostError, RunError
 from grafter.watching.board import BoardLine
+from grafter.watching.hints import find_hints
 
 
 def find_stuck(lines: Sequence[BoardLine], gone: Collection[int] = ()) -> list[BoardLine]:
@@ -82,9 +83,13 @@ def explain_stuck(
         "the two jobs ask for different points. Every rank is now waiting, so these points can never be paired: "
         f"{'; '.join(points[:4])}{'; ...' if len(points) > 4 else ''}.\n"
         f"{board}\n"
-        f"{compare}Make the two programs dump the same points in the same order, or narrow the filters to points "
-        "that both have."
+        f"{_hints(lines)}{compare}Make the two programs dump the same points in the same order, or narrow the filters "
+        "to points that both have."
     )
+
+
+def _hints(lines: Sequence[BoardLine]) -> str:
+    return "".join(f"{hint}\n" for hint in find_hints(lines))
 
 
 def _explain_recording(

@@ -53,6 +53,8 @@ def _watch(module: Any) -> None:
     """A program must not fail for want of a debugger's part: what keeps us from it is told, and nothing is attached."""
     try:
         _find_grafter()
+        if not _is_set("ATTACH") and not _plan_attaches():
+            return
         from grafter.capture.first_call import watch
     except Exception as error:
         print(f"grafter: nothing is attached in process {os.getpid()} ({sys.executable}): {error}", file=sys.stderr)
@@ -93,7 +95,18 @@ def _run_hidden() -> None:
 
 def _wanted() -> bool:
     on = os.environ.get("GRAFTER_ENABLE", "").strip().lower() in ("1", "true", "yes", "on")
-    return on and bool(os.environ.get("GRAFTER_ATTACH", "").strip()) and HELPER_MARK not in os.environ
+    return on and (_is_set("ATTACH") or _is_set("PLAN")) and HELPER_MARK not in os.environ
+
+
+def _is_set(setting: str) -> bool:
+    return bool(os.environ.get(f"GRAFTER_{setting}", "").strip())
+
+
+def _plan_attaches() -> bool:
+    """Asked where only the plan file may say it, which pydantic is needed to read."""
+    from grafter.settings.config import GrafterConfig
+
+    return bool(GrafterConfig.from_environment().attach)
 
 
 if __name__ == "sitecustomize":
