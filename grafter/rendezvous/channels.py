@@ -15,6 +15,7 @@ import errno
 import os
 import select
 import socket
+import struct
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -37,11 +38,10 @@ _SHORTLY_SECONDS = 0.01
 LONGEST_MAIL_BYTES = 64 << 10
 _LONGEST_LETTER_BYTES = LONGEST_MAIL_BYTES + (8 << 10)
 # Of recvmsg: the letter, room for two descriptors (one is legal), flags.
-_RECEIVE = (
-    (_LONGEST_LETTER_BYTES,),
-    (socket.CMSG_SPACE(2 * _DESCRIPTOR_BYTES),),
-    (int(socket.MSG_DONTWAIT) | int(getattr(socket, "MSG_CMSG_CLOEXEC", 0)),),
-)
+_CLOSE_ON_EXEC = int(getattr(socket, "MSG_CMSG_CLOEXEC", 0))
+_RECEIVE_SHORTLY = ((_LONGEST_LETTER_BYTES,), (socket.CMSG_SPACE(2 * _DESCRIPTOR_BYTES),), (_CLOSE_ON_EXEC,))
+_RECEIVE = (*_RECEIVE_SHORTLY[:2], (int(socket.MSG_DONTWAIT) | _CLOSE_ON_EXEC,))
+_TIMEVAL = struct.Struct("ll")
 _READY_AT_ONCE = 16
 _LONGEST_QUEUE = 1 << 16
 # What may wait unread at one rank.
@@ -79,10 +79,14 @@ class Channels:
         self._channels = {
             peer: _Channel(peer, signature_of(roster, peer), connection) for peer, connection in connections.items()
         }
+        self._only = next(iter(self._channels.values())) if len(connections) == 1 else None
         self._by_descriptor = {channel.descriptor: channel for channel in self._channels.values()}
         self._ready = select.epoll()
         for descriptor, channel in self._by_descriptor.items():
-            channel.connection.setblocking(False)
+            # All calls say that they do not wait, but for that of `_fetch_from`, which waits in the kernel.
+            channel.connection.setblocking(True)
+            timeval = _TIMEVAL.pack(0, int(_SHORTLY_SECONDS * 1e6))
+            channel.connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
             self._ready.register(descriptor, select.EPOLLIN)
         self._spinning = Spinning(roster.has_core_each)
         self._unwanted: dict[str, None] = {}
@@ -136,7 +140,10 @@ class Channels:
             left = deadline - time.monotonic()
             if left <= 0:
                 return None
-            self._fetch(left)
+            if self._only is not None:
+                self._fetch_from(self._only)
+            else:
+                self._fetch(left)
         return list(map(unread.pop, keys))
 
     def wait(self, keys: Sequence[str], watch: Watch, writers: Sequence[int] = ()) -> list[Sealed]:
@@ -146,6 +153,9 @@ class Channels:
         and has not written.
         """
         unread = self._unread
+        if len(writers) == 1 and keys[0] not in unread and writers[0] in self._channels:
+            # Most come at once.
+            self._fetch_from(self._channels[writers[0]])
         checked = time.monotonic()
         while not all(map(unread.__contains__, keys)):
             for key, writer in zip(keys, writers, strict=False):
@@ -227,45 +237,62 @@ class Channels:
     def _fetch(self, seconds: float) -> bool:
         """Take a letter from each channel that has one; False if none has within this time."""
         if self._is_reading:
-            # A signal's handler has raised in the middle of this.
-            for channel in self._channels.values():
-                self._read(channel)
+            self._go_on_reading()
         ready = self._ready.poll(seconds, _READY_AT_ONCE)
         if not ready:
-            self._is_reading = False
             return False
         self._is_reading = True
         for descriptor, _ in ready:
             channel = self._by_descriptor[descriptor]
-            _take_in(channel)
-            self._read(channel)
+            if _take_in(channel, _RECEIVE):
+                self._read(channel)
         self._is_reading = False
         return True
 
+    def _fetch_from(self, channel: _Channel) -> bool:
+        """Take a letter from this channel; False if it has none within some 10 ms."""
+        if self._is_reading:
+            self._go_on_reading()
+        if channel.is_closed:
+            return self._fetch(_SHORTLY_SECONDS)
+        self._is_reading = True
+        is_there = _take_in(channel, _RECEIVE_SHORTLY)
+        if is_there:
+            self._read(channel)
+        self._is_reading = False
+        return is_there
+
+    def _go_on_reading(self) -> None:
+        """A signal's handler has raised in the middle of it."""
+        for channel in self._channels.values():
+            self._read(channel)
+        self._is_reading = False
+
     def _read(self, channel: _Channel) -> None:
         """Put what has arrived among the unread letters."""
-        arrived = channel.arrived
+        arrived, unread = channel.arrived, self._unread
         while arrived:
             letter, ancillary, flags, _ = arrived[0]
             if not letter:
                 channel.is_closed = True
                 self._ready.unregister(channel.descriptor)
-                arrived.popleft()
+                arrived.clear()
                 return
             if ancillary or flags & _TRUNCATED:
                 self._read_with_descriptor(channel)
                 continue
             try:
                 key, sealed = self._seal.open_letter(letter)
-                self._check(channel, sealed)
+                if sealed.writer != channel.writer:
+                    self._check(channel, sealed)
                 if sealed.kind == RECALL or (self._unwanted and key in self._unwanted):
                     self._put_away(key, sealed)
                 else:
-                    if len(letter) > _LONG_LETTER_BYTES or len(self._unread) >= _MOST_LETTERS:
+                    if len(letter) > _LONG_LETTER_BYTES or len(unread) >= _MOST_LETTERS:
                         self._check_room(sealed)
-                    if key in self._unread:
-                        _close_descriptor(self._unread[key])
-                    self._unread[key] = sealed
+                    if key in unread:
+                        _close_descriptor(unread[key])
+                    unread[key] = sealed
             except ProtocolError:
                 arrived.popleft()
                 raise
@@ -359,20 +386,19 @@ def _sent(channel: _Channel, letter: bytes, descriptor: int | None) -> bool:
     return True
 
 
-def _take_in(channel: _Channel) -> None:
-    """Move a letter from the socket to `arrived`, by one call, so that no signal's handler can lose it in between."""
-    for _ in range(2):
-        try:
-            channel.arrived.extend(map(channel.receive, *_RECEIVE))
-            return
-        except ConnectionResetError as error:
-            # The peer has left with something of ours unread. What it sent before is still there.
-            if is_from_signal_handler(error):
-                raise
-        except BlockingIOError as error:
-            if is_from_signal_handler(error):
-                raise
-            return
+def _take_in(channel: _Channel, how: tuple[tuple[int], tuple[int], tuple[int]]) -> bool:
+    """Move a letter from the socket to `arrived`, by one call, so that no signal's handler can lose it in between.
+
+    Whether there was one.
+    """
+    try:
+        channel.arrived.extend(map(channel.receive, *how))
+        return True
+    except (BlockingIOError, ConnectionResetError) as error:
+        # Reset: the peer has left with something of ours unread. What it sent before is still there.
+        if is_from_signal_handler(error):
+            raise
+        return False
 
 
 def _close_descriptor(letter: Sealed) -> None:
