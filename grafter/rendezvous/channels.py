@@ -114,7 +114,17 @@ class Channels:
         channel = self._channels.get(graft_rank)
         if channel is None or channel.is_closed:
             raise PeerGone(graft_rank, "its channel is closed")
-        return _sent(channel, self._seal.seal(key, kind, payload).encode(), descriptor)
+        letter = self._seal.seal(key, kind, payload).encode()
+        try:
+            if descriptor is None:
+                channel.connection.send(letter, _SEND_FLAGS)
+            else:
+                rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [descriptor]))]
+                channel.connection.sendmsg([letter], rights, _SEND_FLAGS)
+        except OSError as error:
+            _raise_unless_full(error, graft_rank)
+            return False
+        return True
 
     def _await_room(self, channel: _Channel, watch: Watch) -> None:
         """Until the channel may have room, or something has arrived: the peer may be waiting for room at this end."""
@@ -130,8 +140,11 @@ class Channels:
 
     # Receiving.
 
-    def await_shortly(self, keys: Sequence[str]) -> list[Sealed] | None:
-        """The letters for these keys; None where one is still missing after some 10 ms."""
+    def await_shortly(self, keys: Sequence[str], writers: Sequence[int] = ()) -> list[Sealed] | None:
+        """The letters for these keys; None where one is still missing after some 10 ms.
+
+        writers: the graft rank that writes to each, where that is known: then this looks there first.
+        """
         unread = self._unread
         self.spin(self._spinning, keys)
         deadline = time.monotonic() + _SHORTLY_SECONDS
@@ -142,9 +155,17 @@ class Channels:
                 return None
             if self._only is not None:
                 self._fetch_from(self._only)
-            else:
+            elif not writers or not self._fetch_missing(keys, writers):
                 self._fetch(left)
         return list(map(unread.pop, keys))
+
+    def _fetch_missing(self, keys: Sequence[str], writers: Sequence[int]) -> bool:
+        """Take a letter from the first rank whose letter is missing; False if it has none within some 10 ms."""
+        for key, writer in zip(keys, writers, strict=True):
+            if key not in self._unread:
+                channel = self._channels.get(writer)
+                return channel is not None and self._fetch_from(channel)
+        return True
 
     def wait(self, keys: Sequence[str], watch: Watch, writers: Sequence[int] = ()) -> list[Sealed]:
         """The letters for these keys, once all have come.
@@ -153,9 +174,9 @@ class Channels:
         and has not written.
         """
         unread = self._unread
-        if len(writers) == 1 and keys[0] not in unread and writers[0] in self._channels:
+        if writers:
             # Most come at once.
-            self._fetch_from(self._channels[writers[0]])
+            self._fetch_missing(keys, writers)
         checked = time.monotonic()
         while not all(map(unread.__contains__, keys)):
             for key, writer in zip(keys, writers, strict=False):
@@ -366,24 +387,14 @@ class Channels:
         self._ready.close()
 
 
-def _sent(channel: _Channel, letter: bytes, descriptor: int | None) -> bool:
-    """Whether there was room."""
-    try:
-        if descriptor is None:
-            channel.connection.send(letter, _SEND_FLAGS)
-        else:
-            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [descriptor]))]
-            channel.connection.sendmsg([letter], rights, _SEND_FLAGS)
-    except OSError as error:
-        if is_from_signal_handler(error):
-            raise
-        if isinstance(error, BlockingIOError):
-            return False
-        if error.errno in _SHORTAGES:
-            time.sleep(0.001)
-            return False
-        raise PeerGone(channel.graft_rank, f"its channel is closed ({error.strerror or error})") from error
-    return True
+def _raise_unless_full(error: OSError, graft_rank: int) -> None:
+    """What a send has raised: nothing where trying again helps."""
+    if is_from_signal_handler(error):
+        raise error
+    if error.errno in _SHORTAGES:
+        time.sleep(0.001)
+    elif not isinstance(error, BlockingIOError):
+        raise PeerGone(graft_rank, f"its channel is closed ({error.strerror or error})") from error
 
 
 def _take_in(channel: _Channel, how: tuple[tuple[int], tuple[int], tuple[int]]) -> bool:

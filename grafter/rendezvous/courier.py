@@ -75,15 +75,17 @@ class Courier:
         what = f"room in the channel to {self._roster.who(receiver)}"
         return Wait("sending", what, self._timeout, needs=frozenset([receiver]))
 
-    def fetch(self, make_wait: Callable[[], Wait], keys: Sequence[str], *, by_mail: bool) -> list[Sealed]:
-        """Wait for what was brought under these keys.
+    def fetch(
+        self, make_wait: Callable[[], Wait], keys: Sequence[str], *, by_mail: bool, writers: Sequence[int] = ()
+    ) -> list[Sealed]:
+        """Wait for what was brought under these keys, by the graft ranks `writers` where these are known.
 
         The wait that `make_wait` makes is looked after by the housekeeping thread. It is not made where the letters
         come shortly, as most do.
         """
         channels = self._channels if by_mail else None
         if channels is not None:
-            letters = self.fetch_shortly(make_wait, keys)
+            letters = self.fetch_shortly(make_wait, keys, writers)
             if letters is not None:
                 return letters
         wait = make_wait()
@@ -96,12 +98,14 @@ class Courier:
             letters = channels.wait(keys, self._housekeeping)
         return self._opened(letters, make_wait)
 
-    def fetch_shortly(self, make_wait: Callable[[], Wait], keys: Sequence[str]) -> list[Sealed] | None:
+    def fetch_shortly(
+        self, make_wait: Callable[[], Wait], keys: Sequence[str], writers: Sequence[int] = ()
+    ) -> list[Sealed] | None:
         """What came by mail under these keys; None if that has not come within about 10 ms."""
         assert self._channels is not None
         if self._housekeeping.aborted is not None:
             self._housekeeping.check()
-        letters = self._channels.await_shortly(keys)
+        letters = self._channels.await_shortly(keys, writers)
         if letters is None:
             return None
         for letter in letters:
