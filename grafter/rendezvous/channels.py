@@ -24,6 +24,7 @@ from grafter.errors import ProtocolError
 from grafter.rendezvous.connecting import signature_of
 from grafter.rendezvous.roster import Roster
 from grafter.rendezvous.spinning import Spinning
+from grafter.rendezvous.unread_letters import UnreadLetters
 from grafter.rendezvous.wire import Seal, Sealed
 from grafter.signal_handlers import is_from_signal_handler
 from grafter.watching.watch import PeerGone, Watch
@@ -44,15 +45,8 @@ _RECEIVE = (*_RECEIVE_SHORTLY[:2], (int(socket.MSG_DONTWAIT) | _CLOSE_ON_EXEC,))
 _TIMEVAL = struct.Struct("ll")
 _READY_AT_ONCE = 16
 _LONGEST_QUEUE = 1 << 16
-# What may wait unread at one rank.
-_MOST_LETTERS = 100_000
-_MOST_BYTES = 256 << 20
-_MOST_DESCRIPTORS = 64
-_MOST_UNWANTED = 4096
-_LONG_LETTER_BYTES = 8 << 10
 # The kernel is short of memory, or of descriptors under way: try again.
 _SHORTAGES = (errno.ENOBUFS, errno.ENOMEM, errno.ETOOMANYREFS)
-RECALL = "recall"
 
 _Arrival = tuple[bytes, list[tuple[int, int, bytes]], int, object]
 
@@ -89,9 +83,8 @@ class Channels:
             channel.connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
             self._ready.register(descriptor, select.EPOLLIN)
         self._spinning = Spinning(roster.has_core_each)
-        self._unwanted: dict[str, None] = {}
-        # Changed by the dump thread alone; each change is one step, so that the other thread may look at any time.
-        self._unread: dict[str, Sealed] = {}
+        self._letters = UnreadLetters(self._who)
+        self._unread = self._letters.by_key
         # Set while a letter may be neither in its socket nor among the unread ones.
         self._is_reading = False
         self._process_id = os.getpid()
@@ -219,13 +212,7 @@ class Channels:
 
     def discard(self, key: str) -> None:
         """Throw away the letter for this key, now or when it comes."""
-        letter = self._unread.pop(key, None)
-        if letter is not None:
-            _close_descriptor(letter)
-            return
-        self._unwanted[key] = None
-        if len(self._unwanted) > _MOST_UNWANTED:
-            del self._unwanted[next(iter(self._unwanted))]
+        self._letters.discard(key)
 
     def has_news(self, keys: Sequence[str]) -> bool:
         """Whether a letter lies there that could end a wait for these keys. May be asked from any thread."""
@@ -291,7 +278,7 @@ class Channels:
 
     def _read(self, channel: _Channel) -> None:
         """Put what has arrived among the unread letters."""
-        arrived, unread = channel.arrived, self._unread
+        arrived = channel.arrived
         while arrived:
             letter, ancillary, flags, _ = arrived[0]
             if not letter:
@@ -305,43 +292,17 @@ class Channels:
             try:
                 key, sealed = self._seal.open_letter(letter)
                 if sealed.writer != channel.writer:
-                    self._check(channel, sealed)
-                if sealed.kind == RECALL or (self._unwanted and key in self._unwanted):
-                    self._put_away(key, sealed)
-                else:
-                    if len(letter) > _LONG_LETTER_BYTES or len(unread) >= _MOST_LETTERS:
-                        self._check_room(sealed)
-                    if key in unread:
-                        _close_descriptor(unread[key])
-                    unread[key] = sealed
+                    self._refuse_signature(channel, sealed)
+                self._letters.put(key, sealed, len(letter))
             except ProtocolError:
                 arrived.popleft()
                 raise
             arrived.popleft()
 
-    def _check(self, channel: _Channel, sealed: Sealed) -> None:
-        if sealed.writer != channel.writer:
-            raise ProtocolError(
-                f"{self._roster.who(channel.graft_rank)} signs a message to {self._who} as {sealed.writer}."
-            )
-
-    def _put_away(self, key: str, sealed: Sealed) -> None:
-        if sealed.kind == RECALL:
-            # Written to the wrong rank; letters of one writer come in order, so it is here.
-            recalled = self._unread.pop(key, None)
-            if recalled is not None:
-                _close_descriptor(recalled)
-        else:
-            self._unwanted.pop(key, None)
-
-    def _check_room(self, sealed: Sealed) -> None:
-        """Raises ProtocolError where more waits unread than a run can have."""
-        nbytes = sum(len(letter.payload) for letter in self._unread.values())
-        if len(self._unread) >= _MOST_LETTERS or nbytes > _MOST_BYTES:
-            raise ProtocolError(
-                f"{len(self._unread)} messages ({nbytes >> 20} MiB) wait at {self._who} for points that it does not "
-                f"come to, the last from {sealed.writer}."
-            )
+    def _refuse_signature(self, channel: _Channel, sealed: Sealed) -> None:
+        raise ProtocolError(
+            f"{self._roster.who(channel.graft_rank)} signs a message to {self._who} as {sealed.writer}."
+        )
 
     def _read_with_descriptor(self, channel: _Channel) -> None:
         """The next letter, which has brought a descriptor, or is none of ours. Nothing of it stays open otherwise."""
@@ -357,17 +318,10 @@ class Channels:
                     f"file descriptors than this process can take (see ulimit -n)."
                 )
             key, sealed = self._seal.open_letter(letter)
-            self._check(channel, sealed)
-            if sealed.kind == RECALL or key in self._unwanted:
-                self._put_away(key, sealed)
-                return
-            self._check_room(sealed)
-            if sum(one.descriptor is not None for one in self._unread.values()) >= _MOST_DESCRIPTORS:
-                raise ProtocolError(f"{_MOST_DESCRIPTORS} file descriptors wait at {self._who} that nobody takes.")
-            earlier = self._unread.get(key)
-            self._unread[key] = sealed._replace(descriptor=descriptors.pop()) if descriptors else sealed
-            if earlier is not None:
-                _close_descriptor(earlier)
+            if sealed.writer != channel.writer:
+                self._refuse_signature(channel, sealed)
+            descriptor = descriptors.pop() if descriptors else None
+            self._letters.put(key, sealed._replace(descriptor=descriptor), len(letter))
         finally:
             for descriptor in descriptors:
                 os.close(descriptor)
@@ -381,9 +335,7 @@ class Channels:
                     channel.connection.shutdown(socket.SHUT_RDWR)
             channel.connection.close()
             channel.is_closed = True
-        for letter in self._unread.values():
-            _close_descriptor(letter)
-        self._unread.clear()
+        self._letters.close()
         self._ready.close()
 
 
@@ -410,8 +362,3 @@ def _take_in(channel: _Channel, how: tuple[tuple[int], tuple[int], tuple[int]]) 
         if is_from_signal_handler(error):
             raise
         return False
-
-
-def _close_descriptor(letter: Sealed) -> None:
-    if letter.descriptor is not None:
-        os.close(letter.descriptor)

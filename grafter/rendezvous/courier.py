@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from grafter.rendezvous.channels import LONGEST_MAIL_BYTES, RECALL, Channels
+from grafter.rendezvous.channels import LONGEST_MAIL_BYTES, Channels
 from grafter.rendezvous.host_places import HostPlaces
 from grafter.rendezvous.roster import Announcement, Roster
 from grafter.rendezvous.store import StoreClient
+from grafter.rendezvous.unread_letters import RECALL
 from grafter.rendezvous.wire import Sealed
 from grafter.watching.housekeeping import Housekeeping
 from grafter.watching.lasting_wait import LastingWait
