@@ -72,7 +72,8 @@ def copy(into: torch.Tensor, value: torch.Tensor, between_chunks: Callable[[], N
     between_chunks: called every 64 MiB; what it raises ends the copy there. Returns, and raises an interrupt, when all
     of the chunk is copied: nothing is written afterwards.
     """
-    if between_chunks is None or into.shape != value.shape:
+    nbytes = value.numel() * value.element_size()
+    if between_chunks is None or nbytes <= CHUNK_BYTES or into.shape != value.shape:
         _copy_chunk(into, value)
         return
     is_first = True

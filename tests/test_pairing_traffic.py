@@ -134,7 +134,7 @@ class CountedChannels:
         self.others[graft_rank].put(key, letter.encode())
         return True
 
-    def await_shortly(self, keys: Sequence[str]) -> list[Sealed]:
+    def await_shortly(self, keys: Sequence[str], writers: Sequence[int]) -> list[Sealed]:
         letters = [self.own.get(key, waits=self.waits) for key in keys]
         for letter in letters:
             self.traffic.came(letter)

@@ -71,10 +71,10 @@ class _Sending:
 
     def map(self) -> None:
         """Raises OSError, ValueError or MemoryError where this process may not; then the next point tries again."""
-        if self.descriptor is not None:
-            self.block = mmap.mmap(self.descriptor, self.nbytes)
-            descriptor, self.descriptor = self.descriptor, None
-            os.close(descriptor)
+        assert self.descriptor is not None
+        self.block = mmap.mmap(self.descriptor, self.nbytes)
+        descriptor, self.descriptor = self.descriptor, None
+        os.close(descriptor)
 
     def place_of(self, offset: int, spec: TensorSpec) -> torch.Tensor:
         """A tensor in the block: contiguous, not empty."""
@@ -183,6 +183,12 @@ class SharedMemoryExchange(Exchange):
             generation += 1
         while sending.generation != generation:
             self._read_answer(plan, receiver, sending, watch)
+        if sending.descriptor is not None:
+            self._map(receiver, sending)
+        if needed > sending.nbytes:
+            raise ProtocolError(f"{self._roster.who(receiver)} offers a block that is too small.")
+
+    def _map(self, receiver: int, sending: _Sending) -> None:
         try:
             sending.map()
         except (OSError, ValueError, MemoryError) as error:
@@ -193,8 +199,6 @@ class SharedMemoryExchange(Exchange):
                 f"{self._roster.who(receiver)} receives: {error}. Raise this process's limit of address space "
                 f"(ulimit -v)"
             ) from error
-        if needed > sending.nbytes:
-            raise ProtocolError(f"{self._roster.who(receiver)} offers a block that is too small.")
 
     def _read_answer(self, plan: TransferPlan, receiver: int, sending: _Sending, watch: Watch) -> None:
         """Take a block, or hear a refusal. One of a point that was given up before is passed over."""

@@ -55,7 +55,7 @@ class Pairing:
             met = self._meet_other_leader(key, header, self._collect(key, header, keys), keys)
         else:
             self._bring_header(header, keys)
-            told = self._wait_for(key, header, [keys.pair(header.role)], by_mail=self._courier.mail_inside)[0]
+            told = self._wait_for_own_side(key, header, [keys.pair(header.role)], [leader])[0]
             met = read_not_met(told.payload) if told.kind == NOT_MET else self._known.pair(told.payload)
         if isinstance(met, Pair) and "checked" not in met.memo:
             self._refusals.check_pair(key, met)
@@ -80,10 +80,10 @@ class Pairing:
 
     def _collect(self, key: PointKey, header: Header, keys: StoreKeys) -> str:
         """The leader's part: its own role's headers, checked against each other, as the text of a manifest."""
-        places = [keys.header(header.role, rank) for rank in header.participants if rank != header.role_rank]
-        if not places:
+        others = [rank for rank in header.participants if rank != header.role_rank]
+        if not others:
             return manifest_text(header.role, [header.text], None)
-        came = self._wait_for(key, header, places, by_mail=self._courier.mail_inside)
+        came = self._wait_for_own_side(key, header, [keys.header(header.role, rank) for rank in others], others)
         return self._known.collected(header, [sealed.payload for sealed in came])
 
     def _bring_header(self, header: Header, keys: StoreKeys) -> None:
@@ -179,6 +179,14 @@ class Pairing:
 
     def _wait_for(self, key: PointKey, header: Header, places: Sequence[str], *, by_mail: bool) -> list[Sealed]:
         return self._courier.fetch(lambda: self._make_wait(key, header), places, by_mail=by_mail)
+
+    def _wait_for_own_side(
+        self, key: PointKey, header: Header, places: Sequence[str], role_ranks: Sequence[int]
+    ) -> list[Sealed]:
+        """What these ranks of this job, one for each place, bring there."""
+        writers = [self._roster.graft_rank(header.role, rank) for rank in role_ranks]
+        by_mail = self._courier.mail_inside
+        return self._courier.fetch(lambda: self._make_wait(key, header), places, by_mail=by_mail, writers=writers)
 
     def _make_wait(self, key: PointKey, header: Header) -> Wait:
         return Wait(

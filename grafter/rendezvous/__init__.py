@@ -6,5 +6,6 @@ join      a rank tells who it is, and waits until everybody has
 roster    who is there, on which host, with which modules
 connecting  the ranks of one host connect to each other, and to nobody else
 channels  what goes over these connections: letters and file descriptors, which saves the store's round trips
+unread_letters  what has come over them and was not taken yet
 courier   takes a channel or the store, whichever reaches the other rank
 """

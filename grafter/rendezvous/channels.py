@@ -15,6 +15,7 @@ import errno
 import os
 import select
 import socket
+import struct
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,7 @@ from grafter.errors import ProtocolError
 from grafter.rendezvous.connecting import signature_of
 from grafter.rendezvous.roster import Roster
 from grafter.rendezvous.spinning import Spinning
+from grafter.rendezvous.unread_letters import UnreadLetters
 from grafter.rendezvous.wire import Seal, Sealed
 from grafter.signal_handlers import is_from_signal_handler
 from grafter.watching.watch import PeerGone, Watch
@@ -37,22 +39,14 @@ _SHORTLY_SECONDS = 0.01
 LONGEST_MAIL_BYTES = 64 << 10
 _LONGEST_LETTER_BYTES = LONGEST_MAIL_BYTES + (8 << 10)
 # Of recvmsg: the letter, room for two descriptors (one is legal), flags.
-_RECEIVE = (
-    (_LONGEST_LETTER_BYTES,),
-    (socket.CMSG_SPACE(2 * _DESCRIPTOR_BYTES),),
-    (int(socket.MSG_DONTWAIT) | int(getattr(socket, "MSG_CMSG_CLOEXEC", 0)),),
-)
+_CLOSE_ON_EXEC = int(getattr(socket, "MSG_CMSG_CLOEXEC", 0))
+_RECEIVE_SHORTLY = ((_LONGEST_LETTER_BYTES,), (socket.CMSG_SPACE(2 * _DESCRIPTOR_BYTES),), (_CLOSE_ON_EXEC,))
+_RECEIVE = (*_RECEIVE_SHORTLY[:2], (int(socket.MSG_DONTWAIT) | _CLOSE_ON_EXEC,))
+_TIMEVAL = struct.Struct("ll")
 _READY_AT_ONCE = 16
 _LONGEST_QUEUE = 1 << 16
-# What may wait unread at one rank.
-_MOST_LETTERS = 100_000
-_MOST_BYTES = 256 << 20
-_MOST_DESCRIPTORS = 64
-_MOST_UNWANTED = 4096
-_LONG_LETTER_BYTES = 8 << 10
 # The kernel is short of memory, or of descriptors under way: try again.
 _SHORTAGES = (errno.ENOBUFS, errno.ENOMEM, errno.ETOOMANYREFS)
-RECALL = "recall"
 
 _Arrival = tuple[bytes, list[tuple[int, int, bytes]], int, object]
 
@@ -79,15 +73,18 @@ class Channels:
         self._channels = {
             peer: _Channel(peer, signature_of(roster, peer), connection) for peer, connection in connections.items()
         }
+        self._only = next(iter(self._channels.values())) if len(connections) == 1 else None
         self._by_descriptor = {channel.descriptor: channel for channel in self._channels.values()}
         self._ready = select.epoll()
         for descriptor, channel in self._by_descriptor.items():
-            channel.connection.setblocking(False)
+            # All calls say that they do not wait, but for that of `_fetch_from`, which waits in the kernel.
+            channel.connection.setblocking(True)
+            timeval = _TIMEVAL.pack(0, int(_SHORTLY_SECONDS * 1e6))
+            channel.connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
             self._ready.register(descriptor, select.EPOLLIN)
         self._spinning = Spinning(roster.has_core_each)
-        self._unwanted: dict[str, None] = {}
-        # Changed by the dump thread alone; each change is one step, so that the other thread may look at any time.
-        self._unread: dict[str, Sealed] = {}
+        self._letters = UnreadLetters(self._who)
+        self._unread = self._letters.by_key
         # Set while a letter may be neither in its socket nor among the unread ones.
         self._is_reading = False
         self._process_id = os.getpid()
@@ -110,7 +107,17 @@ class Channels:
         channel = self._channels.get(graft_rank)
         if channel is None or channel.is_closed:
             raise PeerGone(graft_rank, "its channel is closed")
-        return _sent(channel, self._seal.seal(key, kind, payload).encode(), descriptor)
+        letter = self._seal.seal(key, kind, payload).encode()
+        try:
+            if descriptor is None:
+                channel.connection.send(letter, _SEND_FLAGS)
+            else:
+                rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [descriptor]))]
+                channel.connection.sendmsg([letter], rights, _SEND_FLAGS)
+        except OSError as error:
+            _raise_unless_full(error, graft_rank)
+            return False
+        return True
 
     def _await_room(self, channel: _Channel, watch: Watch) -> None:
         """Until the channel may have room, or something has arrived: the peer may be waiting for room at this end."""
@@ -126,8 +133,11 @@ class Channels:
 
     # Receiving.
 
-    def await_shortly(self, keys: Sequence[str]) -> list[Sealed] | None:
-        """The letters for these keys; None where one is still missing after some 10 ms."""
+    def await_shortly(self, keys: Sequence[str], writers: Sequence[int] = ()) -> list[Sealed] | None:
+        """The letters for these keys; None where one is still missing after some 10 ms.
+
+        writers: the graft rank that writes to each, where that is known: then this looks there first.
+        """
         unread = self._unread
         self.spin(self._spinning, keys)
         deadline = time.monotonic() + _SHORTLY_SECONDS
@@ -136,8 +146,19 @@ class Channels:
             left = deadline - time.monotonic()
             if left <= 0:
                 return None
-            self._fetch(left)
+            if self._only is not None:
+                self._fetch_from(self._only)
+            elif not writers or not self._fetch_missing(keys, writers):
+                self._fetch(left)
         return list(map(unread.pop, keys))
+
+    def _fetch_missing(self, keys: Sequence[str], writers: Sequence[int]) -> bool:
+        """Take a letter from the first rank whose letter is missing; False if it has none within some 10 ms."""
+        for key, writer in zip(keys, writers, strict=True):
+            if key not in self._unread:
+                channel = self._channels.get(writer)
+                return channel is not None and self._fetch_from(channel)
+        return True
 
     def wait(self, keys: Sequence[str], watch: Watch, writers: Sequence[int] = ()) -> list[Sealed]:
         """The letters for these keys, once all have come.
@@ -146,6 +167,9 @@ class Channels:
         and has not written.
         """
         unread = self._unread
+        if writers:
+            # Most come at once.
+            self._fetch_missing(keys, writers)
         checked = time.monotonic()
         while not all(map(unread.__contains__, keys)):
             for key, writer in zip(keys, writers, strict=False):
@@ -188,13 +212,7 @@ class Channels:
 
     def discard(self, key: str) -> None:
         """Throw away the letter for this key, now or when it comes."""
-        letter = self._unread.pop(key, None)
-        if letter is not None:
-            _close_descriptor(letter)
-            return
-        self._unwanted[key] = None
-        if len(self._unwanted) > _MOST_UNWANTED:
-            del self._unwanted[next(iter(self._unwanted))]
+        self._letters.discard(key)
 
     def has_news(self, keys: Sequence[str]) -> bool:
         """Whether a letter lies there that could end a wait for these keys. May be asked from any thread."""
@@ -227,20 +245,36 @@ class Channels:
     def _fetch(self, seconds: float) -> bool:
         """Take a letter from each channel that has one; False if none has within this time."""
         if self._is_reading:
-            # A signal's handler has raised in the middle of this.
-            for channel in self._channels.values():
-                self._read(channel)
+            self._go_on_reading()
         ready = self._ready.poll(seconds, _READY_AT_ONCE)
         if not ready:
-            self._is_reading = False
             return False
         self._is_reading = True
         for descriptor, _ in ready:
             channel = self._by_descriptor[descriptor]
-            _take_in(channel)
-            self._read(channel)
+            if _take_in(channel, _RECEIVE):
+                self._read(channel)
         self._is_reading = False
         return True
+
+    def _fetch_from(self, channel: _Channel) -> bool:
+        """Take a letter from this channel; False if it has none within some 10 ms."""
+        if self._is_reading:
+            self._go_on_reading()
+        if channel.is_closed:
+            return self._fetch(_SHORTLY_SECONDS)
+        self._is_reading = True
+        is_there = _take_in(channel, _RECEIVE_SHORTLY)
+        if is_there:
+            self._read(channel)
+        self._is_reading = False
+        return is_there
+
+    def _go_on_reading(self) -> None:
+        """A signal's handler has raised in the middle of it."""
+        for channel in self._channels.values():
+            self._read(channel)
+        self._is_reading = False
 
     def _read(self, channel: _Channel) -> None:
         """Put what has arrived among the unread letters."""
@@ -250,50 +284,25 @@ class Channels:
             if not letter:
                 channel.is_closed = True
                 self._ready.unregister(channel.descriptor)
-                arrived.popleft()
+                arrived.clear()
                 return
             if ancillary or flags & _TRUNCATED:
                 self._read_with_descriptor(channel)
                 continue
             try:
                 key, sealed = self._seal.open_letter(letter)
-                self._check(channel, sealed)
-                if sealed.kind == RECALL or (self._unwanted and key in self._unwanted):
-                    self._put_away(key, sealed)
-                else:
-                    if len(letter) > _LONG_LETTER_BYTES or len(self._unread) >= _MOST_LETTERS:
-                        self._check_room(sealed)
-                    if key in self._unread:
-                        _close_descriptor(self._unread[key])
-                    self._unread[key] = sealed
+                if sealed.writer != channel.writer:
+                    self._refuse_signature(channel, sealed)
+                self._letters.put(key, sealed, len(letter))
             except ProtocolError:
                 arrived.popleft()
                 raise
             arrived.popleft()
 
-    def _check(self, channel: _Channel, sealed: Sealed) -> None:
-        if sealed.writer != channel.writer:
-            raise ProtocolError(
-                f"{self._roster.who(channel.graft_rank)} signs a message to {self._who} as {sealed.writer}."
-            )
-
-    def _put_away(self, key: str, sealed: Sealed) -> None:
-        if sealed.kind == RECALL:
-            # Written to the wrong rank; letters of one writer come in order, so it is here.
-            recalled = self._unread.pop(key, None)
-            if recalled is not None:
-                _close_descriptor(recalled)
-        else:
-            self._unwanted.pop(key, None)
-
-    def _check_room(self, sealed: Sealed) -> None:
-        """Raises ProtocolError where more waits unread than a run can have."""
-        nbytes = sum(len(letter.payload) for letter in self._unread.values())
-        if len(self._unread) >= _MOST_LETTERS or nbytes > _MOST_BYTES:
-            raise ProtocolError(
-                f"{len(self._unread)} messages ({nbytes >> 20} MiB) wait at {self._who} for points that it does not "
-                f"come to, the last from {sealed.writer}."
-            )
+    def _refuse_signature(self, channel: _Channel, sealed: Sealed) -> None:
+        raise ProtocolError(
+            f"{self._roster.who(channel.graft_rank)} signs a message to {self._who} as {sealed.writer}."
+        )
 
     def _read_with_descriptor(self, channel: _Channel) -> None:
         """The next letter, which has brought a descriptor, or is none of ours. Nothing of it stays open otherwise."""
@@ -309,17 +318,10 @@ class Channels:
                     f"file descriptors than this process can take (see ulimit -n)."
                 )
             key, sealed = self._seal.open_letter(letter)
-            self._check(channel, sealed)
-            if sealed.kind == RECALL or key in self._unwanted:
-                self._put_away(key, sealed)
-                return
-            self._check_room(sealed)
-            if sum(one.descriptor is not None for one in self._unread.values()) >= _MOST_DESCRIPTORS:
-                raise ProtocolError(f"{_MOST_DESCRIPTORS} file descriptors wait at {self._who} that nobody takes.")
-            earlier = self._unread.get(key)
-            self._unread[key] = sealed._replace(descriptor=descriptors.pop()) if descriptors else sealed
-            if earlier is not None:
-                _close_descriptor(earlier)
+            if sealed.writer != channel.writer:
+                self._refuse_signature(channel, sealed)
+            descriptor = descriptors.pop() if descriptors else None
+            self._letters.put(key, sealed._replace(descriptor=descriptor), len(letter))
         finally:
             for descriptor in descriptors:
                 os.close(descriptor)
@@ -333,48 +335,30 @@ class Channels:
                     channel.connection.shutdown(socket.SHUT_RDWR)
             channel.connection.close()
             channel.is_closed = True
-        for letter in self._unread.values():
-            _close_descriptor(letter)
-        self._unread.clear()
+        self._letters.close()
         self._ready.close()
 
 
-def _sent(channel: _Channel, letter: bytes, descriptor: int | None) -> bool:
-    """Whether there was room."""
+def _raise_unless_full(error: OSError, graft_rank: int) -> None:
+    """What a send has raised: nothing where trying again helps."""
+    if is_from_signal_handler(error):
+        raise error
+    if error.errno in _SHORTAGES:
+        time.sleep(0.001)
+    elif not isinstance(error, BlockingIOError):
+        raise PeerGone(graft_rank, f"its channel is closed ({error.strerror or error})") from error
+
+
+def _take_in(channel: _Channel, how: tuple[tuple[int], tuple[int], tuple[int]]) -> bool:
+    """Move a letter from the socket to `arrived`, by one call, so that no signal's handler can lose it in between.
+
+    Whether there was one.
+    """
     try:
-        if descriptor is None:
-            channel.connection.send(letter, _SEND_FLAGS)
-        else:
-            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [descriptor]))]
-            channel.connection.sendmsg([letter], rights, _SEND_FLAGS)
-    except OSError as error:
+        channel.arrived.extend(map(channel.receive, *how))
+        return True
+    except (BlockingIOError, ConnectionResetError) as error:
+        # Reset: the peer has left with something of ours unread. What it sent before is still there.
         if is_from_signal_handler(error):
             raise
-        if isinstance(error, BlockingIOError):
-            return False
-        if error.errno in _SHORTAGES:
-            time.sleep(0.001)
-            return False
-        raise PeerGone(channel.graft_rank, f"its channel is closed ({error.strerror or error})") from error
-    return True
-
-
-def _take_in(channel: _Channel) -> None:
-    """Move a letter from the socket to `arrived`, by one call, so that no signal's handler can lose it in between."""
-    for _ in range(2):
-        try:
-            channel.arrived.extend(map(channel.receive, *_RECEIVE))
-            return
-        except ConnectionResetError as error:
-            # The peer has left with something of ours unread. What it sent before is still there.
-            if is_from_signal_handler(error):
-                raise
-        except BlockingIOError as error:
-            if is_from_signal_handler(error):
-                raise
-            return
-
-
-def _close_descriptor(letter: Sealed) -> None:
-    if letter.descriptor is not None:
-        os.close(letter.descriptor)
+        return False

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from grafter.rendezvous.channels import LONGEST_MAIL_BYTES, RECALL, Channels
+from grafter.rendezvous.channels import LONGEST_MAIL_BYTES, Channels
 from grafter.rendezvous.host_places import HostPlaces
 from grafter.rendezvous.roster import Announcement, Roster
 from grafter.rendezvous.store import StoreClient
+from grafter.rendezvous.unread_letters import RECALL
 from grafter.rendezvous.wire import Sealed
 from grafter.watching.housekeeping import Housekeeping
 from grafter.watching.lasting_wait import LastingWait
@@ -75,15 +76,17 @@ class Courier:
         what = f"room in the channel to {self._roster.who(receiver)}"
         return Wait("sending", what, self._timeout, needs=frozenset([receiver]))
 
-    def fetch(self, make_wait: Callable[[], Wait], keys: Sequence[str], *, by_mail: bool) -> list[Sealed]:
-        """Wait for what was brought under these keys.
+    def fetch(
+        self, make_wait: Callable[[], Wait], keys: Sequence[str], *, by_mail: bool, writers: Sequence[int] = ()
+    ) -> list[Sealed]:
+        """Wait for what was brought under these keys, by the graft ranks `writers` where these are known.
 
         The wait that `make_wait` makes is looked after by the housekeeping thread. It is not made where the letters
         come shortly, as most do.
         """
         channels = self._channels if by_mail else None
         if channels is not None:
-            letters = self.fetch_shortly(make_wait, keys)
+            letters = self.fetch_shortly(make_wait, keys, writers)
             if letters is not None:
                 return letters
         wait = make_wait()
@@ -96,12 +99,14 @@ class Courier:
             letters = channels.wait(keys, self._housekeeping)
         return self._opened(letters, make_wait)
 
-    def fetch_shortly(self, make_wait: Callable[[], Wait], keys: Sequence[str]) -> list[Sealed] | None:
+    def fetch_shortly(
+        self, make_wait: Callable[[], Wait], keys: Sequence[str], writers: Sequence[int] = ()
+    ) -> list[Sealed] | None:
         """What came by mail under these keys; None if that has not come within about 10 ms."""
         assert self._channels is not None
         if self._housekeeping.aborted is not None:
             self._housekeeping.check()
-        letters = self._channels.await_shortly(keys)
+        letters = self._channels.await_shortly(keys, writers)
         if letters is None:
             return None
         for letter in letters:
