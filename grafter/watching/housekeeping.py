@@ -102,6 +102,11 @@ class Housekeeping:
         """What the dump thread waits for now."""
         return self._wait
 
+    @property
+    def store_is_silent(self) -> bool:
+        """Whether this object's thread goes on without the store, which owes it an answer."""
+        return self._link.is_down
+
     def last_seen(self, role: str) -> list[BoardLine]:
         """The lines of a job, as this rank has last read them; empty until it has read all of them."""
         return self._members.last_seen(role)
@@ -201,6 +206,7 @@ class Housekeeping:
             if record is not None:
                 self._wake_self(decode_abort(record.payload))
         self._members.keep_up(self._link.client)
+        self._lookout.refresh_board(self._link.client)
         if self.on_second is not None:
             self.on_second(self._link.client)
 
