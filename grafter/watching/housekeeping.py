@@ -79,8 +79,8 @@ class Housekeeping:
     def begin(self, wait: Wait) -> None:
         if self.aborted is not None:
             raise self.aborted
-        # Mail and sockets are waited for in Python, which sees to signals by itself. In the store the main thread is
-        # blocked, and a signal that arrives would be seen only after the wait.
+        # Python sees to signals by itself. But a call of the store blocks on after its caller has stopped waiting, and
+        # nothing else could be asked of the store until it ends: this object's thread ends it.
         if wait.awaits and threading.current_thread() is threading.main_thread():
             wait.signal_fd = signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
             wait.interruptible = True
