@@ -59,7 +59,7 @@ def meet_then_wait(rank: Rank) -> float:
     if not rank.is_baseline:
         # The board is read once a second: its last reading must have the first point in it.
         housekeeping = grafter._grafter.entry.session.housekeeping  # type: ignore[union-attr]
-        while not any(line.role == "baseline" for line in housekeeping.last_seen("baseline")):
+        while not any(line.last_points for line in housekeeping.last_seen("baseline")):
             time.sleep(0.05)
     rank.tell(f"{rank.role} met")
     if rank.is_baseline:
@@ -96,6 +96,7 @@ def test_a_stopped_host_of_jobs_started_by_hand_fails_the_point_at_the_timeout(
     assert f"baseline rank 0 (pid {pid} on " in target.error
     assert "hosts it, is stopped" in target.error
     assert "[its process, pid" in target.error, "the board says it of the rank"
+    assert "its last points: 'first' (step=0) sent" in target.error
     printed = (tmp_path / "target.stderr").read_text()
     assert "c10d" not in printed and "frame #" not in printed, printed
     warning = next(line for line in printed.splitlines() if "cannot answer" in line)

@@ -15,8 +15,8 @@ from typing import Any, Protocol, TypeVar
 Value = TypeVar("Value")
 
 _LOOK_SECONDS = 0.25
-# A wait that an exception ends (Ctrl-C, or the run is over) goes on for so long: what ended it usually ends the call.
-_LAST_SECONDS = 1.0
+# A wait that an exception ends (Ctrl-C, or the run is over) lasts for so long yet: the housekeeping ends the call, too.
+_LAST_SECONDS = 2.0
 
 
 class Unanswered(Exception):
@@ -25,6 +25,10 @@ class Unanswered(Exception):
 
 class Patience(Protocol):
     """Asked four times a second while a call blocks."""
+
+    @property
+    def is_hopeless(self) -> bool:
+        """Whether a call that the caller does not want any more will go on blocking."""
 
     def look(self, seconds: float) -> None:
         """The call has blocked for so long. Raises what ends the wait for it."""
@@ -86,23 +90,25 @@ class BoundedCalls:
         held: BaseException | None = None
         until = call.since + seconds
         while not call.is_done:
+            if held is not None and time.monotonic() >= until:
+                break
             try:
                 # That of an earlier call, perhaps, for which nobody waited any more.
                 self._answers.get(timeout=_LOOK_SECONDS)
                 continue
             except Empty:
-                if time.monotonic() > until:
-                    raise held or Unanswered from None
+                if held is None and time.monotonic() > until:
+                    raise Unanswered from None
             except BaseException as error:
                 # A signal's handler: Ctrl-C, say.
                 if held is not None:
                     raise
-                held, until = error, min(until, time.monotonic() + _LAST_SECONDS)
+                held, until = error, min(until, _last_moment(patience))
             if patience is not None and held is None:
                 try:
                     patience.look(time.monotonic() - call.since)
                 except BaseException as error:
-                    held, until = error, min(until, time.monotonic() + _LAST_SECONDS)
+                    held, until = error, min(until, _last_moment(patience))
         if held is not None:
             raise held
 
@@ -114,6 +120,11 @@ class BoundedCalls:
 
     def __del__(self) -> None:
         self.close()
+
+
+def _last_moment(patience: Patience | None) -> float:
+    now = time.monotonic()
+    return now if patience is not None and patience.is_hopeless else now + _LAST_SECONDS
 
 
 def _nothing() -> None:

@@ -80,6 +80,13 @@ class BoardWriter:
         self.hook_facts: Callable[[], HookFacts] = HookFacts
         # Filled by the dump thread, read when a line is written.
         self.last_points: deque[tuple[PointKey, str]] = deque(maxlen=10)
+        # The newest of those that are on the board.
+        self._shown_point: tuple[PointKey, str] | None = None
+
+    @property
+    def has_new_points(self) -> bool:
+        """Whether this rank has had a point since its line was written."""
+        return bool(self.last_points) and self.last_points[-1] is not self._shown_point
 
     def running(self, client: StoreClient, doing: str = "", *, call_site: str = "", since: float | None = None) -> None:
         """doing: what follows the rank's name. since: on `time.time`'s clock; None: now."""
@@ -102,12 +109,15 @@ class BoardWriter:
 
     def _write(self, client: StoreClient, **fields: Any) -> None:
         self.sequence += 1
+        # In one step, since the dump thread may add to it meanwhile.
+        points = self.last_points.copy()
+        self._shown_point = points[-1] if points else None
         line = {
             "role": self.role,
             "role_rank": self._role_rank,
             "sequence": self.sequence,
             "since": time.time(),
-            "last_points": [f"{key} {outcome}" for key, outcome in tuple(self.last_points)],
+            "last_points": [f"{key} {outcome}" for key, outcome in points],
             "hooks": self.hook_facts().model_dump(),
             **fields,
         }

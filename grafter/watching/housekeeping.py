@@ -79,8 +79,8 @@ class Housekeeping:
     def begin(self, wait: Wait) -> None:
         if self.aborted is not None:
             raise self.aborted
-        # Mail and sockets are waited for in Python, which sees to signals by itself. In the store the main thread is
-        # blocked, and a signal that arrives would be seen only after the wait.
+        # Python sees to signals by itself. But a call of the store blocks on after its caller has stopped waiting, and
+        # nothing else could be asked of the store until it ends: this object's thread ends it.
         if wait.awaits and threading.current_thread() is threading.main_thread():
             wait.signal_fd = signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
             wait.interruptible = True
@@ -101,6 +101,11 @@ class Housekeeping:
     def current_wait(self) -> Wait | None:
         """What the dump thread waits for now."""
         return self._wait
+
+    @property
+    def store_is_silent(self) -> bool:
+        """Whether this object's thread goes on without the store, which owes it an answer."""
+        return self._link.is_down
 
     def last_seen(self, role: str) -> list[BoardLine]:
         """The lines of a job, as this rank has last read them; empty until it has read all of them."""
@@ -201,6 +206,7 @@ class Housekeeping:
             if record is not None:
                 self._wake_self(decode_abort(record.payload))
         self._members.keep_up(self._link.client)
+        self._lookout.refresh_board(self._link.client)
         if self.on_second is not None:
             self.on_second(self._link.client)
 

@@ -83,6 +83,11 @@ class Lookout:
             self._show(client, activity)
             self._is_shown = True
 
+    def refresh_board(self, client: StoreClient) -> None:
+        """Once a second: the last points of a rank that runs, for when it cannot say them any more."""
+        if not self._is_shown and self._board.has_new_points:
+            self._board.running(client)
+
     def _show(self, client: StoreClient, activity: Wait | tuple[Underway, Stage]) -> None:
         since = time.time() - (time.monotonic() - self._since)
         if isinstance(activity, tuple):

@@ -27,6 +27,11 @@ class StoreLink:
         self.is_down = False
         client.patience = self
 
+    @property
+    def is_hopeless(self) -> bool:
+        """The thread has other things to do."""
+        return True
+
     def look(self, seconds: float) -> None:
         """While an answer is owed. Raises PeerLostError where this thread has better things to do than to wait."""
         self._warn()

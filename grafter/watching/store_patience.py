@@ -16,6 +16,11 @@ class StorePatience:
         self._housekeeping, self._timeout = housekeeping, timeout
         self._wait: Wait | None = None
 
+    @property
+    def is_hopeless(self) -> bool:
+        """Whether the store is silent for the housekeeping as well."""
+        return self._housekeeping.store_is_silent
+
     def look(self, seconds: float) -> None:
         """Raises what ended the run. An answer that is not there yet is a wait, unless the rank is in one already."""
         housekeeping = self._housekeeping

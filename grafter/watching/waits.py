@@ -10,8 +10,8 @@ from typing import Protocol
 
 @dataclass
 class Wait:
-    """What the dump thread waits for, in one stage: join, pairing, exchange, agreement, gradients or
-    control."""
+    """What the dump thread waits for, in one stage: join, pairing, exchange, agreement, gradients, control, or store
+    where it is no more than an answer of the store."""
 
     stage: str
     # What a message says it waits for: text, or what gives it.
@@ -39,7 +39,7 @@ class Wait:
     next_look: float = field(default=0.0, init=False)
     # Set when it has ended, however.
     over: bool = field(default=False, init=False)
-    # On the main thread, blocked in the store: a signal must end the wait. And where the program hears of signals.
+    # On the main thread, in a call of the store: a signal must end that call. And where the program hears of signals.
     interruptible: bool = field(default=False, init=False)
     signal_fd: int = field(default=-1, init=False)
 
