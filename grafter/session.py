@@ -227,7 +227,7 @@ class Session:
 
     def close(self, note: str) -> None:
         """Leave: say so on the board, and, where this rank hosts the store, linger until the others can do without."""
-        self._failed.tell_before_leaving(self.client, _LAST_WORDS_SECONDS)
+        self._failed.leave(self.client, _LAST_WORDS_SECONDS)
         try:
             self.housekeeping.close(note)
             if self._server is not None:
