@@ -25,7 +25,7 @@ class FailedPoints:
         """on_failure: called with the digest and the reason of each, on the thread that listens."""
         self._hall, self._on_failure = hall, on_failure
         self._untold: deque[tuple[str, str]] = deque()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         # How far this rank has read, to add something and to hear of something.
         self._told = self._heard = 0
         self.is_listening = False
@@ -44,25 +44,33 @@ class FailedPoints:
                 if found is None or json.loads(found.payload)[0] == digest:
                     self._untold.popleft()
 
-    def tell_before_leaving(self, client: StoreClient, patience_seconds: float) -> None:
-        """What was not told yet. Does not wait long for a store that does not answer."""
-        if self._untold:
+    def leave(self, client: StoreClient, patience_seconds: float) -> None:
+        """Tell and hear once more. Does not wait long for a store that does not answer."""
+        if not self._untold and not self.is_listening:
+            return
+        if not self._lock.acquire(timeout=patience_seconds):
+            # The other thread waits for the store.
+            return
+        try:
             client.set_timeout(patience_seconds)
-            try:
-                self.tell(client)
-            except RunError as error:
-                logger.debug("grafter: the senders could not be told of failed points: %s", error)
+            self.tell(client)
+            self.hear(client)
+        except RunError as error:
+            logger.debug("grafter: failed points could not be told, or heard of: %s", error)
+        finally:
+            self._lock.release()
 
     @property
     def has_told_all(self) -> bool:
         return not self._untold
 
     def hear(self, client: StoreClient) -> None:
-        """Called about once a second."""
-        while self.is_listening and (sealed := client.peek(self._place(self._heard))) is not None:
-            self._heard += 1
-            digest, reason = json.loads(sealed.payload)
-            self._on_failure(digest, str(reason))
+        """Called about once a second, and at the end on another thread."""
+        with self._lock:
+            while self.is_listening and (sealed := client.peek(self._place(self._heard))) is not None:
+                self._heard += 1
+                digest, reason = json.loads(sealed.payload)
+                self._on_failure(digest, str(reason))
 
     def _place(self, number: int) -> str:
         return f"{self._hall}/failure/{number}"

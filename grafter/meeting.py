@@ -75,6 +75,7 @@ class Meeting:
         self._bytes_sent = self._bytes_received = 0
         self._sequence = 0
         self._is_receiver = session.place.role == receiver_role(direction)
+        self.writes = direction != "compare"
         self._is_settled = False
         # For the board, while it lasts.
         self.stage: Stage = "pairing"
@@ -242,7 +243,7 @@ class Meeting:
         self.stage = "measuring"
         self._measure(leaves, receiving.incoming, stats)
         self.end_stage("statistics")
-        if refusal is None and self._options.write == "return":
+        if refusal is None and self.writes and self._options.write == "return":
             # Touches no memory of the program. So what could fail here fails before the vote.
             try:
                 self.write(receiving, leaves)
@@ -252,8 +253,6 @@ class Meeting:
 
     def write(self, receiving: _Receiving, leaves: Leaves) -> None:
         """Goes on with the first leaf that is not known to be written."""
-        if self._direction == "compare":
-            return
         mode, written = WriteMode(self._options.write, self._options.gradient), receiving.written
         while len(written) < len(receiving.incoming):
             index = len(written)
@@ -447,8 +446,9 @@ class _Receiving(Work):
 
     def write(self) -> None:
         self._meeting.end_stage("agreement")
-        self._meeting.write(self, self._leaves)
-        self._meeting.end_stage("write")
+        if self._meeting.writes:
+            self._meeting.write(self, self._leaves)
+            self._meeting.end_stage("write")
 
     @property
     def progress(self) -> int:

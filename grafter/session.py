@@ -259,7 +259,7 @@ class Session:
 
     def close(self, note: str) -> None:
         """Leave: say so on the board, and, where this rank hosts the store, linger until the others can do without."""
-        self._failed.tell_before_leaving(self.client, _LAST_WORDS_SECONDS)
+        self._failed.leave(self.client, _LAST_WORDS_SECONDS)
         try:
             self.housekeeping.close(note)
             if self._server is not None:
@@ -271,7 +271,6 @@ class Session:
         if self.delivery is not None:
             self.delivery.close()
         self.transfer.close()
-        self._courier.close()
         if self._channels is not None:
             self._channels.close()
         self.client.close()

@@ -289,21 +289,22 @@ def dump_good_bad_good(rank: Rank) -> Any:
         except grafter.GrafterError as error:
             found.append((type(error).__name__, str(error), float(value)))
     if rank.is_baseline:
-        wait_to_hear_of_failures(Path(rank.arguments[0]) / "run" / "baseline" / f"rank{rank.role_rank}.ledger.jsonl")
+        ledger = Path(rank.arguments[0]) / "run" / "baseline" / f"rank{rank.role_rank}.ledger.jsonl"
+        wait_to_hear_of_failures(ledger, rank.arguments[1])
     return found
 
 
-def wait_to_hear_of_failures(ledger: Path) -> None:
-    """A sender hears of a failure within about a second; it must still be there to write it down."""
+def wait_to_hear_of_failures(ledger: Path, failures: int = 1) -> None:
+    """A sender hears of a failure within about two seconds; it must still be there to write it down."""
     deadline = time.monotonic() + 20
-    while not any(record.outcome == "failed" for record in read_ledger(ledger)) and time.monotonic() < deadline:
+    while sum(record.outcome == "failed" for record in read_ledger(ledger)) < failures and time.monotonic() < deadline:
         time.sleep(0.02)
 
 
-def run_bad(directory: Path, transform: str, **settings: Any) -> tuple[list[Any], dict[Any, Any]]:
+def run_bad(directory: Path, transform: str, failures: int = 1, **settings: Any) -> tuple[list[Any], dict[Any, Any]]:
     with Jobs(directory, b2t_filter="True", transform_path=f"{HERE}:{transform}", **settings) as jobs:
-        jobs.start("baseline", 2, dump_good_bad_good, directory)
-        jobs.start("target", 2, dump_good_bad_good, directory)
+        jobs.start("baseline", 2, dump_good_bad_good, directory, failures)
+        jobs.start("target", 2, dump_good_bad_good, directory, failures)
         return succeed(jobs.wait()), jobs.ledgers()
 
 
@@ -321,7 +322,7 @@ def test_a_transform_that_raises_fails_the_point_everywhere_and_the_run_goes_on(
 
 
 def test_one_receiver_that_cannot_keeps_all_from_writing(tmp_path: Path) -> None:
-    values, ledgers = run_bad(tmp_path, "raise_on_rank_1")
+    values, ledgers = run_bad(tmp_path, "raise_on_rank_1", failures=3)
     assert values[2:] == [[2.0] * 3] * 2
     assert {r.outcome for records in ledgers.values() for r in records} == {"failed"}
     assert all("target rank 1" in r.reason for records in ledgers.values() for r in records)

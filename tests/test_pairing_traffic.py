@@ -15,7 +15,6 @@ from jobs import Jobs, Rank, succeed
 from point_parts import header
 
 from grafter.direction import RoleName
-from grafter.pairing.agreement import Agreement
 from grafter.pairing.pairing import Pairing
 from grafter.points import PointKey
 from grafter.rendezvous import courier
@@ -158,7 +157,7 @@ class Watchman:
 
 
 class Simulation:
-    """Two jobs of real pairings and agreements over a store and mail that count. Points follow one another.
+    """Two jobs of real pairings over a store and mail that count. Points follow one another.
 
     The leaders, and the second and the last rank of each job, go through with a point; the others do what they do
     before they wait, which is all that they send.
@@ -183,7 +182,7 @@ class Simulation:
     def _watched(self, number: int) -> bool:
         return number % self.size in (0, 1, self.size - 1)
 
-    def _make_rank(self, number: int) -> tuple[Pairing, Agreement]:
+    def _make_rank(self, number: int) -> Pairing:
         member, traffic, waits = self._roster.all[number], self._traffic[number], self._watched(number)
         seal = Seal(f"{member.role}/{member.role_rank}", None)
         store: Any = CountedStore(self._store, traffic, waits)
@@ -191,12 +190,9 @@ class Simulation:
         housekeeping: Any = Watchman()
         channels: Any = CountedChannels(self._mail[number], self._mail, seal, traffic, waits)
         own = courier.Courier(client, housekeeping, self._roster, number, channels, PATIENCE_SECONDS)
-        # Nobody else gives this point up.
-        own.claim = lambda key: None  # type: ignore[method-assign]
         pairing = Pairing(client, own, housekeeping, self._roster, PATIENCE_SECONDS)
         pairing._known.pairs = self._pairs
-        role, rank = member.role, member.role_rank
-        return pairing, Agreement(client, own, housekeeping, self._roster, role, rank, PATIENCE_SECONDS)
+        return pairing
 
     def point(self, step: int) -> list[Traffic]:
         """What each rank sent and took in, by graft rank; of those that do not go through with it, what they sent."""
@@ -208,17 +204,11 @@ class Simulation:
             if not self._watched(number):
                 with pytest.raises(NotYet):
                     self._meet(key, number)
-                if number >= self.size:
-                    self._ranks[number][1].vote(key, range(self.size), None)
 
         def take_part(number: int) -> None:
             try:
                 pair = self._meet(key, number)
                 assert [len(pair.baseline.headers), len(pair.target.headers)] == [self.size, self.size]
-                if number >= self.size:
-                    agreement = self._ranks[number][1]
-                    agreement.vote(key, range(self.size), None)
-                    assert agreement.outcome(key, range(self.size), None) is None
             except BaseException as error:
                 errors.append(error)
 
@@ -231,7 +221,7 @@ class Simulation:
         return self._traffic
 
     def _meet(self, key: PointKey, number: int) -> Any:
-        return self._ranks[number][0].meet(key, self._headers[number])
+        return self._ranks[number].meet(key, self._headers[number])
 
 
 def make_roster(size: int, place: Callable[[str, int], str]) -> Roster:
@@ -279,11 +269,11 @@ def growth(values: Sequence[int]) -> list[float]:
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("role", ["baseline", "target"])
 def test_a_follower_has_as_many_messages_in_any_world(place: str, role: str) -> None:
-    """One header and one pair of manifests; a receiver also a vote and an outcome. A longer pair comes in two."""
+    """One header and one pair of manifests. A longer pair comes in two."""
     for size in SIZES:
         for traffic in measured(place, size).followers[role]:
-            assert traffic.messages_out == (1 if role == "baseline" else 2)
-            assert traffic.messages_in - (1 if role == "baseline" else 2) in (0, 1)
+            assert traffic.messages_out == 1
+            assert traffic.messages_in - 1 in (0, 1)
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -291,9 +281,8 @@ def test_a_follower_has_as_many_messages_in_any_world(place: str, role: str) -> 
 def test_a_leader_has_messages_in_proportion_to_its_ranks(place: str, role: str) -> None:
     """So many per rank of its own job, and a few for the other leader."""
     leaders = [measured(place, size).leaders[role] for size in SIZES]
-    per_rank = 2 if role == "baseline" else 4
     for size, leader in zip(SIZES, leaders, strict=True):
-        assert leader.messages <= per_rank * (size - 1) + 6
+        assert leader.messages <= 2 * (size - 1) + 6
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -322,18 +311,19 @@ def test_what_a_follower_sends_does_not_grow(place: str) -> None:
 POINTS = 4
 
 
-def count_letters(rank: Rank) -> list[int]:
-    """In a real rank: how many letters it writes at each point."""
+def count_letters(rank: Rank) -> list[tuple[int, int]]:
+    """In a real rank: how many letters it writes at each point, in pairing and to say that the point is decided."""
     import torch
 
     import grafter
 
-    letters = [0]
+    letters = [[0, 0]]
     try_to_send = Channels.try_to_send
 
     def counted(own: Channels, graft_rank: int, key: str, *rest: Any) -> bool:
         # What moves the tensors is no part of the pairing.
-        letters[-1] += not key.startswith(("block/", "word/"))
+        if not key.startswith(("block/", "word/")):
+            letters[-1][key.endswith("/o")] += 1
         return try_to_send(own, graft_rank, key, *rest)
 
     Channels.try_to_send = counted  # type: ignore[method-assign]
@@ -341,13 +331,16 @@ def count_letters(rank: Rank) -> list[int]:
     for _ in range(POINTS):
         grafter.dump("h", value)
         grafter.step()
-        letters.append(0)
+        letters.append([0, 0])
     assert value.tolist() == [1.0] * 4
-    return letters[:POINTS]
+    return [(pairing, outcomes) for pairing, outcomes in letters[:POINTS]]
 
 
 def test_real_ranks_write_as_many_letters_as_simulated_ones(tmp_path: Path) -> None:
-    """4 + 4 processes of one host write, at each point after the first, what the simulation counts for them."""
+    """4 + 4 processes of one host write, at each point after the first, what the simulation counts for them.
+
+    And of the receivers, the one that decides the point writes to each other.
+    """
     simulation = Simulation(4, PLACES["one host"])
     simulation.point(0)
     simulated = [traffic.messages_out for traffic in simulation.point(1)]
@@ -356,4 +349,6 @@ def test_real_ranks_write_as_many_letters_as_simulated_ones(tmp_path: Path) -> N
         jobs.start("target", 4, count_letters)
         real = succeed(jobs.wait())
     for point in range(1, POINTS):
-        assert [counts[point] for counts in real] == simulated
+        assert [counts[point][0] for counts in real] == simulated
+        assert [counts[point][1] for counts in real[:4]] == [0] * 4
+        assert sorted(counts[point][1] for counts in real[4:]) == [0, 0, 0, 3]

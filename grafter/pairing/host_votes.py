@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import time
 from collections.abc import Callable, Sequence
 
@@ -53,7 +54,12 @@ class HostLogs:
         place = self._place(receivers)
         try:
             if receivers not in self._logs:
-                fd = shared_ballots.create(self._name(receivers))
+                # There is one, unregistered, where an exception arrived right after it was made. Never make two: some
+                # receivers would open the one, and some the other.
+                name = self._name(receivers)
+                fd = shared_ballots.find(os.getpid(), name)
+                if fd is None:
+                    fd = shared_ballots.create(name)
                 self._logs[receivers] = SharedBallots(fd, self._role_rank, receivers, reclaims=True)
             self._bring(receivers, place, _HERE, "")
         except OSError as error:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from grafter.rendezvous.channels import LONGEST_MAIL_BYTES, Channels
-from grafter.rendezvous.host_places import HostPlaces
 from grafter.rendezvous.roster import Announcement, Roster
 from grafter.rendezvous.store import StoreClient
 from grafter.rendezvous.unread_letters import RECALL
@@ -43,7 +42,6 @@ class Courier:
         """channels: None where this rank can have none. timeout: of one message, in seconds."""
         self._client, self._housekeeping, self._channels = client, housekeeping, channels
         self._roster, self._graft_rank, self._timeout = roster, graft_rank, timeout
-        self._places = HostPlaces()
         self._left_in_store: list[str] = []
         own_role = roster.side(roster.all[graft_rank].role)
         self.mail_inside = channels is not None and _one_host(own_role)
@@ -140,14 +138,6 @@ class Courier:
     def recall(self, receiver: int, key: str) -> None:
         """Take back a letter that was written to the wrong rank, which would keep it for ever."""
         self.bring([receiver], key, RECALL, "", by_mail=True)
-
-    def claim(self, key: str) -> int | None:
-        """Take the one place of this name on this host; None if this process has it now, else the pid that has it."""
-        return self._places.claim(key)
-
-    def close(self) -> None:
-        """Give up the places of this host that this rank has."""
-        self._places.close()
 
     def take_left_in_store(self) -> list[str]:
         """The store keys of letters that were too long, since this was last asked: to be deleted with their point."""
