@@ -53,7 +53,8 @@ class Difference(_Record):
     rel_l2: float | None = None
     max_abs: float | None = None
     max_abs_index: list[int] | None = None
-    max_abs_values: list[float] | None = None
+    # Whole numbers where the dtype is int64 or uint64, of which float64 does not hold all.
+    max_abs_values: list[int | float] | None = None
     mean_abs: float | None = None
     cosine: float | None = None
     mismatched_fraction: float | None = None

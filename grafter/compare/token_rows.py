@@ -29,6 +29,7 @@ from grafter.layout.dims import Dim, Factor
 from grafter.layout.runs import whole
 from grafter.layout.shares import RoleShares, Share
 from grafter.layout.space import rectangles
+from grafter.measures.flat_chunks import copyable
 from grafter.rows.tokens import SequenceId, Tokens
 
 _Rows = npt.NDArray[np.int64]
@@ -55,7 +56,8 @@ class RowSource:
             for dim, start, length in zip(self._rest, offset, size, strict=True):
                 at[dim], extent[dim] = start, length
             box = self.tensor.read(tuple(at), tuple(extent))
-            yield box.permute(*self._row_dims, *self._rest).reshape(-1, *size)
+            rows = copyable(box).permute(*self._row_dims, *self._rest).reshape(-1, *size)
+            yield rows.view(box.dtype)
 
 
 def _row_dims(tensor: WholeTensor, rows: int) -> list[int]:
@@ -119,7 +121,7 @@ class TokenRows:
             begin = self._ends[number] - count
             stop = min(end, self._ends[number])
             for part in self._sources[source].read(first + row - begin, stop - row, offset[1:], size[1:]):
-                result[filled : filled + len(part)].copy_(part)
+                copyable(result[filled : filled + len(part)]).copy_(copyable(part))
                 filled += len(part)
             row, number = stop, number + 1
         return result

@@ -227,13 +227,19 @@ def centred_squares(space: Workspace, row: Row, squares: float, total: float) ->
 
 
 def exact_rows(
-    x: torch.Tensor, y: torch.Tensor, unequal: torch.Tensor, wide: bool, statistics: bool
+    x: torch.Tensor,
+    y: torch.Tensor,
+    unequal: torch.Tensor,
+    wide: bool,
+    statistics: bool,
+    lost: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Sums of each row: [rows, fields of PairSums], and with `statistics` [rows, fields of TensorSums] of x and of y.
 
-    x, y: [rows, n] float64 on one device; unequal: bool, the same shape. Never synchronises with the device.
+    x, y: [rows, n] float64 on one device; unequal: bool, the same shape. lost: what float64 lost of x - y, where x or y
+    are whole numbers that it does not hold. Never synchronises with the device.
     """
-    pair = _pair_rows(x, y, unequal, wide)
+    pair = _pair_rows(x, y, unequal, wide, lost)
     if not statistics:
         return pair, None, None
     return pair, tensor_rows(x, wide), tensor_rows(y, wide)
@@ -260,7 +266,9 @@ def tensor_rows(v: torch.Tensor, wide: bool) -> torch.Tensor:
     )  # fmt: skip
 
 
-def _pair_rows(x: torch.Tensor, y: torch.Tensor, unequal: torch.Tensor, wide: bool) -> torch.Tensor:
+def _pair_rows(
+    x: torch.Tensor, y: torch.Tensor, unequal: torch.Tensor, wide: bool, lost: torch.Tensor | None
+) -> torch.Tensor:
     finite = x.isfinite() & y.isfinite()
     x_nan, y_nan = x.isnan(), y.isnan()
     nan = x_nan ^ y_nan
@@ -270,7 +278,10 @@ def _pair_rows(x: torch.Tensor, y: torch.Tensor, unequal: torch.Tensor, wide: bo
     # Two float64 numbers near the end of the range may differ by more than the range: halve both first.
     halved = (torch.maximum(x_max, y_max) > 2.0**1022) if wide else torch.zeros_like(x_max, dtype=torch.bool)
     factor = torch.where(halved, 0.5, 1.0).double()[:, None]
-    d = (x_clean * factor - y_clean * factor).abs_()
+    d = x_clean * factor - y_clean * factor
+    if lost is not None:
+        d += lost.where(finite, 0.0) * factor
+    d.abs_()
     d_scaled, d_exponent = _scale(d, d.amax(1), wide)
     d_max = d_scaled.amax(1)
     place = torch.arange(d.shape[1], device=d.device).expand_as(d)
