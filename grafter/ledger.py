@@ -62,6 +62,19 @@ class Difference(_Record):
     inf: int = 0
 
 
+class CopyRecord(_Record):
+    """A receiver's tensor of which other receivers hold copies (GRAFTER_CHECK_REPLICAS=1), as it was before the write.
+
+    ranks: the role ranks that hold the same part, this one among them. checksum: SHA-256 of its values, row by row,
+    every NaN as one and the same. Copies are equal where their checksums are.
+    """
+
+    ranks: list[int]
+    checksum: str | None = None
+    # Why there is no checksum.
+    reason: str | None = None
+
+
 class LeafRecord(_Record):
     """One tensor of the point; a point that is a bare tensor has one leaf, whose path is empty."""
 
@@ -78,6 +91,8 @@ class LeafRecord(_Record):
     layout: str | None = None
     # How far the sender's replicas are apart (GRAFTER_CHECK_REPLICAS=1); None where none were compared.
     replicas: Difference | None = None
+    # Where receivers hold copies of this tensor that are to be compared; None elsewhere.
+    copy_of: CopyRecord | None = None
     # Where rows are addressed by token: the one that `max_abs_index` lies in, as `sequence:position`.
     token: str | None = None
 

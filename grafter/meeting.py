@@ -17,7 +17,8 @@ from grafter.exchange.incoming import IncomingLeaf, Reception
 from grafter.exchange.transfer_plan import TransferPlan, make_plan
 from grafter.layout.declared import DeclaredLayout
 from grafter.leaves import Leaves
-from grafter.ledger import SCHEMA_VERSION, Difference, LeafRecord, LedgerLine, Outcome
+from grafter.ledger import SCHEMA_VERSION, CopyRecord, Difference, LeafRecord, LedgerLine, Outcome
+from grafter.measures.copies import checksum_of_values
 from grafter.measures.stats import compare
 from grafter.options import PointOptions
 from grafter.outbox.states import NotMet
@@ -74,6 +75,8 @@ class Meeting:
         self._is_receiver = session.place.role == receiver_role(direction)
         # Where rows are addressed by token: how they paired.
         self.rows: PairedRows | None = None
+        # Why a leaf has no figures.
+        self._no_figures: str | None = None
 
     def hold(
         self, leaves: Leaves | None, extras: list[torch.Tensor], stats: Stats, sequence: int
@@ -185,7 +188,7 @@ class Meeting:
         session, receivers = self._session, course.receivers
         try:
             incoming, refusal = self._take_in(pair, course, plan, leaves)
-            self._measure(leaves, incoming, stats)
+            self._measure(course.decision, leaves, incoming, stats)
             self._end_stage("statistics")
         except RunError:
             raise
@@ -199,7 +202,7 @@ class Meeting:
         if refusal is not None:
             return None, "failed", refusal
         if self._direction == "compare":
-            return None, "compared", None
+            return None, "compared", self._why_unmeasured(stats)
         mode = WriteMode(self._options.write, self._options.gradient)
         written = [one.write(original, mode) for original, one in zip(leaves.originals, incoming, strict=True)]
         self._end_stage("write")
@@ -269,7 +272,7 @@ class Meeting:
         name = f"the transform {transform.path}" if transform is not None else "reading what came"
         return f"{who}: {name} failed with {type(error).__name__}: {error}{where}"
 
-    def _measure(self, leaves: Leaves, incoming: Sequence[IncomingLeaf], stats: Stats) -> None:
+    def _measure(self, decision: Decision, leaves: Leaves, incoming: Sequence[IncomingLeaf], stats: Stats) -> None:
         records = []
         for index, (spec, target) in enumerate(zip(leaves.specs, leaves.tensors, strict=True)):
             record = _record_of(spec.path, spec.shape, spec.dtype, target.device, self._layout_of(index))
@@ -284,11 +287,36 @@ class Meeting:
                     }  # fmt: skip
                 except Exception as error:
                     # Out of memory, say: it costs the figures, not the point.
+                    self._no_figures = f"no figures of {spec.path or 'the tensor'}: {type(error).__name__}: {error}"
                     logger.warning("grafter: no statistics of %s: %s: %s", self._key, type(error).__name__, error)
             if incoming and incoming[index].replicas is not None:
                 figures["replicas"] = incoming[index].replicas
+            if incoming and (copy := self._copy(decision, index, incoming[index].target)) is not None:
+                figures["copy_of"] = copy
             records.append(record.model_copy(update=figures) if figures else record)
         self._leaf_records = records
+
+    def _why_unmeasured(self, stats: Stats) -> str | None:
+        """Why a comparison has no figures; None where each leaf has some."""
+        missing = next((record.path for record in self._leaf_records if record.difference is None), None)
+        if missing is None:
+            return None
+        if stats == "off":
+            return "GRAFTER_STATS=off: no figures were taken"
+        return self._no_figures or f"no figures of {missing or 'the tensor'} were taken"
+
+    def _copy(self, decision: Decision, leaf: int, target: torch.Tensor) -> CopyRecord | None:
+        """This rank's copy, where other receivers have copies that are to be compared with it, by all ledgers."""
+        reshardings = decision.reshardings
+        ranks = reshardings[leaf].copies_with(self._header.role_rank) if reshardings is not None else ()
+        if not ranks:
+            return None
+        try:
+            return CopyRecord(ranks=list(ranks), checksum=checksum_of_values(target))
+        except Exception as error:
+            # As with statistics: it costs the figure, not the point.
+            logger.warning("grafter: no checksum of %s: %s: %s", self._key, type(error).__name__, error)
+            return CopyRecord(ranks=list(ranks), reason=f"{type(error).__name__}: {error}")
 
     def _token_of(self, leaf: int, found: Difference | None) -> str | None:
         """The token in which a difference of the rows that have a partner is largest."""
@@ -375,9 +403,12 @@ def _record_of(
     return LeafRecord(path=path, shape=list(shape), dtype=dtype, device=str(device), layout=where)
 
 
-def _badness(record: LeafRecord) -> tuple[int, float]:
+def _badness(record: LeafRecord) -> tuple[int, float, float]:
     """Orders leaves by how far they differ; unequal infinities and NaN come first."""
     difference = record.difference
     if difference is None:
-        return (0, 0.0)
-    return (difference.nan + difference.inf, difference.rel or 0.0)
+        return (0, 0.0, 0.0)
+    mismatched = difference.mismatched_fraction or 0.0
+    # Values that are no numbers, and differ, have no rel.
+    rel = difference.rel if difference.rel is not None else 2.0 if mismatched else 0.0
+    return (difference.nan + difference.inf, rel, mismatched)

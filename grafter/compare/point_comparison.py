@@ -323,9 +323,10 @@ def _checksums(points: Sequence[DumpedPoint], which: Which) -> list[tuple[object
 
 
 def _worst_leaf(leaves: Sequence[LeafRecord]) -> LeafRecord | None:
-    def badness(leaf: LeafRecord) -> tuple[int, bool, float]:
-        rel = leaf.values.get("rel")
-        return _ORDER.index(leaf.verdict), rel is None, float(rel or 0.0)
+    def badness(leaf: LeafRecord) -> tuple[int, bool, float, float]:
+        rel, mismatched = leaf.values.get("rel"), leaf.values.get("mismatched_fraction")
+        # Equal by checksum, or by value, is equal.
+        return _ORDER.index(leaf.verdict), rel is None and mismatched != 0, float(rel or 0.0), float(mismatched or 0.0)
 
     return max(leaves, key=badness, default=None)
 

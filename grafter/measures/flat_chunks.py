@@ -96,12 +96,13 @@ class FlatReader:
         if self._flat is not None:
             return self._flat[start:stop]
         scale = self._parts_per_element
-        # torch copies no packed values, and copies bytes.
-        tensor = self._tensor.view(torch.uint8) if self._is_packed else self._tensor
+        tensor = copyable(self._tensor)
         chunk = torch.empty((stop - start) // scale, dtype=tensor.dtype, device=tensor.device)
         gather(tensor, start // scale, stop // scale, chunk)
         if self._is_packed:
-            return _float4_pairs().to(chunk.device)[chunk.long()].view(-1)
+            return _float4_pairs().to(chunk.device)[chunk.view(torch.uint8).long()].view(-1)
+        if tensor is not self._tensor:
+            return chunk.view(self._tensor.dtype)
         if self._as_complex:
             pairs = torch.zeros(len(chunk), 2, dtype=chunk.dtype, device=chunk.device)
             pairs[:, 0] = chunk

@@ -97,8 +97,8 @@ class PairStream:
     """Measures x against y; see `stats` for what each number means.
 
     shape: of both; row_ndim: how many of its leading dims count the rows. statistics: whether those of x and of y are
-    wanted, too. Dtypes of numbers only, packed ones only both (UsageError; see `ByteStream`). Not for several threads at once; of `helpers`, threads
-    that have nothing to do measure parts of large blocks.
+    wanted, too. Dtypes of numbers only, packed ones only both (UsageError; see `ByteStream`). Not for several
+    threads at once; of `helpers`, threads that have nothing to do measure parts of large blocks.
     """
 
     def __init__(

@@ -20,8 +20,10 @@ float64, so unequal ones never differ by 0; `max_abs_values` has them as they ar
 Two all-zero, or two empty, tensors: rel 0, rel_l2 0, cosine 1. Where no value at all could be compared, the fields
 are None. A complex tensor is its real and imaginary parts: one more dimension of size 2 in `max_abs_index`, twice as
 many values. So is one of packed float4 values, two in a byte, the lower four bits first. A dtype whose bytes torch does
-not read as numbers (`bits8`, `uint4`, ...) has `mismatched_fraction` alone, unless all bytes are equal. Statistics of one tensor are over its finite values (None where it has none), std is the population's
-(divided by n), nan and inf count all its own.
+not read as numbers (`bits8`, `uint4`, ...) has `mismatched_fraction` alone, unless all bytes are equal.
+
+Statistics of one tensor are over its finite values (None where it has none), std is the population's (divided by n),
+nan and inf count all its own.
 
 level `full` gives everything; `light`, what costs about one pass: a Difference with rel, rel_l2, max_abs with its
 index and values, mismatched_fraction, nan and inf, and no statistics of the single tensors; `off`, nothing.
