@@ -40,6 +40,18 @@ def dump_by_program(directory: Path, role: Any, values: dict[str, Any], **argume
         program.close()
 
 
+def dump_passes(directory: Path, role: Any, name: str, passes: Sequence[tuple[Any, dict[str, Any]]]) -> None:
+    """The same of one point in several steps: (value, arguments) of each."""
+    settings: dict[str, Any] = {"dump_filter": "True", "log_level": "warning", "run_name": directory.name}
+    program = Grafter(GrafterConfig(enable=True, role=role, dir=str(directory.parent), **settings))
+    try:
+        for value, arguments in passes:
+            program.dump(name, value, **arguments)
+            program.step()
+    finally:
+        program.close()
+
+
 def compared(directory: Path, *thresholds: str, **choice: Any) -> Comparison:
     """The baseline's dumps against the target's."""
     a, b = open_dumps(directory, role="baseline"), open_dumps(directory, role="target")

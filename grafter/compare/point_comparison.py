@@ -14,12 +14,13 @@ from grafter.compare.paired_rows import PairedRows
 from grafter.compare.pairs import Pair
 from grafter.compare.record import LeafRecord, PointRecord, ReplicaRecord, SideRecord, TokenRecord, Verdict
 from grafter.compare.thresholds import Threshold
-from grafter.compare.token_rows import RowSource, tokens_of
+from grafter.compare.token_rows import RowSource, possible_row_ndims, tokens_of
 from grafter.dumps.lazy_tensor import LazyTensor
 from grafter.dumps.point import DumpedPoint
 from grafter.dumps.record import DumpedLeaf
 from grafter.dumps.taken import checksum
 from grafter.errors import GrafterError
+from grafter.rows.row_dims import common_row_ndim
 from grafter.rows.tokens import Tokens
 
 Which = Literal["value", "grafted"]
@@ -144,7 +145,7 @@ def _compare_leaf(task: PointTask, path: str) -> tuple[LeafRecord, TokenRecord |
     kl_dims = task.rule.kl_dims if task.rule is not None else frozenset()
     tokens: TokenRecord | None = None
     if pair.by_token:
-        rows = PairedRows(_rows_of(task, pair.a, path), _rows_of(task, pair.b, path))
+        rows = PairedRows(*_rows_of_both(task, path))
         tokens = _token_record(rows, pair)
         if not tokens.paired:
             return LeafRecord(path=path, verdict="error", reason="no token is on both sides"), tokens, 0
@@ -180,12 +181,22 @@ def _reader(task: PointTask, point: DumpedPoint, path: str) -> LazyTensor:
     return point.reader(path, _which(task, point, path))
 
 
-def _rows_of(task: PointTask, points: Sequence[DumpedPoint], path: str) -> list[tuple[RowSource, Tokens]]:
-    found = []
-    for point in points:
-        tokens = tokens_of(point, path, _which(task, point, path))
-        found.append((RowSource(_reader(task, point, path), tokens.rows), tokens))
-    return found
+def _rows_of_both(task: PointTask, path: str) -> list[list[tuple[RowSource, Tokens]]]:
+    """The rows of both sides' points. Which dims count them is decided over all points: those of a pass of one token
+
+    leave it open.
+    """
+    sides = [
+        [(_reader(task, point, path), tokens_of(point, path, _which(task, point, path))) for point in points]
+        for points in (task.pair.a, task.pair.b)
+    ]
+    possible = [[possible_row_ndims(tensor, tokens.rows) for tensor, tokens in side] for side in sides]
+    of_both = common_row_ndim(own for side in possible for own in side)
+    of_each = [of_both if of_both is not None else common_row_ndim(side) for side in possible]
+    return [
+        [(RowSource(tensor, tokens.rows, row_ndim), tokens) for tensor, tokens in side]
+        for side, row_ndim in zip(sides, of_each, strict=True)
+    ]
 
 
 def _token_record(rows: PairedRows, pair: Pair) -> TokenRecord:

@@ -20,6 +20,7 @@ _OTHER_BITS = "!= some values differ in their bits though rel is 0 or unknown: -
 _UNKNOWN = "? unknown: not a module's output, or its inputs were not dumped or could not be judged"
 # Of points that were compared, but not with all that either side has.
 _PARTS = {"other_rows": "left out", "missing_ranks": "missing"}
+_NOTES = {"unequal_copies": "copies differ"}
 
 
 def print_comparison(comparison: Comparison, console: Console, *, limit: int = 0, only_trouble: bool = False) -> None:
@@ -55,11 +56,13 @@ def _where_why(comparison: Comparison) -> str:
 def _word(finding: FindingRecord) -> str:
     if finding.is_error:
         return "error"
-    return _PARTS.get(finding.what, "skipped") if finding.is_skip else "note"
+    return _PARTS.get(finding.what, "skipped") if finding.is_skip else _NOTES.get(finding.what, "note")
 
 
 def _print_findings(findings: Sequence[FindingRecord], console: Console) -> None:
-    errors_first = sorted(findings, key=lambda finding: (not finding.is_error, not finding.is_skip))
+    errors_first = sorted(
+        findings, key=lambda finding: (not finding.is_error, not finding.is_skip, finding.what not in _NOTES)
+    )
     for finding in errors_first[:_MOST_FINDINGS]:
         style = "bold red" if finding.is_error else "yellow" if finding.is_skip else ""
         console.print(Text(f"{_word(finding)}: {printable(finding.text)}", style=style), soft_wrap=True)
