@@ -91,7 +91,14 @@ class Leaves:
 
 
 class NothingToOffer(Exception):
-    """This rank's value can't be a point; the text says why and travels to the other side."""
+    """This rank's value can't be grafted; the text says why and travels to the other side.
+
+    plain: path and value, as JSON, of a value that is plain data alone, and can be compared; else empty.
+    """
+
+    def __init__(self, reason: str, plain: dict[str, str] | None = None) -> None:
+        super().__init__(reason)
+        self.plain = plain or {}
 
 
 def take_apart(value: Any) -> Leaves:
@@ -106,14 +113,15 @@ def take_apart(value: Any) -> Leaves:
     for path, leaf in flat:
         if isinstance(leaf, torch.Tensor):
             found[path] = leaf
-        elif not path:
-            raise NothingToOffer(f"the value is {_a(leaf)}, not a tensor")
         elif isinstance(leaf, _DATA):
             others[path] = json.dumps([type(leaf).__name__, leaf])
+        elif not path:
+            raise NothingToOffer(f"the value is {_a(leaf)}, not a tensor")
         else:
             raise NothingToOffer(f"the leaf {path} is {_a(leaf)}, neither a tensor nor plain data")
     if not found:
-        raise NothingToOffer(f"the value is {_a(value)} and holds no tensor")
+        what = ", not a tensor" if "" in others else " and holds no tensor"
+        raise NothingToOffer(f"the value is {_a(value)}{what}", others)
     # By path, so that two dicts with another order of insertion are the same point.
     paths = sorted(found)
     originals = [found[path] for path in paths]

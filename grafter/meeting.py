@@ -19,7 +19,7 @@ from grafter.layout.declared import DeclaredLayout
 from grafter.leaves import Leaves
 from grafter.ledger import SCHEMA_VERSION, CopyRecord, Difference, LeafRecord, LedgerLine, Outcome
 from grafter.measures.copies import checksum_of_values
-from grafter.measures.stats import compare
+from grafter.measures.stats import NO_DIFFERENCE, compare
 from grafter.options import PointOptions
 from grafter.outbox.states import NotMet
 from grafter.pairing.decision import Decision, decide
@@ -75,6 +75,8 @@ class Meeting:
         self._is_receiver = session.place.role == receiver_role(direction)
         # Where rows are addressed by token: how they paired.
         self.rows: PairedRows | None = None
+        # Of values without tensors, which are compared by their headers.
+        self._plain_difference: Difference | None = None
         # Why a leaf has no figures.
         self._no_figures: str | None = None
 
@@ -119,6 +121,7 @@ class Meeting:
         reason = decision.reason
         if decision.outcome is not None or leaves is None or plan is None:
             outcome = decision.outcome or "skipped"
+            self._plain_difference = NO_DIFFERENCE if outcome == "compared" else None
         elif not self._is_receiver:
             outcome, reason = self._send(pair, course, plan, self._outgoing(decision, leaves) + extras)
         else:
@@ -388,7 +391,7 @@ class Meeting:
             "seconds": self._seconds,
             "before": worst.before if worst else None,
             "incoming": worst.incoming if worst else None,
-            "difference": worst.difference if worst else None,
+            "difference": worst.difference if worst else self._plain_difference,
             "leaves": self._leaf_records,
             "tokens": self.rows.counts(self._header) if self.rows is not None else None,
         }

@@ -104,6 +104,9 @@ def compare_point(task: PointTask) -> Compared:
 
 def _compare_leaves(task: PointTask) -> tuple[list[LeafRecord], TokenRecord | None, int]:
     pair = task.pair
+    if not any(_has_tensors(point) for point in (*pair.a, *pair.b)):
+        leaves = with_unsaved(compare_others(pair, keep_equal=True), pair, with_values=False)
+        return leaves or [LeafRecord(path="", verdict="skipped", reason="neither side has a leaf here")], None, 0
     with_values = _holds_values(pair.a) and _holds_values(pair.b)
     leaves, tokens, bytes_read = _compare_tensors(task) if with_values else ([_by_checksum(task)], None, 0)
     leaves = with_unsaved(leaves, pair, with_values=with_values) + compare_others(pair)
@@ -127,6 +130,11 @@ def _compare_tensors(task: PointTask) -> tuple[list[LeafRecord], TokenRecord | N
             leaf = LeafRecord(path=path, verdict="error", reason=str(error))
         leaves.append(leaf)
     return leaves, tokens, bytes_read
+
+
+def _has_tensors(point: DumpedPoint) -> bool:
+    """Whether its value has tensors, saved or not."""
+    return any(record.leaves or record.unsaved for record in point.records.values())
 
 
 def _holds_values(points: Sequence[DumpedPoint]) -> bool:

@@ -51,6 +51,9 @@ from grafter.measures.flat_chunks import CHUNK, PACKED_FLOAT4, are_paired, bits,
 
 Level = Literal["full", "light", "off"]
 
+# Of what is equal, and no numbers.
+NO_DIFFERENCE = Difference(rel=0.0, rel_l2=0.0, max_abs=0.0, mean_abs=0.0, cosine=1.0, mismatched_fraction=0.0)
+
 
 def summarize(tensor: torch.Tensor, level: Level) -> TensorStatistics | None:
     """Statistics of one plain strided tensor of any shape and dtype (quantised ones, and those without numbers, raise
@@ -137,9 +140,7 @@ def check_pair(x: torch.dtype, y: torch.dtype) -> None:
 
 def byte_difference(unequal: int, count: int) -> Difference:
     """Of `count` values that are no numbers, of which so many have other bytes."""
-    if not unequal:
-        return Difference(rel=0.0, rel_l2=0.0, max_abs=0.0, mean_abs=0.0, cosine=1.0, mismatched_fraction=0.0)
-    return Difference(mismatched_fraction=unequal / count)
+    return Difference(mismatched_fraction=unequal / count) if unequal else NO_DIFFERENCE
 
 
 # --- combined
