@@ -179,7 +179,7 @@ def _compare_copies(receivers: list[LedgerRecord]) -> tuple[UnequalCopies | None
     """Those of the worst leaf of which receivers have unequal copies; and why some copies could not be compared."""
     held: dict[tuple[str, tuple[int, ...]], dict[int, LeafRecord]] = {}
     for record in receivers:
-        for leaf in record.leaves:
+        for leaf in record.leaves if record.outcome in ("grafted", "compared") else ():
             if leaf.copy_of is not None:
                 held.setdefault((leaf.path, tuple(leaf.copy_of.ranks)), {})[record.role_rank] = leaf
     unequal: list[UnequalCopies] = []
@@ -190,7 +190,8 @@ def _compare_copies(receivers: list[LedgerRecord]) -> tuple[UnequalCopies | None
         if len(known) < len(ranks):
             rank = next(rank for rank in ranks if rank not in known)
             why = leaves[rank].copy_of if rank in leaves else None
-            why_not = f"{role} {rank}: {(why.reason if why else None) or 'its ledger has no record of it'}"
+            absent = "its ledger is not here, or has no record of it"
+            why_not = f"{role} {rank}: {(why.reason if why else None) or absent}"
         if len({leaf.copy_of.checksum for leaf in known.values() if leaf.copy_of is not None}) > 1:
             rels = tuple(leaf.difference.rel if leaf.difference else None for leaf in known.values())
             unequal.append(UnequalCopies(path, tuple(f"{role} {rank}" for rank in known), rels))

@@ -53,7 +53,8 @@ def _problems_of_copies(rows: list[PointRow]) -> list[str]:
     if unknown:
         problems.append(
             f"not all of the receiver's replicas could be compared at {_points(len(unknown))}; the first is "
-            f"{unknown[0].label} at step {unknown[0].step} ({unknown[0].copies_not_compared})."
+            f"{unknown[0].label} at step {unknown[0].step} ({unknown[0].copies_not_compared}). They are compared by "
+            "their ledgers, so GRAFTER_DIR must be one directory for all ranks."
         )
     return problems
 
@@ -65,8 +66,8 @@ def _problems_of_unmeasured(rows: list[PointRow]) -> list[str]:
         return []
     first = unmeasured[0]
     return [
-        f"{_points(len(unmeasured))} met, and nothing says whether they are equal; the first is {first.label} at step "
-        f"{first.step}: {first.unmeasured}."
+        f"{_points(len(unmeasured))} met without figures, so nothing says whether the values are equal; the first is "
+        f"{first.label} at step {first.step}: {first.unmeasured}."
     ]
 
 
