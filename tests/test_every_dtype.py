@@ -1,26 +1,33 @@
 """Every dtype that torch has: equal bytes are equal, other bytes are never taken for equal, in the ledger and in dumps.
 
-Costs about 2 s of one core.
+Costs about 8 s of one core.
 """
 
 from __future__ import annotations
 
+import io
 import math
+import re
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from compare_parts import dump_by_program, one_point, sides
 from hypothesis import given
 from hypothesis import strategies as st
+from jobs import Rank, succeed, two_jobs
 
+import grafter
 from grafter.dumps.snapshot import NothingToSave, saveable
 from grafter.errors import UsageError
 from grafter.leaves import NothingToOffer, take_apart
 from grafter.ledger import Difference
 from grafter.measures.stats import compare, difference
 from grafter.rows.tokens import Tokens
+from grafter.running.run_summary import read_run_summary
+from grafter.show import show_run
 
 DTYPES = sorted({value for value in vars(torch).values() if isinstance(value, torch.dtype)}, key=str)
 QUANTISED = [dtype for dtype in DTYPES if str(dtype).startswith(("torch.q", "torch.quint"))]
@@ -209,3 +216,39 @@ def test_float64_whose_squares_leave_float64_is_compared(scale: float) -> None:
     found = difference(x, y, "full")
     assert found is not None and found.rel is not None and math.isclose(found.rel, 1 / 3)
     assert isinstance(found, Difference) and found.mismatched_fraction == 0.5
+
+
+# --- between two jobs
+
+
+def dump_every_dtype(rank: Rank) -> Any:
+    for dtype in plain_dtypes():
+        x, y = pair(dtype)
+        grafter.dump(f"same {dtype}", x)
+        grafter.dump(f"other {dtype}", x if rank.is_baseline else y)
+    grafter.dump("long", torch.tensor([2**60, 2**60 + 3 * (not rank.is_baseline)]))
+    grafter.dump("zero", torch.tensor([0.0, 0.0 if rank.is_baseline else -0.0]))
+
+
+def test_a_live_comparison_of_every_dtype_says_whether_it_is_equal(tmp_path: Path) -> None:
+    """No point is compared without figures: of dtypes that torch cannot copy (`int1`, ...), each fails with the reason.
+
+    The table marks what rel does not show.
+    """
+    with two_jobs(tmp_path, dump_every_dtype, dump_every_dtype, compare_filter="True") as jobs:
+        succeed(jobs.wait())
+        records = jobs.ledgers()["target", 0]
+        summary = read_run_summary(tmp_path / "run")
+    for record in records:
+        if record.outcome == "failed":
+            assert re.search(r" torch\.u?int[1-7]$", record.name) and "not implemented" in str(record.reason)
+            continue
+        assert record.outcome == "compared" and record.difference is not None, record.name
+        assert (record.difference.mismatched_fraction == 0) == record.name.startswith("same"), record.name
+    table = io.StringIO()
+    show_run(summary, table)
+    lines = {line.split(" compare ")[0].strip(): line for line in table.getvalue().splitlines() if " compare " in line}
+    for label in ("0 zero", "0 other torch.bits8"):
+        assert " !=" in lines[label], lines[label]
+    assert not any(" !=" in line for label, line in lines.items() if label.startswith("0 same"))
+    assert "1.7e-36" in lines["0 long"] and "3.0e+00" in lines["0 long"]

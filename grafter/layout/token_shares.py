@@ -83,14 +83,16 @@ def with_rows_alike(sides: Sequence[Sequence[Header]], own: Sequence[OwnTokens])
     """
     found = [OwnTokens(side.tokens, [dict(dims) for dims in side.row_dims]) for side in own]
     for leaf in range(len(sides[0][0].leaves)):
+        if all(declared_of(header, leaf) is not None for headers in sides for header in headers):
+            continue
         possible = [
             (header, side, len(header.leaves[leaf].shape), _possible_row_dims(header, leaf, own[side]))
             for side, headers in enumerate(sides)
             for header in headers
         ]
         row_ndim = common_row_ndim((ndim, counts) for _, _, ndim, counts in possible)
-        for header, side, ndim, counts in possible if row_ndim is not None else ():
-            if len(counts) > 1:
+        for header, side, ndim, counts in possible:
+            if row_ndim is not None and len(counts) > 1:
                 found[side].row_dims[leaf][header.role_rank] = tuple(range(ndim - row_ndim))
     return found
 

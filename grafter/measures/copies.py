@@ -24,5 +24,5 @@ def checksum_of_values(tensor: torch.Tensor) -> str:
         nan = parts != parts if parts.dtype.is_floating_point else None
         if nan is not None and bool(nan.any()):
             parts = parts.masked_fill(nan, torch.nan)
-        found.update(parts.view(torch.uint8).numpy())
+        found.update(parts.view(torch.uint8).numpy().data)
     return found.hexdigest()

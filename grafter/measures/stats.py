@@ -38,6 +38,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -120,6 +121,7 @@ def check_plain(dtype: torch.dtype, layout: torch.layout = torch.strided) -> Non
         )
 
 
+@lru_cache(maxsize=64)
 def check_layout(dtype: torch.dtype, layout: torch.layout) -> None:
     """Raise UsageError where a tensor has no plain memory of one value after the other."""
     if layout is not torch.strided or str(dtype).startswith(("torch.q", "torch.quint")):
