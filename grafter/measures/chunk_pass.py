@@ -126,11 +126,11 @@ def _pair_chunk(
         np.copyto(space.unequal, mask.numpy())
         mismatched = int(np.count_nonzero(space.unequal))
     lost = None if same_bits else _lost(x, y, start, stop, space)
-    pair = fast_pair(space, mismatched, same_bits, wide, level) if lost is None else None
+    pair = fast_pair(space, mismatched, same_bits, wide, level, None if lost is None else lost.numpy())
     if pair is None:
         y_tensor = space.x.tensor if same_bits else space.y.tensor
-        mask = torch.from_numpy(space.unequal)
-        _append(sums, exact_rows(space.x.tensor[None], y_tensor[None], mask[None], wide, statistics, lost))
+        mask, rows = torch.from_numpy(space.unequal), None if lost is None else lost[None]
+        _append(sums, exact_rows(space.x.tensor[None], y_tensor[None], mask[None], wide, statistics, rows))
         return
     sums.pair.append(pair)
     if statistics:
@@ -152,11 +152,12 @@ def _compare_bits(x: FlatReader, y: FlatReader, start: int, stop: int, space: Wo
 
 
 def _lost(x: FlatReader, y: FlatReader, start: int, stop: int, space: Workspace) -> torch.Tensor | None:
-    """What float64 lost of the differences [1, n]; None where it holds all numbers."""
-    readers = [(reader, row) for reader, row in ((x, space.x), (y, space.y)) if reader.dtype in LONG]
-    if not any(row.max_abs() >= EXACT for _, row in readers):
+    """What float64 lost of the differences; None where it holds all numbers."""
+    if x.dtype not in LONG and y.dtype not in LONG:
         return None
-    return (rounded_off(x.read(start, stop), space.x.tensor) - rounded_off(y.read(start, stop), space.y.tensor))[None]
+    if not any(reader.dtype in LONG and row.max_abs() >= EXACT for reader, row in ((x, space.x), (y, space.y))):
+        return None
+    return rounded_off(x.read(start, stop), space.x.tensor) - rounded_off(y.read(start, stop), space.y.tensor)
 
 
 def first_maximum(pair: Sequence[PairSums]) -> int | None:
@@ -180,6 +181,9 @@ def _look_up_maximum(x: FlatReader, y: FlatReader, sums: Sums) -> None:
     space.x.tensor.copy_(x.read(start, stop))
     space.y.tensor.copy_(y.read(start, stop))
     np.subtract(space.x.values, space.y.values, out=space.d.values)
+    lost = _lost(x, y, start, stop, space)
+    if lost is not None:
+        space.d.tensor.add_(lost)
     space.d.tensor.abs_()
     index = int(space.d.values.argmax())
     sums.pair[chunk] = sums.pair[chunk]._replace(
@@ -189,8 +193,10 @@ def _look_up_maximum(x: FlatReader, y: FlatReader, sums: Sums) -> None:
 
 def _look_up_whole_numbers(x: FlatReader, y: FlatReader, sums: Sums) -> None:
     """In the entry that holds the maximum, the two numbers as they are, where float64 may not hold them."""
+    if x.dtype not in LONG and y.dtype not in LONG:
+        return
     chunk = first_maximum(sums.pair)
-    if chunk is None or not {x.dtype, y.dtype} & set(LONG):
+    if chunk is None:
         return
     place = chunk * CHUNK + int(sums.pair[chunk].d_index)
     values = [reader.read(place, place + 1).item() for reader in (x, y)]

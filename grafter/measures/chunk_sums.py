@@ -131,10 +131,17 @@ class Workspace:
         return squares < np.inf and (not wide or is_safe(row.max_abs()))
 
 
-def fast_pair(space: Workspace, mismatched: int, same_bits: bool, wide: bool, level: str) -> PairSums | None:
+def fast_pair(
+    space: Workspace,
+    mismatched: int,
+    same_bits: bool,
+    wide: bool,
+    level: str,
+    lost: NDArray[np.float64] | None = None,
+) -> PairSums | None:
     """The sums of one chunk whose values lie in `space`; |d| is left in space.d. None: `exact_rows` must do it.
 
-    same_bits: all of x equals y (space.y is then not read); wide: either is float64.
+    same_bits: all of x equals y (space.y is then not read); wide: either is float64. lost: as `exact_rows` has it.
     """
     x, y, d = space.x, space.x if same_bits else space.y, space.d
     x_squares = x.squares()
@@ -147,6 +154,8 @@ def fast_pair(space: Workspace, mismatched: int, same_bits: bool, wide: bool, le
             UNKNOWN_INDEX, 0.0, 0.0, 0.0, 0.0, 0.0,
         )  # fmt: skip
     np.subtract(x.values, y.values, out=d.values)
+    if lost is not None:
+        d.values += lost
     d_squares = d.squares()
     products = absolute = 0.0
     if level == "full":

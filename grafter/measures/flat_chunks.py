@@ -49,6 +49,7 @@ def _float4_pairs() -> torch.Tensor:
     return torch.stack([values[byte & 15], values[byte >> 4]], dim=1)
 
 
+@lru_cache(maxsize=64)
 def are_paired(x: torch.dtype, y: torch.dtype) -> bool:
     """Whether each element is read as two parts: where either is complex, or both are packed float4 values."""
     return x.is_complex or y.is_complex or (x == y == PACKED_FLOAT4)
@@ -141,6 +142,7 @@ def bits(parts: torch.Tensor) -> torch.Tensor:
     return parts.view(_INTEGER_OF_SIZE[parts.element_size()])
 
 
+@lru_cache(maxsize=64)
 def is_opaque(dtype: torch.dtype) -> bool:
     """Whether torch holds the bytes of this dtype and does not read them as numbers: they can be equal or not."""
     return not (dtype in _INTEGERS or dtype.is_complex or dtype.is_floating_point)

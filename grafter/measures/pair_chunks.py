@@ -149,8 +149,6 @@ class PairMeter:
         tiles, squares = row.squares()
         if not all(value < math.inf for value in squares) or (self._wide and not all(map(is_safe, row.max_abs()))):
             return None
-        if source.dtype in LONG and max(row.max_abs()) >= EXACT:
-            return None
         row_squares = rows.squares(start, row.values, tiles)
         if not self._statistics:
             return _OfOne(squares, row_squares)
@@ -206,7 +204,10 @@ class PairMeter:
         products = [None if are_comparable(*own) else panel.product(n) for n, own in enumerate(squares)]
         # From here on x is d.
         d = panel.x
+        lost = self._lost(x, y)
         np.subtract(d.values, panel.y.values, out=d.values)
+        if lost is not None:
+            d.values += lost
         d_tiles, d_squares = d.squares()
         np.abs(d.values, out=d.values)
         largest = np.maximum.reduce(d.by_chunk.numpy(), axis=1).tolist()
@@ -230,6 +231,16 @@ class PairMeter:
             all_normal = of_x.all_normal and of_y.all_normal
             sums.count_ulps(self._ulps.compare_subtracted(x, y, all_normal=all_normal))
         return True
+
+    def _lost(self, x: torch.Tensor, y: torch.Tensor) -> NDArray[np.float64] | None:
+        """What float64 lost of the differences of the panel's x and y; None where it holds all numbers."""
+        if x.dtype not in LONG and y.dtype not in LONG:
+            return None
+        sides = ((x, self._panel.x), (y, self._panel.y))
+        if not any(parts.dtype in LONG and max(row.max_abs()) >= EXACT for parts, row in sides):
+            return None
+        found: NDArray[np.float64] = (rounded_off(x, sides[0][1].flat) - rounded_off(y, sides[1][1].flat)).numpy()
+        return found
 
     @staticmethod
     def _placed(

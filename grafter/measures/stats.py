@@ -91,9 +91,9 @@ def compare(
 def _compare(
     x: torch.Tensor, y: torch.Tensor, level: Literal["full", "light"], statistics: bool
 ) -> tuple[TensorStatistics | None, TensorStatistics | None, Difference | None]:
+    check_layout(x.dtype, x.layout)
+    check_layout(y.dtype, y.layout)
     check_pair(x.dtype, y.dtype)
-    for tensor in (x, y):
-        check_layout(tensor.dtype, tensor.layout)
     if x.shape != y.shape:
         raise UsageError(
             f"statistics: the tensors to compare have shapes {list(x.shape)} and {list(y.shape)}. A difference is"
@@ -131,6 +131,7 @@ def check_layout(dtype: torch.dtype, layout: torch.layout) -> None:
         )
 
 
+@lru_cache(maxsize=64)
 def check_pair(x: torch.dtype, y: torch.dtype) -> None:
     """Raise UsageError where values of these two dtypes have no difference."""
     if x != y and (is_opaque(x) or is_opaque(y) or PACKED_FLOAT4 in (x, y)):
