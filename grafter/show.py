@@ -24,8 +24,8 @@ _NARROW = 100
 _PIPE_WIDTH = 250
 _OUTCOMES = ("grafted", "compared", "sent", "posted", "missed", "expired", "displaced", "skipped", "failed")
 _OUTCOME_STYLE = {
-    "failed": "bold red", "skipped": "yellow", "sent": "dim", "posted": "dim", "missed": "yellow", "expired": "yellow",
-    "displaced": "yellow",
+    "failed": "bold red", "no figures": "bold red", "skipped": "yellow", "sent": "dim", "posted": "dim",
+    "missed": "yellow", "expired": "yellow", "displaced": "yellow",
 }  # fmt: skip
 
 
@@ -149,7 +149,7 @@ def _trouble_table(rows: Sequence[PointRow], with_ranks: bool) -> Table:
     table = _table(with_ranks)
     table.add_column("reason", overflow="fold", ratio=1)
     for row in rows:
-        reason = printable(row.reason or "no reason was recorded", keep_lines=True)
+        reason = printable(row.reason or row.unmeasured or "no reason was recorded", keep_lines=True)
         site = f" (at {printable(row.call_site)})" if row.call_site else ""
         table.add_row(*_first_cells(row, with_ranks), Text(reason + site))
     return table
@@ -172,7 +172,8 @@ def _first_cells(row: PointRow, with_ranks: bool) -> Iterator[Text]:
         yield Text(", ".join(row.ranks))
     yield Text(printable(row.label))
     yield Text(row.direction)
-    yield Text(row.outcome + ("*" if row.disagreement else ""), style=_OUTCOME_STYLE.get(row.outcome, ""))
+    outcome = "no figures" if row.unmeasured is not None else row.outcome
+    yield Text(outcome + ("*" if row.disagreement else ""), style=_OUTCOME_STYLE.get(outcome, ""))
 
 
 def _shape(row: PointRow) -> str:

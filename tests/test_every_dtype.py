@@ -24,7 +24,9 @@ from grafter.dumps.snapshot import NothingToSave, saveable
 from grafter.errors import UsageError
 from grafter.leaves import NothingToOffer, take_apart
 from grafter.ledger import Difference
-from grafter.measures.stats import compare, difference
+from grafter.measures.chunk_pass import pass_in_rows
+from grafter.measures.flat_chunks import FlatReader
+from grafter.measures.stats import compare, difference, make_difference
 from grafter.rows.tokens import Tokens
 from grafter.running.run_summary import read_run_summary
 from grafter.show import show_run
@@ -252,3 +254,14 @@ def test_a_live_comparison_of_every_dtype_says_whether_it_is_equal(tmp_path: Pat
         assert " !=" in lines[label], lines[label]
     assert not any(" !=" in line for label, line in lines.items() if label.startswith("0 same"))
     assert "1.7e-36" in lines["0 long"] and "3.0e+00" in lines["0 long"]
+
+
+@given(whole_numbers(), whole_numbers())
+def test_whole_numbers_are_subtracted_alike_on_a_device(x: torch.Tensor, y: torch.Tensor) -> None:
+    """The way of accelerators, many chunks at once, gives what the CPU's way gives."""
+    sums = pass_in_rows(FlatReader(x), FlatReader(y), torch.device("cpu"), True)
+    by_rows, by_chunk = make_difference([4], sums.pair, "full"), difference(x, y, "full")
+    assert by_chunk is not None
+    assert (by_rows.max_abs, by_rows.max_abs_index) == (by_chunk.max_abs, by_chunk.max_abs_index)
+    assert by_rows.mismatched_fraction == by_chunk.mismatched_fraction
+    assert by_rows.rel == pytest.approx(by_chunk.rel, rel=1e-12)

@@ -85,7 +85,7 @@ class PointRow:
 
     @property
     def is_trouble(self) -> bool:
-        return self.outcome in ("failed", "skipped")
+        return self.outcome in ("failed", "skipped") or self.unmeasured is not None
 
     def as_json(self) -> str:
         """One line; NaN and Infinity as in the ledger."""
@@ -169,8 +169,8 @@ def _why_unmeasured(receivers: list[LedgerRecord]) -> str | None:
     for record in receivers:
         if record.outcome != "compared":
             continue
-        missing = next((leaf for leaf in record.leaves if leaf.difference is None), None)
-        if missing is not None or record.difference is None:
+        figures = [leaf.difference for leaf in record.leaves] or [record.difference]
+        if None in figures:
             return record.reason or "the ledger does not say why"
     return None
 

@@ -65,9 +65,10 @@ def _problems_of_unmeasured(rows: list[PointRow]) -> list[str]:
     if not unmeasured:
         return []
     first = unmeasured[0]
+    why = (first.unmeasured or "").rstrip(".")
     return [
         f"{_points(len(unmeasured))} met without figures, so nothing says whether the values are equal; the first is "
-        f"{first.label} at step {first.step}: {first.unmeasured}."
+        f"{first.label} at step {first.step}: {why}."
     ]
 
 
