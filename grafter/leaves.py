@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,8 @@ from grafter.writing.tensor_access import local_tensor
 
 # Numbers whose JSON form keeps apart what Python keeps apart.
 _DATA = (str, int, float, bool, type(None))
+# Texts travel in headers, at every point.
+_LONGEST_TEXT, _SHOWN_OF_TEXT = 1024, 200
 
 
 class TensorSpec(BaseModel):
@@ -114,7 +117,7 @@ def take_apart(value: Any) -> Leaves:
         if isinstance(leaf, torch.Tensor):
             found[path] = leaf
         elif isinstance(leaf, _DATA):
-            others[path] = json.dumps([type(leaf).__name__, leaf])
+            others[path] = _as_json(leaf)
         elif not path:
             raise NothingToOffer(f"the value is {_a(leaf)}, not a tensor")
         else:
@@ -131,6 +134,15 @@ def take_apart(value: Any) -> Leaves:
     specs = tuple(spec_of(path, tensor) for path, tensor in zip(paths, tensors, strict=True))
     structure = json.dumps(sorted(path for path, _ in flat))
     return Leaves(value, originals, tensors, specs, structure, others)
+
+
+def _as_json(leaf: Any) -> str:
+    """Type and value of a plain leaf, by which it is compared; of a long text its beginning and a checksum."""
+    if isinstance(leaf, str) and len(leaf) > _LONGEST_TEXT:
+        checksum = hashlib.sha256(leaf.encode("utf-8", "surrogatepass")).hexdigest()
+        leaf_text = f"{leaf[:_SHOWN_OF_TEXT]}... ({len(leaf)} characters, SHA-256 {checksum})"
+        return json.dumps([type(leaf).__name__, leaf_text])
+    return json.dumps([type(leaf).__name__, leaf])
 
 
 def flatten(value: Any) -> tuple[list[tuple[str, Any]], pytree.TreeSpec]:

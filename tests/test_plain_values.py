@@ -31,6 +31,7 @@ EQUAL: dict[str, Any] = {
     "long int": 2**200,
     "text": "mean",
     "empty text": "",
+    "long text": "x" * 5000,
     "none": None,
     "bool": True,
     "tree": {"a": [1, 2.5, {"b": None}], "c": ("x", False)},
@@ -45,6 +46,11 @@ UNEQUAL: dict[str, tuple[Any, Any, str]] = {
     "int and bool": (1, True, "1 * [tT]rue"),
     "text": ("mean", "sum", "mean * sum"),
     "none": (None, 0, "(None|null) * 0"),
+    "long text": (
+        "x" * 5000,
+        "x" * 4999 + "y",
+        r"xxx\.\.\. \(5000 characters, SHA-256|from character 5000 on: 'x\"' and 'y\"'",
+    ),
     "tree": ({"a": [1, 2]}, {"a": [1, 3]}, "2 * 3"),
 }
 

@@ -100,13 +100,22 @@ def _compare_other(pair: Pair, path: str) -> LeafRecord | None:
     if not any(a) or not any(b):
         there = "A" if any(a) else "B"
         return LeafRecord(path=path, verdict="error", reason=f"only {there} has this part of the point, no tensor")
-    values = " and ".join(f"{side} has {shown(own)}" for side, own in zip("AB", differing[0], strict=True) if own)
+    values = _described_values(*differing[0])
     if any(_was_replaced(point, path) for points in sides for point in points):
         return LeafRecord(path=path, verdict="skipped", reason=f"only its repr was saved, and that differs: {values}")
     if pair.by_token:
         reason = f"it is no tensor, so it is not paired by token, and differs: {values}"
         return LeafRecord(path=path, verdict="skipped", reason=reason)
     return LeafRecord(path=path, verdict="failed", reason=f"it is no tensor, and differs: {values}")
+
+
+def _described_values(a: str, b: str) -> str:
+    """Both values; of long ones, which are cut, also where they begin to differ."""
+    text = " and ".join(f"{side} has {shown(own)}" for side, own in (("A", a), ("B", b)) if own)
+    if shown(a) != shown(b):
+        return text
+    place = next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    return f"{text} (from character {place} on: {a[place : place + 40]!r} and {b[place : place + 40]!r})"
 
 
 def _by_rank(point: DumpedPoint, path: str) -> dict[int, str]:

@@ -6,8 +6,8 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import Literal
 
+from grafter.compare.checksums import Which, compare_checksums
 from grafter.compare.measuring import Measured, Value, measure_pair, with_row_tokens
 from grafter.compare.other_leaves import compare_others, with_unsaved
 from grafter.compare.paired_rows import PairedRows
@@ -17,13 +17,9 @@ from grafter.compare.thresholds import Threshold
 from grafter.compare.token_rows import RowSource, possible_row_ndims, tokens_of
 from grafter.dumps.lazy_tensor import LazyTensor
 from grafter.dumps.point import DumpedPoint
-from grafter.dumps.record import DumpedLeaf
-from grafter.dumps.taken import checksum
 from grafter.errors import GrafterError
 from grafter.rows.row_dims import common_row_ndim
 from grafter.rows.tokens import Tokens
-
-Which = Literal["value", "grafted"]
 
 # The worse, the later.
 _ORDER: Sequence[Verdict] = ("passed", "skipped", "allowed", "failed", "error")
@@ -108,7 +104,10 @@ def _compare_leaves(task: PointTask) -> tuple[list[LeafRecord], TokenRecord | No
         leaves = with_unsaved(compare_others(pair, keep_equal=True), pair, with_values=False)
         return leaves or [LeafRecord(path="", verdict="skipped", reason="neither side has a leaf here")], None, 0
     with_values = _holds_values(pair.a) and _holds_values(pair.b)
-    leaves, tokens, bytes_read = _compare_tensors(task) if with_values else ([_by_checksum(task)], None, 0)
+    if with_values:
+        leaves, tokens, bytes_read = _compare_tensors(task)
+    else:
+        leaves, tokens, bytes_read = [compare_checksums(pair, task.which)], None, 0
     leaves = with_unsaved(leaves, pair, with_values=with_values) + compare_others(pair)
     if not leaves:
         leaves = [LeafRecord(path="", verdict="skipped", reason="neither side has a tensor here")]
@@ -179,10 +178,6 @@ def _compare_leaf(task: PointTask, path: str) -> tuple[LeafRecord, TokenRecord |
 def _which(task: PointTask, point: DumpedPoint, path: str) -> Which:
     """`grafted` where that is asked for and a graft changed the tensor; else what the program came with."""
     return "grafted" if task.which == "grafted" and point.ranks_with(path, "grafted") else "value"
-
-
-def _which_on(point: DumpedPoint, rank: int, path: str, which: Which) -> Which:
-    return "grafted" if which == "grafted" and rank in point.ranks_with(path, "grafted") else "value"
 
 
 def _reader(task: PointTask, point: DumpedPoint, path: str) -> LazyTensor:
@@ -291,54 +286,6 @@ def _side(tensor: LazyTensor, which: Which) -> SideRecord:
         summands=tensor.summands,
         replicas=tensor.replicas,
     )
-
-
-def _by_checksum(task: PointTask) -> LeafRecord:
-    """Without values, the checksums of the ranks' own tensors, where both sides have them and are laid out alike."""
-    sides = (task.pair.a, task.pair.b)
-    # Without a checksum of one side no file of the other need be read.
-    has_sums = all(
-        _checksum_of(leaf, task.which) is not None
-        for points in sides
-        for point in points
-        for record in point.records.values()
-        if record.file is None
-        for leaf in record.leaves
-    )
-    try:
-        sums = [_checksums(points, task.which) if has_sums else [] for points in sides]
-    except GrafterError as error:
-        return LeafRecord(path="", verdict="error", reason=str(error))
-    known = all(one[-1] is not None for side in sums for one in side) and all(sums)
-    if known and sums[0] == sums[1]:
-        return LeafRecord(path="", verdict="passed", reason="equal by checksum", values={"mismatched_fraction": 0.0})
-    differ = " Their checksums differ." if known and [s[:-1] for s in sums[0]] == [s[:-1] for s in sums[1]] else ""
-    reasons = {
-        record.reason or f"saved at the level {record.level!r}"
-        for point in (*task.pair.a, *task.pair.b)
-        for record in point.records.values()
-        if record.file is None
-    }
-    return LeafRecord(path="", verdict="skipped", reason=f"no values to compare: {'; '.join(sorted(reasons))}.{differ}")
-
-
-def _checksum_of(leaf: DumpedLeaf, which: Which) -> str | None:
-    return (leaf.grafted_checksum if which == "grafted" else None) or leaf.checksum
-
-
-def _checksums(points: Sequence[DumpedPoint], which: Which) -> list[tuple[object, ...]]:
-    """Of each rank's own tensors; of what was saved whole, from its file. Raises DumpError where that is damaged."""
-    return [
-        (
-            *(rank, leaf.path, leaf.shape, leaf.dtype),
-            _checksum_of(leaf, which)
-            if record.file is None
-            else checksum(point.local(rank, leaf.path, _which_on(point, rank, leaf.path, which)).contiguous()),
-        )
-        for point in points
-        for rank, record in point.records.items()
-        for leaf in record.leaves
-    ]
 
 
 def _worst_leaf(leaves: Sequence[LeafRecord]) -> LeafRecord | None:
