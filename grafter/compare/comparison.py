@@ -18,8 +18,9 @@ from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
+from grafter.compare.checksums import Which
 from grafter.compare.pairs import Pair, alone, find_pairs
-from grafter.compare.point_comparison import Compared, PointTask, Which, compare_point, describe
+from grafter.compare.point_comparison import Compared, PointTask, compare_point, describe
 from grafter.compare.record import (
     ComparisonHeader,
     FindingKind,
