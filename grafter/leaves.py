@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,8 @@ from grafter.writing.tensor_access import local_tensor
 
 # Numbers whose JSON form keeps apart what Python keeps apart.
 _DATA = (str, int, float, bool, type(None))
+# Texts travel in headers, at every point.
+_LONGEST_TEXT, _SHOWN_OF_TEXT = 1024, 200
 
 
 class TensorSpec(BaseModel):
@@ -91,7 +94,14 @@ class Leaves:
 
 
 class NothingToOffer(Exception):
-    """This rank's value can't be a point; the text says why and travels to the other side."""
+    """This rank's value can't be grafted; the text says why and travels to the other side.
+
+    plain: path and value, as JSON, of a value that is plain data alone, and can be compared; else empty.
+    """
+
+    def __init__(self, reason: str, plain: dict[str, str] | None = None) -> None:
+        super().__init__(reason)
+        self.plain = plain or {}
 
 
 def take_apart(value: Any) -> Leaves:
@@ -106,14 +116,15 @@ def take_apart(value: Any) -> Leaves:
     for path, leaf in flat:
         if isinstance(leaf, torch.Tensor):
             found[path] = leaf
+        elif isinstance(leaf, _DATA):
+            others[path] = _as_json(leaf)
         elif not path:
             raise NothingToOffer(f"the value is {_a(leaf)}, not a tensor")
-        elif isinstance(leaf, _DATA):
-            others[path] = json.dumps([type(leaf).__name__, leaf])
         else:
             raise NothingToOffer(f"the leaf {path} is {_a(leaf)}, neither a tensor nor plain data")
     if not found:
-        raise NothingToOffer(f"the value is {_a(value)} and holds no tensor")
+        what = ", not a tensor" if "" in others else " and holds no tensor"
+        raise NothingToOffer(f"the value is {_a(value)}{what}", others)
     # By path, so that two dicts with another order of insertion are the same point.
     paths = sorted(found)
     originals = [found[path] for path in paths]
@@ -123,6 +134,15 @@ def take_apart(value: Any) -> Leaves:
     specs = tuple(spec_of(path, tensor) for path, tensor in zip(paths, tensors, strict=True))
     structure = json.dumps(sorted(path for path, _ in flat))
     return Leaves(value, originals, tensors, specs, structure, others)
+
+
+def _as_json(leaf: Any) -> str:
+    """Type and value of a plain leaf, by which it is compared; of a long text its beginning and a checksum."""
+    if isinstance(leaf, str) and len(leaf) > _LONGEST_TEXT:
+        checksum = hashlib.sha256(leaf.encode("utf-8", "surrogatepass")).hexdigest()
+        leaf_text = f"{leaf[:_SHOWN_OF_TEXT]}... ({len(leaf)} characters, SHA-256 {checksum})"
+        return json.dumps([type(leaf).__name__, leaf_text])
+    return json.dumps([type(leaf).__name__, leaf])
 
 
 def flatten(value: Any) -> tuple[list[tuple[str, Any]], pytree.TreeSpec]:

@@ -53,12 +53,26 @@ class Difference(_Record):
     rel_l2: float | None = None
     max_abs: float | None = None
     max_abs_index: list[int] | None = None
-    max_abs_values: list[float] | None = None
+    # Whole numbers where the dtype is int64 or uint64, of which float64 does not hold all.
+    max_abs_values: list[int | float] | None = None
     mean_abs: float | None = None
     cosine: float | None = None
     mismatched_fraction: float | None = None
     nan: int = 0
     inf: int = 0
+
+
+class CopyRecord(_Record):
+    """A receiver's tensor of which other receivers hold copies (GRAFTER_CHECK_REPLICAS=1), as it was before the write.
+
+    ranks: the role ranks that hold the same part, this one among them. checksum: SHA-256 of its values, row by row,
+    every NaN as one and the same. Copies are equal where their checksums are.
+    """
+
+    ranks: list[int]
+    checksum: str | None = None
+    # Why there is no checksum.
+    reason: str | None = None
 
 
 class LeafRecord(_Record):
@@ -77,6 +91,8 @@ class LeafRecord(_Record):
     layout: str | None = None
     # How far the sender's replicas are apart (GRAFTER_CHECK_REPLICAS=1); None where none were compared.
     replicas: Difference | None = None
+    # Where receivers hold copies of this tensor that are to be compared; None elsewhere.
+    copy_of: CopyRecord | None = None
     # Where rows are addressed by token: the one that `max_abs_index` lies in, as `sequence:position`.
     token: str | None = None
 

@@ -18,8 +18,9 @@ from grafter.exchange.incoming import IncomingLeaf, Reception
 from grafter.exchange.transfer_plan import TransferPlan, make_plan
 from grafter.layout.declared import DeclaredLayout
 from grafter.leaves import Leaves
-from grafter.ledger import SCHEMA_VERSION, Difference, LeafRecord, LedgerLine, Outcome
-from grafter.measures.stats import compare
+from grafter.ledger import SCHEMA_VERSION, CopyRecord, Difference, LeafRecord, LedgerLine, Outcome
+from grafter.measures.copies import checksum_of_values
+from grafter.measures.stats import NO_DIFFERENCE, compare
 from grafter.options import PointOptions
 from grafter.outbox.states import NotMet
 from grafter.pairing.critical_section import Settled, Work
@@ -82,6 +83,10 @@ class Meeting:
         self.point, self.call_site = key, header.call_site
         # Where rows are addressed by token: how they paired.
         self.rows: PairedRows | None = None
+        # Of values without tensors, which are compared by their headers.
+        self._plain_difference: Difference | None = None
+        # Why a leaf has no figures.
+        self._no_figures: str | None = None
 
     def hold(
         self, leaves: Leaves | None, extras: list[torch.Tensor], stats: Stats, sequence: int
@@ -137,6 +142,7 @@ class Meeting:
         reason = decision.reason
         if decision.outcome is not None or leaves is None or plan is None:
             outcome = decision.outcome or "skipped"
+            self._plain_difference = NO_DIFFERENCE if outcome == "compared" else None
         elif not self._is_receiver:
             outcome, reason = self._send(pair, course, plan, self._outgoing(decision, leaves) + extras)
         else:
@@ -213,6 +219,8 @@ class Meeting:
                 self._finish(course, outcome, settled.refusal)
             raise arrived
         self._note_saturated(receiving)
+        if outcome == "compared":
+            return outcome, self._why_unmeasured(receiving.stats)
         return outcome, settled.refusal
 
     def _error_of(self, settled: Settled, receiving: _Receiving) -> BaseException | None:
@@ -241,7 +249,7 @@ class Meeting:
         """The value, complete, checked and measured; else why there is none."""
         receiving.incoming, refusal = self._take_in(pair, course, plan, leaves)
         self.stage = "measuring"
-        self._measure(leaves, receiving.incoming, stats)
+        self._measure(course.decision, leaves, receiving.incoming, stats)
         self.end_stage("statistics")
         if refusal is None and self.writes and self._options.write == "return":
             # Touches no memory of the program. So what could fail here fails before the vote.
@@ -323,7 +331,7 @@ class Meeting:
         name = f"the transform {transform.path}" if transform is not None else "reading what came"
         return f"{who}: {name} failed with {type(error).__name__}: {error}{where}"
 
-    def _measure(self, leaves: Leaves, incoming: Sequence[IncomingLeaf], stats: Stats) -> None:
+    def _measure(self, decision: Decision, leaves: Leaves, incoming: Sequence[IncomingLeaf], stats: Stats) -> None:
         records = []
         for index, (spec, target) in enumerate(zip(leaves.specs, leaves.tensors, strict=True)):
             record = _record_of(spec.path, spec.shape, spec.dtype, target.device, self._layout_of(index))
@@ -340,11 +348,36 @@ class Meeting:
                     if is_from_signal_handler(error):
                         raise
                     # Out of memory, say: it costs the figures, not the point.
+                    self._no_figures = f"no figures of {spec.path or 'the tensor'}: {type(error).__name__}: {error}"
                     logger.warning("grafter: no statistics of %s: %s: %s", self._key, type(error).__name__, error)
             if incoming and incoming[index].replicas is not None:
                 figures["replicas"] = incoming[index].replicas
+            if incoming and (copy := self._copy(decision, index, incoming[index].target)) is not None:
+                figures["copy_of"] = copy
             records.append(record.model_copy(update=figures) if figures else record)
         self._leaf_records = records
+
+    def _why_unmeasured(self, stats: Stats) -> str | None:
+        """Why a comparison has no figures; None where each leaf has some."""
+        missing = next((record.path for record in self._leaf_records if record.difference is None), None)
+        if missing is None:
+            return None
+        if stats == "off":
+            return "GRAFTER_STATS=off: no figures were taken"
+        return self._no_figures or f"no figures of {missing or 'the tensor'} were taken"
+
+    def _copy(self, decision: Decision, leaf: int, target: torch.Tensor) -> CopyRecord | None:
+        """This rank's copy, where other receivers have copies that are to be compared with it, by all ledgers."""
+        reshardings = decision.reshardings
+        ranks = reshardings[leaf].copies_with(self._header.role_rank) if reshardings is not None else ()
+        if not ranks:
+            return None
+        try:
+            return CopyRecord(ranks=list(ranks), checksum=checksum_of_values(target))
+        except Exception as error:
+            # As with statistics: it costs the figure, not the point.
+            logger.warning("grafter: no checksum of %s: %s: %s", self._key, type(error).__name__, error)
+            return CopyRecord(ranks=list(ranks), reason=f"{type(error).__name__}: {error}")
 
     def _token_of(self, leaf: int, found: Difference | None) -> str | None:
         """The token in which a difference of the rows that have a partner is largest."""
@@ -424,7 +457,7 @@ class Meeting:
             "seconds": self._seconds,
             "before": worst.before if worst else None,
             "incoming": worst.incoming if worst else None,
-            "difference": worst.difference if worst else None,
+            "difference": worst.difference if worst else self._plain_difference,
             "leaves": self._leaf_records,
             "tokens": self.rows.counts(self._header) if self.rows is not None else None,
         }
@@ -437,12 +470,12 @@ class _Receiving(Work):
         self, meeting: Meeting, pair: Pair, course: _Course, plan: TransferPlan, leaves: Leaves, stats: Stats
     ) -> None:
         self._meeting, self._pair, self._course, self._plan = meeting, pair, course, plan
-        self._leaves, self._stats = leaves, stats
+        self._leaves, self.stats = leaves, stats
         self.incoming: list[IncomingLeaf] = []
         self.written: list[Written] = []
 
     def prepare(self) -> str | None:
-        return self._meeting.prepare(self, self._pair, self._course, self._plan, self._leaves, self._stats)
+        return self._meeting.prepare(self, self._pair, self._course, self._plan, self._leaves, self.stats)
 
     def write(self) -> None:
         self._meeting.end_stage("agreement")
@@ -467,9 +500,12 @@ def _record_of(
     return LeafRecord(path=path, shape=list(shape), dtype=dtype, device=str(device), layout=where)
 
 
-def _badness(record: LeafRecord) -> tuple[int, float]:
+def _badness(record: LeafRecord) -> tuple[int, float, float]:
     """Orders leaves by how far they differ; unequal infinities and NaN come first."""
     difference = record.difference
     if difference is None:
-        return (0, 0.0)
-    return (difference.nan + difference.inf, difference.rel or 0.0)
+        return (0, 0.0, 0.0)
+    mismatched = difference.mismatched_fraction or 0.0
+    # Values that are no numbers, and differ, have no rel.
+    rel = difference.rel if difference.rel is not None else 2.0 if mismatched else 0.0
+    return (difference.nan + difference.inf, rel, mismatched)

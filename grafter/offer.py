@@ -48,6 +48,8 @@ class Offer:
     tokens: AnnouncedTokens | None = None
     nothing: str | None = None
     failure: Exception | None = None
+    # Of a value without tensors that is plain data: path and value, as JSON.
+    plain: dict[str, str] = field(default_factory=dict)
 
     @property
     def extras_specs(self) -> tuple[TensorSpec, ...]:
@@ -86,7 +88,7 @@ class OfferMaker:
             given = options.tokens is not None or options.has_window
             tokens = self.windows.announce(options, key) if given else None
         except NothingToOffer as nothing:
-            return Offer(value, nothing=str(nothing))
+            return Offer(value, nothing=str(nothing), plain=nothing.plain)
         except Exception as error:
             return Offer(value, failure=error)
         return Offer(value, leaves, extras_text, extras, layouts, axes, tokens)
@@ -125,7 +127,7 @@ class OfferMaker:
             session.transfer.staging.prepare() if session is not None else (0, 0),
             leaves.specs if leaves is not None else (),
             leaves.structure if leaves is not None else "",
-            tuple(sorted(leaves.others.items())) if leaves is not None else (),
+            tuple(sorted((leaves.others if leaves is not None else offer.plain).items())),
             offer.extras_text,
             offer.extras_specs if offer.extras else (),
             offer.nothing,

@@ -131,12 +131,10 @@ class Session:
         self.client.set_timeout(timeout + 5)
         self.client.patience = StorePatience(self.housekeeping, timeout)
         self._channels = channels
-        self._courier = Courier(self.client, self.housekeeping, self.roster, self.graft_rank, channels, timeout)
-        self.pairing = Pairing(self.client, self._courier, self.housekeeping, self.roster, timeout)
+        courier = Courier(self.client, self.housekeeping, self.roster, self.graft_rank, channels, timeout)
+        self.pairing = Pairing(self.client, courier, self.housekeeping, self.roster, timeout)
         self.transfer = self._make_transfer(config)
-        self.agreement = Agreement(
-            self.client, self._courier, self.roster, self.place.role, self.place.role_rank, timeout
-        )
+        self.agreement = Agreement(self.client, courier, self.roster, self.place.role, self.place.role_rank, timeout)
         begun.check(self.run_directory)
         self._refuse_earlier_dumps(begun)
         self.failures = FailureLog(self.place.who)

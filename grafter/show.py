@@ -22,9 +22,10 @@ _EIGHTHS = " ▏▎▍▌▋▊▉█"
 _NARROW = 100
 # Where nobody limits the width, names are not wrapped, so that grep finds them.
 _PIPE_WIDTH = 250
+_OUTCOMES = ("grafted", "compared", "sent", "posted", "missed", "expired", "displaced", "skipped", "failed")
 _OUTCOME_STYLE = {
-    "failed": "bold red", "skipped": "yellow", "sent": "dim", "posted": "dim", "missed": "yellow", "expired": "yellow",
-    "displaced": "yellow",
+    "failed": "bold red", "no figures": "bold red", "skipped": "yellow", "sent": "dim", "posted": "dim",
+    "missed": "yellow", "expired": "yellow", "displaced": "yellow",
 }  # fmt: skip
 
 
@@ -70,11 +71,12 @@ def choose_rows(rows: Sequence[PointRow], *, sort: str, only_trouble: bool, limi
 
 def describe_counts(summary: RunSummary) -> str:
     """`5 grafted, 1 failed`; of a run that met nobody, what it saved."""
-    parts = [
-        f"{count} {outcome}"
-        for outcome in ("grafted", "compared", "sent", "posted", "missed", "expired", "displaced", "skipped", "failed")
-        if (count := summary.count(outcome))
-    ]
+    unmeasured = sum(row.unmeasured is not None for row in summary.rows)
+    counts = {outcome: summary.count(outcome) for outcome in _OUTCOMES}
+    counts["compared"] -= unmeasured
+    parts = [f"{count} {outcome}" for outcome, count in counts.items() if count]
+    if unmeasured:
+        parts.append(f"{unmeasured} met without figures")
     if parts or not summary.saved:
         return ", ".join(parts) or "no points"
     points = "1 point" if summary.saved == 1 else f"{summary.saved} points"
@@ -136,8 +138,7 @@ def _point_table(rows: Sequence[PointRow], console: Console, with_ranks: bool) -
         table.add_column("seconds", justify="right", no_wrap=True)
     table.add_column("1e-16..1", no_wrap=True, min_width=_BAR_WIDTH)
     for row in rows:
-        mark = "!" if row.nonfinite else ""
-        cells = [_shape(row), _number(row.rel) + mark, _number(row.max_abs) + mark]
+        cells = [_shape(row), *(_number(figure) + _mark(row) for figure in (row.rel, row.max_abs))]
         if not narrow:
             cells += ["" if row.cosine is None else f"{row.cosine:.6f}", f"{row.seconds:.4f}"]
         table.add_row(*_first_cells(row, with_ranks), *(Text(cell) for cell in cells), log_bar(row.rel, blocks))
@@ -148,7 +149,7 @@ def _trouble_table(rows: Sequence[PointRow], with_ranks: bool) -> Table:
     table = _table(with_ranks)
     table.add_column("reason", overflow="fold", ratio=1)
     for row in rows:
-        reason = printable(row.reason or "no reason was recorded", keep_lines=True)
+        reason = printable(row.reason or row.unmeasured or "no reason was recorded", keep_lines=True)
         site = f" (at {printable(row.call_site)})" if row.call_site else ""
         table.add_row(*_first_cells(row, with_ranks), Text(reason + site))
     return table
@@ -171,7 +172,8 @@ def _first_cells(row: PointRow, with_ranks: bool) -> Iterator[Text]:
         yield Text(", ".join(row.ranks))
     yield Text(printable(row.label))
     yield Text(row.direction)
-    yield Text(row.outcome + ("*" if row.disagreement else ""), style=_OUTCOME_STYLE.get(row.outcome, ""))
+    outcome = "no figures" if row.unmeasured is not None else row.outcome
+    yield Text(outcome + ("*" if row.disagreement else ""), style=_OUTCOME_STYLE.get(outcome, ""))
 
 
 def _shape(row: PointRow) -> str:
@@ -185,6 +187,13 @@ def _number(value: float | None) -> str:
     if value is None:
         return "-"
     return "0" if value == 0 else f"{value:.1e}"
+
+
+def _mark(row: PointRow) -> str:
+    """What a figure alone would hide: unequal NaN or Inf, or other bits where rel is 0 or unknown."""
+    if row.nonfinite:
+        return "!"
+    return " !=" if row.mismatched and not row.rel else ""
 
 
 def _limited(rows: Sequence[PointRow], limit: int) -> list[PointRow]:

@@ -16,6 +16,8 @@ from grafter.compare.comparison import Choice, Comparison, compare
 from grafter.compare.record import PointRecord, SummaryRecord, read_line
 from grafter.compare.thresholds import parse_threshold
 from grafter.dumps.reader import open_dumps
+from grafter.grafter import Grafter
+from grafter.settings.config import GrafterConfig
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -25,6 +27,29 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 def sides(directory: Path) -> tuple[RankDumps, RankDumps]:
     """A run's baseline and target, of one rank each."""
     return RankDumps(directory / "baseline"), RankDumps(directory / "target", role="target")
+
+
+def dump_by_program(directory: Path, role: Any, values: dict[str, Any], **arguments: Any) -> None:
+    """What a program of one rank leaves in a role's directory that dumps these values, each under its name."""
+    settings: dict[str, Any] = {"dump_filter": "True", "log_level": "warning", "run_name": directory.name}
+    program = Grafter(GrafterConfig(enable=True, role=role, dir=str(directory.parent), **settings))
+    try:
+        for name, value in values.items():
+            program.dump(name, value, **arguments)
+    finally:
+        program.close()
+
+
+def dump_passes(directory: Path, role: Any, name: str, passes: Sequence[tuple[Any, dict[str, Any]]]) -> None:
+    """The same of one point in several steps: (value, arguments) of each."""
+    settings: dict[str, Any] = {"dump_filter": "True", "log_level": "warning", "run_name": directory.name}
+    program = Grafter(GrafterConfig(enable=True, role=role, dir=str(directory.parent), **settings))
+    try:
+        for value, arguments in passes:
+            program.dump(name, value, **arguments)
+            program.step()
+    finally:
+        program.close()
 
 
 def compared(directory: Path, *thresholds: str, **choice: Any) -> Comparison:

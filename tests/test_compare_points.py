@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from compare_parts import compared, one_point, random, sides
+from compare_parts import compared, one_point, random, sides, told
 from dump_parts import RankDumps
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -358,3 +359,50 @@ def test_a_scalar_an_empty_tensor_and_integers(tmp_path: Path) -> None:
     points = compared(tmp_path).points
     assert [point.verdict for point in points] == ["passed"] * 5
     assert open_dumps(tmp_path, role="baseline").problems == []
+
+
+# --- what rel does not show
+
+
+def test_other_bits_at_rel_0_are_marked_in_the_table(tmp_path: Path) -> None:
+    """-0.0 against 0.0: passed by a rule on rel, failed by none, and marked in both tables."""
+    a, b = sides(tmp_path)
+    a.add("x", torch.tensor([0.0, 1.0]))
+    b.add("x", torch.tensor([-0.0, 1.0]))
+    for rules, code, verdict in (((), 1, "failed"), (("--threshold", "*: rel <= 1e-9"), 0, "passed")):
+        found, out, _ = told(tmp_path, *rules)
+        assert found == code and re.search(rf"'x' \(step=0\) +0 != +0 != .*{verdict}", out), out
+        assert "!= some values differ in their bits though rel is 0 or unknown" in out
+
+
+@pytest.mark.parametrize("rules", [(), ("--threshold", "*: rel <= 0.5")], ids=["no rule", "a loose rule"])
+@pytest.mark.parametrize("side", ["A", "B"])
+def test_copies_that_differ_are_told_on_either_side_whatever_the_rule(
+    side: str, rules: tuple[str, ...], tmp_path: Path
+) -> None:
+    """A rule for two programs says nothing of the ranks of one: the ranks are named, and so in the sentence."""
+    x = random(4, 5)
+    off = x.clone()
+    off[2, 3] *= 1.5
+    replicated(tmp_path, x, off)
+    baseline, target = tmp_path / "baseline", tmp_path / "target"
+    code, out, _ = told(*((target, baseline) if side == "A" else (baseline, target)), *rules)
+    assert code == (0 if rules else 1)
+    assert f"copies differ: 'x' (step=0): the copies at {side} differ: ranks [1] from ranks [0], by rel" in out
+    assert "In 1 point, copies that one side's ranks hold differ among themselves." in out
+
+
+def test_copies_are_compared_where_rows_are_paired_by_token(tmp_path: Path) -> None:
+    """Two ranks that hold the same rows, in another order than the other side, and one row is off."""
+    x = random(4, 5)
+    RankDumps(tmp_path / "baseline").add("x", x, "t h", tokens={"runs": [["a", 0, 4]]})
+    for rank in range(2):
+        own = x.flip(0).clone()
+        own[1, 3] += rank
+        dumps = RankDumps(tmp_path / "target", rank, 2, "target")
+        runs = {"runs": [["a", position, 1] for position in (3, 2, 1, 0)]}
+        dumps.add("x", own, "t h # dp:replicated", axes=[["dp", rank, 2]], tokens=runs)
+    point = one_point(tmp_path)
+    assert point.verdict == "failed" and "copies at B differ: ranks [1] from ranks [0]" in str(point.reason)
+    (replica,) = point.leaves[0].replicas
+    assert replica.difference.max_abs_index == [2, 3] and replica.difference.mismatched_fraction == 1 / 20

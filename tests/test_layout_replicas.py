@@ -129,6 +129,65 @@ def test_copies_that_differ_are_told_and_the_first_is_taken(tmp_path: Path, aske
     assert "most at [1, 1] of its part (22 against 22.5)" in told
 
 
+# The receiver's copies.
+
+
+def dump_into_copies(rank: Rank, fault: float) -> Any:
+    """One sender; four receivers hold two halves twice, each half padded by what is no part of it."""
+    if rank.is_baseline:
+        grafter.dump("h", full_tensor(), dims="t h=12")
+        return None
+    axes = {"dp": (rank.role_rank // 2, 2), "tp": (rank.role_rank % 2, 2)}
+    mine = torch.full((4, 7), float(rank.role_rank))[:, : 7 - rank.role_rank % 2 * 2].clone()
+    held = full_tensor()[:, :7] if not axes["tp"][0] else full_tensor()[:, 7:]
+    mine[:, : held.shape[1]] = held
+    if rank.role_rank == 3:
+        mine[1, 4] += fault
+    grafter.dump("h", mine, dims="t h=12[tp]  # dp:replicated", axes=axes)
+    return mine.tolist()
+
+
+def dump_into_copies_that_differ(rank: Rank) -> Any:
+    return dump_into_copies(rank, 0.5)
+
+
+def dump_into_equal_copies(rank: Rank) -> Any:
+    return dump_into_copies(rank, 0.0)
+
+
+@pytest.mark.parametrize("asked_by", ["baseline", "target"])
+@pytest.mark.parametrize("direction", ["compare_filter", "b2t_filter"])
+def test_the_receivers_copies_that_differ_are_told_as_the_senders_are(
+    tmp_path: Path, asked_by: str, direction: str
+) -> None:
+    """Whichever side asks, compared or grafted: the run has a problem that names both ranks."""
+    with Jobs(tmp_path, **{direction: "True"}) as jobs:
+        jobs.start("baseline", 1, dump_into_copies_that_differ, check_replicas=int(asked_by == "baseline"))
+        jobs.start("target", 4, dump_into_copies_that_differ, check_replicas=int(asked_by == "target"))
+        succeed(jobs.wait())
+        ledgers = jobs.ledgers()
+        summary = read_run_summary(tmp_path / "run")
+    copies = [record.leaves[0].copy_of for record in only(ledgers, "target")]
+    assert [copy.ranks if copy else None for copy in copies] == [[0, 2], [1, 3], [0, 2], [1, 3]]
+    (problem,) = summary.problems
+    assert problem.startswith("the receiver's replicas differ at 1 point, though they were declared copies")
+    assert "h at step 0, on target 1 and target 3" in problem
+    assert json.loads(summary.rows[0].as_json())["copies"]["ranks"] == ["target 1", "target 3"]
+
+
+@pytest.mark.parametrize("check", [0, 1])
+def test_the_receivers_copies_are_compared_where_that_is_asked_for(tmp_path: Path, check: int) -> None:
+    """Equal ones are no problem; unasked, no rank makes a checksum."""
+    with Jobs(tmp_path, compare_filter="True", check_replicas=check) as jobs:
+        jobs.start("baseline", 1, dump_into_equal_copies if check else dump_into_copies_that_differ)
+        jobs.start("target", 4, dump_into_equal_copies if check else dump_into_copies_that_differ)
+        succeed(jobs.wait())
+        ledgers = jobs.ledgers()
+        summary = read_run_summary(tmp_path / "run")
+    assert summary.problems == []
+    assert {record.leaves[0].copy_of is not None for record in only(ledgers, "target")} == {bool(check)}
+
+
 # Summands.
 
 

@@ -12,6 +12,7 @@ from jobs import Jobs, Rank, succeed, two_jobs
 
 import grafter
 from grafter.ledger import LedgerRecord, read_ledger, read_summaries
+from grafter.running.run_summary import read_run_summary
 
 SECRET = "correct-horse-battery-staple"
 
@@ -190,11 +191,18 @@ def test_stats_say_how_much_is_computed(tmp_path: Path, stats: str) -> None:
     with two_jobs(tmp_path, dump_some, dump_some, compare_filter="True", stats=stats) as jobs:
         succeed(jobs.wait())
         (record,) = jobs.ledgers()["target", 0]
+        problems = read_run_summary(tmp_path / "run").problems
     assert record.outcome == "compared"
     assert record.leaves[0].shape == [6]
     if stats == "off":
         assert record.before is record.incoming is record.difference is None
+        assert record.reason == "GRAFTER_STATS=off: no figures were taken"
+        assert problems == [
+            "1 point met without figures, so nothing says whether the values are equal; the first is h at step 0: "
+            f"{record.reason}."
+        ]
         return
+    assert problems == [] and record.reason is None
     assert record.difference is not None
     assert record.difference.rel == pytest.approx(6 / (55 + 91))
     assert record.difference.max_abs == 1.0

@@ -356,3 +356,19 @@ def test_the_documentation_states_the_factors_of_the_code() -> None:
     text = (Path(__file__).parent.parent / "docs" / "locate.md").read_text()
     assert f"{FLOOR_FACTOR:.0f} times" in text
     assert f"{PEER_FACTOR:.0f} times" in text
+
+
+def test_values_that_are_no_numbers_and_differ_are_an_infinite_difference() -> None:
+    """Nothing says by how much, and they are not equal."""
+    for fraction, rel in ((0.5, math.inf), (0.0, 0.0)):
+        found = Difference(mismatched_fraction=fraction) if fraction else Difference(rel=0.0, mismatched_fraction=0.0)
+        run = measure_run([("target", 0, [record(difference=found)])])
+        (measured_point,) = run.points.values()
+        assert measured_point.rel == rel and measured_point.bitwise_equal == (not fraction)
+
+
+def test_a_comparison_without_figures_acquits_nobody() -> None:
+    """Its reason is what the verdict says of it."""
+    run = measure_run([("target", 0, [record(difference=None, reason="no room")])])
+    (found,) = run.points.values()
+    assert found.rel is None and found.problems == ("was compared without figures at step 0: no room",)

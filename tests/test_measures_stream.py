@@ -119,7 +119,7 @@ def test_a_stream_that_is_short_of_values_gives_nothing() -> None:
     stream.add(torch.ones(3), torch.ones(3))
     with pytest.raises(RuntimeError, match="0 of 4"):
         stream.finish()
-    with pytest.raises(UsageError, match="no plain numbers"):
+    with pytest.raises(UsageError, match="one of them is packed"):
         PairStream((4,), torch.float4_e2m1fn_x2, torch.float32, row_ndim=0)
 
 

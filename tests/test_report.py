@@ -30,7 +30,7 @@ from grafter.report import encoding
 from grafter.report.encoding import encode_page
 from grafter.report.html import MissingExtra, render_page
 from grafter.report.page_data import Finding, PageData, PagePoint
-from grafter.report.run_page import find_layer, flatten_facts
+from grafter.report.run_page import describe_divergence, find_layer, flatten_facts
 from grafter.report.writing import can_show, make_page, page_directory, write_page
 from grafter.run_facts import write_run_facts
 from grafter.settings.config import GrafterConfig
@@ -467,3 +467,21 @@ def test_a_run_that_only_dumped_is_compared(tmp_path: Path) -> None:
     made = make_page([run])
     assert made.kind == "comparison"
     assert [one.outcome for one in made.points] == ["passed", "passed", "failed", "passed"]
+
+
+EQUAL, OTHER_BITS = {"rel": 0.0, "mismatched_fraction": 0.0}, {"mismatched_fraction": 0.25}
+
+
+@pytest.mark.parametrize(
+    ("figures", "sentence", "tone"),
+    [
+        ([EQUAL] * 2, "All 2 compared points are equal.", "good"),
+        ([EQUAL, {}], "All 1 compared points are equal; 1 of 2 were not compared.", "open"),
+        ([EQUAL | OTHER_BITS], "The first difference is at p 0, step 0 (other bits in 0.25", "open"),
+        ([OTHER_BITS], "The first difference is at p 0, step 0 (other bits in 0.25", "open"),
+    ],
+)
+def test_a_page_says_equal_only_of_what_was_compared(figures: list[dict[str, float]], sentence: str, tone: str) -> None:
+    """-0.0 against 0.0 differs, though rel is 0; what has no figures was not compared."""
+    found = describe_divergence([point(number, difference=own) for number, own in enumerate(figures)])
+    assert found is not None and found.sentence.startswith(sentence) and found.tone == tone

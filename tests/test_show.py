@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grafter.errors import GrafterError
-from grafter.ledger import Difference, LeafRecord, LedgerRecord, LedgerWriter, RankSummary, Role
+from grafter.ledger import CopyRecord, Difference, LeafRecord, LedgerRecord, LedgerWriter, RankSummary, Role
 from grafter.running.launcher import PairResult
 from grafter.running.point_rows import merge_ranks
 from grafter.running.run_report import report_run
@@ -334,3 +334,124 @@ def test_the_exit_code_of_a_run(tmp_path: Path) -> None:
     assert "the jobs ended before both had joined" in text
     assert "Programs that never import grafter need --attach '*'." in text
     assert "need --attach" not in report(tmp_path / "nothing", attach="*")[1]
+
+
+# --- what was compared, and what was not
+
+
+def comparison(rank: int, difference: Difference | None, number: int = 0, **changes: Any) -> LedgerRecord:
+    """One target rank's line of a comparison with one baseline rank."""
+    return record("target", rank, number, direction="compare", outcome="compared", difference=difference, **changes)
+
+
+def test_a_comparison_without_figures_is_no_agreement(tmp_path: Path) -> None:
+    """It is counted apart, shown with its reason, and a problem; the sender, which takes no figures, is no reason."""
+    equal = Difference(rel=0.0, max_abs=0.0, mismatched_fraction=0.0)
+    records = [
+        record("baseline", 0, 0, direction="compare", outcome="compared"),
+        comparison(0, equal),
+        comparison(1, None, reason="no figures of the tensor: MemoryError: no room."),
+        record("baseline", 0, 1, direction="compare", outcome="compared", step=1),
+        *(comparison(rank, equal, 1, step=1) for rank in (0, 1)),
+    ]
+    found = read_run_summary(write_run(tmp_path / "run", records, EVERYONE))
+    assert found.problems == [
+        "1 point met without figures, so nothing says whether the values are equal; the first is layer layer_id=0 at "
+        "step 0: no figures of the tensor: MemoryError: no room."
+    ]
+    out = io.StringIO()
+    show_run(found, out)
+    assert ": 1 compared, 1 met without figures" in out.getvalue()
+    assert any("no figures" in line and "MemoryError" in line for line in out.getvalue().splitlines())
+
+
+@pytest.mark.parametrize(
+    ("difference", "cells"),
+    [
+        (Difference(rel=0.0, max_abs=0.0, mismatched_fraction=0.5), "0 !=    0 !="),
+        (Difference(mismatched_fraction=0.5), "- !=    - !="),
+        (Difference(rel=0.0, max_abs=0.0, mismatched_fraction=0.0), "0       0 "),
+        (Difference(rel=0.5, max_abs=1.0, mismatched_fraction=0.5), "5.0e-01 1.0e+00 "),
+        (Difference(rel=0.0, max_abs=0.0, mismatched_fraction=0.5, nan=1), "0!      0! "),
+    ],
+)
+def test_other_bits_are_marked_where_rel_does_not_show_them(difference: Difference, cells: str, tmp_path: Path) -> None:
+    """-0.0 against 0.0, and values that are no numbers; a note says what the mark is."""
+    records = [
+        record("baseline", 0, 0, direction="compare", outcome="compared"),
+        *(comparison(rank, difference) for rank in (0, 1)),
+    ]
+    found = read_run_summary(write_run(tmp_path / "run", records, EVERYONE))
+    out = io.StringIO()
+    show_run(found, out)
+    assert cells in out.getvalue(), out.getvalue()
+    assert ("!= marks points" in out.getvalue()) == ("!=" in cells)
+
+
+def test_the_leaf_that_is_shown_is_one_that_differs(tmp_path: Path) -> None:
+    """Of leaves whose rel is 0, one with other bits; before all of these, one of values that are no numbers."""
+    leaves = [
+        LeafRecord(path=path, shape=[2], dtype="x", device="cpu", difference=Difference(**figures))
+        for path, figures in (
+            ("['equal']", {"rel": 0.0, "mismatched_fraction": 0.0}),
+            ("['bits']", {"mismatched_fraction": 0.5}),
+            ("['zero']", {"rel": 0.0, "mismatched_fraction": 0.5}),
+        )
+    ]
+    for count, shown in ((3, "['bits']"), (1, "['equal']")):
+        records = [comparison(rank, leaves[0].difference, leaves=leaves[:count]) for rank in (0, 1)]
+        (row,) = merge_ranks([("target", rank, [own]) for rank, own in enumerate(records)])
+        assert row.leaf == shown
+    (row,) = merge_ranks([("target", 0, [comparison(0, leaves[0].difference, leaves=[leaves[0], leaves[2]])])])
+    assert row.leaf == "['zero']"
+
+
+def copy_leaf(checksum: str | None, rel: float, **changes: Any) -> list[LeafRecord]:
+    copy = CopyRecord(ranks=[0, 1], checksum=checksum, **changes)
+    difference = Difference(rel=rel, max_abs=rel, mismatched_fraction=1.0)
+    return [LeafRecord(path="", shape=[2], dtype="float32", device="cpu", difference=difference, copy_of=copy)]
+
+
+@pytest.mark.parametrize("direction", ["compare", "b2t"])
+def test_receivers_copies_are_compared_by_their_ledgers(direction: str, tmp_path: Path) -> None:
+    """Unequal ones are a problem that names the ranks, and how far each is from what came."""
+    outcome = "compared" if direction == "compare" else "grafted"
+    for name, checksums in (("equal", "aa"), ("unequal", "ab")):
+        records = [
+            record("target", rank, 0, direction=direction, outcome=outcome, leaves=copy_leaf(checksum, (1 + rank) / 10))
+            for rank, checksum in enumerate(checksums)
+        ]
+        found = read_run_summary(write_run(tmp_path / name, records, EVERYONE))
+        assert found.problems == (
+            []
+            if name == "equal"
+            else [
+                "the receiver's replicas differ at 1 point, though they were declared copies; the worst is layer "
+                "layer_id=0 at step 0, on target 0 and target 1 (rel to what came: target 0 0.1, target 1 0.2)."
+            ]
+        )
+
+
+@pytest.mark.parametrize(
+    ("second", "why"),
+    [
+        ({"leaves": copy_leaf(None, 0.1, reason="MemoryError: no room")}, "target 1: MemoryError: no room"),
+        (None, "target 1: its ledger is not here, or has no record of it"),
+    ],
+    ids=["no checksum", "no ledger"],
+)
+def test_a_copy_that_could_not_be_compared_is_a_problem(second: Any, why: str, tmp_path: Path) -> None:
+    """It was asked for, and nobody knows."""
+    records = [record("target", 0, 0, leaves=copy_leaf("a", 0.1))]
+    records += [record("target", 1, 0, **second)] if second else []
+    found = read_run_summary(write_run(tmp_path, records, EVERYONE if second else EVERYONE[:2]))
+    (problem,) = found.problems
+    assert problem.startswith("not all of the receiver's replicas could be compared at 1 point") and why in problem
+
+
+def test_copies_of_a_point_that_failed_are_no_problem_of_their_own(tmp_path: Path) -> None:
+    """Its reason says what there is to say."""
+    leaves = [copy_leaf(checksum, 0.1) for checksum in "ab"]
+    records = [record("target", rank, 0, outcome="failed", reason="r", leaves=leaves[rank]) for rank in (0, 1)]
+    problems = read_run_summary(write_run(tmp_path, records, EVERYONE)).problems
+    assert not any("replicas" in problem for problem in problems)

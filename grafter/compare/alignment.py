@@ -23,6 +23,7 @@ import torch
 from grafter.errors import LayoutError
 from grafter.layout.shares import RoleShares
 from grafter.layout.space import find_space
+from grafter.measures.flat_chunks import copyable
 
 Numbers = tuple[int, ...]
 
@@ -146,10 +147,10 @@ class Side:
                 if number > cut and block.sizes[factor] != self._full[factor]:
                     narrowed.append((len(shape), block.starts[factor], block.sizes[factor]))
                 shape.append(self._full[factor] if number > cut else block.sizes[factor])
-        box = box.reshape(shape)
+        values = copyable(box).reshape(shape)
         for place, start, size in narrowed:
-            box = box.narrow(place, start, size)
-        return box.permute(self._order)
+            values = values.narrow(place, start, size)
+        return values.permute(self._order).view(box.dtype)
 
 
 class Alignment:

@@ -17,9 +17,17 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from grafter.compare.checksums import Which
 from grafter.compare.pairs import Pair, alone, find_pairs
-from grafter.compare.point_comparison import Compared, PointTask, Which, compare_point
-from grafter.compare.record import ComparisonHeader, FindingKind, FindingRecord, PointRecord, SummaryRecord
+from grafter.compare.point_comparison import Compared, PointTask, compare_point, describe
+from grafter.compare.record import (
+    ComparisonHeader,
+    FindingKind,
+    FindingRecord,
+    LeafRecord,
+    PointRecord,
+    SummaryRecord,
+)
 from grafter.compare.severity import innermost_culprits, with_severity
 from grafter.compare.thresholds import Threshold, Thresholds
 from grafter.compare.wording import Chosen, describe_verdict
@@ -177,6 +185,9 @@ def _of_points(points: Sequence[PointRecord], pairs: Sequence[Pair]) -> Iterator
             if missing:
                 text = f"{point.label}: there is no dump of it of {side}'s ranks {missing}, which take part in it"
                 yield _of_point(point, "missing_ranks", text)
+        for leaf in point.leaves:
+            if leaf.replicas:
+                yield _of_copies(point, leaf)
         tokens = point.tokens
         if tokens is not None and (tokens.only_a or tokens.only_b):
             examples = ", ".join((*tokens.only_a_tokens, *tokens.only_b_tokens)[:4])
@@ -187,6 +198,17 @@ def _of_points(points: Sequence[PointRecord], pairs: Sequence[Pair]) -> Iterator
                 f"{tokens.only_b} only in B ({examples})"
             )
             yield _of_point(point, "other_rows", text)
+
+
+def _of_copies(point: PointRecord, leaf: LeafRecord) -> FindingRecord:
+    """Copies that differ, whether the rule allows it or not: it is meant for the difference of two programs."""
+    worst = max(leaf.replicas, key=lambda one: (not one.passed, one.difference.rel or 0.0))
+    judged = "within" if worst.passed else "beyond"
+    text = (
+        f"{point.label}{f', {leaf.path}' if leaf.path else ''}: the copies at {worst.side.upper()} differ: ranks "
+        f"{worst.ranks} from ranks {worst.first_ranks}, by rel {describe(worst.difference.rel)}, {judged} the rule"
+    )
+    return FindingRecord(what="unequal_copies", text=text, name=point.name, points=[point.label])
 
 
 def _of_point(point: PointRecord, what: FindingKind, text: str, *, is_error: bool = False) -> FindingRecord:

@@ -22,6 +22,8 @@ from grafter.compare.record import (
 )
 from grafter.errors import LayoutError
 from grafter.ledger import Difference, TensorStatistics
+from grafter.measures.byte_stream import ByteStream
+from grafter.measures.flat_chunks import PACKED_FLOAT4, is_opaque
 from grafter.measures.kl import Divergence
 from grafter.measures.magnitudes import Between as Bounds
 from grafter.measures.pair_stream import Measurement, PairStream
@@ -94,7 +96,7 @@ class _Reader:
     def __init__(self, name: str, side: Side, alignment: Alignment) -> None:
         self.side = side
         self._name, self._alignment = name, alignment
-        self._streams: list[PairStream] = []
+        self._streams: list[PairStream | ByteStream] = []
         self._ranks: list[set[int]] = []
         self._first_ranks: set[int] = set()
 
@@ -107,8 +109,8 @@ class _Reader:
         self._first_ranks |= set(ranks)
         for number, (ranks, copy) in enumerate(copies):
             if number == len(self._streams):
-                dtype, shape, rows = self.side.tensor.dtype, self._alignment.shape, self._alignment.row_ndim
-                self._streams.append(PairStream(shape, dtype, dtype, row_ndim=rows, statistics=False))
+                dtype = self.side.tensor.dtype
+                self._streams.append(_stream(self._alignment, dtype, dtype, statistics=False))
                 self._ranks.append(set())
             self._ranks[number] |= set(ranks)
             self._streams[number].add(copy, first)
@@ -135,12 +137,12 @@ class _Pass:
     ) -> None:
         self.alignment = alignment
         a, b = alignment.a.tensor, alignment.b.tensor
-        if with_kl and (a.dtype.is_complex or b.dtype.is_complex):
-            raise LayoutError(f"a rule asks for the KL, which complex numbers ({a.dtype}, {b.dtype}) do not have.")
+        if with_kl and not (_has_kl(a.dtype) and _has_kl(b.dtype)):
+            raise LayoutError(f"a rule asks for the KL, which values of {a.dtype} and {b.dtype} do not have.")
         self._only_kl = only_kl
         self._divergence = Divergence() if with_kl else None
         # B is x, which is judged, and A is y.
-        self.stream = PairStream(alignment.shape, b.dtype, a.dtype, row_ndim=alignment.row_ndim, helpers=helpers)
+        self.stream = _stream(alignment, b.dtype, a.dtype, helpers=helpers)
         self._a = _Reader("a", alignment.a, alignment)
         self._b = _Reader("b", alignment.b, alignment)
         self.bytes_read = 0
@@ -184,6 +186,20 @@ class _Pass:
         ]
 
 
+def _stream(
+    alignment: Alignment, x: torch.dtype, y: torch.dtype, *, statistics: bool = True, helpers: Executor | None = None
+) -> PairStream | ByteStream:
+    """What measures values of these dtypes."""
+    if is_opaque(x) or is_opaque(y):
+        return ByteStream(alignment.shape, x, y, row_ndim=alignment.row_ndim)
+    return PairStream(alignment.shape, x, y, row_ndim=alignment.row_ndim, statistics=statistics, helpers=helpers)
+
+
+def _has_kl(dtype: torch.dtype) -> bool:
+    """Whether values of a dtype are real numbers, one an element."""
+    return not (dtype.is_complex or is_opaque(dtype) or dtype is PACKED_FLOAT4)
+
+
 def _one_ahead(blocks: Iterator[Block], announce: Callable[[Block], None]) -> Iterator[Block]:
     """The blocks, each of which is announced before the one before it is given."""
     waiting: Block | None = None
@@ -218,8 +234,10 @@ def _measures(found: Measurement, alignment: Alignment, kl: list[KlRecord]) -> M
     )
 
 
-def _rows(found: Measurement, alignment: Alignment) -> RowsRecord:
+def _rows(found: Measurement, alignment: Alignment) -> RowsRecord | None:
     rows, shape = found.rows, alignment.row_shape
+    if rows is None:
+        return None
     return RowsRecord(
         dims=alignment.row_dims,
         shape=list(shape),

@@ -10,7 +10,7 @@ import torch
 
 from grafter.compare.pairs import Pair
 from grafter.compare.record import LeafRecord
-from grafter.dumps.encoding import TENSOR_MARK
+from grafter.dumps.encoding import MAX_REPR, TENSOR_MARK
 from grafter.dumps.point import DumpedPoint
 from grafter.dumps.safe_open import shown
 from grafter.dumps.taken import checksum
@@ -53,21 +53,35 @@ def _unsaved(points: Sequence[DumpedPoint], with_values: bool) -> Iterator[tuple
                 yield from ((leaf.path, f"{who}: {shown(why)}") for leaf in record.leaves)
 
 
-def compare_others(pair: Pair) -> list[LeafRecord]:
+def compare_others(pair: Pair, *, keep_equal: bool = False) -> list[LeafRecord]:
     """The leaves that are no tensors, where they are not the same: rank by rank where both sides have the same ranks,
-    else (and of rows paired by token) by the values that there are."""
+    else (and of rows paired by token) by the values that there are. keep_equal: those that are the same, too."""
     paths = dict.fromkeys(
         path for point in (*pair.a, *pair.b) for record in point.records.values() for path in record.others
     )
     found = []
     for path in paths:
         try:
-            leaf = _compare_other(pair, path)
+            leaf = _compare_other(pair, path) or _equal(pair, path, keep_equal=keep_equal)
         except GrafterError as error:
             leaf = LeafRecord(path=path, verdict="error", reason=str(error))
         if leaf is not None:
             found.append(leaf)
     return found
+
+
+def _equal(pair: Pair, path: str, *, keep_equal: bool) -> LeafRecord | None:
+    """Of a leaf that is the same: that it is, or that its repr alone is, which may leave out what differs."""
+    if any(_is_cut_short(point, path) for point in (*pair.a, *pair.b)):
+        reason = f"only the first {MAX_REPR} characters of its repr were saved, and these are equal"
+        return LeafRecord(path=path, verdict="skipped", reason=reason)
+    if not keep_equal:
+        return None
+    if any(_was_replaced(point, path) for point in (*pair.a, *pair.b)):
+        return LeafRecord(path=path, verdict="skipped", reason="only its repr was saved, which is equal")
+    return LeafRecord(
+        path=path, verdict="passed", reason="it is no tensor, and is equal", values={"mismatched_fraction": 0.0}
+    )
 
 
 def _compare_other(pair: Pair, path: str) -> LeafRecord | None:
@@ -86,13 +100,22 @@ def _compare_other(pair: Pair, path: str) -> LeafRecord | None:
     if not any(a) or not any(b):
         there = "A" if any(a) else "B"
         return LeafRecord(path=path, verdict="error", reason=f"only {there} has this part of the point, no tensor")
-    values = " and ".join(f"{side} has {shown(own)}" for side, own in zip("AB", differing[0], strict=True) if own)
+    values = _described_values(*differing[0])
     if any(_was_replaced(point, path) for points in sides for point in points):
         return LeafRecord(path=path, verdict="skipped", reason=f"only its repr was saved, and that differs: {values}")
     if pair.by_token:
         reason = f"it is no tensor, so it is not paired by token, and differs: {values}"
         return LeafRecord(path=path, verdict="skipped", reason=reason)
     return LeafRecord(path=path, verdict="failed", reason=f"it is no tensor, and differs: {values}")
+
+
+def _described_values(a: str, b: str) -> str:
+    """Both values; of long ones, which are cut, also where they begin to differ."""
+    text = " and ".join(f"{side} has {shown(own)}" for side, own in (("A", a), ("B", b)) if own)
+    if shown(a) != shown(b):
+        return text
+    place = next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    return f"{text} (from character {place} on: {a[place : place + 40]!r} and {b[place : place + 40]!r})"
 
 
 def _by_rank(point: DumpedPoint, path: str) -> dict[int, str]:
@@ -121,10 +144,18 @@ def _is_array_without_file(point: DumpedPoint, path: str) -> bool:
     )
 
 
+def _is_cut_short(point: DumpedPoint, path: str) -> bool:
+    return any(len(text) >= MAX_REPR and text.endswith("...") for _, text in _replaced(point, path))
+
+
 def _was_replaced(point: DumpedPoint, path: str) -> bool:
-    return any(
-        place == whole or place.startswith((f"{whole}.", f"{whole}["))
-        for record in point.records.values()
-        for whole in [f"others{path}"]
-        for place in record.not_encoded
-    )
+    return any(True for _ in _replaced(point, path))
+
+
+def _replaced(point: DumpedPoint, path: str) -> Iterator[tuple[str, str]]:
+    """What of a leaf was saved as its repr: where, and the repr."""
+    whole = f"others{path}"
+    for record in point.records.values():
+        for place, text in record.not_encoded.items():
+            if place == whole or place.startswith((f"{whole}.", f"{whole}[")):
+                yield place, text

@@ -6,23 +6,20 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import Literal
 
+from grafter.compare.checksums import Which, compare_checksums
 from grafter.compare.measuring import Measured, Value, measure_pair, with_row_tokens
 from grafter.compare.other_leaves import compare_others, with_unsaved
 from grafter.compare.paired_rows import PairedRows
 from grafter.compare.pairs import Pair
 from grafter.compare.record import LeafRecord, PointRecord, ReplicaRecord, SideRecord, TokenRecord, Verdict
 from grafter.compare.thresholds import Threshold
-from grafter.compare.token_rows import RowSource, tokens_of
+from grafter.compare.token_rows import RowSource, possible_row_ndims, tokens_of
 from grafter.dumps.lazy_tensor import LazyTensor
 from grafter.dumps.point import DumpedPoint
-from grafter.dumps.record import DumpedLeaf
-from grafter.dumps.taken import checksum
 from grafter.errors import GrafterError
+from grafter.rows.row_dims import common_row_ndim
 from grafter.rows.tokens import Tokens
-
-Which = Literal["value", "grafted"]
 
 # The worse, the later.
 _ORDER: Sequence[Verdict] = ("passed", "skipped", "allowed", "failed", "error")
@@ -103,8 +100,14 @@ def compare_point(task: PointTask) -> Compared:
 
 def _compare_leaves(task: PointTask) -> tuple[list[LeafRecord], TokenRecord | None, int]:
     pair = task.pair
+    if not any(_has_tensors(point) for point in (*pair.a, *pair.b)):
+        leaves = with_unsaved(compare_others(pair, keep_equal=True), pair, with_values=False)
+        return leaves or [LeafRecord(path="", verdict="skipped", reason="neither side has a leaf here")], None, 0
     with_values = _holds_values(pair.a) and _holds_values(pair.b)
-    leaves, tokens, bytes_read = _compare_tensors(task) if with_values else ([_by_checksum(task)], None, 0)
+    if with_values:
+        leaves, tokens, bytes_read = _compare_tensors(task)
+    else:
+        leaves, tokens, bytes_read = [compare_checksums(pair, task.which)], None, 0
     leaves = with_unsaved(leaves, pair, with_values=with_values) + compare_others(pair)
     if not leaves:
         leaves = [LeafRecord(path="", verdict="skipped", reason="neither side has a tensor here")]
@@ -128,6 +131,11 @@ def _compare_tensors(task: PointTask) -> tuple[list[LeafRecord], TokenRecord | N
     return leaves, tokens, bytes_read
 
 
+def _has_tensors(point: DumpedPoint) -> bool:
+    """Whether its value has tensors, saved or not."""
+    return any(record.leaves or record.unsaved for record in point.records.values())
+
+
 def _holds_values(points: Sequence[DumpedPoint]) -> bool:
     """Whether there are files of tensors; of a point that is a mere structure, there is nothing to hold."""
     return all(any(record.file is not None for record in point.records.values()) for point in points)
@@ -144,7 +152,7 @@ def _compare_leaf(task: PointTask, path: str) -> tuple[LeafRecord, TokenRecord |
     kl_dims = task.rule.kl_dims if task.rule is not None else frozenset()
     tokens: TokenRecord | None = None
     if pair.by_token:
-        rows = PairedRows(_rows_of(task, pair.a, path), _rows_of(task, pair.b, path))
+        rows = PairedRows(*_rows_of_both(task, path))
         tokens = _token_record(rows, pair)
         if not tokens.paired:
             return LeafRecord(path=path, verdict="error", reason="no token is on both sides"), tokens, 0
@@ -172,20 +180,26 @@ def _which(task: PointTask, point: DumpedPoint, path: str) -> Which:
     return "grafted" if task.which == "grafted" and point.ranks_with(path, "grafted") else "value"
 
 
-def _which_on(point: DumpedPoint, rank: int, path: str, which: Which) -> Which:
-    return "grafted" if which == "grafted" and rank in point.ranks_with(path, "grafted") else "value"
-
-
 def _reader(task: PointTask, point: DumpedPoint, path: str) -> LazyTensor:
     return point.reader(path, _which(task, point, path))
 
 
-def _rows_of(task: PointTask, points: Sequence[DumpedPoint], path: str) -> list[tuple[RowSource, Tokens]]:
-    found = []
-    for point in points:
-        tokens = tokens_of(point, path, _which(task, point, path))
-        found.append((RowSource(_reader(task, point, path), tokens.rows), tokens))
-    return found
+def _rows_of_both(task: PointTask, path: str) -> list[list[tuple[RowSource, Tokens]]]:
+    """The rows of both sides' points. Which dims count them is decided over all points: those of a pass of one token
+
+    leave it open.
+    """
+    sides = [
+        [(_reader(task, point, path), tokens_of(point, path, _which(task, point, path))) for point in points]
+        for points in (task.pair.a, task.pair.b)
+    ]
+    possible = [[possible_row_ndims(tensor, tokens.rows) for tensor, tokens in side] for side in sides]
+    of_both = common_row_ndim(own for side in possible for own in side)
+    of_each = [of_both if of_both is not None else common_row_ndim(side) for side in possible]
+    return [
+        [(RowSource(tensor, tokens.rows, row_ndim), tokens) for tensor, tokens in side]
+        for side, row_ndim in zip(sides, of_each, strict=True)
+    ]
 
 
 def _token_record(rows: PairedRows, pair: Pair) -> TokenRecord:
@@ -274,58 +288,11 @@ def _side(tensor: LazyTensor, which: Which) -> SideRecord:
     )
 
 
-def _by_checksum(task: PointTask) -> LeafRecord:
-    """Without values, the checksums of the ranks' own tensors, where both sides have them and are laid out alike."""
-    sides = (task.pair.a, task.pair.b)
-    # Without a checksum of one side no file of the other need be read.
-    has_sums = all(
-        _checksum_of(leaf, task.which) is not None
-        for points in sides
-        for point in points
-        for record in point.records.values()
-        if record.file is None
-        for leaf in record.leaves
-    )
-    try:
-        sums = [_checksums(points, task.which) if has_sums else [] for points in sides]
-    except GrafterError as error:
-        return LeafRecord(path="", verdict="error", reason=str(error))
-    known = all(one[-1] is not None for side in sums for one in side) and all(sums)
-    if known and sums[0] == sums[1]:
-        return LeafRecord(path="", verdict="passed", reason="equal by checksum", values={"mismatched_fraction": 0.0})
-    differ = " Their checksums differ." if known and [s[:-1] for s in sums[0]] == [s[:-1] for s in sums[1]] else ""
-    reasons = {
-        record.reason or f"saved at the level {record.level!r}"
-        for point in (*task.pair.a, *task.pair.b)
-        for record in point.records.values()
-        if record.file is None
-    }
-    return LeafRecord(path="", verdict="skipped", reason=f"no values to compare: {'; '.join(sorted(reasons))}.{differ}")
-
-
-def _checksum_of(leaf: DumpedLeaf, which: Which) -> str | None:
-    return (leaf.grafted_checksum if which == "grafted" else None) or leaf.checksum
-
-
-def _checksums(points: Sequence[DumpedPoint], which: Which) -> list[tuple[object, ...]]:
-    """Of each rank's own tensors; of what was saved whole, from its file. Raises DumpError where that is damaged."""
-    return [
-        (
-            *(rank, leaf.path, leaf.shape, leaf.dtype),
-            _checksum_of(leaf, which)
-            if record.file is None
-            else checksum(point.local(rank, leaf.path, _which_on(point, rank, leaf.path, which)).contiguous()),
-        )
-        for point in points
-        for rank, record in point.records.items()
-        for leaf in record.leaves
-    ]
-
-
 def _worst_leaf(leaves: Sequence[LeafRecord]) -> LeafRecord | None:
-    def badness(leaf: LeafRecord) -> tuple[int, bool, float]:
-        rel = leaf.values.get("rel")
-        return _ORDER.index(leaf.verdict), rel is None, float(rel or 0.0)
+    def badness(leaf: LeafRecord) -> tuple[int, bool, float, float]:
+        rel, mismatched = leaf.values.get("rel"), leaf.values.get("mismatched_fraction")
+        # Equal by checksum, or by value, is equal.
+        return _ORDER.index(leaf.verdict), rel is None and mismatched != 0, float(rel or 0.0), float(mismatched or 0.0)
 
     return max(leaves, key=badness, default=None)
 

@@ -26,8 +26,9 @@ Verdict = Literal["passed", "failed", "allowed", "error", "skipped"]
 # since no input of it was compared, or the point is no module's output.
 Severity = Literal["culprit", "inherited", "unknown"]
 FindingKind = Literal[
-    "only_in_a", "only_in_b", "no_rule", "cannot_compare", "no_values", "missing_ranks", "damaged", "other_rows", "note"
-]
+    "only_in_a", "only_in_b", "no_rule", "cannot_compare", "no_values", "missing_ranks", "damaged", "other_rows",
+    "unequal_copies", "note",
+]  # fmt: skip
 
 
 class _Record(BaseModel):

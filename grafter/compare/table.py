@@ -16,9 +16,11 @@ from grafter.show import log_bar, print_table, printable
 _STYLE = {"failed": "bold red", "error": "bold red", "allowed": "yellow", "skipped": "dim"}
 _MOST_FINDINGS = 20
 _CAPTION = "rel of the worst tensor, on a logarithmic scale from 1e-16 to 1; worst row: of its rows (tokens)"
+_OTHER_BITS = "!= some values differ in their bits though rel is 0 or unknown: -0.0 against 0.0, or no numbers"
 _UNKNOWN = "? unknown: not a module's output, or its inputs were not dumped or could not be judged"
 # Of points that were compared, but not with all that either side has.
 _PARTS = {"other_rows": "left out", "missing_ranks": "missing"}
+_NOTES = {"unequal_copies": "copies differ"}
 
 
 def print_comparison(comparison: Comparison, console: Console, *, limit: int = 0, only_trouble: bool = False) -> None:
@@ -33,6 +35,8 @@ def print_comparison(comparison: Comparison, console: Console, *, limit: int = 0
         shown = rows[:limit] if limit else rows
         print_table(point_table(shown, _blocks(console)), console)
         console.print(Text(_CAPTION, style="italic"), soft_wrap=True)
+        if any(_has_other_bits(point) for point in shown):
+            console.print(Text(_OTHER_BITS, style="italic"), soft_wrap=True)
         if any(point.severity == "unknown" for point in shown):
             console.print(Text(_UNKNOWN, style="italic"), soft_wrap=True)
         if limit and len(rows) > limit:
@@ -52,11 +56,13 @@ def _where_why(comparison: Comparison) -> str:
 def _word(finding: FindingRecord) -> str:
     if finding.is_error:
         return "error"
-    return _PARTS.get(finding.what, "skipped") if finding.is_skip else "note"
+    return _PARTS.get(finding.what, "skipped") if finding.is_skip else _NOTES.get(finding.what, "note")
 
 
 def _print_findings(findings: Sequence[FindingRecord], console: Console) -> None:
-    errors_first = sorted(findings, key=lambda finding: (not finding.is_error, not finding.is_skip))
+    errors_first = sorted(
+        findings, key=lambda finding: (not finding.is_error, not finding.is_skip, finding.what not in _NOTES)
+    )
     for finding in errors_first[:_MOST_FINDINGS]:
         style = "bold red" if finding.is_error else "yellow" if finding.is_skip else ""
         console.print(Text(f"{_word(finding)}: {printable(finding.text)}", style=style), soft_wrap=True)
@@ -78,11 +84,20 @@ def point_table(points: Iterable[PointRecord], blocks: str) -> Table:
         mark = {"culprit": ">", "inherited": "|", "unknown": "?"}.get(point.severity or "", "")
         verdict = point.verdict + (f", {point.severity}" if point.severity is not None else "")
         cells = [mark, printable(point.label)]
-        cells += [_number(values.get(name)) for name in ("rel", "max_abs", "worst_row_rel", "max_ulp")]
         rel = values.get("rel")
+        unequal = " !=" if _has_other_bits(point) else ""
+        cells += [_number(values.get(name)) + unequal for name in ("rel", "max_abs")]
+        cells += [_number(values.get(name)) for name in ("worst_row_rel", "max_ulp")]
         bar = log_bar(float(rel), blocks) if rel is not None else ""
         table.add_row(*map(Text, cells), Text(bar), Text(verdict), style=_STYLE.get(point.verdict, ""))
     return table
+
+
+def _has_other_bits(point: PointRecord) -> bool:
+    """What rel alone would hide."""
+    values = point.values
+    nonfinite = values.get("nan") or values.get("inf")
+    return bool(values.get("mismatched_fraction")) and not values.get("rel") and not nonfinite
 
 
 def _number(value: float | int | None) -> str:

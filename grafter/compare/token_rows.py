@@ -13,7 +13,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, islice
 from math import prod
 from typing import Literal
 
@@ -29,36 +29,61 @@ from grafter.layout.dims import Dim, Factor
 from grafter.layout.runs import whole
 from grafter.layout.shares import RoleShares, Share
 from grafter.layout.space import rectangles
+from grafter.measures.flat_chunks import copyable
+from grafter.rows.row_dims import leading_row_dims
 from grafter.rows.tokens import SequenceId, Tokens
 
 _Rows = npt.NDArray[np.int64]
 
 
 class RowSource:
-    """One point's whole tensor as `rows` rows: those of `t`, or of `b s` flattened, or of its first dims."""
+    """One point's whole tensor as `rows` rows: those of `t`, or of `b s` flattened, or of its first dims.
 
-    def __init__(self, tensor: WholeTensor, rows: int) -> None:
+    row_ndim: how many dims a row has, where the dims have no names and several numbers of first dims will do.
+    """
+
+    def __init__(self, tensor: WholeTensor, rows: int, row_ndim: int | None = None) -> None:
         self.tensor, self.rows = tensor, rows
-        self._row_dims = _row_dims(tensor, rows)
+        self._row_dims = _row_dims(tensor, rows, row_ndim)
         self._rest = [dim for dim in range(len(tensor.shape)) if dim not in self._row_dims]
         self._row_shape = tuple(tensor.shape[dim] for dim in self._row_dims)
         self.rest_shape: Numbers = tuple(tensor.shape[dim] for dim in self._rest)
         dims = tensor.whole.dims
         self.rest_dims: tuple[Dim, ...] | None = None if dims is None else tuple(dims[dim] for dim in self._rest)
 
-    def read(self, first: int, count: int, offset: Numbers, size: Numbers) -> Iterator[torch.Tensor]:
-        """Rows first..first + count, of the rest a box, as tensors [some rows, *size] in order."""
+    def read(
+        self, first: int, count: int, offset: Numbers, size: Numbers, copy: int = 0
+    ) -> Iterator[tuple[Numbers, torch.Tensor]]:
+        """Rows first..first + count, of the rest a box, as tensors [some rows, *size] in order, each with its ranks.
+
+        copy: which of the copies; the first, and without ranks, where there are not so many.
+        """
         for starts, lengths in rectangles(first, first + count, self._row_shape):
             at, extent = [0] * len(self.tensor.shape), [0] * len(self.tensor.shape)
             for dim, start, length in zip(self._row_dims, starts, lengths, strict=True):
                 at[dim], extent[dim] = start, length
             for dim, start, length in zip(self._rest, offset, size, strict=True):
                 at[dim], extent[dim] = start, length
-            box = self.tensor.read(tuple(at), tuple(extent))
-            yield box.permute(*self._row_dims, *self._rest).reshape(-1, *size)
+            ranks, box = self._copy(tuple(at), tuple(extent), copy)
+            rows = copyable(box).permute(*self._row_dims, *self._rest).reshape(-1, *size)
+            yield ranks, rows.view(box.dtype)
+
+    def _copy(self, at: Numbers, extent: Numbers, copy: int) -> tuple[Numbers, torch.Tensor]:
+        if self.tensor.replicas > 1:
+            found = next(islice(self.tensor.copies(at, extent), copy, None), None)
+            if found is not None:
+                return found
+        return (), self.tensor.read(at, extent)
 
 
-def _row_dims(tensor: WholeTensor, rows: int) -> list[int]:
+def possible_row_ndims(tensor: WholeTensor, rows: int) -> tuple[int, list[int]]:
+    """The tensor's ndim, and how many of its dims may count so many rows: several where only sizes say it."""
+    if tensor.whole.dims is None:
+        return len(tensor.shape), leading_row_dims(tensor.shape, rows)
+    return len(tensor.shape), [len(_row_dims(tensor, rows))]
+
+
+def _row_dims(tensor: WholeTensor, rows: int, row_ndim: int | None = None) -> list[int]:
     dims, shape = tensor.whole.dims, tensor.shape
     if dims is not None:
         found = [number for number, dim in enumerate(dims) if dim.names and set(dim.names) <= ROW_DIMS]
@@ -67,9 +92,10 @@ def _row_dims(tensor: WholeTensor, rows: int) -> list[int]:
         if found and prod(shape[number] for number in found) == rows:
             return found
     else:
-        for count in range(1, len(shape) + 1):
-            if prod(shape[:count]) == rows:
-                return list(range(count))
+        possible = leading_row_dims(shape, rows)
+        wanted = None if row_ndim is None else len(shape) - row_ndim
+        if possible:
+            return list(range(wanted if wanted in possible else possible[0]))
     named = f"dims {' '.join(tensor.dim_names)!r}" if tensor.dim_names is not None else "without names of its dims"
     raise LayoutError(
         f"tokens are given for {rows} rows, and the tensor of {list(shape)}, {named}, has not so many of `t`, or of "
@@ -93,7 +119,7 @@ class TokenRows:
             ):
                 raise LayoutError(
                     f"the points of {who} are not of one kind: a row of the first is {_kind(first)}, of another "
-                    f"{_kind(source)}."
+                    f"{_kind(source)}.{_how_to_name(first, source)}"
                 )
         self._sources, self._runs = list(sources), list(runs)
         self._ends = list(accumulate(count for _, _, count in runs))
@@ -105,33 +131,49 @@ class TokenRows:
         text = "rows by token" if self.dim_names is None else " ".join(self.dim_names)
         share = Share(tuple(whole(size) for size in self.shape))
         self.whole = RoleShares(who, text, dims, self.shape, {0: share})
-        self.replicas = 1
+        self.replicas = max(source.tensor.replicas for source in sources)
 
     def read(self, offset: Numbers | None = None, size: Numbers | None = None) -> torch.Tensor:
         """A box of it, gathered: memory of its own."""
+        return self._gathered(offset, size, 0)[1]
+
+    def _gathered(self, offset: Numbers | None, size: Numbers | None, copy: int) -> tuple[Numbers, torch.Tensor]:
         offset = offset if offset is not None else (0,) * len(self.shape)
         size = size if size is not None else tuple(n - at for n, at in zip(self.shape, offset, strict=True))
         result = torch.empty(size, dtype=self.dtype)
         row, end, filled = offset[0], offset[0] + size[0], 0
         number = bisect_right(self._ends, row)
+        ranks: set[int] = set()
         while row < end:
             source, first, count = self._runs[number]
             begin = self._ends[number] - count
             stop = min(end, self._ends[number])
-            for part in self._sources[source].read(first + row - begin, stop - row, offset[1:], size[1:]):
-                result[filled : filled + len(part)].copy_(part)
+            rows = self._sources[source].read(first + row - begin, stop - row, offset[1:], size[1:], copy)
+            for of_ranks, part in rows:
+                ranks.update(of_ranks)
+                copyable(result[filled : filled + len(part)]).copy_(copyable(part))
                 filled += len(part)
             row, number = stop, number + 1
-        return result
+        return tuple(sorted(ranks)), result
 
     def copies(
         self, offset: Numbers | None = None, size: Numbers | None = None
     ) -> Iterator[tuple[Numbers, torch.Tensor]]:
-        """Only the one that `read` gives."""
-        yield (), self.read(offset, size)
+        """Every copy of it; the first is what `read` gives."""
+        for copy in range(self.replicas):
+            yield self._gathered(offset, size, copy)
 
     def will_read(self, offset: Numbers | None = None, size: Numbers | None = None) -> None:
         """Nothing: rows lie anywhere."""
+
+
+def _how_to_name(*sources: RowSource) -> str:
+    if all(source.rest_dims is not None for source in sources):
+        return ""
+    return (
+        ' Name the dims of the rows in both, so that sizes need not tell them: dims="b s h" or dims="t h" at the '
+        "dump, or `dims:` in a rule of the plan file."
+    )
 
 
 def _kind(source: RowSource) -> str:

@@ -23,7 +23,7 @@ def describe_verdict(
     failed = [point for point in points if point.verdict == "failed"]
     judged = [point for point in points if point.verdict in ("passed", "allowed", "failed")]
     errors = list(_errors(points, findings))
-    skips = list(_skips(findings))
+    skips, copies = list(_skips(findings)), list(_copies(findings))
     if not judged:
         why = [*errors, *skips] if points else [_nothing_in_common(chosen), *errors]
         return f"Nothing could be compared: {'; '.join(why)}." if why else "Nothing could be compared."
@@ -31,17 +31,17 @@ def describe_verdict(
         parts = [_divergence(failed, len(judged))]
         if not has_rules:
             parts.append("No threshold was given, so any difference counts; --threshold '*: rel <= 1e-3' sets one.")
-        parts += [f"{_sentence_case(text)}." for text in (*errors, *skips)]
+        parts += [f"{_sentence_case(text)}." for text in (*errors, *skips, *copies)]
         return " ".join(parts)
     allowed = sum(point.verdict == "allowed" for point in judged)
     allowances = [_counted(allowed, "allowed failure")] if allowed else []
     if not errors and not (skips and forbid_skips):
         how = _agreement(judged, len(judged), has_rules)
         head = "B agrees with A" + (f" but for {allowances[0]}" if allowed else "")
-        return " ".join((f"{head}: {how}.", *(f"{_sentence_case(text)}." for text in skips)))
+        return " ".join((f"{head}: {how}.", *(f"{_sentence_case(text)}." for text in (*skips, *copies))))
     if skips and forbid_skips:
         skips[-1] += ", which --forbid-skips forbids"
-    parts = [*errors, *skips, *allowances, _agreement(judged, len(points), has_rules)]
+    parts = [*errors, *skips, *copies, *allowances, _agreement(judged, len(points), has_rules)]
     return f"Not all could be compared: {'; '.join(parts)}."
 
 
@@ -76,6 +76,13 @@ def _skips(findings: Sequence[FindingRecord]) -> Iterator[str]:
         count = sum(finding.what == what for finding in findings)
         if count:
             yield f"in {_counted(count, 'point')}, {left_out}"
+
+
+def _copies(findings: Sequence[FindingRecord]) -> Iterator[str]:
+    """Ranks of one side that hold other values of one part; whether the rule allows it is each point's verdict."""
+    points = {point for finding in findings if finding.what == "unequal_copies" for point in finding.points}
+    if points:
+        yield f"in {_counted(len(points), 'point')}, copies that one side's ranks hold differ among themselves"
 
 
 def _nothing_in_common(chosen: Chosen | None) -> str:

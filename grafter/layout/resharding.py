@@ -21,7 +21,7 @@ from grafter.layout.coverage import check_coverage
 from grafter.layout.holdings import Place, places, places_by_box
 from grafter.layout.meetings import Shared, Table
 from grafter.layout.region import Frame, Region
-from grafter.layout.shares import RoleShares
+from grafter.layout.shares import RoleShares, Share
 from grafter.layout.space import Numbers, Space, find_space
 
 # A part of the tensor, whichever ranks hold it: as a place, the lowest of the numbers that are the same part.
@@ -87,6 +87,7 @@ class Resharding:
         for share in receiver.shares.values() if self.space.padded else ():
             self.space.held_sizes(share, receiver.global_shape)
         self._replicas = max(map(len, self._holders.values()), default=1) if check_replicas else 1
+        self._check_replicas = check_replicas
 
     @property
     def layers(self) -> int:
@@ -97,6 +98,17 @@ class Resharding:
     def replicas(self) -> int:
         """How many copies of each part are compared; 1: none are."""
         return self._replicas
+
+    def copies_with(self, receiver: int) -> tuple[int, ...]:
+        """The receivers, this one among them, that hold the same part and are to be compared; empty where none are."""
+        return self._copies_of.get(receiver, ())
+
+    @cached_property
+    def _copies_of(self) -> dict[int, tuple[int, ...]]:
+        alike: dict[Share, list[int]] = {}
+        for rank in self._receivers if self._check_replicas else ():
+            alike.setdefault(self.receiver.shares[rank], []).append(rank)
+        return {rank: tuple(ranks) for ranks in alike.values() if len(ranks) > 1 for rank in ranks}
 
     def gets_zeros(self, receiver: int) -> bool:
         """A summand that is not the first: the value is the first's."""

@@ -34,6 +34,7 @@ from grafter.layout.shares import (
     of_dtensors,
 )
 from grafter.layout.token_rows import RankRows, WindowedTokens
+from grafter.rows.row_dims import common_row_ndim, leading_row_dims
 from grafter.rows.tokens import Tokens
 
 if TYPE_CHECKING:
@@ -73,6 +74,34 @@ def own_tokens(headers: Sequence[Header], told: Mapping[int, WindowedTokens]) ->
                 raise LayoutError(_why_other_rows(header, leaf, rows, windowed.tokens.rows) + cut.why_not)
             found[rank] = windowed
     return OwnTokens(found, dims)
+
+
+def with_rows_alike(sides: Sequence[Sequence[Header]], own: Sequence[OwnTokens]) -> list[OwnTokens]:
+    """Where only sizes say which dims count the rows, those by which a row has as many dims on all ranks of both sides.
+
+    What a pass of one token leaves open, the other side's rows decide.
+    """
+    found = [OwnTokens(side.tokens, [dict(dims) for dims in side.row_dims]) for side in own]
+    for leaf in range(len(sides[0][0].leaves)):
+        if all(declared_of(header, leaf) is not None for headers in sides for header in headers):
+            continue
+        possible = [
+            (header, side, len(header.leaves[leaf].shape), _possible_row_dims(header, leaf, own[side]))
+            for side, headers in enumerate(sides)
+            for header in headers
+        ]
+        row_ndim = common_row_ndim((ndim, counts) for _, _, ndim, counts in possible)
+        for header, side, ndim, counts in possible:
+            if row_ndim is not None and len(counts) > 1:
+                found[side].row_dims[leaf][header.role_rank] = tuple(range(ndim - row_ndim))
+    return found
+
+
+def _possible_row_dims(header: Header, leaf: int, own: OwnTokens) -> list[int]:
+    """How many dims may count the rows of one rank's leaf."""
+    if _dims(header, leaf) is not None:
+        return [len(own.row_dims[leaf][header.role_rank])]
+    return leading_row_dims(header.leaves[leaf].shape, own.tokens[header.role_rank].tokens.rows)
 
 
 class _CutTokens:
@@ -120,8 +149,7 @@ def row_dims(dims: Sequence[Dim] | None, shape: Sequence[int], rows: int) -> tup
     Without names, the first dims that have as many rows together. None where there are none.
     """
     if dims is None:
-        sizes = (tuple(range(count)) for count in range(1, len(shape) + 1))
-        return next((own for own in sizes if prod(shape[dim] for dim in own) == rows), None)
+        return next((tuple(range(count)) for count in leading_row_dims(shape, rows)), None)
     for number, dim in enumerate(dims):
         if len(dim.factors) == 1 and dim.factors[0].name == "t":
             return (number,)

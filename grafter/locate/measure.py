@@ -111,11 +111,14 @@ def difference_value(difference: Difference) -> float | None:
     if difference.nan or difference.inf:
         return math.inf
     if difference.rel is None:
-        return None
+        # Values that are no numbers: they differ, and nothing says by how much.
+        return math.inf if difference.mismatched_fraction else None
     return difference.rel if math.isfinite(difference.rel) else math.inf
 
 
 def _problem(record: LedgerRecord) -> str | None:
+    if record.outcome == "compared" and record.reason is not None and record.difference is None:
+        return f"was compared without figures at step {record.step}: {record.reason}"
     if record.outcome not in ("failed", "skipped", "missed", "expired", "displaced"):
         return None
     return f"{record.outcome} at step {record.step}: {record.reason or 'no reason was recorded'}"

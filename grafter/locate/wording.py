@@ -27,7 +27,7 @@ def describe_inputs(first: PointVerdict | None, bitwise_equal: bool) -> str:
     if bitwise_equal:
         return f"Inputs: equal; the first point, {first.point}, is the same in both jobs to the last bit."
     if first.alone == 0:
-        return f"Inputs: equal; the first point, {first.point}, differs by 0."
+        return f"Inputs: the first point, {first.point}, differs by 0, but not all of its bits are equal."
     size = f"by {describe_number(first.alone)}" if math.isfinite(first.alone) else "in NaN or Inf"
     if first.guilty:
         return (

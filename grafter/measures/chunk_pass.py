@@ -21,12 +21,15 @@ from grafter.measures.chunk_sums import (
     fast_tensors,
     tensor_rows,
 )
-from grafter.measures.flat_chunks import CHUNK, FlatReader, unequal
+from grafter.measures.flat_chunks import CHUNK, LONG, FlatReader, rounded_off, unequal
 
 # Chunks of a step on a device: 2 million values, 16 MiB for each of some ten float64 temporaries.
 DEVICE_ROWS = 70
 
 WIDE = (torch.float64, torch.complex128)
+
+# From here on, float64 does not hold every whole number.
+EXACT = 2.0**53
 
 
 class _OwnWorkspace(threading.local):
@@ -59,7 +62,9 @@ def pass_over_pair(x: torch.Tensor, y: torch.Tensor, level: Literal["full", "lig
     pair = FlatReader(x, as_complex), FlatReader(y, as_complex)
     device = x.device if x.device.type != "cpu" else y.device
     if device.type != "cpu":
-        return pass_in_rows(*pair, device, statistics)
+        sums = pass_in_rows(*pair, device, statistics)
+        _look_up_whole_numbers(*pair, sums)
+        return sums
     sums = Sums()
     space = _workspace.of(min(CHUNK, pair[0].parts))
     # Overflow and NaN are how the fast way finds input that it must decline.
@@ -70,6 +75,7 @@ def pass_over_pair(x: torch.Tensor, y: torch.Tensor, level: Literal["full", "lig
                 space = _workspace.of(stop - start)
             _pair_chunk(*pair, start, stop, space, level, statistics, sums)
         _look_up_maximum(*pair, sums)
+        _look_up_whole_numbers(*pair, sums)
     return sums
 
 
@@ -119,11 +125,12 @@ def _pair_chunk(
         mask = unequal(x.read(start, stop), y.read(start, stop), space.x.tensor, space.y.tensor)
         np.copyto(space.unequal, mask.numpy())
         mismatched = int(np.count_nonzero(space.unequal))
-    pair = fast_pair(space, mismatched, same_bits, wide, level)
+    lost = None if same_bits else _lost(x, y, start, stop, space)
+    pair = fast_pair(space, mismatched, same_bits, wide, level, None if lost is None else lost.numpy())
     if pair is None:
         y_tensor = space.x.tensor if same_bits else space.y.tensor
-        mask = torch.from_numpy(space.unequal)
-        _append(sums, exact_rows(space.x.tensor[None], y_tensor[None], mask[None], wide, statistics))
+        mask, rows = torch.from_numpy(space.unequal), None if lost is None else lost[None]
+        _append(sums, exact_rows(space.x.tensor[None], y_tensor[None], mask[None], wide, statistics, rows))
         return
     sums.pair.append(pair)
     if statistics:
@@ -142,6 +149,15 @@ def _compare_bits(x: FlatReader, y: FlatReader, start: int, stop: int, space: Wo
         same = space.x.tensor
         np.copyto(space.unequal, unequal(x.read(start, stop), y.read(start, stop), same, same).numpy())
     return int(np.count_nonzero(space.unequal))
+
+
+def _lost(x: FlatReader, y: FlatReader, start: int, stop: int, space: Workspace) -> torch.Tensor | None:
+    """What float64 lost of the differences; None where it holds all numbers."""
+    if x.dtype not in LONG and y.dtype not in LONG:
+        return None
+    if not any(reader.dtype in LONG and row.max_abs() >= EXACT for reader, row in ((x, space.x), (y, space.y))):
+        return None
+    return rounded_off(x.read(start, stop), space.x.tensor) - rounded_off(y.read(start, stop), space.y.tensor)
 
 
 def first_maximum(pair: Sequence[PairSums]) -> int | None:
@@ -165,11 +181,26 @@ def _look_up_maximum(x: FlatReader, y: FlatReader, sums: Sums) -> None:
     space.x.tensor.copy_(x.read(start, stop))
     space.y.tensor.copy_(y.read(start, stop))
     np.subtract(space.x.values, space.y.values, out=space.d.values)
+    lost = _lost(x, y, start, stop, space)
+    if lost is not None:
+        space.d.tensor.add_(lost)
     space.d.tensor.abs_()
     index = int(space.d.values.argmax())
     sums.pair[chunk] = sums.pair[chunk]._replace(
         d_index=float(index), x_at=float(space.x.values[index]), y_at=float(space.y.values[index])
     )
+
+
+def _look_up_whole_numbers(x: FlatReader, y: FlatReader, sums: Sums) -> None:
+    """In the entry that holds the maximum, the two numbers as they are, where float64 may not hold them."""
+    if x.dtype not in LONG and y.dtype not in LONG:
+        return
+    chunk = first_maximum(sums.pair)
+    if chunk is None:
+        return
+    place = chunk * CHUNK + int(sums.pair[chunk].d_index)
+    values = [reader.read(place, place + 1).item() for reader in (x, y)]
+    sums.pair[chunk] = sums.pair[chunk]._replace(x_at=values[0], y_at=values[1])
 
 
 # --- many chunks at once, as rows
@@ -184,7 +215,10 @@ def pass_in_rows(x: FlatReader, y: FlatReader, device: torch.device, statistics:
         x_double, y_double = x_raw.double(), y_raw.double()
         mask = unequal(x_raw, y_raw, x_double, y_double)
         shape = (-1, min(CHUNK, stop - start))
-        steps.append(exact_rows(x_double.view(shape), y_double.view(shape), mask.view(shape), wide, statistics))
+        lost = None
+        if x.dtype in LONG or y.dtype in LONG:
+            lost = (rounded_off(x_raw, x_double) - rounded_off(y_raw, y_double)).view(shape)
+        steps.append(exact_rows(x_double.view(shape), y_double.view(shape), mask.view(shape), wide, statistics, lost))
     sums = Sums()
     if steps:
         # Side by side, so that the three tables cross to the host in one copy.

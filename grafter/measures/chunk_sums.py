@@ -131,10 +131,17 @@ class Workspace:
         return squares < np.inf and (not wide or is_safe(row.max_abs()))
 
 
-def fast_pair(space: Workspace, mismatched: int, same_bits: bool, wide: bool, level: str) -> PairSums | None:
+def fast_pair(
+    space: Workspace,
+    mismatched: int,
+    same_bits: bool,
+    wide: bool,
+    level: str,
+    lost: NDArray[np.float64] | None = None,
+) -> PairSums | None:
     """The sums of one chunk whose values lie in `space`; |d| is left in space.d. None: `exact_rows` must do it.
 
-    same_bits: all of x equals y (space.y is then not read); wide: either is float64.
+    same_bits: all of x equals y (space.y is then not read); wide: either is float64. lost: as `exact_rows` has it.
     """
     x, y, d = space.x, space.x if same_bits else space.y, space.d
     x_squares = x.squares()
@@ -147,6 +154,8 @@ def fast_pair(space: Workspace, mismatched: int, same_bits: bool, wide: bool, le
             UNKNOWN_INDEX, 0.0, 0.0, 0.0, 0.0, 0.0,
         )  # fmt: skip
     np.subtract(x.values, y.values, out=d.values)
+    if lost is not None:
+        d.values += lost
     d_squares = d.squares()
     products = absolute = 0.0
     if level == "full":
@@ -227,13 +236,19 @@ def centred_squares(space: Workspace, row: Row, squares: float, total: float) ->
 
 
 def exact_rows(
-    x: torch.Tensor, y: torch.Tensor, unequal: torch.Tensor, wide: bool, statistics: bool
+    x: torch.Tensor,
+    y: torch.Tensor,
+    unequal: torch.Tensor,
+    wide: bool,
+    statistics: bool,
+    lost: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Sums of each row: [rows, fields of PairSums], and with `statistics` [rows, fields of TensorSums] of x and of y.
 
-    x, y: [rows, n] float64 on one device; unequal: bool, the same shape. Never synchronises with the device.
+    x, y: [rows, n] float64 on one device; unequal: bool, the same shape. lost: what float64 lost of x - y, where x or y
+    are whole numbers that it does not hold. Never synchronises with the device.
     """
-    pair = _pair_rows(x, y, unequal, wide)
+    pair = _pair_rows(x, y, unequal, wide, lost)
     if not statistics:
         return pair, None, None
     return pair, tensor_rows(x, wide), tensor_rows(y, wide)
@@ -260,7 +275,9 @@ def tensor_rows(v: torch.Tensor, wide: bool) -> torch.Tensor:
     )  # fmt: skip
 
 
-def _pair_rows(x: torch.Tensor, y: torch.Tensor, unequal: torch.Tensor, wide: bool) -> torch.Tensor:
+def _pair_rows(
+    x: torch.Tensor, y: torch.Tensor, unequal: torch.Tensor, wide: bool, lost: torch.Tensor | None
+) -> torch.Tensor:
     finite = x.isfinite() & y.isfinite()
     x_nan, y_nan = x.isnan(), y.isnan()
     nan = x_nan ^ y_nan
@@ -270,7 +287,10 @@ def _pair_rows(x: torch.Tensor, y: torch.Tensor, unequal: torch.Tensor, wide: bo
     # Two float64 numbers near the end of the range may differ by more than the range: halve both first.
     halved = (torch.maximum(x_max, y_max) > 2.0**1022) if wide else torch.zeros_like(x_max, dtype=torch.bool)
     factor = torch.where(halved, 0.5, 1.0).double()[:, None]
-    d = (x_clean * factor - y_clean * factor).abs_()
+    d = x_clean * factor - y_clean * factor
+    if lost is not None:
+        d += lost.where(finite, 0.0) * factor
+    d.abs_()
     d_scaled, d_exponent = _scale(d, d.amax(1), wide)
     d_max = d_scaled.amax(1)
     place = torch.arange(d.shape[1], device=d.device).expand_as(d)

@@ -9,12 +9,14 @@
             # # . .  .        <- head of the last row
 
 The chunks are the same for every stride and device, so that what is summed by chunk does not depend on the layout.
-A complex tensor is read as its parts: real, imaginary, real, ..., as if its shape had a last dimension of 2.
+A complex tensor is read as its parts: real, imaginary, real, ..., as if its shape had a last dimension of 2. So is one
+of packed float4 values, two in each byte: that of the lower four bits comes first, and both are read as float32.
 """
 
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -27,6 +29,30 @@ PIECE = 9984
 CHUNK = 3 * PIECE
 
 _INTEGER_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+# float64 does not hold all of their values.
+LONG = (torch.int64, torch.uint64)
+# Older versions of torch do not have it.
+PACKED_FLOAT4 = getattr(torch, "float4_e2m1fn_x2", None)
+_HALF = 1 << 32
+_INTEGERS = frozenset(
+    [torch.bool, torch.uint8, torch.int8, torch.uint16, torch.int16]
+    + [torch.uint32, torch.int32, torch.uint64, torch.int64]
+)
+
+
+@lru_cache(maxsize=1)
+def _float4_pairs() -> torch.Tensor:
+    """[256, 2]: the two values of each byte, as float32, which holds them exactly. 1 bit of sign, 2 of exponent, 1."""
+    positive = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+    values = torch.cat([positive, -positive])
+    byte = torch.arange(256)
+    return torch.stack([values[byte & 15], values[byte >> 4]], dim=1)
+
+
+@lru_cache(maxsize=64)
+def are_paired(x: torch.dtype, y: torch.dtype) -> bool:
+    """Whether each element is read as two parts: where either is complex, or both are packed float4 values."""
+    return x.is_complex or y.is_complex or (x == y == PACKED_FLOAT4)
 
 
 class FlatReader:
@@ -38,8 +64,9 @@ class FlatReader:
 
     def __init__(self, tensor: torch.Tensor, as_complex: bool = False) -> None:
         self._tensor = tensor.detach()
+        self._is_packed = tensor.dtype is PACKED_FLOAT4
         self._as_complex = as_complex and not tensor.is_complex()
-        self._parts_per_element = 2 if as_complex or tensor.is_complex() else 1
+        self._parts_per_element = 2 if as_complex or tensor.is_complex() or self._is_packed else 1
         self.parts = tensor.numel() * self._parts_per_element
         self._flat = self._whole_if_contiguous()
         self.flat_bits: NDArray[Any] | None = None
@@ -50,7 +77,7 @@ class FlatReader:
     def _whole_if_contiguous(self) -> torch.Tensor | None:
         tensor = self._tensor
         lazy_bits = tensor.is_conj() or tensor.is_neg()
-        if lazy_bits or self._as_complex or not tensor.is_contiguous():
+        if lazy_bits or self._as_complex or self._is_packed or not tensor.is_contiguous():
             return None
         return torch.view_as_real(tensor).view(-1) if tensor.is_complex() else tensor.view(-1)
 
@@ -70,9 +97,13 @@ class FlatReader:
         if self._flat is not None:
             return self._flat[start:stop]
         scale = self._parts_per_element
-        tensor = self._tensor
+        tensor = copyable(self._tensor)
         chunk = torch.empty((stop - start) // scale, dtype=tensor.dtype, device=tensor.device)
         gather(tensor, start // scale, stop // scale, chunk)
+        if self._is_packed:
+            return _float4_pairs().to(chunk.device)[chunk.view(torch.uint8).long()].view(-1)
+        if tensor is not self._tensor:
+            return chunk.view(self._tensor.dtype)
         if self._as_complex:
             pairs = torch.zeros(len(chunk), 2, dtype=chunk.dtype, device=chunk.device)
             pairs[:, 0] = chunk
@@ -111,6 +142,17 @@ def bits(parts: torch.Tensor) -> torch.Tensor:
     return parts.view(_INTEGER_OF_SIZE[parts.element_size()])
 
 
+@lru_cache(maxsize=64)
+def is_opaque(dtype: torch.dtype) -> bool:
+    """Whether torch holds the bytes of this dtype and does not read them as numbers: they can be equal or not."""
+    return not (dtype in _INTEGERS or dtype.is_complex or dtype.is_floating_point)
+
+
+def copyable(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor; or, of a dtype of which torch copies no values, its memory as integers of the same width."""
+    return bits(tensor) if is_opaque(tensor.dtype) or tensor.dtype is PACKED_FLOAT4 else tensor
+
+
 def _is_integer(dtype: torch.dtype) -> bool:
     return not (dtype.is_floating_point or dtype.is_complex)
 
@@ -119,15 +161,35 @@ def unequal(x: torch.Tensor, y: torch.Tensor, x_double: torch.Tensor, y_double: 
     """Where two chunks differ in their bits after promotion: bool, 1-D; two NaNs of different bits still differ here.
 
     x, y: 1-D parts; x_double, y_double: the same in float64, which holds every floating dtype exactly. Integers of
-    different dtypes meet in int64 and compare exactly; an integer meets a floating number in float64.
+    different dtypes meet in int64 and compare exactly; an integer meets a floating number in float64, and differs from
+    each one if float64 does not hold it.
     """
     if x.dtype == y.dtype:
         return bits(x) != bits(y)
     if not (_is_integer(x.dtype) and _is_integer(y.dtype)):
-        return bits(x_double) != bits(y_double)
+        result = bits(x_double) != bits(y_double)
+        for parts, double in ((x, x_double), (y, y_double)):
+            if parts.dtype in LONG:
+                result |= rounded_off(parts, double) != 0
+        return result
     x_wide, y_wide = x.to(torch.int64), y.to(torch.int64)
     result = x_wide != y_wide
     if torch.uint64 in (x.dtype, y.dtype):
         # One of the two wrapped to a negative number, or really is negative: a value that the other dtype lacks.
         result |= (x_wide < 0) | (y_wide < 0)
     return result
+
+
+def rounded_off(parts: torch.Tensor, double: torch.Tensor) -> torch.Tensor:
+    """What float64 lost of each of some whole numbers: `parts - double`, which float64 holds. Both of one shape.
+
+    Zeros for dtypes other than LONG.
+    """
+    if parts.dtype not in LONG:
+        return torch.zeros_like(double)
+    whole = parts.view(torch.int64)
+    low, high = whole & (_HALF - 1), whole >> 32
+    if parts.dtype is torch.uint64:
+        high = high & (_HALF - 1)
+    # Each step is exact: what is subtracted lies within 2**33 of what it is subtracted from.
+    return (high.double() * _HALF - double) + low.double()

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from grafter.measures.chunk_pass import WIDE
+from grafter.measures.chunk_pass import EXACT, WIDE
 from grafter.measures.chunk_sums import (
     TILE,
     UNKNOWN_INDEX,
@@ -32,7 +32,7 @@ from grafter.measures.chunk_sums import (
     products_from_squares,
     squares_of_rows,
 )
-from grafter.measures.flat_chunks import CHUNK, bits, unequal
+from grafter.measures.flat_chunks import CHUNK, LONG, bits, rounded_off, unequal
 from grafter.measures.magnitudes import Magnitudes
 from grafter.measures.rows import Rows
 from grafter.measures.ulps import NO_ULPS, UlpCounter, UlpSums, narrower, part_dtype
@@ -204,7 +204,10 @@ class PairMeter:
         products = [None if are_comparable(*own) else panel.product(n) for n, own in enumerate(squares)]
         # From here on x is d.
         d = panel.x
+        lost = self._lost(x, y)
         np.subtract(d.values, panel.y.values, out=d.values)
+        if lost is not None:
+            d.values += lost
         d_tiles, d_squares = d.squares()
         np.abs(d.values, out=d.values)
         largest = np.maximum.reduce(d.by_chunk.numpy(), axis=1).tolist()
@@ -229,6 +232,16 @@ class PairMeter:
             sums.count_ulps(self._ulps.compare_subtracted(x, y, all_normal=all_normal))
         return True
 
+    def _lost(self, x: torch.Tensor, y: torch.Tensor) -> NDArray[np.float64] | None:
+        """What float64 lost of the differences of the panel's x and y; None where it holds all numbers."""
+        if x.dtype not in LONG and y.dtype not in LONG:
+            return None
+        sides = ((x, self._panel.x), (y, self._panel.y))
+        if not any(parts.dtype in LONG and max(row.max_abs()) >= EXACT for parts, row in sides):
+            return None
+        found: NDArray[np.float64] = (rounded_off(x, sides[0][1].flat) - rounded_off(y, sides[1][1].flat)).numpy()
+        return found
+
     @staticmethod
     def _placed(
         sums: RunSums, pair: PairSums, d: NDArray[np.float64] | None, x: torch.Tensor, y: torch.Tensor
@@ -244,25 +257,41 @@ class PairMeter:
         if d is None:
             return pair
         index = int(d.argmax())
-        return pair._replace(d_index=float(index), x_at=x[index].double().item(), y_at=y[index].double().item())
+        return pair._replace(d_index=float(index), x_at=_number(x[index]), y_at=_number(y[index]))
 
     # --- any others
 
     def _any_chunk(self, sums: RunSums, start: int, x: torch.Tensor, y: torch.Tensor, same_bits: bool) -> None:
-        """Values that are not finite, or whose squares leave float64."""
+        """Values that are not finite, whose squares leave float64, or whole numbers that it does not hold."""
         x_double, y_double = x.double(), y.double()
         mask = unequal(x, y, x_double, y_double)
-        pair, x_sums, y_sums = exact_rows(x_double[None], y_double[None], mask[None], self._wide, self._statistics)
-        sums.rows.add_any(start, x_double, y_double)
+        lost = None
+        if x.dtype in LONG or y.dtype in LONG:
+            lost = rounded_off(x, x_double) - rounded_off(y, y_double)
+        lost_row = None if lost is None else lost[None]
+        pair, x_sums, y_sums = exact_rows(
+            x_double[None], y_double[None], mask[None], self._wide, self._statistics, lost_row
+        )
+        sums.rows.add_any(start, x_double, y_double, lost)
+        d = x_double - y_double if lost is None else x_double - y_double + lost
         finite = x_double.isfinite() & y_double.isfinite()
         same = ~finite & ((x_double == y_double) | (x_double.isnan() & y_double.isnan()))
-        sums.magnitudes.add((x_double - y_double).abs().where(~same, 0.0)[finite | same].numpy())
-        sums.pair.append(self._placed(sums, PairSums._make(pair[0].tolist()), None, x, y))
+        sums.magnitudes.add(d.abs().where(~same, 0.0)[finite | same].numpy())
+        entry = PairSums._make(pair[0].tolist())
+        if lost is not None and entry.d_max:
+            index = int(entry.d_index)
+            entry = entry._replace(x_at=_number(x[index]), y_at=_number(y[index]))
+        sums.pair.append(self._placed(sums, entry, None, x, y))
         if x_sums is not None and y_sums is not None:
             sums.x.append(TensorSums._make(x_sums[0].tolist()))
             sums.y.append(TensorSums._make(y_sums[0].tolist()))
         if self._ulps is not None:
             sums.count_ulps(self._ulps.equal(x) if same_bits else self._ulps.compare_subtracted(x, y))
+
+
+def _number(part: torch.Tensor) -> float:
+    """As a whole number where float64 may not hold it."""
+    return part.item() if part.dtype in LONG else part.double().item()
 
 
 @dataclass(frozen=True)

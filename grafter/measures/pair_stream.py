@@ -23,11 +23,11 @@ import numpy as np
 import torch
 
 from grafter.ledger import Difference, TensorStatistics
-from grafter.measures.flat_chunks import CHUNK, FlatReader
+from grafter.measures.flat_chunks import CHUNK, FlatReader, are_paired
 from grafter.measures.magnitudes import Between, Magnitudes
 from grafter.measures.pair_chunks import CHUNKS, PairMeter, RunSums
 from grafter.measures.rows import WorstRow
-from grafter.measures.stats import check_plain, make_difference, make_statistics
+from grafter.measures.stats import check_pair, check_plain, make_difference, make_statistics
 from grafter.measures.ulps import UlpSums, narrower, part_dtype
 
 # Chunks that are handed to another thread together: 2 MiB of float32, half a millisecond or more.
@@ -75,7 +75,8 @@ class Measurement:
     difference: Difference
     ulps: Ulps | None
     percentiles: dict[str, Between]
-    rows: RowMeasures
+    # None where values are no numbers, and differ.
+    rows: RowMeasures | None
     magnitudes: list[tuple[float, float, int]]
     x: TensorStatistics | None = None
     y: TensorStatistics | None = None
@@ -96,8 +97,8 @@ class PairStream:
     """Measures x against y; see `stats` for what each number means.
 
     shape: of both; row_ndim: how many of its leading dims count the rows. statistics: whether those of x and of y are
-    wanted, too. Plain dtypes only (UsageError for packed ones). Not for several threads at once; of `helpers`, threads
-    that have nothing to do measure parts of large blocks.
+    wanted, too. Dtypes of numbers only, packed ones only both (UsageError; see `ByteStream`). Not for several
+    threads at once; of `helpers`, threads that have nothing to do measure parts of large blocks.
     """
 
     def __init__(
@@ -110,11 +111,11 @@ class PairStream:
         statistics: bool = True,
         helpers: Executor | None = None,
     ) -> None:
+        check_pair(x, y)
         check_plain(x)
-        check_plain(y)
         self._as_complex = x.is_complex or y.is_complex
         self._numel = math.prod(shape)
-        self._shape = [*shape, 2] if self._as_complex else list(shape)
+        self._shape = [*shape, 2] if are_paired(x, y) else list(shape)
         self._parts = math.prod(self._shape)
         self._dtypes, self._statistics, self._helpers = (x, y), statistics, helpers
         self._row_count = math.prod(self._shape[:row_ndim])

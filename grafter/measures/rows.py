@@ -132,8 +132,11 @@ class Rows:
         """Chunks of `count` finite values in all. squares: what `squares` gives of d, of x, and of y."""
         self._add(start, count, squares, 0, None)
 
-    def add_any(self, start: int, x: torch.Tensor, y: torch.Tensor) -> None:
-        """A chunk of any float64 values: what is not finite is left out, and unequal such values are counted."""
+    def add_any(self, start: int, x: torch.Tensor, y: torch.Tensor, lost: torch.Tensor | None = None) -> None:
+        """A chunk of any float64 values: what is not finite is left out, and unequal such values are counted.
+
+        lost: what float64 lost of x - y.
+        """
         finite = x.isfinite() & y.isfinite()
         unequal = (~finite & (x != y) & ~(x.isnan() & y.isnan())).numpy()
         x_clean, y_clean = (v.where(finite, 0.0).numpy() for v in (x, y))
@@ -141,7 +144,10 @@ class Rows:
         largest = max(float(np.abs(v).max(initial=0.0)) for v in (x_clean, y_clean))
         exponent = math.frexp(largest)[1] if largest else 0
         x_clean, y_clean = np.ldexp(x_clean, -exponent), np.ldexp(y_clean, -exponent)
-        squares = tuple(self.squares(start, v) for v in (x_clean - y_clean, x_clean, y_clean))
+        d = x_clean - y_clean
+        if lost is not None:
+            d += np.ldexp(lost.where(finite, 0.0).numpy(), -exponent)
+        squares = tuple(self.squares(start, v) for v in (d, x_clean, y_clean))
         self._add(start, len(x), squares, exponent, unequal)
 
     def merge(self, later: Rows) -> None:

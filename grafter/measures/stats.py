@@ -9,16 +9,21 @@ x is the receiver's value before the write, y is what came; d = x - y, computed 
     mean_abs             sum(|d|) / number of values compared.
     cosine               sum(xy) / (|x| |y|), within [-1, 1]; 0 where exactly one is all zero.
     mismatched_fraction  values whose bits differ after promotion to a common dtype, over all values; NaN equals NaN,
-                         but -0.0 and 0.0 are mismatched (they differ by 0). Integers compare exactly, also above 2^53,
-                         where d, being float64, may round a difference to 0.
+                         but -0.0 and 0.0 are mismatched (they differ by 0).
     nan, inf             how many *unequal* values are non-finite: nan where exactly one of the two is NaN, inf where
                          one is infinite and the other is another number. They are left out of every sum and maximum,
                          and a rule must fail where they are not 0. Equal non-finite values differ by 0.
 
+Whole numbers that float64 does not hold (int64 and uint64 from 2^53 on) are subtracted exactly before d is rounded to
+float64, so unequal ones never differ by 0; `max_abs_values` has them as they are.
+
 Two all-zero, or two empty, tensors: rel 0, rel_l2 0, cosine 1. Where no value at all could be compared, the fields
 are None. A complex tensor is its real and imaginary parts: one more dimension of size 2 in `max_abs_index`, twice as
-many values. Statistics of one tensor are over its finite values (None where it has none), std is the population's
-(divided by n), nan and inf count all its own.
+many values. So is one of packed float4 values, two in a byte, the lower four bits first. A dtype whose bytes torch does
+not read as numbers (`bits8`, `uint4`, ...) has `mismatched_fraction` alone, unless all bytes are equal.
+
+Statistics of one tensor are over its finite values (None where it has none), std is the population's (divided by n),
+nan and inf count all its own.
 
 level `full` gives everything; `light`, what costs about one pass: a Difference with rel, rel_l2, max_abs with its
 index and values, mismatched_fraction, nan and inf, and no statistics of the single tensors; `off`, nothing.
@@ -33,6 +38,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -42,18 +48,18 @@ from grafter.errors import UsageError
 from grafter.ledger import Difference, TensorStatistics
 from grafter.measures.chunk_pass import first_maximum, pass_over_pair, pass_over_tensor
 from grafter.measures.chunk_sums import PairSums, TensorSums
-from grafter.measures.flat_chunks import CHUNK
+from grafter.measures.flat_chunks import CHUNK, PACKED_FLOAT4, are_paired, bits, is_opaque
 
 Level = Literal["full", "light", "off"]
 
-_INTEGERS = frozenset(
-    [torch.bool, torch.uint8, torch.int8, torch.uint16, torch.int16]
-    + [torch.uint32, torch.int32, torch.uint64, torch.int64]
-)
+# Of what is equal, and no numbers.
+NO_DIFFERENCE = Difference(rel=0.0, rel_l2=0.0, max_abs=0.0, mean_abs=0.0, cosine=1.0, mismatched_fraction=0.0)
 
 
 def summarize(tensor: torch.Tensor, level: Level) -> TensorStatistics | None:
-    """Statistics of one plain strided tensor of any shape and dtype (packed and quantised ones raise UsageError).
+    """Statistics of one plain strided tensor of any shape and dtype (quantised ones, and those without numbers, raise
+
+    UsageError).
 
     None unless level is `full`.
     """
@@ -76,7 +82,8 @@ def compare(
     """Statistics of x and of y (level `full`), and their difference, in one pass over both.
 
     x, y: plain strided tensors of one shape; any strides, dtypes and devices (on CUDA if either is). Neither is
-    written to, no random state is used. Raises UsageError for unequal shapes and for packed or quantised dtypes.
+    written to, no random state is used. Raises UsageError for unequal shapes, for quantised dtypes, and for two dtypes
+    of which one has no numbers, or of which one is packed.
     """
     return (None, None, None) if level == "off" else _compare(x, y, level, statistics=level == "full")
 
@@ -84,31 +91,59 @@ def compare(
 def _compare(
     x: torch.Tensor, y: torch.Tensor, level: Literal["full", "light"], statistics: bool
 ) -> tuple[TensorStatistics | None, TensorStatistics | None, Difference | None]:
-    check_plain(x.dtype, x.layout)
-    check_plain(y.dtype, y.layout)
+    check_layout(x.dtype, x.layout)
+    check_layout(y.dtype, y.layout)
+    check_pair(x.dtype, y.dtype)
     if x.shape != y.shape:
         raise UsageError(
             f"statistics: the tensors to compare have shapes {list(x.shape)} and {list(y.shape)}. A difference is"
             " defined value by value. Bring them to one shape first."
         )
+    if is_opaque(x.dtype):
+        unequal = bits(x) != bits(y).to(x.device)
+        return None, None, byte_difference(int(torch.count_nonzero(unequal)), x.numel())
     with torch.no_grad():
         sums = pass_over_pair(x, y, level, statistics)
     before = incoming = None
     if statistics:
         before, incoming = make_statistics(x.numel(), sums.x), make_statistics(y.numel(), sums.y)
-    parts_shape = [*x.shape, 2] if x.is_complex() or y.is_complex() else list(x.shape)
+    parts_shape = [*x.shape, 2] if are_paired(x.dtype, y.dtype) else list(x.shape)
     return before, incoming, make_difference(parts_shape, sums.pair, level)
 
 
 def check_plain(dtype: torch.dtype, layout: torch.layout = torch.strided) -> None:
     """Raise UsageError where a tensor of this dtype and layout holds no plain numbers."""
-    packed = dtype.is_floating_point and dtype.itemsize == 1 and not str(dtype).startswith("torch.float8_")
-    plain = dtype in _INTEGERS or dtype.is_complex or (dtype.is_floating_point and not packed)
-    if not plain or layout is not torch.strided:
+    check_layout(dtype, layout)
+    if is_opaque(dtype):
+        raise UsageError(
+            f"statistics: torch does not read a tensor of dtype {dtype} as numbers. Unpack it, or set"
+            " GRAFTER_STATS=off."
+        )
+
+
+@lru_cache(maxsize=64)
+def check_layout(dtype: torch.dtype, layout: torch.layout) -> None:
+    """Raise UsageError where a tensor has no plain memory of one value after the other."""
+    if layout is not torch.strided or str(dtype).startswith(("torch.q", "torch.quint")):
         raise UsageError(
             f"statistics: a tensor of dtype {dtype} and layout {layout} holds no plain numbers. Dequantise or"
             " unpack it, or set GRAFTER_STATS=off."
         )
+
+
+@lru_cache(maxsize=64)
+def check_pair(x: torch.dtype, y: torch.dtype) -> None:
+    """Raise UsageError where values of these two dtypes have no difference."""
+    if x != y and (is_opaque(x) or is_opaque(y) or PACKED_FLOAT4 in (x, y)):
+        raise UsageError(
+            f"statistics: values of the dtypes {x} and {y} cannot be compared: one of them is packed, or torch does not"
+            " read it as numbers. Unpack it, or give both sides one dtype."
+        )
+
+
+def byte_difference(unequal: int, count: int) -> Difference:
+    """Of `count` values that are no numbers, of which so many have other bytes."""
+    return Difference(mismatched_fraction=unequal / count) if unequal else NO_DIFFERENCE
 
 
 # --- combined
@@ -246,7 +281,7 @@ def _cosine(products: _Scaled, x_squares: _Scaled, y_squares: _Scaled) -> float:
     return min(1.0, max(-1.0, products.over(norms)))
 
 
-def _maximum(shape: list[int], sums: Sequence[PairSums]) -> tuple[float, list[int] | None, list[float] | None]:
+def _maximum(shape: list[int], sums: Sequence[PairSums]) -> tuple[float, list[int] | None, list[int | float] | None]:
     """max(|d|), its index, and x and y there."""
     chunk = first_maximum(sums)
     if chunk is None:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from grafter.measures.flat_chunks import bits
+from grafter.measures.flat_chunks import PACKED_FLOAT4, bits
 
 _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 # Of so many numbers one may be looked at by itself.
@@ -39,8 +39,11 @@ NO_ULPS = UlpSums(0, 0, 0)
 
 
 def part_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of a number's parts: that of a complex one's real part, else its own."""
-    return _PARTS.get(dtype, dtype)
+    """The dtype in which a number's parts are read: that of a complex one's real part, float32 for packed float4
+
+    values, else its own.
+    """
+    return torch.float32 if dtype is PACKED_FLOAT4 else _PARTS.get(dtype, dtype)
 
 
 def narrower(x: torch.dtype, y: torch.dtype) -> torch.dtype | None:
@@ -48,8 +51,10 @@ def narrower(x: torch.dtype, y: torch.dtype) -> torch.dtype | None:
 
     bfloat16 is narrower than float16 (8 bits against 11), and float8_e5m2 than float8_e4m3fn. Of two with the same
     precision, the one with the smaller range. None, too, for scales (float8_e8m0fnu): powers of two without a sign or
-    a zero are no numbers to round to.
+    a zero are no numbers to round to. None for packed float4 values, too: there are 15 of them.
     """
+    if PACKED_FLOAT4 is not None and PACKED_FLOAT4 in (x, y):
+        return None
     x, y = part_dtype(x), part_dtype(y)
     if not (x.is_floating_point and y.is_floating_point) or _SCALES in (x, y):
         return None

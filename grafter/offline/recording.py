@@ -77,7 +77,7 @@ class RecordedPoint:
         if header.failure is not None:
             return Offer(self, failure=RecordedFailure(header.failure))
         if header.nothing is not None:
-            return Offer(self, nothing=f"{header.nothing} (when it was recorded)")
+            return Offer(self, nothing=f"{header.nothing} (when it was recorded)", plain=dict(header.others))
         try:
             return self._offer(header)
         except DumpError as error:

@@ -23,11 +23,11 @@ class Decision:
     `sources` is, for each receiving role rank, the sending role ranks whose whole value it gets, in order. Where
     layouts decide, `reshardings` has for each leaf what goes where, and `sources` whose extras a receiver gets. Where
     rows are addressed by token, `rows` says which, and `reshardings` are of these rows alone, [tokens, ...]. Where
-    `outcome` is not None, nothing moves, and `reason` says why.
+    `outcome` is not None, nothing moves, and `reason` says why; `compared`: the values hold no tensors, and are equal.
     """
 
     sources: dict[int, tuple[int, ...]]
-    outcome: Literal["skipped", "failed"] | None = None
+    outcome: Literal["skipped", "failed", "compared"] | None = None
     reason: str | None = None
     reshardings: tuple[Resharding, ...] | None = None
     rows: PairedRows | None = None
@@ -46,6 +46,8 @@ def decide(direction: Direction, pair: Pair) -> Decision:
     if failed is not None:
         return Decision({}, "failed", f"{failed.who} failed before the exchange: {failed.failure}")
     nothing = [h for h in pair.headers if h.nothing is not None]
+    if nothing and direction == "compare" and all(h.nothing is not None and h.others for h in pair.headers):
+        return _compare_plain(pair.headers)
     if nothing:
         return Decision({}, "skipped", "; ".join(f"{h.who}: {h.nothing}" for h in nothing[:4]))
     shared_gpu = find_shared_gpu(pair.headers)
@@ -74,6 +76,16 @@ def decide(direction: Direction, pair: Pair) -> Decision:
     if needs == {"same_rank"}:
         return _pair_by_position(senders, receivers, same_shape=False)
     return _with_missing_layout(_identity(senders, receivers), senders, receivers)
+
+
+def _compare_plain(headers: Sequence[Header]) -> Decision:
+    """Values that are plain data alone: equal on all ranks or not."""
+    unequal = next((u for h in headers[1:] if (u := find_unequal_leaf(headers[0], h)) is not None), None)
+    if unequal is not None:
+        return Decision({}, "failed", unequal)
+    count = len(headers[0].others)
+    what = "the value is no tensor, and is" if count == 1 else f"the {count} leaves are no tensors, and are"
+    return Decision({}, "compared", f"{what} equal on all ranks")
 
 
 def _with_missing_layout(decision: Decision, senders: Sequence[Header], receivers: Sequence[Header]) -> Decision:

@@ -45,15 +45,21 @@ def find_unequal_leaf(sender: Header, receiver: Header) -> str | None:
     sent, there = dict(sender.others), dict(receiver.others)
     for path in sorted(sent | there):
         if sent.get(path) != there.get(path):
+            one, other = _values(sent.get(path), there.get(path), absent="absent" if sender.nothing else "a tensor")
             return (
-                f"the leaf {path} is {_value(sent.get(path))} at {sender.who} and {_value(there.get(path))} at "
-                f"{receiver.who}; leaves that are no tensors must be equal"
+                f"the {f'leaf {path}' if path else 'value'} is {one} at {sender.who} and {other} at {receiver.who}; "
+                "leaves that are no tensors must be equal"
             )
     return None
 
 
-def _value(encoded: str | None) -> str:
-    return "a tensor" if encoded is None else repr(json.loads(encoded)[1])
+def _values(one: str | None, other: str | None, *, absent: str) -> tuple[str, str]:
+    """With their types, where the values look alike."""
+    types, values = zip(*(("", absent) if own is None else json.loads(own) for own in (one, other)), strict=True)
+    shown = [own if known == "" else repr(own) for known, own in zip(types, values, strict=True)]
+    if shown[0] == shown[1]:
+        shown = [f"{own} ({known})" for known, own in zip(types, shown, strict=True)]
+    return shown[0], shown[1]
 
 
 def _structure(header: Header) -> str:

@@ -11,7 +11,14 @@ from grafter.layout.remembered import Remembered
 from grafter.layout.resharding import Resharding
 from grafter.layout.row_view import RowView
 from grafter.layout.token_rows import TokenRows, WindowedTokens, number_rows
-from grafter.layout.token_shares import OwnTokens, key_of_shares, own_tokens, row_views, token_shares
+from grafter.layout.token_shares import (
+    OwnTokens,
+    key_of_shares,
+    own_tokens,
+    row_views,
+    token_shares,
+    with_rows_alike,
+)
 from grafter.ledger import TokenCounts
 from grafter.pairing.announced_tokens import resolved
 from grafter.pairing.leaf_resharding import reshard_between
@@ -63,7 +70,8 @@ def pair_rows(senders: Sequence[Header], receivers: Sequence[Header]) -> tuple[P
 
     All give tokens, and their values are built alike. Where no token is in both sides' rows, there are no reshardings.
     """
-    own = [own_tokens(side, _told_tokens(side)) for side in (senders, receivers)]
+    sides = (senders, receivers)
+    own = with_rows_alike(sides, [own_tokens(side, _told_tokens(side)) for side in sides])
     tokens = number_rows(own[0].tokens, own[1].tokens)
     if not tokens.count:
         return PairedRows(tokens, senders[0].role, {}), ()

@@ -68,7 +68,7 @@ def make_run_page(directory: Path) -> PageData:
 
 def _title(points: Sequence[PagePoint]) -> str:
     grafted = sum(point.outcome == "grafted" for point in points)
-    compared = sum(point.outcome == "compared" for point in points)
+    compared = sum(point.outcome == "compared" and bool(point.difference or point.nonfinite) for point in points)
     if not points:
         return "Live pair: no point was matched"
     counted = [f"{n} {what}" for n, what in ((grafted, "grafted"), (compared, "compared")) if n]
@@ -92,6 +92,11 @@ def _point(order: int, row: PointRow, group: Sequence[LedgerRecord]) -> PagePoin
     notes = [f"ranks disagree: {row.disagreement}"] if row.disagreement else []
     if row.replicas is not None:
         notes.append("the sender's replicas differ, though they were declared copies")
+    if row.copies is not None:
+        ranks = " and ".join(row.copies.ranks)
+        notes.append(f"the receiver's replicas differ, though they were declared copies: {ranks}")
+    if row.unmeasured is not None:
+        notes.append(f"nothing says whether it is equal: {row.unmeasured}")
     return PagePoint(
         order=order,
         label=row.label,
@@ -291,9 +296,11 @@ def describe_divergence(points: Sequence[PagePoint]) -> PageVerdict | None:
     compared = [point for point in points if point.outcome == "compared" and (point.difference or point.nonfinite)]
     if not compared:
         return None
-    differing = [point for point in compared if point.nonfinite or point.difference.get("rel", 0.0) > 0]
+    differing = [point for point in compared if point.nonfinite or _differs(point)]
+    others = len(points) - len(compared)
     if not differing:
-        return PageVerdict(f"All {len(compared)} compared points are equal.", "good")
+        rest = f"; {others} of {len(points)} were not compared" if others else ""
+        return PageVerdict(f"All {len(compared)} compared points are equal{rest}.", "open" if others else "good")
     first = differing[0]
     worst = max(differing, key=lambda point: point.badness)
     sentence = f"The first difference is at {first.label}, step {first.step} ({_size(first)})"
@@ -305,11 +312,22 @@ def describe_divergence(points: Sequence[PagePoint]) -> PageVerdict | None:
     jump = _largest_growth(compared)
     if jump is not None:
         details.insert(0, jump)
+    if others:
+        details.append(f"{others} of {len(points)} points were not compared.")
     return PageVerdict(f"{sentence}.", "open", tuple(details), worst.order)
 
 
+def _differs(point: PagePoint) -> bool:
+    """In any bit: rel is 0 for -0.0 against 0.0, and unknown of values that are no numbers."""
+    return point.difference.get("rel", 0.0) > 0 or point.difference.get("mismatched_fraction", 0.0) > 0
+
+
 def _size(point: PagePoint) -> str:
-    return "NaN or Inf on one side" if point.nonfinite else f"rel {describe_number(point.difference.get('rel'))}"
+    if point.nonfinite:
+        return "NaN or Inf on one side"
+    rel = point.difference.get("rel")
+    bits = point.difference.get("mismatched_fraction")
+    return f"rel {describe_number(rel)}" if rel or bits is None else f"other bits in {bits:.2g} of the values"
 
 
 def _largest_growth(compared: Sequence[PagePoint]) -> str | None:

@@ -23,6 +23,18 @@ RankLedger = tuple[Role, int, list[LedgerRecord]]
 
 
 @dataclass(frozen=True)
+class UnequalCopies:
+    """Receivers that hold one part of a leaf, and not the same values. ranks: `target 0`; rels: what each differs by
+
+    from what came.
+    """
+
+    leaf: str
+    ranks: tuple[str, ...]
+    rels: tuple[float | None, ...]
+
+
+@dataclass(frozen=True)
 class PointRow:
     """One point, on one rank or merged over all that took part.
 
@@ -53,6 +65,13 @@ class PointRow:
     disagreement: str | None = None
     # How far the sender's copies are apart, where they were compared and are not equal.
     replicas: Difference | None = None
+    # The same of the receiver's copies, and why some were not compared.
+    copies: UnequalCopies | None = None
+    copies_not_compared: str | None = None
+    # Over all values of the leaf: the fraction whose bits differ; None where no difference was taken.
+    mismatched: float | None = None
+    # Of a point that was compared: why some of it has no figures, so that nothing says whether it is equal.
+    unmeasured: str | None = None
 
     @property
     def label(self) -> str:
@@ -66,7 +85,7 @@ class PointRow:
 
     @property
     def is_trouble(self) -> bool:
-        return self.outcome in ("failed", "skipped")
+        return self.outcome in ("failed", "skipped") or self.unmeasured is not None
 
     def as_json(self) -> str:
         """One line; NaN and Infinity as in the ledger."""
@@ -113,7 +132,9 @@ def _row(group: list[LedgerRecord], tags: dict[str, Any], disagreement: str | No
     # A point that failed is told in the receiver's words; a sender only hears of it.
     group = sorted(group, key=lambda record: (record.role != receiving, record.role_rank))
     worst = max(group, key=lambda record: _SEVERITY[record.outcome])
-    leaf, difference = _worst_leaf([record for record in group if record.role == receiving] or group)
+    receivers = [record for record in group if record.role == receiving]
+    leaf, difference = _worst_leaf(receivers or group)
+    copies, copies_not_compared = _compare_copies(receivers)
     return PointRow(
         step=worst.step,
         name=worst.name,
@@ -136,7 +157,45 @@ def _row(group: list[LedgerRecord], tags: dict[str, Any], disagreement: str | No
         call_site=worst.call_site,
         disagreement=disagreement,
         replicas=_unequal_replicas(group),
+        copies=copies,
+        copies_not_compared=copies_not_compared,
+        mismatched=difference.mismatched_fraction if difference else None,
+        unmeasured=_why_unmeasured(receivers),
     )
+
+
+def _why_unmeasured(receivers: list[LedgerRecord]) -> str | None:
+    """Of a comparison: why a receiver has no figures of a leaf."""
+    for record in receivers:
+        if record.outcome != "compared":
+            continue
+        figures = [leaf.difference for leaf in record.leaves] or [record.difference]
+        if None in figures:
+            return record.reason or "the ledger does not say why"
+    return None
+
+
+def _compare_copies(receivers: list[LedgerRecord]) -> tuple[UnequalCopies | None, str | None]:
+    """Those of the worst leaf of which receivers have unequal copies; and why some copies could not be compared."""
+    held: dict[tuple[str, tuple[int, ...]], dict[int, LeafRecord]] = {}
+    for record in receivers:
+        for leaf in record.leaves if record.outcome in ("grafted", "compared") else ():
+            if leaf.copy_of is not None:
+                held.setdefault((leaf.path, tuple(leaf.copy_of.ranks)), {})[record.role_rank] = leaf
+    unequal: list[UnequalCopies] = []
+    why_not: str | None = None
+    for (path, ranks), leaves in held.items():
+        role = receivers[0].role
+        known = {rank: leaf for rank, leaf in leaves.items() if leaf.copy_of is not None and leaf.copy_of.checksum}
+        if len(known) < len(ranks):
+            rank = next(rank for rank in ranks if rank not in known)
+            why = leaves[rank].copy_of if rank in leaves else None
+            absent = "its ledger is not here, or has no record of it"
+            why_not = f"{role} {rank}: {(why.reason if why else None) or absent}"
+        if len({leaf.copy_of.checksum for leaf in known.values() if leaf.copy_of is not None}) > 1:
+            rels = tuple(leaf.difference.rel if leaf.difference else None for leaf in known.values())
+            unequal.append(UnequalCopies(path, tuple(f"{role} {rank}" for rank in known), rels))
+    return max(unequal, key=lambda one: max(rel or 0.0 for rel in one.rels), default=None), why_not
 
 
 def _unequal_replicas(group: list[LedgerRecord]) -> Difference | None:
@@ -155,10 +214,11 @@ def _worst_leaf(receivers: list[LedgerRecord]) -> tuple[LeafRecord | None, Diffe
     return (leaves[0] if leaves else None), max(whole, key=_badness, default=None)
 
 
-def _badness(difference: Difference | None) -> tuple[bool, float]:
+def _badness(difference: Difference | None) -> tuple[bool, float, float]:
     assert difference is not None
-    rel = difference.rel
-    return difference.nan + difference.inf > 0, -1.0 if rel is None else rel
+    rel, mismatched = difference.rel, difference.mismatched_fraction or 0.0
+    # Values that are no numbers, and differ, have no rel.
+    return difference.nan + difference.inf > 0, (2.0 if mismatched else -1.0) if rel is None else rel, mismatched
 
 
 def _disagreement(group: list[LedgerRecord], present: set[str]) -> str | None:

@@ -21,6 +21,11 @@ def find_notes(ledgers: list[RankLedger], rows: list[PointRow], summaries: list[
         notes = [*notes[:_NAMES_SHOWN], f"and {len(notes) - _NAMES_SHOWN} more points on which ranks disagree"]
     if any(row.nonfinite for row in rows):
         notes.append("! marks points where the sides differ in NaN or Inf; rel and max_abs are over the finite values")
+    if any(row.mismatched and not row.rel and not row.nonfinite for row in rows):
+        notes.append(
+            "!= marks points of which some values differ in their bits though rel is 0 or unknown: -0.0 against 0.0, "
+            "or values that are no numbers"
+        )
     notes += _unmet_notes(rows) + _token_notes(ledgers)
     notes += _dump_notes(summaries) + _hook_notes(summaries)
     unmatched = count_unmatched(summaries)

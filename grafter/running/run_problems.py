@@ -11,17 +11,16 @@ def find_problems(rows: list[PointRow], summaries: list[RankSummary], attach: st
     problems = []
     failed = [row for row in rows if row.outcome == "failed"]
     if failed:
-        points = "1 point" if len(failed) == 1 else f"{len(failed)} points"
-        problems.append(f"{points} failed; the first is {failed[0].label} at step {failed[0].step}.")
+        problems.append(f"{_points(len(failed))} failed; the first is {failed[0].label} at step {failed[0].step}.")
     apart = [row for row in rows if row.replicas is not None]
     if apart:
-        points = "1 point" if len(apart) == 1 else f"{len(apart)} points"
         worst = max(apart, key=lambda row: row.replicas.max_abs or 0.0 if row.replicas else 0.0)
         figure = worst.replicas.max_abs if worst.replicas else None
         problems.append(
-            f"the sender's replicas differ at {points}, though they were declared copies; the worst is {worst.label} "
-            f"at step {worst.step}" + (f" (max |d| {figure:.3g})." if figure is not None else ".")
+            f"the sender's replicas differ at {_points(len(apart))}, though they were declared copies; the worst is "
+            f"{worst.label} at step {worst.step}" + (f" (max |d| {figure:.3g})." if figure is not None else ".")
         )
+    problems += _problems_of_copies(rows) + _problems_of_unmeasured(rows)
     by_error: dict[str, list[str]] = {}
     for summary in summaries:
         if summary.error:
@@ -36,6 +35,45 @@ def find_problems(rows: list[PointRow], summaries: list[RankSummary], attach: st
     elif not any(row.outcome in ("grafted", "compared") for row in rows):
         problems.append(_why_nothing(rows, summaries, attach=attach))
     return problems
+
+
+def _problems_of_copies(rows: list[PointRow]) -> list[str]:
+    """The receiver's copies; those of the sender are compared where they arrive."""
+    apart = [(row, row.copies) for row in rows if row.copies is not None]
+    problems = []
+    if apart:
+        row, worst = max(apart, key=lambda one: max(rel or 0.0 for rel in one[1].rels))
+        known = [f"{rank} {rel:.3g}" for rank, rel in zip(worst.ranks, worst.rels, strict=True) if rel is not None]
+        problems.append(
+            f"the receiver's replicas differ at {_points(len(apart))}, though they were declared copies; the worst is "
+            f"{row.label} at step {row.step}, on {' and '.join(worst.ranks)}"
+            + (f" (rel to what came: {', '.join(known)})." if known else ".")
+        )
+    unknown = [row for row in rows if row.copies_not_compared is not None]
+    if unknown:
+        problems.append(
+            f"not all of the receiver's replicas could be compared at {_points(len(unknown))}; the first is "
+            f"{unknown[0].label} at step {unknown[0].step} ({unknown[0].copies_not_compared}). They are compared by "
+            "their ledgers, so GRAFTER_DIR must be one directory for all ranks."
+        )
+    return problems
+
+
+def _problems_of_unmeasured(rows: list[PointRow]) -> list[str]:
+    """Points that met, of which nobody can say whether they are equal."""
+    unmeasured = [row for row in rows if row.unmeasured is not None]
+    if not unmeasured:
+        return []
+    first = unmeasured[0]
+    why = (first.unmeasured or "").rstrip(".")
+    return [
+        f"{_points(len(unmeasured))} met without figures, so nothing says whether the values are equal; the first is "
+        f"{first.label} at step {first.step}: {why}."
+    ]
+
+
+def _points(count: int) -> str:
+    return "1 point" if count == 1 else f"{count} points"
 
 
 def _why_nothing(
