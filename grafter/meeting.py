@@ -80,7 +80,7 @@ class Meeting:
     ) -> tuple[Any, Outcome]:
         """(what `dump` returns, outcome). Raises what ended the run, or PointFailed where the options say so."""
         self._sequence = sequence
-        pair = self._session.pairing.meet(self._key, self._header)
+        pair = self._session.pairing.meet(self._key, self._header, one_sided=self._options.one_sided == "skip")
         value = leaves.value if leaves is not None else None
         if isinstance(pair, NotMet):
             self._end_stage("pairing")
@@ -102,7 +102,8 @@ class Meeting:
         if header.role == "target":
             sides = ((), header.participants)
         session.finished(sides, session.pairing.keys_to_delete(self._key, header))
-        session.record(self._line(sides, not_met.outcome, not_met.reason))
+        only_in = header.role if not_met.outcome == "skipped" else None
+        session.record({**self._line(sides, not_met.outcome, not_met.reason), "only_in": only_in})
         return not_met.outcome
 
     def _hold(
@@ -363,6 +364,7 @@ class Meeting:
             "difference": worst.difference if worst else None,
             "leaves": self._leaf_records,
             "tokens": self.rows.counts(self._header) if self.rows is not None else None,
+            "only_in": None,
         }
 
 

@@ -204,7 +204,7 @@ class PlayedGrafter(Grafter):
                         gradients.meet(session, watched, value)
                     elif one.never_came:
                         continue
-                    elif self._place.role == sender_role(watched.direction):
+                    elif self._place.role == sender_role(watched.direction) and watched.options.one_sided == "raise":
                         gradients.pending.offer(watched, value)
                     else:
                         gradients.pending.came(watched, value)

@@ -21,14 +21,29 @@ from grafter.outbox.claims import claimers
 from grafter.outbox.counts import Pending
 from grafter.outbox.memory import Memory, Slot
 from grafter.outbox.places import Words, leave_gone
-from grafter.outbox.states import CLAIMED, DISPLACED, EXPIRED, FAILED, FINAL, MISSED, UNSEEN, WITHDRAWN, senders_outcome
+from grafter.outbox.receivers import Receivers
+from grafter.outbox.states import (
+    CLAIMED,
+    DISPLACED,
+    EXPIRED,
+    FAILED,
+    FINAL,
+    MISSED,
+    ONE_SIDED,
+    UNSEEN,
+    WITHDRAWN,
+    senders_outcome,
+)
 from grafter.pairing.manifest import StoreKeys
 from grafter.rendezvous.store import StoreClient
 from grafter.rendezvous.wire import Sealed
+from grafter.watching.absence import only_one_job_came
 
 # So many states are looked up in one second, at 60 us each.
 _MOST_LOOKED_UP = 512
 _MOST_ENTRIES = 16384
+# So many of the oldest are looked up where there is no room: receivers take them in this order.
+_SWEPT = 64
 # At the end of the run, for receivers that are in the middle of it.
 _CLOSING_SECONDS = 5.0
 _CLOSING_POLL_SECONDS = 0.02
@@ -39,7 +54,8 @@ class Entry:
     """One point in this rank's outbox. participants: graft ranks of the senders, this one among them.
 
     posted: its state as its leader posts it; the state is absent before. is_told: whether the other ranks of this side
-    have this rank's word for it; before, its state is not looked up.
+    have this rank's word for it; before, its state is not looked up. step: of a one-sided point, which is kept until it
+    is taken, or until all receivers have passed the end of that step.
     """
 
     keys: StoreKeys
@@ -48,6 +64,7 @@ class Entry:
     participants: tuple[int, ...]
     slot: Slot | None
     nbytes: int
+    step: int | None = None
     since: float = field(default_factory=time.monotonic)
     state: str = "open"
     is_told: bool = False
@@ -77,8 +94,10 @@ class Outbox:
         words: Words,
         find_gone: Callable[[], dict[int, str]],
         write: Callable[[LedgerRecord], None],
+        receivers: Receivers,
     ) -> None:
         """find_gone: graft rank -> how its process went. write: puts a line into the ledger; called on any thread."""
+        self._receivers = receivers
         self._keep_seconds, self._graft_rank = keep_seconds, graft_rank
         self._gone: dict[int, str] = {}
         self._watchers, self._words, self._find_gone, self._write = watchers, words, find_gone, write
@@ -105,15 +124,16 @@ class Outbox:
 
     # What the dump thread calls.
 
-    def make_room(self, nbytes: int, client: StoreClient) -> tuple[Slot | None, str | None]:
+    def make_room(self, nbytes: int, client: StoreClient, *, patient: bool = False) -> tuple[Slot | None, str | None]:
         """(memory for one snapshot, None), or why there is none. The oldest open entries make room; claimed ones stay.
 
-        A value of no bytes needs no memory.
+        patient: what the receivers may still take is given the time for it first. A value of no bytes needs no memory.
         """
+        free_one = self._wait_for_room if patient else self._displace_one
         limit = self._memory.limit_bytes
         if nbytes > limit:
             return None, f"{nbytes} bytes do not fit into an outbox of {limit} (GRAFTER_OUTBOX_BYTES)"
-        while len(self._entries) >= _MOST_ENTRIES and self._displace_one(client):
+        while len(self._entries) >= _MOST_ENTRIES and free_one(client):
             pass
         while nbytes:
             try:
@@ -123,13 +143,24 @@ class Outbox:
                 return None, f"{nbytes} bytes cannot be had for the outbox: {error}"
             if slot is not None:
                 return slot, None
-            if not self._displace_one(client):
+            if not free_one(client):
                 claimed = self.pending.claimed
                 return None, (
                     f"the outbox has no room for {nbytes} bytes: {claimed} of its entries are being taken, and the "
                     f"limit is {limit} (GRAFTER_OUTBOX_BYTES)"
                 )
         return None, None
+
+    def _wait_for_room(self, client: StoreClient) -> bool:
+        """Until an entry has been taken; where the receivers take none any more, the oldest is displaced."""
+        if self._sweep(client):
+            self._receivers.are_given_up = False
+            return True
+        with self._receivers.waited_for(posts_more=True) as patience:
+            while not patience.is_over(client):
+                if self._sweep(client):
+                    return True
+        return self._displace_one(client)
 
     def _displace_one(self, client: StoreClient) -> bool:
         """End the oldest open entry; False where there is none. One that has ended by itself makes room as well."""
@@ -170,7 +201,9 @@ class Outbox:
             if entry.ended is not None:
                 self.settled[outcome] -= 1
             # Here, so that the line of its end comes after it.
-            self._write(record.model_copy(update={"outcome": outcome, "reason": reason or None}))
+            only_in = self._receivers.sender if entry.state == ONE_SIDED else None
+            update = {"outcome": outcome, "reason": reason or None, "only_in": only_in}
+            self._write(record.model_copy(update=update))
         return outcome
 
     # Ending.
@@ -254,10 +287,10 @@ class Outbox:
                 self._memory.give_back(entry.slot)
             self.settled[outcome] += 1
             entry.ended = (outcome, reason)
-            record = entry.record
+            record, only_in = entry.record, self._receivers.sender if state == ONE_SIDED else None
         if record is not None:
             sent = entry.nbytes if outcome in ("sent", "compared") else 0
-            update = {"outcome": outcome, "reason": reason or None, "bytes_sent": sent}
+            update = {"outcome": outcome, "reason": reason or None, "bytes_sent": sent, "only_in": only_in}
             self._write(record.model_copy(update=update))
         return True
 
@@ -286,10 +319,12 @@ class Outbox:
             self._drop_all()
             return
         gone = self._gone = self._find_gone()
+        # Read before the states: what the receivers had taken by then is claimed.
+        passed = self._receivers.passed_step(client) if any(entry.step is not None for entry in entries) else 0
         for entry in entries:
             found = client.find_other(entry.keys.state, entry.posted)
             if found is None:
-                self._look_after_open(entry, client, gone)
+                self._look_after_open(entry, client, gone, passed)
             elif found.kind == CLAIMED:
                 self._look_after_claimed(entry, client, found, gone)
             else:
@@ -299,10 +334,17 @@ class Outbox:
                 if len(entries) == _MOST_LOOKED_UP and not entry.is_over:
                     self._entries.move_to_end(entry.keys.base)
 
-    def _look_after_open(self, entry: Entry, client: StoreClient, gone: dict[int, str]) -> None:
+    def _look_after_open(self, entry: Entry, client: StoreClient, gone: dict[int, str], passed: int) -> None:
+        """passed: the step that all receivers have reached."""
         lost = next((gone[rank] for rank in entry.participants if rank in gone), None)
         if lost is not None:
             self.end(entry, client, WITHDRAWN, f"a rank that holds a part of it {lost}")
+        elif entry.step is not None:
+            lost = next((gone[rank] for rank in self._receivers.graft_ranks if rank in gone), None)
+            if passed > entry.step:
+                self.end(entry, client, ONE_SIDED, only_one_job_came(self._receivers.sender))
+            elif lost is not None:
+                self.end(entry, client, WITHDRAWN, f"a rank of the {self._receivers.role} {lost}")
         elif time.monotonic() - entry.since > self._keep_seconds:
             seconds = f"{self._keep_seconds:g} s (GRAFTER_OUTBOX_SECONDS)"
             self.end(entry, client, EXPIRED, f"nobody took it for {seconds}")
@@ -329,10 +371,15 @@ class Outbox:
 
     # The end of the run.
 
-    def close(self, client: StoreClient) -> None:
-        """End what is left; wait a moment for what is being taken. Called by the dump thread, which adds no more."""
-        deadline = time.monotonic() + _CLOSING_SECONDS
+    def close(self, client: StoreClient, *, patient: bool = False) -> None:
+        """End what is left; wait a moment for what is being taken. Called by the dump thread, which adds no more.
+
+        patient: entries of one-sided points are given the time to be taken, as long as the receivers take any.
+        """
         try:
+            if patient:
+                self._wait_until_taken(client)
+            deadline = time.monotonic() + _CLOSING_SECONDS
             while self._entries and self._watchers.aborted is None:
                 for entry in list(self._entries.values()):
                     self.end(entry, client, EXPIRED, "the run ended")
@@ -341,7 +388,7 @@ class Outbox:
                 time.sleep(_CLOSING_POLL_SECONDS)
             self._do_chores(client)
         except RunError:
-            # The store is gone, and with it all who could take something.
+            # The run is over, or the store is gone, and with it all who could take something.
             pass
         with self._lock:
             left = list(self._entries.values())
@@ -349,3 +396,30 @@ class Outbox:
             self.drop(entry, "the run ended before it was taken")
         with self._lock:
             self._memory.release(keep_content=bool(left))
+
+    def _wait_until_taken(self, client: StoreClient) -> None:
+        """Until no one-sided point lies here. Raises what ended the run, if something does."""
+        while self._kept():
+            with self._receivers.waited_for(posts_more=False) as patience:
+                while not self._sweep(client):
+                    if patience.is_over(client):
+                        for entry in self._kept():
+                            self.end(entry, client, EXPIRED, patience.story)
+                        return
+
+    def _kept(self) -> list[Entry]:
+        """Entries of one-sided points that nobody is taking."""
+        with self._lock:
+            return [entry for entry in self._entries.values() if entry.step is not None and entry.state != CLAIMED]
+
+    def _sweep(self, client: StoreClient) -> bool:
+        """End points whose step the receivers have passed, drop what has been taken; whether there was any."""
+        kept = self._kept()
+        passed = self._receivers.passed_step(client)
+        over = [entry for entry in kept if entry.step is not None and entry.step < passed and entry.is_told]
+        for entry in over:
+            self.end(entry, client, ONE_SIDED, only_one_job_came(self._receivers.sender), later=True)
+        with self._lock:
+            oldest = [entry for entry in self._entries.values() if entry.is_told][:_SWEPT]
+        taken = [entry for entry in oldest if self._has_been_taken(entry, client)]
+        return any(entry.is_over for entry in over) or bool(taken) or not self._entries

@@ -13,7 +13,7 @@ from grafter.rendezvous.roster import Announcement, Roster
 from grafter.rendezvous.store import StoreClient
 from grafter.rendezvous.wire import Sealed
 from grafter.watching.housekeeping import Housekeeping
-from grafter.watching.waits import Wait
+from grafter.watching.waits import ABSENT, GivenUp, Wait, WaitWatch
 from grafter.watching.watch import PeerGone
 
 # A letter that says: too long for mail, look into the store.
@@ -61,7 +61,7 @@ class Courier:
         """Wait for what was brought under these keys.
 
         The wait that `make_wait` makes is looked after by the housekeeping thread. It is not made where the letters
-        come shortly, as most do.
+        come shortly, as most do. Raises GivenUp where the wait is of a one-sided point, and is in vain.
         """
         mailbox = self._mailbox if by_mail else None
         if mailbox is not None:
@@ -72,10 +72,15 @@ class Courier:
         if mailbox is None:
             wait.awaits = tuple(keys)
             with self._housekeeping.waiting(wait):
-                return self._client.get_all(keys)
+                found = self._client.get_all(keys)
+            absent = next((sealed for sealed in found if sealed.kind == ABSENT), None)
+            if absent is not None:
+                self._left_in_store += keys
+                raise GivenUp(absent.payload)
+            return found
         wait.has_news = lambda: mailbox.has_news(keys)
         with self._housekeeping.waiting(wait):
-            letters = mailbox.wait(keys, self._housekeeping)
+            letters = mailbox.wait(keys, WaitWatch(self._housekeeping, wait))
         return self._opened(letters, make_wait)
 
     def fetch_shortly(self, make_wait: Callable[[], Wait], keys: Sequence[str]) -> list[Sealed] | None:

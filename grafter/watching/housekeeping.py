@@ -23,8 +23,9 @@ from grafter.rendezvous.store import ABORT, StoreClient, decode_abort
 from grafter.watching.board import BoardLine, BoardWriter
 from grafter.watching.lookout import LOOK_EVERY_SECONDS, Lookout
 from grafter.watching.members import Members
+from grafter.watching.step_ends import StepEnds
 from grafter.watching.store_link import StoreLink
-from grafter.watching.waits import Wait, Watched
+from grafter.watching.waits import ABSENT, Wait, Watched
 
 logger = logging.getLogger("grafter")
 
@@ -88,6 +89,12 @@ class Housekeeping:
             raise self.aborted
 
     @property
+    def step_ends(self) -> StepEnds:
+        """Of this rank, once it has joined."""
+        assert self._lookout.step_ends is not None
+        return self._lookout.step_ends
+
+    @property
     def current_wait(self) -> Wait | None:
         """What the dump thread waits for now."""
         return self._wait
@@ -135,6 +142,8 @@ class Housekeeping:
                 self._do_chores()
                 wait = self._wait
                 self._lookout.update_board(self._link.client, wait)
+                if wait is not None and (absent := self._lookout.find_absent(self._link.client, wait)) is not None:
+                    self._give_up(wait, absent)
                 if wait is not None and wait.seconds >= LOOK_EVERY_SECONDS and time.monotonic() >= wait.next_look:
                     wait.next_look = time.monotonic() + LOOK_EVERY_SECONDS
                     self._look_after(wait)
@@ -204,9 +213,18 @@ class Housekeeping:
         error = self._lookout.look_after(self._link.client, wait)
         if error is not None:
             self.abort(error)
-        is_over = self.aborted is not None or wait.abandoned is not None or wait is not self._wait
+        elif wait.given_up is not None:
+            self._give_up(wait, wait.given_up)
+        is_over = self.aborted is not None or wait.abandoned is not None or wait.given_up is not None
+        is_over = is_over or wait is not self._wait
         if not is_over and wait.seconds > wait.timeout:
             self.abort(self._lookout.time_is_up(self._link.client, wait))
+
+    def _give_up(self, wait: Wait, reason: str) -> None:
+        """Nobody will end this wait of a one-sided point. What has come by now, if anything has, is taken instead."""
+        wait.given_up = reason
+        for key in wait.awaits:
+            self._link.client.put_if_absent(key, ABSENT, reason)
 
     # Ending the run.
 

@@ -11,9 +11,11 @@ import time
 from grafter.errors import PeerLostError, PointTimeoutError, RunError
 from grafter.rendezvous.roster import Roster
 from grafter.rendezvous.store import StoreClient
+from grafter.watching.absence import Absence, choose_passed_over, explain_passed_over
 from grafter.watching.board import BoardWriter, describe_board
-from grafter.watching.diagnosis import explain_stuck
+from grafter.watching.diagnosis import explain_stuck, find_conflict
 from grafter.watching.members import Members
+from grafter.watching.step_ends import StepEnds
 from grafter.watching.suspicion import Suspicion
 from grafter.watching.waits import Wait
 
@@ -31,9 +33,15 @@ class Lookout:
         self._suspicion: Suspicion | None = None
         self._wait_on_board: Wait | None = None
         self._told_stopped: set[int] = set()
+        self._graft_rank = -1
+        self.step_ends: StepEnds | None = None
+        self._absence: Absence | None = None
 
     def joined(self, roster: Roster, graft_rank: int) -> None:
+        self._graft_rank = graft_rank
         self._suspicion = Suspicion(roster, graft_rank)
+        self.step_ends = StepEnds(roster, graft_rank)
+        self._absence = Absence(roster, graft_rank, self.step_ends, self._members.read_board)
 
     def warn_of_stopped(self, wait: Wait | None) -> None:
         roster = self._members.roster
@@ -52,9 +60,9 @@ class Lookout:
         if self._wait_on_board is not None and wait is not self._wait_on_board:
             self._board.running(client)
             self._wait_on_board = None
-        if wait is None or wait.stage not in ("pairing", "control") or self._wait_on_board is not None:
+        if wait is None or wait.stage not in ("pairing", "control", "outbox") or self._wait_on_board is not None:
             return
-        if wait.seconds >= _SHOWN_AFTER_SECONDS and wait.stage == "control":
+        if wait.seconds >= _SHOWN_AFTER_SECONDS and wait.stage != "pairing":
             # It goes on by itself, so whoever waits for it waits for one that runs.
             self._board.running(client, f"waits for {wait.what}")
             self._wait_on_board = wait
@@ -68,6 +76,7 @@ class Lookout:
                 call_site=wait.call_site,
                 since=time.time() - wait.seconds,
                 own_side=wait.own_side,
+                one_sided=wait.one_sided,
             )
             self._wait_on_board = wait
 
@@ -88,8 +97,16 @@ class Lookout:
             )
         return None
 
+    def find_absent(self, client: StoreClient, wait: Wait) -> str | None:
+        """Why the ranks that a one-sided point waits for will not come; None for other waits, and while they may."""
+        if not wait.one_sided or wait.seconds < _SHOWN_AFTER_SECONDS:
+            return None
+        assert self._absence is not None
+        return self._absence.find(client, wait)
+
     def look_after(self, client: StoreClient, wait: Wait) -> RunError | None:
-        """Why this wait, of a stage after the join, can never end; None also where the receivers have given it up."""
+        """Why this wait, of a stage after the join, can never end; None also where the receivers have given it up, or
+        where this rank gives its point up (`wait.given_up`)."""
         if wait.outcome_key is not None:
             outcome = client.peek(wait.outcome_key)
             if outcome is not None and outcome.kind == "refuse":
@@ -101,7 +118,7 @@ class Lookout:
             if wait is self._wait_on_board:
                 self._suspicion.confirm_idle(client, wait, self._board.sequence)
             if wait.leader or gone or self._leader_has_left(client, wait):
-                return self._look_for_stuck(client, gone)
+                return self._look_for_stuck(client, wait, gone)
         elif any(rank in wait.needs for rank in gone) or self._outcome_will_not_come(client, wait):
             board = describe_board(self._members.read_board(client), gone)
             return PeerLostError(
@@ -124,7 +141,7 @@ class Lookout:
         news = wait.has_news is not None and wait.has_news()
         return left and not news and not any(client.exists(key) for key in wait.awaits) and not wait.over
 
-    def _look_for_stuck(self, client: StoreClient, gone: dict[int, str]) -> RunError | None:
+    def _look_for_stuck(self, client: StoreClient, wait: Wait, gone: dict[int, str]) -> RunError | None:
         assert self._suspicion is not None
         lines = self._members.read_board(client)
         stuck = self._suspicion.find_stuck(client, lines, gone)
@@ -133,6 +150,12 @@ class Lookout:
         crashed = {
             line.graft_rank: f"has left with {line.note}" for line in lines if line.state == "left" and line.note
         }
+        if not gone and not crashed and find_conflict(stuck) is None and (chosen := choose_passed_over(stuck)):
+            own = (self._graft_rank, self._board.sequence)
+            if wait is self._wait_on_board and own in [(line.graft_rank, line.sequence) for line in chosen]:
+                self._board.passed_over += 1
+                wait.given_up = explain_passed_over(stuck)
+            return None
         board = describe_board(lines, gone, self._members.stopped())
         return explain_stuck(stuck, gone | crashed, board, lines)
 
