@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from grafter.running.point_rows import PointRow
+from grafter.running.run_notes import ONLY_IN
 from grafter.running.run_summary import RunSummary
 
 SORT_ORDERS = ("time", "rel", "max_abs", "seconds")
@@ -73,8 +74,12 @@ def describe_counts(summary: RunSummary) -> str:
     parts = [
         f"{count} {outcome}"
         for outcome in ("grafted", "compared", "sent", "posted", "missed", "expired", "displaced", "skipped", "failed")
-        if (count := summary.count(outcome))
+        if (count := sum(row.outcome == outcome and row.only_in is None for row in summary.rows))
     ]
+    counted = {where: sum(row.only_in == role for row in summary.rows) for role, where in ONLY_IN.items()}
+    one_sided = ", ".join(f"{count} {where}" for where, count in counted.items() if count)
+    if one_sided:
+        return f"{', '.join(parts) or 'nothing grafted or compared'}; {one_sided}: not judged"
     if parts or not summary.saved:
         return ", ".join(parts) or "no points"
     points = "1 point" if summary.saved == 1 else f"{summary.saved} points"

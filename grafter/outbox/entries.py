@@ -403,8 +403,9 @@ class Outbox:
             with self._receivers.waited_for(posts_more=False) as patience:
                 while not self._sweep(client):
                     if patience.is_over(client):
+                        state = WITHDRAWN if patience.has_failed else EXPIRED
                         for entry in self._kept():
-                            self.end(entry, client, EXPIRED, patience.story)
+                            self.end(entry, client, state, patience.story)
                         return
 
     def _kept(self) -> list[Entry]:

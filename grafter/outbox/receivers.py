@@ -57,6 +57,8 @@ class Patience:
         self._pause = _POLL_SECONDS
         self._idle_since: tuple[list[int], float] = ([], 0.0)
         self.story = ""
+        # Whether a receiver has left with an error.
+        self.has_failed = False
 
     def is_over(self, client: StoreClient) -> bool:
         """Asked again and again; pauses for a moment where it is not. Raises what ended the run."""
@@ -79,7 +81,7 @@ class Patience:
     def _look(self, lines: list[BoardLine], now: float) -> None:
         crashed = next((line for line in lines if line.state == "left" and line.note), None)
         if crashed is not None:
-            self.story = f"{crashed.who} has left with {crashed.note}"
+            self.story, self.has_failed = f"{crashed.who} has left with {crashed.note}", True
         if not self._posts_more or any(line.state == "running" for line in lines):
             self._idle_since = ([], now)
             return

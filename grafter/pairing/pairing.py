@@ -22,7 +22,7 @@ from grafter.rendezvous.store import StoreClient
 from grafter.rendezvous.wire import Sealed
 from grafter.watching.absence import only_one_job_came
 from grafter.watching.housekeeping import Housekeeping
-from grafter.watching.waits import GivenUp, Wait
+from grafter.watching.waits import ABSENT, GivenUp, Wait
 
 
 class Pairing:
@@ -84,6 +84,9 @@ class Pairing:
         try:
             told = self._wait_for(key, header, [keys.pair(header.role)], by_mail=self._courier.mail_inside)[0]
         except GivenUp as given_up:
+            # Its leader may still come: this rank is not among those that it will find.
+            leader = self._roster.graft_rank(header.role, min(header.participants))
+            self._bring([leader], keys.header(header.role, header.role_rank), ABSENT, _gave_up_before(header))
             return NotMet("skipped", str(given_up))
         return read_not_met(told.payload) if told.kind == NOT_MET else self._known.pair(told.payload)
 
@@ -265,3 +268,10 @@ class Pairing:
             mine += [keys.header(header.role, rank) for rank in header.participants if rank != header.role_rank]
             mine.append(keys.pair(header.role))
         return mine
+
+
+def _gave_up_before(header: Header) -> str:
+    return (
+        f"not all ranks of the {header.role} came to this point at the same time: {header.who} had given it up before "
+        f"({header.call_site})"
+    )

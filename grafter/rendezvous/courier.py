@@ -73,11 +73,9 @@ class Courier:
             wait.awaits = tuple(keys)
             with self._housekeeping.waiting(wait):
                 found = self._client.get_all(keys)
-            absent = next((sealed for sealed in found if sealed.kind == ABSENT), None)
-            if absent is not None:
+            if any(sealed.kind == ABSENT for sealed in found):
                 self._left_in_store += keys
-                raise GivenUp(absent.payload)
-            return found
+            return _none_absent(found)
         wait.has_news = lambda: mailbox.has_news(keys)
         with self._housekeeping.waiting(wait):
             letters = mailbox.wait(keys, WaitWatch(self._housekeeping, wait))
@@ -92,12 +90,13 @@ class Courier:
         if letters is None:
             return None
         for letter in letters:
-            if letter.kind == _STORED:
+            if letter.kind in (_STORED, ABSENT):
                 return self._opened(letters, make_wait)
         return letters
 
     def _opened(self, letters: list[Sealed], make_wait: Callable[[], Wait]) -> list[Sealed]:
         """The letters, those too long for mail read from the store."""
+        _none_absent(letters)
         stored = tuple(letter.payload for letter in letters if letter.kind == _STORED)
         if not stored:
             return letters
@@ -132,3 +131,11 @@ class Courier:
         """The store keys of letters that were too long, since this was last asked: to be deleted with their point."""
         left, self._left_in_store = self._left_in_store, []
         return left
+
+
+def _none_absent(letters: list[Sealed]) -> list[Sealed]:
+    """Raises GivenUp where one says that the rank which is waited for does not come to a one-sided point."""
+    absent = next((letter for letter in letters if letter.kind == ABSENT), None)
+    if absent is not None:
+        raise GivenUp(absent.payload)
+    return letters

@@ -80,9 +80,14 @@ def _only_some_came(role: RoleName, others: Sequence[int]) -> str:
 def choose_passed_over(stuck: Sequence[BoardLine]) -> list[BoardLine]:
     """Of ranks that wait for each other for ever, those that give their point up now. Pure; the same on every rank.
 
-    They are leaders of one job, so that the other job's point may still be met: the job that has given up less often,
-    and the target first. So the two jobs take turns, and each is soon behind the point that only it has.
+    First those whose own leader waits elsewhere. Else leaders of one job, so that the other job's point may still be
+    met: the job that has given up less often, and the target first. So the two jobs take turns, and each is soon behind
+    the point that only it has.
     """
+    at_point = {(line.digest, line.graft_rank) for line in stuck}
+    led_elsewhere = [line for line in stuck if line.one_sided and (line.digest, min(line.participants)) not in at_point]
+    if led_elsewhere:
+        return led_elsewhere
     leaders = [line for line in stuck if line.one_sided and line.graft_rank == min(line.participants)]
     given_up = {role: max((one.passed_over for one in leaders if one.role == role), default=-1) for role in _ROLES}
     having = [role for role in _ROLES if given_up[role] >= 0]
@@ -99,6 +104,6 @@ _ROLES: tuple[RoleName, RoleName] = ("target", "baseline")
 def explain_passed_over(stuck: Sequence[BoardLine]) -> str:
     """The reason of a point that was given up since ranks waited for each other."""
     waits = sorted({f"the {line.role} for {line.point}" for line in stuck})
-    return f"the two jobs waited for each other, so this point was given up: {'; '.join(waits[:4])}" + (
+    return f"ranks waited for each other, so this point was given up: {'; '.join(waits[:4])}" + (
         "; ..." if len(waits) > 4 else ""
     )

@@ -117,7 +117,7 @@ class Lookout:
             assert self._suspicion is not None
             if wait is self._wait_on_board:
                 self._suspicion.confirm_idle(client, wait, self._board.sequence)
-            if wait.leader or gone or self._leader_has_left(client, wait):
+            if wait.leader or wait.one_sided or gone or self._leader_has_left(client, wait):
                 return self._look_for_stuck(client, wait, gone)
         elif any(rank in wait.needs for rank in gone) or self._outcome_will_not_come(client, wait):
             board = describe_board(self._members.read_board(client), gone)
