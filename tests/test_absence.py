@@ -1,4 +1,4 @@
-"""When it is certain that nobody comes to a one-sided point any more, and who gives way where ranks wait in a circle."""
+"""When it is certain that nobody comes to a one-sided point any more, and who gives way in a mutual wait."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def wait_for(*places: str, participants: tuple[int, ...] = (0,), leader: bool = 
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("steps", itertools.product([None, STEP, STEP + 1, LEFT], repeat=2))
+@pytest.mark.parametrize("steps", list(itertools.product([None, STEP, STEP + 1, LEFT], repeat=2)))
 def test_a_leader_is_alone_once_every_rank_of_the_other_job_has_passed_the_step(
     steps: tuple[int | None, int | None],
 ) -> None:

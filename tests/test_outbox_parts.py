@@ -390,7 +390,7 @@ def test_the_death_of_those_who_take_is_final_and_is_told_once() -> None:
 
 
 def test_a_one_sided_entry_is_kept_until_it_is_taken_or_the_receivers_have_passed_its_step() -> None:
-    """However old it is; then it is the baseline's alone, its memory is free, and nothing of it is left in the store."""
+    """However old it is; then it is the baseline's alone, its memory is free, and its keys are deleted."""
     parts = make_outbox(keep_seconds=0.0)
     first, second, claimed = (add_entry(parts, name, step=step) for name, step in (("a", 0), ("b", 1), ("c", 0)))
     parts.store.values[claimed.keys.state] = Sealed("claimed", "target/0", "[1]")

@@ -162,10 +162,16 @@ class Lookout:
     def time_is_up(self, client: StoreClient, wait: Wait) -> RunError:
         gone = self._members.gone(client, all_hosts=wait.leader)
         board = describe_board(self._members.read_board(client), gone, self._members.stopped())
+        ahead = ""
+        if wait.one_sided:
+            ahead = (
+                f"The others have not passed the end of step {wait.step}, so the point cannot be skipped yet: a step "
+                "ends at grafter.step(), or with the program. "
+            )
         return PointTimeoutError(
             f"{self._who} waited {wait.timeout:.0f} s for {wait.what} ({wait.stage}), and the time is "
             f"up.\n{board}\n"
-            f"No process is known to be gone and the waits do not exclude each other, so a rank that seems to run "
+            f"{ahead}No process is known to be gone and the waits do not exclude each other, so a rank that seems to run "
             f"is probably slow, stopped, or stuck in its own job's collectives (py-spy dump --pid tells). "
             f"Raise GRAFTER_TIMEOUT if it only needs longer."
         )
