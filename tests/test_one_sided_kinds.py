@@ -233,8 +233,8 @@ def test_one_flipped_routing_choice_costs_its_own_points_alone(tmp_path: Path, d
     run = subprocess.run(
         [
             str(Path(sys.executable).with_name("grafter")), "run", "--baseline", f"{sys.executable} {program} good",
-            "--target", f"{sys.executable} {program} bad", "--attach", "*", f"--{direction}", "name.endswith('.out')", "--set",
-            "one_sided=skip", "--out", str(tmp_path / "out"),
+            "--target", f"{sys.executable} {program} bad", "--attach", "*", f"--{direction}", "name.endswith('.out')",
+            "--set", "one_sided=skip", "--out", str(tmp_path / "out"),
         ],
         capture_output=True, text=True, timeout=100,
     )  # fmt: skip

@@ -171,7 +171,8 @@ class Lookout:
         return PointTimeoutError(
             f"{self._who} waited {wait.timeout:.0f} s for {wait.what} ({wait.stage}), and the time is "
             f"up.\n{board}\n"
-            f"{ahead}No process is known to be gone and the waits do not exclude each other, so a rank that seems to run "
+            f"{ahead}"
+            f"No process is known to be gone and the waits do not exclude each other, so a rank that seems to run "
             f"is probably slow, stopped, or stuck in its own job's collectives (py-spy dump --pid tells). "
             f"Raise GRAFTER_TIMEOUT if it only needs longer."
         )
