@@ -251,3 +251,25 @@ def test_one_flipped_routing_choice_costs_its_own_points_alone(tmp_path: Path, d
     }
     assert {row.outcome for row in rows if not row.only_in} == {verb}
     assert {row.step for row in rows} == {0} and len(rows) == 20
+
+
+def shorter(rank: Rank) -> None:
+    for number in range(2):
+        grafter.dump("a", torch.ones(2), number=number)
+        grafter.step()
+
+
+def longer(rank: Rank) -> None:
+    for number in range(5):
+        grafter.dump("a", torch.ones(2), number=number)
+        grafter.step()
+
+
+@pytest.mark.parametrize("role", ["baseline", "target"])
+def test_the_rest_of_a_longer_recording_is_in_it_alone(tmp_path: Path, role: str) -> None:
+    """Each of its points has a line, whether the recording sends or receives."""
+    settings = {"compare_filter": "True", "timeout": FAR}
+    recording = record(tmp_path, role, 1, longer, **settings)
+    live, players, ledgers = graft_from(tmp_path, recording, (role, 1), shorter, 1, one_sided="skip", **settings)
+    succeed([*live, *players])
+    assert [(r.outcome, r.only_in) for r in ledgers[role, 0]] == [("compared", None)] * 2 + [("skipped", role)] * 3

@@ -222,6 +222,9 @@ class PlayedGrafter(Grafter):
         wait = session.housekeeping.current_wait
         if wait is None or wait.stage not in ("pairing", "gradients") or wait.seconds < _PATIENCE_SECONDS:
             return
+        if wait.one_sided:
+            # What is left of the recording is in it alone.
+            return
         live = other_role(self._place.role)
         ranks = [session.roster.graft_rank(live, member.role_rank) for member in session.roster.side(live)]
         lines = session.housekeeping.read_board(client, ranks)

@@ -73,6 +73,10 @@ class Pairing:
             mine = self._collect(key, header, keys)
             return self._meet_other_leader(key, header, mine, keys)
         except GivenUp as given_up:
+            told = self._last_other_leader.pop(header.participants, None)
+            if told is not None:
+                # It may never look into its mail for this point.
+                self._courier.recall(told, keys.second)
             if mine is not None and not self._have_passed(key, header):
                 # They may still come, and must not post what nobody waits for.
                 self._left_in_store = [place for place in self._left_in_store if place != keys.first]
