@@ -144,6 +144,28 @@ def test_gradients_of_a_recording_are_posted_as_well(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+# Rows addressed by token.
+
+
+def route(rank: Rank) -> None:
+    """An expert that both jobs call, with other tokens; and one that only one of them calls."""
+    chosen = [0, 1, 2] if rank.is_baseline else [2, 3, 1, 4]
+    value = torch.stack([torch.full((4,), float(token)) for token in chosen])
+    tokens = grafter.Tokens.from_positions(["x"] * len(chosen), chosen)
+    for name in ("expert", f"only {rank.role}"):
+        grafter.dump(name, value, dims="t h", tokens=tokens)
+
+
+def test_an_expert_that_both_call_with_other_tokens_is_compared_by_token(tmp_path: Path) -> None:
+    """The tokens that both sent to it are equal, whatever their place."""
+    with two_jobs(tmp_path, route, route, compare_filter="True", one_sided="skip", timeout=FAR) as jobs:
+        succeed(jobs.wait())
+        both, alone = jobs.ledgers()["target", 0]
+    assert (both.outcome, both.difference.rel, both.tokens.matched) == ("compared", 0.0, 2)
+    assert (both.tokens.only_here, both.tokens.only_there) == (2, 1)
+    assert (alone.outcome, alone.only_in) == ("skipped", "target")
+
+
 # Other ways to wait, and rules.
 
 

@@ -19,6 +19,7 @@ from grafter.errors import RunError
 from grafter.ledger import LedgerRecord, Outcome
 from grafter.outbox.claims import claimers
 from grafter.outbox.counts import Pending
+from grafter.outbox.kept_entries import KeptEntries
 from grafter.outbox.memory import Memory, Slot
 from grafter.outbox.places import Words, leave_gone
 from grafter.outbox.receivers import Receivers
@@ -37,13 +38,10 @@ from grafter.outbox.states import (
 from grafter.pairing.manifest import StoreKeys
 from grafter.rendezvous.store import StoreClient
 from grafter.rendezvous.wire import Sealed
-from grafter.watching.absence import only_one_job_came
 
 # So many states are looked up in one second, at 60 us each.
 _MOST_LOOKED_UP = 512
 _MOST_ENTRIES = 16384
-# So many of the oldest are looked up where there is no room: receivers take them in this order.
-_SWEPT = 64
 # At the end of the run, for receivers that are in the middle of it.
 _CLOSING_SECONDS = 5.0
 _CLOSING_POLL_SECONDS = 0.02
@@ -97,7 +95,7 @@ class Outbox:
         receivers: Receivers,
     ) -> None:
         """find_gone: graft rank -> how its process went. write: puts a line into the ledger; called on any thread."""
-        self._receivers = receivers
+        self._sender, self._kept = receivers.sender, KeptEntries(self, receivers)
         self._keep_seconds, self._graft_rank = keep_seconds, graft_rank
         self._gone: dict[int, str] = {}
         self._watchers, self._words, self._find_gone, self._write = watchers, words, find_gone, write
@@ -116,6 +114,15 @@ class Outbox:
             entries = list(self._entries.values())
         claimed = sum(entry.state == CLAIMED for entry in entries)
         return Pending(len(entries), sum(entry.nbytes for entry in entries), len(entries) - claimed, claimed)
+
+    @property
+    def count(self) -> int:
+        return len(self._entries)
+
+    def told_entries(self) -> list[Entry]:
+        """Those that the other ranks of this side know of, about the oldest first."""
+        with self._lock:
+            return [entry for entry in self._entries.values() if entry.is_told]
 
     def find(self, base: str) -> Entry | None:
         """By the base of its store keys. Called on any thread."""
@@ -152,32 +159,22 @@ class Outbox:
         return None, None
 
     def _wait_for_room(self, client: StoreClient) -> bool:
-        """Until an entry has been taken; where the receivers take none any more, the oldest is displaced."""
-        if self._sweep(client):
-            self._receivers.are_given_up = False
-            return True
-        with self._receivers.waited_for(posts_more=True) as patience:
-            while not patience.is_over(client):
-                if self._sweep(client):
-                    return True
-        return self._displace_one(client)
+        return self._kept.wait_for_room(client) or self._displace_one(client)
 
     def _displace_one(self, client: StoreClient) -> bool:
         """End the oldest open entry; False where there is none. One that has ended by itself makes room as well."""
-        with self._lock:
-            entries = [entry for entry in self._entries.values() if entry.is_told and entry.state != CLAIMED]
-        for entry in entries:
+        for entry in [entry for entry in self.told_entries() if entry.state != CLAIMED]:
             self.end(entry, client, DISPLACED, "newer points needed its room (GRAFTER_OUTBOX_BYTES)", later=True)
             if entry.is_over:
                 return True
         # What was being taken a second ago may have been taken by now.
-        return any(self._has_been_taken(entry, client) for entry in self._claimed())
+        return any(self.has_been_taken(entry, client) for entry in self._claimed())
 
     def _claimed(self) -> list[Entry]:
-        with self._lock:
-            return [entry for entry in self._entries.values() if entry.is_told and entry.state == CLAIMED]
+        return [entry for entry in self.told_entries() if entry.state == CLAIMED]
 
-    def _has_been_taken(self, entry: Entry, client: StoreClient) -> bool:
+    def has_been_taken(self, entry: Entry, client: StoreClient) -> bool:
+        """Drop an entry that has ended by itself; whether it has."""
         found = client.find_other(entry.keys.state, entry.posted)
         if found is not None and found.kind in FINAL and self._settle(entry, found.kind, found.payload):
             self._chores.append((entry, found.kind, None))
@@ -201,7 +198,7 @@ class Outbox:
             if entry.ended is not None:
                 self.settled[outcome] -= 1
             # Here, so that the line of its end comes after it.
-            only_in = self._receivers.sender if entry.state == ONE_SIDED else None
+            only_in = self._sender if entry.state == ONE_SIDED else None
             update = {"outcome": outcome, "reason": reason or None, "only_in": only_in}
             self._write(record.model_copy(update=update))
         return outcome
@@ -287,7 +284,7 @@ class Outbox:
                 self._memory.give_back(entry.slot)
             self.settled[outcome] += 1
             entry.ended = (outcome, reason)
-            record, only_in = entry.record, self._receivers.sender if state == ONE_SIDED else None
+            record, only_in = entry.record, self._sender if state == ONE_SIDED else None
         if record is not None:
             sent = entry.nbytes if outcome in ("sent", "compared") else 0
             update = {"outcome": outcome, "reason": reason or None, "bytes_sent": sent, "only_in": only_in}
@@ -311,16 +308,14 @@ class Outbox:
     def look_after(self, client: StoreClient) -> None:
         """Once a second: drop what has ended, end what is too old, or whose other ranks are gone."""
         self._do_chores(client)
-        with self._lock:
-            entries = [entry for entry in self._entries.values() if entry.is_told][:_MOST_LOOKED_UP]
+        entries = self.told_entries()[:_MOST_LOOKED_UP]
         if not entries:
             return
         if self._watchers.aborted is not None:
             self._drop_all()
             return
         gone = self._gone = self._find_gone()
-        # Read before the states: what the receivers had taken by then is claimed.
-        passed = self._receivers.passed_step(client) if any(entry.step is not None for entry in entries) else 0
+        passed = self._kept.passed_step(client) if any(entry.step is not None for entry in entries) else 0
         for entry in entries:
             found = client.find_other(entry.keys.state, entry.posted)
             if found is None:
@@ -340,11 +335,7 @@ class Outbox:
         if lost is not None:
             self.end(entry, client, WITHDRAWN, f"a rank that holds a part of it {lost}")
         elif entry.step is not None:
-            lost = next((gone[rank] for rank in self._receivers.graft_ranks if rank in gone), None)
-            if passed > entry.step:
-                self.end(entry, client, ONE_SIDED, only_one_job_came(self._receivers.sender))
-            elif lost is not None:
-                self.end(entry, client, WITHDRAWN, f"a rank of the {self._receivers.role} {lost}")
+            self._kept.look_after_open(entry, client, gone, passed)
         elif time.monotonic() - entry.since > self._keep_seconds:
             seconds = f"{self._keep_seconds:g} s (GRAFTER_OUTBOX_SECONDS)"
             self.end(entry, client, EXPIRED, f"nobody took it for {seconds}")
@@ -378,7 +369,7 @@ class Outbox:
         """
         try:
             if patient:
-                self._wait_until_taken(client)
+                self._kept.wait_until_taken(client)
             deadline = time.monotonic() + _CLOSING_SECONDS
             while self._entries and self._watchers.aborted is None:
                 for entry in list(self._entries.values()):
@@ -396,31 +387,3 @@ class Outbox:
             self.drop(entry, "the run ended before it was taken")
         with self._lock:
             self._memory.release(keep_content=bool(left))
-
-    def _wait_until_taken(self, client: StoreClient) -> None:
-        """Until no one-sided point lies here. Raises what ended the run, if something does."""
-        while self._kept():
-            with self._receivers.waited_for(posts_more=False) as patience:
-                while not self._sweep(client):
-                    if patience.is_over(client):
-                        state = WITHDRAWN if patience.has_failed else EXPIRED
-                        for entry in self._kept():
-                            self.end(entry, client, state, patience.story)
-                        return
-
-    def _kept(self) -> list[Entry]:
-        """Entries of one-sided points that nobody is taking."""
-        with self._lock:
-            return [entry for entry in self._entries.values() if entry.step is not None and entry.state != CLAIMED]
-
-    def _sweep(self, client: StoreClient) -> bool:
-        """End points whose step the receivers have passed, drop what has been taken; whether there was any."""
-        kept = self._kept()
-        passed = self._receivers.passed_step(client)
-        over = [entry for entry in kept if entry.step is not None and entry.step < passed and entry.is_told]
-        for entry in over:
-            self.end(entry, client, ONE_SIDED, only_one_job_came(self._receivers.sender), later=True)
-        with self._lock:
-            oldest = [entry for entry in self._entries.values() if entry.is_told][:_SWEPT]
-        taken = [entry for entry in oldest if self._has_been_taken(entry, client)]
-        return any(entry.is_over for entry in over) or bool(taken) or not self._entries
