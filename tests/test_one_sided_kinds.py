@@ -15,7 +15,7 @@ from test_one_sided import FAR, WELL, dump_steps
 
 import grafter
 from grafter.ledger import read_run
-from grafter.running.point_rows import merge_ranks
+from grafter.running.point_rows import PointRow, merge_ranks
 
 
 def told(jobs: Jobs) -> list[list[tuple[str, str, str | None]]]:
@@ -214,7 +214,7 @@ ROUTED = """
 import sys, torch
 from torch import nn
 torch.manual_seed(0)
-is_bad, layer = sys.argv[1] == "bad", [0]
+flipped_to, layer = int(sys.argv[1]), [0]
 
 class Moe(nn.Module):
     def __init__(self):
@@ -223,8 +223,8 @@ class Moe(nn.Module):
 
     def forward(self, hidden):
         chosen = torch.arange(6) % 4
-        if is_bad and layer[0] == 1:
-            chosen[chosen == 3] = 4          # an expert that nobody chose in the other job
+        if layer[0] == 1:
+            chosen[chosen == 3] = flipped_to
         layer[0] += 1
         out, weights = torch.zeros_like(hidden), self.gate(hidden).softmax(-1)
         for expert in chosen.unique().tolist():
@@ -247,32 +247,46 @@ with torch.no_grad():
 """
 
 
-@pytest.mark.parametrize("direction", ["compare", "b2t"])
-def test_one_flipped_routing_choice_costs_its_own_points_alone(tmp_path: Path, direction: str) -> None:
-    """All other points are judged; each expert that only one job called is listed; the exit code is 0."""
+def run_routed(tmp_path: Path, direction: str, flipped_to: int) -> tuple[int, str, list[PointRow]]:
+    """(exit code, output, points) of a run in whose target one choice of layer 1 is flipped, from expert 3."""
     program = tmp_path / "routed.py"
     program.write_text(ROUTED)
     run = subprocess.run(
         [
-            str(Path(sys.executable).with_name("grafter")), "run", "--baseline", f"{sys.executable} {program} good",
-            "--target", f"{sys.executable} {program} bad", "--attach", "*", f"--{direction}", "name.endswith('.out')",
-            "--set", "one_sided=skip", "--out", str(tmp_path / "out"),
+            str(Path(sys.executable).with_name("grafter")), "run", "--baseline", f"{sys.executable} {program} 3",
+            "--target", f"{sys.executable} {program} {flipped_to}", "--attach", "*", f"--{direction}",
+            "name.endswith('.out')", "--set", "one_sided=skip", "--out", str(tmp_path / "out"),
         ],
-        capture_output=True, text=True, timeout=100,
+        capture_output=True, text=True, timeout=200,
     )  # fmt: skip
-    assert run.returncode == 0, run.stdout + run.stderr
-    verb = "compared" if direction == "compare" else "grafted"
-    assert f"18 {verb}; 1 only in the baseline, 1 only in the target: not judged" in run.stdout
-    assert "1 point was only in the baseline, and not judged: layers.experts.*.out (1 call)" in run.stdout
     (directory,) = (tmp_path / "out").iterdir()
-    rows = merge_ranks(list(read_run(directory)))
-    alone = {row.label: (row.only_in, row.outcome) for row in rows if row.only_in}
-    assert alone == {
+    return run.returncode, run.stdout + run.stderr, merge_ranks(list(read_run(directory)))
+
+
+@pytest.mark.parametrize("direction", ["compare", "b2t"])
+def test_one_flipped_routing_choice_costs_its_own_points_alone(tmp_path: Path, direction: str) -> None:
+    """Of an expert that nobody else chose: each that only one job called is listed, and the exit code is 0."""
+    code, said, rows = run_routed(tmp_path, direction, 4)
+    assert code == 0, said
+    verb = "compared" if direction == "compare" else "grafted"
+    assert f"18 {verb}; 1 only in the baseline, 1 only in the target: not judged" in said
+    assert "1 point was only in the baseline, and not judged: layers.experts.*.out (1 call)" in said
+    assert {row.label: (row.only_in, row.outcome) for row in rows if row.only_in} == {
         "layers.experts.3.out layer_id=1": ("baseline", "skipped"),
         "layers.experts.4.out layer_id=1": ("target", "skipped"),
     }
     assert {row.outcome for row in rows if not row.only_in} == {verb}
     assert {row.step for row in rows} == {0} and len(rows) == 20
+
+
+def test_an_expert_that_both_call_with_other_numbers_of_rows_fails_as_ever(tmp_path: Path) -> None:
+    """Pairing stays verified: its shapes do not fit, so the exit code is 1, and all else is compared."""
+    code, said, rows = run_routed(tmp_path, "compare", 0)
+    assert code == 1 and "17 compared, 1 failed; 1 only in the baseline: not judged" in said, said
+    assert {row.label: row.outcome for row in rows if row.outcome != "compared"} == {
+        "layers.experts.0.out layer_id=1": "failed",
+        "layers.experts.3.out layer_id=1": "skipped",
+    }
 
 
 def shorter(rank: Rank) -> None:

@@ -81,18 +81,30 @@ class Pairing:
                 # They may still come, and must not post what nobody waits for.
                 self._left_in_store = [place for place in self._left_in_store if place != keys.first]
                 self._place.give_up(header, keys, mine)
-            others = [self._roster.graft_rank(header.role, r) for r in header.participants if r != header.role_rank]
+            # Those that have passed the step would keep the letter for ever.
+            reached = self._housekeeping.step_ends.reached(self._client, header.role)
+            here = [r for r in header.participants if r != header.role_rank and reached[r] <= key.step]
+            others = [self._roster.graft_rank(header.role, r) for r in here]
             return self._hand_on(NotMet("skipped", str(given_up)), "", header, others, keys)
 
     def _follow(self, key: PointKey, header: Header, keys: StoreKeys) -> Pair | NotMet:
         try:
             told = self._wait_for(key, header, [keys.pair(header.role)], by_mail=self._courier.mail_inside)[0]
         except GivenUp as given_up:
-            # Its leader may still come: this rank is not among those that it will find.
-            leader = self._roster.graft_rank(header.role, min(header.participants))
-            self._bring([leader], keys.header(header.role, header.role_rank), ABSENT, _gave_up_before(header))
+            self._take_back_header(key, header, keys)
             return NotMet("skipped", str(given_up))
         return read_not_met(told.payload) if told.kind == NOT_MET else self._known.pair(told.payload)
+
+    def _take_back_header(self, key: PointKey, header: Header, keys: StoreKeys) -> None:
+        """This follower has gone on: a leader that still comes must not count it among those that are there."""
+        first, place = min(header.participants), keys.header(header.role, header.role_rank)
+        leader = self._roster.graft_rank(header.role, first)
+        if self._housekeeping.step_ends.reached(self._client, header.role)[first] <= key.step:
+            self._bring([leader], place, ABSENT, _gave_up_before(header))
+        elif self._courier.mail_inside:
+            self._courier.recall(leader, place)
+        else:
+            self._housekeeping.delete_later([place])
 
     def post(self, key: PointKey, header: Header, *, one_sided: bool = False) -> tuple[str, str] | None:
         """The senders' part where they do not wait: say that the entry is in this rank's outbox.
