@@ -208,6 +208,7 @@ def test_followers_obey_their_leader_and_give_way_by_themselves_only_where_it_wa
     assert choose_passed_over([leader, follower, target]) == [leader]
     astray = follower.model_copy(update={"digest": "k3"})
     assert choose_passed_over([leader, astray, target]) == [astray]
+    assert choose_passed_over([leader, astray.model_copy(update={"passed_over": 1}), target]) == [leader], "its turn"
 
 
 def test_a_wait_in_python_ends_with_the_reason_or_with_what_ended_the_run() -> None:

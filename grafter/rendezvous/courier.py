@@ -71,12 +71,14 @@ class Courier:
         wait = make_wait()
         if mailbox is None:
             wait.awaits = tuple(keys)
+            self._housekeeping.look_for_absent(wait, self._client)
             with self._housekeeping.waiting(wait):
                 found = self._client.get_all(keys)
             if any(sealed.kind == ABSENT for sealed in found):
                 self._left_in_store += keys
             return _none_absent(found)
         wait.has_news = lambda: mailbox.has_news(keys)
+        self._housekeeping.look_for_absent(wait, self._client)
         with self._housekeeping.waiting(wait):
             letters = mailbox.wait(keys, WaitWatch(self._housekeeping, wait))
         return self._opened(letters, make_wait)

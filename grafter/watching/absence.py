@@ -80,25 +80,18 @@ def _only_some_came(role: RoleName, others: Sequence[int]) -> str:
 def choose_passed_over(stuck: Sequence[BoardLine]) -> list[BoardLine]:
     """Of ranks that wait for each other for ever, those that give their point up now. Pure; the same on every rank.
 
-    First those whose own leader waits elsewhere. Else leaders of one job, so that the other job's point may still be
-    met: the job that has given up less often, and the target first. So the two jobs take turns, and each is soon behind
-    the point that only it has.
+    They are the leaders of one job, or its ranks that wait where their leader does not: those that have given up less
+    often, so that all take turns and each is soon behind the point that only it has.
     """
     at_point = {(line.digest, line.graft_rank) for line in stuck}
-    led_elsewhere = [line for line in stuck if line.one_sided and (line.digest, min(line.participants)) not in at_point]
-    if led_elsewhere:
-        return led_elsewhere
-    leaders = [line for line in stuck if line.one_sided and line.graft_rank == min(line.participants)]
-    given_up = {role: max((one.passed_over for one in leaders if one.role == role), default=-1) for role in _ROLES}
-    having = [role for role in _ROLES if given_up[role] >= 0]
-    if not having:
-        return []
-    chosen = min(having, key=lambda role: given_up[role])
-    return [line for line in leaders if line.role == chosen]
-
-
-# In the order in which they give up.
-_ROLES: tuple[RoleName, RoleName] = ("target", "baseline")
+    groups: dict[tuple[bool, RoleName], list[BoardLine]] = {}
+    for line in stuck:
+        leader = min(line.participants)
+        if line.one_sided and (leader == line.graft_rank or (line.digest, leader) not in at_point):
+            groups.setdefault((leader == line.graft_rank, line.role), []).append(line)
+    # In equal cases those without their leader come first, and then the target.
+    in_order = sorted(groups.items(), key=lambda group: (group[0][0], group[0][1] != "target"))
+    return min((lines for _, lines in in_order), key=lambda lines: max(one.passed_over for one in lines), default=[])
 
 
 def explain_passed_over(stuck: Sequence[BoardLine]) -> str:

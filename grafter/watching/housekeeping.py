@@ -25,7 +25,7 @@ from grafter.watching.lookout import LOOK_EVERY_SECONDS, Lookout
 from grafter.watching.members import Members
 from grafter.watching.step_ends import StepEnds
 from grafter.watching.store_link import StoreLink
-from grafter.watching.waits import ABSENT, Wait, Watched
+from grafter.watching.waits import ABSENT, GivenUp, Wait, Watched
 
 logger = logging.getLogger("grafter")
 
@@ -82,6 +82,13 @@ class Housekeeping:
         self._wait = None
         if wait.interruptible:
             signal.set_wakeup_fd(wait.signal_fd)
+
+    def look_for_absent(self, wait: Wait, client: StoreClient) -> None:
+        """Before a wait begins: raises GivenUp where it is of a one-sided point, and in vain."""
+        if wait.one_sided:
+            reason = self._lookout.find_absent(client, wait)
+            if reason is not None:
+                raise GivenUp(reason)
 
     def check(self) -> None:
         """Raise what ended the run, if something did. For loops that move bytes."""
@@ -142,8 +149,10 @@ class Housekeeping:
                 self._do_chores()
                 wait = self._wait
                 self._lookout.update_board(self._link.client, wait)
-                if wait is not None and (absent := self._lookout.find_absent(self._link.client, wait)) is not None:
-                    self._give_up(wait, absent)
+                if wait is not None and wait.one_sided:
+                    absent = self._lookout.find_absent(self._link.client, wait)
+                    if absent is not None:
+                        self._give_up(wait, absent)
                 if wait is not None and wait.seconds >= LOOK_EVERY_SECONDS and time.monotonic() >= wait.next_look:
                     wait.next_look = time.monotonic() + LOOK_EVERY_SECONDS
                     self._look_after(wait)

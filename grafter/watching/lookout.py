@@ -98,9 +98,7 @@ class Lookout:
         return None
 
     def find_absent(self, client: StoreClient, wait: Wait) -> str | None:
-        """Why the ranks that a one-sided point waits for will not come; None for other waits, and while they may."""
-        if not wait.one_sided or wait.seconds < _SHOWN_AFTER_SECONDS:
-            return None
+        """Why the ranks that a one-sided point waits for will not come; None while they may. Called on any thread."""
         assert self._absence is not None
         return self._absence.find(client, wait)
 
