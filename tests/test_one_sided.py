@@ -217,6 +217,35 @@ def test_a_sender_that_dies_ends_the_run_of_the_receivers(tmp_path: Path) -> Non
     assert "baseline rank 0" in target.error
 
 
+def test_receivers_may_go_on_ungrafted_where_their_sender_dies(tmp_path: Path) -> None:
+    """As ever, with GRAFTER_ON_PEER_LOSS=detach."""
+    settings = {"compare_filter": "True", "one_sided": "skip", "on_peer_loss": "detach", "timeout": FAR}
+    with two_jobs(tmp_path, killed_sender, killed_sender, **settings) as jobs:
+        _, target = jobs.wait()
+        assert target.error_kind is None and target.seconds < SOON
+        assert [r.name for r in jobs.ledgers()["target", 0]] in (["a"], [])
+
+
+def never_ends_its_step(rank: Rank) -> None:
+    assert grafter._active().begin() is None and grafter._active().session
+    if rank.is_baseline:
+        rank.wait_for("the time is up")
+        return
+    try:
+        grafter.dump("only here", torch.ones(2))
+    finally:
+        rank.tell("the time is up")
+
+
+def test_a_wait_whose_time_is_up_says_that_the_step_is_not_over(tmp_path: Path) -> None:
+    """It may still be met, so it is not skipped: GRAFTER_TIMEOUT holds as for every point."""
+    settings = {"compare_filter": "True", "one_sided": "skip", "timeout": 3, "signals": ("the time is up",)}
+    with two_jobs(tmp_path, never_ends_its_step, never_ends_its_step, **settings) as jobs:
+        _, target = jobs.wait()
+    assert target.error_kind == "PointTimeoutError"
+    assert "have not passed the end of step 0, so the point cannot be skipped yet" in target.error
+
+
 def killed_receiver(rank: Rank) -> None:
     grafter.dump("a", torch.ones(2))
     if not rank.is_baseline:
