@@ -31,8 +31,9 @@ logger = logging.getLogger("grafter")
 
 _TICK_SECONDS = 0.25
 _CHORES_EVERY_SECONDS = 1.0
-# So many deletions between two looks, at 60 us each: tidying never delays a diagnosis by more than 15 ms.
-_DELETIONS_PER_TICK = 256
+# So many deletions between two looks, at 60 us each, or this part of those that are left, so that they are bounded at
+# any rate of points. They delay a diagnosis by 15 ms; by more only at a thousand deletions a second.
+_DELETIONS_PER_TICK, _PART_PER_TICK = 256, 8
 
 
 class Housekeeping:
@@ -194,7 +195,8 @@ class Housekeeping:
                     self._store_lost(error)
 
     def _do_chores(self) -> None:
-        self._delete(min(len(self._deletions), _DELETIONS_PER_TICK))
+        waiting = len(self._deletions)
+        self._delete(min(waiting, max(_DELETIONS_PER_TICK, waiting // _PART_PER_TICK)))
         if time.monotonic() < self._next_chores:
             if self.on_tick is not None:
                 self.on_tick(self._link.client)
