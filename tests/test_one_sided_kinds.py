@@ -96,6 +96,25 @@ def test_gradients_of_points_that_both_have_are_grafted(tmp_path: Path, ranks: i
     assert stories == [sent] * ranks + [came] * ranks
 
 
+def differentiate_both_ways(rank: Rank) -> list[float]:
+    weight = torch.nn.Parameter(torch.ones(2))
+    h = grafter.dump("h", weight * 2.0)
+    g = grafter.dump("g", h * (1.0 if rank.is_baseline else 2.0))
+    (g * (3.0 if rank.is_baseline else 5.0)).sum().backward()
+    assert weight.grad is not None
+    return weight.grad.tolist()
+
+
+def test_gradients_may_cross_both_ways_in_one_backward_pass(tmp_path: Path) -> None:
+    """The target goes on with the baseline's gradient of g, and the baseline with what the target makes of it for h."""
+    with two_jobs(
+        tmp_path, differentiate_both_ways, differentiate_both_ways, gradients=True, one_sided="skip", timeout=FAR,
+        b2t_filter="phase == 'backward' and name == 'g'", t2b_filter="phase == 'backward' and name == 'h'",
+    ) as jobs:  # fmt: skip
+        assert succeed(jobs.wait()) == [[12.0, 12.0]] * 2
+        assert {outcome for records in told(jobs) for _, outcome, _ in records} == {"sent", "grafted"}
+
+
 # Recordings.
 
 
