@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -189,6 +190,48 @@ def test_the_two_jobs_give_way_in_turns_and_the_target_first() -> None:
     assert choose_passed_over([one, tired]) == [one]
     assert choose_passed_over([one.model_copy(update={"passed_over": 1}), tired]) == [tired]
     assert "the baseline for k1; the target for k2" in explain_passed_over([one, other])
+
+
+def lost_in(programs: tuple[list[tuple[int, str]], list[tuple[int, str]]]) -> int:
+    """How many points that both jobs have do not meet, where senders never wait and receivers do, to the end."""
+    sent: tuple[set[int], set[int]] = (set(), set())
+    passed_over: tuple[set[int], set[int]] = (set(), set())
+    place, met = [0, 0], set()
+    while any(place[job] < len(programs[job]) for job in (0, 1)):
+        before = tuple(place)
+        for job in (0, 1):
+            while place[job] < len(programs[job]):
+                key, direction = programs[job][place[job]]
+                if direction == ("b2t", "t2b")[job]:
+                    sent[job].update({key} - passed_over[1 - job])
+                elif key in sent[1 - job]:
+                    met.add(key)
+                elif place[1 - job] < len(programs[1 - job]):
+                    break
+                place[job] += 1
+        if tuple(place) == before:
+            lines = [
+                waiting(role, 0, (1, 1), str(programs[job][place[job]][0]), passed_over=len(passed_over[job]))
+                for job, role in enumerate(("baseline", "target"))
+            ]
+            (gives_way,) = choose_passed_over(lines)
+            job = gives_way.graft_rank
+            passed_over[job].add(programs[job][place[job]][0])
+            place[job] += 1
+    return len({key for key, _ in programs[0]} & {key for key, _ in programs[1]} - met)
+
+
+@pytest.mark.parametrize("seed", range(300))
+def test_no_more_points_of_both_jobs_are_lost_than_there_are_points_of_one(seed: int) -> None:
+    """Points of both directions in one order, and up to three more in each job, anywhere: the jobs end, soon together
+    again after each."""
+    chance = random.Random(seed)
+    common = [(number, chance.choice(["b2t", "t2b"])) for number in range(chance.randint(2, 20))]
+    programs, extra = (list(common), list(common)), itertools.count(1000)
+    for program in programs:
+        for _ in range(chance.randint(0, 3)):
+            program.insert(chance.randint(0, len(program)), (next(extra), chance.choice(["b2t", "t2b"])))
+    assert lost_in(programs) <= next(extra) - 1000
 
 
 def test_points_that_are_to_raise_are_never_passed_over() -> None:
