@@ -41,7 +41,9 @@ class Receivers:
         """While this rank waits until they take something. posts_more: it posts more points after that."""
         what = f"the {self.role} to take points out of the outbox"
         timeout = self._timeout + _BEYOND_PATIENCE_SECONDS
-        wait = Wait("outbox", what, timeout, leader=True, needs=frozenset(self.graft_ranks))
+        # At its end this rank does not end the run for a receiver that is gone: what it was to take has failed.
+        needs = frozenset(self.graft_ranks if posts_more else ())
+        wait = Wait("outbox", what, timeout, leader=True, needs=needs)
         with self._housekeeping.waiting(wait):
             yield Patience(self, self._housekeeping, self._timeout, posts_more=posts_more)
 
