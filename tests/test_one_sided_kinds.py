@@ -12,6 +12,7 @@ import torch
 from jobs import Jobs, Rank, succeed, two_jobs
 from test_offline import graft_from, record
 from test_one_sided import FAR, WELL, dump_steps
+from test_outbox_points import dump_of_each_kind
 
 import grafter
 from grafter.ledger import read_run
@@ -66,6 +67,30 @@ def test_mutual_waits_through_the_store_end_as_well(tmp_path: Path) -> None:
         first, _, last, _ = told(jobs)
     assert [outcome for _, outcome, _ in first] == ["sent", "grafted"]
     assert [outcome for _, outcome, _ in last] == ["skipped", "grafted", "sent"]
+
+
+# Values of every kind.
+
+
+def dump_every_kind(rank: Rank) -> dict[str, Any]:
+    grafter.dump(f"only {rank.role}", torch.ones(2))
+    return dump_of_each_kind(rank)
+
+
+def test_all_kinds_of_values_meet(tmp_path: Path) -> None:
+    """Returned values, comparisons, views, other dtypes, a value that is no tensor, hooks, compiled code."""
+    with two_jobs(
+        tmp_path, dump_every_kind, dump_every_kind, b2t_filter="name != 'compared'",
+        compare_filter="name == 'compared'", one_sided="skip", timeout=FAR, compiler=True,
+    ) as jobs:  # fmt: skip
+        _, target = succeed(jobs.wait())
+        assert {name: target[name] for name in ("compared", "strided", "half", "hooked")} == {
+            "compared": [4.0, 4.0], "strided": 66.0, "half": [1.5, 1.5], "hooked": [[2.0, 2.0]],
+        }  # fmt: skip
+        assert target["returned"] == [[1.0] * 3, [0.0] * 3]
+        for records in told(jobs):
+            assert [outcome for name, outcome, _ in records if name != "compiled"].count("skipped") == 2
+    assert target["compiled"] in ([17.0, 17.0], [1.0, 1.0]), "it does not wait, so it may be missed"
 
 
 # Gradients.
