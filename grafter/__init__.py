@@ -7,7 +7,7 @@ compared, or written into the other's memory. The package reads in the order in 
     grafter              `dump`: off? return. Else tags, direction, key (points, options, leaves, offer); which token
                          each row is, and which rows count (rows)
     entry                once: this rank comes into its run; session is what then exists
-    rendezvous           both jobs' ranks find each other (join, roster); how they talk (store, wire, mailbox, courier)
+    rendezvous           both jobs' ranks find each other (join, roster); how they talk (store, wire, channels, courier)
     matched_points       what becomes of a point that a filter matches: saved, recorded, grafted, kept for later
                          (meetings: one rank's, numbered; standing: whether it still takes part)
     meeting              one point, step by step:
@@ -191,6 +191,12 @@ def step() -> None:
 def close() -> None:
     """Leave the run. Called at exit by itself; a matched point after it is refused."""
     global _off
+    if _grafter is None and _off is None and enabled():
+        from grafter.grafter import Grafter
+
+        # A rank without a point joins all the same: the others wait for it, and must hear that it leaves.
+        if not Grafter.is_made:
+            _active()
     if _grafter is not None:
         _grafter.close()
     elif _off is None:

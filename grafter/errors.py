@@ -14,7 +14,7 @@ GrafterError
 |   `-- ProtocolError      a message is unsigned, empty, or not what the protocol allows
 |-- TransformError         a user transform cannot be loaded
 |-- DumpError              a directory, file or record of dumps is not what the format allows, or is not there
-|-- PointFailed            one point failed and `on_transform_error` is `raise`; nothing was written
+|-- PointFailed            one point failed and `on_transform_error` is `raise`; or a write that all had agreed on did
 `-- WriteRefused           this value may not be written into this tensor; nothing was written
 """
 
@@ -78,7 +78,11 @@ class DumpError(GrafterError):
 
 
 class PointFailed(GrafterError):
-    """One point failed on every receiver, nothing was written, and `on_transform_error` is `raise`."""
+    """One point failed on every receiver, nothing was written, and `on_transform_error` is `raise`.
+
+    Also: all receivers had agreed to write, and this one could not (out of memory). The message says which leaves it
+    has written.
+    """
 
 
 class WriteRefused(GrafterError):

@@ -70,8 +70,11 @@ class Grafter:
     # What a point's value is taken up with, and what meets the other side.
     offer_maker = OfferMaker
     meeting_maker = Meetings
+    # Whether this process has had one.
+    is_made = False
 
     def __init__(self, config: GrafterConfig) -> None:
+        Grafter.is_made = True
         self.config = config
         self.steps = StepCounter()
         self.lock = threading.RLock()
@@ -259,8 +262,8 @@ class Grafter:
         # Before the lock: in a forked child it may belong to a thread that does not exist there.
         if os.getpid() != standing.process_id:
             return
-        if not self.has_begun and self.models.attachments and standing.fault is None:
-            # No call reached a hook: the others wait for this rank to join, and must hear that it leaves.
+        if not self.has_begun and standing.fault is None and not self.config.only_dumps and not standing.is_closed:
+            # No call came: the others wait for this rank to join, and must hear that it leaves.
             self.begin()
         if not self.lock.acquire(timeout=_PATIENCE_SECONDS):
             # Another thread is at a point, which waits for other ranks; Ctrl-C must not.

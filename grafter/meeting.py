@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Sequence
@@ -21,11 +22,14 @@ from grafter.ledger import SCHEMA_VERSION, Difference, LeafRecord, LedgerLine, O
 from grafter.measures.stats import compare
 from grafter.options import PointOptions
 from grafter.outbox.states import NotMet
+from grafter.pairing.critical_section import Settled, Work
 from grafter.pairing.decision import Decision, decide
 from grafter.pairing.manifest import Header, Pair, store_keys
 from grafter.pairing.paired_rows import PairedRows
 from grafter.points import PointKey
 from grafter.session import Session
+from grafter.signal_handlers import is_from_signal_handler
+from grafter.watching.stages import Stage
 from grafter.watching.watch import Abandoned, PeerGone
 from grafter.writing.tensor_access import without_gradient
 from grafter.writing.write_back import WriteMode, Written
@@ -40,15 +44,14 @@ Sides = tuple[tuple[int, ...], tuple[int, ...]]
 class _Course:
     """What both manifests lead to on this rank: worked out once, since they come again in every step.
 
-    sides: the baseline's participants, and the target's. receivers: role ranks. teller: the graft rank of the lowest of
-    them, from which the senders hear that a point failed. is_posted: the senders have posted it and gone on.
+    sides: the baseline's participants, and the target's. receivers: role ranks, in order. is_posted: the senders have
+    posted it and gone on.
     """
 
     decision: Decision
     plan: TransferPlan | None
     sides: Sides
     receivers: tuple[int, ...]
-    teller: int
     is_posted: bool
 
 
@@ -72,6 +75,10 @@ class Meeting:
         self._bytes_sent = self._bytes_received = 0
         self._sequence = 0
         self._is_receiver = session.place.role == receiver_role(direction)
+        self._is_settled = False
+        # For the board, while it lasts.
+        self.stage: Stage = "pairing"
+        self.point, self.call_site = key, header.call_site
         # Where rows are addressed by token: how they paired.
         self.rows: PairedRows | None = None
 
@@ -80,20 +87,33 @@ class Meeting:
     ) -> tuple[Any, Outcome]:
         """(what `dump` returns, outcome). Raises what ended the run, or PointFailed where the options say so."""
         self._sequence = sequence
-        pair = self._session.pairing.meet(self._key, self._header, one_sided=self._options.one_sided == "skip")
-        value = leaves.value if leaves is not None else None
-        if isinstance(pair, NotMet):
-            self._end_stage("pairing")
-            return value, self._pass_by(pair)
+        housekeeping = self._session.housekeeping
+        housekeeping.underway = self
         try:
-            course = self._course(pair)
-            self._end_stage("pairing")
-            return self._hold(pair, course, leaves, extras, stats)
-        except BaseException as error:
-            if pair.is_posted(self._direction):
-                why = f"{self._header.who} left with {type(error).__name__}"
-                self._session.pairing.claims.settle(self._key.digest, "failed", why)
-            raise
+            pair = self._session.pairing.meet(self._key, self._header, one_sided=self._options.one_sided == "skip")
+            if isinstance(pair, NotMet):
+                self.end_stage("pairing")
+                return leaves.value if leaves is not None else None, self._pass_by(pair)
+            try:
+                course = self._course(pair)
+                self.end_stage("pairing")
+                return self._hold(pair, course, leaves, extras, stats)
+            except BaseException as error:
+                self._leave(pair, error)
+                if pair.is_posted(self._direction):
+                    why = f"{self._header.who} left with {type(error).__name__}"
+                    self._session.pairing.claims.settle(self._key.digest, "failed", why)
+                raise
+        finally:
+            housekeeping.underway = None
+
+    def _leave(self, pair: Pair, error: BaseException) -> None:
+        """An exception ended this rank's part. Where that was before anything could hold it, no receiver must wait."""
+        course: _Course | None = pair.memo.get(self._direction)
+        if course is None or not self._is_receiver or self._is_settled:
+            return
+        if self._header.role_rank in course.receivers:
+            self._session.agreement.leave(self._key, course.receivers, error)
 
     def _pass_by(self, not_met: NotMet) -> Outcome:
         """The two sides have not met, since one of them does not wait: the value goes on as it is."""
@@ -120,9 +140,10 @@ class Meeting:
         elif not self._is_receiver:
             outcome, reason = self._send(pair, course, plan, self._outgoing(decision, leaves) + extras)
         else:
-            written, outcome, reason = self._receive(pair, course, plan, leaves, stats)
-            if written is not None:
-                value = leaves.rebuilt([w.value for w in written])
+            reception = _Receiving(self, pair, course, plan, leaves, stats)
+            outcome, reason = self._receive(course, reception)
+            if outcome == "grafted":
+                value = leaves.rebuilt([w.value for w in reception.written])
         self._finish(course, outcome, reason)
         if outcome == "failed" and self._is_receiver and self._options.on_transform_error == "raise":
             raise PointFailed(f"the point {self._key} failed on every receiver, and nothing was written: {reason}")
@@ -145,13 +166,11 @@ class Meeting:
                 plan = make_plan(self._key.digest, direction, pair, decision, roster, me)
             except ValueError as error:
                 decision = Decision({}, "failed", str(error))
-        lowest = min(header.role_rank for header in pair.receivers(direction))
         return _Course(
             decision,
             plan,
             sides=(pair.baseline.headers[0].participants, pair.target.headers[0].participants),
-            receivers=tuple(decision.sources),
-            teller=roster.graft_rank(receiver_role(direction), lowest),
+            receivers=tuple(sorted(decision.sources)),
             is_posted=pair.is_posted(direction),
         )
 
@@ -165,8 +184,8 @@ class Meeting:
         self, pair: Pair, course: _Course, plan: TransferPlan, tensors: Sequence[torch.Tensor]
     ) -> tuple[Outcome, str | None]:
         session = self._session
-        # Whoever of the receivers gets what this rank sends, if any does.
-        session.expect_failures_from(course.teller)
+        self.stage = "sending"
+        session.expect_failures()
         outcome_key = store_keys(session.client.hall, self._key.digest).outcome
         try:
             with without_gradient():
@@ -177,47 +196,76 @@ class Meeting:
         except PeerGone as gone:
             raise self._end_of_run(gone) from gone
         finally:
-            self._end_stage("exchange")
+            self.end_stage("exchange")
         return ("compared" if self._direction == "compare" else "sent"), None
 
-    def _receive(
-        self, pair: Pair, course: _Course, plan: TransferPlan, leaves: Leaves, stats: Stats
-    ) -> tuple[list[Written] | None, Outcome, str | None]:
-        session, receivers = self._session, course.receivers
-        try:
-            incoming, refusal = self._take_in(pair, course, plan, leaves)
-            self._measure(leaves, incoming, stats)
-            self._end_stage("statistics")
-        except RunError:
-            raise
-        except BaseException as error:
-            # Ctrl-C in a transform, say: the other receivers must not write what this one does not.
-            session.agreement.leave(self._key, receivers, f"{self._header.who} left with {type(error).__name__}")
-            raise
-        session.agreement.vote(self._key, receivers, refusal)
-        refusal = session.agreement.outcome(self._key, receivers, refusal)
-        self._end_stage("agreement")
-        if refusal is not None:
-            return None, "failed", refusal
-        if self._direction == "compare":
-            return None, "compared", None
-        mode = WriteMode(self._options.write, self._options.gradient)
-        written = [one.write(original, mode) for original, one in zip(leaves.originals, incoming, strict=True)]
-        self._end_stage("write")
-        interrupted_by, session.agreement.interrupted_by = session.agreement.interrupted_by, None
-        if interrupted_by is not None:
-            raise interrupted_by
-        for index, (one, done) in enumerate(zip(incoming, written, strict=True)):
+    def _receive(self, course: _Course, receiving: _Receiving) -> tuple[Outcome, str | None]:
+        settled = self._session.agreement.settle(self._key, course.receivers, receiving)
+        self._is_settled = True
+        if settled.refusal is not None:
+            self.end_stage("agreement")
+            outcome: Outcome = "failed"
+        else:
+            outcome = "compared" if self._direction == "compare" else "grafted"
+        arrived = self._error_of(settled, receiving)
+        if arrived is not None:
+            with contextlib.suppress(RunError):
+                self._finish(course, outcome, settled.refusal)
+            raise arrived
+        self._note_saturated(receiving)
+        return outcome, settled.refusal
+
+    def _error_of(self, settled: Settled, receiving: _Receiving) -> BaseException | None:
+        error = settled.error
+        if settled.refusal is not None or settled.fault is None:
+            return error
+        done, paths = receiving.progress, [record.path for record in self._leaf_records]
+        failed = PointFailed(
+            f"all receivers of the point {self._key} had agreed to write, and {self._header.who} could not: "
+            f"{type(settled.fault).__name__}: {settled.fault}. It has written the leaves {paths[:done]}, and not, or "
+            f"not wholly, {paths[done:]}. The other receivers have written. Restart both jobs before you rely on these "
+            "values."
+        )
+        failed.__cause__ = settled.fault
+        return failed
+
+    def _note_saturated(self, receiving: _Receiving) -> None:
+        for index, (one, done) in enumerate(zip(receiving.incoming, receiving.written, strict=False)):
             count = one.saturated if one.saturated is not None else done.saturated
             if count is not None:
                 self._leaf_records[index] = self._leaf_records[index].model_copy(update={"saturated": count})
-        return written, "grafted", None
+
+    def prepare(
+        self, receiving: _Receiving, pair: Pair, course: _Course, plan: TransferPlan, leaves: Leaves, stats: Stats
+    ) -> str | None:
+        """The value, complete, checked and measured; else why there is none."""
+        receiving.incoming, refusal = self._take_in(pair, course, plan, leaves)
+        self.stage = "measuring"
+        self._measure(leaves, receiving.incoming, stats)
+        self.end_stage("statistics")
+        if refusal is None and self._options.write == "return":
+            # Touches no memory of the program. So what could fail here fails before the vote.
+            try:
+                self.write(receiving, leaves)
+            except Exception as error:
+                return self._explain(error)
+        return refusal
+
+    def write(self, receiving: _Receiving, leaves: Leaves) -> None:
+        """Goes on with the first leaf that is not known to be written."""
+        if self._direction == "compare":
+            return
+        mode, written = WriteMode(self._options.write, self._options.gradient), receiving.written
+        while len(written) < len(receiving.incoming):
+            index = len(written)
+            written.append(receiving.incoming[index].write(leaves.originals[index], mode))
 
     def _take_in(
         self, pair: Pair, course: _Course, plan: TransferPlan, leaves: Leaves
     ) -> tuple[list[IncomingLeaf], str | None]:
         """What comes in for each leaf, complete and checked; or why there is nothing."""
         decision = course.decision
+        self.stage = "receiving"
         try:
             with without_gradient():
                 if course.is_posted:
@@ -229,7 +277,8 @@ class Meeting:
         except PeerGone as gone:
             raise self._end_of_run(gone) from gone
         finally:
-            self._end_stage("exchange")
+            self.end_stage("exchange")
+        self.stage = "transforming"
         try:
             place, roster, transform = self._session.place, self._session.roster, self._options.transform
             reception = Reception(
@@ -238,10 +287,16 @@ class Meeting:
             with without_gradient():
                 incoming = reception.incoming(values, leaves)
             self._check(leaves, incoming)
+            if transform is not None:
+                for one in incoming:
+                    one.keep_apart(leaves.originals)
         except Exception as error:
+            if is_from_signal_handler(error):
+                raise
+            logger.debug("grafter: %s failed at %s:", self._key, self._header.who, exc_info=error)
             return [], self._explain(error)
         finally:
-            self._end_stage("transform")
+            self.end_stage("transform")
         return incoming, None
 
     def _check(self, leaves: Leaves, incoming: Sequence[IncomingLeaf]) -> None:
@@ -284,6 +339,8 @@ class Meeting:
                         "token": self._token_of(index, difference),
                     }  # fmt: skip
                 except Exception as error:
+                    if is_from_signal_handler(error):
+                        raise
                     # Out of memory, say: it costs the figures, not the point.
                     logger.warning("grafter: no statistics of %s: %s: %s", self._key, type(error).__name__, error)
             if incoming and incoming[index].replicas is not None:
@@ -311,8 +368,8 @@ class Meeting:
         )
         return self._session.housekeeping.abort(error, self._session.client)
 
-    def _end_stage(self, stage: str) -> None:
-        """All time since the stage before is this one's."""
+    def end_stage(self, stage: str) -> None:
+        """All time since the end of the stage before is this one's."""
         now = time.perf_counter()
         self._seconds[stage] = self._seconds.get(stage, 0.0) + now - self._stage_since
         self._stage_since = now
@@ -321,11 +378,16 @@ class Meeting:
 
     def _finish(self, course: _Course, outcome: Outcome, reason: str | None) -> None:
         session, receivers = self._session, course.receivers
+        self.stage = "finishing"
+        sent = not self._is_receiver and outcome in ("sent", "compared")
+        # First, since the store, which the rest may need, can be lost.
+        session.record(self._line(course.sides, outcome, reason), self._key if sent else None)
+        if outcome == "failed":
+            self._log_failure(receivers if self._is_receiver else (), reason or "")
         deletable = session.pairing.keys_to_delete(self._key, self._header)
         if self._is_receiver and receivers:
-            deletable += session.agreement.keys_to_delete(self._key, receivers, committed=outcome != "failed")
-            leads = session.place.role_rank == min(receivers)
-            if outcome == "failed" and leads and not course.is_posted:
+            deletable += session.agreement.keys_to_delete(self._key, receivers)
+            if outcome == "failed" and not course.is_posted:
                 session.tell_failure(self._key, reason or "")
         if course.is_posted:
             state = "taken" if outcome in ("grafted", "compared") else outcome
@@ -334,8 +396,11 @@ class Meeting:
                 # Its senders read the entry's state.
                 deletable.append(store_keys(session.client.hall, self._key.digest).outcome)
         session.finished(course.sides, deletable)
-        sent = not self._is_receiver and outcome in ("sent", "compared")
-        session.record(self._line(course.sides, outcome, reason), self._key if sent else None)
+
+    def _log_failure(self, receivers: Sequence[int], reason: str) -> None:
+        """By one rank of each job. receivers: of this side, where there are any."""
+        if self._session.place.role_rank == min(receivers or self._header.participants):
+            self._session.failures.add(self._key.name, self._key, reason)
 
     def _line(self, sides: Sides, outcome: Outcome, reason: str | None) -> LedgerLine:
         key, place = self._key, self._session.place
@@ -366,6 +431,33 @@ class Meeting:
             "tokens": self.rows.counts(self._header) if self.rows is not None else None,
             "only_in": None,
         }
+
+
+class _Receiving(Work):
+    """What one receiver does with a point, once both sides have met."""
+
+    def __init__(
+        self, meeting: Meeting, pair: Pair, course: _Course, plan: TransferPlan, leaves: Leaves, stats: Stats
+    ) -> None:
+        self._meeting, self._pair, self._course, self._plan = meeting, pair, course, plan
+        self._leaves, self._stats = leaves, stats
+        self.incoming: list[IncomingLeaf] = []
+        self.written: list[Written] = []
+
+    def prepare(self) -> str | None:
+        return self._meeting.prepare(self, self._pair, self._course, self._plan, self._leaves, self._stats)
+
+    def write(self) -> None:
+        self._meeting.end_stage("agreement")
+        self._meeting.write(self, self._leaves)
+        self._meeting.end_stage("write")
+
+    @property
+    def progress(self) -> int:
+        return len(self.written)
+
+    def at(self, stage: Stage) -> None:
+        self._meeting.stage = stage
 
 
 @lru_cache(maxsize=4096)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import threading
@@ -18,10 +17,12 @@ import torch.distributed as dist
 from grafter.control.rank_control import RankControl
 from grafter.copying import share_long_copies
 from grafter.dumps.writer import refuse_earlier_dumps
-from grafter.errors import ConfigError, GrafterError, JoinError, RunError
+from grafter.errors import ConfigError, GrafterError, JoinError, PeerLostError, RunError
 from grafter.exchange.group import local_address_towards
-from grafter.exchange.shared_memory import SharedMemoryExchange, open_listener
+from grafter.exchange.shared_memory import SharedMemoryExchange
 from grafter.exchange.transfer import Transfer
+from grafter.failed_points import FailedPoints
+from grafter.failure_log import FailureLog
 from grafter.ledger import LedgerLine, LedgerRecord, LedgerWriter
 from grafter.outbox.delivery import Delivery
 from grafter.outbox.entries import Outbox
@@ -31,18 +32,22 @@ from grafter.outbox.receivers import Receivers
 from grafter.pairing.agreement import Agreement
 from grafter.pairing.pairing import Pairing
 from grafter.points import PointKey
+from grafter.rendezvous.channels import Channels
+from grafter.rendezvous.connecting import Listener, connect_ranks, open_listener
 from grafter.rendezvous.courier import Courier
 from grafter.rendezvous.join import LINGER_SECONDS, Membership, Place, StoreServer, join, store_place
-from grafter.rendezvous.mailbox import Mailbox, open_mailbox
 from grafter.rendezvous.roster import PlayedFrom
 from grafter.rendezvous.store import StoreClient, connect
 from grafter.run_facts import write_run_facts
 from grafter.settings.config import GrafterConfig
+from grafter.watching.housekeeping import Housekeeping
+from grafter.watching.store_patience import StorePatience
 
 logger = logging.getLogger("grafter")
 
 # Sent points whose failure could still be heard of.
 _REMEMBERED_SENT = 4096
+_LAST_WORDS_SECONDS = 2.0
 
 
 def find_place(config: GrafterConfig) -> Place:
@@ -56,6 +61,8 @@ def find_place(config: GrafterConfig) -> Place:
         role_rank, world_size = dist.get_rank(), dist.get_world_size()
     else:
         role_rank, world_size = _environment_number("RANK", 0), _environment_number("WORLD_SIZE", 1)
+    if config.rank is None and expected not in (None, world_size):
+        raise ConfigError(_explain_world_size(config.role, expected, world_size, initialised=initialised))
     if world_size is None:
         world_size = dist.get_world_size() if initialised else _environment_number("WORLD_SIZE", 1)
     if role_rank >= world_size:
@@ -64,6 +71,21 @@ def find_place(config: GrafterConfig) -> Place:
             f"GRAFTER_RANK, GRAFTER_{config.role.upper()}_WORLD_SIZE, RANK and WORLD_SIZE."
         )
     return Place(config.role, role_rank, world_size)
+
+
+def _explain_world_size(role: str, expected: object, world_size: object, *, initialised: bool) -> str:
+    text = os.environ.get("WORLD_SIZE", "").strip()
+    if initialised:
+        found = f"torch.distributed says that this job has {world_size}"
+    elif text:
+        found = f"WORLD_SIZE={text} says that this job has {world_size}"
+    else:
+        found = "this process sees only itself: torch.distributed is not initialised, and WORLD_SIZE is not set"
+    return (
+        f"GRAFTER_{role.upper()}_WORLD_SIZE={expected} says that the {role} has {expected} ranks, and {found}. Correct "
+        "the variable, or leave it out: the size is then discovered. For a job larger than torch.distributed's "
+        "default group, set GRAFTER_RANK in each process, too."
+    )
 
 
 def _environment_number(variable: str, default: int) -> int:
@@ -96,8 +118,7 @@ class Session:
         self,
         config: GrafterConfig,
         membership: Membership,
-        shared_memory: SharedMemoryExchange | None,
-        mailbox: Mailbox | None,
+        channels: Channels | None,
         begun: Begun,
         control: RankControl | None = None,
     ) -> None:
@@ -108,21 +129,17 @@ class Session:
         self.timeout = timeout = config.timeout
         share_long_copies(self.roster.has_core_each)
         self.client.set_timeout(timeout + 5)
-        self._mailbox = mailbox
-        courier = Courier(self.client, self.housekeeping, self.roster, self.graft_rank, mailbox)
-        self.pairing = Pairing(self.client, courier, self.housekeeping, self.roster, timeout)
-        self.transfer = self._make_transfer(config, shared_memory)
+        self.client.patience = StorePatience(self.housekeeping, timeout)
+        self._channels = channels
+        self._courier = Courier(self.client, self.housekeeping, self.roster, self.graft_rank, channels, timeout)
+        self.pairing = Pairing(self.client, self._courier, self.housekeeping, self.roster, timeout)
+        self.transfer = self._make_transfer(config)
         self.agreement = Agreement(
-            self.client,
-            courier,
-            self.housekeeping,
-            self.roster,
-            self.place.role,
-            self.place.role_rank,
-            timeout,
+            self.client, self._courier, self.roster, self.place.role, self.place.role_rank, timeout
         )
         begun.check(self.run_directory)
         self._refuse_earlier_dumps(begun)
+        self.failures = FailureLog(self.place.who)
         self.ledger = LedgerWriter(self.run_directory / self.place.role, self.place.role_rank)
         self.outbox = Outbox(
             begun.outbox,
@@ -141,8 +158,7 @@ class Session:
             self.delivery = Delivery(own_address, self.client.seal, self.outbox.find)
         self._deletable: dict[tuple[tuple[int, ...], tuple[int, ...]], list[str]] = {}
         self._sent: OrderedDict[str, LedgerLine] = OrderedDict()
-        self._failures_posted = 0
-        self._failures_heard: dict[int, int] = {}
+        self._failed = FailedPoints(self.client.hall, self._note_failure)
         self._ledger_lock = threading.Lock()
         if self.place.role_rank == 0:
             sizes = {"baseline": len(self.roster.baseline), "target": len(self.roster.target)}
@@ -153,8 +169,11 @@ class Session:
             control.joined(self.housekeeping, self.roster, self.graft_rank, self.run_directory / self.place.role)
         self.housekeeping.on_second = self._each_second
 
-    def _make_transfer(self, config: GrafterConfig, shared_memory: SharedMemoryExchange | None) -> Transfer:
+    def _make_transfer(self, config: GrafterConfig) -> Transfer:
         address, port = config.master_address, config.master_port or 0
+        shared_memory = None
+        if self._channels is not None:
+            shared_memory = SharedMemoryExchange(self.graft_rank, self.roster, self._channels)
         return Transfer(
             config.backend,
             self.roster,
@@ -163,7 +182,7 @@ class Session:
             self.timeout,
             shared_memory,
             self.client.hall,
-            lambda: connect(address, port, timeout=30, keep_trying=lambda: True).store,
+            lambda: connect(address, port, timeout=30, keep_trying=lambda: True),
             lambda: local_address_towards(address, port),
         )
 
@@ -177,7 +196,8 @@ class Session:
 
     def _each_second(self, client: StoreClient) -> None:
         self.outbox.look_after(client)
-        self._hear_of_failures(client)
+        self._failed.tell(client)
+        self._failed.hear(client)
         if self._control is not None:
             self._control.poll(client)
 
@@ -198,6 +218,8 @@ class Session:
 
     def write_line(self, record: LedgerRecord) -> None:
         """Write one line; called on any thread."""
+        if record.outcome == "failed" and self.housekeeping.aborted is None:
+            self.failures.add(record.name, f"{record.name!r} (step={record.step})", record.reason or "")
         with self._ledger_lock:
             self._write(record)
 
@@ -209,24 +231,20 @@ class Session:
             logger.error("grafter: the ledger %s cannot be written: %s", self.ledger.path, error)
 
     def tell_failure(self, key: PointKey, reason: str) -> None:
-        """Called by the leader of the receivers: the senders hear of it within about a second."""
-        place = f"{self.client.hall}/failure/{self.graft_rank}/{self._failures_posted}"
-        self._failures_posted += 1
-        self.client.set(place, "failure", json.dumps([key.digest, reason]))
+        """Called by every receiver of a point that has failed: the senders hear of it within about two seconds."""
+        self._failed.add(key.digest, reason)
 
-    def expect_failures_from(self, graft_rank: int) -> None:
-        self._failures_heard.setdefault(graft_rank, 0)
+    def expect_failures(self) -> None:
+        """This rank sends, and hears from now on of points that have failed."""
+        self._failed.is_listening = True
 
-    def _hear_of_failures(self, client: StoreClient) -> None:
-        for leader, heard in list(self._failures_heard.items()):
-            while (sealed := client.peek(f"{client.hall}/failure/{leader}/{heard}")) is not None:
-                heard += 1
-                self._failures_heard[leader] = heard
-                digest, reason = json.loads(sealed.payload)
-                with self._ledger_lock:
-                    line = self._sent.pop(digest, None)
-                    if line is not None:
-                        self._write({**line, "outcome": "failed", "reason": str(reason)})
+    def _note_failure(self, digest: str, reason: str) -> None:
+        with self._ledger_lock:
+            line = self._sent.pop(digest, None)
+            if line is not None:
+                self._write({**line, "outcome": "failed", "reason": reason})
+        if line is not None and self.place.role_rank == min(line["participants"][self.place.role]):
+            self.failures.add(line["name"], f"{line['name']!r} (step={line['step']})", reason)
 
     # Tidying.
 
@@ -242,19 +260,26 @@ class Session:
 
     def close(self, note: str) -> None:
         """Leave: say so on the board, and, where this rank hosts the store, linger until the others can do without."""
+        self._failed.tell_before_leaving(self.client, _LAST_WORDS_SECONDS)
         try:
             self.housekeeping.close(note)
             if self._server is not None:
                 self._linger()
         except RunError as error:
             logger.debug("grafter: the store was gone when %s left: %s", self.place.who, error)
+        self.agreement.close()
         self.puller.close()
         if self.delivery is not None:
             self.delivery.close()
         self.transfer.close()
-        if self._mailbox is not None:
-            self._mailbox.close()
+        self._courier.close()
+        if self._channels is not None:
+            self._channels.close()
+        self.client.close()
         self.ledger.close()
+        self.failures.close()
+        if self.client.seal.ignored.count > 1:
+            logger.warning("grafter: %s", self.client.seal.ignored.note)
 
     def _linger(self) -> None:
         deadline = time.monotonic() + LINGER_SECONDS
@@ -290,47 +315,51 @@ class Joining:
         self._done = threading.Event()
         self._cancelled = False
         self._session: Session | None = None
+        # From when the store is reached.
+        self._housekeeping: Housekeeping | None = None
         self._error: BaseException | None = None
         self._place = find_place(config)
         threading.Thread(target=self._run, name="grafter-join", daemon=True).start()
 
     def _run(self) -> None:
-        listener = box = None
+        listener = None
         try:
             listener = open_listener()
-            socket_name = listener[1] if listener is not None else ""
-            box = open_mailbox(socket_name) if socket_name else None
+            socket_name = listener.name if listener is not None else ""
             config = self._config
             run_name = config.run_name or time.strftime("%Y%m%d-%H%M%S")
             membership = join(
-                config, self._place, run_name, socket_name, lambda: not self._cancelled, modules=self._modules,
-                played_from=self._played_from, served=self._served,
+                config, self._place, run_name, socket_name, lambda: not self._cancelled, self._connected,
+                modules=self._modules, played_from=self._played_from, served=self._served,
             )  # fmt: skip
-            shared = mailbox = None
-            if listener is not None and box is not None:
-                shared = SharedMemoryExchange(membership.graft_rank, membership.roster, listener[0])
-                mailbox = Mailbox(box, membership.roster, membership.client.seal)
             host = store_place(config, self._place)
             membership.housekeeping.joined(
                 membership.roster, membership.graft_rank, membership.roster.graft_rank(*host) if host else None
             )
-            try:
-                self._session = Session(config, membership, shared, mailbox, self._begun, self._control)
-            except BaseException as error:
-                # A disk without room for the ledger, say: the others must not wait for a rank that cannot take part.
-                self._leave_at_once(membership, error)
-                raise
+            self._session = self._begin(membership, listener)
         except BaseException as error:
             self._error = error
             if isinstance(error, JoinError):
                 self._on_refusal(error)
             if listener is not None:
-                listener[0].close()
-            if box is not None:
-                box.close()
+                listener.close()
         self._done.set()
         if self._session is not None:
             self._on_joined()
+
+    def _begin(self, membership: Membership, listener: Listener | None) -> Session:
+        """The session, with a channel to each rank of this host."""
+        channels = None
+        try:
+            if listener is not None:
+                channels = _open_channels(membership, listener, self._config.timeout)
+            return Session(self._config, membership, channels, self._begun, self._control)
+        except BaseException as error:
+            # A disk without room for the ledger, say: the others must not wait for a rank that cannot take part.
+            self._leave_at_once(membership, error)
+            if channels is not None:
+                channels.close()
+            raise
 
     @property
     def is_over(self) -> bool:
@@ -338,7 +367,7 @@ class Joining:
         return self._done.is_set()
 
     def _leave_at_once(self, membership: Membership, error: BaseException) -> None:
-        text = f"{self._place.who} has joined and cannot go on: {type(error).__name__}: {error}"
+        text = f"{self._place.who} has joined, and cannot take part: {type(error).__name__}: {error}"
         with contextlib.suppress(RunError):
             membership.housekeeping.abort(RunError(text), membership.client)
         membership.housekeeping.close(f"{type(error).__name__}: {error}")
@@ -369,7 +398,29 @@ class Joining:
                 "(Ctrl-C ends it)",
                 self._place.who,
             )
-            self._done.wait()
-        self._cancelled = True
-        self._done.wait(2.0)
+            try:
+                self._done.wait()
+            except BaseException as error:
+                self._call_off(type(error).__name__)
+                raise
+        if not self._done.wait(2.0):
+            self._call_off("an error")
         return self._session
+
+    def _connected(self, housekeeping: Housekeeping) -> None:
+        self._housekeeping = housekeeping
+
+    def _call_off(self, why: str) -> None:
+        """This rank ends before all have joined, and the others would wait for it until the join times out."""
+        self._cancelled = True
+        if self._housekeeping is not None:
+            text = f"{self._place.who} has left with {why}, before all ranks of both jobs had joined"
+            self._housekeeping.abort_soon(PeerLostError(f"{text}. Look at the end of its output first."))
+        # A rank that hosts the store lingers, so that the others can read it there.
+        self._done.wait(LINGER_SECONDS + 1)
+
+
+def _open_channels(membership: Membership, listener: Listener, timeout: float) -> Channels:
+    roster, graft_rank, seal = membership.roster, membership.graft_rank, membership.client.seal
+    connections = connect_ranks(listener, roster, graft_rank, seal, timeout, membership.housekeeping.check)
+    return Channels(graft_rank, roster, seal, connections)

@@ -58,10 +58,10 @@ def graft_with_fault(rank: Rank) -> list[list[float]]:
     return values
 
 
-def wait_until_heard(rank: Rank) -> None:
+def wait_until_heard(rank: Rank, seconds: float = 15) -> None:
     """Until this sender's ledger says that a point has failed."""
     path = grafter._grafter.entry.session.ledger.path  # type: ignore[union-attr]
-    deadline = time.monotonic() + 15
+    deadline = time.monotonic() + seconds
     while '"outcome":"failed"' not in path.read_text() and time.monotonic() < deadline:
         time.sleep(0.05)
 

@@ -69,6 +69,11 @@ def sockets_of(*marks: str) -> list[str]:
     return [line for line in lines if any(mark in line for mark in marks)]
 
 
+def is_listening(line: str) -> bool:
+    """Of a line of /proc/net/unix."""
+    return bool(int(line.split()[3], 16) & 0x10000)
+
+
 def own_leftovers() -> list[str]:
     """Of this process: memory, sockets and threads of grafter's that are still there."""
     found = [thread.name for thread in threading.enumerate() if thread.name.startswith("grafter")]
@@ -130,7 +135,9 @@ def test_a_run_that_ends_in_good_order_leaves_its_ledgers_alone(tmp_path: Path, 
         jobs.start("baseline", 2, graft_and_close, tmp_path, None)
         jobs.start("target", 2, graft_and_close, tmp_path, None)
         assert all(jobs.signals[name].wait(60) for name in SIGNALS[1:])
-        assert len(sockets_of(*(tmp_path / "marks").read_text().split("\n"))) >= 8, "the test sees what it looks for"
+        found = sockets_of(*(tmp_path / "marks").read_text().split("\n"))
+        assert len(found) == 6, "the test sees what it looks for: a channel for each pair of the four ranks"
+        assert not any(is_listening(line) for line in found)
         jobs.signals["go on"].set()
         assert succeed(jobs.wait()) == [[]] * 4
         check_nothing_is_left(jobs, tmp_path)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import resource
 import signal
 import time
 from pathlib import Path
@@ -12,6 +14,7 @@ import torch
 from jobs import Jobs, Rank, succeed
 
 import grafter
+from grafter import copying
 from grafter.exchange import gloo, shared_memory, staging
 
 FAR = 100.0
@@ -137,6 +140,114 @@ def test_a_process_stopped_in_the_middle_fails_the_point_at_the_timeout_and_is_n
         assert "values [2.0]" in survivor.error
 
 
+# One long copy over shared memory, of which the other end dies in the middle.
+
+CHUNKS = 40
+
+
+def copy_slowly(rank: Rank, count: list[int]) -> None:
+    """Cut this rank's copies into chunks of 1 MiB, and wait in the third for what the test does to one of the ranks."""
+    copy_chunk = copying._copy_chunk
+
+    def copy_and_count(into: torch.Tensor, value: torch.Tensor) -> None:
+        count[0] += 1
+        if count[0] == 3:
+            rank.tell("middle")
+            rank.wait_for("go on", 90)
+        copy_chunk(into, value)
+
+    copying.CHUNK_BYTES = MIB  # type: ignore[misc]
+    copying._copy_chunk = copy_and_count
+
+
+def graft_one_long_tensor(rank: Rank) -> None:
+    (is_strided,) = rank.arguments
+    grafter.dump("first", torch.ones(1))
+    count = [0]
+    value = torch.full((CHUNKS, MIB // 4), 1.0 if rank.is_baseline else 2.0)
+    if is_strided:
+        value = torch.full((CHUNKS, MIB // 2), 1.0 if rank.is_baseline else 2.0)[:, ::2]
+    if rank.is_baseline:
+        copy_slowly(rank, count)
+    try:
+        grafter.dump("long", value)
+    except grafter.GrafterError as error:
+        raise type(error)(f"{error} || chunks {count[0]} values {value.unique().tolist()}") from None
+
+
+@pytest.mark.parametrize("is_strided", [False, True], ids=["contiguous", "strided"])
+@pytest.mark.parametrize("victim", ["baseline", "target"], ids=["the sender", "the receiver"])
+def test_a_rank_killed_in_the_middle_of_one_long_copy_is_reported_before_the_next_chunk(
+    tmp_path: Path, victim: str, is_strided: bool
+) -> None:
+    """A chunk takes at most some 10 ms. The receiver, which only waits, learns it from the closed channel."""
+    with Jobs(tmp_path, stats="off", b2t_filter="True", timeout=FAR, signals=("middle", "go on")) as jobs:
+        jobs.start("baseline", 1, graft_one_long_tensor, is_strided)
+        jobs.start("target", 1, graft_one_long_tensor, is_strided)
+        assert jobs.signals["middle"].wait(60)
+        jobs.kill(victim, 0)
+        jobs.jobs[victim].processes[0].join(30)
+        if victim == "target":
+            jobs.signals["go on"].set()
+        survivor = jobs.wait_for_one("target" if victim == "baseline" else "baseline", 0)
+    assert survivor.error_kind == "PeerLostError"
+    assert f"{victim} rank 0 (pid " in survivor.error
+    # The third was under way.
+    assert f"chunks {0 if victim == 'baseline' else 3} " in survivor.error
+    assert survivor.seconds < SOON
+    if victim == "baseline":
+        assert "values [2.0]" in survivor.error
+
+
+# The program's own signal handlers.
+
+
+class OwnError(RuntimeError):
+    """What a handler of the program raises: of a kind that torch raises, too."""
+
+
+def graft_with_an_alarm(rank: Rank) -> list[Any]:
+    """The sender's handler raises in the middle of its copy; the program catches that, and goes on."""
+    caught: list[Any] = []
+
+    def handle(number: int, frame: Any) -> None:
+        raise OwnError("mine")
+
+    signal.signal(signal.SIGUSR1, handle)
+    copy_chunk = copying._copy_chunk
+    if rank.is_baseline:
+
+        def copy_and_strike(into: torch.Tensor, value: torch.Tensor) -> None:
+            if not caught:
+                os.kill(os.getpid(), signal.SIGUSR1)
+            copy_chunk(into, value)
+
+        copying._copy_chunk = copy_and_strike
+    for number in range(2):
+        value = torch.full((5,), 1.0 if rank.is_baseline else 2.0)
+        try:
+            grafter.dump("h", value, number=number)
+        except OwnError as error:
+            caught.append(str(error))
+        caught.append(value.tolist())
+    return caught
+
+
+def test_an_exception_of_a_senders_signal_handler_is_its_own_and_the_receivers_are_told(tmp_path: Path) -> None:
+    """The point fails at the receivers, which would otherwise wait, and the next one is grafted."""
+    with Jobs(tmp_path, b2t_filter="True", timeout=FAR, stats="off") as jobs:
+        jobs.start("baseline", 1, graft_with_an_alarm)
+        jobs.start("target", 2, graft_with_an_alarm)
+        baseline, *targets = succeed(jobs.wait())
+        ledgers = jobs.ledgers()
+    assert baseline == ["mine", [1.0] * 5, [1.0] * 5]
+    assert targets == [[[2.0] * 5, [1.0] * 5]] * 2
+    for rank in range(2):
+        records = ledgers["target", rank]
+        assert [record.outcome for record in records] == ["failed", "grafted"]
+        assert "baseline rank 0 left the point with OwnError" in records[0].reason
+
+
 def graft_by_two(rank: Rank) -> list[float]:
     """2 to 2; baseline rank 1 is held in the middle of its second point."""
     grafter.dump("first", torch.ones(1))
@@ -228,6 +339,44 @@ def test_a_receiver_without_memory_fails_the_point_everywhere_and_the_run_goes_o
         for record in (records[0], records[3]):
             assert f"target rank {who} has no memory to receive into" in record.reason
     assert max(r.seconds for r in results) < SOON
+
+
+def limit_memory(rank: Rank) -> list[list[float]]:
+    """Sender `rank.arguments[0]` may map no more than it has at the points 1 and 2, of which 1 needs a new block."""
+    values = []
+    is_limited = rank.is_baseline and rank.role_rank == rank.arguments[0]
+    unlimited = resource.getrlimit(resource.RLIMIT_AS)
+    for number, numel in enumerate([1024, 6 * MIB, 6 * MIB, 6 * MIB, 1024]):
+        value = torch.full((numel,), 1.0 if rank.is_baseline else 2.0)
+        if is_limited and number in (1, 2):
+            pages = int(Path("/proc/self/statm").read_text().split()[0])
+            limit = pages * resource.getpagesize() + 8 * MIB
+            resource.setrlimit(resource.RLIMIT_AS, (limit, unlimited[1]))
+        transform = None if rank.is_baseline else add_all
+        grafter.dump("h", value, number=number, transform=transform)
+        resource.setrlimit(resource.RLIMIT_AS, unlimited)
+        values.append(value.unique().tolist())
+    return values
+
+
+@pytest.mark.parametrize("ranks", [(1, 1), (2, 2)], ids=["1 to 1", "2 to 2"])
+def test_a_sender_that_cannot_map_the_receivers_memory_fails_the_point_everywhere_and_the_run_goes_on(
+    tmp_path: Path, ranks: tuple[int, int]
+) -> None:
+    """A limit of address space (RLIMIT_AS): once it is raised, the same block is mapped after all."""
+    with Jobs(tmp_path, b2t_filter="True", timeout=FAR, stats="off") as jobs:
+        jobs.start("baseline", ranks[0], limit_memory, 0)
+        jobs.start("target", ranks[1], limit_memory, 0)
+        values = succeed(jobs.wait())
+        ledgers = jobs.ledgers()
+    grafted = [float(ranks[0])]
+    assert values[ranks[0] :] == [[grafted, [2.0], [2.0], grafted, grafted]] * ranks[1]
+    for (role, _), records in ledgers.items():
+        done = "sent" if role == "baseline" else "grafted"
+        assert [record.outcome for record in records] == [done, "failed", "failed", done, done], role
+        for record in records[1:3]:
+            assert "baseline rank 0 cannot map the " in record.reason
+            assert "Cannot allocate memory" in record.reason
 
 
 def fail_to_write(rank: Rank) -> list[list[float]]:

@@ -371,7 +371,7 @@ def test_a_point_that_the_recording_lacks_is_told_as_between_two_live_jobs(tmp_p
     assert played[0].error_kind == live[0].error_kind == "PairingError"
     text = str(live[0].error)
     assert text.startswith(
-        "the baseline is a recording, and this job asks for other points than it has, or in another order: baseline "
+        "the baseline is a recording, and this job asks for points that it lacks, or asks in another order: baseline "
         "waits for 'h' (layer_id=1, step=0); target waits for 'h' (layer_id=7, step=0)."
     )
     here = Path(__file__)

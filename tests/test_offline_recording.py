@@ -356,6 +356,6 @@ def test_messages_say_which_side_is_a_recording() -> None:
     )
     stays = line("baseline", "waiting", played_from=recording, point="'x' (step=1)", digest="e", participants=(0,))
     text = str(explain_stuck([stays, waiting], {}, "", [stays, waiting]))
-    assert text.startswith("the baseline is a recording, and this job asks for other points than it has")
+    assert text.startswith("the baseline is a recording, and this job asks for points that it lacks")
     crashed = line("baseline", "left", played_from=recording, note="DumpError: x")
     assert "has left with DumpError: x" in describe_board([crashed])

@@ -41,7 +41,7 @@ from grafter.outbox.states import (
 from grafter.pairing.decision import Decision
 from grafter.pairing.manifest import Header, StoreKeys, manifest_text
 from grafter.pairing.mismatch import find_conflict
-from grafter.rendezvous.store import Connection, StoreClient, serve
+from grafter.rendezvous.store import StoreClient, serve
 from grafter.rendezvous.wire import Seal, Sealed
 from grafter.settings.config import GrafterConfig
 from grafter.settings.rules import Rule
@@ -491,7 +491,7 @@ def test_nothing_is_pending_where_grafting_is_off() -> None:
 def client() -> Iterator[StoreClient]:
     """A real store, in this process."""
     store = serve("127.0.0.1", 0)
-    yield StoreClient(Connection(store, None), sealed(None), "graft")
+    yield StoreClient(store, sealed(None), "graft", is_server=True)
 
 
 def test_a_state_changes_only_from_what_was_found(client: StoreClient) -> None:

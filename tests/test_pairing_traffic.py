@@ -19,9 +19,9 @@ from grafter.pairing.agreement import Agreement
 from grafter.pairing.pairing import Pairing
 from grafter.points import PointKey
 from grafter.rendezvous import courier
-from grafter.rendezvous.mailbox import Mailbox
+from grafter.rendezvous.channels import Channels
 from grafter.rendezvous.roster import Announcement, Roster
-from grafter.rendezvous.store import Connection, StoreClient
+from grafter.rendezvous.store import StoreClient
 from grafter.rendezvous.wire import Seal, Sealed
 from grafter.watching.liveness import ProcessIdentity
 
@@ -119,7 +119,7 @@ class CountedStore:
 
 
 @dataclass
-class CountedMailbox:
+class CountedChannels:
     """What one rank has of the mail: letters to the others' shelves, sealed as they would travel."""
 
     own: Shelf
@@ -128,19 +128,17 @@ class CountedMailbox:
     traffic: Traffic
     waits: bool
 
-    def send(self, graft_rank: int, key: str, kind: str, payload: str, watch: object) -> None:
+    def try_to_send(self, graft_rank: int, key: str, kind: str, payload: str) -> bool:
         letter = self.seal.seal(key, kind, payload)
         self.traffic.sent(letter)
         self.others[graft_rank].put(key, letter.encode())
+        return True
 
     def await_shortly(self, keys: Sequence[str]) -> list[Sealed]:
         letters = [self.own.get(key, waits=self.waits) for key in keys]
         for letter in letters:
             self.traffic.came(letter)
         return [self.seal.open_letter(letter)[1] for letter in letters]
-
-    def claim(self, key: str) -> None:
-        """Nobody else gives this point up."""
 
     def discard(self, key: str) -> None:
         """The store was quicker than the mail; what comes is never looked at."""
@@ -189,10 +187,12 @@ class Simulation:
         member, traffic, waits = self._roster.all[number], self._traffic[number], self._watched(number)
         seal = Seal(f"{member.role}/{member.role_rank}", None)
         store: Any = CountedStore(self._store, traffic, waits)
-        client = StoreClient(Connection(store, None), seal, "graft")
+        client = StoreClient(store, seal, "graft", is_server=True)
         housekeeping: Any = Watchman()
-        mailbox: Any = CountedMailbox(self._mail[number], self._mail, seal, traffic, waits)
-        own = courier.Courier(client, housekeeping, self._roster, number, mailbox)
+        channels: Any = CountedChannels(self._mail[number], self._mail, seal, traffic, waits)
+        own = courier.Courier(client, housekeeping, self._roster, number, channels, PATIENCE_SECONDS)
+        # Nobody else gives this point up.
+        own.claim = lambda key: None  # type: ignore[method-assign]
         pairing = Pairing(client, own, housekeeping, self._roster, PATIENCE_SECONDS)
         pairing._known.pairs = self._pairs
         role, rank = member.role, member.role_rank
@@ -329,13 +329,14 @@ def count_letters(rank: Rank) -> list[int]:
     import grafter
 
     letters = [0]
-    send = Mailbox.send
+    try_to_send = Channels.try_to_send
 
-    def counted(box: Mailbox, graft_rank: int, key: str, kind: str, payload: str, watch: Any) -> None:
-        letters[-1] += 1
-        send(box, graft_rank, key, kind, payload, watch)
+    def counted(own: Channels, graft_rank: int, key: str, *rest: Any) -> bool:
+        # What moves the tensors is no part of the pairing.
+        letters[-1] += not key.startswith(("block/", "word/"))
+        return try_to_send(own, graft_rank, key, *rest)
 
-    Mailbox.send = counted  # type: ignore[method-assign]
+    Channels.try_to_send = counted  # type: ignore[method-assign]
     value = torch.full((4,), float(rank.is_baseline))
     for _ in range(POINTS):
         grafter.dump("h", value)

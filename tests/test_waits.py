@@ -302,6 +302,75 @@ def test_ctrl_c_ends_a_wait_at_once(tmp_path: Path, hosted: bool) -> None:
     assert baseline.error_kind == "KeyboardInterrupt"
 
 
+def close_without_a_point(rank: Rank) -> None:
+    """Nothing of grafter is called before."""
+    grafter.close()
+
+
+@pytest.mark.parametrize("leaver", ["baseline", "target"])
+def test_a_job_that_leaves_without_a_point_is_reported_to_the_other_at_once(tmp_path: Path, leaver: str) -> None:
+    """Both started by hand: baseline rank 0 hosts the store, whichever of the two it is."""
+    other = "target" if leaver == "baseline" else "baseline"
+    with Jobs(tmp_path, b2t_filter="True", timeout=FAR, join_timeout=FAR, hosted=False) as jobs:
+        jobs.start(leaver, 1, close_without_a_point)
+        jobs.start(other, 1, wait_alone)
+        results = dict(zip(("baseline", "target"), jobs.wait(), strict=True))
+    assert results[leaver].error_kind is None
+    assert results[other].error_kind == "PairingError"
+    assert f"{leaver} rank 0 has left (it ended in good order)" in results[other].error
+    assert results[other].seconds < SOON
+
+
+def meet_or_close(rank: Rank) -> float:
+    value = torch.tensor([1.0 if rank.is_baseline else 2.0])
+    if rank.role_rank == 0:
+        grafter.dump("h", value, ranks=[0])
+    return float(value)
+
+
+def test_a_rank_without_a_point_does_not_keep_the_others_of_its_job_from_joining(tmp_path: Path) -> None:
+    with Jobs(tmp_path, b2t_filter="True", timeout=FAR, join_timeout=FAR, hosted=False) as jobs:
+        jobs.start("baseline", 1, meet_or_close)
+        jobs.start("target", 2, meet_or_close)
+        assert [result.value for result in jobs.wait()] == [1.0, 1.0, 2.0]
+
+
+def raise_before_any_point(rank: Rank) -> None:
+    raise ValueError("the user's own fault")
+
+
+@pytest.mark.parametrize("leaver", ["baseline", "target"])
+def test_a_rank_that_fails_before_all_have_joined_is_reported_to_the_others(tmp_path: Path, leaver: str) -> None:
+    """The second rank of its job is never started, so nobody can join."""
+    other = "target" if leaver == "baseline" else "baseline"
+    with Jobs(tmp_path, b2t_filter="True", timeout=FAR, join_timeout=FAR, hosted=False) as jobs:
+        jobs.start(other, 1, wait_alone)
+        jobs.start(leaver, 2, raise_before_any_point, only=0)
+        results = dict(zip(("baseline", "target"), jobs.wait(), strict=True))
+    assert results[leaver].error_kind == "ValueError"
+    assert results[other].error_kind == "PeerLostError", results[other]
+    assert f"{leaver} rank 0 has left with" in results[other].error
+    assert results[other].seconds < SOON
+
+
+def interrupt_while_it_stays(rank: Rank) -> None:
+    fd = os.open(rank.arguments[0], os.O_WRONLY | os.O_CREAT)
+    os.dup2(fd, 2)
+    grafter.close()
+
+
+def test_ctrl_c_ends_a_rank_that_stays_for_the_others_to_join(tmp_path: Path) -> None:
+    with Jobs(tmp_path, b2t_filter="True", timeout=FAR, hosted=False) as jobs:
+        printed = tmp_path / "stderr"
+        jobs.start("baseline", 1, interrupt_while_it_stays, printed)
+        deadline = time.monotonic() + 60
+        while not printed.exists() or "stays until all ranks" not in printed.read_text():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        jobs.kill("baseline", 0, signal.SIGINT)
+        assert jobs.wait_for_one("baseline", 0, seconds=20).error_kind == "KeyboardInterrupt"
+
+
 def dump_unmatched_until_told(rank: Rank) -> None:
     for _ in range(600):
         grafter.dump("h", torch.ones(1))

@@ -21,7 +21,7 @@ from grafter.control.change import (
 )
 from grafter.control.decision import put_decision, read_decision, try_to_decide
 from grafter.direction import RoleName
-from grafter.errors import JoinError, RunError, UsageError
+from grafter.errors import JoinError, ProtocolError, RunError, UsageError
 from grafter.rendezvous.roster import ANNOUNCEMENTS, Announcement, Roster
 from grafter.rendezvous.store import StoreClient, connect, decode_abort
 from grafter.rendezvous.wire import PROTOCOL_VERSION, Seal, read_message
@@ -68,6 +68,8 @@ class RunAccess:
         self._client.set_timeout(10)
         self._place = f"{address}:{port}"
         run = self._client.peek(f"{self._client.lobby}/run")
+        if run is None and self._client.seal.ignored.count:
+            raise ProtocolError(self._client.seal.ignored.note)
         if run is None:
             raise UsageError(
                 f"the store at {self._place} has no run of the group {group_name!r}: baseline rank 0 has not come to "

@@ -69,7 +69,7 @@ def _try_store() -> float:
     from grafter.rendezvous.store import connect, serve
 
     server = serve("127.0.0.1", 0)
-    client = connect("127.0.0.1", server.port, timeout=_CONNECT_SECONDS, keep_trying=lambda: True).store
+    client = connect("127.0.0.1", server.port, timeout=_CONNECT_SECONDS, keep_trying=lambda: True)
     server.set("doctor", "said")
     if client.get("doctor") != b"said":
         raise RuntimeError("what was put in did not come out")
@@ -100,7 +100,7 @@ def _try_gloo() -> None:
     sent, came = torch.arange(1000.0), torch.zeros(1000)
 
     def rank(number: int) -> None:
-        client: TCPStore = connect("127.0.0.1", port, timeout=_CONNECT_SECONDS, keep_trying=lambda: True).store
+        client: TCPStore = connect("127.0.0.1", port, timeout=_CONNECT_SECONDS, keep_trying=lambda: True)
         # torch's stubs leave out most of what a backend has.
         options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         options._devices = [ProcessGroupGloo.create_device(hostname="127.0.0.1")]

@@ -9,8 +9,8 @@ import socket
 from pathlib import Path
 
 from grafter.doctor.finding import Finding, first_line, ok, warning
-from grafter.exchange.shared_memory import open_listener
 from grafter.exchange.staging import Staging, StagingRefused, is_sealed_block
+from grafter.rendezvous.connecting import open_listener
 
 _TRIAL_BYTES = 64 << 20
 _WORD = b"grafter doctor"
@@ -35,16 +35,15 @@ def check_sharing() -> Finding:
 
 def _pass_block() -> str:
     """What went wrong, or nothing."""
-    opened = open_listener()
-    if opened is None:
-        return "this Python or system has no memfd_create"
-    listener, name = opened
+    listener = open_listener()
+    if listener is None:
+        return "this Python or system has no memfd_create, or no abstract Unix sockets"
     staging = Staging()
-    with listener, socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sender:
+    with listener.socket, socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sender:
         try:
             staging.reserve(_TRIAL_BYTES)
-            sender.connect(f"\0{name}")
-            receiver, _ = listener.accept()
+            sender.connect(f"\0{listener.name}")
+            receiver, _ = listener.socket.accept()
             with receiver:
                 return _write_through(staging, sender, receiver)
         finally:

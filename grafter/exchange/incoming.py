@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,7 +33,8 @@ from grafter.rendezvous.join import Place
 from grafter.rendezvous.roster import Roster
 from grafter.user_transform import GraftTransformInput, UserTransform
 from grafter.writing.conversion import count_saturated, why_not_convertible
-from grafter.writing.write_back import WriteMode, Written, apply_row_write, apply_write, check_write
+from grafter.writing.tensor_access import local_tensor
+from grafter.writing.write_back import WriteMode, Written, apply_row_write, apply_write, check_write, same_storage
 
 logger = logging.getLogger("grafter")
 
@@ -82,6 +84,13 @@ class IncomingLeaf:
         if self.rows is None:
             return apply_write(original, self.to_write, mode)
         return apply_row_write(original, self.to_write, self.rows, mode)
+
+    def keep_apart(self, originals: Sequence[torch.Tensor]) -> None:
+        """What a transform returned may lie in memory that the point is written to: then it is copied, so that a write
+        that was interrupted can be repeated."""
+        value = local_tensor(self.to_write, wait=False)
+        if any(same_storage(local_tensor(original, wait=False), value) for original in originals):
+            self.to_write = value.clone()
 
     def placed(self, found: Difference | None) -> Difference | None:
         """A difference with its index in the local tensor."""

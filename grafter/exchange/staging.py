@@ -15,6 +15,8 @@ from pathlib import Path
 
 import torch
 
+from grafter.signal_handlers import is_from_signal_handler
+
 try:
     import fcntl
 except ImportError:  # not a Unix: no shared blocks there
@@ -65,6 +67,8 @@ class Staging:
         try:
             self._block, self.fd = new_block(capacity)
         except (OSError, OverflowError, ValueError) as error:
+            if is_from_signal_handler(error):
+                raise
             raise StagingRefused(f"{nbytes / 2**20:.0f} MiB cannot be reserved: {error}") from error
         self.capacity = capacity
         self.generation += 1

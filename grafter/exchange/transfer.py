@@ -17,6 +17,7 @@ from grafter.exchange.transfer_plan import Piece, TransferPlan, Value
 from grafter.pairing.manifest import Pair, store_keys
 from grafter.rendezvous.roster import Announcement, Roster
 from grafter.watching.housekeeping import Housekeeping
+from grafter.watching.lasting_wait import LastingWait
 from grafter.watching.waits import Wait
 from grafter.watching.watch import Abandoned, Watch
 
@@ -50,37 +51,6 @@ class _Part:
         self.by_way, self.needs, self.values = by_way, frozenset(needs), values
         self.on_device = {piece.value for piece in by_way.get("nccl", ())} & set(values)
         self.nbytes = sum(piece.spec.nbytes for piece in pieces)
-
-
-class _Watch:
-    """Around one point's exchange.
-
-    The housekeeping thread looks after the wait from the first `check` on, which says that there is something to wait
-    for: most small points never come to it.
-    """
-
-    __slots__ = ("_housekeeping", "_make_wait", "_wait")
-
-    def __init__(self, housekeeping: Housekeeping, make_wait: Callable[[], Wait]) -> None:
-        self._housekeeping, self._make_wait = housekeeping, make_wait
-        self._wait: Wait | None = None
-
-    def check(self) -> None:
-        self._housekeeping.check()
-        if self._wait is None:
-            wait = self._make_wait()
-            self._housekeeping.begin(wait)
-            self._wait = wait
-        elif self._wait.abandoned is not None:
-            raise Abandoned(self._wait.abandoned)
-
-    def __enter__(self) -> Watch:
-        self._housekeeping.check()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._wait is not None:
-            self._housekeeping.end(self._wait)
 
 
 class Transfer:
@@ -128,7 +98,7 @@ class Transfer:
         def make_wait() -> Wait:
             return Wait("exchange", what, self._timeout, needs=needs, outcome_key=outcome_key)
 
-        with _Watch(self._housekeeping, make_wait) as watch:
+        with LastingWait(self._housekeeping, make_wait) as watch:
             for way, part in by_way.items():
                 outgoing = [Outgoing(piece, piece.taken_from(tensors[piece.index])) for piece in part]
                 try:
@@ -156,7 +126,7 @@ class Transfer:
             outcome_key = store_keys(self._hall, plan.digest).outcome
             return Wait("exchange", what, self._timeout, needs=needs, outcome_key=outcome_key)
 
-        with _Watch(self._housekeeping, make_wait) as watch:
+        with LastingWait(self._housekeeping, make_wait) as watch:
             room = self._make_room(plan, known, watch)
             for way, part in by_way.items():
                 incoming = [Incoming(piece, piece.landing(room[piece.value])) for piece in part]

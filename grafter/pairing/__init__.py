@@ -11,5 +11,8 @@ mismatch         what headers must have in common, and the sentence where they d
 leaf_resharding  what goes where, by the layouts of both sides
 paired_rows      what goes where, by the tokens of their rows
 decision         one pure function of both manifests, the same on every rank: who sends what to whom, or why not
-agreement        the outcome among the receivers (mutual_vote: of two on one host)
+agreement        all receivers of a point write, or none does
+commit_protocol  what a receiver does for that, step by step, as pure generators
+critical_section drives them; holds every exception until the outcome is carried out
+vote_log         the votes of one point, durable and in one order (host_votes in shared_ballots, store_votes)
 """

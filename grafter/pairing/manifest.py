@@ -155,11 +155,19 @@ class StoreKeys:
     def pair(self, role: RoleName) -> str:
         return f"{self.base}/{role[0]}"
 
-    def vote(self, role_rank: int) -> str:
-        return f"{self.base}/v/{role_rank}"
+    @property
+    def log(self) -> str:
+        """The receivers' votes, appended."""
+        return f"{self.base}/v"
+
+    @property
+    def decided(self) -> str:
+        """Put once the log has decided, to wake receivers that wait for that."""
+        return f"{self.base}/w"
 
     @property
     def outcome(self) -> str:
+        """Where the receivers say why they have refused a point; ranks that still move its bytes look here."""
         return f"{self.base}/o"
 
     @property

@@ -4,6 +4,7 @@ store     the TCPStore that both jobs share: hosted on loopback, signed, bounded
 wire      records as checked JSON, with run, key and writer
 join      a rank tells who it is, and waits until everybody has
 roster    who is there, on which host, with which modules
-mailbox   letters between processes of one host, which save the store's round trips
-courier   takes a letter or the store, whichever reaches the other rank
+connecting  the ranks of one host connect to each other, and to nobody else
+channels  what goes over these connections: letters and file descriptors, which saves the store's round trips
+courier   takes a channel or the store, whichever reaches the other rank
 """

@@ -1,4 +1,4 @@
-"""The courier: brings a header, a manifest or a vote to other ranks, by mail on one host, else through the store.
+"""The courier: brings a header, a manifest or a vote to other ranks, by channel on one host, else through the store.
 
 Which way is a matter of the roster alone, so both ends know it: inside a role whose ranks share one host, and between
 the roles where the whole run does.
@@ -7,12 +7,15 @@ the roles where the whole run does.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
-from grafter.rendezvous.mailbox import LONGEST_MAIL_BYTES, RECALL, Mailbox
+from grafter.rendezvous.channels import LONGEST_MAIL_BYTES, RECALL, Channels
+from grafter.rendezvous.host_places import HostPlaces
 from grafter.rendezvous.roster import Announcement, Roster
 from grafter.rendezvous.store import StoreClient
 from grafter.rendezvous.wire import Sealed
 from grafter.watching.housekeeping import Housekeeping
+from grafter.watching.lasting_wait import LastingWait
 from grafter.watching.waits import ABSENT, GivenUp, Wait, WaitWatch
 from grafter.watching.watch import PeerGone
 
@@ -28,18 +31,26 @@ class Courier:
     """One per rank; used by the dump thread."""
 
     def __init__(
-        self, client: StoreClient, housekeeping: Housekeeping, roster: Roster, graft_rank: int, mailbox: Mailbox | None
+        self,
+        client: StoreClient,
+        housekeeping: Housekeeping,
+        roster: Roster,
+        graft_rank: int,
+        channels: Channels | None,
+        timeout: float,
     ) -> None:
-        self._client, self._housekeeping, self._mailbox = client, housekeeping, mailbox
-        self._graft_rank = graft_rank
+        """channels: None where this rank can have none. timeout: of one message, in seconds."""
+        self._client, self._housekeeping, self._channels = client, housekeeping, channels
+        self._roster, self._graft_rank, self._timeout = roster, graft_rank, timeout
+        self._places = HostPlaces()
         self._left_in_store: list[str] = []
         own_role = roster.side(roster.all[graft_rank].role)
-        self.mail_inside = mailbox is not None and _one_host(own_role)
-        self.mail_across = mailbox is not None and _one_host(roster.all)
+        self.mail_inside = channels is not None and _one_host(own_role)
+        self.mail_across = channels is not None and _one_host(roster.all)
 
     def bring(self, receivers: Sequence[int], key: str, kind: str, payload: str, *, by_mail: bool) -> None:
-        """To these graft ranks. Does not wait for them."""
-        if not by_mail or self._mailbox is None:
+        """To these graft ranks. Waits for them only where a channel is full, and then no longer than the timeout."""
+        if not by_mail or self._channels is None:
             if receivers:
                 self._client.set(key, kind, payload)
             return
@@ -52,10 +63,17 @@ class Courier:
             kind, payload = _STORED, place
         for receiver in receivers:
             try:
-                self._mailbox.send(receiver, key, kind, payload, self._housekeeping)
+                # If the run is over, what has room is sent all the same.
+                if not self._channels.try_to_send(receiver, key, kind, payload):
+                    with LastingWait(self._housekeeping, partial(self._wait_for_room, receiver)) as watch:
+                        self._channels.send(receiver, key, kind, payload, watch)
             except PeerGone:
                 # Whoever needs it finds out by itself, with a better story: its process is watched.
                 continue
+
+    def _wait_for_room(self, receiver: int) -> Wait:
+        what = f"room in the channel to {self._roster.who(receiver)}"
+        return Wait("sending", what, self._timeout, needs=frozenset([receiver]))
 
     def fetch(self, make_wait: Callable[[], Wait], keys: Sequence[str], *, by_mail: bool) -> list[Sealed]:
         """Wait for what was brought under these keys.
@@ -63,13 +81,13 @@ class Courier:
         The wait that `make_wait` makes is looked after by the housekeeping thread. It is not made where the letters
         come shortly, as most do. Raises GivenUp where the wait is of a one-sided point, and is in vain.
         """
-        mailbox = self._mailbox if by_mail else None
-        if mailbox is not None:
+        channels = self._channels if by_mail else None
+        if channels is not None:
             letters = self.fetch_shortly(make_wait, keys)
             if letters is not None:
                 return letters
         wait = make_wait()
-        if mailbox is None:
+        if channels is None:
             wait.awaits = tuple(keys)
             self._housekeeping.look_for_absent(wait, self._client)
             with self._housekeeping.waiting(wait):
@@ -77,18 +95,18 @@ class Courier:
             if any(sealed.kind == ABSENT for sealed in found):
                 self._left_in_store += keys
             return _none_absent(found)
-        wait.has_news = lambda: mailbox.has_news(keys)
+        wait.has_news = lambda: channels.has_news(keys)
         self._housekeeping.look_for_absent(wait, self._client)
         with self._housekeeping.waiting(wait):
-            letters = mailbox.wait(keys, WaitWatch(self._housekeeping, wait))
+            letters = channels.wait(keys, WaitWatch(self._housekeeping, wait))
         return self._opened(letters, make_wait)
 
     def fetch_shortly(self, make_wait: Callable[[], Wait], keys: Sequence[str]) -> list[Sealed] | None:
         """What came by mail under these keys; None if that has not come within about 10 ms."""
-        assert self._mailbox is not None
+        assert self._channels is not None
         if self._housekeeping.aborted is not None:
             self._housekeeping.check()
-        letters = self._mailbox.await_shortly(keys)
+        letters = self._channels.await_shortly(keys)
         if letters is None:
             return None
         for letter in letters:
@@ -109,16 +127,16 @@ class Courier:
 
     def discard(self, key: str) -> None:
         """What came by another way already need not come by mail again."""
-        if self._mailbox is not None:
-            self._mailbox.discard(key)
+        if self._channels is not None:
+            self._channels.discard(key)
 
     def has(self, key: str) -> bool:
         """Whether a letter has come; it stays where it is."""
-        return self._mailbox is not None and self._mailbox.has(key)
+        return self._channels is not None and self._channels.has(key)
 
     def look(self, key: str) -> Sealed | None:
         """A letter that has come, without waiting for one."""
-        return self._mailbox.look(key) if self._mailbox is not None else None
+        return self._channels.look(key) if self._channels is not None else None
 
     def recall(self, receiver: int, key: str) -> None:
         """Take back a letter that was written to the wrong rank, which would keep it for ever."""
@@ -126,8 +144,11 @@ class Courier:
 
     def claim(self, key: str) -> int | None:
         """Take the one place of this name on this host; None if this process has it now, else the pid that has it."""
-        assert self._mailbox is not None
-        return self._mailbox.claim(key)
+        return self._places.claim(key)
+
+    def close(self) -> None:
+        """Give up the places of this host that this rank has."""
+        self._places.close()
 
     def take_left_in_store(self) -> list[str]:
         """The store keys of letters that were too long, since this was last asked: to be deleted with their point."""

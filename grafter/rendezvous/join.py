@@ -16,12 +16,15 @@ from torch.distributed import TCPStore
 from grafter.direction import RoleName
 from grafter.errors import JoinError, RunError
 from grafter.rendezvous.roster import ANNOUNCEMENTS, Announcement, PlayedFrom, Roster, find_disagreement, other_role
-from grafter.rendezvous.store import HostedStore, StoreClient, connect, serve
+from grafter.rendezvous.secret_check import SecretCheck
+from grafter.rendezvous.store import HostedStore, StoreClient, connect, host_place, serve
 from grafter.rendezvous.wire import PROTOCOL_VERSION, Seal, read_message
 from grafter.settings.config import GrafterConfig
 from grafter.watching.board import BoardWriter
 from grafter.watching.housekeeping import Housekeeping
-from grafter.watching.liveness import own_identity
+from grafter.watching.liveness import ProcessIdentity, own_identity
+from grafter.watching.store_host import StoreHost
+from grafter.watching.store_patience import StorePatience
 from grafter.watching.waits import Wait
 
 logger = logging.getLogger("grafter")
@@ -74,12 +77,14 @@ def join(
     run_name: str,
     socket_name: str,
     keep_trying: Callable[[], bool],
+    on_connected: Callable[[Housekeeping], None],
     modules: tuple[str, ...] | None = None,
     played_from: PlayedFrom | None = None,
     served: StoreServer | None = None,
 ) -> Membership:
     """Called once by every rank of both jobs, in the background. Waits up to `join_timeout` seconds.
 
+    on_connected: called once the store is reached.
     modules: what this rank announces of its hooks. played_from: where it is no live rank. served: the store, where this
     rank hosts it already.
 
@@ -97,22 +102,23 @@ def join(
         raw = connect(address, port, timeout=config.join_timeout, keep_trying=keep_trying)
         return StoreClient(raw, seal, config.group_name, hosted_by)
 
-    def new_housekeeping_client() -> StoreClient:
-        client = new_client()
-        # A short one: this client never waits for a value, and a stopped store must not keep the watch from looking.
-        client.set_timeout(5)
-        return client
-
     client = new_client()
     client.set_timeout(config.join_timeout + 30)
     housekeeping = Housekeeping(
-        new_housekeeping_client(), new_housekeeping_client, BoardWriter(place.role, place.role_rank), place.who
+        new_client(), BoardWriter(place.role, place.role_rank), place.who, _find_host(client, hosted_by)
     )
+    client.patience = StorePatience(housekeeping, config.join_timeout)
+    check = SecretCheck(place.role, place.role_rank)
+    housekeeping.ask_while_joining(check.look)
+    on_connected(housekeeping)
     try:
+        check.hail(client)
         handshake = _Handshake(config, place, client, housekeeping, modules, played_from)
         return handshake.run(run_name, socket_name, server)
     except BaseException as error:
         # Also what could not be read: whoever has another secret cannot read this either, and learns it so.
+        with contextlib.suppress(RunError):
+            check.look(client)
         if isinstance(error, RunError) and housekeeping.aborted is None:
             with contextlib.suppress(RunError):
                 housekeeping.abort(error, client)
@@ -120,7 +126,18 @@ def join(
             # The store goes with this process: the others get the time to read there why.
             time.sleep(LINGER_SECONDS)
         housekeeping.close()
+        client.close()
         raise
+
+
+def _find_host(client: StoreClient, name: str) -> StoreHost:
+    """Who hosts the store, as far as that is known before the roster is."""
+    said = client.peek(host_place(client))
+    if said is None:
+        return StoreHost(name)
+    host = StoreHost(name, read_message(ProcessIdentity.model_validate_json, said.payload, "the store's host"))
+    client.hosted_by = str(host)
+    return host
 
 
 class _Handshake:
@@ -194,13 +211,12 @@ class _Handshake:
         text += f"{mine.process.hostname}. "
         if mine.restart_count != holder.restart_count:
             return text + (
-                "The second is a restart of the job (torchrun --max-restarts): a run cannot be joined again, since the "
-                "other job is at other points by now. Start both jobs anew."
+                "The second one is a restart of the job (torchrun --max-restarts). A run cannot be joined again, "
+                "since the other job has reached other points. Restart both jobs."
             )
         return text + (
-            "Each rank needs a rank of its own: GRAFTER_RANK, else torch.distributed's, else RANK, is taken. If "
-            "another "
-            "pair uses this store, give each pair its own GRAFTER_GROUP_NAME or master port."
+            "Each process needs its own rank, which is GRAFTER_RANK, else torch.distributed's, else RANK. If another "
+            "pair of jobs uses this store, give each pair its own GRAFTER_GROUP_NAME or master port."
         )
 
     def _refuse(self, text: str) -> JoinError:

@@ -52,7 +52,7 @@ class Announcement(BaseModel):
     shared_settings: dict[str, str]
     # World sizes that this rank's configuration expects, where it gives any.
     expected_world_sizes: dict[str, int]
-    # The abstract socket of the shared-memory exchange; empty where there is none.
+    # The abstract socket on which the other ranks of its host connect to it; empty where there is none.
     socket_name: str = ""
     # The modules that this rank has hooks on, where `attach` came before the join.
     modules: tuple[str, ...] | None = None

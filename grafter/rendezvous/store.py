@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import os
 import socket
-import stat
-import struct
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
 
@@ -21,8 +18,10 @@ import torch
 from torch.distributed import DistError, TCPStore
 
 from grafter import errors
-from grafter.errors import GrafterError, JoinError, PeerLostError, RunError
-from grafter.rendezvous.wire import PROTOCOL_VERSION, Seal, Sealed
+from grafter.errors import GrafterError, JoinError, PeerLostError, ProtocolError, RunError
+from grafter.rendezvous.bounded_calls import BoundedCalls, Patience, Unanswered
+from grafter.rendezvous.wire import PROTOCOL_VERSION, Seal, Sealed, read_unproven
+from grafter.watching.liveness import own_identity
 
 ABORT = "abort"
 _LOOPBACK = {"localhost", "127.0.0.1", "::1"}
@@ -30,6 +29,12 @@ _REASONABLE_BACKLOG = 4096
 # Known of this version on; a `set` more costs little where it is not needed.
 _COMPARE_SET_ROUSES = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 13)
 _NEVER_STORED = "grafter: never stored"
+# JSON escapes it.
+_END_OF_RECORD = "\x1e"
+_NEVER = timedelta(days=365)
+_POLL_SECONDS = 0.05
+# Whoever writes a key as often between two round trips keeps it.
+_MOST_REPLACED = 100
 
 Value = TypeVar("Value")
 
@@ -76,7 +81,7 @@ def _serve_on(listener: socket.socket, address: str, port: int, **backend: bool)
     )
 
 
-def connect(address: str, port: int, *, timeout: float, keep_trying: Callable[[], bool]) -> Connection:
+def connect(address: str, port: int, *, timeout: float, keep_trying: Callable[[], bool]) -> TCPStore:
     """A client of a store that may not be there yet. `timeout` in seconds; `keep_trying` is asked between tries.
 
     The waiting is done here with plain connects, since a waiting TCPStore logs a warning with a DNS lookup per try.
@@ -85,7 +90,7 @@ def connect(address: str, port: int, *, timeout: float, keep_trying: Callable[[]
     while True:
         try:
             socket.create_connection((address, port), timeout=5).close()
-            return _open_client(address, port)
+            return TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=30))
         except (OSError, DistError) as error:
             if time.monotonic() > deadline or not keep_trying():
                 raise JoinError(
@@ -95,55 +100,6 @@ def connect(address: str, port: int, *, timeout: float, keep_trying: Callable[[]
                     f"same GRAFTER_MASTER_ADDRESS and GRAFTER_MASTER_PORT, and that no firewall lies between."
                 ) from error
             time.sleep(0.1)
-
-
-# One at a time, so that the socket which a new client opens can be told from the others.
-_opening = threading.Lock()
-
-
-@dataclass(frozen=True)
-class Connection:
-    """A TCPStore client and a second handle of its socket: the only way to bound how long an answer may take."""
-
-    store: TCPStore
-    socket: socket.socket | None
-
-    def set_timeout(self, seconds: float) -> None:
-        """For the whole of a wait, and for each answer: a store whose process is stopped would never give one."""
-        self.store.set_timeout(timedelta(seconds=seconds))
-        if self.socket is not None:
-            bound = struct.pack("ll", int(seconds) + 1, 0)
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, bound)
-
-
-def _open_client(address: str, port: int) -> Connection:
-    with _opening:
-        before = _sockets_to(port)
-        store = TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=30))
-        opened = [fd for fd in _sockets_to(port) if fd not in before]
-        # Elsewhere than on Linux a stopped store is noticed by the user alone.
-        handle = socket.socket(fileno=os.dup(opened[0])) if len(opened) == 1 else None
-    return Connection(store, handle)
-
-
-def _sockets_to(port: int) -> set[int]:
-    """The descriptors of this process that are connected to a port."""
-    found: set[int] = set()
-    try:
-        names = os.listdir("/proc/self/fd")
-    except OSError:
-        return found
-    for name in names:
-        try:
-            # Asked first: a failed attempt to take something else for a socket would leave the duplicate open.
-            if not stat.S_ISSOCK(os.fstat(int(name)).st_mode):
-                continue
-            with socket.socket(fileno=os.dup(int(name))) as candidate:
-                if candidate.family in (socket.AF_INET, socket.AF_INET6) and candidate.getpeername()[1] == port:
-                    found.add(int(name))
-        except OSError:
-            continue
-    return found
 
 
 def encode_abort(error: RunError) -> str:
@@ -160,20 +116,44 @@ def decode_abort(payload: str) -> RunError:
 
 
 class StoreClient:
-    """Sealed values under one group's prefix. One client serves one thread at a time."""
+    """Sealed values under one group's prefix. One client serves one thread at a time.
+
+    No call blocks for longer than `set_timeout` allows, also where the store's process is stopped. With a secret, what
+    was not written by this run counts as absent (`IgnoredValues`); without one, it raises ProtocolError.
+    """
 
     def __init__(
-        self, connection: Connection, seal: Seal, group_name: str, hosted_by: str = "the process that hosts it"
+        self,
+        raw: TCPStore,
+        seal: Seal,
+        group_name: str,
+        hosted_by: str = "the process that hosts it",
+        *,
+        is_server: bool = False,
     ) -> None:
-        self.raw = connection.store
-        self._connection = connection
+        """is_server: `raw` is the store's server in this very process, which cannot be stopped alone."""
+        self.raw = raw
         self.seal = seal
         self.hosted_by = hosted_by
+        # What else the waiting thread looks after while the store does not answer.
+        self.patience: Patience | None = None
         # Unversioned, so that a peer of another protocol version is told apart instead of waited for.
         self.lobby = f"grafter/{group_name}"
+        self._calls = None if is_server else BoundedCalls()
+        self._seconds = 30.0
+        if not is_server:
+            # Bounded here instead: where time is up in torch, it writes its stack to stderr.
+            raw.set_timeout(_NEVER)
 
     def set_timeout(self, seconds: float) -> None:
-        self._connection.set_timeout(seconds)
+        """How long a wait for a value, or an answer, may take."""
+        self._seconds = seconds
+
+    @property
+    def silent_seconds(self) -> float:
+        """For how long the store has owed an answer; 0 where it owes none."""
+        since = self._calls.blocked_since if self._calls is not None else None
+        return 0.0 if since is None else time.monotonic() - since
 
     @property
     def hall(self) -> str:
@@ -182,25 +162,69 @@ class StoreClient:
 
     def set(self, key: str, kind: str, payload: str) -> None:
         """Put a value, without waiting for the store."""
-        self._guard(lambda: self.raw.set(key, self.seal.seal(key, kind, payload)))
+        sealed = self.seal.seal(key, kind, payload)
+        if self.silent_seconds:
+            raise self._unanswered()
+        self._guard(lambda: self.raw.set(key, sealed), waits=False)
+
+    def append(self, key: str, kind: str, payload: str) -> None:
+        """Append a sealed record to a key, which need not exist, without waiting for the store. payload: JSON.
+
+        The server appends records one at a time, and whatever this client asks for next finds this one there.
+        """
+        record = self.seal.seal(key, kind, payload)
+        # On both sides: what a stranger appends then spoils no record that comes behind it.
+        text = f"{_END_OF_RECORD}{record}{_END_OF_RECORD}"
+        if self.silent_seconds:
+            raise self._unanswered()
+        # torch's stubs lack it.
+        self._guard(lambda: self.raw.append(key, text), waits=False)  # type: ignore[attr-defined]
+
+    def read_appended(self, key: str) -> list[Sealed]:
+        """All records that were appended to a key, in their order; none if it does not exist. Two round trips.
+
+        What no process of the run has written there is left out, and counted where there is a secret.
+        """
+        if not self._guard(lambda: self.raw.check([key])):
+            return []
+        text = self._guard(lambda: self.raw.get(key))
+        records = []
+        for record in filter(None, text.split(_END_OF_RECORD.encode())):
+            found = self.seal.read(key, record)
+            if not isinstance(found, str):
+                records.append(found)
+            elif self.seal.has_secret:
+                self.seal.ignored.add(key, record, found)
+        return records
 
     def put_if_absent(self, key: str, kind: str, payload: str) -> Sealed | None:
         """None if the value was put; else what was there already. One round trip. Raises what an abort there says."""
-        mine = self.seal.seal(key, kind, payload)
-        found = self._guard(lambda: self.raw.compare_set(key, "", mine))
-        if found == mine.encode():
-            self._rouse(key, mine)
-            return None
-        return self._opened(key, found)
+        found = self._put(key, self.seal.seal(key, kind, payload))
+        return found if found is None else _checked(found)
+
+    def _put(self, key: str, mine: str) -> Sealed | None:
+        """None if this text was put; else what was there. What is to be ignored is replaced."""
+        expected: str | bytes = ""
+        for _ in range(_MOST_REPLACED):
+            there = self._compare_set(key, expected, mine)
+            if there == mine.encode():
+                self._rouse(key, mine)
+                return None
+            found = self._taken(key, there)
+            if found is not None:
+                return found
+            expected = there
+        raise ProtocolError(f"another program writes {key!r} in the store again and again: {self.seal.ignored.note}")
 
     def exchange(self, key: str, expected: Sealed, kind: str, payload: str) -> Sealed | None:
         """Put a value in the place of the one that was found there: None if that is done, else what is there now.
 
-        One round trip. A key that was deleted meanwhile stays so, and the expected value comes back.
+        One round trip. A key that was deleted meanwhile stays so, and the expected value comes back; the same where
+        what is there is to be ignored.
         """
         mine = self.seal.seal(key, kind, payload)
-        found = self._guard(lambda: self.raw.compare_set(key, self.seal.sealed_as(key, expected), mine))
-        return None if found == mine.encode() else self.seal.open(key, found)
+        there = self._compare_set(key, self.seal.sealed_as(key, expected), mine)
+        return None if there == mine.encode() else self._taken(key, there) or expected
 
     def find_other(self, key: str, expected: Sealed) -> Sealed | None:
         """What is there in the place of the expected value; None if that is still there, or nothing is. One round trip.
@@ -208,35 +232,65 @@ class StoreClient:
         For keys that nobody waits for (see `peek`).
         """
         text = self.seal.sealed_as(key, expected)
-        found = self._guard(lambda: self.raw.compare_set(key, text, text))
-        return None if found == text.encode() else self.seal.open(key, found)
+        there = self._compare_set(key, text, text)
+        return None if there == text.encode() else self._taken(key, there)
 
     def get(self, key: str) -> Sealed:
-        """Wait for a value. Ended early only by what the housekeeping thread puts there."""
-        return self._opened(key, self._guard(lambda: self.raw.get(key)))
+        """Wait for a value. Ended early only by what the housekeeping thread puts there, or by `patience`."""
+        return self._awaited(key, self._guard(lambda: self.raw.get(key)))
 
     def get_all(self, keys: Sequence[str]) -> list[Sealed]:
         """Wait for several values: two round trips in all."""
         if not keys:
             return []
         values = self._guard(lambda: self.raw.multi_get(list(keys)))
-        return [self._opened(key, value) for key, value in zip(keys, values, strict=True)]
+        return [self._awaited(key, value) for key, value in zip(keys, values, strict=True)]
+
+    def _awaited(self, key: str, value: bytes) -> Sealed:
+        """The value that came, or the one that comes after it, where it is to be ignored."""
+        found = self._taken(key, value)
+        until = time.monotonic() + self._seconds
+        while found is None:
+            # The store wakes nobody for a key that has a value.
+            time.sleep(_POLL_SECONDS)
+            if self.patience is not None:
+                self.patience.look(0.0)
+            if time.monotonic() > until:
+                raise ProtocolError(f"{key!r} got no value within {self._seconds:.0f} s. {self.seal.ignored.note}")
+            found = self.peek(key)
+        return _checked(found)
 
     def peek(self, key: str) -> Sealed | None:
         """A value if it is there; never waits. Two round trips if it is, else one. An abort is returned, not raised."""
-        # Asked for first: a `compare_set` that finds its key absent and changes nothing wakes whoever waits for that
-        # key, with an empty value (torch 2.13).
-        if not self.exists(key):
+        there = self._look_up(key)
+        return None if there is None else self._taken(key, there)
+
+    def peek_all(self, keys: Sequence[str]) -> list[Sealed | None]:
+        """The same for several. Two round trips where all are there."""
+        if not keys:
+            return []
+        if not self._guard(lambda: self.raw.check(list(keys))):
+            return [self.peek(key) for key in keys]
+        values = self._guard(lambda: self.raw.multi_get(list(keys)))
+        return [self._taken(key, value) for key, value in zip(keys, values, strict=True)]
+
+    def peek_at_other(self, key: str) -> Sealed | None:
+        """What somebody without this run's secret has written there, as far as it is a message; else None."""
+        there = self._look_up(key)
+        if there is None or not isinstance(self.seal.read(key, there), str):
             return None
-        # Not `get`, which would wait if the key were deleted in between. A failed exchange returns what is there.
-        found = self._guard(lambda: self.raw.compare_set(key, _NEVER_STORED, _NEVER_STORED))
-        return None if found == _NEVER_STORED.encode() else self.seal.open(key, found)
+        return read_unproven(there)
 
     def exists(self, key: str) -> bool:
+        """Whether a value is there that `get` would return. One round trip, with a secret three."""
+        if self.seal.has_secret:
+            return self.peek(key) is not None
         return bool(self._guard(lambda: self.raw.check([key])))
 
     def all_exist(self, keys: Sequence[str]) -> bool:
-        """Whether all of these are there. One round trip."""
+        """Whether all of these are there. One round trip, with a secret two."""
+        if self.seal.has_secret:
+            return None not in self.peek_all(keys)
         return bool(self._guard(lambda: self.raw.check(list(keys))))
 
     def delete(self, key: str) -> None:
@@ -244,33 +298,71 @@ class StoreClient:
 
     def wake(self, key: str, error: RunError) -> None:
         """End the wait of whoever waits for `key`, unless a value came first."""
-        abort = self.seal.seal(key, ABORT, encode_abort(error))
-        if self._guard(lambda: self.raw.compare_set(key, "", abort)) == abort.encode():
-            self._rouse(key, abort)
+        self._put(key, self.seal.seal(key, ABORT, encode_abort(error)))
+
+    def close(self) -> None:
+        """Nobody uses it any more."""
+        if self._calls is not None:
+            self._calls.close()
 
     def _rouse(self, key: str, value: str) -> None:
         """The older server that torch 2.6 needs does not wake those who wait for a key in a `compare_set`, only in a
         `set`. Nobody else writes a key that is taken, so writing it again changes nothing."""
         if not _COMPARE_SET_ROUSES:
-            self._guard(lambda: self.raw.set(key, value))
+            self._guard(lambda: self.raw.set(key, value), waits=False)
 
-    def _opened(self, key: str, value: bytes) -> Sealed:
-        sealed = self.seal.open(key, value)
-        if sealed.kind == ABORT:
-            raise decode_abort(sealed.payload)
-        return sealed
+    def _look_up(self, key: str) -> bytes | None:
+        """What is there, whoever wrote it."""
+        # Asked for first: a `compare_set` that finds its key absent and changes nothing wakes whoever waits for that
+        # key, with an empty value (torch 2.13).
+        if not self._guard(lambda: self.raw.check([key])):
+            return None
+        # Not `get`, which would wait if the key were deleted in between. A failed exchange returns what is there.
+        there = self._compare_set(key, _NEVER_STORED, _NEVER_STORED)
+        return None if there == _NEVER_STORED.encode() else there
 
-    def _guard(self, operation: Callable[[], Value]) -> Value:
+    def _compare_set(self, key: str, expected: str | bytes, value: str) -> bytes:
+        # torch's stubs do not know that it takes bytes.
+        return self._guard(lambda: self.raw.compare_set(key, expected, value))  # type: ignore[arg-type]
+
+    def _taken(self, key: str, value: bytes) -> Sealed | None:
+        """What a value holds; None where it is to be ignored."""
+        found = self.seal.read(key, value)
+        if not isinstance(found, str):
+            return found
+        if not self.seal.has_secret:
+            raise ProtocolError(found)
+        self.seal.ignored.add(key, value, found)
+        return None
+
+    def _guard(self, operation: Callable[[], Value], *, waits: bool = True) -> Value:
+        """waits: whether the operation has an answer to wait for."""
         try:
-            return operation()
+            if self._calls is None or not waits:
+                return operation()
+            return self._calls.call(operation, self._seconds, self.patience)
+        except Unanswered:
+            raise self._unanswered() from None
         except (DistError, RuntimeError) as error:
             if isinstance(error, GrafterError):
                 raise
             raise PeerLostError(
-                f"the rendezvous store, hosted by {self.hosted_by}, is lost or does not answer ({_first_line(error)}). "
-                f"Its process has ended, is stopped, or cannot be reached any more; without it the two jobs cannot "
-                f"agree on anything. Look at the end of that process's output first."
+                f"the rendezvous store, hosted by {self.hosted_by}, is lost ({_first_line(error)}). Its process has "
+                "ended, or cannot be reached any more, and without it the two jobs cannot agree on anything. Look at "
+                "the end of that process's output first."
             ) from error
+
+    def _unanswered(self) -> PeerLostError:
+        return PeerLostError(
+            f"the rendezvous store, hosted by {self.hosted_by}, has not answered for {self.silent_seconds:.0f} s. Its "
+            "process is stopped, or cannot be reached any more, and without it the two jobs cannot agree on anything."
+        )
+
+
+def _checked(found: Sealed) -> Sealed:
+    if found.kind == ABORT:
+        raise decode_abort(found.payload)
+    return found
 
 
 class HostedStore:
@@ -282,7 +374,9 @@ class HostedStore:
         """Opens the store; port 0 takes a free one. Raises JoinError if it cannot listen there."""
         self._store = serve(address, port)
         self.address, self.port = address, self._store.port
-        self._client = StoreClient(Connection(self._store, None), Seal("launcher", secret), group_name, "this process")
+        self._client = StoreClient(self._store, Seal("launcher", secret), group_name, "this process", is_server=True)
+        # Who it is that every rank depends on.
+        self._client.set(host_place(self._client), "host", own_identity().model_dump_json())
         self._lock = threading.Lock()
 
     def report_job_exit(self, role: str, text: str) -> None:
@@ -299,6 +393,11 @@ class HostedStore:
         """Close the port."""
         with self._lock:
             del self._client, self._store
+
+
+def host_place(client: StoreClient) -> str:
+    """Where the process that hosts the store for both jobs says which one it is."""
+    return f"{client.lobby}/host"
 
 
 def _first_line(error: Exception) -> str:

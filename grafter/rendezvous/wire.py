@@ -1,7 +1,7 @@
 """What lies in the store: sealed values, each naming the run, its own key, its writer and its kind.
 
 A sealed value is text: `<mac> <kind> <writer> <run id> <store key>`, a newline, and the payload (JSON). With a shared
-secret, the mac is HMAC-SHA256 over all the rest; an unsigned or foreign value is refused. Nothing is ever unpickled.
+secret, the mac is HMAC-SHA256 over all the rest. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
 from grafter.errors import ProtocolError
+from grafter.rendezvous.ignored import IgnoredValues
 
 PROTOCOL_VERSION = 1
 Message = TypeVar("Message")
@@ -20,11 +21,15 @@ _FRESH = "Use a fresh master port for each run."
 
 
 class Sealed(NamedTuple):
-    """What one process wrote. A named tuple, since a frozen dataclass costs three times as much to make."""
+    """What one process wrote. A named tuple, since a frozen dataclass costs three times as much to make.
+
+    descriptor: a file descriptor that came with it over a channel. Whoever takes the letter closes it.
+    """
 
     kind: str
     writer: str
     payload: str
+    descriptor: int | None = None
 
 
 class Seal:
@@ -34,6 +39,13 @@ class Seal:
         self._writer = writer.replace(" ", "_")
         self._secret = secret.encode() if secret else None
         self.run_id = _UNSIGNED
+        # What was found in the store, by any client of this process, and was not written by this run.
+        self.ignored = IgnoredValues(self._writer)
+
+    @property
+    def has_secret(self) -> bool:
+        """Whether it can be told who wrote a value."""
+        return self._secret is not None
 
     @property
     def writer(self) -> str:
@@ -59,37 +71,63 @@ class Seal:
 
     def open(self, key: str, value: bytes) -> Sealed:
         """Check and unpack the value under `key`; raises ProtocolError, naming the key and what is wrong with it."""
+        found = self.read(key, value)
+        if isinstance(found, str):
+            raise ProtocolError(found)
+        return found
+
+    def read(self, key: str, value: bytes) -> Sealed | str:
+        """The same, or what is wrong with the value."""
         if not value:
-            raise ProtocolError(
+            return (
                 f"the store holds an empty value under {key!r}: it was deleted while it was still needed. "
                 f"Another program may be using this store; give the pair a master port or a group_name of its own."
             )
-        written_key, sealed = self.open_letter(value)
+        found = self._read_letter(value)
+        if isinstance(found, str):
+            return found
+        written_key, sealed = found
         if written_key != key:
-            raise ProtocolError(f"the value under {key!r} was written for {written_key!r}: it is a copy. {_FRESH}")
+            return f"the value under {key!r} was written for {written_key!r}: it is a copy. {_FRESH}"
         return sealed
 
     def open_letter(self, value: bytes) -> tuple[str, Sealed]:
-        """(the key it was written for, what it holds) of a value that names its own key."""
+        """(the key it was written for, what it holds) of a value that names its own key. Raises ProtocolError."""
+        found = self._read_letter(value)
+        if isinstance(found, str):
+            raise ProtocolError(found)
+        return found
+
+    def _read_letter(self, value: bytes) -> tuple[str, Sealed] | str:
         try:
             text = value.decode()
             header, payload = text.split("\n", 1)
             mac, kind, writer, run_id, key = header.split(" ", 4)
         except ValueError:
-            raise ProtocolError(
+            return (
                 f"a message was not written by grafter (it starts with {value[:40]!r}). Another program may be using "
                 f"this master port."
-            ) from None
+            )
         if self._secret is not None and not hmac.compare_digest(mac.encode(), self._mac(text[len(mac) + 1 :]).encode()):
-            raise ProtocolError(
+            return (
                 f"a message that says it is from {writer} ({key}) is unsigned or signed with another secret. Set "
                 f"GRAFTER_SECRET to the same value in both jobs."
             )
         if self._secret is None and mac != _UNSIGNED:
-            raise ProtocolError(f"{writer} signs its messages, and this process has no secret. Set GRAFTER_SECRET.")
+            return f"{writer} signs its messages, and this process has no secret. Set GRAFTER_SECRET."
         if run_id != self.run_id and _UNSIGNED not in (run_id, self.run_id):
-            raise ProtocolError(f"a message ({key}) is from run {run_id}, and this is run {self.run_id}. {_FRESH}")
+            return f"a message ({key}) is from run {run_id}, and this is run {self.run_id}. {_FRESH}"
         return key, Sealed(kind, writer, payload)
+
+
+def read_unproven(value: bytes) -> Sealed | None:
+    """What a value holds, whoever wrote it; None where it is no message of grafter's. Nothing in it may be trusted."""
+    try:
+        header, payload = value.decode().split("\n", 1)
+        _, kind, writer, _, _ = header.split(" ", 4)
+    except ValueError:
+        return None
+    return Sealed(kind, writer, payload)
 
 
 def read_message(parse: Callable[[str], Message], text: str, what: str) -> Message:

@@ -1,7 +1,8 @@
 """The state board: one line per rank that says what it does, so that a wait can explain itself.
 
-A line is written only for a wait that lasts, by the rank's housekeeping thread, so that a point that meets at once
-costs none. A rank that moves bytes or votes counts as running: whoever it needs there is watched directly.
+A line is written only for what lasts, by the rank's housekeeping thread, so that a point that meets at once costs
+none. A rank that moves bytes or votes counts as running, and its line says which of it: whoever it needs there is
+watched directly.
 """
 
 from __future__ import annotations
@@ -72,8 +73,11 @@ class BoardWriter:
         # Filled by the dump thread, read when a line is written.
         self.last_points: deque[tuple[PointKey, str]] = deque(maxlen=10)
 
-    def running(self, client: StoreClient, doing: str = "") -> None:
-        self._write(client, state="running", doing=doing)
+    def running(self, client: StoreClient, doing: str = "", *, call_site: str = "", since: float | None = None) -> None:
+        """doing: what follows the rank's name. since: on `time.time`'s clock; None: now."""
+        self._write(
+            client, state="running", doing=doing, call_site=call_site, since=time.time() if since is None else since
+        )
 
     def waiting(
         self, client: StoreClient, *, digest: str, point: str, participants: tuple[int, ...], awaits: tuple[str, ...],
@@ -118,12 +122,23 @@ def read_line(payload: str, roster: Roster) -> BoardLine:
     )
 
 
+def unknown_line(roster: Roster, graft_rank: int) -> BoardLine:
+    """Of a rank whose line cannot be read."""
+    member = roster.all[graft_rank]
+    return BoardLine(
+        role=member.role, role_rank=member.role_rank, graft_rank=graft_rank, sequence=-1, state="running",
+        since=time.time(), doing="has no line on the board that this rank could read", played_from=member.played_from,
+    )  # fmt: skip
+
+
 def describe_line(line: BoardLine, now: float, gone: str | None = None, remark: str | None = None) -> str:
     """One rank's paragraph in a message: what it does, where in the user's code, its last points."""
     if gone is not None:
         head = f"{line.who} {gone}"
         if line.state == "waiting":
             head += f", while it waited for {line.point}"
+        elif line.doing:
+            head += f"; before that it {line.doing}"
     elif line.state == "waiting":
         head = f"{line.who} waits for {line.point} since {max(0.0, now - line.since):.1f} s"
     elif line.state == "left":
@@ -134,8 +149,10 @@ def describe_line(line: BoardLine, now: float, gone: str | None = None, remark: 
     if remark:
         head += f" [{remark}]"
     rows = [head]
-    if line.state == "waiting" and line.call_site:
+    if line.state != "left" and line.call_site:
         rows.append(f"    at {line.call_site}")
+    if line.sequence < 0:
+        return head
     if line.last_points:
         rows.append("    its last points: " + "; ".join(line.last_points))
     else:

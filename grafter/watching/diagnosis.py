@@ -61,14 +61,14 @@ def same_state(first: Sequence[BoardLine], second: Sequence[BoardLine]) -> bool:
 def explain_stuck(
     stuck: Sequence[BoardLine], gone: dict[int, str], board: str, lines: Sequence[BoardLine] = ()
 ) -> RunError:
-    """The error that every rank raises. `gone`: graft rank -> how its process ended (not those that left in order).
-    lines: all of the board."""
+    """The error that every rank raises. `gone`: graft rank -> how its process ended, without those that left in good
+    order. lines: the whole board."""
     points = sorted({f"{line.role} waits for {line.point}" for line in stuck})
     if gone:
         return PeerLostError(
-            "a process of the run is gone, and the others wait for it in vain.\n"
+            "a process of the run is gone, and other ranks wait for it.\n"
             f"{board}\n"
-            "Look at the end of its output first: the cause is there, not here."
+            "Look at the end of that process's output first: the cause is there."
         )
     conflict = find_conflict(stuck)
     if conflict is not None:
@@ -78,13 +78,13 @@ def explain_stuck(
     if recorded:
         return _explain_recording(recorded, points, board, has_points)
     compare = (
-        "Compare the two lists of last points: the first place where they part is where one job dumps a point that the "
-        "other does not (another name, another tag, another count, one more step). "
+        "Compare the two lists of last points. Where they first differ, one job dumps a point that the other does not "
+        "(another name, another tag, another count, one more step). "
         if has_points
         else ""
     )
     return PairingError(
-        "the two jobs ask for different points, and nobody is left who could bring them together: "
+        "the two jobs ask for different points. Every rank is now waiting, so these points can never be paired: "
         f"{'; '.join(points[:4])}{'; ...' if len(points) > 4 else ''}.\n"
         f"{board}\n"
         f"{compare}Make the two programs dump the same points in the same order, or narrow the filters to points "
@@ -102,12 +102,12 @@ def _explain_recording(
         head = f"the {first.role} is a recording, and {first.played_from.end}: {waits}."
     else:
         head = (
-            f"the {first.role} is a recording, and this job asks for other points than it has, or in another order: "
+            f"the {first.role} is a recording, and this job asks for points that it lacks, or asks in another order: "
             f"{waits}."
         )
     compare = (
-        "Compare the two lists of last points: the first place where they part is where this job dumps a point that "
-        "the recording lacks (another name, another tag, another count, one more step), or leaves one out. "
+        "Compare the two lists of last points. Where they first differ, this job dumps a point that the recording "
+        "lacks (another name, another tag, another count, one more step), or leaves one out. "
         if has_points
         else ""
     )
@@ -125,8 +125,7 @@ def find_conflict(stuck: Sequence[BoardLine]) -> str | None:
             if (first.role, first.digest) == (second.role, second.digest) and first.participants != second.participants:
                 return (
                     f"ranks of one job declare different participants for {first.point}: {first.who} (at "
-                    f"{first.call_site}) and {second.who} (at {second.call_site}). All ranks that share a point must "
-                    "give "
-                    f"the same `ranks=`; ranks that do not share it need another tag (such as `pp_stage=...`)."
+                    f"{first.call_site}) and {second.who} (at {second.call_site}). Give the same `ranks=` on all ranks "
+                    "that share a point, and another tag (such as `pp_stage=...`) to ranks that do not share it."
                 )
     return None

@@ -1,8 +1,8 @@
 """The housekeeping thread of a rank: it diagnoses waits, wakes the waiter, watches processes, and tidies the store.
 
-The dump thread blocks in one place at a time: in the store, in its mailbox, or in a transfer. Everything that could end
-that wait early happens here, on a store client of its own: an abort is put under the awaited key, or `aborted` is set,
-which the other waits look at four times a second.
+The dump thread blocks in one place at a time: in the store, in its channels, or in a transfer. Everything that could
+end that wait early happens here, on a store client of its own: an abort is put under the awaited key, or `aborted` is
+set, which the other waits look at four times a second.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ from grafter.rendezvous.store import ABORT, StoreClient, decode_abort
 from grafter.watching.board import BoardLine, BoardWriter
 from grafter.watching.lookout import LOOK_EVERY_SECONDS, Lookout
 from grafter.watching.members import Members
+from grafter.watching.stages import Underway
 from grafter.watching.step_ends import StepEnds
+from grafter.watching.store_host import StoreHost
 from grafter.watching.store_link import StoreLink
 from grafter.watching.waits import ABSENT, GivenUp, Wait, Watched
 
@@ -39,15 +41,19 @@ _DELETIONS_PER_TICK, _PART_PER_TICK = 256, 8
 class Housekeeping:
     """One thread per rank; started when the store is reached, stopped by `close`."""
 
-    def __init__(self, client: StoreClient, reconnect: Callable[[], StoreClient], board: BoardWriter, who: str) -> None:
+    def __init__(self, client: StoreClient, board: BoardWriter, who: str, host: StoreHost) -> None:
+        """client: this thread's own. host: of the store."""
         self.board = board
         self._who = who
-        self._members = Members()
-        self._link = StoreLink(client, reconnect, self._members, who)
+        self._members = Members(host)
         self._lookout = Lookout(board, self._members, who)
+        self._link = StoreLink(client, self._members, who, lambda: self._lookout.warn_of_stopped(self._wait))
         self._wait: Wait | None = None
+        # The point that the dump thread is at, set by it; None between two points.
+        self.underway: Underway | None = None
         self._deletions: deque[str] = deque()
         self._closing = False
+        self._to_abort: RunError | None = None
         self._next_chores = 0.0
         self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self.on_second: Callable[[StoreClient], None] | None = None
@@ -63,6 +69,10 @@ class Housekeeping:
         """From here on processes are watched. `host_rank`: the graft rank that hosts the store, if one does."""
         self._lookout.joined(roster, graft_rank)
         self._members.joined(roster, graft_rank, host_rank)
+
+    def ask_while_joining(self, question: Callable[[StoreClient], RunError | None]) -> None:
+        """question: why the others will not join; asked on this thread, about twice a second."""
+        self._lookout.check_join = question
 
     def waiting(self, wait: Wait) -> Watched:
         """Around a blocking `get` or transfer: while the `with` block lasts, this thread looks after it."""
@@ -133,6 +143,7 @@ class Housekeeping:
         if note is not None and not self._link.is_down and not self._thread.is_alive():
             self.board.left(self._link.client, note)
         if not self._thread.is_alive():
+            self._link.client.close()
             os.close(self._wake_read)
             os.close(self._wake_write)
 
@@ -144,12 +155,14 @@ class Housekeeping:
             if self._closing:
                 break
             self._lookout.warn_of_stopped(self._wait)
-            if self._link.is_down and not self._revive_store():
+            if self._link.is_down and not self._store_has_answered():
                 continue
             try:
+                if self._to_abort is not None and self.aborted is None:
+                    self.abort(self._to_abort)
                 self._do_chores()
                 wait = self._wait
-                self._lookout.update_board(self._link.client, wait)
+                self._lookout.update_board(self._link.client, wait, self.underway)
                 if wait is not None and wait.one_sided:
                     absent = self._lookout.find_absent(self._link.client, wait)
                     if absent is not None:
@@ -164,7 +177,7 @@ class Housekeeping:
             except Exception:
                 # A fault of our own must not end the watch silently: the run would lose its safety net.
                 logger.exception(
-                    "grafter: the housekeeping thread of %s met an unexpected error and goes on", self._who
+                    "grafter: the housekeeping thread of %s met an unexpected error and continues", self._who
                 )
         if not self._link.is_down:
             try:
@@ -207,7 +220,7 @@ class Housekeeping:
             record = self._link.client.peek(f"{self._link.client.lobby}/abort")
             if record is not None:
                 self._wake_self(decode_abort(record.payload))
-        self._members.read_line_of_host(self._link.client)
+        self._members.keep_up(self._link.client)
         if self.on_second is not None:
             self.on_second(self._link.client)
 
@@ -251,6 +264,11 @@ class Housekeeping:
         self._wake_self(standing, client)
         return standing
 
+    def abort_soon(self, error: RunError) -> None:
+        """The same at the next look of this object's thread, within a quarter of a second. Never waits."""
+        self._to_abort = error
+        os.write(self._wake_write, b"\0")
+
     def _wake_self(self, error: RunError, client: StoreClient | None = None) -> None:
         self.aborted = self.aborted or error
         wait = self._wait
@@ -274,11 +292,10 @@ class Housekeeping:
             return
         self.aborted = self._link.lose(error) or self.aborted
 
-    def _revive_store(self) -> bool:
-        if self.aborted is None:
-            error = self._link.revive(self._wait)
-            if error is not None and not self._closing:
-                self.aborted = error
+    def _store_has_answered(self) -> bool:
+        error = self._link.look_again(self._wait)
+        if error is not None and self.aborted is None and not self._closing:
+            self.aborted = error
         return not self._link.is_down
 
     def fuller_story(self, error: RunError) -> RunError:

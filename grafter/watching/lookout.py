@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 
 from grafter.errors import PeerLostError, PointTimeoutError, RunError
 from grafter.rendezvous.roster import Roster
@@ -15,6 +16,7 @@ from grafter.watching.absence import Absence, choose_passed_over, explain_passed
 from grafter.watching.board import BoardWriter, describe_board
 from grafter.watching.diagnosis import explain_stuck, find_conflict
 from grafter.watching.members import Members
+from grafter.watching.stages import Stage, Underway, text_of_stage, text_of_wait
 from grafter.watching.step_ends import StepEnds
 from grafter.watching.suspicion import Suspicion
 from grafter.watching.waits import Wait
@@ -31,11 +33,17 @@ class Lookout:
     def __init__(self, board: BoardWriter, members: Members, who: str) -> None:
         self._board, self._members, self._who = board, members, who
         self._suspicion: Suspicion | None = None
-        self._wait_on_board: Wait | None = None
+        # What the rank does: a wait, or a stage of a point; since when it was seen; and whether the board says so.
+        self._activity: Wait | tuple[Underway, Stage] | None = None
+        self._since = 0.0
+        self._is_shown = False
         self._told_stopped: set[int] = set()
         self._graft_rank = -1
         self.step_ends: StepEnds | None = None
         self._absence: Absence | None = None
+        self._host_was_stopped = False
+        # Asked while this rank waits for the others to join.
+        self.check_join: Callable[[StoreClient], RunError | None] | None = None
 
     def joined(self, roster: Roster, graft_rank: int) -> None:
         self._graft_rank = graft_rank
@@ -44,41 +52,66 @@ class Lookout:
         self._absence = Absence(roster, graft_rank, self.step_ends, self._members.read_board)
 
     def warn_of_stopped(self, wait: Wait | None) -> None:
-        roster = self._members.roster
-        if wait is None or wait.seconds < LOOK_EVERY_SECONDS or roster is None:
+        """Say once of each process of this host that keeps this rank waiting that it is stopped."""
+        if wait is None or wait.seconds < LOOK_EVERY_SECONDS:
             return
-        for rank, remark in self._members.stopped().items():
-            if rank not in self._told_stopped:
-                self._told_stopped.add(rank)
-                logger.warning(
-                    "grafter: %s waits for %s, and %s cannot answer: %s. The point fails after %.0f s.",
-                    self._who, wait.what, roster.who(rank), remark, wait.timeout,
-                )  # fmt: skip
+        roster, host = self._members.roster, self._members.host
+        stopped = self._members.stopped()
+        for rank in stopped.keys() - self._told_stopped:
+            assert roster is not None
+            logger.warning(
+                "grafter: %s waits for %s, and %s cannot answer: %s. The point fails after %.0f s.",
+                self._who, wait.what, roster.who(rank), stopped[rank], wait.timeout,
+            )  # fmt: skip
+        # One that runs again, and is stopped again, is told again.
+        self._told_stopped = set(stopped)
+        is_stopped = host.graft_rank is None and host.is_stopped
+        if is_stopped and not self._host_was_stopped:
+            logger.warning(
+                "grafter: %s waits for %s, and the rendezvous store cannot answer: %s, which hosts it, is stopped "
+                "(SIGSTOP, Ctrl-Z or a debugger). The point fails after %.0f s.",
+                self._who, wait.what, host, wait.timeout,
+            )  # fmt: skip
+        self._host_was_stopped = is_stopped
 
-    def update_board(self, client: StoreClient, wait: Wait | None) -> None:
-        """Put a pairing wait that lasts on the board, and take it off once it is over."""
-        if self._wait_on_board is not None and wait is not self._wait_on_board:
-            self._board.running(client)
-            self._wait_on_board = None
-        if wait is None or wait.stage not in ("pairing", "control", "outbox") or self._wait_on_board is not None:
+    def update_board(self, client: StoreClient, wait: Wait | None, underway: Underway | None) -> None:
+        """Put what lasts on the board, and take it off once it is over."""
+        if wait is not None and wait.stage == "join":
             return
-        if wait.seconds >= _SHOWN_AFTER_SECONDS and wait.stage != "pairing":
-            # It goes on by itself, so whoever waits for it waits for one that runs.
-            self._board.running(client, f"waits for {wait.what}")
-            self._wait_on_board = wait
-        elif wait.seconds >= _SHOWN_AFTER_SECONDS:
+        activity: Wait | tuple[Underway, Stage] | None = wait
+        # In a point, its stage says more than the wait for bytes or votes that it may come to.
+        if underway is not None and (wait is None or wait.stage in ("exchange", "agreement")):
+            activity = (underway, underway.stage)
+        if not _is_same(activity, self._activity):
+            if self._is_shown:
+                self._board.running(client)
+            self._activity, self._is_shown = activity, False
+            self._since = time.monotonic() - (wait.seconds if isinstance(activity, Wait) and wait is not None else 0.0)
+        if activity is not None and not self._is_shown and time.monotonic() - self._since >= _SHOWN_AFTER_SECONDS:
+            self._show(client, activity)
+            self._is_shown = True
+
+    def _show(self, client: StoreClient, activity: Wait | tuple[Underway, Stage]) -> None:
+        since = time.time() - (time.monotonic() - self._since)
+        if isinstance(activity, tuple):
+            underway, stage = activity
+            doing = text_of_stage(stage, underway.point)
+            self._board.running(client, doing, call_site=underway.call_site, since=since)
+        elif activity.stage == "pairing":
             self._board.waiting(
                 client,
-                digest=wait.digest,
-                point=str(wait.what),
-                participants=wait.participants,
-                awaits=wait.awaits,
-                call_site=wait.call_site,
-                since=time.time() - wait.seconds,
-                own_side=wait.own_side,
-                one_sided=wait.one_sided,
+                digest=activity.digest,
+                point=str(activity.what),
+                participants=activity.participants,
+                awaits=activity.awaits,
+                call_site=activity.call_site,
+                since=since,
+                own_side=activity.own_side,
+                one_sided=activity.one_sided,
             )
-            self._wait_on_board = wait
+        else:
+            # It goes on by itself, or somebody else watches over it: whoever waits for it waits for one that runs.
+            self._board.running(client, text_of_wait(activity.stage, activity.what), since=since)
 
     def look_after_join(self, client: StoreClient, wait: Wait) -> RunError | None:
         """Why the other ranks will not come, or not in time."""
@@ -89,13 +122,14 @@ class Lookout:
                     f"the {role} job {record.payload}, and {self._who} was still waiting for the two jobs to join. "
                     f"Look at the end of that job's output: it ended before its first call of grafter took effect."
                 )
-        if wait.seconds > wait.timeout:
+        error = self.check_join(client) if self.check_join is not None else None
+        if error is None and wait.seconds > wait.timeout:
             return PointTimeoutError(
-                f"{self._who} waited {wait.timeout:.0f} s for {wait.what} in vain. Check that the other job was "
+                f"{self._who} waited {wait.timeout:.0f} s for {wait.what}, and gives up. Check that the other job was "
                 f"started, has GRAFTER_ENABLE=1, the same master address, port and group_name, and calls grafter "
-                f"in every rank; raise GRAFTER_JOIN_TIMEOUT if it only needs longer to load."
+                f"in every rank. Raise GRAFTER_JOIN_TIMEOUT if it only needs more time to load.{_ignored(client)}"
             )
-        return None
+        return error
 
     def find_absent(self, client: StoreClient, wait: Wait) -> str | None:
         """Why the ranks that a one-sided point waits for will not come; None while they may. Called on any thread."""
@@ -113,15 +147,15 @@ class Lookout:
         gone = self._members.gone(client, all_hosts=wait.leader)
         if wait.stage == "pairing":
             assert self._suspicion is not None
-            if wait is self._wait_on_board:
+            if wait is self._activity and self._is_shown:
                 self._suspicion.confirm_idle(client, wait, self._board.sequence)
             if wait.leader or wait.one_sided or gone or self._leader_has_left(client, wait):
                 return self._look_for_stuck(client, wait, gone)
         elif any(rank in wait.needs for rank in gone) or self._outcome_will_not_come(client, wait):
             board = describe_board(self._members.read_board(client), gone)
             return PeerLostError(
-                f"a process of the run is gone in the middle of {wait.what} ({wait.stage}); nothing of it was "
-                f"written where the outcome was not decided yet.\n{board}\nLook at the end of its output first."
+                f"a process of the run ended during {wait.what} ({wait.stage}). Ranks that had not learnt the outcome "
+                f"of this point have written nothing.\n{board}\nLook at the end of that process's output first."
             )
         return None
 
@@ -136,7 +170,7 @@ class Lookout:
         if wait.stage != "agreement":
             return False
         left = any(line.state == "left" for line in self._members.read_board(client, sorted(wait.needs)))
-        news = wait.has_news is not None and wait.has_news()
+        news = any(ask is not None and ask() for ask in (wait.has_news, wait.has_grown))
         return left and not news and not any(client.exists(key) for key in wait.awaits) and not wait.over
 
     def _look_for_stuck(self, client: StoreClient, wait: Wait, gone: dict[int, str]) -> RunError | None:
@@ -150,7 +184,11 @@ class Lookout:
         }
         if not gone and not crashed and find_conflict(stuck) is None and (chosen := choose_passed_over(stuck)):
             own = (self._graft_rank, self._board.sequence)
-            if wait is self._wait_on_board and own in [(line.graft_rank, line.sequence) for line in chosen]:
+            if (
+                wait is self._activity
+                and self._is_shown
+                and own in [(line.graft_rank, line.sequence) for line in chosen]
+            ):
                 self._board.passed_over += 1
                 wait.given_up = explain_passed_over(stuck)
             return None
@@ -167,10 +205,21 @@ class Lookout:
                 "ends at grafter.step(), or with the program. "
             )
         return PointTimeoutError(
-            f"{self._who} waited {wait.timeout:.0f} s for {wait.what} ({wait.stage}), and the time is "
-            f"up.\n{board}\n"
-            f"{ahead}"
-            f"No process is known to be gone and the waits do not exclude each other, so a rank that seems to run "
-            f"is probably slow, stopped, or stuck in its own job's collectives (py-spy dump --pid tells). "
-            f"Raise GRAFTER_TIMEOUT if it only needs longer."
+            f"{self._who} waited {wait.timeout:.0f} s for {wait.what} ({wait.stage}), which is GRAFTER_TIMEOUT.\n"
+            f"{board}\n{ahead}"
+            f"No process is known to have ended, and the waits could still end. A rank that is shown as running is "
+            f"probably slow, stopped, or blocked in its own job's collectives: `py-spy dump --pid PID` shows where. "
+            f"Raise GRAFTER_TIMEOUT if it only needs more time.{_ignored(client)}"
         )
+
+
+def _is_same(one: Wait | tuple[Underway, Stage] | None, other: Wait | tuple[Underway, Stage] | None) -> bool:
+    if isinstance(one, tuple) and isinstance(other, tuple):
+        return one[0] is other[0] and one[1] == other[1]
+    return one is other
+
+
+def _ignored(client: StoreClient) -> str:
+    """What was awaited may have been overwritten by somebody else."""
+    note = client.seal.ignored.note
+    return f"\n{note}" if note else ""

@@ -12,10 +12,8 @@ from grafter.watching.liveness import SILENT_AFTER_SECONDS, HeartbeatWatch, how_
 class ProcessWatch:
     """One per rank, used by its housekeeping thread. Ranks are graft ranks."""
 
-    def __init__(self, roster: Roster, graft_rank: int, host_rank: int | None) -> None:
+    def __init__(self, roster: Roster, graft_rank: int) -> None:
         self._roster, self._graft_rank = roster, graft_rank
-        # The rank that hosts the store, if one does.
-        self.host_rank = host_rank
         own_host = roster.all[graft_rank].process.host
         self._here = {rank for rank, member in enumerate(roster.all) if member.process.host == own_host}
         self._beats = HeartbeatWatch()
@@ -57,9 +55,6 @@ class ProcessWatch:
             for rank in sorted(self._here)
             if is_stopped(self._roster.all[rank].process)
         }
-
-    def store_host_stopped(self) -> bool:
-        return self.host_rank is not None and is_stopped(self._roster.all[self.host_rank].process)
 
     def _last_heard_of(self, client: StoreClient, rank: int) -> str:
         beat = client.peek(self._beat_key(client, rank))

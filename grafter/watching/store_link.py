@@ -1,4 +1,4 @@
-"""The housekeeping's way to the store, which can be lost, and come back where its host was only stopped."""
+"""The housekeeping's way to the store, which can be lost, or fall silent: where its process is stopped, say."""
 
 from __future__ import annotations
 
@@ -6,43 +6,68 @@ from collections.abc import Callable
 
 from grafter.errors import PeerLostError, PointTimeoutError, RunError
 from grafter.rendezvous.store import StoreClient
+from grafter.watching.liveness import SILENT_AFTER_SECONDS
 from grafter.watching.members import Members
 from grafter.watching.waits import Wait
 
+# A store that is merely slow answers sooner.
+_SILENT_SECONDS = 5.0
+
 
 class StoreLink:
-    """One per rank, used by its housekeeping thread."""
+    """One per rank, used by its housekeeping thread.
 
-    def __init__(self, client: StoreClient, reconnect: Callable[[], StoreClient], members: Members, who: str) -> None:
+    A store that does not answer is not lost yet: the thread goes on without it, and with it once the answer has come.
+    """
+
+    def __init__(self, client: StoreClient, members: Members, who: str, warn: Callable[[], None]) -> None:
+        """warn: called while the store owes an answer, to say of whoever is stopped that it is."""
         self.client = client
-        self._reconnect, self._members, self._who = reconnect, members, who
+        self._members, self._who, self._warn = members, who, warn
         self.is_down = False
+        client.patience = self
+
+    def look(self, seconds: float) -> None:
+        """While an answer is owed. Raises PeerLostError where this thread has better things to do than to wait."""
+        self._warn()
+        if self._members.host.is_stopped or seconds > _SILENT_SECONDS:
+            raise PeerLostError(f"the rendezvous store, hosted by {self._members.host}, does not answer")
+
+    def over(self) -> None:
+        """Nothing is to be done."""
 
     def lose(self, error: RunError) -> RunError | None:
-        """The store does not answer. Why the run is over; None while its host is stopped: it may run again."""
+        """A call of the store has failed. Why the run is over; None while the store is only silent."""
         self.is_down = True
-        if self._members.store_host_stopped():
+        return None if self.client.silent_seconds else self._lost(str(error))
+
+    def look_again(self, wait: Wait | None) -> RunError | None:
+        """While the store is silent: why the run is over, if it is. wait: what the dump thread waits for meanwhile."""
+        silent, host = self.client.silent_seconds, self._members.host
+        if not silent:
+            self.is_down = False
             return None
-        board = self._members.describe_last_board()
-        return PeerLostError(f"{error}\nThe last board that {self._who} has seen:\n{board}" if board else str(error))
-
-    def revive(self, wait: Wait | None) -> RunError | None:
-        """A client that timed out has lost its place in the conversation: make a new one once its host runs again.
-
-        Why the run is over, if it is. wait: what the dump thread waits for meanwhile.
-        """
-        if self._members.store_host_stopped():
-            return self._time_is_up(wait) if wait is not None and wait.seconds > wait.timeout else None
-        try:
-            self.client = self._reconnect()
-        except RunError as error:
-            return self.lose(error)
-        self.is_down = False
+        if host.is_gone:
+            return self._lost(f"the rendezvous store is lost: {host}, which hosted it, has ended.")
+        if wait is None:
+            return None
+        if wait.seconds > wait.timeout:
+            return self._time_is_up(wait)
+        if not host.is_here and silent > SILENT_AFTER_SECONDS:
+            return self._lost(f"the rendezvous store, hosted by {host}, has not answered for {silent:.0f} s.")
         return None
 
+    def _lost(self, text: str) -> PeerLostError:
+        board = self._members.describe_last_board()
+        return PeerLostError(f"{text}\nThe board as {self._who} read it last:\n{board}" if board else text)
+
     def _time_is_up(self, wait: Wait) -> RunError:
+        host = self._members.host
+        why = "is stopped (SIGSTOP, Ctrl-Z or a debugger)" if host.is_stopped else "does not answer"
         board = self._members.describe_last_board(self._members.stopped())
         return PointTimeoutError(
-            f"{self._who} waited {wait.timeout:.0f} s for {wait.what} ({wait.stage}), and the rendezvous store "
-            f"does not answer: {self.client.hosted_by} hosts it, and is stopped. The last that was seen:\n{board}"
+            f"{self._who} waited {wait.timeout:.0f} s for {wait.what} ({wait.stage}), and the rendezvous store does "
+            f"not answer: {host}, which hosts it, {why}. The board as {self._who} read it last:\n{board}\n"
+            "Continue that process (kill -CONT) before you start the run again, or raise GRAFTER_TIMEOUT if it is "
+            "stopped for longer on purpose."
         )

@@ -20,6 +20,8 @@ class Wait:
     # The store keys that end it, unless mail does; then `has_news` says whether there is any.
     awaits: tuple[str, ...] = ()
     has_news: Callable[[], bool] | None = None
+    # In agreement: whether the vote log has grown, so that the outcome may be there before the letter that says so.
+    has_grown: Callable[[], bool] | None = None
     # In pairing: the point, and who of the own side it needs (role ranks).
     leader: bool = False
     digest: str = ""

@@ -213,7 +213,7 @@ def apply_write(target: torch.Tensor, incoming: torch.Tensor, mode: WriteMode) -
         return Written(_return_value(target, into, value, mode), saturated)
     with torch.no_grad():
         # A transform may return the target itself, or a view of it; torch refuses to copy between overlapping tensors.
-        if _same_storage(into, value):
+        if same_storage(into, value):
             value = value.clone()
     _write_in_place(target, into, value, mode)
     return Written(target, saturated)
@@ -229,7 +229,7 @@ def apply_row_write(target: torch.Tensor, incoming: torch.Tensor, rows: RowView,
         value = local_tensor(incoming).detach()
         saturated = None if value.dtype == into.dtype else count_saturated(value, into.dtype)
         if mode.write == "in_place" and mode.gradient != "cut":
-            if _same_storage(into, value):
+            if same_storage(into, value):
                 value = value.clone()
             rows.put(into.data, value)
             _raise_version(target, into, mode)
@@ -250,11 +250,12 @@ def _is_plain_copy(target: torch.Tensor, incoming: torch.Tensor) -> bool:
         and target.dtype == incoming.dtype
         and not target.is_inference()
         and not target._is_view()
-        and not _same_storage(target, incoming)
+        and not same_storage(target, incoming)
     )
 
 
-def _same_storage(a: torch.Tensor, b: torch.Tensor) -> bool:
+def same_storage(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two dense tensors lie in one piece of memory, overlapping or not."""
     return a.device == b.device and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 

@@ -1,0 +1,230 @@
+"""The vote logs: every receiver finds the same ballots in the same order, whichever log carries them."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import threading
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vote_log_parts import DIGEST, RECEIVERS, Courier, Post, Roster, make_wait
+
+from grafter.pairing import shared_ballots
+from grafter.pairing.commit_protocol import GIVEN_UP, NO, YES, Ballot, Outcome, outcome_of
+from grafter.pairing.host_votes import HostLogs, HostVotes
+from grafter.pairing.manifest import StoreKeys
+from grafter.pairing.shared_ballots import SharedBallots
+from grafter.pairing.store_votes import StoreVotes
+from grafter.pairing.vote_log import VoteLog
+from grafter.rendezvous.store import HostedStore, StoreClient, connect
+from grafter.rendezvous.wire import Seal, Sealed
+
+
+@pytest.fixture
+def store() -> Iterator[HostedStore]:
+    hosted = HostedStore()
+    yield hosted
+    hosted.close()
+
+
+def client_of(store: HostedStore, rank: int, secret: str | None = None) -> StoreClient:
+    connection = connect(store.address, store.port, timeout=10, keep_trying=lambda: True)
+    return StoreClient(connection, Seal(f"target/{rank}", secret), "graft")
+
+
+@pytest.fixture(params=["host", "store"])
+def logs(request: pytest.FixtureRequest) -> Iterator[list[VoteLog]]:
+    """Of three receivers, of one point."""
+    keys = StoreKeys("hall", DIGEST)
+    if request.param == "store":
+        store = request.getfixturevalue("store")
+        clients = [client_of(store, rank) for rank in RECEIVERS]
+        writers = {f"target/{rank}": rank for rank in RECEIVERS}
+        couriers: list[Any] = [Courier(Post(), rank, clients[rank]) for rank in RECEIVERS]
+        yield [StoreVotes(clients[r], couriers[r], keys, writers, make_wait) for r in RECEIVERS]
+        return
+    post, roster = Post(), Roster()
+    couriers = [Courier(post, rank) for rank in RECEIVERS]
+    hosts = [HostLogs(couriers[r], roster, "target", r, "hall") for r in RECEIVERS]  # type: ignore[arg-type]
+    yield [HostVotes(hosts[r], couriers[r], keys, DIGEST, RECEIVERS, r, make_wait) for r in RECEIVERS]
+    for host in hosts:
+        host.close()
+
+
+def opened(logs: list[VoteLog]) -> list[VoteLog]:
+    for log in logs:
+        log.offer()
+    assert [log.open() for log in logs] == [None] * len(logs)
+    return logs
+
+
+def test_what_one_appends_all_find_in_one_order(logs: list[VoteLog]) -> None:
+    opened(logs)
+    assert [list(log.read()) for log in logs] == [[]] * 3
+    logs[2].append(YES, "")
+    assert list(logs[0].read()) == [Ballot(2, YES)]
+    logs[0].append(NO, "its reason")
+    logs[1].append(GIVEN_UP, "another")
+    expected = [Ballot(2, YES), Ballot(0, NO), Ballot(1, GIVEN_UP)]
+    assert [list(log.read()) for log in logs] == [expected] * 3
+    assert [list(log.read()) for log in logs] == [expected] * 3
+
+
+def test_who_waits_is_woken_and_hears_the_reason_of_whoever_refused(logs: list[VoteLog]) -> None:
+    opened(logs)
+    reason = "target rank 1: the transform said \x1e, and \n, and ü"
+    logs[1].append(NO, reason)
+    outcome = outcome_of(logs[1].read(), RECEIVERS)
+    assert outcome == Outcome(False, 1)
+    logs[1].wake(outcome, reason)
+    assert logs[0].await_news() is None
+    for log in (logs[0], logs[2]):
+        assert outcome_of(log.read(), RECEIVERS) == outcome
+        log.wake(outcome, "")
+        assert log.reason_of(outcome, is_leaving=log is logs[2]) == reason
+
+
+def test_a_log_that_is_opened_again_is_the_same(logs: list[VoteLog]) -> None:
+    """As after an exception that interrupted its opening."""
+    opened(logs)
+    logs[0].append(YES, "")
+    assert [list(log.read()) for log in opened(logs)] == [[Ballot(0, YES)]] * 3
+
+
+# On one host.
+
+
+def opened_again(name: str) -> int:
+    """As by another process."""
+    fd = shared_ballots.find(os.getpid(), name)
+    assert fd is not None
+    return fd
+
+
+def test_ballots_of_many_threads_are_all_there_whole_and_in_one_order() -> None:
+    writers, each = 8, 2000
+    first = SharedBallots(shared_ballots.create("votes"), 0, range(writers), reclaims=False)
+    logs = [first] + [
+        SharedBallots(opened_again("votes"), rank, range(writers), reclaims=False) for rank in range(1, writers)
+    ]
+    digest = bytes(12)
+    threads = [
+        threading.Thread(target=lambda log=log: [log.append(digest, YES) for _ in range(each)])  # type: ignore[misc]
+        for log in logs
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    found = [list(log.read(digest)) for log in logs]
+    assert all(one == found[0] for one in found)
+    assert sorted(found[0]) == sorted(Ballot(rank, YES) for rank in range(writers) for _ in range(each))
+    for log in logs:
+        log.close()
+
+
+def test_a_log_outlives_the_rank_that_made_it() -> None:
+    made = SharedBallots(shared_ballots.create("votes"), 0, (0, 1), reclaims=True)
+    other = SharedBallots(opened_again("votes"), 1, (0, 1), reclaims=False)
+    made.append(bytes(12), YES)
+    made.close()
+    other.append(bytes(12), GIVEN_UP)
+    assert other.read(bytes(12)) == [Ballot(0, YES), Ballot(1, GIVEN_UP)]
+    other.close()
+
+
+def test_what_is_no_log_is_not_opened(tmp_path: Path) -> None:
+    """Neither memory that could shrink nor a file of that name."""
+    plain = os.memfd_create("votes-of-nobody", os.MFD_ALLOW_SEALING)
+    with (tmp_path / "memfd:votes").open("w+b"):
+        assert shared_ballots.find(os.getpid(), "votes-of-nobody") is None
+        assert shared_ballots.find(os.getpid(), "votes") is None
+    os.close(plain)
+
+
+def test_a_process_that_cannot_be_looked_into_is_an_error_that_names_it() -> None:
+    """The point is refused with that; nobody can have committed without this receiver's yes."""
+    ended = multiprocessing.get_context("forkserver").Process(target=int)
+    ended.start()
+    ended.join()
+
+    class Gone(Roster):
+        class Member:
+            class process:
+                pid = ended.pid
+
+    post = Post()
+    courier: Any = Courier(post, 1)
+    logs = HostLogs(courier, Gone(), "target", 1, "hall")  # type: ignore[arg-type]
+    votes = HostVotes(logs, courier, StoreKeys("hall", DIGEST), DIGEST, (0, 1), 1, make_wait)
+    post.boxes[1][logs._place((0, 1))] = Sealed("here", "0", "")
+    problem = votes.open()
+    assert problem is not None
+    assert f"(pid {ended.pid}): No such file" in problem
+    votes.excuse(problem)
+    assert post.boxes[0][StoreKeys("hall", DIGEST).outcome] == Sealed("give-up", "1", problem)
+
+
+def do_points(logs: list[SharedBallots], orders: list[list[bytes]], choices: random.Random) -> None:
+    """Each rank does its points in its own order: it appends, and reads until all have voted. Who does the next step is
+    chosen at random. Each read is compared with a list that forgets nothing."""
+    at, appended = [0] * len(logs), [False] * len(logs)
+    everything: dict[bytes, list[Ballot]] = defaultdict(list)
+    while active := [rank for rank in range(len(logs)) if at[rank] < len(orders[rank])]:
+        rank = choices.choice(active)
+        point = orders[rank][at[rank]]
+        if not appended[rank]:
+            kind = choices.choices([YES, NO], [30, 1])[0]
+            logs[rank].append(point, kind)
+            everything[point].append(Ballot(rank, kind))
+            appended[rank] = True
+            continue
+        found = list(logs[rank].read(point))
+        assert found == everything[point]
+        if outcome_of(found, range(len(logs))) is not None:
+            logs[rank].forget(point)
+            at[rank], appended[rank] = at[rank] + 1, False
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_memory_is_given_back_and_nothing_is_lost_that_somebody_reads(
+    monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """Also where some ranks are a point ahead of others, which have not read yet what they will need."""
+    monkeypatch.setattr(shared_ballots, "RECLAIMED_BYTES", 4096)
+    choices, size = random.Random(seed), 3
+    made = SharedBallots(shared_ballots.create("votes"), 0, range(size), reclaims=True)
+    logs = [made] + [SharedBallots(opened_again("votes"), rank, range(size), reclaims=False) for rank in range(1, size)]
+    points = [number.to_bytes(12, "little") for number in range(3000)]
+    do_points(logs, [points] * size, choices)
+    status = os.fstat(made.fd)
+    assert status.st_size == len(points) * size * 16
+    assert status.st_blocks * 512 <= 8 * 4096
+    assert all(len(log._ballots) <= 2 for log in logs)
+    for log in logs:
+        log.close()
+
+
+# In the store.
+
+
+def test_what_a_stranger_appends_changes_nothing(store: HostedStore) -> None:
+    """Unsigned, signed with another secret, or no message at all; neither before nor behind what counts."""
+    keys, writers = StoreKeys("hall", DIGEST), {"target/0": 0, "target/1": 1}
+    clients = [client_of(store, rank, "secret") for rank in (0, 1)]
+    logs = [StoreVotes(client, Courier(Post(), 0, client), keys, writers, make_wait) for client in clients]  # type: ignore[arg-type]
+    stranger = client_of(store, 1, "another secret")
+    stranger.raw.append(keys.log, "rubbish")  # type: ignore[attr-defined]
+    logs[0].append(YES, "")
+    stranger.append(keys.log, "no", '""')
+    client_of(store, 1).append(keys.log, "no", '""')
+    stranger.raw.append(keys.log, "\x1e- yes")  # type: ignore[attr-defined]
+    # What the stranger has asked for is done.
+    assert stranger.exists(keys.log)
+    logs[1].append(YES, "")
+    assert [list(log.read()) for log in logs] == [[Ballot(0, YES), Ballot(1, YES)]] * 2

@@ -1,0 +1,64 @@
+"""What vote logs need of a rank, in one process: letters that have arrived once they are sent, and a roster."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from grafter.rendezvous.store import StoreClient
+from grafter.rendezvous.wire import Sealed
+from grafter.watching.waits import Wait
+
+RECEIVERS = (0, 1, 2)
+DIGEST = "0123456789abcdef01234567"
+
+
+class Post:
+    """Letters of all ranks of a host: what was brought has arrived."""
+
+    def __init__(self) -> None:
+        self.boxes: dict[int, dict[str, Sealed]] = defaultdict(dict)
+
+
+class Courier:
+    """As one rank sees it. A letter that is waited for must be there."""
+
+    def __init__(self, post: Post, rank: int, client: StoreClient | None = None) -> None:
+        self._post, self._rank, self._client = post, rank, client
+
+    def bring(self, receivers: Sequence[int], key: str, kind: str, payload: str, *, by_mail: bool) -> None:
+        for receiver in receivers:
+            self._post.boxes[receiver][key] = Sealed(kind, str(self._rank), payload)
+
+    def look(self, key: str) -> Sealed | None:
+        return self._post.boxes[self._rank].pop(key, None)
+
+    def fetch(self, make_wait: Callable[[], Wait], keys: Sequence[str], *, by_mail: bool) -> list[Sealed]:
+        if not by_mail:
+            assert self._client is not None
+            return self._client.get_all(keys)
+        return [self._post.boxes[self._rank].pop(key) for key in keys]
+
+    def discard(self, key: str) -> None:
+        self._post.boxes[self._rank].pop(key, None)
+
+
+class Process:
+    pid = os.getpid()
+
+
+class Roster:
+    class Member:
+        process = Process()
+
+    def side(self, role: str) -> list[Any]:
+        return [self.Member()] * len(RECEIVERS)
+
+    def graft_rank(self, role: str, role_rank: int) -> int:
+        return role_rank
+
+
+def make_wait(has_grown: Callable[[], bool] | None = None) -> Wait:
+    return Wait("agreement", "h", 5.0)
