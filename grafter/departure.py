@@ -18,6 +18,7 @@ from grafter.rendezvous.join import Place
 from grafter.session import Session
 from grafter.settings.config import GrafterConfig
 from grafter.standing import Standing
+from grafter.watching.step_ends import LEFT
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,10 @@ class Departure:
             self.tally.left_out.update(self.dumps.limits.left_out)
         self._end_early(session, is_orderly=error is None)
         if session is not None:
-            session.outbox.close(session.client)
+            if error is None:
+                with contextlib.suppress(RunError):
+                    self.meetings.say_step(session, LEFT)
+            session.outbox.close(session.client, patient=error is None)
             self.tally.replace_posted(session.outbox.settled)
         summary = summarise(
             self.place, session.roster if session is not None else None, self.tally, self.filters,

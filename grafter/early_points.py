@@ -61,7 +61,8 @@ class EarlyPoint:
             return Meeting(session, self.key, self.direction, header, self.options, named).hold(
                 None, [], "off", sequence
             )[1]
-        posting = Posting(session, self.key, self.direction, named)
+        one_sided = self.options.one_sided == "skip"
+        posting = Posting(session, self.key, self.direction, named, one_sided=one_sided)
         return posting.post(header.changed(outbox=posting.place_of(self.slot)), self.slot, self.nbytes, sequence)
 
 

@@ -11,6 +11,7 @@ close       departure
 from __future__ import annotations
 
 import atexit
+import contextlib
 import logging
 import os
 import threading
@@ -108,8 +109,9 @@ class Grafter:
         self.recomputations = Recomputations(self.steps)
         self.early = EarlyPoints(self._place, self.offers, self.recomputations, begun.outbox)
         self.meetings = self.meeting_maker(
-            self._place, self.offers, self.dumps, self.recomputations, self._tally, config.stats
-        )
+            self._place, self.offers, self.dumps, self.recomputations, self._tally, config.stats,
+            bool(config.one_sided_settings),
+        )  # fmt: skip
         self.matched = MatchedPoints(
             config, self.lock, self.steps, self.options, self.offers, self.dumps, self.recomputations, self.entry,
             self.early, self.meetings, self.standing,
@@ -220,6 +222,16 @@ class Grafter:
             for taking_over in self.control.end_step():
                 self._take_over(taking_over)
                 self.control.has_taken_over(taking_over)
+            if self.meetings.says_steps:
+                self._say_step()
+
+    def _say_step(self) -> None:
+        """Also where no point of this rank has met anybody yet: others may wait for it."""
+        if self.entry.session is None and self.entry.joining is not None and self.entry.joining.is_over:
+            with contextlib.suppress(GrafterError):
+                self.matched.joined()
+        if self.entry.session is not None:
+            self.meetings.say_step(self.entry.session, self.steps.step)
 
     def _take_over(self, coming: TakingOver) -> None:
         """What a change of the run brings, in the first step in which it is in force. May be done twice."""

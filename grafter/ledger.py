@@ -140,6 +140,8 @@ class LedgerRecord(_Record):
     leaves: list[LeafRecord] = []
     # None where rows are not addressed by token.
     tokens: TokenCounts | None = None
+    # Of a point that was skipped since only one job came to it (`one_sided`): which.
+    only_in: Role | None = None
 
 
 # All fields of a LedgerRecord in its order, as a point of our own gives them: validating them would take as long again

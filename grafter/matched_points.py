@@ -118,6 +118,7 @@ class MatchedPoints:
             raise
         if self._early.points:
             self._meetings.make_up(session, self._early)
+        self._meetings.say_step(session, self._steps.step)
         return session
 
     def make_up_in_background(self) -> None:

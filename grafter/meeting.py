@@ -96,7 +96,7 @@ class Meeting:
         housekeeping = self._session.housekeeping
         housekeeping.underway = self
         try:
-            pair = self._session.pairing.meet(self._key, self._header)
+            pair = self._session.pairing.meet(self._key, self._header, one_sided=self._options.one_sided == "skip")
             if isinstance(pair, NotMet):
                 self.end_stage("pairing")
                 return leaves.value if leaves is not None else None, self._pass_by(pair)
@@ -128,7 +128,8 @@ class Meeting:
         if header.role == "target":
             sides = ((), header.participants)
         session.finished(sides, session.pairing.keys_to_delete(self._key, header))
-        session.record(self._line(sides, not_met.outcome, not_met.reason))
+        only_in = header.role if not_met.outcome == "skipped" else None
+        session.record({**self._line(sides, not_met.outcome, not_met.reason), "only_in": only_in})
         return not_met.outcome
 
     def _hold(
@@ -460,6 +461,7 @@ class Meeting:
             "difference": worst.difference if worst else self._plain_difference,
             "leaves": self._leaf_records,
             "tokens": self.rows.counts(self._header) if self.rows is not None else None,
+            "only_in": None,
         }
 
 

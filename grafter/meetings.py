@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from grafter.backward.kept_writes import unobserved
 from grafter.backward.recompute import Recomputations
-from grafter.direction import Direction, sender_role
+from grafter.direction import Direction
 from grafter.dumps.rank_dumps import RankDumps
 from grafter.dumps.taken import Taken
 from grafter.early_points import EarlyPoints
@@ -43,8 +43,10 @@ class Meetings:
         recomputations: Recomputations,
         tally: Tally,
         stats: Literal["full", "light", "off"],
+        says_steps: bool,
     ) -> None:
-        """stats: how much is measured of each."""
+        """stats: how much is measured of each. says_steps: whether points may be one-sided."""
+        self.says_steps = says_steps
         self._place, self._offers, self._dumps, self._recomputations = place, offers, dumps, recomputations
         self._tally, self.stats = tally, stats
         self._sequence = 0
@@ -63,8 +65,12 @@ class Meetings:
         """Meet the other side at one point; what `dump` returns. taken: the point as it is saved, where it is."""
         named = {**tags, "name": key.name, "step": key.step, "phase": key.phase}
         self._sequence += 1
-        if options.wait == "job" and session.place.role == sender_role(direction):
-            return self._post(Posting(session, key, direction, named), offer, options, site, taken)
+        if options.is_posted(session.place.role, direction):
+            one_sided = options.one_sided == "skip"
+            posting = Posting(
+                session, key, direction, named, one_sided=one_sided, is_kept=one_sided and options.wait == "both"
+            )
+            return self._post(posting, offer, replace(options, wait="job"), site, taken)
         header = self._offers.describe(session, offer, options, direction, site)
         meeting = Meeting(session, key, direction, header, options, named)
         try:
@@ -100,6 +106,11 @@ class Meetings:
         self._tally.outcomes[outcome] += 1
         posting.session.housekeeping.board.last_points.append((posting.key, outcome))
         return offer.value
+
+    def say_step(self, session: Session, step: int) -> None:
+        """This rank has come to all points of the steps before `step`. Said only where points may be one-sided."""
+        if self.says_steps:
+            session.housekeeping.step_ends.say(session.client, step)
 
     def make_up(self, session: Session, early: EarlyPoints) -> None:
         """The points that came before both jobs had joined, in their order."""

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from grafter.direction import Direction, RoleName, sender_role
 from grafter.settings.config import GrafterConfig
 from grafter.settings.field_types import DumpLevel
 from grafter.user_transform import UserTransform, load_transform, transform_of
@@ -29,6 +30,7 @@ class PointOptions:
     partial_target: Literal["refuse", "first"] = "refuse"
     gradients: bool = False
     wait: Literal["both", "job"] = "both"
+    one_sided: Literal["raise", "skip"] = "raise"
     dump_level: DumpLevel = "full"
     tokens: Any = None
     start: Any = None
@@ -41,6 +43,10 @@ class PointOptions:
     layout: Layout | dict[str, Layout] | None = None
     axes: Any = None
     seq_lens: Any = None
+
+    def is_posted(self, role: RoleName, direction: Direction) -> bool:
+        """Whether this job sends the point, and goes on without waiting for the other."""
+        return role == sender_role(direction) and (self.wait == "job" or self.one_sided == "skip")
 
     @property
     def has_window(self) -> bool:
@@ -95,6 +101,7 @@ class OptionChooser:
             partial_target=choose("partial_target"),
             gradients=choose("gradients"),
             wait=choose("wait"),
+            one_sided=choose("one_sided"),
             dump_level=choose("dump_level"),
             tokens=given.get("tokens"),
             **self._window(given),

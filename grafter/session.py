@@ -28,6 +28,7 @@ from grafter.outbox.delivery import Delivery
 from grafter.outbox.entries import Outbox
 from grafter.outbox.memory import Memory
 from grafter.outbox.pull import Puller
+from grafter.outbox.receivers import Receivers
 from grafter.pairing.agreement import Agreement
 from grafter.pairing.pairing import Pairing
 from grafter.points import PointKey
@@ -147,6 +148,7 @@ class Session:
             self.pairing.words,
             self._find_gone,
             self.write_line,
+            Receivers(self.housekeeping, self.roster, self.place.role, timeout),
         )
         self.puller = Puller(self.roster, self.graft_rank, self.transfer.staging, self.client.seal, self.client.hall)
         self.delivery: Delivery | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TextIO
 
@@ -12,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from grafter.running.point_rows import PointRow
+from grafter.running.run_notes import ONLY_IN
 from grafter.running.run_summary import RunSummary
 
 SORT_ORDERS = ("time", "rel", "max_abs", "seconds")
@@ -72,11 +74,15 @@ def choose_rows(rows: Sequence[PointRow], *, sort: str, only_trouble: bool, limi
 def describe_counts(summary: RunSummary) -> str:
     """`5 grafted, 1 failed`; of a run that met nobody, what it saved."""
     unmeasured = sum(row.unmeasured is not None for row in summary.rows)
-    counts = {outcome: summary.count(outcome) for outcome in _OUTCOMES}
+    counts = Counter(row.outcome for row in summary.rows if row.only_in is None)
     counts["compared"] -= unmeasured
-    parts = [f"{count} {outcome}" for outcome, count in counts.items() if count]
+    parts = [f"{counts[outcome]} {outcome}" for outcome in _OUTCOMES if counts[outcome]]
     if unmeasured:
         parts.append(f"{unmeasured} met without figures")
+    counted = {where: sum(row.only_in == role for row in summary.rows) for role, where in ONLY_IN.items()}
+    one_sided = ", ".join(f"{count} {where}" for where, count in counted.items() if count)
+    if one_sided:
+        return f"{', '.join(parts) or 'nothing grafted or compared'}; {one_sided}: not judged"
     if parts or not summary.saved:
         return ", ".join(parts) or "no points"
     points = "1 point" if summary.saved == 1 else f"{summary.saved} points"

@@ -41,6 +41,7 @@ EXAMPLES: dict[str, tuple[str, Any]] = {
     "write": ("return", "return"),
     "gradient": ("cut", "cut"),
     "wait": ("job", "job"),
+    "one_sided": ("skip", "skip"),
     "outbox_bytes": ("64MiB", "64MiB"),
     "outbox_seconds": ("1.5", 1.5),
     "dir": ("out/here", "out/here"),

@@ -313,19 +313,33 @@ class OneStore:
         return None if found == expected else found
 
 
-def make_outbox(limit: int = 1 << 20, keep_seconds: float = 60, gone: dict[int, str] | None = None) -> Any:
+def make_outbox(
+    limit: int = 1 << 20, keep_seconds: float = 60, gone: dict[int, str] | None = None, patience: Any = None
+) -> Any:
+    """patience: of the sender of one-sided points, in a list, so that a test can change it."""
     deleted: list[str] = []
+    receivers: Any = SimpleNamespace(
+        sender="baseline", role="target", graft_ranks=[1], are_given_up=False, passed=0,
+        waited_for=lambda *, posts_more: contextlib.nullcontext(patience),
+    )  # fmt: skip
+    receivers.passed_step = lambda _: receivers.passed
     watchers: Any = SimpleNamespace(aborted=None, delete_later=deleted.extend)
     lines: list[Any] = []
-    outbox = Outbox(Memory(limit), keep_seconds, 0, watchers, Words(deleted.extend), lambda: gone or {}, lines.append)
-    return SimpleNamespace(outbox=outbox, store=OneStore(), deleted=deleted, lines=lines, watchers=watchers)
+    outbox = Outbox(
+        Memory(limit), keep_seconds, 0, watchers, Words(deleted.extend), lambda: gone or {}, lines.append, receivers
+    )
+    return SimpleNamespace(
+        outbox=outbox, store=OneStore(), deleted=deleted, lines=lines, watchers=watchers, receivers=receivers
+    )
 
 
-def add_entry(parts: Any, name: str, nbytes: int = 1000, participants: tuple[int, ...] = (0,)) -> Entry:
+def add_entry(
+    parts: Any, name: str, nbytes: int = 1000, participants: tuple[int, ...] = (0,), step: int | None = None
+) -> Entry:
     slot, why_not = parts.outbox.make_room(nbytes, parts.store)
     assert why_not is None
     posted = open_state("baseline", 0)
-    entry = Entry(StoreKeys("hall", name), posted, "b2t", participants, slot, nbytes, is_told=True)
+    entry = Entry(StoreKeys("hall", name), posted, "b2t", participants, slot, nbytes, step, is_told=True)
     parts.store.values[entry.keys.state] = posted
     parts.outbox.add(entry)
     return entry
@@ -370,6 +384,89 @@ def test_the_death_of_those_who_take_is_final_and_is_told_once() -> None:
     assert (entry.state, ended.state, parts.outbox.pending.entries) == ("failed", "taken", 0)
     parts.outbox.end(entry, parts.store, "expired", "too late")
     assert entry.state == "failed" and parts.outbox.settled == {"failed": 1, "sent": 1}
+
+
+# One-sided points.
+
+
+def test_a_one_sided_entry_is_kept_until_it_is_taken_or_the_receivers_have_passed_its_step() -> None:
+    """However old it is; then it is the baseline's alone, its memory is free, and its keys are deleted."""
+    parts = make_outbox(keep_seconds=0.0)
+    first, second, claimed = (add_entry(parts, name, step=step) for name, step in (("a", 0), ("b", 1), ("c", 0)))
+    parts.store.values[claimed.keys.state] = Sealed("claimed", "target/0", "[1]")
+    parts.outbox.look_after(parts.store)
+    assert not (first.is_over or second.is_over or claimed.is_over)
+    parts.receivers.passed = 1
+    parts.outbox.look_after(parts.store)
+    assert (first.state, second.is_over, claimed.is_over) == ("one-sided", False, False)
+    assert first.ended == ("skipped", "only the baseline came to this point")
+    assert {first.keys.state, first.keys.first} <= set(parts.deleted)
+
+
+def test_the_line_of_a_one_sided_entry_says_whose_it_is() -> None:
+    """Also where it had ended before its line was written."""
+    for is_early in (False, True):
+        parts = make_outbox()
+        entry = add_entry(parts, "a", step=0)
+        record = SimpleNamespace(outcome="posted", reason=None, model_copy=lambda *, update: update)
+        if not is_early:
+            parts.outbox.recorded(entry, record)
+        parts.receivers.passed = 1
+        parts.outbox.look_after(parts.store)
+        if is_early:
+            assert parts.outbox.recorded(entry, record) == "skipped"
+        assert (parts.lines[-1]["outcome"], parts.lines[-1]["only_in"]) == ("skipped", "baseline")
+
+
+def test_a_receiver_that_is_gone_fails_what_it_was_to_take() -> None:
+    """It is not a point of the baseline alone."""
+    parts = make_outbox(gone={1: "is gone"})
+    entry = add_entry(parts, "a", step=0)
+    parts.outbox.look_after(parts.store)
+    assert entry.ended == ("failed", "a rank of the target is gone")
+
+
+class Asked:
+    """Patience that is over at the n-th question; `then` happens at each."""
+
+    story, has_failed = "nobody took it", False
+
+    def __init__(self, times: int, then: Any = lambda: None) -> None:
+        self.left, self.then = times, then
+
+    def is_over(self, _: Any) -> bool:
+        self.left -= 1
+        self.then()
+        return self.left < 0
+
+
+def test_without_room_a_one_sided_point_waits_for_the_receivers_and_then_takes_the_oldest_place() -> None:
+    """What has been taken, or is over with its step, makes room first; what is displaced says so."""
+    for happens, ended in (("taken", "taken"), ("passed", "one-sided"), ("nothing", "displaced")):
+        patience = Asked(3)
+        parts = make_outbox(limit=1 << 19, patience=patience)
+        entry = add_entry(parts, "a", 1 << 19, step=0)
+
+        def then(parts: Any = parts, entry: Entry = entry, happens: str = happens) -> None:
+            if happens == "taken":
+                parts.store.values[entry.keys.state] = Sealed("taken", "target/0", "")
+            parts.receivers.passed = int(happens == "passed")
+
+        patience.then = then
+        slot, _ = parts.outbox.make_room(1 << 19, parts.store, patient=True)
+        assert slot is not None and entry.state == ended
+        assert (patience.left < 0) == (happens == "nothing")
+
+
+def test_the_end_of_the_sender_waits_for_one_sided_points_alone() -> None:
+    """All else expires at once, as ever; so do they once patience is over."""
+    patience = Asked(3)
+    parts = make_outbox(patience=patience)
+    kept, passed, other = add_entry(parts, "a", step=5), add_entry(parts, "b", step=0), add_entry(parts, "c")
+    parts.receivers.passed = 1
+    parts.outbox.close(parts.store, patient=True)
+    assert (kept.state, passed.state, other.state) == ("expired", "one-sided", "expired")
+    assert kept.ended == ("expired", "nobody took it") and patience.left < 0
 
 
 def test_looking_after_many_entries_costs_no_more_than_a_bound_and_comes_to_all_of_them() -> None:

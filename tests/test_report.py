@@ -112,6 +112,17 @@ def test_what_failed_and_what_the_summaries_say_is_found_first(tmp_path: Path) -
     assert [one.reason for one in made.points if one.is_trouble] == ["shape [2] does not fit"]
 
 
+def test_points_that_only_one_job_came_to_are_on_the_page(tmp_path: Path) -> None:
+    """Each with its reason, and all of them counted in a note; they are no problem of the run."""
+    told = {"outcome": "skipped", "reason": "only the target came to this point", "only_in": "target"}
+    alone = record("target", 50, layer=3, name="layers.experts.1.out", participants={"target": [0]}, **told)
+    made = make_page([write_run(tmp_path / "run", [*layers(ALONE, steps=1), alone])])
+    assert [one.reason for one in made.points if one.is_trouble] == ["only the target came to this point"]
+    texts = [finding.text for finding in made.findings]
+    assert "1 point was only in the target, and not judged: layers.experts.*.out (1 call)" in texts
+    assert problems(made) == []
+
+
 def test_values_that_are_not_finite_are_worse_than_any_number(tmp_path: Path) -> None:
     """NaN on one side is counted, drawn apart, and adds infinitely much."""
     bad = Difference(rel=0.0, nan=3)

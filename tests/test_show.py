@@ -455,3 +455,51 @@ def test_copies_of_a_point_that_failed_are_no_problem_of_their_own(tmp_path: Pat
     records = [record("target", rank, 0, outcome="failed", reason="r", leaves=leaves[rank]) for rank in (0, 1)]
     problems = read_run_summary(write_run(tmp_path, records, EVERYONE)).problems
     assert not any("replicas" in problem for problem in problems)
+
+
+# Points that only one job came to.
+
+
+def alone(role: Role, sequence: int, name: str, **changes: Any) -> LedgerRecord:
+    reason = f"only the {role} came to this point"
+    told = {"outcome": "skipped", "reason": reason, "only_in": role, "participants": {role: [0]}, "tags": {}, **changes}
+    return record(role, 0, sequence, name=name, **told)
+
+
+def one_sided_run(tmp_path: Path) -> Path:
+    records = [
+        *two_layers(),
+        alone("baseline", 2, "layers.0.experts.3.out"),
+        alone("baseline", 3, "layers.1.experts.2.out"),
+        alone("target", 2, "layers.1.experts.0.out"),
+    ]
+    return write_run(tmp_path, records, EVERYONE)
+
+
+def test_points_that_only_one_job_came_to_are_counted_by_job_and_listed_by_kind(tmp_path: Path) -> None:
+    """They are no failure: what both jobs have decides."""
+    run = one_sided_run(tmp_path)
+    code, said = report(run)
+    assert code == 0
+    assert f"{run}: 2 grafted; 2 only in the baseline, 1 only in the target: not judged\n" in said
+    assert "2 points were only in the baseline, and not judged: layers.*.experts.*.out (2 calls)" in said
+    assert "1 point was only in the target, and not judged: layers.*.experts.*.out (1 call)" in said
+    assert said.count("only the baseline came to this point") == 2
+    assert "ranks disagree" not in said and "skipped," not in said
+
+
+def test_a_point_that_both_jobs_came_to_apart_is_neithers_alone(tmp_path: Path) -> None:
+    """Where they waited for each other, say: the receivers skipped it, and the senders found that they had gone on."""
+    records = [*two_layers(), alone("target", 2, "x"), alone("baseline", 2, "x", outcome="missed", only_in=None)]
+    summary = read_run_summary(write_run(tmp_path, records, EVERYONE))
+    assert [row.only_in for row in summary.rows] == [None, None, "both"]
+    assert summary.rows[2].disagreement is None
+    assert any("1 point was in both jobs, which did not meet there" in note for note in summary.notes)
+
+
+def test_a_run_in_which_every_point_is_one_sided_has_failed_and_says_what_may_map_them(tmp_path: Path) -> None:
+    """Another name in each job, say."""
+    records = [alone("baseline", 0, "blocks.0.out"), alone("target", 0, "layers.0.out")]
+    (problem,) = read_run_summary(write_run(tmp_path, records, EVERYONE)).problems
+    assert "no point came in both jobs; the first of the baseline is blocks.0.out" in problem
+    assert "`grafter plan suggest`" in problem

@@ -127,7 +127,7 @@ class PendingGradients:
             return None
         session = self.points.session
         if session.place.role == sender_role(watched.direction):
-            if watched.options.wait == "job":
+            if watched.options.is_posted(session.place.role, watched.direction):
                 # It lies in the outbox from here on, and nobody has to ask for it.
                 watched.met = True
                 self.watched.pop(watched.key.digest, None)

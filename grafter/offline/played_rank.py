@@ -205,7 +205,7 @@ class PlayedGrafter(Grafter):
                         gradients.meet(session, watched, value)
                     elif one.never_came:
                         continue
-                    elif self._place.role == sender_role(watched.direction):
+                    elif self._place.role == sender_role(watched.direction) and watched.options.one_sided == "raise":
                         gradients.pending.offer(watched, value)
                     else:
                         gradients.pending.came(watched, value)
@@ -222,6 +222,9 @@ class PlayedGrafter(Grafter):
         """On the housekeeping thread, once a second: nobody comes to a point any more where all have left."""
         wait = session.housekeeping.current_wait
         if wait is None or wait.stage not in ("pairing", "gradients") or wait.seconds < _PATIENCE_SECONDS:
+            return
+        if wait.one_sided:
+            # What is left of the recording is in it alone.
             return
         live = other_role(self._place.role)
         ranks = [session.roster.graft_rank(live, member.role_rank) for member in session.roster.side(live)]

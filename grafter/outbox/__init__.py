@@ -17,6 +17,7 @@ The meeting place is the key where leaders that wait swap manifests, so each may
     missed      the receivers were here, found nothing, and went on
     gone        the entry that was posted here is no more; with its last state
 
-states has the words, places what lies where, memory the snapshots, entries the outbox of a rank, posting the sender's
+states has the words, places what lies where, memory the snapshots, entries the outbox of a rank, kept_entries those of
+one-sided points (and receivers who is to take them), posting the sender's
 point, claims and pull the receiver's part. Who waits (or does not) at the meeting place is `grafter.pairing`'s to say.
 """

@@ -19,9 +19,22 @@ from grafter.errors import RunError
 from grafter.ledger import LedgerRecord, Outcome
 from grafter.outbox.claims import claimers
 from grafter.outbox.counts import Pending
+from grafter.outbox.kept_entries import KeptEntries
 from grafter.outbox.memory import Memory, Slot
 from grafter.outbox.places import Words, leave_gone
-from grafter.outbox.states import CLAIMED, DISPLACED, EXPIRED, FAILED, FINAL, MISSED, UNSEEN, WITHDRAWN, senders_outcome
+from grafter.outbox.receivers import Receivers
+from grafter.outbox.states import (
+    CLAIMED,
+    DISPLACED,
+    EXPIRED,
+    FAILED,
+    FINAL,
+    MISSED,
+    ONE_SIDED,
+    UNSEEN,
+    WITHDRAWN,
+    senders_outcome,
+)
 from grafter.pairing.manifest import StoreKeys
 from grafter.rendezvous.store import StoreClient
 from grafter.rendezvous.wire import Sealed
@@ -39,7 +52,8 @@ class Entry:
     """One point in this rank's outbox. participants: graft ranks of the senders, this one among them.
 
     posted: its state as its leader posts it; the state is absent before. is_told: whether the other ranks of this side
-    have this rank's word for it; before, its state is not looked up.
+    have this rank's word for it; before, its state is not looked up. step: of a one-sided point, which is kept until it
+    is taken, or until all receivers have passed the end of that step.
     """
 
     keys: StoreKeys
@@ -48,6 +62,7 @@ class Entry:
     participants: tuple[int, ...]
     slot: Slot | None
     nbytes: int
+    step: int | None = None
     since: float = field(default_factory=time.monotonic)
     state: str = "open"
     is_told: bool = False
@@ -77,8 +92,10 @@ class Outbox:
         words: Words,
         find_gone: Callable[[], dict[int, str]],
         write: Callable[[LedgerRecord], None],
+        receivers: Receivers,
     ) -> None:
         """find_gone: graft rank -> how its process went. write: puts a line into the ledger; called on any thread."""
+        self._sender, self._kept = receivers.sender, KeptEntries(self, receivers)
         self._keep_seconds, self._graft_rank = keep_seconds, graft_rank
         self._gone: dict[int, str] = {}
         self._watchers, self._words, self._find_gone, self._write = watchers, words, find_gone, write
@@ -98,6 +115,15 @@ class Outbox:
         claimed = sum(entry.state == CLAIMED for entry in entries)
         return Pending(len(entries), sum(entry.nbytes for entry in entries), len(entries) - claimed, claimed)
 
+    @property
+    def count(self) -> int:
+        return len(self._entries)
+
+    def told_entries(self) -> list[Entry]:
+        """Those that the other ranks of this side know of, about the oldest first."""
+        with self._lock:
+            return [entry for entry in self._entries.values() if entry.is_told]
+
     def find(self, base: str) -> Entry | None:
         """By the base of its store keys. Called on any thread."""
         with self._lock:
@@ -105,15 +131,16 @@ class Outbox:
 
     # What the dump thread calls.
 
-    def make_room(self, nbytes: int, client: StoreClient) -> tuple[Slot | None, str | None]:
+    def make_room(self, nbytes: int, client: StoreClient, *, patient: bool = False) -> tuple[Slot | None, str | None]:
         """(memory for one snapshot, None), or why there is none. The oldest open entries make room; claimed ones stay.
 
-        A value of no bytes needs no memory.
+        patient: what the receivers may still take is given the time for it first. A value of no bytes needs no memory.
         """
+        free_one = self._wait_for_room if patient else self._displace_one
         limit = self._memory.limit_bytes
         if nbytes > limit:
             return None, f"{nbytes} bytes do not fit into an outbox of {limit} (GRAFTER_OUTBOX_BYTES)"
-        while len(self._entries) >= _MOST_ENTRIES and self._displace_one(client):
+        while len(self._entries) >= _MOST_ENTRIES and free_one(client):
             pass
         while nbytes:
             try:
@@ -123,7 +150,7 @@ class Outbox:
                 return None, f"{nbytes} bytes cannot be had for the outbox: {error}"
             if slot is not None:
                 return slot, None
-            if not self._displace_one(client):
+            if not free_one(client):
                 claimed = self.pending.claimed
                 return None, (
                     f"the outbox has no room for {nbytes} bytes: {claimed} of its entries are being taken, and the "
@@ -131,22 +158,23 @@ class Outbox:
                 )
         return None, None
 
+    def _wait_for_room(self, client: StoreClient) -> bool:
+        return self._kept.wait_for_room(client) or self._displace_one(client)
+
     def _displace_one(self, client: StoreClient) -> bool:
         """End the oldest open entry; False where there is none. One that has ended by itself makes room as well."""
-        with self._lock:
-            entries = [entry for entry in self._entries.values() if entry.is_told and entry.state != CLAIMED]
-        for entry in entries:
+        for entry in [entry for entry in self.told_entries() if entry.state != CLAIMED]:
             self.end(entry, client, DISPLACED, "newer points needed its room (GRAFTER_OUTBOX_BYTES)", later=True)
             if entry.is_over:
                 return True
         # What was being taken a second ago may have been taken by now.
-        return any(self._has_been_taken(entry, client) for entry in self._claimed())
+        return any(self.has_been_taken(entry, client) for entry in self._claimed())
 
     def _claimed(self) -> list[Entry]:
-        with self._lock:
-            return [entry for entry in self._entries.values() if entry.is_told and entry.state == CLAIMED]
+        return [entry for entry in self.told_entries() if entry.state == CLAIMED]
 
-    def _has_been_taken(self, entry: Entry, client: StoreClient) -> bool:
+    def has_been_taken(self, entry: Entry, client: StoreClient) -> bool:
+        """Drop an entry that has ended by itself; whether it has."""
         found = client.find_other(entry.keys.state, entry.posted)
         if found is not None and found.kind in FINAL and self._settle(entry, found.kind, found.payload):
             self._chores.append((entry, found.kind, None))
@@ -170,7 +198,9 @@ class Outbox:
             if entry.ended is not None:
                 self.settled[outcome] -= 1
             # Here, so that the line of its end comes after it.
-            self._write(record.model_copy(update={"outcome": outcome, "reason": reason or None}))
+            only_in = self._sender if entry.state == ONE_SIDED else None
+            update = {"outcome": outcome, "reason": reason or None, "only_in": only_in}
+            self._write(record.model_copy(update=update))
         return outcome
 
     # Ending.
@@ -254,10 +284,10 @@ class Outbox:
                 self._memory.give_back(entry.slot)
             self.settled[outcome] += 1
             entry.ended = (outcome, reason)
-            record = entry.record
+            record, only_in = entry.record, self._sender if state == ONE_SIDED else None
         if record is not None:
             sent = entry.nbytes if outcome in ("sent", "compared") else 0
-            update = {"outcome": outcome, "reason": reason or None, "bytes_sent": sent}
+            update = {"outcome": outcome, "reason": reason or None, "bytes_sent": sent, "only_in": only_in}
             self._write(record.model_copy(update=update))
         return True
 
@@ -278,18 +308,18 @@ class Outbox:
     def look_after(self, client: StoreClient) -> None:
         """Once a second: drop what has ended, end what is too old, or whose other ranks are gone."""
         self._do_chores(client)
-        with self._lock:
-            entries = [entry for entry in self._entries.values() if entry.is_told][:_MOST_LOOKED_UP]
+        entries = self.told_entries()[:_MOST_LOOKED_UP]
         if not entries:
             return
         if self._watchers.aborted is not None:
             self._drop_all()
             return
         gone = self._gone = self._find_gone()
+        passed = self._kept.passed_step(client) if any(entry.step is not None for entry in entries) else 0
         for entry in entries:
             found = client.find_other(entry.keys.state, entry.posted)
             if found is None:
-                self._look_after_open(entry, client, gone)
+                self._look_after_open(entry, client, gone, passed)
             elif found.kind == CLAIMED:
                 self._look_after_claimed(entry, client, found, gone)
             else:
@@ -299,10 +329,13 @@ class Outbox:
                 if len(entries) == _MOST_LOOKED_UP and not entry.is_over:
                     self._entries.move_to_end(entry.keys.base)
 
-    def _look_after_open(self, entry: Entry, client: StoreClient, gone: dict[int, str]) -> None:
+    def _look_after_open(self, entry: Entry, client: StoreClient, gone: dict[int, str], passed: int) -> None:
+        """passed: the step that all receivers have reached."""
         lost = next((gone[rank] for rank in entry.participants if rank in gone), None)
         if lost is not None:
             self.end(entry, client, WITHDRAWN, f"a rank that holds a part of it {lost}")
+        elif entry.step is not None:
+            self._kept.look_after_open(entry, client, gone, passed)
         elif time.monotonic() - entry.since > self._keep_seconds:
             seconds = f"{self._keep_seconds:g} s (GRAFTER_OUTBOX_SECONDS)"
             self.end(entry, client, EXPIRED, f"nobody took it for {seconds}")
@@ -329,10 +362,15 @@ class Outbox:
 
     # The end of the run.
 
-    def close(self, client: StoreClient) -> None:
-        """End what is left; wait a moment for what is being taken. Called by the dump thread, which adds no more."""
-        deadline = time.monotonic() + _CLOSING_SECONDS
+    def close(self, client: StoreClient, *, patient: bool = False) -> None:
+        """End what is left; wait a moment for what is being taken. Called by the dump thread, which adds no more.
+
+        patient: entries of one-sided points are given the time to be taken, as long as the receivers take any.
+        """
         try:
+            if patient:
+                self._kept.wait_until_taken(client)
+            deadline = time.monotonic() + _CLOSING_SECONDS
             while self._entries and self._watchers.aborted is None:
                 for entry in list(self._entries.values()):
                     self.end(entry, client, EXPIRED, "the run ended")
@@ -341,7 +379,7 @@ class Outbox:
                 time.sleep(_CLOSING_POLL_SECONDS)
             self._do_chores(client)
         except RunError:
-            # The store is gone, and with it all who could take something.
+            # The run is over, or the store is gone, and with it all who could take something.
             pass
         with self._lock:
             left = list(self._entries.values())

@@ -23,7 +23,19 @@ Describe = Callable[[Offer, OutboxPlace | None], Header]
 class Posting:
     """One point on one sender, from the snapshot to its line in the ledger. Called by the dump thread."""
 
-    def __init__(self, session: Session, key: PointKey, direction: Direction, tags: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        session: Session,
+        key: PointKey,
+        direction: Direction,
+        tags: dict[str, Any],
+        *,
+        one_sided: bool = False,
+        is_kept: bool = False,
+    ) -> None:
+        """one_sided: it is skipped where not all come to it in its step. is_kept: until then, for receivers that wait;
+        else as the outbox's settings say."""
+        self._one_sided, self._is_kept = one_sided, is_kept
         self.session, self.key, self.direction, self._tags = session, key, direction, tags
         self._seconds: dict[str, float] = {}
 
@@ -38,7 +50,11 @@ class Posting:
         # Before memory is taken, which may be a receiver's to read until the run is over.
         session.housekeeping.check()
         outbox = session.outbox
-        kept = keep(offer, lambda nbytes: outbox.make_room(nbytes, session.client), outbox.give_back)
+
+        def make_room(nbytes: int) -> tuple[Slot | None, str | None]:
+            return outbox.make_room(nbytes, session.client, patient=self._is_kept)
+
+        kept = keep(offer, make_room, outbox.give_back)
         self._seconds["snapshot"] = time.perf_counter() - started
         header = describe(kept.offer, self.place_of(kept.slot))
         return self.post(header, kept.slot, kept.nbytes, sequence)
@@ -50,10 +66,11 @@ class Posting:
         participants = tuple(roster.graft_rank(place.role, rank) for rank in header.participants)
         keys = store_keys(session.client.hall, self.key.digest)
         posted = open_state(place.role, min(header.participants))
-        entry = Entry(keys, posted, self.direction, participants, slot, nbytes)
+        step = self.key.step if self._is_kept else None
+        entry = Entry(keys, posted, self.direction, participants, slot, nbytes, step)
         session.outbox.add(entry)
         try:
-            ended = session.pairing.post(self.key, header)
+            ended = session.pairing.post(self.key, header, one_sided=self._one_sided)
         except BaseException as error:
             session.outbox.drop(entry, f"{header.who} left with {type(error).__name__}")
             raise

@@ -19,9 +19,11 @@ NOT_MET = "unmet"
 
 OPEN, CLAIMED, TAKEN, SKIPPED, FAILED = "open", "claimed", "taken", "skipped", "failed"
 EXPIRED, DISPLACED, WITHDRAWN = "expired", "displaced", "withdrawn"
+# No rank of the other job came to it in its step, or not all ranks of its own.
+ONE_SIDED = "one-sided"
 # Final ones that no receiver has seen: whoever comes must be told.
 UNSEEN = frozenset({EXPIRED, DISPLACED, WITHDRAWN})
-FINAL = UNSEEN | {TAKEN, SKIPPED, FAILED, MISSED}
+FINAL = UNSEEN | {TAKEN, SKIPPED, FAILED, MISSED, ONE_SIDED}
 
 
 class OutboxPlace(BaseModel):
@@ -48,9 +50,12 @@ def open_state(role: str, leader: int) -> Sealed:
 
 @dataclass(frozen=True)
 class NotMet:
-    """There is no pair: the two sides did not come together at this point. The same on all ranks of a side."""
+    """There is no pair: the two sides did not come together at this point. The same on all ranks of a side.
 
-    outcome: Literal["missed", "failed"]
+    skipped: the point is one-sided, and the others have passed the end of its step, or wait elsewhere.
+    """
+
+    outcome: Literal["missed", "failed", "skipped"]
     reason: str
 
     @property
@@ -61,11 +66,9 @@ class NotMet:
 def read_not_met(text: str) -> NotMet:
     """What a leader tells its followers. Raises ProtocolError for anything else."""
     outcome, _, reason = text.partition("\n")
-    if outcome == "failed":
-        return NotMet("failed", reason)
-    if outcome != "missed":
+    if outcome not in ("missed", "failed", "skipped"):
         raise ProtocolError(f"{outcome[:40]!r} is no way to have missed a point; both jobs need the same grafter.")
-    return NotMet("missed", reason)
+    return NotMet(outcome, reason)  # type: ignore[arg-type]
 
 
 def gone_text(state: str, reason: str) -> str:
@@ -84,6 +87,7 @@ def senders_outcome(state: str, direction: Direction) -> Outcome:
     outcomes: dict[str, Outcome] = {
         TAKEN: "compared" if direction == "compare" else "sent",
         SKIPPED: "skipped",
+        ONE_SIDED: "skipped",
         FAILED: "failed",
         WITHDRAWN: "failed",
         EXPIRED: "expired",

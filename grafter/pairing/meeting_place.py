@@ -124,6 +124,12 @@ class MeetingPlace:
                 self._housekeeping.delete_later([keys.first])
         return NotMet("missed", reason)
 
+    def give_up(self, header: Header, keys: StoreKeys, mine: str) -> None:
+        """The receivers do not wait here any more: in the place of their manifest is a word, for senders that come."""
+        manifest = Sealed(MANIFEST, self._client.seal.writer, mine)
+        if self._client.exchange(keys.first, manifest, MISSED, _word_of(header)) is None:
+            self.words.left_at(keys.first)
+
     def look(self, header: Header, keys: StoreKeys) -> Sealed | None:
         """What the senders have left. Nothing: leave word. None: they wait here, or write now."""
         if self._courier.mail_across and self._courier.has(keys.second):

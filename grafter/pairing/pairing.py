@@ -9,19 +9,21 @@ A side that does not wait for the other (`wait="job"`) uses the same meeting pla
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
-from grafter.outbox.states import NOT_MET, NotMet, read_not_met
+from grafter.outbox.states import NOT_MET, ONE_SIDED, NotMet, read_not_met
 from grafter.pairing.known_texts import KnownTexts
 from grafter.pairing.manifest import Header, Manifest, Pair, StoreKeys, manifest_text, store_keys
 from grafter.pairing.meeting_place import MANIFEST, MeetingPlace
 from grafter.pairing.refusals import Refusals
 from grafter.points import PointKey
 from grafter.rendezvous.courier import Courier
-from grafter.rendezvous.roster import Roster
+from grafter.rendezvous.roster import Roster, other_role
 from grafter.rendezvous.store import StoreClient
 from grafter.rendezvous.wire import Sealed
+from grafter.watching.absence import only_one_job_came
 from grafter.watching.housekeeping import Housekeeping
-from grafter.watching.waits import Wait
+from grafter.watching.waits import ABSENT, GivenUp, Wait
 
 
 class Pairing:
@@ -41,38 +43,89 @@ class Pairing:
         self._last_other_leader: dict[tuple[int, ...], int] = {}
         # What this rank has put into the store for the point under way.
         self._left_in_store: list[str] = []
+        # Whether the point under way is skipped where not all come to it in its step.
+        self._one_sided = False
 
-    def meet(self, key: PointKey, header: Header) -> Pair | NotMet:
+    def meet(self, key: PointKey, header: Header, *, one_sided: bool = False) -> Pair | NotMet:
         """Wait for all participants of both sides, or, with `header.wait` "job", for those of the own side.
 
-        NotMet: a side that does not wait has come here at another time. Raises what ended the run, if something does.
+        one_sided: no longer than it is possible that they come in this step.
+
+        NotMet: a side that does not wait has come here at another time, or not all have come to a one-sided point.
+        Raises what ended the run, if something does.
         """
         # Before anything is offered: once the run is over, the other side must not take this for a point to come.
         self._housekeeping.check()
+        self._one_sided = one_sided
         keys = store_keys(self._hall, key.digest)
         leader = min(header.participants)
         if header.role_rank == leader:
-            met = self._meet_other_leader(key, header, self._collect(key, header, keys), keys)
+            met = self._lead(key, header, keys)
         else:
             self._bring_header(header, keys)
-            told = self._wait_for_own_side(key, header, [keys.pair(header.role)], [leader])[0]
-            met = read_not_met(told.payload) if told.kind == NOT_MET else self._known.pair(told.payload)
+            met = self._follow(key, header, keys)
         if isinstance(met, Pair) and "checked" not in met.memo:
             self._refusals.check_pair(key, met)
         return met
 
-    def post(self, key: PointKey, header: Header) -> tuple[str, str] | None:
+    def _lead(self, key: PointKey, header: Header, keys: StoreKeys) -> Pair | NotMet:
+        mine = None
+        try:
+            mine = self._collect(key, header, keys)
+            return self._meet_other_leader(key, header, mine, keys)
+        except GivenUp as given_up:
+            told = self._last_other_leader.pop(header.participants, None)
+            if told is not None:
+                # It may never look into its mail for this point.
+                self._courier.recall(told, keys.second)
+            if mine is not None and not self._have_passed(key, header):
+                # They may still come, and must not post what nobody waits for.
+                self._left_in_store = [place for place in self._left_in_store if place != keys.first]
+                self._place.give_up(header, keys, mine)
+            # Those that have passed the step would keep the letter for ever.
+            reached = self._housekeeping.step_ends.reached(self._client, header.role)
+            here = [r for r in header.participants if r != header.role_rank and reached[r] <= key.step]
+            others = [self._roster.graft_rank(header.role, r) for r in here]
+            return self._hand_on(NotMet("skipped", str(given_up)), "", header, others, keys)
+
+    def _follow(self, key: PointKey, header: Header, keys: StoreKeys) -> Pair | NotMet:
+        try:
+            leader = min(header.participants)
+            told = self._wait_for_own_side(key, header, [keys.pair(header.role)], [leader])[0]
+        except GivenUp as given_up:
+            self._take_back_header(key, header, keys)
+            return NotMet("skipped", str(given_up))
+        return read_not_met(told.payload) if told.kind == NOT_MET else self._known.pair(told.payload)
+
+    def _take_back_header(self, key: PointKey, header: Header, keys: StoreKeys) -> None:
+        """This follower has gone on: a leader that still comes must not count it among those that are there."""
+        first, place = min(header.participants), keys.header(header.role, header.role_rank)
+        leader = self._roster.graft_rank(header.role, first)
+        if self._housekeeping.step_ends.reached(self._client, header.role)[first] <= key.step:
+            self._bring([leader], place, ABSENT, _gave_up_before(header))
+        elif self._courier.mail_inside:
+            self._courier.recall(leader, place)
+        else:
+            self._housekeeping.delete_later([place])
+
+    def post(self, key: PointKey, header: Header, *, one_sided: bool = False) -> tuple[str, str] | None:
         """The senders' part where they do not wait: say that the entry is in this rank's outbox.
 
         The leader waits for the other ranks of its own job, and posts for all. (state, reason) where the entry has
         ended already: then all ranks of this side find that state. Raises what ended the run, if something does.
         """
         self._housekeeping.check()
+        self._one_sided = one_sided
         keys = store_keys(self._hall, key.digest)
         if header.role_rank != min(header.participants):
             self._bring_header(header, keys)
             return None
-        mine = self._collect(key, header, keys)
+        try:
+            mine = self._collect(key, header, keys)
+        except GivenUp as given_up:
+            self._housekeeping.delete_later(self._courier.take_left_in_store())
+            found = self._client.put_if_absent(keys.state, ONE_SIDED, str(given_up))
+            return (ONE_SIDED, str(given_up)) if found is None else (found.kind, found.payload)
         if len(header.participants) > 1 and not self._courier.mail_inside:
             others = [rank for rank in header.participants if rank != header.role_rank]
             self._housekeeping.delete_later([keys.header(header.role, rank) for rank in others])
@@ -83,7 +136,8 @@ class Pairing:
         others = [rank for rank in header.participants if rank != header.role_rank]
         if not others:
             return manifest_text(header.role, [header.text], None)
-        came = self._wait_for_own_side(key, header, [keys.header(header.role, rank) for rank in others], others)
+        places = [keys.header(header.role, rank) for rank in others]
+        came = self._wait_for_own_side(key, header, places, others, collects=True)
         return self._known.collected(header, [sealed.payload for sealed in came])
 
     def _bring_header(self, header: Header, keys: StoreKeys) -> None:
@@ -147,6 +201,7 @@ class Pairing:
                     self._courier.discard(keys.second)
             else:
                 self._left_in_store.append(keys.first)
+                self._check_whether_alone(key, header, keys)
                 other = self._wait_for(key, header, [keys.second], by_mail=True)
         if other[0].kind != MANIFEST and told is not None:
             # The other side does not wait, and may never look into its mail.
@@ -171,24 +226,39 @@ class Pairing:
                 self._left_in_store.append(keys.second)
             return found
         self._left_in_store.append(keys.first)
+        self._check_whether_alone(key, header, keys)
         theirs = self._wait_for(key, header, [keys.second], by_mail=False)[0]
         if theirs.kind != MANIFEST:
             # Its sender has gone on.
             self._left_in_store.append(keys.second)
         return theirs
 
+    def _check_whether_alone(self, key: PointKey, header: Header, keys: StoreKeys) -> None:
+        """Raises GivenUp where the other job has passed the end of a one-sided point's step, and left nothing here.
+
+        Else it finds this rank's manifest when it comes.
+        """
+        if self._one_sided and self._have_passed(key, header):
+            is_answered = self._courier.has(keys.second) or self._client.exists(keys.second)
+            if not is_answered:
+                raise GivenUp(only_one_job_came(header.role))
+
+    def _have_passed(self, key: PointKey, header: Header) -> bool:
+        return self._housekeeping.step_ends.have_passed(self._client, other_role(header.role), key.step)
+
     def _wait_for(self, key: PointKey, header: Header, places: Sequence[str], *, by_mail: bool) -> list[Sealed]:
         return self._courier.fetch(lambda: self._make_wait(key, header), places, by_mail=by_mail)
 
     def _wait_for_own_side(
-        self, key: PointKey, header: Header, places: Sequence[str], role_ranks: Sequence[int]
+        self, key: PointKey, header: Header, places: Sequence[str], role_ranks: Sequence[int], *, collects: bool = False
     ) -> list[Sealed]:
         """What these ranks of this job, one for each place, bring there."""
         writers = [self._roster.graft_rank(header.role, rank) for rank in role_ranks]
         by_mail = self._courier.mail_inside
-        return self._courier.fetch(lambda: self._make_wait(key, header), places, by_mail=by_mail, writers=writers)
+        make_wait = partial(self._make_wait, key, header, collects=collects)
+        return self._courier.fetch(make_wait, places, by_mail=by_mail, writers=writers)
 
-    def _make_wait(self, key: PointKey, header: Header) -> Wait:
+    def _make_wait(self, key: PointKey, header: Header, *, collects: bool = False) -> Wait:
         return Wait(
             "pairing",
             key,
@@ -198,6 +268,9 @@ class Pairing:
             participants=header.participants,
             call_site=header.call_site,
             own_side=header.wait == "job",
+            one_sided=self._one_sided,
+            step=key.step,
+            collects=collects,
         )
 
     def _bring(self, receivers: Sequence[int], place: str, kind: str, payload: str) -> None:
@@ -221,3 +294,10 @@ class Pairing:
             mine += [keys.header(header.role, rank) for rank in header.participants if rank != header.role_rank]
             mine.append(keys.pair(header.role))
         return mine
+
+
+def _gave_up_before(header: Header) -> str:
+    return (
+        f"not all ranks of the {header.role} came to this point at the same time: {header.who} had given it up before "
+        f"({header.call_site})"
+    )

@@ -16,7 +16,7 @@ from grafter.rendezvous.unread_letters import RECALL
 from grafter.rendezvous.wire import Sealed
 from grafter.watching.housekeeping import Housekeeping
 from grafter.watching.lasting_wait import LastingWait
-from grafter.watching.waits import Wait
+from grafter.watching.waits import ABSENT, GivenUp, Wait, WaitWatch
 from grafter.watching.watch import PeerGone
 
 # A letter that says: too long for mail, look into the store.
@@ -80,7 +80,7 @@ class Courier:
         """Wait for what was brought under these keys, by the graft ranks `writers` where these are known.
 
         The wait that `make_wait` makes is looked after by the housekeeping thread. It is not made where the letters
-        come shortly, as most do.
+        come shortly, as most do. Raises GivenUp where the wait is of a one-sided point, and is in vain.
         """
         channels = self._channels if by_mail else None
         if channels is not None:
@@ -90,11 +90,16 @@ class Courier:
         wait = make_wait()
         if channels is None:
             wait.awaits = tuple(keys)
+            self._housekeeping.look_for_absent(wait, self._client)
             with self._housekeeping.waiting(wait):
-                return self._client.get_all(keys)
+                found = self._client.get_all(keys)
+            if any(sealed.kind == ABSENT for sealed in found):
+                self._left_in_store += keys
+            return _none_absent(found)
         wait.has_news = lambda: channels.has_news(keys)
+        self._housekeeping.look_for_absent(wait, self._client)
         with self._housekeeping.waiting(wait):
-            letters = channels.wait(keys, self._housekeeping)
+            letters = channels.wait(keys, WaitWatch(self._housekeeping, wait))
         return self._opened(letters, make_wait)
 
     def fetch_shortly(
@@ -108,12 +113,13 @@ class Courier:
         if letters is None:
             return None
         for letter in letters:
-            if letter.kind == _STORED:
+            if letter.kind in (_STORED, ABSENT):
                 return self._opened(letters, make_wait)
         return letters
 
     def _opened(self, letters: list[Sealed], make_wait: Callable[[], Wait]) -> list[Sealed]:
         """The letters, those too long for mail read from the store."""
+        _none_absent(letters)
         stored = tuple(letter.payload for letter in letters if letter.kind == _STORED)
         if not stored:
             return letters
@@ -143,3 +149,11 @@ class Courier:
         """The store keys of letters that were too long, since this was last asked: to be deleted with their point."""
         left, self._left_in_store = self._left_in_store, []
         return left
+
+
+def _none_absent(letters: list[Sealed]) -> list[Sealed]:
+    """Raises GivenUp where one says that the rank which is waited for does not come to a one-sided point."""
+    absent = next((letter for letter in letters if letter.kind == ABSENT), None)
+    if absent is not None:
+        raise GivenUp(absent.payload)
+    return letters

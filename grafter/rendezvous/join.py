@@ -190,7 +190,10 @@ class _Handshake:
             role_world_size=place.role_world_size,
             process=own_identity(),
             restart_count=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") or 0),
-            shared_settings={s: str(getattr(config, s)) for s in SHARED_SETTINGS if getattr(config, s)},
+            shared_settings={
+                **{s: str(getattr(config, s)) for s in SHARED_SETTINGS if getattr(config, s)},
+                **config.one_sided_settings,
+            },
             expected_world_sizes={role: size for role, size in expected.items() if size is not None},
             socket_name=socket_name,
             modules=self._hooks.modules,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 from grafter.direction import receiver_role
 from grafter.ledger import Difference, LeafRecord, LedgerRecord, Role
@@ -72,6 +72,8 @@ class PointRow:
     mismatched: float | None = None
     # Of a point that was compared: why some of it has no figures, so that nothing says whether it is equal.
     unmeasured: str | None = None
+    # Of a point that was skipped since only one job came to it: which; "both" where the two waited for each other.
+    only_in: Literal["baseline", "target", "both"] | None = None
 
     @property
     def label(self) -> str:
@@ -161,7 +163,16 @@ def _row(group: list[LedgerRecord], tags: dict[str, Any], disagreement: str | No
         copies_not_compared=copies_not_compared,
         mismatched=difference.mismatched_fraction if difference else None,
         unmeasured=_why_unmeasured(receivers),
+        only_in=_only_in(group),
     )
+
+
+def _only_in(group: list[LedgerRecord]) -> Literal["baseline", "target", "both"] | None:
+    roles = {record.only_in for record in group if record.only_in is not None}
+    came = {record.role for record in group}
+    if not roles:
+        return None
+    return roles.pop() if len(came) == 1 else "both"
 
 
 def _why_unmeasured(receivers: list[LedgerRecord]) -> str | None:
@@ -227,13 +238,13 @@ def _disagreement(group: list[LedgerRecord], present: set[str]) -> str | None:
     called = {f"{role} {rank}" for role, ranks in group[0].participants.items() for rank in ranks}
     # A rank whose ledger is not here at all may be on another machine.
     absent = sorted((called & present) - there.keys())
-    kinds = {_kind(outcome) for outcome in there.values()}
+    kinds = {_kind(record) for record in group}
     if len(kinds) == 1 and not absent:
         return None
     return "; ".join([f"{rank}: {outcome}" for rank, outcome in there.items()] + [f"{r}: no record" for r in absent])
 
 
-def _kind(outcome: str) -> str:
-    if outcome in UNMET:
+def _kind(record: LedgerRecord) -> str:
+    if record.outcome in UNMET or record.only_in is not None:
         return "missed"
-    return "well" if _SEVERITY[outcome] < 2 else outcome
+    return "well" if _SEVERITY[record.outcome] < 2 else record.outcome

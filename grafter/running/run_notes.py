@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections import Counter
 
 from grafter.ledger import RankSummary, Role
 from grafter.running.point_rows import UNMET, PointRow, RankLedger
 from grafter.running.run_problems import count_unmatched
 
 _NAMES_SHOWN = 8
+_NUMBER = re.compile(r"(?<![A-Za-z0-9])\d+(?![A-Za-z0-9])")
+# Where a point was that the two jobs did not both come to, by `PointRow.only_in`.
+ONLY_IN = {
+    "baseline": "only in the baseline",
+    "target": "only in the target",
+    "both": "in both jobs, which did not meet there",
+}
 
 
 def find_notes(ledgers: list[RankLedger], rows: list[PointRow], summaries: list[RankSummary]) -> list[str]:
@@ -26,7 +34,7 @@ def find_notes(ledgers: list[RankLedger], rows: list[PointRow], summaries: list[
             "!= marks points of which some values differ in their bits though rel is 0 or unknown: -0.0 against 0.0, "
             "or values that are no numbers"
         )
-    notes += _unmet_notes(rows) + _token_notes(ledgers)
+    notes += _one_sided_notes(rows) + _unmet_notes(rows) + _token_notes(ledgers)
     notes += _dump_notes(summaries) + _hook_notes(summaries)
     unmatched = count_unmatched(summaries)
     notes += [_filter_note(text, list(unmatched)) for text in _common([s.filters_never_matched for s in summaries])]
@@ -40,6 +48,20 @@ def find_notes(ledgers: list[RankLedger], rows: list[PointRow], summaries: list[
     silent = [f"{role} {rank}" for role, rank, _ in ledgers if (role, rank) not in closed]
     if silent:
         notes.append(f"ended without closing (killed, crashed, or still running): {', '.join(silent)}")
+    return notes
+
+
+def _one_sided_notes(rows: list[PointRow]) -> list[str]:
+    """Points that only one job came to: which kinds of them, by name."""
+    notes = []
+    for role, where in ONLY_IN.items():
+        kinds = Counter(_NUMBER.sub("*", row.name) for row in rows if row.only_in == role)
+        if not kinds:
+            continue
+        shown = [f"{kind} ({count} call{'s' * (count != 1)})" for kind, count in kinds.most_common(_NAMES_SHOWN)]
+        more = f", and {len(kinds) - _NAMES_SHOWN} more" if len(kinds) > _NAMES_SHOWN else ""
+        points = "1 point was" if kinds.total() == 1 else f"{kinds.total()} points were"
+        notes.append(f"{points} {where}, and not judged: {', '.join(shown)}{more}")
     return notes
 
 

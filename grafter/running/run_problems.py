@@ -88,6 +88,15 @@ def _why_nothing(
             "receiver wait (wait=both there), or come later, and see that entries are kept for long enough "
             "(GRAFTER_OUTBOX_SECONDS, GRAFTER_OUTBOX_BYTES)."
         )
+    if rows and all(row.only_in is not None for row in rows):
+        first = {
+            role: next((row.name for row in rows if row.only_in == role), "none") for role in ("baseline", "target")
+        }
+        return (
+            f"{head}: no point came in both jobs; the first of the baseline is {first['baseline']}, the first of the "
+            f"target {first['target']}. Where they are the same modules under other names, `grafter plan suggest` "
+            "writes a plan that maps them."
+        )
     if rows:
         return f"{head}: of {len(rows)} matched points none got through."
     if not summaries:

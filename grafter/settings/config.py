@@ -30,6 +30,7 @@ from grafter.settings.field_types import (
     Label,
     LogLevel,
     ModelNames,
+    OneSided,
     OnTransformError,
     PartialTarget,
     Port,
@@ -96,6 +97,7 @@ class GrafterConfig(BaseModel):
     write: Write = "in_place"
     gradient: Gradient = "straight_through"
     wait: WaitFor = "both"
+    one_sided: OneSided = "raise"
     outbox_bytes: Size = "1GiB"
     outbox_seconds: Seconds = 60.0
     windows: Switch = True
@@ -257,6 +259,14 @@ class GrafterConfig(BaseModel):
     def rule_for(self, field: str, name: str) -> Rule | None:
         """The first rule for the point `name` in this job that has the field."""
         return next((rule for rule in self.own_rules if rule.has(field) and rule.matches(name)), None)
+
+    @property
+    def one_sided_settings(self) -> dict[str, str]:
+        """What both jobs must have alike of `one_sided`, as text; empty where every point is to raise."""
+        rules = [f"{rule.match}={rule.one_sided}" for rule in self.rules if rule.one_sided is not None]
+        if self.one_sided == "raise" and not any(rule.one_sided == "skip" for rule in self.rules):
+            return {}
+        return {"one_sided": "; ".join([self.one_sided, *rules])}
 
     @cached_property
     def own_rules(self) -> tuple[Rule, ...]:

@@ -15,6 +15,7 @@ OnTransformError = Literal["skip", "raise"]
 Write = Literal["in_place", "return"]
 Gradient = Literal["straight_through", "cut", "strict"]
 WaitFor = Literal["both", "job"]
+OneSided = Literal["raise", "skip"]
 PartialTarget = Literal["refuse", "first"]
 DumpLevel = Literal["full", "statistics", "checksum"]
 

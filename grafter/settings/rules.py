@@ -6,13 +6,14 @@ import re
 from functools import lru_cache
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
 from grafter.errors import ConfigError
 from grafter.layout.dims import parse_dims
 from grafter.settings.field_types import (
     DumpLevel,
     Gradient,
+    OneSided,
     OnTransformError,
     PartialTarget,
     Switch,
@@ -40,6 +41,7 @@ class Rule(BaseModel):
     save: Switch | None = None
     dump_level: DumpLevel | None = None
     wait: WaitFor | None = None
+    one_sided: OneSided | None = None
 
     @field_validator("dims")
     @classmethod
@@ -47,6 +49,15 @@ class Rule(BaseModel):
         if dims:
             parse_dims(dims)
         return dims
+
+    @model_validator(mode="after")
+    def _check_one_sided(self) -> Rule:
+        if self.one_sided is not None and self.role is not None:
+            raise ValueError(
+                "one_sided holds for both jobs, since each of them must know what the other does; leave role out, or "
+                "put one_sided into a rule of its own"
+            )
+        return self
 
     @field_validator("match")
     @classmethod

@@ -57,6 +57,10 @@ class BoardLine(BaseModel):
     doing: str = ""
     # Whether it waits for ranks of its own side alone.
     own_side: bool = False
+    # Whether its point is skipped where only one job comes to it; and how many this rank has given up because ranks
+    # waited for each other.
+    one_sided: bool = False
+    passed_over: int = 0
     last_points: tuple[str, ...] = ()
     # How it left, if not in good order: the error.
     note: str = ""
@@ -78,6 +82,8 @@ class BoardWriter:
         self.sequence = 0
         # Set once both jobs have joined.
         self.hook_facts: Callable[[], HookFacts] = HookFacts
+        # Points given up because ranks waited for each other.
+        self.passed_over = 0
         # Filled by the dump thread, read when a line is written.
         self.last_points: deque[tuple[PointKey, str]] = deque(maxlen=10)
         # The newest of those that are on the board.
@@ -96,11 +102,11 @@ class BoardWriter:
 
     def waiting(
         self, client: StoreClient, *, digest: str, point: str, participants: tuple[int, ...], awaits: tuple[str, ...],
-        call_site: str, since: float, own_side: bool = False,
+        call_site: str, since: float, own_side: bool = False, one_sided: bool = False,
     ) -> None:  # fmt: skip
         self._write(
             client, state="waiting", digest=digest, point=point, participants=participants, awaits=awaits,
-            call_site=call_site, since=since, own_side=own_side,
+            call_site=call_site, since=since, own_side=own_side, one_sided=one_sided, passed_over=self.passed_over,
         )  # fmt: skip
 
     def left(self, client: StoreClient, note: str) -> None:

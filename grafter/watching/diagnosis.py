@@ -12,6 +12,11 @@ from grafter.errors import PairingError, PeerLostError, RunError
 from grafter.watching.board import BoardLine
 from grafter.watching.hints import find_hints
 
+_SKIP_THEM = (
+    "Where it is right that one job comes to points that the other does not (another routing of experts, say), set "
+    "GRAFTER_ONE_SIDED=skip in both jobs (`grafter run --set one_sided=skip`): such points are then skipped and listed."
+)
+
 
 def find_stuck(lines: Sequence[BoardLine], gone: Collection[int] = ()) -> list[BoardLine]:
     """The waiting ranks that can never go on. `gone`: graft ranks whose process has ended.
@@ -66,7 +71,7 @@ def explain_stuck(
             f"{board}\n"
             "Look at the end of that process's output first: the cause is there."
         )
-    conflict = _find_conflict(stuck)
+    conflict = find_conflict(stuck)
     if conflict is not None:
         return PairingError(f"{conflict}\n{board}")
     has_points = any(line.last_points for line in (*lines, *stuck))
@@ -84,7 +89,7 @@ def explain_stuck(
         f"{'; '.join(points[:4])}{'; ...' if len(points) > 4 else ''}.\n"
         f"{board}\n"
         f"{_hints(lines)}{compare}Make the two programs dump the same points in the same order, or narrow the filters "
-        "to points that both have."
+        f"to points that both have. {_SKIP_THEM}"
     )
 
 
@@ -114,11 +119,12 @@ def _explain_recording(
     return PairingError(
         f"{head}\n{board}\n"
         f"{compare}A point that the filters of the recording did not match is not in it. Narrow the filters to points "
-        "that it has, or record again."
+        f"that it has, or record again. {_SKIP_THEM}"
     )
 
 
-def _find_conflict(stuck: Sequence[BoardLine]) -> str | None:
+def find_conflict(stuck: Sequence[BoardLine]) -> str | None:
+    """Whether ranks of one job wait at one point with other participants in mind; the sentence says so."""
     for first in stuck:
         for second in stuck:
             if (first.role, first.digest) == (second.role, second.digest) and first.participants != second.participants:

@@ -24,16 +24,18 @@ from grafter.watching.board import BoardLine, BoardWriter
 from grafter.watching.lookout import LOOK_EVERY_SECONDS, Lookout
 from grafter.watching.members import Members
 from grafter.watching.stages import Underway
+from grafter.watching.step_ends import StepEnds
 from grafter.watching.store_host import StoreHost
 from grafter.watching.store_link import StoreLink
-from grafter.watching.waits import Wait, Watched
+from grafter.watching.waits import ABSENT, GivenUp, Wait, Watched
 
 logger = logging.getLogger("grafter")
 
 _TICK_SECONDS = 0.25
 _CHORES_EVERY_SECONDS = 1.0
-# So many deletions between two looks, at 60 us each: tidying never delays a diagnosis by more than 15 ms.
-_DELETIONS_PER_TICK = 256
+# So many deletions between two looks, at 60 us each, or this part of those that are left, so that they are bounded at
+# any rate of points. They delay a diagnosis by 15 ms; by more only at a thousand deletions a second.
+_DELETIONS_PER_TICK, _PART_PER_TICK = 256, 8
 
 
 class Housekeeping:
@@ -92,10 +94,23 @@ class Housekeeping:
         if wait.interruptible:
             signal.set_wakeup_fd(wait.signal_fd)
 
+    def look_for_absent(self, wait: Wait, client: StoreClient) -> None:
+        """Before a wait begins: raises GivenUp where it is of a one-sided point, and in vain."""
+        if wait.one_sided:
+            reason = self._lookout.find_absent(client, wait)
+            if reason is not None:
+                raise GivenUp(reason)
+
     def check(self) -> None:
         """Raise what ended the run, if something did. For loops that move bytes."""
         if self.aborted is not None:
             raise self.aborted
+
+    @property
+    def step_ends(self) -> StepEnds:
+        """Of this rank, once it has joined."""
+        assert self._lookout.step_ends is not None
+        return self._lookout.step_ends
 
     @property
     def current_wait(self) -> Wait | None:
@@ -153,6 +168,10 @@ class Housekeeping:
                 self._do_chores()
                 wait = self._wait
                 self._lookout.update_board(self._link.client, wait, self.underway)
+                if wait is not None and wait.one_sided:
+                    absent = self._lookout.find_absent(self._link.client, wait)
+                    if absent is not None:
+                        self._give_up(wait, absent)
                 if wait is not None and wait.seconds >= LOOK_EVERY_SECONDS and time.monotonic() >= wait.next_look:
                     wait.next_look = time.monotonic() + LOOK_EVERY_SECONDS
                     self._look_after(wait)
@@ -194,7 +213,8 @@ class Housekeeping:
                     self._store_lost(error)
 
     def _do_chores(self) -> None:
-        self._delete(min(len(self._deletions), _DELETIONS_PER_TICK))
+        waiting = len(self._deletions)
+        self._delete(min(waiting, max(_DELETIONS_PER_TICK, waiting // _PART_PER_TICK)))
         if time.monotonic() < self._next_chores:
             if self.on_tick is not None:
                 self.on_tick(self._link.client)
@@ -223,9 +243,18 @@ class Housekeeping:
         error = self._lookout.look_after(self._link.client, wait)
         if error is not None:
             self.abort(error)
-        is_over = self.aborted is not None or wait.abandoned is not None or wait is not self._wait
+        elif wait.given_up is not None:
+            self._give_up(wait, wait.given_up)
+        is_over = self.aborted is not None or wait.abandoned is not None or wait.given_up is not None
+        is_over = is_over or wait is not self._wait
         if not is_over and wait.seconds > wait.timeout:
             self.abort(self._lookout.time_is_up(self._link.client, wait))
+
+    def _give_up(self, wait: Wait, reason: str) -> None:
+        """Nobody will end this wait of a one-sided point. What has come by now, if anything has, is taken instead."""
+        wait.given_up = reason
+        for key in wait.awaits:
+            self._link.client.put_if_absent(key, ABSENT, reason)
 
     # Ending the run.
 

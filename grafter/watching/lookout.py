@@ -12,10 +12,12 @@ from collections.abc import Callable
 from grafter.errors import PeerLostError, PointTimeoutError, RunError
 from grafter.rendezvous.roster import Roster
 from grafter.rendezvous.store import StoreClient
+from grafter.watching.absence import Absence, choose_passed_over, explain_passed_over
 from grafter.watching.board import BoardWriter, describe_board
-from grafter.watching.diagnosis import explain_stuck
+from grafter.watching.diagnosis import explain_stuck, find_conflict
 from grafter.watching.members import Members
 from grafter.watching.stages import Stage, Underway, text_of_stage, text_of_wait
+from grafter.watching.step_ends import StepEnds
 from grafter.watching.suspicion import Suspicion
 from grafter.watching.waits import Wait
 
@@ -36,12 +38,18 @@ class Lookout:
         self._since = 0.0
         self._is_shown = False
         self._told_stopped: set[int] = set()
+        self._graft_rank = -1
+        self.step_ends: StepEnds | None = None
+        self._absence: Absence | None = None
         self._host_was_stopped = False
         # Asked while this rank waits for the others to join.
         self.check_join: Callable[[StoreClient], RunError | None] | None = None
 
     def joined(self, roster: Roster, graft_rank: int) -> None:
+        self._graft_rank = graft_rank
         self._suspicion = Suspicion(roster, graft_rank)
+        self.step_ends = StepEnds(roster, graft_rank)
+        self._absence = Absence(roster, graft_rank, self.step_ends, self._members.read_board)
 
     def warn_of_stopped(self, wait: Wait | None) -> None:
         """Say once of each process of this host that keeps this rank waiting that it is stopped."""
@@ -104,6 +112,7 @@ class Lookout:
                 call_site=activity.call_site,
                 since=since,
                 own_side=activity.own_side,
+                one_sided=activity.one_sided,
             )
         else:
             # It goes on by itself, or somebody else watches over it: whoever waits for it waits for one that runs.
@@ -127,8 +136,14 @@ class Lookout:
             )
         return error
 
+    def find_absent(self, client: StoreClient, wait: Wait) -> str | None:
+        """Why the ranks that a one-sided point waits for will not come; None while they may. Called on any thread."""
+        assert self._absence is not None
+        return self._absence.find(client, wait)
+
     def look_after(self, client: StoreClient, wait: Wait) -> RunError | None:
-        """Why this wait, of a stage after the join, can never end; None also where the receivers have given it up."""
+        """Why this wait, of a stage after the join, can never end; None also where the receivers have given it up, or
+        where this rank gives its point up (`wait.given_up`)."""
         if wait.outcome_key is not None:
             outcome = client.peek(wait.outcome_key)
             if outcome is not None and outcome.kind == "refuse":
@@ -139,8 +154,8 @@ class Lookout:
             assert self._suspicion is not None
             if wait is self._activity and self._is_shown:
                 self._suspicion.confirm_idle(client, wait, self._board.sequence)
-            if wait.leader or gone or self._leader_has_left(client, wait):
-                return self._look_for_stuck(client, gone)
+            if wait.leader or wait.one_sided or gone or self._leader_has_left(client, wait):
+                return self._look_for_stuck(client, wait, gone)
         elif any(rank in wait.needs for rank in gone) or self._outcome_will_not_come(client, wait):
             board = describe_board(self._members.read_board(client), gone)
             return PeerLostError(
@@ -163,7 +178,7 @@ class Lookout:
         news = any(ask is not None and ask() for ask in (wait.has_news, wait.has_grown))
         return left and not news and not any(client.exists(key) for key in wait.awaits) and not wait.over
 
-    def _look_for_stuck(self, client: StoreClient, gone: dict[int, str]) -> RunError | None:
+    def _look_for_stuck(self, client: StoreClient, wait: Wait, gone: dict[int, str]) -> RunError | None:
         assert self._suspicion is not None
         lines = self._members.read_board(client)
         stuck = self._suspicion.find_stuck(client, lines, gone)
@@ -172,15 +187,31 @@ class Lookout:
         crashed = {
             line.graft_rank: f"has left with {line.note}" for line in lines if line.state == "left" and line.note
         }
+        if not gone and not crashed and find_conflict(stuck) is None and (chosen := choose_passed_over(stuck)):
+            own = (self._graft_rank, self._board.sequence)
+            if (
+                wait is self._activity
+                and self._is_shown
+                and own in [(line.graft_rank, line.sequence) for line in chosen]
+            ):
+                self._board.passed_over += 1
+                wait.given_up = explain_passed_over(stuck)
+            return None
         board = describe_board(lines, gone, self._members.stopped())
         return explain_stuck(stuck, gone | crashed, board, lines)
 
     def time_is_up(self, client: StoreClient, wait: Wait) -> RunError:
         gone = self._members.gone(client, all_hosts=wait.leader)
         board = describe_board(self._members.read_board(client), gone, self._members.stopped())
+        ahead = ""
+        if wait.one_sided:
+            ahead = (
+                f"The others have not passed the end of step {wait.step}, so the point cannot be skipped yet: a step "
+                "ends at grafter.step(), or with the program. "
+            )
         return PointTimeoutError(
             f"{self._who} waited {wait.timeout:.0f} s for {wait.what} ({wait.stage}), which is GRAFTER_TIMEOUT.\n"
-            f"{board}\n"
+            f"{board}\n{ahead}"
             f"No process is known to have ended, and the waits could still end. A rank that is shown as running is "
             f"probably slow, stopped, or blocked in its own job's collectives: `py-spy dump --pid PID` shows where. "
             f"Raise GRAFTER_TIMEOUT if it only needs more time.{_ignored(client)}"

@@ -10,8 +10,8 @@ from typing import Protocol
 
 @dataclass
 class Wait:
-    """What the dump thread waits for, in one stage: join, pairing, exchange, agreement, gradients, control, or store
-    where it is no more than an answer of the store."""
+    """What the dump thread waits for, in one stage: join, pairing, exchange, agreement, gradients, control, outbox, or
+    store where it is no more than an answer of the store."""
 
     stage: str
     # What a message says it waits for: text, or what gives it.
@@ -29,6 +29,11 @@ class Wait:
     call_site: str = ""
     # Whether it needs its own side alone.
     own_side: bool = False
+    # Whether the point is skipped where the others do not come to it in this step; and whether this wait is for the
+    # headers of the own side.
+    one_sided: bool = False
+    step: int = 0
+    collects: bool = False
     # In exchange and agreement: the graft ranks without which the stage can't end.
     needs: frozenset[int] = frozenset()
     # Where the receivers say that they have given the point up, and what they said.
@@ -36,6 +41,8 @@ class Wait:
     since: float = field(default_factory=time.monotonic)
     # What follows is not given, and so costs nothing to make.
     abandoned: str | None = field(default=None, init=False)
+    # Why the ranks that a one-sided point waits for will not come.
+    given_up: str | None = field(default=None, init=False)
     next_look: float = field(default=0.0, init=False)
     # Set when it has ended, however.
     over: bool = field(default=False, init=False)
@@ -48,12 +55,35 @@ class Wait:
         return time.monotonic() - self.since
 
 
+# What lies under an awaited key where a one-sided point waits in vain.
+ABSENT = "absent"
+
+
+class GivenUp(Exception):
+    """The ranks that a one-sided point waits for will not come to it; the text says why. The run goes on."""
+
+
 class Keeper(Protocol):
     """Who looks after waits: the housekeeping."""
 
     def begin(self, wait: Wait) -> None: ...
 
     def end(self, wait: Wait) -> None: ...
+
+    def check(self) -> None: ...
+
+
+class WaitWatch:
+    """For a wait in Python: whether to go on. Also ends it where the others will not come."""
+
+    def __init__(self, keeper: Keeper, wait: Wait) -> None:
+        self._keeper, self._wait = keeper, wait
+
+    def check(self) -> None:
+        """Raises what ended the run, or GivenUp."""
+        self._keeper.check()
+        if self._wait.given_up is not None:
+            raise GivenUp(self._wait.given_up)
 
 
 class Watched:
