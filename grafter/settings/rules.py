@@ -70,8 +70,8 @@ RULE_FIELDS_THAT_MAY_BE_EMPTY = ("transform", "dims")
 _PART = re.compile(r"(?P<star>\*+)|(?P<any>\?)|\{(?P<capture>[^{}]*)\}|(?P<brace>[{}])|(?P<literal>[^*?{}]+)")
 
 
-# In how many places a pattern may leave a choice that cannot be settled at once: the time of a match is about the name's
-# length to this power.
+# In how many places a pattern may leave a choice that cannot be settled at once: a match takes about the name's length
+# to this power.
 MOST_CHOICES = 3
 
 
@@ -80,8 +80,8 @@ def compile_match(pattern: str) -> re.Pattern[str]:
     """The regular expression of a `match` pattern, for `fullmatch`.
 
     `*` matches any run of characters, `?` one, `{name}` one path segment (one or more characters without a dot), all
-    else itself. The same `{name}` twice must match the same text. Raises ConfigError for braces that are no capture, and
-    for a pattern that could be read in so many ways that a match might take years.
+    else itself. The same `{name}` twice must match the same text. Raises ConfigError for braces that are no capture,
+    and for a pattern that could be read in so many ways that a match might take years.
     """
     if not pattern:
         raise ConfigError("match is empty; write `*` for all names.")
@@ -90,8 +90,8 @@ def compile_match(pattern: str) -> re.Pattern[str]:
     if choices > MOST_CHOICES:
         raise ConfigError(
             f"match {pattern!r} could be read in too many ways: {choices} of its parts may begin or end in several "
-            f"places, and at most {MOST_CHOICES} may. Let captures stand between dots, as in `*.{{layer_id}}.*`, or use "
-            "fewer of them."
+            f"places, and at most {MOST_CHOICES} may. Let captures stand between dots, as in `*.{{layer_id}}.*`, or "
+            "use fewer of them."
         )
     return re.compile(_joined(stretches), re.DOTALL)
 
