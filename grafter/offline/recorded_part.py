@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict
 from grafter.pairing.manifest import Header
 from grafter.rendezvous.join import SHARED_SETTINGS, Place
 from grafter.settings.config import GrafterConfig
+from grafter.written_files import write_whole
 
 RECORDING_VERSION = 1
 
@@ -61,7 +62,4 @@ def write_rank_facts(run_directory: Path, config: GrafterConfig, place: Place, m
         modules=modules,
         shared_settings=settings_of(config),
     )
-    path = run_directory / place.role / facts_name(place.role_rank)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(facts.model_dump_json(indent=1))
-    temporary.replace(path)
+    write_whole(run_directory / place.role / facts_name(place.role_rank), facts.model_dump_json(indent=1))

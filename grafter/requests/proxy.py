@@ -188,20 +188,24 @@ class _Exchange:
         self._is_recorded = True
         asked = self._asked
         content_type, encoding = _header(self._headers, b"content-type"), _header(self._headers, b"content-encoding")
+        fields = _Once(lambda: body_fields(asked.pieces, asked.nbytes, content_type, encoding))
+        self._recorder.record(
+            self._id,
+            Later(lambda: fields()["body"], asked.kept_bytes),
+            Later(lambda: self._meta(fields()), 1024),
+        )
+        if self._watcher is None and not self.client_is_gone:
+            task = asyncio.current_task()
+            self._watcher = asyncio.create_task(self._watch_client(task))
+
+    def _meta(self, body: dict[str, Any]) -> dict[str, Any]:
+        """On the writer's thread. body: its fields."""
         path, _, query = self.target.decode("latin-1").partition("?")
         meta: dict[str, Any] = {"method": self.method, "path": without_secrets_in_path(path)}
         meta["headers"] = _recorded(self._headers)
         if query:
             meta["query"] = without_secrets_in_query(query)
-        fields = _Once(lambda: body_fields(asked.pieces, asked.nbytes, content_type, encoding))
-        self._recorder.record(
-            self._id,
-            Later(lambda: fields()["body"], asked.kept_bytes),
-            Later(lambda: {**meta, **{name: value for name, value in fields().items() if name != "body"}}, 1024),
-        )
-        if self._watcher is None and not self.client_is_gone:
-            task = asyncio.current_task()
-            self._watcher = asyncio.create_task(self._watch_client(task))
+        return meta | {name: value for name, value in body.items() if name != "body"}
 
     async def _watch_client(self, task: asyncio.Task[Any] | None) -> None:
         while (await self._receive())["type"] != "http.disconnect":
