@@ -462,7 +462,7 @@ def test_a_slow_disk_slows_the_run_instead_of_eating_memory(tmp_path: Path, monk
     plain = writer.write_tensors
 
     def slow(*arguments: Any) -> None:
-        assert held.acquire(timeout=30)
+        assert held.acquire(timeout=250)
         under_way.append(backlog._bytes)
         plain(*arguments)
 
@@ -485,7 +485,7 @@ def test_a_slow_disk_slows_the_run_instead_of_eating_memory(tmp_path: Path, monk
         assert reserved == [1 << 19, 1 << 20]
         for _ in range(5):
             held.release()
-        thread.join(30)
+        thread.join(250)
         assert done.is_set()
     assert under_way[3] == 1 << 21
     assert max(under_way[:3] + under_way[4:]) <= 1 << 20
@@ -499,7 +499,7 @@ def test_step_waits_for_what_came_before_this_step_and_no_more(tmp_path: Path, m
     held, plain = threading.Semaphore(0), writer.write_tensors
 
     def slow(*arguments: Any) -> None:
-        assert held.acquire(timeout=30)
+        assert held.acquire(timeout=250)
         plain(*arguments)
 
     monkeypatch.setattr(saver, "write_tensors", slow)

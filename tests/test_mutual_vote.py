@@ -121,7 +121,7 @@ def decide_both(choices: list[int], refusals: tuple[Ballot, Ballot], patiences: 
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(250)
     return found
 
 
@@ -206,6 +206,6 @@ def test_an_interrupt_behind_the_other_ones_yes_comes_after_the_point(who: int) 
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(30)
+            thread.join(250)
         assert found == [None, None], choices
         assert interrupted == [who == 0, who == 1]

@@ -131,11 +131,11 @@ def test_a_client_that_leaves_ends_the_servers_work(url: str, engine: Engine, tm
     with proxied(url, tmp_path) as (proxy, _):
         with httpx.stream("POST", f"{proxy}/generate", json={"text": "a", "stream": True, "hold": True}) as answer:
             next(answer.iter_raw())
-        assert engine.gone.wait(20)
+        assert engine.gone.wait(250)
         engine.gone.clear()
         with pytest.raises(httpx.ReadTimeout):
             httpx.post(f"{proxy}/silent", json={}, timeout=0.2)
-        assert engine.gone.wait(20)
+        assert engine.gone.wait(250)
     streamed, silent = lines_in(tmp_path)
     for line in (streamed, silent):
         assert line["state"] == "unfinished" and "client left" in line["reason"]
@@ -325,7 +325,7 @@ class Process:
 
     def kill(self, number: int) -> int | None:
         os.kill(self.process.pid, number)
-        self.process.join(20)
+        self.process.join(250)
         return self.process.exitcode
 
     def __enter__(self) -> Process:
@@ -334,7 +334,7 @@ class Process:
     def __exit__(self, *_: Any) -> None:
         if self.process.is_alive():
             self.process.kill()
-        self.process.join(20)
+        self.process.join(250)
 
 
 def ask(connections: threading.local, url: str, number: int) -> str:

@@ -45,7 +45,7 @@ def environment(**changes: str | None) -> dict[str, str]:
 
 def run(*words: str, **changes: str | None) -> str:
     done = subprocess.run(
-        [sys.executable, *words], env=environment(**changes), capture_output=True, text=True, timeout=90, cwd=HERE
+        [sys.executable, *words], env=environment(**changes), capture_output=True, text=True, timeout=250, cwd=HERE
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -83,7 +83,7 @@ def forked() -> dict[str, Any]:
         env=environment(),
         stdout=subprocess.PIPE,
         text=True,
-        timeout=90,
+        timeout=250,
         cwd=HERE,
     )
     return {name: result for line in done.stdout.splitlines() for name, result in json.loads(line).items()}
@@ -273,7 +273,7 @@ def test_the_sitecustomize_that_is_hidden_runs_once_and_what_it_raises_is_told(t
         env=environment(PYTHONPATH=path),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=250,
     )
     assert "ValueError: mine" in done.stderr
     assert json.loads(done.stdout)["points"] == times(CALL, 3)
@@ -354,7 +354,7 @@ def test_a_pair_that_never_heard_of_grafter_is_compared_module_by_module(tmp_pat
         ["--plan", str(tmp_path / "plan.yaml")],
     ):
         job = graft(tmp_path, *commands(tmp_path), *options)
-        output, _ = job.communicate(timeout=90)
+        output, _ = job.communicate(timeout=250)
         assert job.returncode == 0, output
         assert "2 compared" in output
         assert len(re.findall(r"compare compared", output)) == 2
@@ -362,7 +362,7 @@ def test_a_pair_that_never_heard_of_grafter_is_compared_module_by_module(tmp_pat
 
 def test_a_job_that_is_not_reached_is_named_with_the_reason(tmp_path: Path) -> None:
     job = graft(tmp_path, *commands(tmp_path, f"{sys.executable} -I"), "--attach", "*", "--compare", "True")
-    output, _ = job.communicate(timeout=90)
+    output, _ = job.communicate(timeout=250)
     assert job.returncode == 1
     assert "--attach will not reach the target job: its command has python -I" in output
     assert "--attach reached no model in the target job" in output
@@ -372,11 +372,11 @@ def test_a_job_that_is_not_reached_is_named_with_the_reason(tmp_path: Path) -> N
 def test_ctrl_c_leaves_no_process_of_programs_that_never_end(tmp_path: Path) -> None:
     job = graft(tmp_path, *commands(tmp_path, last="forever"), "--attach", "*", "--compare", "True")
     assert job.stdout is not None
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 250
     while not list(tmp_path.glob("out/*/target/rank0.ledger.jsonl")) and time.monotonic() < deadline:
         time.sleep(0.05)
     job.send_signal(signal.SIGINT)
-    job.communicate(timeout=60)
+    job.communicate(timeout=250)
     assert job.returncode == 130
     left = [path for path in Path("/proc").glob("[0-9]*/cmdline") if str(tmp_path) in _read(path)]
     assert left == []
