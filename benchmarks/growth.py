@@ -41,12 +41,13 @@ class Trend:
     highest: float
     slope: float
     gain: float
+    is_judged: bool = True
 
     @property
     def grows(self) -> bool:
         """By both: a slope alone may be one late step, and two samples alone may be a peak and a trough."""
         allowed = ALLOWED[self.measure]
-        return self.gain > allowed and self.last - self.first > allowed
+        return self.is_judged and self.gain > allowed and self.last - self.first > allowed
 
 
 @dataclass

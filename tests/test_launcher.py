@@ -251,7 +251,7 @@ def test_a_signal_ends_both_jobs_and_leaves_nothing(number: signal.Signals, exit
 
 
 def test_a_second_ctrl_c_kills_at_once(tmp_path: Path) -> None:
-    """Jobs that ignore SIGTERM have 5 s; a second Ctrl-C does not wait for them: the job does not work on for so long."""
+    """Jobs that ignore SIGTERM have 5 s; a second Ctrl-C does not let them work on for so long."""
     refused, worked = tmp_path / "refused", tmp_path / "worked"
     stubborn = f"trap 'echo > {refused}' TERM; while true; do sleep 0.1; echo >> {worked}; done"
     process = start_grafter(shlex.join(["bash", "-c", stubborn]), "sleep 60", tmp_path / "out")
