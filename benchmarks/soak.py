@@ -47,8 +47,8 @@ class Load:
     tensor_bytes: int = 2048 * MIB
     leaves: int = 100_000
     files: int = 10_000
-    # Until an outbox of `_OUTBOX_BYTES` is full, and the words that are kept for 16,384 points; and until 262,144 points
-    # from before the join are remembered (docs/non-blocking.md). From there on nothing may grow.
+    # Until an outbox of `_OUTBOX_BYTES` is full, and words are kept for 16,384 points; and until 262,144 points from
+    # before the join are remembered (docs/non-blocking.md). From there on nothing may grow.
     posted_first: int = 25_000
     early_points: int = 270_000
 

@@ -300,19 +300,23 @@ def test_a_reader_that_goes_away_ends_the_run(tmp_path: Path) -> None:
     assert not lives()
 
 
-def test_ignored_signals_stay_ignored(tmp_path: Path) -> None:
-    """Under nohup, a hang-up ends neither the launcher nor its jobs."""
-    command = [*FAKE_GRAFTER, "run", "--baseline", "sleep 1", "--target", "sleep 1", "--b2t", "name == 'x'"]
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
+def test_ignored_signals_stay_ignored(number: signal.Signals, tmp_path: Path) -> None:
+    """Under nohup a hang-up, and in a script's background job Ctrl-C, ends neither the launcher nor its jobs."""
+    code = f"import os, signal; os.kill(os.getpid(), {int(number)}); print(signal.getsignal({int(number)}).name)"
+    job = shlex.join(python(code))
+    command = [*FAKE_GRAFTER, "run", "--baseline", job, "--target", "sleep 1", "--b2t", "name == 'x'"]
     process = subprocess.Popen(
-        ["sh", "-c", "trap '' HUP; exec " + shlex.join([*command, "--out", str(tmp_path)])],
+        ["sh", "-c", f"trap '' {number.name[3:]}; exec " + shlex.join([*command, "--out", str(tmp_path)])],
         stdout=subprocess.PIPE,
         text=True,
     )
     assert process.stdout is not None
     process.stdout.readline()
-    process.send_signal(signal.SIGHUP)
+    process.send_signal(number)
     text, _ = process.communicate(timeout=250)
-    assert "SIGHUP" not in text
+    assert number.name not in text
+    assert "SIG_IGN" in text
     assert process.returncode == 1  # nothing was grafted
 
 
