@@ -32,6 +32,7 @@ from benchmarks.growth import PartResult, Samples, Trend
 from benchmarks.soak_ranks import Ranks, SoakError, Soakers
 from benchmarks.units import MIB, parse_size
 from grafter.ledger import read_summaries
+from grafter.offer import MOST_DESCRIBED_BYTES
 
 _OUTBOX_BYTES = 16 * MIB
 # A shorter part says nothing about growth: caches still fill.
@@ -95,14 +96,21 @@ def soak_tensor(load: Load) -> PartResult:
 
 
 def soak_pytree(load: Load) -> PartResult:
-    """One point of very many tensors: all or nothing, every one right."""
+    """One point of very many tensors: all are grafted, or it is refused with the limit, and the run goes on."""
     result, samples = PartResult("pytree", {"leaves": load.leaves}), Samples()
     with Soakers((1, 1)) as soakers:
         soakers.do("join")
         for number in range(4):
             result.facts[f"seconds_{number}"] = max(soakers.do("tree", load.leaves, number))
             samples.add(float(number), number, soakers.sample())
+        (written,) = soakers.do("tree_was_written", of="target")
+        soakers.do("points", 0, 10)
         soakers.close()
+        outcomes = {(line.outcome, line.reason) for line in soakers.records()["target 0"] if line.name == "tree"}
+    ((outcome, reason),) = outcomes
+    result.facts |= {"outcome": outcome, "reason": reason}
+    named = outcome == "failed" and reason is not None and str(MOST_DESCRIBED_BYTES) in reason and not written
+    result.expect((outcome == "grafted" and written) or named, f"{outcome}: {reason}")
     result.trends = samples.trends()
     return result
 
@@ -226,11 +234,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--seconds", type=float, help="of points; ranks and outbox take a quarter of it each")
     parser.add_argument("--tensor", type=parse_size, help="the size of the one large tensor, such as 2048MiB")
+    parser.add_argument("--leaves", type=int, help="of the pytree")
     parser.add_argument("--quick", action="store_true", help="seconds for each part")
     parser.add_argument("--json", type=Path, metavar="FILE")
     given = parser.parse_args(arguments)
     load = QUICK if given.quick else Load()
-    changes = {"seconds": given.seconds, "tensor_bytes": given.tensor}
+    changes = {"seconds": given.seconds, "tensor_bytes": given.tensor, "leaves": given.leaves}
     load = Load(**{**vars(load), **{name: value for name, value in changes.items() if value is not None}})
     console = Console(width=max(110, Console().width))
     results = []

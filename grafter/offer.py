@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +25,8 @@ from grafter.rows.windows import Windows
 from grafter.session import Session
 from grafter.settings.config import GrafterConfig
 
+# The rendezvous store takes texts of 8 MiB and drops the connection at a longer one. Each side's headers are one text.
+MOST_DESCRIBED_BYTES = 7 << 20
 _MOST_REMEMBERED = 4096
 _MOST_REMEMBERED_WITH_TOKENS = 64
 # The fields of a header besides whose it is, in the order in which `_describe` gathers them.
@@ -32,6 +35,10 @@ _DESCRIPTION = (
     "extras", "extras_tensors", "nothing", "failure", "nccl_device", "layouts", "axes", "check_replicas",
     "partial_target", "tokens", "wait", "outbox", "early",
 )  # fmt: skip
+
+
+class PointTooLarge(Exception):
+    """The other ranks cannot be told of so many leaves; the text says how many there are, and the limit."""
 
 
 # Not frozen: made at every point, and freezing triples what that costs.
@@ -147,7 +154,7 @@ class OfferMaker:
         header = known.get(description)
         if header is None:
             fields: dict[str, Any] = dict(zip(_DESCRIPTION, description, strict=True))
-            header = Header(role=self._place.role, role_rank=self._place.role_rank, **fields)
+            header = _bounded(Header(role=self._place.role, role_rank=self._place.role_rank, **fields))
             if len(known) >= most:
                 known.clear()
             known[description] = header
@@ -158,3 +165,19 @@ class OfferMaker:
             return None
         uuid = torch.cuda.get_device_properties(leaves.tensors[0].device).uuid
         return f"{uuid} {os.environ.get('NCCL_HOSTID', '')}".strip()
+
+
+def _bounded(header: Header) -> Header:
+    """The header; where all of its side's would be too long for the store if they were like it, one that says so."""
+    allowed = MOST_DESCRIBED_BYTES // max(1, len(header.participants))
+    # Within the text of its side a header is quoted, which at most doubles it.
+    if 2 * len(header.text) <= allowed or (nbytes := len(json.dumps(header.text))) <= allowed:
+        return header
+    error = PointTooLarge(
+        f"{len(header.leaves)} leaves take {nbytes} bytes to describe, and {allowed} are allowed for each of "
+        f"{len(header.participants)} ranks: graft them as several points, or as fewer, larger tensors"
+    )
+    return header.changed(
+        leaves=(), structure="", others=(), extras=None, extras_tensors=(), layouts=(), tokens=None, outbox=None,
+        failure=f"{type(error).__name__}: {error}",
+    )  # fmt: skip
