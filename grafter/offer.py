@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from grafter.bounded_memory import BoundedMemory
 from grafter.direction import Direction
 from grafter.errors import LayoutError
 from grafter.layout.axes import axes_from_text, axes_of_job, read_axes
@@ -29,6 +30,9 @@ from grafter.settings.config import GrafterConfig
 MOST_DESCRIBED_BYTES = 7 << 20
 _MOST_REMEMBERED = 4096
 _MOST_REMEMBERED_WITH_TOKENS = 64
+# Of headers' texts; the headers take up to ten times as much.
+_MOST_REMEMBERED_BYTES = 1 << 23
+_Headers = BoundedMemory[tuple[Any, ...], Header]
 # The fields of a header besides whose it is, in the order in which `_describe` gathers them.
 _DESCRIPTION = (
     "participants", "direction", "call_site", "needs", "generation", "staging", "leaves", "structure", "others",
@@ -71,8 +75,8 @@ class OfferMaker:
 
     def __init__(self, config: GrafterConfig, place: Place) -> None:
         self._config, self._place = config, place
-        self._headers: dict[tuple[Any, ...], Header] = {}
-        self._headers_of_tokens: dict[tuple[Any, ...], Header] = {}
+        self._headers: _Headers = BoundedMemory(_MOST_REMEMBERED, _MOST_REMEMBERED_BYTES)
+        self._headers_of_tokens: _Headers = BoundedMemory(_MOST_REMEMBERED_WITH_TOKENS, _MOST_REMEMBERED_BYTES)
         self.windows = Windows()
 
     def take_up(self, value: Any, options: PointOptions, key: PointKey | None = None) -> Offer:
@@ -147,17 +151,13 @@ class OfferMaker:
             outbox,
             early,
         )
-        known, most = self._headers, _MOST_REMEMBERED
-        if offer.tokens is not None:
-            # They are others in each step, and long; the same ones come again from layer to layer.
-            known, most = self._headers_of_tokens, _MOST_REMEMBERED_WITH_TOKENS
+        # Tokens are others in each step, and long; the same ones come again from layer to layer.
+        known = self._headers_of_tokens if offer.tokens is not None else self._headers
         header = known.get(description)
         if header is None:
             fields: dict[str, Any] = dict(zip(_DESCRIPTION, description, strict=True))
             header = _bounded(Header(role=self._place.role, role_rank=self._place.role_rank, **fields))
-            if len(known) >= most:
-                known.clear()
-            known[description] = header
+            known.remember(description, header, len(header.text))
         return header
 
     def _nccl_device(self, leaves: Leaves | None) -> str | None:
