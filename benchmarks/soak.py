@@ -51,10 +51,11 @@ class Load:
     # Until an outbox of `_OUTBOX_BYTES` is full, and words are kept for 16,384 points; and until 262,144 points from
     # before the join are remembered (docs/non-blocking.md). From there on nothing may grow.
     posted_first: int = 25_000
+    grown_first: int = 600
     early_points: int = 270_000
 
 
-QUICK = Load(3.0, (3, 3), 16 * MIB, 2000, 300, 1000, 1000)
+QUICK = Load(3.0, (3, 3), 16 * MIB, 2000, 300, 1000, 20, 1000)
 
 
 def soak_points(load: Load) -> PartResult:
@@ -62,6 +63,8 @@ def soak_points(load: Load) -> PartResult:
     result = PartResult("points")
     with Soakers((1, 1)) as soakers:
         soakers.do("join")
+        # What is remembered of pytrees whose shapes never come again is bounded; growth is looked for beyond the bound.
+        soakers.do("grow", 0, load.grown_first)
         _add_samples(result, soakers.soak("points", load.seconds, 200))
         soakers.close()
     return result

@@ -160,10 +160,18 @@ class Actor:
             kind = number % POINTS_A_STEP
             value: Any = self._large if number % 100 == 0 else self._tree if kind == 1 else self._small
             if number % 1000 == 500:
-                # As a cache that grows by a token: its shapes never come again.
-                value = [torch.empty(number + 1, 0) for _ in range(200)]
+                value = self._grown(number)
             self._grafter.dump(f"kind{kind}", value, layer_id=kind % 4)
             self._end_step(number)
+
+    def grow(self, first: int, count: int) -> None:
+        """Pytrees as a cache that grows by a token is: their shapes never come again."""
+        for number in range(first, first + count):
+            self._grafter.dump("grown", self._grown((1 << 40) + number))
+            self._end_step(number)
+
+    def _grown(self, number: int) -> list[torch.Tensor]:
+        return [torch.empty(number + 1, 0) for _ in range(200)]
 
     def post(self, first: int, count: int) -> None:
         """Points that nobody takes, each with another key: a sender that does not wait."""

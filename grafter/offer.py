@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from grafter.bounded_memory import BoundedMemory
+from grafter.bounded_memory import BoundedMemory, cost
 from grafter.direction import Direction
 from grafter.errors import LayoutError
 from grafter.layout.axes import axes_from_text, axes_of_job, read_axes
@@ -30,8 +30,8 @@ from grafter.settings.config import GrafterConfig
 MOST_DESCRIBED_BYTES = 7 << 20
 _MOST_REMEMBERED = 4096
 _MOST_REMEMBERED_WITH_TOKENS = 64
-# Of headers' texts; the headers take up to ten times as much.
-_MOST_REMEMBERED_BYTES = 1 << 23
+# Of long headers' texts; the headers take up to ten times as much.
+_MOST_REMEMBERED_BYTES = 1 << 22
 _Headers = BoundedMemory[tuple[Any, ...], Header]
 # The fields of a header besides whose it is, in the order in which `_describe` gathers them.
 _DESCRIPTION = (
@@ -157,7 +157,7 @@ class OfferMaker:
         if header is None:
             fields: dict[str, Any] = dict(zip(_DESCRIPTION, description, strict=True))
             header = _bounded(Header(role=self._place.role, role_rank=self._place.role_rank, **fields))
-            known.remember(description, header, len(header.text))
+            known.remember(description, header, cost(header.text))
         return header
 
     def _nccl_device(self, leaves: Leaves | None) -> str | None:

@@ -39,7 +39,7 @@ def test_a_pytree_whose_shapes_are_others_in_each_step_is_not_remembered_for_eve
         known.manifest(theirs)
         known.pair(f"[{mine},{theirs}]")
     for memory in (known._pairs, known._manifests, known._read_manifests):
-        assert 0 < len(memory) < 100
+        assert 0 < len(memory) < 60
 
 
 def test_headers_of_large_pytrees_are_bounded_in_bytes() -> None:
@@ -49,7 +49,7 @@ def test_headers_of_large_pytrees_are_bounded_in_bytes() -> None:
     for length in range(1, 130):
         value = [torch.empty(length, 0) for _ in range(1000)]
         offers.describe(None, offers.take_up(value, options), options, "b2t", "x")
-    assert 0 < len(offers._headers) < 125
-    small = [offers.describe(None, offers.take_up(torch.empty(n), options), options, "b2t", "x") for n in range(50)]
-    again = [offers.describe(None, offers.take_up(torch.empty(n), options), options, "b2t", "x") for n in range(50)]
+    assert 0 < len(offers._headers) < 60
+    small = [offers.describe(None, offers.take_up(torch.empty(n), options), options, "b2t", "x") for n in range(3000)]
+    again = [offers.describe(None, offers.take_up(torch.empty(n), options), options, "b2t", "x") for n in range(3000)]
     assert all(one is other for one, other in zip(small, again, strict=True))

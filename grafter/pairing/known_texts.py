@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from pydantic import TypeAdapter
 
-from grafter.bounded_memory import BoundedMemory
+from grafter.bounded_memory import BoundedMemory, cost
 from grafter.pairing.manifest import Header, Manifest, Pair, manifest_text, with_tokens_told_once
 from grafter.pairing.mismatch import find_conflict
 from grafter.rendezvous.wire import read_message
@@ -17,9 +17,9 @@ from grafter.rendezvous.wire import read_message
 _MOST_REMEMBERED = 4096
 # Those with tokens are long, and others in each step: few are kept, for the next layers.
 _MOST_REMEMBERED_WITH_TOKENS = 16
-# Of texts; what is read from one takes up to ten times as much. A point says some 500 bytes; a large pytree, whose
-# shapes may be others in each step, many thousands.
-_MOST_REMEMBERED_BYTES = 1 << 23
+# Of long texts; what is read from one takes up to ten times as much. They are those of large pytrees, whose shapes may
+# be others in each step.
+_MOST_REMEMBERED_BYTES = 1 << 22
 _MANIFESTS = TypeAdapter(tuple[Manifest, Manifest])
 
 
@@ -51,7 +51,7 @@ class KnownTexts:
                 told = tuple(own.text for own in with_tokens_told_once(headers))
             manifest = manifest_text(header.role, told, find_conflict(headers))
             known = self._manifests_of_tokens if has_tokens else self._manifests
-            known.remember(texts, manifest, len(manifest))
+            known.remember(texts, manifest, cost(manifest, len(texts)))
         return manifest
 
     def manifest(self, text: str) -> Manifest:
@@ -60,7 +60,7 @@ class KnownTexts:
             found = read_message(Manifest.model_validate_json, text, "a manifest")
             has_tokens = found.headers[0].tokens is not None
             known = self._read_manifests_of_tokens if has_tokens else self._read_manifests
-            known.remember(text, found, len(text))
+            known.remember(text, found, cost(text, len(found.headers)))
         return found
 
     def pair(self, text: str) -> Pair:
@@ -84,4 +84,4 @@ class KnownTexts:
     def _remember_pair(self, text: str, pair: Pair) -> None:
         has_tokens = any(header.tokens is not None for header in pair.headers)
         known = self._pairs_of_tokens if has_tokens else self._pairs
-        known.remember(text, pair, len(text))
+        known.remember(text, pair, cost(text, len(pair.headers)))
