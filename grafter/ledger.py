@@ -9,7 +9,6 @@ published schema.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import to_json
 
 from grafter.errors import GrafterError
+from grafter.written_files import LineFile, write_whole
 
 Role = Literal["baseline", "target"]
 DirectionName = Literal["b2t", "t2b", "compare"]
@@ -183,27 +183,22 @@ class LedgerWriter:
         directory.mkdir(parents=True, exist_ok=True)
         self._directory = directory
         self.path = directory / f"rank{role_rank}.ledger.jsonl"
-        self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        self._lines = LineFile(self.path)
 
     def write(self, record: LedgerRecord | LedgerLine) -> None:
         """Append one line; on a full disk raises OSError, which the caller reports once."""
-        os.write(self._fd, to_json(record, inf_nan_mode="constants") + b"\n")
+        self._lines.append(to_json(record, inf_nan_mode="constants"))
 
     def write_summary(self, summary: RankSummary) -> None:
         write_summary(self._directory, summary)
 
     def close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        self._lines.close()
 
 
 def write_summary(directory: Path, summary: RankSummary) -> None:
     """Write what a rank says at close into its role's directory. Raises OSError."""
-    path = directory / f"rank{summary.role_rank}.summary.json"
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(summary.model_dump_json(indent=1))
-    temporary.replace(path)
+    write_whole(directory / f"rank{summary.role_rank}.summary.json", summary.model_dump_json(indent=1))
 
 
 def read_ledger(path: Path) -> list[LedgerRecord]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from grafter.bounded_memory import BoundedMemory, cost
 from grafter.direction import Direction
 from grafter.errors import LayoutError
 from grafter.layout.axes import axes_from_text, axes_of_job, read_axes
@@ -24,14 +26,23 @@ from grafter.rows.windows import Windows
 from grafter.session import Session
 from grafter.settings.config import GrafterConfig
 
+# The rendezvous store takes texts of 8 MiB and drops the connection at a longer one. Each side's headers are one text.
+MOST_DESCRIBED_BYTES = 7 << 20
 _MOST_REMEMBERED = 4096
 _MOST_REMEMBERED_WITH_TOKENS = 64
+# Of long headers' texts; the headers take up to ten times as much.
+_MOST_REMEMBERED_BYTES = 1 << 22
+_Headers = BoundedMemory[tuple[Any, ...], Header]
 # The fields of a header besides whose it is, in the order in which `_describe` gathers them.
 _DESCRIPTION = (
     "participants", "direction", "call_site", "needs", "generation", "staging", "leaves", "structure", "others",
     "extras", "extras_tensors", "nothing", "failure", "nccl_device", "layouts", "axes", "check_replicas",
     "partial_target", "tokens", "wait", "outbox", "early",
 )  # fmt: skip
+
+
+class PointTooLarge(Exception):
+    """The other ranks cannot be told of so many leaves; the text says how many there are, and the limit."""
 
 
 # Not frozen: made at every point, and freezing triples what that costs.
@@ -66,8 +77,8 @@ class OfferMaker:
 
     def __init__(self, config: GrafterConfig, place: Place) -> None:
         self._config, self._place = config, place
-        self._headers: dict[tuple[Any, ...], Header] = {}
-        self._headers_of_tokens: dict[tuple[Any, ...], Header] = {}
+        self._headers: _Headers = BoundedMemory(_MOST_REMEMBERED, _MOST_REMEMBERED_BYTES)
+        self._headers_of_tokens: _Headers = BoundedMemory(_MOST_REMEMBERED_WITH_TOKENS, _MOST_REMEMBERED_BYTES)
         self.windows = Windows()
 
     def take_up(self, value: Any, options: PointOptions, key: PointKey | None = None) -> Offer:
@@ -142,17 +153,13 @@ class OfferMaker:
             outbox,
             early,
         )
-        known, most = self._headers, _MOST_REMEMBERED
-        if offer.tokens is not None:
-            # They are others in each step, and long; the same ones come again from layer to layer.
-            known, most = self._headers_of_tokens, _MOST_REMEMBERED_WITH_TOKENS
+        # Tokens are others in each step, and long; the same ones come again from layer to layer.
+        known = self._headers_of_tokens if offer.tokens is not None else self._headers
         header = known.get(description)
         if header is None:
             fields: dict[str, Any] = dict(zip(_DESCRIPTION, description, strict=True))
-            header = Header(role=self._place.role, role_rank=self._place.role_rank, **fields)
-            if len(known) >= most:
-                known.clear()
-            known[description] = header
+            header = _bounded(Header(role=self._place.role, role_rank=self._place.role_rank, **fields))
+            known.remember(description, header, cost(header.text))
         return header
 
     def _nccl_device(self, leaves: Leaves | None) -> str | None:
@@ -160,3 +167,19 @@ class OfferMaker:
             return None
         uuid = torch.cuda.get_device_properties(leaves.tensors[0].device).uuid
         return f"{uuid} {os.environ.get('NCCL_HOSTID', '')}".strip()
+
+
+def _bounded(header: Header) -> Header:
+    """The header; where all of its side's would be too long for the store if they were like it, one that says so."""
+    allowed = MOST_DESCRIBED_BYTES // max(1, len(header.participants))
+    # Within the text of its side a header is quoted, which at most doubles it.
+    if 2 * len(header.text) <= allowed or (nbytes := len(json.dumps(header.text))) <= allowed:
+        return header
+    error = PointTooLarge(
+        f"{len(header.leaves)} leaves take {nbytes} bytes to describe, and {allowed} are allowed for each of "
+        f"{len(header.participants)} ranks: graft them as several points, or as fewer, larger tensors"
+    )
+    return header.changed(
+        leaves=(), structure="", others=(), extras=None, extras_tensors=(), layouts=(), tokens=None, outbox=None,
+        failure=f"{type(error).__name__}: {error}",
+    )  # fmt: skip

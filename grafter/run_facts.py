@@ -13,6 +13,7 @@ import torch
 
 from grafter.rendezvous.join import Place
 from grafter.settings.config import GrafterConfig
+from grafter.written_files import write_whole
 
 
 def write_run_facts(
@@ -36,10 +37,7 @@ def write_run_facts(
         "hostname": socket.gethostname(),
         **{f"{role}_world_size": size for role, size in world_sizes.items()},
     }
-    path = role_directory / "run.json"
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(facts, indent=1))
-    temporary.replace(path)
+    write_whole(role_directory / "run.json", json.dumps(facts, indent=1))
 
 
 def _command() -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 from collections.abc import Iterator
 
 import hypothesis
@@ -12,6 +13,14 @@ import pytest
 # The machine is shared with other tests; an example's time says nothing.
 hypothesis.settings.register_profile("grafter", deadline=None)
 hypothesis.settings.load_profile("grafter")
+
+# A shell's background job (`nohup ./launch/test.sh &`) ignores SIGINT, and so would every program that a test starts
+# and then interrupts: what is ignored stays so over exec. A handler that does nothing does not, and this process, like
+# the workers that it starts, goes on ignoring it.
+_IGNORED = "_GRAFTER_TESTS_IGNORE_SIGINT"
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN or _IGNORED in os.environ:
+    os.environ[_IGNORED] = "1"
+    signal.signal(signal.SIGINT, lambda *_: None)
 
 
 @pytest.fixture(autouse=True)

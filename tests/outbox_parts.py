@@ -9,7 +9,7 @@ from jobs import Jobs
 
 import grafter
 
-_SECONDS = 20
+_SECONDS = 250
 
 
 def join() -> None:

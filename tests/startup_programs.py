@@ -263,7 +263,7 @@ def in_child(method: str) -> Any:
     children = [context.Process(target=_child, args=(queue,)) for _ in range(1)]
     for child in children:
         child.start()
-    results = [queue.get(timeout=60) for _ in children]
+    results = [queue.get(timeout=250) for _ in children]
     return {"parent": found(), "child": results[0]}
 
 
@@ -283,7 +283,7 @@ def child_of_rank(method: str) -> Any:
     queue = context.Queue()
     child = context.Process(target=_helper, args=(queue, model if method == "fork" else None))
     child.start()
-    result = queue.get(timeout=60)
+    result = queue.get(timeout=250)
     child.join()
     call(model)
     return {"parent": found(), "child": result}

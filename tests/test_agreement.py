@@ -15,8 +15,8 @@ from jobs import Jobs, Rank, succeed
 
 import grafter
 
-FAR = 100.0
-SOON = 20.0
+FAR = 1000.0
+SOON = 250.0
 
 
 def by_store(rank: Rank) -> None:
@@ -58,7 +58,7 @@ def graft_with_fault(rank: Rank) -> list[list[float]]:
     return values
 
 
-def wait_until_heard(rank: Rank, seconds: float = 15) -> None:
+def wait_until_heard(rank: Rank, seconds: float = 250) -> None:
     """Until this sender's ledger says that a point has failed."""
     path = grafter._grafter.entry.session.ledger.path  # type: ignore[union-attr]
     deadline = time.monotonic() + seconds

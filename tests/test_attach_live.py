@@ -238,7 +238,7 @@ def test_names_that_one_side_has_are_told_and_skipped(tmp_path: Path) -> None:
     """The plan file gives both programs one name; what only one has is known at the start, and nobody waits for it."""
     plan = tmp_path / "plan.yaml"
     plan.write_text(NAMES)
-    with two_jobs(tmp_path, run_one_of_two, run_one_of_two, compare_filter="True", plan=plan, timeout=15) as jobs:
+    with two_jobs(tmp_path, run_one_of_two, run_one_of_two, compare_filter="True", plan=plan, timeout=250) as jobs:
         succeed(jobs.wait())
     met = [(f"layer.{part}", layer, "compared") for layer in (0, 1) for part in ("norm.out", "up.out", "out.0")]
     assert outcomes(jobs, "baseline") == [*met, ("head.out", None, "skipped")]
@@ -259,7 +259,7 @@ def test_an_entry_for_one_tensor_of_a_module_is_enough(tmp_path: Path) -> None:
     """Their modules have other names in each job, and their other tensors meet nobody."""
     plan = tmp_path / "plan.yaml"
     plan.write_text(TENSOR_NAMES)
-    with two_jobs(tmp_path, run_one_of_two, run_one_of_two, compare_filter="True", plan=plan, timeout=15) as jobs:
+    with two_jobs(tmp_path, run_one_of_two, run_one_of_two, compare_filter="True", plan=plan, timeout=250) as jobs:
         succeed(jobs.wait())
     for role in ("baseline", "target"):
         told = outcomes(jobs, role)

@@ -18,10 +18,12 @@ ROOT = Path(__file__).parent.parent
 # They are no part of the installed package, and `pytest` alone does not look in the directory where it starts.
 sys.path.append(str(ROOT))
 
+from benchmarks import soak  # noqa: E402
 from benchmarks.calls import CallResult  # noqa: E402
 from benchmarks.dumping import measure_dumping  # noqa: E402
 from benchmarks.dumping_table import dumping_table, dumping_targets  # noqa: E402
 from benchmarks.footprint import measure_import  # noqa: E402
+from benchmarks.growth import ALLOWED, PartResult, Samples, sample_process  # noqa: E402
 from benchmarks.planning import PlanningResult, measure_planning  # noqa: E402
 from benchmarks.resharding import ReshardingResult, shape_of  # noqa: E402
 from benchmarks.rounds import Spread, interleaved, ratio, spread  # noqa: E402
@@ -256,3 +258,78 @@ def test_the_dumper_of_sglang_loads_without_sglang(tmp_path: Path) -> None:
     assert module.DumperConfig().enable is False
     with pytest.raises(RuntimeError, match=r"sglang\.srt\.utils\.get_device"):
         module.get_device()
+
+
+def grown(measure: str, values: list[int]) -> bool:
+    samples = Samples()
+    for number, value in enumerate(values):
+        samples.add(float(number), number, {"a": {measure: value}})
+    (trend,) = samples.trends()
+    return trend.grows
+
+
+@pytest.mark.parametrize("measure", ALLOWED)
+def test_what_grows_with_time_is_told_from_what_fills_or_peaks(measure: str) -> None:
+    """A steady gain grows; one that ends within the warm-up, a single peak and a fall do not."""
+    step = ALLOWED[measure] + 1
+    assert grown(measure, [step * number for number in range(60)])
+    assert grown(measure, [step * (number // 10) for number in range(60)])
+    assert not grown(measure, [step * min(number, 15) for number in range(60)])
+    assert not grown(measure, [step * (number == 40) for number in range(60)])
+    assert not grown(measure, [-step * number for number in range(60)])
+    assert not grown(measure, [0, 0, 0, 0])
+
+
+def test_a_process_that_opens_files_and_starts_threads_is_seen_to() -> None:
+    """What is sampled is what there is: descriptors, threads, mappings and memory."""
+    before, held = sample_process(), torch.ones(1 << 22)
+    with open(__file__), open(__file__), open(__file__):
+        after = sample_process()
+    assert after["descriptors"] - before["descriptors"] == 3
+    assert after["resident"] - before["resident"] > held.nbytes // 2
+    assert min(after.values()) > 0
+    assert PartResult("x").as_json() == {"part": "x", "facts": {}, "trends": [], "faults": []}
+
+
+def test_the_soak_runs_its_parts_and_says_what_it_saw(tmp_path: Path) -> None:
+    """Every part, for seconds: each limit holds, every value is right, and the JSON has the trends of all processes."""
+    path = tmp_path / "soak.json"
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.soak", "--quick", "--seconds", "1", "--json", str(path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Too short to tell what grows, and every limit held." in done.stdout
+    parts = {part["part"]: part for part in json.loads(path.read_text())}
+    assert set(parts) == {"points", "ranks", "tensor", "pytree", "dumps", "outbox"}
+    assert {trend["who"] for trend in parts["ranks"]["trends"]} == {
+        "store", *(f"{role} {rank}" for role in ("baseline", "target") for rank in range(3))
+    }  # fmt: skip
+    assert {trend["measure"] for trend in parts["points"]["trends"]} == set(ALLOWED)
+    assert "GRAFTER_OUTBOX_BYTES" in parts["outbox"]["facts"]["refusal"]
+    assert parts["dumps"]["facts"]["left_out"] == {"points": 3}
+
+
+def test_a_soak_in_which_a_rank_fails_or_something_grows_ends_with_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit code 1, and the part's name; a rank's error is told with its traceback."""
+
+    def fail(_: soak.Load) -> PartResult:
+        with soak.Soakers((1, 0), b2t_filter=None, dump_filter="True") as soakers:
+            soakers.do("tree", "no number", 0)
+        raise AssertionError("it went on")
+
+    def grow(_: soak.Load) -> PartResult:
+        samples = Samples()
+        for number in range(9):
+            samples.add(float(number), number, {"target 3": {"threads": 5 * number}})
+        return PartResult("points", trends=samples.trends())
+
+    monkeypatch.setattr(soak, "PARTS", {"dumps": fail, "points": grow})
+    assert soak.main([]) == 1
+    told = capsys.readouterr().out
+    assert "baseline 0 in 'tree'" in told and "TypeError" in told
+    assert "GROWS" in told and "grows or fails: dumps, points" in told

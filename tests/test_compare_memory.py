@@ -59,7 +59,7 @@ def test_memory_follows_the_block_and_not_the_tensor(tmp_path: Path) -> None:
         text=True,
         # Each thread's own heap would be reserved in address space, though not in memory.
         env={"MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1", "PATH": "/usr/bin"},
-        timeout=120,
+        timeout=500,
     )
     assert run.returncode == 0, run.stderr
     verdict, *_, mismatched = run.stdout.split()

@@ -73,7 +73,7 @@ def graft_compiled(rank: Rank) -> Any:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_graft_that_returns_goes_on_in_the_graph_and_gradients_are_exact(tmp_path: Path, backend: str) -> None:
     """y is 5 for the consumer; exp differentiates at its own 0: 2 * 2 * 5 * exp(0) = 20."""
-    with Jobs_with(tmp_path, graft_compiled, backend, b2t_filter="True", timeout=90) as jobs:
+    with Jobs_with(tmp_path, graft_compiled, backend, b2t_filter="True", timeout=500) as jobs:
         baseline, target = succeed(jobs.wait())
     assert target == baseline == (150.0, [20.0] * 3)
 
@@ -113,7 +113,7 @@ def checkpoint_inside(rank: Rank) -> Any:
 
 @pytest.mark.parametrize("backend", ["aot_eager"])
 def test_a_checkpointed_region_inside_does_not_repeat_a_point(tmp_path: Path, backend: str) -> None:
-    with Jobs_with(tmp_path, checkpoint_inside, backend, compare_filter="True", timeout=90) as jobs:
+    with Jobs_with(tmp_path, checkpoint_inside, backend, compare_filter="True", timeout=500) as jobs:
         assert succeed(jobs.wait()) == [240.0, 240.0]
         records = jobs.ledgers()["target", 0]
     assert [(r.name, r.tags.get("layer_id")) for r in records] == [
@@ -164,7 +164,7 @@ def graft_in_checkpoint(rank: Rank) -> Any:
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_a_recomputed_region_gets_what_was_grafted_and_asks_for_nothing(tmp_path: Path, backend: str) -> None:
     """Gradients are those of eager code without a region, in either kind of region, inside and outside."""
-    with Jobs_with(tmp_path, graft_in_checkpoint, backend, b2t_filter="True", timeout=90) as jobs:
+    with Jobs_with(tmp_path, graft_in_checkpoint, backend, b2t_filter="True", timeout=500) as jobs:
         for gradients in succeed(jobs.wait()):
             for found in gradients[1:]:
                 assert found == pytest.approx(gradients[0], rel=1e-5)
@@ -207,7 +207,7 @@ def test_gradients_of_points_in_a_recomputed_region_are_points(tmp_path: Path, b
         "b2t_filter": "phase == 'backward' and name == 'h'",
         "compare_filter": "phase == 'backward' and name == 'y'",
     }
-    with Jobs_with(tmp_path, gradients_in_checkpoint, backend, gradients="1", timeout=90, **filters) as jobs:
+    with Jobs_with(tmp_path, gradients_in_checkpoint, backend, gradients="1", timeout=500, **filters) as jobs:
         gradients = succeed(jobs.wait())
         assert gradients == [[pytest.approx([60.0] * 4)] * 3] * 2
         records = jobs.ledgers()["target", 0]
@@ -309,7 +309,7 @@ def test_gradients_are_points_in_the_compiled_backward_graph(tmp_path: Path, bac
         "b2t_filter": "phase == 'backward' and name == 'h'",
         "compare_filter": "phase == 'backward' and name == 'y'",
     }
-    with Jobs_with(tmp_path, chain_compiled, backend, gradients="1", timeout=90, **filters) as jobs:
+    with Jobs_with(tmp_path, chain_compiled, backend, gradients="1", timeout=500, **filters) as jobs:
         baseline, target = succeed(jobs.wait())
         records = jobs.ledgers()["target", 0]
     assert baseline == target == [[60.0] * 4] * 2

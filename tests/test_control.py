@@ -46,6 +46,7 @@ def test_set_changes_what_is_named_and_an_empty_text_unsets() -> None:
     ("settings", "told"),
     [
         ({"compare_filter": "name = 'a'"}, "a single `=` assigns"),
+        ({"compare_filter": "search('a(?=b)', name)"}, "no lookaheads"),
         ({"compare_filter": "other == 1"}, "`other` is not among the tags that `key` lists"),
         ({"compare_filter": "tp_rank == 1"}, "differs between ranks"),
         ({"dump_filter": "occurrence == 1"}, "a filter cannot read it"),

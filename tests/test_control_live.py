@@ -33,7 +33,7 @@ from grafter.rendezvous.wire import Seal
 from grafter.running.run_summary import read_run_summary
 from grafter.watching import housekeeping, lookout
 
-FAR = 60.0
+FAR = 250.0
 SECRET = "a secret"
 RANKS = (("baseline", 0), ("baseline", 1), ("target", 0), ("target", 1))
 # Where each rank stands at the first pause: far apart.

@@ -163,7 +163,7 @@ def test_a_forked_child_has_a_thread_of_its_own() -> None:
     ours, theirs = context.Pipe(duplex=False)
     child = context.Process(target=copy_in_a_child, args=(theirs,), daemon=True)
     child.start()
-    assert ours.poll(30) and ours.recv()
+    assert ours.poll(250) and ours.recv()
     child.join(10)
 
 

@@ -108,7 +108,7 @@ def test_a_conflict_leaves_no_key_of_a_point_in_the_store(tmp_path: Path) -> Non
         jobs.start("baseline", 1, conflict_after_a_point)
         jobs.start("target", 1, conflict_after_a_point)
         for signal in signals[:2]:
-            assert jobs.signals[signal].wait(60)
+            assert jobs.signals[signal].wait(250)
         keys = "\n".join(str(key) for key in jobs.store._store.list_keys())
         jobs.signals["looked"].set()
         succeed(jobs.wait())

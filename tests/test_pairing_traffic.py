@@ -31,7 +31,7 @@ PLACES: dict[str, Callable[[str, int], str]] = {
     "a host for each job": lambda role, rank: f"{role}'s host",
     "eight to a host": lambda role, rank: f"{role}'s host {rank // 8}",
 }
-PATIENCE_SECONDS = 60
+PATIENCE_SECONDS = 250
 
 
 class NotYet(Exception):

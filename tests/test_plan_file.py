@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from grafter.errors import ConfigError
 from grafter.settings.config import SETTING_FIELDS
@@ -184,7 +185,12 @@ PIECES = st.lists(st.sampled_from(["a", "b", ".", "*", "?", "{x}", "{y}"]), min_
 @given(pieces=PIECES, name=st.text("ab.", max_size=8))
 def test_patterns_agree_with_trying_every_way(pieces: list[str], name: str) -> None:
     """The compiled pattern, which tries few ways, finds a match exactly where a search of all ways does."""
-    assert Rule(match="".join(pieces)).matches(name) is matches_somehow(pieces, name, {})
+    try:
+        rule = Rule(match="".join(pieces))
+    except ValidationError as error:
+        assert "too many ways" in str(error)
+        return
+    assert rule.matches(name) is matches_somehow(pieces, name, {})
 
 
 def matches_somehow(pieces: list[str], name: str, captured: dict[str, str]) -> bool:
@@ -207,3 +213,20 @@ def matches_somehow(pieces: list[str], name: str, captured: dict[str, str]) -> b
 def test_many_stars_take_no_power_of_the_names_length() -> None:
     """Forty stars against a long name that just misses are decided; a naive pattern would take years to."""
     assert Rule(match="*a" * 40 + "b").matches("a" * 2000) is False
+
+
+@pytest.mark.parametrize(
+    "pattern", ["*.{a}.{b}.{c}.{d}.*.{e}.*.{f}.*z", "*{a}.*{b}.*{c}.*{d}.*z", "*.{a}.*.{a}.*.{b}.*.{b}z"]
+)
+def test_captures_between_dots_take_no_power_of_the_names_length(pattern: str) -> None:
+    """Where a capture begins settles where it ends, so that a long name that just misses is decided."""
+    assert Rule(match=pattern).matches("aa.bb." * 50) is False
+
+
+@pytest.mark.parametrize(
+    "pattern", ["*{a}*{b}*", "{a}{b}{c}{d}{e}", "*.{a}*.{b}*.{c}*", "*.{a}.*.{b}.*.{c}.*.{d}.*.{a}{b}{c}{d}"]
+)
+def test_a_pattern_that_could_be_read_in_too_many_ways_is_refused(pattern: str) -> None:
+    """Its time would be a power of the name's length that the pattern chooses; the message says what to write."""
+    with pytest.raises(ConfigError, match=r"too many ways: [4-9] of its parts .* between dots, as in `\*.\{layer_id\}"):
+        compile_match(pattern)

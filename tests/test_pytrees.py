@@ -170,6 +170,33 @@ def test_a_function_that_gives_no_tensor_is_called_once_and_its_value_returned(t
     assert baseline == ("text 1", 1)
 
 
+def dump_more_than_can_be_described(rank: Rank) -> Any:
+    from grafter import offer
+
+    offer.MOST_DESCRIBED_BYTES = 20_000
+    value = {f"leaf{number}": filled(1 if rank.is_baseline else 9, 1) for number in range(300)}
+    grafter.dump("many", value)
+    grafter.dump("fewer", dict(list(value.items())[:30]))
+    return sorted({leaf.item() for leaf in value.values()}), sum(leaf.item() for leaf in value.values())
+
+
+def test_more_leaves_than_can_be_described_fail_the_point_with_the_limit(tmp_path: Path) -> None:
+    """The store would drop the connection of a rank whose side's text is too long; here none is written, and the next
+    point is."""
+    with two_jobs(
+        tmp_path, dump_more_than_can_be_described, dump_more_than_can_be_described, ranks=(1, 2), b2t_filter="True",
+        transform_path="transforms/take_last.py:transform",
+    ) as jobs:  # fmt: skip
+        _, *targets = succeed(jobs.wait())
+        ledgers = jobs.ledgers()
+    assert targets == [([1.0, 9.0], 30 * 1.0 + 270 * 9.0)] * 2
+    for lines in ledgers.values():
+        many, fewer = lines
+        assert many.outcome == "failed" and fewer.outcome in ("sent", "grafted")
+        assert "PointTooLarge: 300 leaves take" in many.reason and "graft them as several points" in many.reason
+    assert "20000 are allowed for each of 1 ranks" in ledgers["target", 0][0].reason
+
+
 class OwnError(ValueError):
     pass
 

@@ -27,7 +27,7 @@ def test_the_smallest_use_prints_the_table_that_the_readme_shows(tmp_path: Path)
     command = re.search(r"```sh\n(grafter run .*?)\n```", README, re.S)
     assert command is not None
     done = subprocess.run(
-        shlex.split(command[1]), cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=100
+        shlex.split(command[1]), cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=250
     )
     assert done.returncode == 0, done.stdout + done.stderr
     shown = re.search(r"```\n(step point.*?)```", README, re.S)

@@ -15,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 import grafter
 
-FAR = 100.0
-SOON = 20.0
+FAR = 1000.0
+SOON = 250.0
 
 # Recomputation.
 
@@ -134,7 +134,7 @@ def dump_from_two_threads(rank: Rank) -> Any:
     def work(thread: int) -> None:
         for i in range(4):
             turn = 2 * i + thread
-            turns[turn].wait(30)
+            turns[turn].wait(250)
             value = torch.full((2,), 1.0 if rank.is_baseline else 9.0)
             with grafter.context(thread=thread):
                 found[f"{thread}/{i}"] = float(grafter.dump("h", value, i=i)[0])
@@ -144,7 +144,7 @@ def dump_from_two_threads(rank: Rank) -> Any:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(250)
     return sorted(found), set(found.values())
 
 
@@ -181,8 +181,8 @@ def dump_from_threads_in_other_orders(rank: Rank) -> Any:
     rank.wait_for("target first" if rank.is_baseline else "baseline first")
     two = threading.Thread(target=work, args=(second,))
     two.start()
-    one.join(60)
-    two.join(60)
+    one.join(250)
+    two.join(250)
     return errors
 
 

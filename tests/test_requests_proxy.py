@@ -131,11 +131,11 @@ def test_a_client_that_leaves_ends_the_servers_work(url: str, engine: Engine, tm
     with proxied(url, tmp_path) as (proxy, _):
         with httpx.stream("POST", f"{proxy}/generate", json={"text": "a", "stream": True, "hold": True}) as answer:
             next(answer.iter_raw())
-        assert engine.gone.wait(20)
+        assert engine.gone.wait(250)
         engine.gone.clear()
         with pytest.raises(httpx.ReadTimeout):
             httpx.post(f"{proxy}/silent", json={}, timeout=0.2)
-        assert engine.gone.wait(20)
+        assert engine.gone.wait(250)
     streamed, silent = lines_in(tmp_path)
     for line in (streamed, silent):
         assert line["state"] == "unfinished" and "client left" in line["reason"]
@@ -217,6 +217,37 @@ def test_secrets_are_never_written(url: str, tmp_path: Path) -> None:
         assert line["meta"]["query"] == "max_tokens=3"
 
 
+def test_secrets_in_other_headers_reach_the_server_and_not_the_record(tmp_path: Path) -> None:
+    """URLs in headers, of the request and of the answer, websocket protocols and passwords pass; the file has none."""
+    secret = "s3cr3t-value"
+    seen: list[dict[bytes, bytes]] = []
+    headers = {
+        "Referer": f"https://app/chat?access_token={secret}", "X-Forwarded-Uri": f"/v1/chat;token={secret}",
+        "Sec-WebSocket-Protocol": f"bearer, {secret}", "X-Pass": secret, "X-Note": f"Bearer {secret}",
+        "Origin": f"https://user:{secret}@app", "X-Next": f"https%3A%2F%2Fa%2F%3Ftoken%3D{secret}", "x-ok": "told",
+    }  # fmt: skip
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        seen.append(dict(scope["headers"]))
+        answer = {
+            "location": f"/done#id_token={secret}",
+            "link": f"</a?page=2&sig={secret}>; rel=next",
+            "x-own": "kept",
+        }
+        await Response(b"{}", 201, answer)(scope, receive, send)
+
+    with served(app) as url, proxied(url, tmp_path) as (proxy, _):
+        answer = httpx.post(f"{proxy}/v1/chat;token={secret}?a=1;token={secret}", headers=headers, content=b"{}")
+    assert all(seen[0][name.lower().encode()] == value.encode() for name, value in headers.items())
+    assert answer.headers["location"].endswith(secret)
+    assert secret not in "".join(file.read_text() for file in tmp_path.iterdir())
+    (line,) = lines_in(tmp_path)
+    assert (line["meta"]["path"], line["meta"]["query"]) == ("/v1/chat", "a=1")
+    told = line["meta"]["headers"]
+    assert (told["referer"], told["origin"], told["x-ok"]) == ("https://app/chat", "https://app", "told")
+    assert (line["output"]["headers"]["location"], line["output"]["headers"]["x-own"]) == ("/done", "kept")
+
+
 def test_keys_are_left_out_of_the_record_and_not_of_what_passes(url: str, tmp_path: Path) -> None:
     """hidden_states reach the client, and by default not the file; "" keeps them."""
     for exclude, kept in ((("hidden_states",), False), ("", True)):
@@ -294,7 +325,7 @@ class Process:
 
     def kill(self, number: int) -> int | None:
         os.kill(self.process.pid, number)
-        self.process.join(20)
+        self.process.join(250)
         return self.process.exitcode
 
     def __enter__(self) -> Process:
@@ -303,7 +334,7 @@ class Process:
     def __exit__(self, *_: Any) -> None:
         if self.process.is_alive():
             self.process.kill()
-        self.process.join(20)
+        self.process.join(250)
 
 
 def ask(connections: threading.local, url: str, number: int) -> str:

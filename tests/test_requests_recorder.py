@@ -367,7 +367,7 @@ def _server(directory: Path, how: str, pipe: Any) -> None:
         os._exit(3)
     pipe.send("ready")
     if how == "handles SIGTERM":
-        pipe.poll(30)
+        pipe.poll(250)
         os._exit(4)
     time.sleep(30)
 
@@ -384,7 +384,7 @@ def test_the_end_of_a_process_writes_what_is_in_memory(how: str, tmp_path: Path)
     if how == "handles SIGTERM":
         wait_until(lambda: len(lines_in(tmp_path)) == 2)
         here.send("end")
-    process.join(30)
+    process.join(250)
     assert process.exitcode == {"SIGTERM": -signal.SIGTERM, "handles SIGTERM": 4}.get(how, 3)
     expected = {"done": "finished", "open": "unfinished"} | ({"of the child": "finished"} if how == "forks" else {})
     lines = lines_in(tmp_path)

@@ -84,7 +84,7 @@ def test_a_reader_closes_its_pipe_itself_when_it_is_through() -> None:
     os.write(theirs, b"last words")
     assert not pipe.closed
     os.close(theirs)
-    reader.join(20)
+    reader.join(250)
     assert pipe.closed
     assert raw.getvalue() == b"[target] last words\n"
 

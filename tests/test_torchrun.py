@@ -140,7 +140,7 @@ def test_two_torchruns_started_by_hand_meet_at_baseline_rank_0(programs: Path) -
             processes.append(
                 subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
             )
-        texts = [process.communicate(timeout=100)[0] for process in processes]
+        texts = [process.communicate(timeout=250)[0] for process in processes]
     finally:
         reserved.close()
         for process in processes:

@@ -87,7 +87,7 @@ def test_looking_wakes_nobody(store: WatchedStore) -> None:
     while time.monotonic() < deadline:
         store.waiting_summary()
     other.put_if_absent(key, "run", "1234 name")
-    thread.join(20)
+    thread.join(250)
     assert got == ["1234 name"]
 
 

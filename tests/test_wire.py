@@ -18,8 +18,8 @@ import grafter
 from grafter.errors import ProtocolError
 from grafter.rendezvous.wire import Seal
 
-FAR = 100.0
-SOON = 20.0
+FAR = 1000.0
+SOON = 250.0
 words = st.text(st.characters(blacklist_categories=("Cs",), blacklist_characters=" \n"), min_size=1, max_size=12)
 
 
@@ -105,8 +105,8 @@ def run_with_intruder(
     with Jobs(directory, b2t_filter="True", timeout=FAR, signals=SIGNALS, **settings) as jobs:
         jobs.start("baseline", 1, function, directory)
         jobs.start("target", 1, function, directory)
-        assert jobs.signals["baseline joined"].wait(60)
-        assert jobs.signals["target joined"].wait(60)
+        assert jobs.signals["baseline joined"].wait(250)
+        assert jobs.signals["target joined"].wait(250)
         keep = intrude(jobs)
         jobs.signals["go"].set()
         results = jobs.wait()
@@ -195,7 +195,7 @@ def test_secrets_that_differ_end_both_jobs_at_once(
     with Jobs(tmp_path, b2t_filter="True", timeout=FAR, hosted=hosted) as jobs:
         jobs.start("baseline", 1, graft_once, secret=baseline)
         jobs.start("target", 1, graft_once, secret=target)
-        results = jobs.wait(20)
+        results = jobs.wait()
     assert all("GRAFTER_SECRET" in r.error for r in results), results
     assert [r.error_kind for r in results] == ["ProtocolError"] * 2
     assert max(r.seconds for r in results) < SOON
@@ -281,7 +281,7 @@ def test_another_protocol_version_is_told_on_both_sides(tmp_path: Path, hosted: 
     with Jobs(tmp_path, b2t_filter="True", timeout=FAR, hosted=hosted) as jobs:
         jobs.start("baseline", 1, join_with_version)
         jobs.start("target", 1, join_with_version)
-        fail_of_both(jobs.wait(30), "protocol 1", "protocol 2", "Install the same grafter in both jobs")
+        fail_of_both(jobs.wait(), "protocol 1", "protocol 2", "Install the same grafter in both jobs")
 
 
 @pytest.mark.parametrize("side", ["baseline", "target"])
@@ -294,21 +294,21 @@ def test_a_wrong_world_size_is_told_on_both_sides(tmp_path: Path, side: str, abo
                 # torchrun says 1, and the setting 2: the job waits for a rank that does not exist.
                 wrong = {f"{'target' if about == 'baseline' else 'baseline'}_world_size": 3}
             jobs.start(role, 1, graft_once, **wrong)
-        fail_of_both(jobs.wait(30), "_WORLD_SIZE=", "has 1 ranks")
+        fail_of_both(jobs.wait(), "_WORLD_SIZE=", "has 1 ranks")
 
 
 def test_filters_that_differ_are_shown_on_both_sides(tmp_path: Path) -> None:
     with Jobs(tmp_path, timeout=FAR) as jobs:
         jobs.start("baseline", 1, graft_once, b2t_filter="name == 'h'")
         jobs.start("target", 1, graft_once, b2t_filter="name == 'g' or name == 'h'")
-        fail_of_both(jobs.wait(30), "name == 'h'", "name == 'g' or name == 'h'", "GRAFTER_B2T_FILTER")
+        fail_of_both(jobs.wait(), "name == 'h'", "name == 'g' or name == 'h'", "GRAFTER_B2T_FILTER")
 
 
 def test_a_second_process_that_claims_a_place_ends_all(tmp_path: Path) -> None:
     with Jobs(tmp_path, b2t_filter="True", timeout=FAR) as jobs:
         jobs.start("baseline", 1, graft_once)
         jobs.start("baseline", 1, graft_once)
-        fail_of_both(jobs.wait(30), "two processes claim to be baseline rank 0", "GRAFTER_RANK")
+        fail_of_both(jobs.wait(), "two processes claim to be baseline rank 0", "GRAFTER_RANK")
 
 
 def claim_late(rank: Rank) -> None:
@@ -322,7 +322,7 @@ def test_a_third_process_that_claims_a_place_of_a_run_under_way_is_refused(tmp_p
     with Jobs(tmp_path, b2t_filter="True", timeout=FAR, signals=("met", "claimed")) as jobs:
         jobs.start("baseline", 1, claim_late)
         jobs.start("target", 1, claim_late)
-        assert jobs.signals["met"].wait(60)
+        assert jobs.signals["met"].wait(250)
         jobs.start("baseline", 1, graft_once)
         intruder = jobs.wait_for_one("baseline", 1)
         assert intruder.error_kind == "JoinError"
@@ -342,7 +342,7 @@ def test_a_master_port_in_use_is_told_with_the_address(tmp_path: Path) -> None:
             jobs.port = port
             start = time.monotonic()
             jobs.start("baseline", 1, graft_once)
-            (baseline,) = jobs.wait(30)
+            (baseline,) = jobs.wait()
             assert time.monotonic() - start < SOON
     assert baseline.error_kind == "JoinError"
     assert f"127.0.0.1:{port}" in baseline.error

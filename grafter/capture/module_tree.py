@@ -20,6 +20,7 @@ from grafter.capture.naming import layer_id_at
 from grafter.capture.selection import select_modules, unwrapped, walk
 from grafter.errors import UsageError
 from grafter.writing.tensor_access import is_dtensor
+from grafter.written_files import write_whole
 
 if TYPE_CHECKING:
     from grafter.capture.attachment import Attachment
@@ -166,9 +167,7 @@ def write_module_trees(
 def write_trees(path: Path, trees: Sequence[ModuleTree], role: str = "baseline", role_rank: int = 0) -> None:
     """Write one rank's models to a file, which is there in full or not at all."""
     content = _TreeFile(schema_version=SCHEMA_VERSION, role=role, role_rank=role_rank, models=tuple(trees))
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content.model_dump(exclude_defaults=True), separators=(",", ":")))
-    temporary.replace(path)
+    write_whole(path, json.dumps(content.model_dump(exclude_defaults=True), separators=(",", ":")))
 
 
 def _has_news(attachments: Sequence[Attachment], role: str, role_rank: int, roster: Roster) -> bool:

@@ -6,13 +6,13 @@ anything is in none.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from grafter.control.in_force import InForce
 from grafter.errors import GrafterError
+from grafter.written_files import LineFile
 
 FILE_NAME = "control.jsonl"
 _LINES_SHOWN = 8
@@ -33,12 +33,11 @@ class HistoryLine(BaseModel):
 
 def append_history(role_directory: Path, line: HistoryLine) -> None:
     """Raises OSError."""
-    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
-    fd = os.open(role_directory / FILE_NAME, flags, 0o644)
+    file = LineFile(role_directory / FILE_NAME)
     try:
-        os.write(fd, line.model_dump_json().encode() + b"\n")
+        file.append(line.model_dump_json().encode())
     finally:
-        os.close(fd)
+        file.close()
 
 
 def read_history(run_directory: Path) -> dict[str, list[HistoryLine]]:

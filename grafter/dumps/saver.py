@@ -27,7 +27,6 @@ from grafter.dumps.snapshot import NothingToSave, Snapshot, held_bytes, saveable
 from grafter.dumps.taken import Parts, Taken, leaf_of, tensors_of
 from grafter.dumps.termination import Termination
 from grafter.dumps.writer import (
-    RecordLog,
     earlier_dumps,
     file_name,
     record_metadata,
@@ -39,6 +38,7 @@ from grafter.options import PointOptions
 from grafter.points import PointKey
 from grafter.rendezvous.join import Place
 from grafter.settings.config import GrafterConfig
+from grafter.written_files import LineFile
 
 logger = logging.getLogger("grafter")
 
@@ -60,7 +60,7 @@ class Saver:
         self._rank_name = f"rank{place.role_rank}"
         try:
             (role_directory / self._rank_name).mkdir(parents=True, exist_ok=True)
-            self._log = RecordLog(role_directory / f"rank{place.role_rank}.dumps.jsonl")
+            self._log = LineFile(role_directory / f"rank{place.role_rank}.dumps.jsonl", is_new=True)
         except FileExistsError as error:
             raise earlier_dumps(role_directory, place.who) from error
         queue_bytes = read_size(config.dump_queue_bytes)
@@ -256,9 +256,9 @@ class Saver:
             except Exception as error:
                 # The line is small, and may have room where the tensors have not.
                 lost = f"the file could not be written: {type(error).__name__}: {error}"
-                self._log.append(record_text({**record, "file": None, "reason": lost}))
+                self._log.append(record_text({**record, "file": None, "reason": lost}).encode())
                 raise
-        self._log.append(text)
+        self._log.append(text.encode())
 
     def _record(self, taken: Taken, leaves: tuple[DumpedLeaf, ...], file: str | None) -> dict[str, Any]:
         """The fields of a `DumpRecord`."""

@@ -6,7 +6,6 @@ that call copies nothing: less than half of what the library takes for small ten
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
@@ -20,6 +19,7 @@ from pydantic_core import to_json
 
 from grafter.dumps.record import METADATA_KEY
 from grafter.errors import ConfigError
+from grafter.written_files import whole_file, write_pieces
 
 # The dtypes that every reader of safetensors knows.
 SAFETENSORS_NAMES = {
@@ -39,10 +39,7 @@ SAFETENSORS_NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-TEMPORARY_SUFFIX = ".tmp"
 _MAX_NAME = 80
-# The system takes at most so many pieces in one call.
-_MAX_PIECES = 1024
 
 
 class StoredTensor(NamedTuple):
@@ -77,7 +74,10 @@ def _readable(name: str) -> str:
 
 
 def write_tensors(
-    path: str | Path, tensors: Mapping[str, torch.Tensor | StoredTensor], metadata: Mapping[str, str]
+    path: str | Path,
+    tensors: Mapping[str, torch.Tensor | StoredTensor],
+    metadata: Mapping[str, str],
+    mode: int = 0o644,
 ) -> None:
     """Write one safetensors file, which is there in full or not at all.
 
@@ -103,28 +103,8 @@ def write_tensors(
     text = f"{{{','.join(described)}}}".encode()
     # Tensors begin at a cache line: the format asks for 8, and copies from and to there are faster.
     text += b" " * (-(8 + len(text)) % 64)
-    temporary = f"{path}{TEMPORARY_SUFFIX}"
-    try:
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
-        try:
-            _write_all(fd, [memoryview(len(text).to_bytes(8, "little") + text), *pieces])
-        finally:
-            os.close(fd)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
-
-
-def _write_all(fd: int, pieces: list[memoryview]) -> None:
-    # The system writes at most 2 GiB in one call.
-    while pieces:
-        written = os.writev(fd, pieces[:_MAX_PIECES])
-        while pieces and written >= len(pieces[0]):
-            written -= len(pieces.pop(0))
-        if written:
-            pieces[0] = pieces[0][written:]
+    with whole_file(path, mode) as descriptor:
+        write_pieces(descriptor, [memoryview(len(text).to_bytes(8, "little") + text), *pieces])
 
 
 def refuse_earlier_dumps(role_directory: Path, role_rank: int, who: str) -> None:
@@ -138,36 +118,6 @@ def earlier_dumps(role_directory: Path, who: str) -> ConfigError:
         f"{role_directory} holds dumps of {who} from an earlier run, and two runs would mix. Give this run another "
         f"name (GRAFTER_RUN_NAME), or remove that one."
     )
-
-
-class RecordLog:
-    """One rank's `rank<r>.dumps.jsonl`. What was appended survives a crash of the process."""
-
-    def __init__(self, path: Path) -> None:
-        """Raises FileExistsError where there is one already: two runs would mix."""
-        self.path = path
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC
-        self._fd = os.open(path, flags, 0o644)
-        self._end = 0
-
-    def append(self, line: str) -> None:
-        """Raises OSError where the line cannot be written in full, and then takes back what was."""
-        whole = line.encode() + b"\n"
-        data = memoryview(whole)
-        try:
-            while data:
-                data = data[os.write(self._fd, data) :]
-        except OSError:
-            # Half a line would spoil the next one, too.
-            with contextlib.suppress(OSError):
-                os.ftruncate(self._fd, self._end)
-            raise
-        self._end += len(whole)
-
-    def close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
 
 
 def record_text(fields: Mapping[str, Any]) -> str:

@@ -2,8 +2,8 @@
 
     parse_filter("layer_id in (3, 4) and step >= 2", setting="GRAFTER_B2T_FILTER")
 
-An expression is parsed once, checked and rewritten (`filter_syntax`), and compiled once, without builtins. Nothing that
-was written is executed as Python: only what `filter_syntax` made of it. `docs/filters.md` describes the language.
+An expression is parsed once, checked and rewritten (`syntax`), and compiled once, without builtins. Nothing that
+was written is executed as Python: only what `syntax` made of it. `docs/filters.md` describes the language.
 """
 
 from __future__ import annotations

@@ -6,7 +6,6 @@ test that has no answer gives False. A filter can therefore meet any point.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -102,15 +101,6 @@ def ends_with(value: Any, suffix: Any) -> bool:
         return isinstance(value, str) and value.endswith(suffix)
     except TypeError:
         return False
-
-
-def of_text(method: Callable[[str], re.Match[str] | None]) -> Callable[[Any], re.Match[str] | None]:
-    """A compiled pattern's `search`, `match` or `fullmatch`, which finds nothing in what is no text."""
-
-    def find(subject: Any) -> re.Match[str] | None:
-        return method(subject) if isinstance(subject, str) else None
-
-    return find
 
 
 # Under the names by which rewritten filters call them.

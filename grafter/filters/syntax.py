@@ -4,18 +4,18 @@
     ->  greater_equal(tags.get('layer_id'), 2) and starts_with(tags.get('name'), 'attn')
 
 What comes out holds only constants, `tags.get(...)`, boolean operators, `==`, `is`, membership in literals, and calls
-of the functions in `filter_operations`: it is made here, node by node, and never copied from what was written.
+of compiled patterns and of the functions in `operations`: it is made here, node by node, and never copied from what was
+written.
 """
 
 from __future__ import annotations
 
 import ast
 import difflib
-import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
-from grafter.filters import operations as filter_operations
+from grafter.filters.regular_expressions import Method, PatternError, compile_pattern
 
 MAX_DEPTH = 100
 _MAX_QUOTED = 60
@@ -237,19 +237,27 @@ class Rewriter:
         if name == "len":
             return _call("length", self.rewrite(arguments[0], depth))
         subject = self.rewrite(arguments[1], depth)
-        return _call(self._pattern(name, arguments[0]), subject)
+        return _call(self._pattern(cast(Method, name), arguments[0]), subject)
 
-    def _pattern(self, method: str, node: ast.expr) -> str:
+    def _pattern(self, method: Method, node: ast.expr) -> str:
         """Compile a regular expression now; its function's name."""
         if not isinstance(node, ast.Constant) or not isinstance(node.value, str):
             raise Fault(f"the pattern must be a text in quotes: `{_usage(method)}`", node)
         try:
-            pattern = re.compile(node.value)
-        except (re.error, OverflowError, RecursionError) as error:
-            raise Fault(f"this is not a regular expression: {error}", node) from error
+            function = compile_pattern(node.value, method)
+        except PatternError as error:
+            raise Fault(error.message, self._place_in_text(node, error.at)) from None
         name = f"pattern{len(self.functions)}"
-        self.functions[name] = filter_operations.of_text(getattr(pattern, method))
+        self.functions[name] = function
         return name
+
+    def _place_in_text(self, node: ast.Constant, index: int | None) -> ast.expr | int:
+        """Where the character at `index` of a quoted text stands in the filter; its quote where escapes hide that."""
+        written = ast.get_source_segment(self._text, node) or ""
+        start = written.find(str(node.value))
+        if index is None or start < 0:
+            return node
+        return index_of(self._text, node.lineno, node.col_offset) + start + index
 
     def _method(self, function: ast.Attribute, arguments: list[ast.expr], depth: int) -> ast.expr:
         operation = {"startswith": "starts_with", "endswith": "ends_with"}.get(function.attr)

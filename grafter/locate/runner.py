@@ -20,6 +20,7 @@ from grafter.locate.verdict import Verdict
 from grafter.locate.wording import describe_inputs_alone
 from grafter.running.job_command import split_command
 from grafter.running.launcher import PairResult, describe_unreached, run_pair
+from grafter.written_files import write_whole
 
 ALL_POINTS = "name is not None"
 # locate gives these itself; set by a caller they would silently change what the two runs mean.
@@ -88,7 +89,7 @@ def locate(
     verdict = judge(
         measured["alone"], measured["grafted"], measured.get("floor-alone"), measured.get("floor-grafted"), notes
     )
-    (out / "verdict.json").write_text(verdict_as_json(verdict) + "\n")
+    write_whole(out / "verdict.json", verdict_as_json(verdict) + "\n")
     return verdict
 
 

@@ -11,6 +11,7 @@ from grafter.pairing.manifest import Header
 from grafter.rendezvous.announced_models import AnnouncedHooks, AnnouncedModel
 from grafter.rendezvous.join import SHARED_SETTINGS, Place
 from grafter.settings.config import GrafterConfig
+from grafter.written_files import write_whole
 
 RECORDING_VERSION = 1
 
@@ -65,7 +66,4 @@ def write_rank_facts(run_directory: Path, config: GrafterConfig, place: Place, h
         models=hooks.models,
         shared_settings=settings_of(config),
     )
-    path = run_directory / place.role / facts_name(place.role_rank)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(facts.model_dump_json(indent=1))
-    temporary.replace(path)
+    write_whole(run_directory / place.role / facts_name(place.role_rank), facts.model_dump_json(indent=1))

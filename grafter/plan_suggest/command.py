@@ -9,6 +9,7 @@ import typer
 
 from grafter.command_options import GROUP
 from grafter.errors import GrafterError, UsageError
+from grafter.written_files import write_whole
 
 if TYPE_CHECKING:
     from grafter.capture.module_tree import ModuleTree
@@ -92,6 +93,6 @@ def _read(sources: list[Path]) -> tuple[list[ModuleTree], list[ModuleTree]]:
 
 def _write(path: Path, text: str) -> None:
     try:
-        path.write_text(text, encoding="utf-8")
+        write_whole(path, text)
     except OSError as error:
         raise UsageError(f"{path} cannot be written: {error.strerror or error}.") from None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import tempfile
 import webbrowser
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,6 +13,7 @@ from grafter.errors import GrafterError, UsageError
 from grafter.report.dumped_pictures import has_dumps, has_role_dumps
 from grafter.report.html import render_page
 from grafter.report.page_data import PageData
+from grafter.written_files import write_whole
 
 FILE_NAME = "report.html"
 
@@ -73,15 +73,7 @@ def write_page(page: PageData, path: Path) -> None:
     """Render it into `path`: whole, or not at all. Raises GrafterError where it cannot be, as without its directory."""
     text = render_page(page)
     try:
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                file.write(text)
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        write_whole(path, text)
     except OSError as error:
         raise GrafterError(f"the report cannot be written to {path}: {error.strerror}.") from error
 

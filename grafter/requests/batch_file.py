@@ -6,19 +6,19 @@ requests-<when>-<process>-<random>-000000.safetensors   only where there are ten
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
 import secrets
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from grafter.dumps.encoding import safe_repr
-from grafter.dumps.writer import TEMPORARY_SUFFIX, StoredTensor, write_tensors
+from grafter.dumps.writer import StoredTensor, write_tensors
 from grafter.requests.encoding import resolve
 from grafter.requests.entry import LONGEST_LINE, Entry, Part, line_of, tensor_name
+from grafter.written_files import whole_file
 
 logger = logging.getLogger("grafter")
 
@@ -47,7 +47,10 @@ class BatchWriter:
         self._number += 1
         tensor_file = self._write_tensors(f"{name}.safetensors", entries)
         header = {"format": FORMAT, "format_version": FORMAT_VERSION, "recorder": self.recorder, **facts}
-        write_atomically(self._directory / f"{name}.jsonl", _lines(header, entries, tensor_file))
+        # What clients asked is theirs: of no other user of the machine.
+        whole = whole_file(self._directory / f"{name}.jsonl", mode=0o600)
+        with whole as descriptor, open(descriptor, "wb", closefd=False) as file:
+            file.writelines(_lines(header, entries, tensor_file))
 
     def _write_tensors(self, name: str, entries: Sequence[Entry]) -> str | None:
         """The file's name; None where there are no tensors, or where they cannot be written, which their lines tell."""
@@ -63,7 +66,7 @@ class BatchWriter:
         if not stored:
             return None
         try:
-            write_tensors(self._directory / name, stored, {"format": FORMAT, "recorder": self.recorder})
+            write_tensors(self._directory / name, stored, {"format": FORMAT, "recorder": self.recorder}, mode=0o600)
         except Exception as error:
             logger.error("grafter: the tensors of a batch of %d requests are lost: %s", len(entries), error)
             for part_name, part in holding:
@@ -95,18 +98,3 @@ def _bounded_line(entry: Entry, parts: dict[str, Part], tensor_file: str | None)
         parts[name] = Part("null", {**parts[name].not_encoded, name: told}, parts[name].excluded)
         line = line_of(entry, parts, own)
     return line
-
-
-def write_atomically(path: Path, pieces: Iterable[bytes]) -> None:
-    """A file that is there in full or not at all. Raises OSError, and then leaves nothing behind."""
-    temporary = f"{path}{TEMPORARY_SUFFIX}"
-    try:
-        # What clients asked is theirs: of no other user of the machine.
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            file.writelines(pieces)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise

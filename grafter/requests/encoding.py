@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from grafter.dumps.buffers import Buffers
 from grafter.dumps.encoding import MetadataEncoder, safe_repr
 from grafter.dumps.snapshot import NothingToSave, saveable, take_snapshot
+from grafter.requests.credentials import without_secrets_in_path, without_secrets_in_query
 from grafter.requests.entry import Later, Part
 from grafter.requests.headers import holds_headers, without_secret_headers
 
@@ -64,6 +66,8 @@ def encode_part(value: Any, name: str, exclude: frozenset[str], buffers: Buffers
     """
     encoder = RequestEncoder(exclude)
     try:
+        if name == "meta":
+            value = _without_secrets_in_url(value)
         text = json.dumps(encoder.encode(value, name), ensure_ascii=False)
     except Exception as error:
         # Such as a list that another thread changes: nothing of it may cost the request.
@@ -80,6 +84,18 @@ def encode_part(value: Any, name: str, exclude: frozenset[str], buffers: Buffers
         except Exception as error:
             part.not_encoded[f"{name}, tensor {number}"] = safe_repr(error)
     return part
+
+
+def _without_secrets_in_url(meta: Any) -> Any:
+    """The same of a request's meta data: `path` and `query` are what is sent again."""
+    if not isinstance(meta, dict):
+        return meta
+    path, query = meta.get("path"), meta.get("query")
+    return {
+        **meta,
+        **({"path": without_secrets_in_path(path)} if isinstance(path, str) else {}),
+        **({"query": without_secrets_in_query(query)} if isinstance(query, str) else {}),
+    }
 
 
 def resolve(part: Part | Later, name: str, exclude: frozenset[str]) -> Part:
@@ -99,7 +115,7 @@ def encode_json(value: Any, name: str, exclude: frozenset[str]) -> Part:
     text = json.dumps(value, ensure_ascii=False)
     excluded: list[str] = []
     # Most bodies have none of it, and are not walked through.
-    if any(f'"{key}"' in text for key in exclude) or 'headers"' in text.lower():
+    if any(f'"{key}"' in text for key in exclude) or re.search('headers?"', text, re.IGNORECASE):
         text = json.dumps(_without(value, name, exclude, excluded), ensure_ascii=False)
     return Part(text, excluded=excluded)
 

@@ -1,10 +1,12 @@
-"""Headers by what may become of them: secrets are never written, and those of one connection are not passed on."""
+"""Headers by what may become of them: credentials are never written, and those of one connection are not passed on."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
-from urllib.parse import parse_qsl
+
+from grafter.requests.credentials import holds_a_secret, names_a_secret, without_secrets_in_value
 
 # Of one connection, not of the message (RFC 9110, 7.6.1); `connection` names more of them.
 HOP_BY_HOP = frozenset(
@@ -14,22 +16,17 @@ HOP_BY_HOP = frozenset(
     }
 )
 
-# Parts of names. `auth` stands for authorization, proxy-authorization, x-auth-...; `key` for x-api-key.
-_SECRET_PARTS = ("auth", "cookie", "token", "secret", "key", "passw", "credential", "signature", "session", "jwt")
-# A URL also has harmless names with these parts (max_tokens), so that here whole words count.
-_SECRET_PARAMETERS = frozenset(
-    {
-        *("key", "apikey", "api_key", "token", "access_token", "id_token", "refresh_token", "auth", "authorization"),
-        *("secret", "client_secret", "password", "passwd", "sig", "signature", "session", "jwt", "code"),
-    }
-)
-_HEADERS = "headers"
+# Beside the names of secrets anywhere: a subprotocol of a websocket may be a token, and no header that has `key` in its
+# name is worth a risk.
+_SECRET_PARTS = ("sec-websocket", "key")
+_HEADERS = ("headers", "header")
+_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
 
 
 def is_secret_header(name: str) -> bool:
     """Whether the value of this header is never written, however the name is spelt."""
     lowered = name.lower()
-    return any(part in lowered for part in _SECRET_PARTS)
+    return any(part in lowered for part in _SECRET_PARTS) or names_a_secret(lowered)
 
 
 def holds_headers(key: str) -> bool:
@@ -37,34 +34,66 @@ def holds_headers(key: str) -> bool:
     return key.lower().endswith(_HEADERS)
 
 
-def without_secret_headers(headers: Any) -> Any:
-    """A copy without secret headers: of a mapping, of a sequence of pairs, or of anything with `items()`.
+def safe_value(name: str, value: str) -> str | None:
+    """The part of a header's value that may be written; None where none of it may."""
+    return None if is_secret_header(name) else without_secrets_in_value(value)
 
-    What is neither is returned as it is.
+
+def without_secret_headers(headers: Any) -> Any:
+    """A copy without secrets: of a mapping, of a sequence of pairs or of `name: value` lines, of such lines as one
+    text, or of anything with `items()`. What is none of them is returned as it is.
     """
     if not isinstance(headers, Mapping) and callable(getattr(headers, "multi_items", None)):
         headers = list(headers.multi_items())  # Starlette's and httpx's own types
     elif not isinstance(headers, (Mapping, list, tuple)) and callable(getattr(headers, "items", None)):
         headers = list(headers.items())
     if isinstance(headers, Mapping):
-        return {name: value for name, value in headers.items() if not is_secret_header(_text(name))}
+        safe = {name: _safe(name, value) for name, value in headers.items()}
+        return {name: value for name, value in safe.items() if value is not _NOTHING}
     if isinstance(headers, (list, tuple)):
-        return [pair for pair in headers if not (_is_pair(pair) and is_secret_header(_text(pair[0])))]
+        made = [_safe_item(item) for item in headers]
+        return [item for item in made if item is not _NOTHING]
+    if isinstance(headers, str):
+        return "".join(line for line in headers.splitlines(keepends=True) if not _is_secret_line(line))
     return headers
 
 
-def without_secret_parameters(query: str) -> str:
-    """The query of a URL without parameters that are named as secrets; the others are unchanged."""
-    kept = []
-    for part in query.split("&"):
-        names = [name for name, _ in parse_qsl(part, keep_blank_values=True)]
-        if not any(name.lower().replace("-", "_") in _SECRET_PARAMETERS for name in names):
-            kept.append(part)
-    return "&".join(kept)
+_NOTHING = object()
 
 
-def _is_pair(item: Any) -> bool:
-    return isinstance(item, (list, tuple)) and len(item) == 2
+def _safe_item(item: Any) -> Any:
+    if isinstance(item, (list, tuple)) and len(item) == 2:
+        value = _safe(item[0], item[1])
+        return _NOTHING if value is _NOTHING else (item[0], value)
+    if isinstance(item, (str, bytes)):
+        return _NOTHING if _is_secret_line(_text(item)) else item
+    return without_secret_headers(item)
+
+
+def _is_secret_line(line: str) -> bool:
+    """Of `name: value`. A line without a header's name is text."""
+    name, colon, value = line.partition(":")
+    is_header = colon and _NAME.fullmatch(name.strip())
+    return bool(is_header) and (is_secret_header(name) or holds_a_secret(value))
+
+
+def _safe(name: Any, value: Any) -> Any:
+    if isinstance(value, (str, bytes)):
+        text = _text(value)
+        safe = safe_value(_text(name), text)
+        if safe is None:
+            return _NOTHING
+        return value if safe == text else _like(value, safe)
+    if is_secret_header(_text(name)):
+        return _NOTHING
+    if isinstance(value, (list, tuple)):
+        made = [_safe(name, item) for item in value]
+        return [item for item in made if item is not _NOTHING]
+    return without_secret_headers(value)
+
+
+def _like(original: str | bytes, text: str) -> str | bytes:
+    return text.encode("latin-1", "replace") if isinstance(original, bytes) else text
 
 
 def _text(name: Any) -> str:

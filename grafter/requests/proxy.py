@@ -18,8 +18,9 @@ from typing import Any
 from starlette.types import Message, Receive, Scope, Send
 
 from grafter.requests.bodies import body_fields
+from grafter.requests.credentials import without_secrets_in_path, without_secrets_in_query
 from grafter.requests.entry import Later, State
-from grafter.requests.headers import HOP_BY_HOP, is_secret_header, without_secret_parameters
+from grafter.requests.headers import HOP_BY_HOP, safe_value
 from grafter.requests.recorder import RequestRecorder
 from grafter.requests.upstream import Call, Headers, Upstream, UpstreamError
 
@@ -187,19 +188,24 @@ class _Exchange:
         self._is_recorded = True
         asked = self._asked
         content_type, encoding = _header(self._headers, b"content-type"), _header(self._headers, b"content-encoding")
-        path, _, query = self.target.decode("latin-1").partition("?")
-        meta: dict[str, Any] = {"method": self.method, "path": path, "headers": _recorded(self._headers)}
-        if query:
-            meta["query"] = without_secret_parameters(query)
         fields = _Once(lambda: body_fields(asked.pieces, asked.nbytes, content_type, encoding))
         self._recorder.record(
             self._id,
             Later(lambda: fields()["body"], asked.kept_bytes),
-            Later(lambda: {**meta, **{name: value for name, value in fields().items() if name != "body"}}, 1024),
+            Later(lambda: self._meta(fields()), 1024),
         )
         if self._watcher is None and not self.client_is_gone:
             task = asyncio.current_task()
             self._watcher = asyncio.create_task(self._watch_client(task))
+
+    def _meta(self, body: dict[str, Any]) -> dict[str, Any]:
+        """On the writer's thread. body: its fields."""
+        path, _, query = self.target.decode("latin-1").partition("?")
+        meta: dict[str, Any] = {"method": self.method, "path": without_secrets_in_path(path)}
+        meta["headers"] = _recorded(self._headers)
+        if query:
+            meta["query"] = without_secrets_in_query(query)
+        return meta | {name: value for name, value in body.items() if name != "body"}
 
     async def _watch_client(self, task: asyncio.Task[Any] | None) -> None:
         while (await self._receive())["type"] != "http.disconnect":
@@ -293,6 +299,7 @@ def _header(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> str:
 
 
 def _recorded(headers: Headers) -> dict[str, str]:
-    """Headers as they are written: none that is a secret, and of each a bounded part."""
+    """Headers as they are written: nothing that is a secret, and of each a bounded part."""
     texts = [(name.decode("latin-1"), value[:_LONGEST_HEADER].decode("latin-1")) for name, value in headers]
-    return {name: value for name, value in texts if not is_secret_header(name)}
+    safe = {name: safe_value(name, value) for name, value in texts}
+    return {name: value for name, value in safe.items() if value is not None}

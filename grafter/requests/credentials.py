@@ -1,0 +1,148 @@
+"""What is, or may hold, a credential: by the name that it stands under, or by its own form. Pure functions over texts.
+
+Names and forms are denied by kind. To leave out too much costs a field of a recording; to leave out too little would
+write somebody's key into a file.
+"""
+
+from __future__ import annotations
+
+import re
+from urllib.parse import unquote_plus
+
+# Anywhere in a name without its punctuation. `auth` also stands for authorization and x-auth-...
+_PARTS = (
+    *("auth", "cookie", "token", "secret", "pass", "pwd", "credential", "signature", "session", "jwt", "bearer"),
+    *("csrf", "xsrf", "saml", "assertion", "apikey", "hmac"),
+)
+# Whole words of a name: too short, or too common in others, to be looked for everywhere.
+_WORDS = frozenset(
+    {
+        *("key", "keys", "pw", "pin", "otp", "totp", "mfa", "sig", "sid", "sas", "pat", "cred", "creds", "cert"),
+        *("ticket", "login", "nonce", "principal"),
+    }
+)
+_WHOLE_NAMES = frozenset({"code"})  # of OAuth
+# Numbers of an engine's parameters, such as eos_token_id=2. `tokens` alone is a count, too: max_tokens.
+_COUNTING_WORDS = frozenset(
+    {
+        *(
+            "id",
+            "ids",
+            "count",
+            "max",
+            "min",
+            "num",
+            "n",
+            "stop",
+            "eos",
+            "bos",
+            "pad",
+            "unk",
+            "new",
+            "special",
+            "limit",
+        ),
+        *("ignore", "skip", "budget", "per"),
+    }
+)
+_COUNT = re.compile(r"[-\d.,\s\[\]]{1,200}|true|false", re.IGNORECASE)
+
+_WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+")
+_FORMS = re.compile(
+    r"\bbearer\b[\s:=,.]*\S"
+    r"|(?:^|[,;=:\"'\s])(?:basic|digest|negotiate|ntlm|hawk|dpop|token|apikey|api-key|sharedkey|aws4-hmac-sha256)[\s:=]+\S"
+    r"|\beyJ[\w-]{8}"  # a JSON Web Token
+    r"|-----BEGIN "
+    r"|\bsk-[\w-]{12}|\bgh[pousr]_\w{16}|\bgithub_pat_|\bxox[abeoprs]-|\bA[KS]IA[0-9A-Z]{12}|\bAIza[\w-]{20}"
+    r"|\bhf_[A-Za-z0-9]{16}|\bglpat-|\bya29\.",
+    re.IGNORECASE,
+)
+_USER_INFO = re.compile(r"//[^/?#\s]*@")
+# The same where the password has a character that ends a host's name: what stands after the colon is no port.
+_BROKEN_USER_INFO = re.compile(r"//(?!\[)[^/?#:\s]*:(?!\d{0,5}(?:[/?#\s,;\"'>)]|$))")
+_AUTHOR = re.compile(r"author(?!i)")
+# A name before what it names, as in `a=b`, `a: b` and `"a": "b"`.
+_NAMED = re.compile(r"(?<![\w.$\[\]-])([A-Za-z_$][\w.$\[\]-]{0,99})[\"']?\s{0,9}[=:]\s{0,9}(?=\S)")
+_MOST_ENCODINGS = 8
+REMOVED = "REMOVED"
+
+
+def names_a_secret(name: str, value: str = "") -> bool:
+    """Whether what stands under this name is a credential. value: with it, counts such as `eos_token_id=2` are none."""
+    decoded = _decoded(name)[-1]
+    words = [word.lower() for word in _WORD.findall(decoded)]
+    flat = _AUTHOR.sub("", "".join(words))
+    if flat in _WHOLE_NAMES or not _WORDS.isdisjoint(words) or flat.endswith("key"):
+        return True
+    others = [word for word in words if word not in ("token", "tokens")]
+    is_count = (
+        len(others) < len(words)
+        and _COUNTING_WORDS.issuperset(others)
+        and (others or "tokens" in words)
+        and _COUNT.fullmatch(value.strip())
+    )
+    return not is_count and any(part in flat for part in _PARTS)
+
+
+def holds_a_secret(text: str) -> bool:
+    """Whether a credential stands in a text: by its form, or after a name of one; also where the text, or a part of it,
+    is percent-encoded, several times over."""
+    forms = _decoded(text)
+    if len(forms) > _MOST_ENCODINGS:
+        return True
+    for form in forms:
+        if _FORMS.search(form) or _USER_INFO.search(form) or _BROKEN_USER_INFO.search(form):
+            return True
+        if any(names_a_secret(found[1], _value_at(form, found.end())) for found in _NAMED.finditer(form)):
+            return True
+    return False
+
+
+def without_secrets_in_query(query: str) -> str:
+    """The query of a URL without the parameters that hold a credential; the others are unchanged."""
+    kept = ""
+    for part in re.findall(r"[&;]?[^&;]*", query):
+        name, _, value = part.lstrip("&;").partition("=")
+        if not names_a_secret(name, value) and not holds_a_secret(value):
+            kept += part
+    return kept.lstrip("&;") if kept[:1] != query[:1] else kept
+
+
+def without_secrets_in_path(path: str) -> str:
+    """The path of a request: parameters after `;` that hold a credential are left out, and so is the user before `@`.
+
+    A segment that has the form of one is REMOVED.
+    """
+    segments = []
+    for segment in _USER_INFO.sub("//", path).split("/"):
+        own, *parameters = segment.split(";")
+        sound = [text for text in parameters if not _is_secret_parameter(text)]
+        segments.append(";".join([REMOVED if holds_a_secret(own) else own, *sound]))
+    return "/".join(segments)
+
+
+def without_secrets_in_value(value: str) -> str | None:
+    """A header's value; None where it is, or holds, a credential.
+
+    Of a URL, the user, and all from the first `?`, `#` or `;` on, is cut off: that is where URLs carry credentials.
+    """
+    if value.lstrip().startswith("/") or "//" in value:
+        value = re.split(r"[?#;]", _USER_INFO.sub("//", value), maxsplit=1)[0]
+    return None if holds_a_secret(value) else value
+
+
+def _is_secret_parameter(text: str) -> bool:
+    name, _, value = text.partition("=")
+    return names_a_secret(name, value) or holds_a_secret(value)
+
+
+def _value_at(text: str, start: int) -> str:
+    return re.split(r"[&;,\"'\s]", text[start : start + 200], maxsplit=1)[0]
+
+
+def _decoded(text: str) -> list[str]:
+    """The text, and what it is percent-decoded, until nothing changes."""
+    forms = [text]
+    while len(forms) <= _MOST_ENCODINGS and (decoded := unquote_plus(forms[-1])) != forms[-1]:
+        forms.append(decoded)
+    return forms
