@@ -112,8 +112,9 @@ class SharedMemoryExchange(Exchange):
     # The sender's side.
 
     def send(self, plan: TransferPlan, outgoing: Sequence[Outgoing], watch: Watch) -> None:
-        """Once one receiver cannot have its pieces the point is lost, and the others are told: each hears "
-        "one last word."""
+        """Place the pieces for each receiver. If one cannot get its pieces, the point fails, and the others are
+        notified.
+        """
         failure: Abandoned | None = None
         digest = bytes.fromhex(plan.digest)
         for receiver in dict.fromkeys(item.piece.receiver for item in outgoing):
