@@ -124,7 +124,7 @@ def test_shapes_must_be_equal(target_shape: tuple[int, ...], incoming_shape: tup
 
 def test_no_dimension_is_not_one_dimension() -> None:
     """[] and [1] hold one value each and are still different shapes; the message shows both."""
-    refused(torch.zeros(1), torch.tensor(1.0), RETURN, r"shape \[\] cannot be written to a tensor of shape \[1\]")
+    refused(torch.zeros(1), torch.tensor(1.0), RETURN, r"shape \[\] cannot be written into a tensor of shape \[1\]")
 
 
 OVERLAPPING: dict[str, Callable[[], torch.Tensor]] = {

@@ -57,13 +57,14 @@ def check_write(target: torch.Tensor, incoming: torch.Tensor, mode: WriteMode) -
     into, value = _dense(target, "the tensor to write into"), _dense(incoming, "the incoming value")
     if into.shape != value.shape:
         raise _refused(
-            f"a value of shape {list(value.shape)} cannot be written to a tensor of shape {list(into.shape)}. Shapes "
+            f"a value of shape {list(value.shape)} cannot be written into a tensor of shape {list(into.shape)}. Shapes "
             "must be equal; nothing is broadcast. A transform can convert one shape to the other."
         )
     why = why_not_convertible(value.dtype, into.dtype)
     if why is not None:
         raise _refused(
-            f"{value.dtype} cannot be written to {into.dtype}: {why}. A transform that casts makes the conversion explicit."
+            f"{value.dtype} cannot be written into {into.dtype}: {why}. A transform that casts makes the conversion "
+            "explicit."
         )
     if mode.write == "in_place":
         _check_memory(into)
