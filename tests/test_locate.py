@@ -232,7 +232,7 @@ def test_a_point_that_the_floor_lacks_is_judged_against_the_others() -> None:
     verdict = judge(measurement(ALONE), added, floor, floor)
     assert verdict.guilty == ("layer 2",)
     assert verdict.points[3].judged_by == "others"
-    assert "the floor has no such point" in (verdict.points[3].note or "")
+    assert "the floor lacks this point" in (verdict.points[3].note or "")
 
 
 def test_no_points_is_not_a_clean_bill() -> None:

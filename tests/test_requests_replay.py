@@ -237,7 +237,7 @@ def test_a_server_that_dies_is_an_outcome_of_each_request(recorded: Path, tmp_pa
         broken = (tmp_path / "requests-x.jsonl").read_text().replace('"/any"', '"/broken"')
         (tmp_path / "requests-x.jsonl").write_text(broken)
         (outcome,) = replayed(tmp_path, [url])
-    assert outcome.verdict == "failed" and "broke off after" in outcome.reasons[0] and outcome.statuses == [200]
+    assert outcome.verdict == "failed" and "ended early, after" in outcome.reasons[0] and outcome.statuses == [200]
 
 
 def test_a_recording_that_was_replayed_through_the_proxy_is_the_same_again(recorded: Path, tmp_path: Path) -> None:

@@ -26,13 +26,13 @@ _EXIT_INTERRUPTED = 130
 
 
 _Upstream = Annotated[str, typer.Option(metavar="URL", help="The server to record, such as http://127.0.0.1:30000.")]
-_Port = Annotated[int, typer.Option(metavar="P", min=0, max=65535, help="Where clients connect; 0: a free one.")]
+_Port = Annotated[int, typer.Option(metavar="P", min=0, max=65535, help="Where clients connect; 0: a free port.")]
 _Host = Annotated[str, typer.Option(metavar="HOST", help="The address to listen on.")]
 _Out = Annotated[
     Path | None, typer.Option(metavar="DIR", help="Where recordings go. Default: grafter_out/requests-<time>.")
 ]
 _Threshold = Annotated[
-    int, typer.Option(metavar="N", min=0, help="Finished requests to a batch; 0: only the last five minutes.")
+    int, typer.Option(metavar="N", min=0, help="Finished requests per batch; 0: only the last five minutes.")
 ]
 _BodyLimit = Annotated[
     int, typer.Option("--body-mib", metavar="N", min=1, max=60, help="How much of a body is recorded.")
@@ -48,7 +48,7 @@ def record_command(
     exclude: ExcludeOption = None,
     body_limit: _BodyLimit = 16,
 ) -> None:
-    """Record what clients ask a server and what it answers, as a proxy between them. Nothing in either changes.
+    """Record the requests of clients and the answers of a server, as a proxy between them. Neither side changes.
 
     \b
     grafter record --upstream http://127.0.0.1:30000 --port 8000
@@ -82,17 +82,19 @@ def record_command(
 
 
 _Recording = Annotated[Path, typer.Argument(metavar="FILE|DIR", help="A file of a recording, or all of a directory.")]
-_To = Annotated[list[str], typer.Option(metavar="URL", help="Where to send; twice: to both at once.")]
-_Speed = Annotated[float, typer.Option(metavar="X", min=0, help="Times as fast as recorded; 0: without gaps.")]
-_Concurrency = Annotated[int, typer.Option(metavar="N", min=1, max=10000, help="Requests in flight at once.")]
-_Only = Annotated[list[str] | None, typer.Option(metavar="ID", help="This request, by id or '#0'; repeatable.")]
-_NoForceLength = Annotated[bool, typer.Option("--no-force-length", help="Leave the output's length to the request.")]
-_IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="Set ignore_eos in requests of OpenAI's form, too.")]
-_MinTokens = Annotated[bool, typer.Option("--min-tokens", help="Set min_tokens in requests of OpenAI's form, too.")]
-_Header = Annotated[
-    list[str] | None, typer.Option(metavar="'NAME: VALUE'", help="Sent with each; $VARIABLE is read by grafter.")
+_To = Annotated[list[str], typer.Option(metavar="URL", help="Where to send; give it twice for two servers.")]
+_Speed = Annotated[float, typer.Option(metavar="X", min=0, help="Speed relative to the recording; 0: without gaps.")]
+_Concurrency = Annotated[int, typer.Option(metavar="N", min=1, max=10000, help="Requests in flight at the same time.")]
+_Only = Annotated[
+    list[str] | None, typer.Option(metavar="ID", help="Only this request, by id or '#0'; may be repeated.")
 ]
-_Tolerance = Annotated[float, typer.Option(metavar="X", min=0, help="What logprobs may differ by.")]
+_NoForceLength = Annotated[bool, typer.Option("--no-force-length", help="Do not force the output's length.")]
+_IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="Also set ignore_eos in requests of OpenAI's form.")]
+_MinTokens = Annotated[bool, typer.Option("--min-tokens", help="Also set min_tokens in requests of OpenAI's form.")]
+_Header = Annotated[
+    list[str] | None, typer.Option(metavar="'NAME: VALUE'", help="Sent with every request; grafter replaces $VARIABLE.")
+]
+_Tolerance = Annotated[float, typer.Option(metavar="X", min=0, help="The largest allowed difference of logprobs.")]
 
 
 def replay_command(
@@ -109,7 +111,7 @@ def replay_command(
     as_json: JsonLinesOption = False,
     limit: RowLimitOption = 0,
 ) -> None:
-    """Send recorded requests again, in order and with their gaps, and tell what differs.
+    """Send recorded requests again, in order and with their gaps, and report what differs.
 
     \b
     grafter replay DIR --to http://127.0.0.1:30000                       against the recorded answers
@@ -151,7 +153,7 @@ def replay_command(
 def _replay(
     recording: Recording, places: Sequence[Place], urls: Sequence[str], options: ReplayOptions
 ) -> tuple[list[Outcome], bool]:
-    """The outcomes, and whether Ctrl-C left them all."""
+    """The outcomes, and whether they are complete: Ctrl-C may have interrupted the replay."""
     from grafter.requests.replay import replay
 
     outcomes: list[Outcome] = []
@@ -165,7 +167,7 @@ def _replay(
 
 
 def read_headers(given: Sequence[str]) -> dict[str, str]:
-    """`NAME: VALUE`, where $VARIABLE in VALUE is replaced, so that a secret need not stand in the list of processes.
+    """Headers from `NAME: VALUE`. $VARIABLE in VALUE is replaced, so that a secret need not appear in the process list.
 
     Raises UsageError, which shows no value.
     """
