@@ -125,7 +125,7 @@ def test_a_program_that_is_not_deterministic_is_told_with_its_cause(program: str
     [
         ("{python} -c 1/0", "command: runs", "ZeroDivisionError"),
         ("{python} -I {program}", "command: command", "python -I"),
-        ("sh -c '{python} -E -c pass'", "command: reach", "no Python of it looks at PYTHONPATH"),
+        ("sh -c '{python} -E -c pass'", "command: reach", "all of its Pythons ignore PYTHONPATH"),
         ("{python} -c 'import torch'", "command: reach", "calls no torch model"),
     ],
 )

@@ -44,7 +44,7 @@ def test_the_designs_numbers_name_layer_2_without_a_floor() -> None:
     """Without a floor the other layers' median is enough."""
     verdict = judge(measurement(ALONE), measurement(ADDED))
     assert verdict.guilty == ("layer 2",)
-    assert "above the 1.3e-12 that the other points' median allows" in verdict.sentence
+    assert "above the limit of 1.3e-12 set by the other points" in verdict.sentence
 
 
 def test_without_the_fault_no_layer_is_named() -> None:

@@ -130,7 +130,7 @@ def test_a_rank_without_points_is_still_a_rank(recorder: Grafter, tmp_path: Path
     facts = tmp_path / "r" / "baseline" / "rank0.recording.json"
     two = {**json.loads(facts.read_text()), "role_world_size": 2}
     facts.write_text(json.dumps(two))
-    with pytest.raises(DumpError, match=r"has 2 ranks, and there is no rank1\.recording\.json"):
+    with pytest.raises(DumpError, match=r"has 2 ranks, but rank1\.recording\.json does not exist"):
         played(tmp_path)
     facts.with_name("rank1.recording.json").write_text(json.dumps({**two, "role_rank": 1}))
     ranks = played(tmp_path).ranks
@@ -304,7 +304,7 @@ def test_a_peer_that_cannot_be_is_refused_on_every_rank(recorder: Grafter, tmp_p
     two_ranks = Place("target", 1, 2)
     for fields, place, reason in (
         ({"peer": str(tmp_path / "absent")}, two_ranks, "GRAFTER_PEER=.*there is no such directory"),
-        ({"key": "layer_id", "b2t_filter": "True"}, two_ranks, "recorded with GRAFTER_KEY=unset, and here it is layer"),
+        ({"key": "layer_id", "b2t_filter": "True"}, two_ranks, "the recording has GRAFTER_KEY=unset, and here it is layer"),
         ({}, two_ranks, "the target has 2 ranks, which must meet at one port: set GRAFTER_MASTER_PORT"),
         ({"role": "baseline"}, Place("baseline", 0, 1), "a recording of the target is needed here"),
     ):

@@ -33,7 +33,22 @@ REWRITTEN_PAGES = [
     "transforms/README.md",
 ]
 REWRITTEN_SOURCES = [
+    "grafter/doctor",
+    "grafter/locate",
+    "grafter/offline",
+    "grafter/plan_suggest",
     "grafter/report",
+    "grafter/requests/__init__.py",
+    *(f"grafter/requests/{name}.py" for name in ("alive", "answers", "batch_file", "commands", "entry")),
+    *(
+        f"grafter/requests/{name}.py"
+        for name in ("forcing", "judgement", "process_end", "proxy", "reading", "recorder")
+    ),
+    *(f"grafter/requests/{name}.py" for name in ("replay", "sending", "serving", "table", "upstream")),
+    *(f"grafter/running/job{name}.py" for name in ("", "_command", "_environment", "_keeper")),
+    *(f"grafter/running/{name}.py" for name in ("launcher", "run_output", "supervision")),
+    "grafter/running/watched_store.py",
+    "grafter/writing",
 ]
 
 # What readers stumbled over, as regular expressions, and what to write instead.

@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from grafter.command_options import SetOption
+from grafter.command_options import SetOption, parse_master
 from grafter.errors import GrafterError, UsageError
 from grafter.running.job_environment import merge_settings
-from grafter.running.master_address import parse_master
 
 if TYPE_CHECKING:
     from grafter.doctor.finding import Finding

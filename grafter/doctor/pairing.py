@@ -33,7 +33,10 @@ def judge_names(armed: Trial) -> Iterator[Finding]:
     common = [name for name in baseline if name in target]
     if not common:
         text = f"none in common: baseline {listed(baseline, 3) or 'none'}; target {listed(target, 3) or 'none'}"
-        advice = "Give the points the same names in both: in the code, or by `names:` in the plan file (docs/configuration.md)."
+        advice = (
+            "Give the points the same names in both: in the code, or by `names:` in the plan file "
+            "(docs/configuration.md)."
+        )
         yield fault("names", text, advice)
         return
     for role, own, others in (("baseline", baseline, target), ("target", target, baseline)):
@@ -43,7 +46,10 @@ def judge_names(armed: Trial) -> Iterator[Finding]:
             yield warning("names", text, "Exclude them with the filter, or map them in the plan file.")
     uneven = [f"{name} ({baseline[name]} / {target[name]} calls)" for name in common if baseline[name] != target[name]]
     if uneven:
-        advice = "Check that both run the same number of steps and layers: a job waits for a point that the other never reaches."
+        advice = (
+            "Check that both run the same number of steps and layers: a job waits for a point that the "
+            "other never reaches."
+        )
         yield warning("names", f"different numbers of calls: {listed(uneven)}", advice)
     if len(common) == len(baseline) == len(target) and not uneven:
         yield ok("names", f"{len(common)} on both sides, the same number of times")

@@ -19,8 +19,8 @@ def judge_determinism(subject: str, trial: Trial) -> tuple[Finding, bool]:
     error = trial.error()
     if error is not None:
         advice = (
-            "Two copies of the command ran at once. Give each its own ports and output files; see that its points come "
-            "in the same order each time."
+            "Two copies of the command ran at once. Give each its own ports and output files; check that its points "
+            "have the same order each time."
         )
         return fault(check, f"it cannot be compared with itself: {first_line(error, 400)}", advice), False
     points = trial.measured.points

@@ -103,7 +103,7 @@ def _against(row: PointVerdict) -> str:
         if row.limit == 0:
             return ", where all other points are equal" if row.added else ""
         relation = "above" if row.guilty else "within"
-        return f", {relation} the {describe_number(row.limit)} that the other points' median allows"
+        return f", {relation} the limit of {describe_number(row.limit)} set by the other points"
     return ""
 
 

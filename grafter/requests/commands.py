@@ -8,6 +8,7 @@ import re
 import sys
 import time
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 _EXIT_COULD_NOT = 2
 _EXIT_INTERRUPTED = 130
+# What the proxy and the replay need beside grafter.
+_EXTRA_PACKAGES = ("httpx", "starlette", "uvicorn", "h11")
 
 
 _Upstream = Annotated[str, typer.Option(metavar="URL", help="The server to record, such as http://127.0.0.1:30000.")]
@@ -54,13 +57,11 @@ def record_command(
     grafter record --upstream http://127.0.0.1:30000 --port 8000
     grafter replay grafter_out/requests-... --to http://127.0.0.1:30001
 
-    Streams pass through as they come. Secrets in headers are never written. Ctrl-C and SIGTERM write what is in memory;
-    SIGUSR1 does, and goes on.
+    Streams pass through as they arrive. Secrets in headers are never written. Ctrl-C and SIGTERM write what is in
+    memory and end the proxy; SIGUSR1 only writes it.
     """
     try:
-        from grafter.requests.extra import need_extra
-
-        need_extra("grafter record")
+        _need_extra("grafter record")
         from grafter.requests.recorder import DEFAULT_EXCLUDE, RequestRecorder
         from grafter.requests.serving import check_url, default_directory, serve
 
@@ -120,9 +121,7 @@ def replay_command(
     Exit code: 0 all the same; 1 something differs, or a server failed; 2 it could not be judged; 130 Ctrl-C.
     """
     try:
-        from grafter.requests.extra import need_extra
-
-        need_extra("grafter replay")
+        _need_extra("grafter replay")
         from grafter.requests.forcing import Forcing
         from grafter.requests.judgement import summarise
         from grafter.requests.reading import Recording
@@ -184,3 +183,10 @@ def read_headers(given: Sequence[str]) -> dict[str, str]:
             raise UsageError(f"--header {name.strip()}: its value has characters that no header may have.")
         headers[name.strip()] = read
     return headers
+
+
+def _need_extra(command: str) -> None:
+    """Raise UsageError if a package of the extra is missing. command: what needs it, as the user wrote it."""
+    missing = [package for package in _EXTRA_PACKAGES if find_spec(package) is None]
+    if missing:
+        raise UsageError(f"{command} needs {' and '.join(missing)}: pip install {' '.join(_EXTRA_PACKAGES)}")
