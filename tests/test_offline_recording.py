@@ -304,7 +304,11 @@ def test_a_peer_that_cannot_be_is_refused_on_every_rank(recorder: Grafter, tmp_p
     two_ranks = Place("target", 1, 2)
     for fields, place, reason in (
         ({"peer": str(tmp_path / "absent")}, two_ranks, "GRAFTER_PEER=.*there is no such directory"),
-        ({"key": "layer_id", "b2t_filter": "True"}, two_ranks, "the recording has GRAFTER_KEY=unset, and here it is layer"),
+        (
+            {"key": "layer_id", "b2t_filter": "True"},
+            two_ranks,
+            "the recording has GRAFTER_KEY=unset, and here it is layer",
+        ),
         ({}, two_ranks, "the target has 2 ranks, which must meet at one port: set GRAFTER_MASTER_PORT"),
         ({"role": "baseline"}, Place("baseline", 0, 1), "a recording of the target is needed here"),
     ):

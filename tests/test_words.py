@@ -151,6 +151,19 @@ def comments_and_texts(source: str) -> str:
     return "\n".join([*literals, " ".join(comments)])
 
 
+def sources_of(package: str) -> list[Path]:
+    """The Python files of a package, or the file itself."""
+    whole = ROOT / package
+    files = [whole] if whole.is_file() else sorted(whole.rglob("*.py"))
+    assert files, f"there is no {package}"
+    return files
+
+
+def has_subject(docstring: str) -> bool:
+    """Whether a class's docstring names what the class is, rather than only to what it belongs."""
+    return bool(docstring) and re.match(r"(Of|By|As|With|From|Its|Their|Also|None)\b", docstring) is None
+
+
 def test_docstrings_are_whole_sentences() -> None:
     """No docstring is cut by a blank line in the middle of a sentence, or holds the quotes of two joined texts."""
     faults = [
@@ -185,6 +198,18 @@ def test_comments_name_files_that_exist() -> None:
     assert not faults, "\n".join(faults)
 
 
+@pytest.mark.parametrize("package", REWRITTEN_SOURCES)
+def test_rewritten_classes_have_docstrings_with_a_subject(package: str) -> None:
+    """Each class has a docstring that says what it is ("The outbox of one rank.", not "Of one rank.")."""
+    faults = [
+        f"{place(path, node.lineno)}: {node.name}"
+        for path in sources_of(package)
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef) and not has_subject(ast.get_docstring(node) or "")
+    ]
+    assert not faults, "\n".join(faults)
+
+
 @pytest.mark.parametrize("page", REWRITTEN_PAGES)
 def test_rewritten_pages_have_no_stock_phrases(page: str) -> None:
     """A page that was rewritten stays in plain English."""
@@ -194,10 +219,11 @@ def test_rewritten_pages_have_no_stock_phrases(page: str) -> None:
 @pytest.mark.parametrize("package", REWRITTEN_SOURCES)
 def test_rewritten_sources_have_no_stock_phrases(package: str) -> None:
     """Docstrings, comments, help texts and messages of a package or file that was rewritten stay in plain English."""
-    whole = ROOT / package
-    files = [whole] if whole.is_file() else sorted(whole.rglob("*.py"))
-    assert files, f"there is no {package}"
-    faults = {place(path, 1): found for path in files if (found := stock_phrases(comments_and_texts(path.read_text())))}
+    faults = {
+        place(path, 1): found
+        for path in sources_of(package)
+        if (found := stock_phrases(comments_and_texts(path.read_text())))
+    }
     assert not faults, "\n".join(f"{where}: {found}" for where, found in faults.items())
 
 
@@ -226,6 +252,11 @@ def test_missing_names_are_found() -> None:
         "grafter.gone",
         "grafter.session.gone",
     ]
+
+
+def test_classes_without_a_subject_are_found() -> None:
+    """Both kinds of faults."""
+    assert not has_subject("") and not has_subject("Of one rank.") and has_subject("The outbox of one rank.")
 
 
 def test_stock_phrases_are_found() -> None:

@@ -39,6 +39,8 @@ class Interrupted(GrafterError):
 
 @dataclass(frozen=True)
 class _Run:
+    """One of the runs: its title, its directory's name, its target's command, and the filter that it sets."""
+
     title: str
     name: str
     target: list[str]

@@ -79,6 +79,8 @@ class _Votes:
 
 
 class _TreeMatcher:
+    """The matching of two module trees, and the results that it has collected so far."""
+
     def __init__(self, ratios: tuple[int, ...]) -> None:
         self._ratios = ratios
         self._votes: dict[tuple[str, str], _Votes] = {}

@@ -13,6 +13,8 @@ Side = Literal["baseline", "target"]
 
 
 class Confidence(IntEnum):
+    """How sure a pair is."""
+
     low = 1
     medium = 2
     high = 3
@@ -73,6 +75,8 @@ class NamedPair:
 
 @dataclass(frozen=True)
 class NamedLeft:
+    """A module without a pair, over all layers, and the reason."""
+
     side: Side
     path: str
     class_name: str

@@ -30,6 +30,8 @@ def match_regions(baseline: Region, target: Region, ratios: tuple[int, ...]) -> 
 
 
 class _RegionMatcher:
+    """The matching of two regions, step by step."""
+
     def __init__(self, baseline: Region, target: Region, ratios: tuple[int, ...]) -> None:
         self._baseline, self._target, self._ratios = baseline, target, ratios
         self._relations: dict[tuple[Module, Module], Relation] = {}

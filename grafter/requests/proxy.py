@@ -114,7 +114,7 @@ class RecordingProxy:
 
 
 class _ClientGone(Exception):
-    pass
+    """The client has disconnected."""
 
 
 class _Exchange:

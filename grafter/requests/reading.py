@@ -31,6 +31,8 @@ _SUFFIX = ".jsonl"
 
 
 class _Header(BaseModel):
+    """The first line of a recording's file, as far as a reader needs it."""
+
     model_config = ConfigDict(extra="ignore", strict=True)
     format: str
     format_version: int

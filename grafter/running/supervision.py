@@ -113,7 +113,7 @@ class Supervisor:
             time.sleep(0.05)
 
     def kill_all(self) -> None:
-        """For a failure of the launcher itself: kill all running jobs, and wait until they are gone."""
+        """Kill all running jobs after a failure of the launcher itself, and wait until they are gone."""
         for job in self.jobs:
             job.kill()
         for job in self.jobs:

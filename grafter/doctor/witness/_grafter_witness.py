@@ -35,6 +35,8 @@ def watch(modules: Any, note: Note) -> None:
 
 
 class Witness:
+    """Watches the calls of models in one process and records them with `note`."""
+
     def __init__(self, module_class: Any, note: Note) -> None:
         self._class, self._note = module_class, note
         self._depth = threading.local()
