@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import re
-from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -85,13 +85,16 @@ PATH = re.compile(r"\b(?:grafter|tests|docs|benchmarks|transforms|launch)/[\w./<
 DOTTED = re.compile(r"(?<![\w./-])grafter(?:\.[A-Za-z_]\w*)+")
 
 
-def docstrings(path: Path) -> Iterator[tuple[int, str]]:
+@cache
+def docstrings(path: Path) -> list[tuple[int, str]]:
     """(line, text) of each docstring of a file."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            text = ast.get_docstring(node)
-            if text:
-                yield node.body[0].lineno, text
+    return [
+        (node.body[0].lineno, text)
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        for text in [ast.get_docstring(node)]
+        if text
+    ]
 
 
 def place(path: Path, line: int) -> str:
@@ -114,6 +117,7 @@ def missing_names(text: str) -> list[str]:
     return missing + [name for name in DOTTED.findall(text) if not exists(name)]
 
 
+@cache
 def exists(name: str) -> bool:
     """Whether `grafter.x.y` is a module, or an attribute of one."""
     found: object = importlib.import_module("grafter")
