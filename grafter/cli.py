@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from grafter.command_options import GROUP, AttachOption, SetOption
+from grafter.command_options import GROUP, AttachOption, SetOption, parse_master
 from grafter.compare.command import compare_command
 from grafter.control.command import ctl_app
 from grafter.doctor.command import doctor_command
@@ -29,7 +29,6 @@ from grafter.plan_suggest.command import plan_app
 from grafter.report.command import report_command
 from grafter.requests.commands import record_command, replay_command
 from grafter.running.job_environment import merge_settings
-from grafter.running.master_address import parse_master
 from grafter.version import VERSION
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""What several commands of the command line have in common: options in the same words, and the bar of progress.
+"""What several commands of the command line share: options with the same words, the progress bar, HOST:PORT.
 
 `grafter/cli.py` imports every command, and so this; what is slow to import (rich) is imported inside.
 """
@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
+
+from grafter.errors import UsageError
 
 # Of a group of commands, such as `grafter ctl`.
 GROUP: dict[str, Any] = {
@@ -49,3 +51,11 @@ def progress_bar(doing: str, what: str, total: int | None = None) -> Iterator[Ca
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(what, total=total)
         yield lambda done, of: bar.update(task, completed=done, total=of)
+
+
+def parse_master(text: str) -> tuple[str, int]:
+    """(host, port) of HOST:PORT; an IPv6 address is in brackets. Raises UsageError."""
+    host, colon, port = text.rpartition(":")
+    if not colon or not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise UsageError(f"--master {text}: write it as HOST:PORT, such as 10.0.0.1:29400.")
+    return host.removeprefix("[").removesuffix("]"), int(port)

@@ -98,10 +98,11 @@ class LeafRecord(_Record):
 
 
 class TokenCounts(_Record):
-    """Rows addressed by token (`tokens=`). matched: rows of this rank that met one of the other side. only_here: its
+    """Rows addressed by token (`tokens=`).
 
-    rows that the other side has not got; only_there: tokens of the other side that no rank of this one has, with their
-    first ones as `sequence:position..position`. kept_out: rows of this rank that the other side keeps out (`start=`).
+    matched: rows of this rank that were paired with a row of the other side. only_here: its rows that the other side
+    lacks; only_there: tokens of the other side that no rank of this one has, with their first ones as
+    `sequence:position..position`. kept_out: rows of this rank that the other side excludes (`start=`).
     """
 
     matched: int

@@ -248,8 +248,7 @@ class Session:
     # Tidying.
 
     def finished(self, members: tuple[tuple[int, ...], tuple[int, ...]], keys: list[str]) -> None:
-        """A point of these participants is over. That they all came to it proves that they are done with "
-        "the one before."""
+        """A point of these participants is over. All of them reached it, so they are done with the previous one."""
         done = self._deletable.pop(members, None)
         if done:
             self.housekeeping.delete_later(done)

@@ -16,9 +16,9 @@ from typer.main import get_command
 from typer.testing import CliRunner, Result
 
 from grafter.cli import _in_options, app
+from grafter.command_options import parse_master
 from grafter.errors import UsageError
 from grafter.running import launcher
-from grafter.running.master_address import parse_master
 
 REPOSITORY = Path(__file__).parents[1]
 PAGE = (REPOSITORY / "docs" / "cli.md").read_text()

@@ -226,7 +226,7 @@ def test_something_else_that_listens_is_no_store(monkeypatch: pytest.MonkeyPatch
     with socket.create_server(("127.0.0.1", 0)) as listener:
         (found,) = network.check_master("127.0.0.1", listener.getsockname()[1])
     assert found.level == "fault"
-    assert found.text.startswith("something listens there that is no store")
+    assert found.text.startswith("something listens there, but it is not a store")
 
 
 def test_a_store_that_cannot_be_hosted_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -305,7 +305,7 @@ def test_a_pipe_gets_whole_lines_and_a_terminal_wrapped_ones() -> None:
 
 def test_the_last_sentence_counts() -> None:
     """It says whether there is something to do."""
-    assert describe([ok("a", "b")]) == "All is well."
+    assert describe([ok("a", "b")]) == "No fault and no warning."
     assert describe([warning("a", "b", "c")]) == "No fault; 1 warning."
     assert describe([fault("a", "b", "c")] * 2).startswith("2 faults, 0 warnings")
     assert json.loads(as_json([fault("a", "b", "c")]))["fault"] is True

@@ -59,7 +59,7 @@ def test_jobs_that_start_alike_are_told_so() -> None:
 @pytest.mark.parametrize(
     ("check", "changes", "level", "word"),
     [
-        ("inputs", {"inputs": {"input_ids": tensor("j", dtype="int64")}}, "fault", "other values: input_ids"),
+        ("inputs", {"inputs": {"input_ids": tensor("j", dtype="int64")}}, "fault", "different values: input_ids"),
         ("inputs", {"inputs": {"input_ids": tensor("j", [4], "int64")}}, "warning", "int64[2] / int64[4]"),
         ("inputs", {"inputs": {"tokens": tensor("i")}}, "warning", "none has the same name"),
         ("inputs", {"inputs": {"input_ids": tensor("i"), "mask": tensor("m")}}, "ok", "only one side has mask"),
@@ -68,7 +68,7 @@ def test_jobs_that_start_alike_are_told_so() -> None:
         ("weights", {"weights": {"w": tensor("v", dtype="bfloat16", abs_mean=1.001)}}, "ok", "of another dtype"),
         ("weights", {"weights": {"w": tensor("v", dtype="bfloat16", abs_mean=2.0)}}, "fault", "another dtype"),
         ("weights", {"weights": {"w": tensor("v", [1])}}, "warning", "without their layouts"),
-        ("dropout", {"dropout": ["drop"], "training": True}, "fault", "one side alone: target: drop"),
+        ("dropout", {"dropout": ["drop"], "training": True}, "fault", "only one side: target: drop"),
         ("dropout", {"training": True}, "warning", "the target's model is in training mode"),
         ("random states", {"random_states": {"torch": "u", "python": "p"}}, "ok", "only sampling would show it"),
         ("random states", {"random_states": {"torch": "t", "python": "q"}}, "ok", "unless they are seeded"),
@@ -79,7 +79,7 @@ def test_jobs_that_start_alike_are_told_so() -> None:
             "differ at the first call",
         ),
         ("modes", {"modes": {"autocast": True, "threads": 1}}, "warning", "autocast: False / True"),
-        ("modes", {"modes": {"autocast": False, "threads": 8}}, "ok", "alike"),
+        ("modes", {"modes": {"autocast": False, "threads": 8}}, "ok", "the same"),
     ],
 )
 def test_what_is_not_alike_is_told(check: str, changes: dict[str, Any], level: str, word: str) -> None:
@@ -133,7 +133,7 @@ def test_a_random_state_that_nobody_seeded_says_nothing() -> None:
         ({"dropout": ["drop"], "random_states": {"torch": "u"}}, "Dropout is active in drop"),
         ({"random_states": {"torch": "u", "python": "p"}}, "differ at the first call (torch)"),
         ({"devices": ["cuda:0"]}, "use_deterministic_algorithms"),
-        ({}, "look there for time"),
+        ({}, "look for time"),
     ],
 )
 def test_the_hint_follows_what_was_seen(changes: dict[str, Any], word: str) -> None:
@@ -147,7 +147,7 @@ def test_an_observer_effect_is_only_claimed_of_a_program_that_repeats() -> None:
     """Changed, and repeatable both ways: a fault. Changed and not repeatable: no judgement."""
     seen = judge_observer("baseline", job(), job(), 12, None, True)
     assert seen.level == "ok"
-    assert "points came 12 times" in seen.text
+    assert "points were reached 12 times" in seen.text
     assert judge_observer("baseline", job(), job(outputs="x"), 12, None, True).level == "fault"
     assert judge_observer("baseline", job(), job(outputs="x"), 12, None, False).level == "warning"
     again = judge_observer("baseline", job(), job(outputs="x"), 12, "output out of call 1 differs", True)

@@ -101,7 +101,7 @@ def test_a_pair_is_examined_from_end_to_end(program: str, tmp_path: Path, monkey
     assert found["target: repeatable"][0]["level"] == "ok"
     assert found["target: observer effect"][0]["level"] == "fault"
     assert "weight head.weight of the first call differs" in found["target: observer effect"][0]["text"]
-    assert found["dropout"][0]["text"] == "active on one side alone: target: drop"
+    assert found["dropout"][0]["text"] == "active on only one side: target: drop"
     assert found["inputs"][0]["text"] == "equal at the first call: input_ids"
     assert "only in the target: extra.in.input, extra.out" in found["names"][0]["text"]
     assert "a filter never matched: compare: nam == 'x'" in found["filter"][0]["text"]
@@ -125,7 +125,7 @@ def test_a_program_that_is_not_deterministic_is_told_with_its_cause(program: str
     [
         ("{python} -c 1/0", "command: runs", "ZeroDivisionError"),
         ("{python} -I {program}", "command: command", "python -I"),
-        ("sh -c '{python} -E -c pass'", "command: reach", "no Python of it looks at PYTHONPATH"),
+        ("sh -c '{python} -E -c pass'", "command: reach", "all of its Pythons ignore PYTHONPATH"),
         ("{python} -c 'import torch'", "command: reach", "calls no torch model"),
     ],
 )

@@ -44,7 +44,7 @@ def test_the_designs_numbers_name_layer_2_without_a_floor() -> None:
     """Without a floor the other layers' median is enough."""
     verdict = judge(measurement(ALONE), measurement(ADDED))
     assert verdict.guilty == ("layer 2",)
-    assert "above the 1.3e-12 that the other points' median allows" in verdict.sentence
+    assert "above the limit of 1.3e-12 set by the other points" in verdict.sentence
 
 
 def test_without_the_fault_no_layer_is_named() -> None:
@@ -232,7 +232,7 @@ def test_a_point_that_the_floor_lacks_is_judged_against_the_others() -> None:
     verdict = judge(measurement(ALONE), added, floor, floor)
     assert verdict.guilty == ("layer 2",)
     assert verdict.points[3].judged_by == "others"
-    assert "the floor has no such point" in (verdict.points[3].note or "")
+    assert "the floor lacks this point" in (verdict.points[3].note or "")
 
 
 def test_no_points_is_not_a_clean_bill() -> None:

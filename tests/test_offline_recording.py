@@ -130,7 +130,7 @@ def test_a_rank_without_points_is_still_a_rank(recorder: Grafter, tmp_path: Path
     facts = tmp_path / "r" / "baseline" / "rank0.recording.json"
     two = {**json.loads(facts.read_text()), "role_world_size": 2}
     facts.write_text(json.dumps(two))
-    with pytest.raises(DumpError, match=r"has 2 ranks, and there is no rank1\.recording\.json"):
+    with pytest.raises(DumpError, match=r"has 2 ranks, but rank1\.recording\.json does not exist"):
         played(tmp_path)
     facts.with_name("rank1.recording.json").write_text(json.dumps({**two, "role_rank": 1}))
     ranks = played(tmp_path).ranks
@@ -156,7 +156,9 @@ def test_what_is_no_recording_is_told(tmp_path: Path) -> None:
     recorder.close()
     for directory in (tmp_path / "s", tmp_path / "s" / "baseline"):
         assert len(open_recording(directory, "baseline").ranks[0].points) == 1
-        with pytest.raises(DumpError, match="a recording of the baseline, and here one of the target is needed"):
+        with pytest.raises(
+            DumpError, match="a recording of the baseline, but a recording of the target is needed here"
+        ):
             open_recording(directory, "target")
     facts = tmp_path / "s" / "baseline" / "rank0.recording.json"
     content = json.loads(facts.read_text())
@@ -209,8 +211,8 @@ def part_with(directory: Path, **changes: Any) -> dict[str, Any]:
             {"extras": "{}", "extras_tensors": [{"path": "0", "shape": [1], "dtype": "int8", "device": "cpu"}]},
             "0 are in",
         ),
-        ({"participants": [[1, 2, 1]]}, "its participants are not of this job"),
-        ({"role_rank": 5}, "it is of another rank"),
+        ({"participants": [[1, 2, 1]]}, "its participants do not belong to this job"),
+        ({"role_rank": 5}, "it belongs to another rank"),
     ],
 )
 def test_a_header_that_does_not_fit_its_file_costs_its_point(
@@ -302,9 +304,13 @@ def test_a_peer_that_cannot_be_is_refused_on_every_rank(recorder: Grafter, tmp_p
     two_ranks = Place("target", 1, 2)
     for fields, place, reason in (
         ({"peer": str(tmp_path / "absent")}, two_ranks, "GRAFTER_PEER=.*there is no such directory"),
-        ({"key": "layer_id", "b2t_filter": "True"}, two_ranks, "recorded with GRAFTER_KEY=unset, and here it is layer"),
+        (
+            {"key": "layer_id", "b2t_filter": "True"},
+            two_ranks,
+            "the recording has GRAFTER_KEY=unset, and here it is layer",
+        ),
         ({}, two_ranks, "the target has 2 ranks, which must meet at one port: set GRAFTER_MASTER_PORT"),
-        ({"role": "baseline"}, Place("baseline", 0, 1), "here one of the target is needed"),
+        ({"role": "baseline"}, Place("baseline", 0, 1), "a recording of the target is needed here"),
     ):
         with pytest.raises(ConfigError, match=reason):
             start_peer(config(tmp_path, **{**peer, **fields}), place)

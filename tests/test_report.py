@@ -174,7 +174,7 @@ def test_both_environments_are_shown_fact_by_fact(tmp_path: Path) -> None:
     assert other.facts["torch"] == "2.13.0+cpu"
     assert set(data_of(render_page(make_page([run])))["own_facts"]) >= {"time", "run_id", "dumps", "GRAFTER_ROLE"}
     (run / "baseline" / "run.json").unlink()
-    assert "not here" in make_page([run]).environments[0].facts["run.json"]
+    assert "missing (the job ran" in make_page([run]).environments[0].facts["run.json"]
 
 
 @pytest.mark.parametrize(
@@ -246,7 +246,7 @@ def test_locates_page_without_the_grafted_run_says_so(tmp_path: Path) -> None:
     write_run(tmp_path / "alone", layers(ALONE))
     made = make_page([tmp_path])
     assert made.verdict is None
-    assert "`grafted` is not here" in problems(made)[0]
+    assert "`grafted` does not exist" in problems(made)[0]
     assert all(one.added is None for one in made.points)
 
 
@@ -268,10 +268,15 @@ def test_damaged_files_are_findings_and_the_rest_is_shown(tmp_path: Path) -> Non
     made = make_page([run])
     assert len(made.points) == 2 * LAYERS
     told = "\n".join(finding.text for finding in made.findings)
-    for what in ("line 1 is no record", "line 2 is no record", "line 3 is no record", "rank1.ledger.jsonl cannot be"):
+    for what in (
+        "line 1 is not a record",
+        "line 2 is not a record",
+        "line 3 is not a record",
+        "rank1.ledger.jsonl cannot be",
+    ):
         assert what in told
-    assert "target/run.json is no JSON" in told and "baseline/run.json is no JSON object" in told
-    assert "target/rank0.summary.json is no summary" in told and "no rank's name" in told
+    assert "target/run.json is not JSON" in told and "baseline/run.json is not a JSON object" in told
+    assert "target/rank0.summary.json is not a summary" in told and "does not have a rank's name" in told
     assert data_of(render_page(made))["columns"]
 
 

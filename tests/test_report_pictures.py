@@ -156,7 +156,7 @@ def test_a_page_has_no_more_pictures_than_it_can_hold(tmp_path: Path, monkeypatc
     monkeypatch.setattr(dumped_pictures, "MOST_BYTES", 100)
     made = make_page([run])
     assert [picture.order for picture in made.pictures] == [2]
-    assert made.pictures_note == "Drawn are the point that differs most, of 4 dumped in both jobs."
+    assert made.pictures_note == "The page draws the point that differs most, of 4 that both jobs dumped."
 
 
 def test_without_dumps_the_page_says_how_to_get_them(tmp_path: Path) -> None:
@@ -227,10 +227,10 @@ def test_damaged_lines_of_a_comparison_are_findings(tmp_path: Path) -> None:
     made = make_page([saved])
     assert len(made.points) == 2 and made.verdict is None
     told = [finding.text for finding in made.findings]
-    assert any("line 2 is no line of a comparison" in text for text in told)
-    assert any("broken off" in text for text in told)
+    assert any("line 2 is not a line of a comparison" in text for text in told)
+    assert any("interrupted" in text for text in told)
     (tmp_path / "no.txt").write_text("hello\n")
-    with pytest.raises(GrafterError, match="no line of it is of a comparison"):
+    with pytest.raises(GrafterError, match="no line of the file belongs to a comparison"):
         make_page([tmp_path / "no.txt"])
 
 

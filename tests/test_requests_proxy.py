@@ -138,7 +138,7 @@ def test_a_client_that_leaves_ends_the_servers_work(url: str, engine: Engine, tm
         assert engine.gone.wait(250)
     streamed, silent = lines_in(tmp_path)
     for line in (streamed, silent):
-        assert line["state"] == "unfinished" and "client left" in line["reason"]
+        assert line["state"] == "unfinished" and "client disconnected" in line["reason"]
     assert len(streamed["output"]["body"]) == 1
     assert silent["output"] is None
 
@@ -148,7 +148,7 @@ def test_an_answer_that_breaks_off_breaks_off_for_the_client(url: str, tmp_path:
     with proxied(url, tmp_path) as (proxy, _), pytest.raises(httpx.RemoteProtocolError):
         httpx.post(f"{proxy}/broken", json={})
     (line,) = lines_in(tmp_path)
-    assert line["state"] == "failed" and "broke off" in line["reason"]
+    assert line["state"] == "failed" and "ended early" in line["reason"]
     assert (line["output"]["status"], line["output"]["body"]) == (200, [1])
 
 

@@ -57,21 +57,21 @@ def recorded(**fields: Any) -> Recorded:
 @pytest.mark.parametrize(
     ("lines", "told"),
     [
-        ([], ":1: it is no header"),
-        (["{"], ":1: it is no header"),
-        (["[" * 100_000], ":1: it is no header"),
+        ([], ":1: its first line is not the header"),
+        (["{"], ":1: its first line is not the header"),
+        (["[" * 100_000], ":1: its first line is not the header"),
         ([{**HEADER, "format": "other"}], "of the format 'other'"),
         ([{**HEADER, "format_version": 2}], "Update grafter here"),
-        ([{**HEADER, "format_version": "1"}], ":1: it is no header"),
-        ([HEADER, "nonsense"], ":2: it is no JSON"),
-        ([HEADER, LINE, {**LINE, "index": -1}], ":3: it is no request: index"),
-        ([HEADER, LINE, {**LINE, "state": "odd"}], ":3: it is no request: state"),
+        ([{**HEADER, "format_version": "1"}], ":1: its first line is not the header"),
+        ([HEADER, "nonsense"], ":2: it is not JSON"),
+        ([HEADER, LINE, {**LINE, "index": -1}], ":3: it is not a request: index"),
+        ([HEADER, LINE, {**LINE, "state": "odd"}], ":3: it is not a request: state"),
         ([HEADER, {**LINE, "time": float("nan")}], ":2: its time is nan"),
         ([HEADER, {**LINE, "time": float("inf")}], ":2: its time is inf"),
         ([HEADER, '{"index": ' + "9" * 10_000 + "}"], ":2: it is no"),
         ([HEADER, "[" * 100_000], ":2: it is nested too deep"),
-        ([HEADER, "[]"], ":2: it is no request"),
-        ([HEADER, {**LINE, "request": None, "id": 5}], ":2: it is no request: id"),
+        ([HEADER, "[]"], ":2: it is not a request"),
+        ([HEADER, {**LINE, "request": None, "id": 5}], ":2: it is not a request: id"),
     ],
 )
 def test_what_is_no_recording_is_an_error_with_its_line(lines: list[Any], told: str, tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_files_that_are_none_are_refused(tmp_path: Path, monkeypatch: pytest.Mon
     empty.write_text("")
     with pytest.raises(DumpError, match="it is empty"):
         Recording(empty)
-    with pytest.raises(DumpError, match=":2: it breaks off"):
+    with pytest.raises(DumpError, match=":2: it is incomplete"):
         Recording(write(tmp_path, HEADER, LINE, end="", name="half.jsonl"))
     monkeypatch.setattr(reading, "LONGEST_LINE", 200)
     with pytest.raises(DumpError, match=":2: it is longer than 200 bytes"):
@@ -134,7 +134,7 @@ def test_requests_of_several_files_come_in_the_order_of_their_times(tmp_path: Pa
 def test_tensors_are_read_from_beside_the_lines_alone(tmp_path: Path) -> None:
     path = write(tmp_path, HEADER, {**LINE, "tensor_file": "../secret.safetensors"})
     recording = Recording(path)
-    with pytest.raises(DumpError, match="no file of tensors beside"):
+    with pytest.raises(DumpError, match="does not name a file of tensors"):
         recording.tensor(recording.read(recording.places[0]), "request", 0)
 
 

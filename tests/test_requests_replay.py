@@ -23,7 +23,7 @@ from typer.testing import CliRunner, Result
 
 from grafter.cli import app
 from grafter.command_options import progress_bar
-from grafter.requests import extra
+from grafter.requests import commands
 from grafter.requests.judgement import Outcome
 from grafter.requests.reading import Recording
 from grafter.requests.recorder import RequestRecorder
@@ -237,7 +237,7 @@ def test_a_server_that_dies_is_an_outcome_of_each_request(recorded: Path, tmp_pa
         broken = (tmp_path / "requests-x.jsonl").read_text().replace('"/any"', '"/broken"')
         (tmp_path / "requests-x.jsonl").write_text(broken)
         (outcome,) = replayed(tmp_path, [url])
-    assert outcome.verdict == "failed" and "broke off after" in outcome.reasons[0] and outcome.statuses == [200]
+    assert outcome.verdict == "failed" and "ended early, after" in outcome.reasons[0] and outcome.statuses == [200]
 
 
 def test_a_recording_that_was_replayed_through_the_proxy_is_the_same_again(recorded: Path, tmp_path: Path) -> None:
@@ -300,7 +300,7 @@ def test_wrong_usage_is_told(arguments: tuple[str, ...], told: str, tmp_path: Pa
 
 @pytest.mark.parametrize("command", ["record", "replay"])
 def test_a_missing_extra_says_what_to_install(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(extra, "find_spec", lambda name: None if name == "uvicorn" else object())
+    monkeypatch.setattr(commands, "find_spec", lambda name: None if name == "uvicorn" else object())
     arguments = {"record": ("--upstream", "http://x", "--port", 0), "replay": (".", "--to", "http://x")}[command]
     done = grafter(command, *arguments)
     assert done.exit_code == 2

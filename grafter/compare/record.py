@@ -145,9 +145,9 @@ class LeafRecord(_Record):
 
 
 class TokenRecord(_Record):
-    """Rows paired by (sequence, position): how many, and how many tokens only one side has. again: of those paired, how
+    """Rows paired by (sequence, position): how many, and how many tokens only one side has.
 
-    many are a further time of a token that comes again on one side (a server computed it anew).
+    again: how many of the paired rows repeat a token that one side has more than once (a server computed it again).
     """
 
     paired: int

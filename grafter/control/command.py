@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from grafter.command_options import GROUP, ExcludeOption
+from grafter.command_options import GROUP, ExcludeOption, parse_master
 from grafter.errors import ConfigError, GrafterError, JoinError, UsageError
-from grafter.running.master_address import parse_master
 
 if TYPE_CHECKING:
     from grafter.control.change import ControlField

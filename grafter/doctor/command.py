@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from grafter.command_options import SetOption
+from grafter.command_options import SetOption, parse_master
 from grafter.errors import GrafterError, UsageError
 from grafter.running.job_environment import merge_settings
-from grafter.running.master_address import parse_master
 
 if TYPE_CHECKING:
     from grafter.doctor.finding import Finding
@@ -31,7 +30,8 @@ _Attach = Annotated[list[str] | None, typer.Option(metavar="PATTERN", help="As i
 _Plan = Annotated[Path | None, typer.Option(metavar="FILE", help="A plan file (YAML), as in grafter run.")]
 _Out = Annotated[Path | None, typer.Option(metavar="DIR", help="For ledgers. Default: doctor-<time> in grafter_out.")]
 _Master = Annotated[
-    str | None, typer.Option(metavar="HOST:PORT", help="Is the store that another machine hosts reached from here?")
+    str | None,
+    typer.Option(metavar="HOST:PORT", help="Check whether the store that another machine hosts can be reached."),
 ]
 _Json = Annotated[bool, typer.Option("--json", help="Print the findings as JSON and nothing else.")]
 
@@ -50,9 +50,9 @@ def doctor_command(
     master: _Master = None,
     as_json: _Json = False,
 ) -> None:
-    """Is this machine able to graft, and is this pair of commands?
+    """Check whether this machine and this pair of commands work with grafter.
 
-    Alone it looks at the machine. With --baseline and --target (or one of them) it also runs the commands, five to
+    Alone it checks the machine. With --baseline and --target (or one of them) it also runs the commands, five to
     seven times as pairs: without grafter, armed, each against itself, and one against the other.
 
     \b
@@ -62,7 +62,7 @@ def doctor_command(
 
     Exit code: 0 no fault; 1 a fault; 2 wrong usage; 130 Ctrl-C.
     """
-    # Slow to import (pydantic, rich), and every command of the program imports this file.
+    # These imports are slow (pydantic, rich), and every command of the program imports this file.
     from grafter.doctor.finding import has_fault
     from grafter.doctor.page import Page
     from grafter.doctor.page import as_json as findings_as_json
@@ -102,8 +102,10 @@ def _look(
     findings: list[Finding],
     page: Page,
 ) -> None:
-    """At the machine, and, where that has no fault, at the commands. What is found is shown, and added to `findings`:
-    also where it is interrupted."""
+    """Check the machine and, if it has no fault, the commands.
+
+    Findings are shown and added to `findings` as they are made, so that an interruption loses none.
+    """
     from grafter.doctor.finding import has_fault
     from grafter.doctor.machine import check_machine
 
@@ -115,7 +117,7 @@ def _look(
     if commands and not has_fault(findings):
         _examine(commands, settings, out or place / time.strftime("doctor-%Y%m%d-%H%M%S"), findings, page)
     elif commands:
-        page.heading("the commands were not run: clear the faults above first.")
+        page.heading("the commands were not run: remove the faults above first.")
 
 
 def _examine(

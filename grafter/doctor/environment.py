@@ -1,4 +1,4 @@
-"""Variables: settings that are misspelt or illegal, and what a launcher around this shell has left."""
+"""Checks variables: settings that are misspelt or illegal, and variables that an outer launcher has left."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def check_environment(environ: Mapping[str, str]) -> Iterator[Finding]:
 
 
 def check_settings(environ: Mapping[str, str]) -> Finding:
-    """As a rank would read them; what only a run can say (a role, a port) may be missing."""
+    """Read the settings as a rank would; those that only a run sets (a role, a port) may be missing."""
     from grafter.settings.config import GrafterConfig
 
     names = sorted(name for name in environ if name.startswith((PREFIX, OLD_PREFIX)) and environ[name].strip())
@@ -36,6 +36,6 @@ def check_left_over(environ: Mapping[str, str]) -> Finding:
     kept = job_environment(environ, "target", {}, master=("127.0.0.1", 1), directory=None, run_name=None)
     left = sorted(name for name in environ if name not in kept and not name.startswith((PREFIX, OLD_PREFIX)))
     if left:
-        text = f"this shell runs inside of another launcher's job: {listed(left)} are set"
-        return warning("launcher variables", text, "`grafter run` takes them away; started by hand, unset them.")
-    return ok("launcher variables", "none (RANK, WORLD_SIZE, MASTER_* and their like)")
+        text = f"this shell runs inside another launcher's job: {listed(left)} are set"
+        return warning("launcher variables", text, "`grafter run` removes them; if you start jobs by hand, unset them.")
+    return ok("launcher variables", "none (RANK, WORLD_SIZE, MASTER_* and similar)")

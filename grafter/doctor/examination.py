@@ -1,9 +1,9 @@
-"""The user's commands, examined: trials in order, and what follows from each.
+"""Examines the user's commands: trials in order, and what follows from each.
 
-without     both, grafting off: do they run at all; do they start alike
+without     both, grafting off: do they run at all; do they start from the same state
 armed       both, hooks placed and no filter that matches: observer effect, names
 repeat      each against itself, all points compared: is it deterministic
-self-graft  each against itself, all points grafted b2t: is that no change
+self-graft  each against itself, all points grafted b2t: does that change nothing
 pair        both, with the user's filters, or all points compared
 """
 
@@ -27,8 +27,11 @@ ROLES = ("baseline", "target")
 
 
 class Examination:
-    """`commands` by role, one or both, as text or words. `filters` by field, those that the user gave; `settings` all
-    others. `tell` is told what runs now. The constructor raises ConfigError or UsageError, before anything is started.
+    """The examination of one or two commands.
+
+    `commands` by role, one or both, as text or words. `filters` by field, those that the user gave; `settings` all
+    other settings. `tell` is called with the title of each run. The constructor raises ConfigError or UsageError,
+    before anything is started.
     """
 
     def __init__(
@@ -52,7 +55,7 @@ class Examination:
         self._runs = 0
 
     def findings(self) -> Iterator[Finding]:
-        """Each as soon as it is known. Raises Interrupted."""
+        """The findings, each as soon as it is known. Raises Interrupted."""
         defeated = list(self._judge_commands())
         yield from defeated
         if defeated:
@@ -77,13 +80,13 @@ class Examination:
     # Before anything runs.
 
     def _read_settings(self, settings: Mapping[str, str]) -> tuple[str | None, bool]:
-        """(pattern of --attach, whether there is a filter), wherever they stand."""
+        """(pattern of --attach, whether there is a filter), wherever they are set."""
         from grafter.settings.config import GrafterConfig
 
         environment = job_environment(
             os.environ, "target", settings, master=("127.0.0.1", 1), directory=None, run_name=None
         )
-        # Off, since a filter may be missing here.
+        # With grafting off, because a filter may be missing here.
         config = GrafterConfig.from_environment({**environment, "GRAFTER_ENABLE": "0"})
         return config.attach, bool(config.filters)
 
@@ -92,7 +95,7 @@ class Examination:
         return self._baseline != self._target
 
     def _find_subjects(self) -> dict[str, str]:
-        """What a command is called in findings -> the role that it has in the runs of both."""
+        """The name of each command in findings -> the role that it has in the runs of both."""
         if self._is_pair:
             return {role: role for role in ROLES}
         return {"command" if len(self._commands) == 1 else "both": "baseline"}
@@ -102,7 +105,7 @@ class Examination:
             defeat = what_defeats_attach(self._command(role))
             if defeat is not None:
                 text = f"--attach cannot reach it: its command has {defeat}"
-                yield fault(f"{subject}: command", text, "Take it out, or call grafter.attach(model) in the program.")
+                yield fault(f"{subject}: command", text, "Remove it, or call grafter.attach(model) in the program.")
 
     # The runs.
 
@@ -128,7 +131,7 @@ class Examination:
         return self._laboratory.run("pair", self._baseline, self._target, filters)
 
     def _examine_alone(self, subject: str, role: str, without: Trial, armed: Trial) -> Iterator[Finding]:
-        """One command by itself: against itself, and with and without grafter."""
+        """Examine one command alone: against itself, and with and without grafter."""
         command = self._command(role)
         self._announce(f"the {subject} against itself, all points compared")
         repeated = self._laboratory.run(f"{subject}-repeat", command, command, {"compare_filter": EVERY_POINT})
@@ -136,7 +139,7 @@ class Examination:
         yield finding
         again = None
         if repeatable and observed_change(without.notes[role], armed.notes[role]) is not None:
-            # One more run tells an observer effect from a program that is not deterministic by itself.
+            # One more run distinguishes an observer effect from a program that is not deterministic.
             self._announce(f"the {subject} without grafter, twice")
             alone = self._laboratory.run_without(f"{subject}-without", command, command)
             again = first_change(alone.notes["baseline"], alone.notes["target"])
@@ -157,7 +160,7 @@ class Examination:
             if role in without.result.ended_roles:
                 continue
             if code != 0:
-                text = f"it fails by itself, without grafter: {first_line(without.how_ended(role), 600)}"
+                text = f"it fails without grafter: {first_line(without.how_ended(role), 600)}"
                 yield fault(check, text, "Repair the command first; start it by hand to see all of its output.")
                 continue
             ranks = len(without.notes[role].processes)
@@ -165,7 +168,7 @@ class Examination:
             yield ok(check, f"it runs to its end without grafter; {seen}")
 
     def _judge_reach(self, without: Trial, armed: Trial) -> Iterator[Finding]:
-        """Faults where grafter did not come to points in both."""
+        """Faults if grafter did not reach points in both commands."""
         silent = [(subject, role) for subject, role in self._subjects.items() if not armed.notes[role].uses_grafter]
         for subject, role in silent:
             yield self._why_not_reached(subject, role, without)
@@ -179,9 +182,9 @@ class Examination:
         names = names_by_role(armed.summaries)
         for subject, role in self._subjects.items():
             if not names[role]:
-                text = "grafter is on, and no point came"
+                text = "grafter is on, but no point was reached"
                 advice = (
-                    "Give another --attach PATTERN, such as '*': it fits no module that is called."
+                    "Give another --attach PATTERN, such as '*': it matches no module that is called."
                     if self._attach
                     else _CALL
                 )
@@ -190,17 +193,17 @@ class Examination:
     def _why_not_reached(self, subject: str, role: str, without: Trial) -> Finding:
         notes = without.notes[role]
         if not notes.pythons:
-            text = "no Python of it looks at PYTHONPATH (python -I, -E or -S; a script that sets it)"
-            advice = "Take that out, or call grafter.attach(model) in the program."
+            text = "all of its Pythons ignore PYTHONPATH (python -I, -E or -S; a script that sets it)"
+            advice = "Remove that, or call grafter.attach(model) in the program."
         elif self._attach is None:
             text, advice = "the program never calls grafter", _CALL
         elif not notes.processes:
             text, advice = (
                 "it calls no torch model that has parameters",
-                "Call grafter.dump in it where tensors are made.",
+                "Call grafter.dump in it where tensors are computed.",
             )
         else:
-            text, advice = "--attach came to nothing in it", "See what it prints under `grafter run --attach ...`."
+            text, advice = "--attach had no effect in it", "Check what it prints under `grafter run --attach ...`."
         return fault(f"{subject}: reach", text, advice)
 
 

@@ -1,4 +1,4 @@
-"""Findings: what one check says, in one line, and what a person should do about it."""
+"""The result of one check: one line, and what the user should do about it."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ Level = Literal["ok", "warning", "fault"]
 
 @dataclass(frozen=True)
 class Finding:
-    """`check` says what was looked at, `text` what was found, `advice` what to do; ok needs no advice.
+    """`check` names what was checked, `text` says what was found, `advice` what to do; an ok needs no advice.
 
-    A fault keeps grafter from working, or makes its numbers mean something else than a reader would think.
+    A fault means that grafter does not work, or that its numbers do not mean what they seem to mean.
     """
 
     level: Level
@@ -52,6 +52,6 @@ def listed(names: Iterable[str], limit: int = 4) -> str:
 
 
 def first_line(error: object, limit: int = 200) -> str:
-    """The first line of an error's text; its class where it has none."""
+    """The first line of an error's text; its class if it has no text."""
     text = str(error).strip().split("\n", 1)[0][:limit]
     return text or type(error).__name__

@@ -1,4 +1,4 @@
-"""Do both commands start alike? From what the witnesses saw at the first call of a model, before anything differed."""
+"""Checks whether both commands start from the same state, from what the witnesses saw at the first call of a model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from grafter.doctor.finding import Finding, fault, listed, ok, warning
 from grafter.doctor.notes import JobNotes, Tensors
 
-# What a weight rounded to a narrower dtype may be off by, on average.
+# The average error that rounding a weight to a narrower dtype may cause.
 _ROUNDED = 1e-2
 _SAME_WEIGHTS = "Load the same checkpoint in both, or graft them: grafter.dump_model(model) with b2t."
 _HARMLESS_MODES = frozenset({"threads"})
@@ -18,7 +18,7 @@ def judge_likeness(baseline: JobNotes, target: JobNotes) -> Iterator[Finding]:
     one, other = baseline.first_process, target.first_process
     if one is None or other is None:
         who = " and ".join(role for role, process in (("baseline", one), ("target", other)) if process is None)
-        text = f"no call of a torch model was seen in the {who}, so how it starts is not known"
+        text = f"no call of a torch model was seen in the {who}, so its initial state is unknown"
         yield warning("start", text, "Put grafter.dump on its input ids, positions and weights, and compare those.")
         return
     yield judge_inputs(one.first["inputs"], other.first["inputs"])
@@ -29,17 +29,21 @@ def judge_likeness(baseline: JobNotes, target: JobNotes) -> Iterator[Finding]:
 
 
 def judge_inputs(one: Tensors, other: Tensors) -> Finding:
-    """Of the first call of the outermost model. What only one side has may be made inside of the other's model."""
+    """Judge the inputs of the outermost model's first call. An input of only one side may be computed inside the
+    other's model.
+    """
     check = "inputs"
     equal, different, reshaped = _sorted_out(one, other)
     if different:
-        text = f"the first call is given other values: {listed(different)}"
-        return fault(check, text, "Feed both the same tokens and positions first: nothing after this means anything.")
+        text = f"the first call gets different values: {listed(different)}"
+        return fault(
+            check, text, "Feed both the same tokens and positions first: until then, no later result means anything."
+        )
     single = sorted(one.keys() ^ other.keys())
     if reshaped:
         shapes = ", ".join(f"{name} {_what(one[name])} / {_what(other[name])}" for name in reshaped[:3])
         return warning(
-            check, f"of another shape or dtype: {shapes}", "See that they mean the same; declare dims= there."
+            check, f"of another shape or dtype: {shapes}", "Check that they mean the same, and declare dims= there."
         )
     if not equal:
         text = f"none has the same name: baseline {listed(one) or 'none'}; target {listed(other) or 'none'}"
@@ -49,7 +53,7 @@ def judge_inputs(one: Tensors, other: Tensors) -> Finding:
 
 
 def judge_weights(one: Tensors, other: Tensors) -> Finding:
-    """By name. A weight of another dtype is alike if its mean size is."""
+    """Judge weights by name. For a weight in another dtype, the mean absolute value is compared."""
     check = "weights"
     equal, different, reshaped = _sorted_out(one, other)
     both = len(equal) + len(different) + len(reshaped)
@@ -63,13 +67,13 @@ def judge_weights(one: Tensors, other: Tensors) -> Finding:
     whole = [name for name in reshaped if one[name]["shape"] == other[name]["shape"]]
     off = [name for name in whole if not _alike(one[name], other[name])]
     if off:
-        text = f"{len(off)} of {both} have other values in another dtype, first {off[0]}"
+        text = f"{len(off)} of {both} have different values in another dtype, first {off[0]}"
         return fault(check, text, _SAME_WEIGHTS)
     single = len(one.keys() ^ other.keys())
     rest = [f"{len(reshaped)} are sharded or of another dtype"] if reshaped else []
     rest += [f"{single} have a name that only one side has"] if single else []
     if not equal and not whole:
-        text = f"all {both} have other shapes on the two sides, so they cannot be compared without their layouts"
+        text = f"all {both} have different shapes on the two sides, so they cannot be compared without their layouts"
         return warning(check, text, "Compare them with grafter.dump_model and dims= (docs/layouts.md).")
     return ok(check, "; ".join([f"{len(equal)} equal to the last bit", *rest]))
 
@@ -79,13 +83,17 @@ def judge_dropout(one: dict[str, Any], other: dict[str, Any]) -> Finding:
     active = {role: first["dropout"] for role, first in (("baseline", one), ("target", other)) if first["dropout"]}
     where = "; ".join(f"{role}: {listed(names, 3)}" for role, names in active.items())
     if len(active) == 1:
-        return fault(check, f"active on one side alone: {where}", "Call model.eval() there, or train both alike.")
+        return fault(
+            check, f"active on only one side: {where}", "Call model.eval() there, or use training mode in both."
+        )
     if active:
-        return warning(check, f"active on both sides: {where}", "Set its probability to 0: what it drops will differ.")
+        return warning(
+            check, f"active on both sides: {where}", "Set its probability to 0: the two jobs drop different values."
+        )
     if one["training"] != other["training"]:
         role = "baseline" if one["training"] else "target"
         text = f"none is active, but the {role}'s model is in training mode and the other's is not"
-        return warning(check, text, "Call model.eval() or model.train() in both: batch norms and others ask for it.")
+        return warning(check, text, "Call model.eval() or model.train() in both: batch norms and others depend on it.")
     return ok(check, f"none is active; both models are in {'training' if one['training'] else 'evaluation'} mode")
 
 
@@ -97,11 +105,12 @@ def judge_random_states(one: dict[str, Any], other: dict[str, Any]) -> Finding:
     if not different:
         return ok(check, f"equal at the first call: {', '.join(common)}")
     text = f"they differ at the first call: {', '.join(different)}"
-    # torch starts from one seed in every process, Python and numpy from chance: unseeded they always differ.
+    # torch starts from the same seed in every process, Python and numpy from a random one: unseeded, they always
+    # differ.
     drawn = [kind for kind in different if kind in ("torch", "cuda")]
     if drawn and (one["dropout"] or other["dropout"]):
         return warning(check, text, "Seed both just before the first step: torch.manual_seed(0).")
-    rest = "no dropout is active, so only sampling would show it" if drawn else "as they do unless they are seeded"
+    rest = "no dropout is active, so only sampling would show it" if drawn else "which is normal unless they are seeded"
     return ok(check, f"{text}; {rest}")
 
 
@@ -114,8 +123,8 @@ def judge_modes(one: dict[str, Any], other: dict[str, Any]) -> Finding:
     ]
     if different:
         text = "; ".join(different)
-        return warning(check, text, "If the two are meant to agree to the last digits, set these alike.")
-    return ok(check, f"alike: {', '.join(mode for mode in one if mode not in _HARMLESS_MODES)}")
+        return warning(check, text, "If the two should agree to the last digits, set these to the same values.")
+    return ok(check, f"the same: {', '.join(mode for mode in one if mode not in _HARMLESS_MODES)}")
 
 
 def _sorted_out(one: Tensors, other: Tensors) -> tuple[list[str], list[str], list[str]]:
@@ -135,7 +144,7 @@ def _sorted_out(one: Tensors, other: Tensors) -> tuple[list[str], list[str], lis
 
 
 def _narrower(one: str, other: str) -> bool:
-    """Whether two dtypes round differently; whole numbers count by value."""
+    """Whether two dtypes round differently. Integers are compared by value."""
     return one != other and any("float" in dtype or "complex" in dtype for dtype in (one, other))
 
 

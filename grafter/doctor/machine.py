@@ -1,4 +1,4 @@
-"""Whether this machine is able to graft: one check after the other, none of which can end the others."""
+"""Checks this machine, one check after the other; none of them can end the others."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ from grafter.doctor.finding import Finding, fault, first_line
 
 
 def check_machine(out: Path, master: tuple[str, int] | None = None) -> Iterator[Finding]:
-    """All findings, each as soon as it is known. `out`: where ledgers are to go. `master`: another machine's store."""
+    """All findings, each as soon as it is known. `out`: the directory for ledgers. `master`: another
+    machine's store.
+    """
     from grafter.doctor.software import check_python, check_torch
 
     torch_finding = check_torch()
     if torch_finding.level == "fault":
         import sys
 
-        # All that follows needs it.
+        # Everything that follows needs it.
         yield check_python(sys.version_info[:3])
         yield torch_finding
         return
@@ -35,9 +37,9 @@ def check_machine(out: Path, master: tuple[str, int] | None = None) -> Iterator[
 
 
 def _guarded(subject: str, checks: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
-    """A doctor that falls over helps nobody: what a check did not foresee is a finding, too."""
+    """Turn an unforeseen error of a check into a finding, so that the other checks still run."""
     try:
         yield from checks()
     except Exception as error:
-        text = f"a check failed by itself: {type(error).__name__}: {first_line(error)}"
-        yield fault(subject, text, "This is a fault of `grafter doctor`, or of a machine that it does not know.")
+        text = f"a check failed: {type(error).__name__}: {first_line(error)}"
+        yield fault(subject, text, "This is a fault of `grafter doctor`, or a kind of machine that it does not know.")

@@ -1,4 +1,4 @@
-"""The store and a gloo group on loopback, really made; and whether the store of another machine is reached."""
+"""Checks the store and a gloo group on loopback by making them, and whether another machine's store can be reached."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Value = TypeVar("Value")
 
 
 def check_network(master: tuple[str, int] | None) -> Iterator[Finding]:
-    """`master`: where another machine hosts the store."""
+    """The findings about the network. `master`: where another machine hosts the store."""
     yield check_store()
     yield check_gloo()
     yield check_own_name(socket.gethostname())
@@ -33,7 +33,7 @@ def check_network(master: tuple[str, int] | None) -> Iterator[Finding]:
 
 
 def within(seconds: float, function: Callable[[], Value]) -> Value:
-    """What the function gives or raises; TimeoutError if it takes longer, and then it is left behind on its thread."""
+    """What the function returns or raises. TimeoutError if it takes longer; it then continues on its thread."""
     outcome: queue.Queue[tuple[Value | None, BaseException | None]] = queue.Queue()
 
     def call() -> None:
@@ -53,14 +53,14 @@ def within(seconds: float, function: Callable[[], Value]) -> Value:
 
 
 def check_store() -> Finding:
-    """Hosts a store on loopback, as `grafter run` does, and reaches it as a rank does."""
+    """Host a store on loopback, as `grafter run` does, and connect to it as a rank does."""
     try:
         seconds = within(_PATIENCE_SECONDS, _try_store)
     except (OSError, RuntimeError) as error:
         return fault(
             "store",
             f"it cannot be hosted and reached on 127.0.0.1: {first_line(error)}",
-            "Look at this host's firewall.",
+            "Check this host's firewall.",
         )
     return ok("store", f"hosted and reached on 127.0.0.1; a round trip takes {seconds * 1e6:.0f} us")
 
@@ -72,7 +72,7 @@ def _try_store() -> float:
     client = connect("127.0.0.1", server.port, timeout=_CONNECT_SECONDS, keep_trying=lambda: True)
     server.set("doctor", "said")
     if client.get("doctor") != b"said":
-        raise RuntimeError("what was put in did not come out")
+        raise RuntimeError("a stored value was not returned")
     start = time.perf_counter()
     for _ in range(_ROUND_TRIPS):
         client.get("doctor")
@@ -80,12 +80,12 @@ def _try_store() -> float:
 
 
 def check_gloo() -> Finding:
-    """Two ranks, on threads of this process, and a message between them."""
+    """Make two ranks, on threads of this process, and send a message between them."""
     try:
         within(_PATIENCE_SECONDS, _try_gloo)
     except (OSError, RuntimeError) as error:
         text = f"no group can be made on 127.0.0.1: {first_line(error)}"
-        return fault("gloo", text, "See that torch is built with gloo, and that loopback is up (ip addr show lo).")
+        return fault("gloo", text, "Check that torch is built with gloo, and that loopback is up (ip addr show lo).")
     return ok("gloo", "a group of two ranks was made on 127.0.0.1, and a message went through")
 
 
@@ -101,7 +101,7 @@ def _try_gloo() -> None:
 
     def rank(number: int) -> None:
         client: TCPStore = connect("127.0.0.1", port, timeout=_CONNECT_SECONDS, keep_trying=lambda: True)
-        # torch's stubs leave out most of what a backend has.
+        # torch's stubs omit most of a backend's methods.
         options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         options._devices = [ProcessGroupGloo.create_device(hostname="127.0.0.1")]
         options._timeout = timedelta(seconds=_CONNECT_SECONDS)
@@ -114,11 +114,13 @@ def _try_gloo() -> None:
     rank(1)
     other.join(_CONNECT_SECONDS)
     if not torch.equal(sent, came):
-        raise RuntimeError("what came is not what was sent")
+        raise RuntimeError("the received message differs from the sent one")
 
 
 def check_own_name(name: str) -> Finding:
-    """torch looks up this machine's name here and there; where that is slow, jobs stall for no visible reason."""
+    """Look up this machine's name. torch does so in several places, and if it is slow, jobs stall for no visible
+    reason.
+    """
     start = time.monotonic()
     try:
         addresses = {entry[4][0] for entry in within(_CONNECT_SECONDS, lambda: socket.getaddrinfo(name, None))}
@@ -134,13 +136,17 @@ def check_own_name(name: str) -> Finding:
 
 
 def check_master(host: str, port: int) -> Iterator[Finding]:
-    """Looked up, connected to, and asked for a word, each by itself, so that the first that fails is told."""
+    """Look up the name, connect, and query the store, each as a separate step, so that the finding names the one that
+    fails.
+    """
     check = f"store at {host}:{port}"
     start = time.monotonic()
     try:
         entries = within(_CONNECT_SECONDS, lambda: socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
     except (OSError, UnicodeError) as error:
-        yield fault(check, f"{host} has no address: {first_line(error)}", "Give its number, or see to this host's DNS.")
+        yield fault(
+            check, f"{host} has no address: {first_line(error)}", "Give its IP address, or repair this host's DNS."
+        )
         return
     looked_up = time.monotonic() - start
     start = time.monotonic()
@@ -154,14 +160,14 @@ def check_master(host: str, port: int) -> Iterator[Finding]:
     try:
         within(_CONNECT_SECONDS, lambda: _ask_store(host, port))
     except (OSError, RuntimeError) as error:
-        text = f"something listens there that is no store: {first_line(error)}"
-        yield fault(check, text, "See which port the other side printed (`hosts the store; ...`), and give that one.")
+        text = f"something listens there, but it is not a store: {first_line(error)}"
+        yield fault(check, text, "Check which port the other side printed (`hosts the store; ...`), and give that one.")
         return
     text = (
         f"{entries[0][4][0]}, looked up in {looked_up * 1e3:.0f} ms, connected in {connected * 1e3:.1f} ms, from {own}"
     )
     if looked_up > _SLOW_LOOKUP_SECONDS:
-        yield warning(check, text, "Looking it up is slow: give its number, or put the name into /etc/hosts.")
+        yield warning(check, text, "Looking it up is slow: give its IP address, or put the name into /etc/hosts.")
     else:
         yield ok(check, text)
 
@@ -183,4 +189,4 @@ def _why_not_reached(error: OSError, port: int) -> str:
         )
     if isinstance(error, TimeoutError):
         return f"A firewall may drop it: let port {port} through, or choose one that is let through."
-    return "See that the machine is up and that a route leads there (ping, ip route get)."
+    return "Check that the machine is up and that a route leads there (ping, ip route get)."

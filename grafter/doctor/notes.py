@@ -1,4 +1,4 @@
-"""The notes of the witnesses of one run, read, and compared to the last bit."""
+"""Reads the notes of the witnesses of one run, and compares them to the last bit."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-# Of each tensor by its path: shape, dtype, digest; of weights the mean of their absolute values, too.
+# For each tensor by its path: shape, dtype, digest; for weights also the mean of their absolute values.
 Tensors = dict[str, dict[str, Any]]
 
 
 @dataclass
 class ProcessNotes:
-    """One process that called a model. `first` is its first call; `outputs` by call; `end` None: it did not say."""
+    """One process that called a model. `first` is its first call; `outputs` by call; `end` None: it recorded no end."""
 
     first: dict[str, Any]
     outputs: dict[int, Tensors] = field(default_factory=dict)
@@ -28,8 +28,9 @@ class ProcessNotes:
 
 @dataclass
 class JobNotes:
-    """One job: how many Pythons looked at our path, whether one of them used grafter, and those that called a model,
-    by rank."""
+    """One job: how many Pythons loaded the witness, whether one of them used grafter, and those that called a model, by
+    rank.
+    """
 
     pythons: int = 0
     uses_grafter: bool = False
@@ -41,7 +42,7 @@ class JobNotes:
 
 
 def read_notes(directory: Path) -> dict[str, JobNotes]:
-    """By role. A line that a killed process did not finish is left out."""
+    """The notes by role. A line that a killed process did not finish is ignored."""
     jobs = {"baseline": JobNotes(), "target": JobNotes()}
     for path in sorted(directory.glob("*.jsonl")):
         job = jobs.get(path.name.split("-")[0])
@@ -82,7 +83,7 @@ def _read_process(lines: Sequence[dict[str, Any]]) -> ProcessNotes | None:
 
 
 def first_change(one: JobNotes, other: JobNotes) -> str | None:
-    """What two runs of one command did not do alike, the earliest first; None where they agree to the last bit."""
+    """The earliest difference between two runs of one command; None if they agree to the last bit."""
     if len(one.processes) != len(other.processes):
         return f"{len(one.processes)} processes called a model in one run, {len(other.processes)} in the other"
     for a, b in zip(one.processes, other.processes, strict=True):
@@ -108,7 +109,7 @@ def _change(a: ProcessNotes, b: ProcessNotes) -> str | None:
         if name is not None:
             return f"weight {name} at the end differs"
         for kind in a.first["random_states"]:
-            # One that nobody seeded differs from the start, and says nothing.
+            # A random state that was never seeded differs from the start, and shows nothing.
             before, after = (
                 [p[when]["random_states"].get(kind) for p in (vars(a), vars(b))] for when in ("first", "end")
             )
@@ -122,7 +123,7 @@ def _calls(process: ProcessNotes) -> int:
 
 
 def first_different(one: Tensors, other: Tensors) -> str | None:
-    """The first tensor that only one has, or that is not the same to the last bit; unreadable ones are passed over."""
+    """The first tensor that only one side has, or that is not equal to the last bit. Unreadable ones are skipped."""
     for name in [*one, *(name for name in other if name not in one)]:
         if name not in one or name not in other:
             return name
@@ -133,7 +134,7 @@ def first_different(one: Tensors, other: Tensors) -> str | None:
 
 
 def what_was_seen(job: JobNotes) -> str:
-    """What an agreement rests on: `3 calls, 12 weights at the end, random states`."""
+    """The facts behind an agreement: `3 calls, 12 weights at the end, random states`."""
     calls = sum(len(process.outputs) for process in job.processes)
     seen = [f"{calls} model call{'s' * (calls != 1)}"]
     ends: list[Mapping[str, Any]] = [process.end for process in job.processes if process.end is not None]

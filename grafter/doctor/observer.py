@@ -1,4 +1,6 @@
-"""Observer effect: the command with grafter off, against the same one armed with hooks and no filter that matches."""
+"""Observer effect: compares the command with grafter off and the same command armed, with hooks and no
+matching filter.
+"""
 
 from __future__ import annotations
 
@@ -7,23 +9,28 @@ from grafter.doctor.notes import JobNotes, first_change, what_was_seen
 
 
 def observed_change(without: JobNotes, armed: JobNotes) -> str | None:
-    """What is not the same to the last bit; None where nothing is, or nothing was seen."""
+    """What is not equal to the last bit; None if everything is, or if nothing was seen."""
     return first_change(without, armed) if without.processes else None
 
 
 def judge_observer(
     subject: str, without: JobNotes, armed: JobNotes, unmatched_calls: int, again: str | None, repeatable: bool
 ) -> Finding:
-    """`unmatched_calls`: how many points came in the armed run. `again`: what two runs with grafter off did not do
-    alike, which matters only where something changed."""
+    """The finding about one command.
+
+    `unmatched_calls`: how many points the armed run reached. `again`: what differed between two runs with grafter off,
+    which matters only if something changed.
+    """
     check = f"{subject}: observer effect"
     if not without.processes:
-        text = "no call of a torch model was seen without grafter, so it cannot be judged"
+        text = "no call of a torch model was seen without grafter, so this cannot be judged"
         return warning(check, text, "Compare what the command prints with and without grafter yourself.")
     change = observed_change(without, armed)
     if change is None:
         return ok(
-            check, f"none: points came {unmatched_calls} times, none matched, and equal are {what_was_seen(without)}"
+            check,
+            f"none: points were reached {unmatched_calls} times, none matched, and these are equal: "
+            f"{what_was_seen(without)}",
         )
     if again is not None or not repeatable:
         text = f"cannot be judged: the command is not deterministic ({again or change})"

@@ -1,4 +1,4 @@
-"""Findings to look at: a line each, and what to do below it; or JSON."""
+"""Prints findings: one line each, followed by what to do; or JSON."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _CHECK_WIDTH = 22
 
 
 class Page:
-    """Prints findings as they come. In a pipe a finding is one line, and its advice another."""
+    """Prints findings as they arrive. In a pipe, a finding is one line, and its advice is another."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -42,7 +42,7 @@ class Page:
     def _print(self, head: Text, text: str, mark: str) -> None:
         body = Text(mark + printable(text))
         if not self._console.is_terminal or self._console.width < len(head) + 20:
-            # Whole lines, so that what reads a pipe finds them.
+            # Whole lines, so that a program that reads a pipe finds them.
             self._console.print(Text.assemble(head, body), soft_wrap=True)
             return
         lines = body.wrap(self._console, self._console.width - len(head))
@@ -51,13 +51,13 @@ class Page:
 
 
 def describe(findings: Iterable[Finding]) -> str:
-    """The one sentence at the end."""
+    """The sentence at the end."""
     counts = Counter(finding.level for finding in findings)
     if counts["fault"]:
         return f"{_counted(counts['fault'], 'fault')}, {_counted(counts['warning'], 'warning')}: see what to do above."
     if counts["warning"]:
         return f"No fault; {_counted(counts['warning'], 'warning')}."
-    return "All is well."
+    return "No fault and no warning."
 
 
 def as_json(findings: Sequence[Finding]) -> str:

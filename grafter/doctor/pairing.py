@@ -1,4 +1,4 @@
-"""What the pair's own points say: names that only one side has, filters that match nothing, points that do not fit."""
+"""What the pair's own points show: names that only one side has, filters that match nothing, points that do not fit."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from grafter.ledger import RankSummary
 from grafter.running.point_rows import PointRow
 from grafter.show import describe_counts
 
-# What a model is told of where its tokens stand, by the last part of a point's name.
+# Names, by the last part of a point's name, of the values that tell a model where its tokens are.
 _POSITIONS = re.compile(r"(.*[._])?(input_ids|positions?|position_ids|cache_position|cu_seqlens\w*|\w*mask)", re.I)
 _REASONS_SHOWN = 3
 
 
 def names_by_role(summaries: Iterable[RankSummary]) -> dict[str, dict[str, int]]:
-    """Role -> name -> calls on the rank that made most; of a run in which no filter matched."""
+    """Role -> name -> calls on the rank with the most calls, for a run in which no filter matched."""
     names: dict[str, dict[str, int]] = {"baseline": {}, "target": {}}
     for summary in summaries:
         counts = names[summary.role]
@@ -27,26 +27,32 @@ def names_by_role(summaries: Iterable[RankSummary]) -> dict[str, dict[str, int]]
 
 
 def judge_names(armed: Trial) -> Iterator[Finding]:
-    """`armed`: the run of both commands in which no filter matched."""
+    """Judge the names of points. `armed`: the run of both commands in which no filter matched."""
     names = names_by_role(armed.summaries)
     baseline, target = names["baseline"], names["target"]
     common = [name for name in baseline if name in target]
     if not common:
         text = f"none in common: baseline {listed(baseline, 3) or 'none'}; target {listed(target, 3) or 'none'}"
-        advice = "Call the points alike in both: in the code, or by `names:` in the plan file (docs/configuration.md)."
+        advice = (
+            "Give the points the same names in both: in the code, or by `names:` in the plan file "
+            "(docs/configuration.md)."
+        )
         yield fault("names", text, advice)
         return
     for role, own, others in (("baseline", baseline, target), ("target", target, baseline)):
         single = [name for name in own if name not in others]
         if single:
             text = f"{len(single)} only in the {role}: {listed(single)}"
-            yield warning("names", text, "Leave them out by the filter, or map them in the plan file.")
+            yield warning("names", text, "Exclude them with the filter, or map them in the plan file.")
     uneven = [f"{name} ({baseline[name]} / {target[name]} calls)" for name in common if baseline[name] != target[name]]
     if uneven:
-        advice = "See that both run as many steps and layers; a point that the other never reaches is waited for."
-        yield warning("names", f"another number of calls: {listed(uneven)}", advice)
+        advice = (
+            "Check that both run the same number of steps and layers: a job waits for a point that the "
+            "other never reaches."
+        )
+        yield warning("names", f"different numbers of calls: {listed(uneven)}", advice)
     if len(common) == len(baseline) == len(target) and not uneven:
-        yield ok("names", f"{len(common)} on both sides, as often on each")
+        yield ok("names", f"{len(common)} on both sides, the same number of times")
     yield from _judge_modules(armed.summaries)
 
 
@@ -73,7 +79,7 @@ def common_points(armed: Trial) -> str:
 
 
 def judge_pair(trial: Trial) -> Iterator[Finding]:
-    """`trial`: the pair, with the user's filters or with all points compared."""
+    """Judge the run of the pair. `trial`: the pair, with the user's filters or with all points compared."""
     look = f"`grafter show {trial.result.run_directory}` shows each point."
     summary = trial.summary
     missed = [note for note in summary.notes if note.startswith(("a filter never matched", "no point had the tag"))]
@@ -88,7 +94,7 @@ def judge_pair(trial: Trial) -> Iterator[Finding]:
     yield from _judge_trouble("skipped", skipped)
     if not any(row.outcome in ("grafted", "compared") for row in summary.rows):
         if not missed and error is None and not failed and not skipped:
-            yield fault("pair", "no point met the other side", "Give a filter that both sides' points match.")
+            yield fault("pair", "no point was paired", "Give a filter that both sides' points match.")
         return
     yield from _judge_positions(summary.rows)
     if error is None:
@@ -101,7 +107,7 @@ def _judge_trouble(outcome: str, rows: list[PointRow]) -> Iterator[Finding]:
         by_reason.setdefault(first_line(row.reason, 300), []).append(row)
     for reason, same in list(by_reason.items())[:_REASONS_SHOWN]:
         text = f"{len(same)} {outcome}, first {same[0].label}: {reason}"
-        advice = "Say how the two fit (dims=, a transform, the plan file), or leave them out by the filter."
+        advice = "Declare how the two fit (dims=, a transform, the plan file), or exclude them with the filter."
         yield fault("points", text, advice) if outcome == "failed" else warning("points", text, advice)
 
 
@@ -110,7 +116,9 @@ def _judge_positions(rows: Iterable[PointRow]) -> Iterator[Finding]:
     wrong = [row for row in told if row.rel or row.nonfinite]
     if wrong:
         text = f"{wrong[0].label} differs at step {wrong[0].step}"
-        yield fault("positions", text, "Feed both the same tokens, positions and masks first: all follows from them.")
+        yield fault(
+            "positions", text, "Feed both the same tokens, positions and masks first: all later values depend on them."
+        )
     elif told:
         yield ok("positions", f"equal: {listed(dict.fromkeys(row.name for row in told))}")
 

@@ -1,4 +1,4 @@
-"""A command against itself: is it deterministic, and does a graft of every point onto itself change nothing?"""
+"""Compares a command with itself: is it deterministic, and does grafting every point onto itself change nothing?"""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ _SEED = "torch.manual_seed(0), and numpy.random.seed(0) and random.seed(0) where
 
 
 def judge_determinism(subject: str, trial: Trial) -> tuple[Finding, bool]:
-    """`trial`: the command compared with itself at all points. (what was found, whether it is deterministic)"""
+    """(what was found, whether the command is deterministic). `trial`: the command compared with itself
+    at all points.
+    """
     check = f"{subject}: repeatable"
     error = trial.error()
     if error is not None:
         advice = (
-            "Two copies of the command ran at once. Give each its own ports and output files; see that its points come "
-            "in the same order each time."
+            "Two copies of the command ran at once. Give each its own ports and output files; check that its points "
+            "have the same order each time."
         )
         return fault(check, f"it cannot be compared with itself: {first_line(error, 400)}", advice), False
     points = trial.measured.points
@@ -26,7 +28,7 @@ def judge_determinism(subject: str, trial: Trial) -> tuple[Finding, bool]:
     baseline, target = trial.notes["baseline"], trial.notes["target"]
     change = first_change(baseline, target)
     if different:
-        # Measured points are over all steps; the rows know which came first.
+        # Measured points cover all steps; the rows show which came first.
         first = next((row for row in trial.summary.rows if row.rel or row.nonfinite), None)
         where = f"{first.label} at step {first.step} ({describe_size(first)})" if first else str(different[0])
         text = f"not deterministic: {len(different)} of {len(points)} points differ in two copies, first {where}"
@@ -37,7 +39,9 @@ def judge_determinism(subject: str, trial: Trial) -> tuple[Finding, bool]:
     seen = f"; so are {what_was_seen(baseline)}" if baseline.processes else ""
     if not points:
         return warning(
-            check, f"no point met itself{seen}", "See that the command calls grafter, or that --attach fits."
+            check,
+            f"no point was paired{seen}",
+            "Check that the command calls grafter, or that --attach matches its modules.",
         ), (bool(baseline.processes))
     return ok(
         check, f"deterministic: {len(points)} points are equal to the last bit in two copies, at all steps{seen}"
@@ -49,7 +53,7 @@ def _differs(at: Measurement) -> bool:
 
 
 def hint(one: JobNotes, other: JobNotes) -> str:
-    """What may be done about a program that is not deterministic, from what the witnesses of two copies saw."""
+    """What to do about a program that is not deterministic, from what the witnesses of two copies saw."""
     a, b = one.first_process, other.first_process
     if a is None or b is None:
         return f"Usual causes: no seed ({_SEED}), dropout, input that depends on the time, non-deterministic kernels."
@@ -66,11 +70,13 @@ def hint(one: JobNotes, other: JobNotes) -> str:
         return f"The random states differ at the first call ({', '.join(kinds)}): seed them ({_SEED})."
     if any("cuda" in device for device in a.first["devices"]):
         return "Set torch.use_deterministic_algorithms(True) and CUBLAS_WORKSPACE_CONFIG=:4096:8: a kernel may do it."
-    return "Weights, inputs and random states are alike: look there for time, os.urandom, threads or empty memory."
+    return "Weights, inputs and random states are equal: look for time, os.urandom, threads or empty memory."
 
 
 def judge_self_graft(subject: str, trial: Trial, without: JobNotes) -> Finding:
-    """`trial`: the command with every point grafted b2t onto itself. `without`: the command without grafter."""
+    """The finding. `trial`: the command with every point grafted b2t onto itself. `without`: the command without
+    grafter.
+    """
     check = f"{subject}: self-graft"
     error = trial.error()
     if error is not None:
@@ -78,10 +84,12 @@ def judge_self_graft(subject: str, trial: Trial, without: JobNotes) -> Finding:
     failed = [row for row in trial.summary.rows if row.outcome == "failed"]
     if failed:
         text = f"{len(failed)} points cannot be written; first {failed[0].label}: {first_line(failed[0].reason, 300)}"
-        return fault(check, text, "Set write=return, or leave them out of the filter.")
+        return fault(check, text, "Set write=return, or exclude them with the filter.")
     grafted = trial.summary.count("grafted")
     if not grafted:
-        return warning(check, "no point was grafted", "See that the command calls grafter, or that --attach fits.")
+        return warning(
+            check, "no point was grafted", "Check that the command calls grafter, or that --attach matches its modules."
+        )
     change = first_change(without, trial.notes["target"])
     if change is not None:
         text = f"grafting {grafted} points onto themselves changes the program: {change}"

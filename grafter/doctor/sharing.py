@@ -1,4 +1,6 @@
-"""Shared memory as two ranks of one host use it: a sealed block, passed over an abstract socket, written and read."""
+"""Checks shared memory as two ranks of one host use it: a sealed block, passed over an abstract socket, written and
+read.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +22,10 @@ _ADVICE = (
 
 
 def check_sharing() -> Finding:
-    """Both ends are in this process; the kernel makes no difference."""
+    """Check shared memory. Both ends are in this process, which makes no difference to the kernel."""
     check = "shared memory"
     if not Path("/proc/self/fd").is_dir():
-        return warning(check, "/proc/self/fd is not there", _ADVICE)
+        return warning(check, "/proc/self/fd does not exist", _ADVICE)
     try:
         problem = _pass_block()
     except (OSError, StagingRefused, ValueError) as error:
@@ -34,7 +36,7 @@ def check_sharing() -> Finding:
 
 
 def _pass_block() -> str:
-    """What went wrong, or nothing."""
+    """The problem, or an empty text."""
     listener = open_listener()
     if listener is None:
         return "this Python or system has no memfd_create, or no abstract Unix sockets"
@@ -56,13 +58,13 @@ def _write_through(staging: Staging, sender: socket.socket, receiver: socket.soc
     sender.settimeout(5)
     _, descriptors, _, _ = socket.recv_fds(sender, 16, 1)
     if len(descriptors) != 1:
-        return "no descriptor came over the socket"
+        return "no descriptor arrived over the socket"
     try:
         if not is_sealed_block(descriptors[0], _TRIAL_BYTES):
-            return "the block came unsealed"
+            return "the block arrived unsealed"
         with mmap.mmap(descriptors[0], _TRIAL_BYTES) as block:
             block[-len(_WORD) :] = _WORD
     finally:
         os.close(descriptors[0])
     came = bytes(staging.view(_TRIAL_BYTES - len(_WORD), len(_WORD)).tolist())
-    return "" if came == _WORD else "what was written at one end was not there at the other"
+    return "" if came == _WORD else "the data written at one end was missing at the other"

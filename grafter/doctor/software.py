@@ -1,4 +1,4 @@
-"""Python, torch, the packages that grafter needs, CUDA and NCCL, and the start-up module of `--attach`."""
+"""Checks Python, torch, the packages that grafter needs, CUDA and NCCL, and the start-up module of `--attach`."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from grafter.running.job_environment import STARTUP_DIRECTORY, job_environment
 
 LOWEST_PYTHON = (3, 10)
 TESTED_PYTHON = (3, 11)
-# The lowest that is tested, and the highest.
+# The lowest version that is tested, and the highest.
 TESTED_TORCH = ((2, 6), (2, 13))
 PACKAGES = ("numpy", "pydantic", "ruamel.yaml", "typer", "rich")
 
-# What a job's Python is asked: was our start-up module run, and in its place the one that it hides?
+# A program for a job's Python: was our start-up module run, and which module does it hide?
 _ASK_STARTUP = """
 import sys
 finders = [type(f).__module__ for f in sys.meta_path]
@@ -45,7 +45,7 @@ def check_python(version: Sequence[int]) -> Finding:
 
 
 def check_torch(version: str | None = None) -> Finding:
-    """`version` None: that of the torch that is installed here."""
+    """Check torch. `version` None: that of the installed torch."""
     if version is None:
         try:
             import torch
@@ -76,13 +76,13 @@ def check_packages(names: Sequence[str]) -> Finding:
 
 
 def check_cuda() -> Finding:
-    """What is there; nothing is started on a device."""
+    """Report the devices; nothing is initialised on them."""
     import torch
 
     if not torch.cuda.is_available():
         if torch.version.cuda is not None:
             text = f"torch is built for CUDA {torch.version.cuda}, and no device can be used"
-            return warning("CUDA", text, "If this machine has a GPU, look at nvidia-smi and at CUDA_VISIBLE_DEVICES.")
+            return warning("CUDA", text, "If this machine has a GPU, check nvidia-smi and CUDA_VISIBLE_DEVICES.")
         return ok("CUDA", "none; tensors on the CPU are grafted over shared memory or gloo")
     count = torch.cuda.device_count()
     nccl = "without NCCL"
@@ -93,12 +93,12 @@ def check_cuda() -> Finding:
 
 
 def check_startup(python: Sequence[str], inherited: Mapping[str, str]) -> Finding:
-    """Starts a Python as a job's, with `--attach`, and asks it whether the start-up module was run."""
+    """Start a Python as `--attach` would for a job, and check that it ran the start-up module."""
     check = "start-up module"
     environment = job_environment(
         inherited, "target", {"attach": "x"}, master=("127.0.0.1", 1), directory=None, run_name=None
     )
-    without = "programs that call grafter themselves are not concerned"
+    without = "programs that call grafter themselves are not affected"
     try:
         done = subprocess.run(
             [*python, "-c", _ASK_STARTUP], env=environment, capture_output=True, text=True, timeout=_START_SECONDS
@@ -109,12 +109,14 @@ def check_startup(python: Sequence[str], inherited: Mapping[str, str]) -> Findin
     if words[:2] != ["awaits", "True"]:
         text = f"{python[0]} does not run it, so `--attach` reaches nothing ({without})"
         return warning(
-            check, text, f"Start it with no -I, -E or -S, and see that `{STARTUP_DIRECTORY}` is first in its sys.path."
+            check,
+            text,
+            f"Start it without -I, -E or -S, and check that `{STARTUP_DIRECTORY}` is first in its sys.path.",
         )
     complaint = done.stderr.strip()
     if complaint:
-        text = f"it runs, and something else complains at the start: {first_line(complaint.splitlines()[-1])}"
-        return warning(check, text, "Look at the sitecustomize or .pth files of this Python.")
+        text = f"it runs, but another module reports an error at the start: {first_line(complaint.splitlines()[-1])}"
+        return warning(check, text, "Check the sitecustomize and .pth files of this Python.")
     hidden = words[2] if len(words) > 2 and os.path.dirname(words[2]) != STARTUP_DIRECTORY else ""
     return ok(check, "it runs before a program" + (f", and then the one that it hides, {hidden}" if hidden else ""))
 

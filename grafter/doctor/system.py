@@ -1,4 +1,4 @@
-"""The machine itself: processor, memory, disk, clock, /proc, open files."""
+"""Checks the machine itself: processor, memory, disk, clock, /proc, open files."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _DAY_SECONDS = 86_400.0
 
 
 def check_system(out: Path) -> Iterator[Finding]:
-    """`out`: where ledgers are to go; it need not exist."""
+    """The findings about the system. `out`: the directory for ledgers; it need not exist."""
     yield check_platform(sys.platform)
     yield check_cores(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     yield check_memory(free_memory_bytes())
@@ -38,7 +38,7 @@ def check_system(out: Path) -> Iterator[Finding]:
 def check_platform(platform: str) -> Finding:
     if platform.startswith("linux"):
         return ok("system", f"Linux {os.uname().release}")
-    text = f"{platform}: `grafter run` needs Linux, to leave no process of a job behind"
+    text = f"{platform}: `grafter run` needs Linux, because it must leave no process of a job behind"
     return fault("system", text, "Run both jobs on Linux, or start them by hand with GRAFTER_* set (docs/cli.md).")
 
 
@@ -50,7 +50,7 @@ def check_cores(count: int) -> Finding:
 
 
 def free_memory_bytes() -> int | None:
-    """What is free on the machine, and within the limit of the control group that this process is in."""
+    """The free memory of the machine, within the limit of this process's control group."""
     free = _available_bytes()
     limit, used = (_number_in(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
     if limit is not None and used is not None:
@@ -67,19 +67,23 @@ def _number_in(path: str) -> int | None:
 
 def check_memory(free: int | None) -> Finding:
     if free is None:
-        return warning("memory", "how much is free cannot be read", "Watch it yourself: a receiver needs room for one.")
+        return warning(
+            "memory",
+            "the amount of free memory cannot be read",
+            "Check it yourself: a receiver needs room for one tensor.",
+        )
     text = f"{free / _GIB:.1f} GiB free"
     if free < _LEAST_FREE_MEMORY_BYTES:
-        advice = "End something: both jobs need their own, and a receiver one tensor of each point besides."
+        advice = "Free some memory: both jobs need their own, and a receiver one tensor of each point besides."
         return warning("memory", text, advice)
     return ok("memory", text)
 
 
 def check_disk(out: Path) -> Finding:
-    """Writes a file where the ledgers are to go, and takes it away."""
+    """Write a file to the ledger directory and remove it."""
     place = out.absolute()
     if place.exists() and not place.is_dir():
-        return fault("disk", f"{out} is to hold the ledgers and is not a directory", "Give another --out.")
+        return fault("disk", f"{out} should hold the ledgers but is not a directory", "Give another --out.")
     while not place.exists():
         place = place.parent
     try:
@@ -91,7 +95,7 @@ def check_disk(out: Path) -> Finding:
         text = f"nothing can be written under {place}: {error.strerror or first_line(error)}"
         return fault("disk", text, "Free some space, or give another --out where you may write.")
     free = shutil.disk_usage(place).free
-    text = f"{free / _GIB:.1f} GiB free where {out} is to be"
+    text = f"{free / _GIB:.1f} GiB free at the place of {out}"
     if free < _LEAST_FREE_DISK_BYTES:
         return warning(
             "disk", text, "Ledgers take about 1 KiB a point and rank; free some space or give another --out."
@@ -102,9 +106,9 @@ def check_disk(out: Path) -> Finding:
 def check_proc() -> Finding:
     state, start_time = process_state(os.getpid())
     if not state or start_time == 0 or host_identity().startswith("unknown/"):
-        advice = "Mount /proc in this container: a killed rank is else noticed only after 60 s of silence."
-        return warning("/proc", "it cannot be read, so no job can see whether the other's processes live", advice)
-    return ok("/proc", "readable: a killed or stopped rank is noticed at once")
+        advice = "Mount /proc in this container: otherwise a killed rank is noticed only after 60 s of silence."
+        return warning("/proc", "it cannot be read, so no job can see whether the other's processes are alive", advice)
+    return ok("/proc", "readable: a killed or stopped rank is noticed immediately")
 
 
 def package_time() -> float:
@@ -118,7 +122,7 @@ def check_clock(now: float, package: float) -> Finding:
     time.sleep(0.001)
     if time.monotonic() <= first:
         return fault("clock", "the monotonic clock stands still", "Timeouts cannot work here; use another machine.")
-    # A day, since an archive may have kept the hour of another time zone.
+    # One day, because an archive may have stored the time of another time zone.
     if now < package - _DAY_SECONDS:
         date = time.strftime("%Y-%m-%d", time.localtime(now))
         return warning("clock", f"it says {date}, before grafter was written", "Set it (timedatectl, ntp).")
@@ -128,5 +132,9 @@ def check_clock(now: float, package: float) -> Finding:
 def check_open_files(limit: int) -> Finding:
     if limit != resource.RLIM_INFINITY and limit < _LEAST_OPEN_FILES:
         text = f"a process may have {limit} files open"
-        return warning("open files", text, "Run `ulimit -n 4096` first: a rank needs a socket for each that it meets.")
+        return warning(
+            "open files",
+            text,
+            "Run `ulimit -n 4096` first: a rank needs a socket for each rank that it communicates with.",
+        )
     return ok("open files", "no limit" if limit == resource.RLIM_INFINITY else f"{limit} a process")

@@ -1,4 +1,4 @@
-"""Trials: the user's commands, run as pairs, watched by witnesses, and what each run left behind."""
+"""Runs the user's commands as pairs, watched by witnesses, and reads what each run left."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from grafter.running.run_summary import RunSummary, read_run_summary
 
 WITNESS_DIRECTORY = Path(__file__).parent / "witness"
 EVERY_POINT = "name is not None"
-# No point has this name; `in` rather than `==`, so that no near name is suggested.
+# No point has this name. It uses `in` rather than `==`, so that no similar name is suggested.
 NO_POINT = "name in ('no point of any program: grafter doctor',)"
 FILTER_FIELDS = ("b2t_filter", "t2b_filter", "compare_filter")
 _LAST_LINES_SHOWN = 5
@@ -31,7 +31,7 @@ Command = Sequence[str]
 
 
 class Interrupted(GrafterError):
-    """Ctrl-C, or a signal to end; `exit_code` as a shell gives it."""
+    """Ctrl-C, or a signal to end; `exit_code` as a shell reports it."""
 
     def __init__(self, stop_signal: int | None) -> None:
         super().__init__("interrupted")
@@ -40,7 +40,7 @@ class Interrupted(GrafterError):
 
 @dataclass(frozen=True)
 class Trial:
-    """One run of two commands, over."""
+    """One finished run of two commands."""
 
     result: PairResult
     notes: dict[str, JobNotes]
@@ -63,9 +63,9 @@ class Trial:
         return read_run_summary(self.result.run_directory)
 
     def error(self) -> str | None:
-        """With what the run ended before its time: the words of a rank, else how a job ended and its last lines."""
+        """Why the run ended early: the error of a rank, or else how a job ended and its last lines."""
         errors = [summary for summary in self.summaries if summary.error is not None]
-        # The job that failed first has the cause, the other one what it saw of it.
+        # The job that failed first has the cause; the other one only reports what it saw of it.
         errors.sort(key=lambda summary: summary.role != self.result.failed_role)
         if errors:
             return f"{errors[0].role} rank {errors[0].role_rank}: {errors[0].error_kind}: {errors[0].error}"
@@ -80,7 +80,7 @@ class Trial:
 
 
 class Laboratory:
-    """Where trials are made. `settings` are those of all of them; what they leave goes to `out`, a directory each."""
+    """Runs trials. `settings` apply to all of them; each writes to its own directory in `out`."""
 
     def __init__(self, out: Path, settings: Mapping[str, str]) -> None:
         self.out, self._settings = out, dict(settings)
@@ -88,17 +88,17 @@ class Laboratory:
         self._key_tags = [tag.strip() for tag in key.split(",")] if key else None
 
     def run(self, name: str, baseline: Command, target: Command, filters: Mapping[str, str]) -> Trial:
-        """Both commands with grafting on, and no other filter than these. Raises Interrupted, and ConfigError."""
-        # Empty is unset: a filter in the caller's environment must not join in.
+        """Run both commands with grafting on, and no other filters than these. Raises Interrupted and ConfigError."""
+        # Empty means unset: a filter from the caller's environment must not be added.
         settings = {**self._settings, **dict.fromkeys(FILTER_FIELDS, ""), **filters}
         return self._run(name, baseline, target, settings)
 
     def run_as_given(self, name: str, baseline: Command, target: Command, filters: Mapping[str, str]) -> Trial:
-        """Both commands with the filters of the environment and the plan file, too."""
+        """Run both commands, also with the filters of the environment and the plan file."""
         return self._run(name, baseline, target, {**self._settings, **filters})
 
     def run_without(self, name: str, baseline: Command, target: Command) -> Trial:
-        """Both commands side by side with grafting off."""
+        """Run both commands side by side with grafting off."""
         off = ["env", "GRAFTER_ENABLE=0"]
         settings = {"attach": "", "plan": "", **dict.fromkeys(FILTER_FIELDS, ""), "compare_filter": NO_POINT}
         return self._run(name, [*off, *baseline], [*off, *target], settings)
@@ -112,7 +112,7 @@ class Laboratory:
             notes = read_notes(place)
         finally:
             shutil.rmtree(place, ignore_errors=True)
-            # A run that recorded nothing leaves nothing.
+            # A run that recorded nothing leaves no directory.
             if self.out.is_dir() and not any(self.out.iterdir()):
                 self.out.rmdir()
         if result.interrupted:
@@ -122,7 +122,7 @@ class Laboratory:
 
 @contextmanager
 def _witnessed(directory: Path) -> Iterator[None]:
-    """Jobs that start in here inherit the witness."""
+    """Jobs that start within this context inherit the witness."""
     before = {name: os.environ.get(name) for name in ("PYTHONPATH", DIRECTORY)}
     os.environ["PYTHONPATH"] = os.pathsep.join([str(WITNESS_DIRECTORY), *filter(None, [before["PYTHONPATH"]])])
     os.environ[DIRECTORY] = str(directory)

@@ -30,9 +30,9 @@ BLOCK_NUMEL = 1 << 22
 
 @dataclass(frozen=True)
 class ReplicaDifference:
-    """Two copies of a part that are not the same, bit for bit. `index`: the first value, of the whole tensor, where
+    """Two copies of a part that are not equal bit for bit.
 
-    they differ; `count`: how many do.
+    `index`: of the first value that differs, in the whole tensor. `count`: how many values differ.
     """
 
     ranks: Numbers

@@ -42,9 +42,10 @@ class LocalPart:
 
 @dataclass(frozen=True)
 class Pieces:
-    """The whole tensor's boxes. Parallel: row i of `starts` and `sizes` (in the whole tensor), of `local` (where the
+    """The whole tensor's boxes.
 
-    box begins in the local tensor), `ranks[i]` and `layers[i]`: which summand, times `replicas`, plus which copy.
+    Parallel: row i of `starts` and `sizes` (in the whole tensor) and of `local` (where the box begins in the local
+    tensor), `ranks[i]`, and `layers[i]`: the number of the summand, times `replicas`, plus the number of the copy.
 
     whole: a role of one rank that holds the whole tensor, with the names of its dims; for aligning it with another.
     resharding: None where nothing is declared; then each rank has it all, and `replicas` is how many have.

@@ -98,9 +98,9 @@ class DumpedPoint:
     # Tensors.
 
     def ranks_with(self, path: str = "", which: Which = "value") -> tuple[int, ...]:
-        """The ranks whose files hold this tensor: none at levels that save no tensors, and `grafted` only where a
+        """The ranks whose files hold this tensor.
 
-        graft wrote.
+        There are none at levels that save no tensors, and none for `grafted` where no graft wrote.
         """
         return tuple(rank for rank in self.records if self._has(rank, path, which))
 
@@ -149,9 +149,10 @@ class DumpedPoint:
         return found
 
     def whole(self, path: str = "", which: Which = "value") -> torch.Tensor:
-        """The whole tensor, as `reader(...).read()` gives it. Of replicas the first is taken, and summands are summed
+        """The whole tensor, as `reader(...).read()` returns it.
 
-        in float32 or better; `reader(...).differing_replicas()` checks the replicas.
+        The first of several replicas is used, and summands are added in float32 or better.
+        `reader(...).differing_replicas()` checks the replicas.
         """
         return self.reader(path, which).read()
 

@@ -55,7 +55,7 @@ class TokenRuns(_Record):
 
     Rows are those of the dim `t`, or of `b s` flattened. Rows that are no token (padding) are runs of sequence None.
     hashes: (sequence, base64) where its token ids were given from position 0 on: 8 bytes per beginning of it
-    (grafter/token_hashes.py).
+    (grafter/rows/hashes.py).
     """
 
     runs: tuple[tuple[str | int | None, int, int], ...]

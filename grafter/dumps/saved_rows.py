@@ -23,8 +23,9 @@ _Numbers = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class SavedRows:
-    """segments: int64 [n, 2], (first row, count) of the rows that are saved. dims: of each leaf the one that they run
+    """The rows of a point that are saved.
 
+    segments: int64 [n, 2], (first row, count) of each run of saved rows. dims: for each leaf, the dim that the rows run
     along. tokens: those of the saved rows.
     """
 

@@ -113,8 +113,9 @@ class SharedMemoryExchange(Exchange):
     # The sender's side.
 
     def send(self, plan: TransferPlan, outgoing: Sequence[Outgoing], watch: Watch) -> None:
-        """Once one receiver cannot have its pieces the point is lost, and the others are told: each hears one last
-        word, also where an exception of the program's own, such as Ctrl-C, ends this."""
+        """Place the pieces for each receiver. If one cannot get its pieces, the point fails, and the others are
+        notified: each gets one last message, even if an exception of the program, such as Ctrl-C, ends this call.
+        """
         failure: Abandoned | None = None
         receivers = list(dict.fromkeys(item.piece.receiver for item in outgoing))
         key = _word_key(plan.digest, self._graft_rank)

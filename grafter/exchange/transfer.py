@@ -109,9 +109,10 @@ class Transfer:
         return known.nbytes
 
     def receive(self, plan: TransferPlan, pair: Pair, what: object) -> tuple[dict[Value, torch.Tensor], int]:
-        """The values that the plan stages at this rank, complete, and the bytes that came. Raises Abandoned if they
+        """The complete values that the plan stages at this rank, and the number of bytes received.
 
-        cannot be had. They lie in the staging memory, or on the device if NCCL brings them, until the next point.
+        They lie in the staging memory, or on the device if NCCL transfers them, until the next point. Raises Abandoned
+        if they cannot be received.
         """
         known = plan.memo.get("incoming")
         if known is None:

@@ -10,9 +10,9 @@ from grafter.layout.space import Boxes, Component, SpaceBox
 
 
 def check_coverage(component: Component, lists: Sequence[tuple[Boxes, str]], who: str) -> None:
-    """Raise LayoutError for a hole, or for parts that overlap without being the same. `lists`: the distinct shares of
+    """Raise LayoutError for a region that no rank covers, or for parts that overlap without being the same.
 
-    one component, each with a rank that holds it.
+    `lists`: the distinct shares of one component, each with a rank that holds it.
     """
     boxes = [(box, holder) for own, holder in lists for box in own]
     overlap = find_overlap([box.starts for box, _ in boxes], [box.sizes for box, _ in boxes])

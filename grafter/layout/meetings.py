@@ -116,9 +116,10 @@ class BoxLists:
 
     @cached_property
     def _index(self) -> tuple[list[tuple[int, int, int]], list[int], list[int], int]:
-        """Boxes as (start, list, box of it) by their start along one factor; the starts; how far all up to each reach;
+        """Boxes sorted by their start along the factor that has the most distinct starts.
 
-        and that factor, which is the one along which they are most apart.
+        Returns the boxes as (start, number of the list, number of the box in it), their starts, the furthest end of all
+        boxes up to each of them, and the factor.
         """
         every = [box for own in self.boxes for box in own]
         factors = range(len(every[0].starts)) if every else range(1)

@@ -31,9 +31,10 @@ Near = Callable[[int, int], bool]
 
 @dataclass(frozen=True)
 class CopyItem:
-    """Values that go from a sender to a receiver (role ranks). `layer`: which of the values that the receiver stages,
+    """Values that go from a sender to a receiver (role ranks).
 
-    where it gets several of the same part: the summands of a partial tensor, or replicas to be compared.
+    `layer`: which of the values that the receiver stages, if it gets several of the same part: the summands of a
+    partial tensor, or replicas to be compared.
     """
 
     sender: int

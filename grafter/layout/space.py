@@ -50,9 +50,10 @@ Boxes = tuple[SpaceBox, ...]
 
 @dataclass(frozen=True)
 class SideDims:
-    """How one side's local dims make up a component. `dims` are their numbers; per factor, `along` and `steps` say
+    """How one side's local dims make up a component.
 
-    which local dim it runs along, and how many values of that dim one step of the factor is.
+    `dims` are their numbers. For each factor, `along` and `steps` say which local dim it runs along, and how many
+    values of that dim one step of the factor covers.
     """
 
     dims: Numbers
@@ -219,9 +220,9 @@ def _product(component: Component, side: SideDims, runs_of_dims: Sequence[Runs])
 
 
 def _cut(runs: Runs, sizes: Sequence[int]) -> list[tuple[Numbers, Numbers, Numbers]]:
-    """Runs of one dim as (starts, sizes, (where it begins there,)) over its factors; padding, which only a dim of one
+    """Runs of one dim as (starts, sizes, (start in the local dim,)) over its factors.
 
-    factor has, is left out.
+    Padding, which only a dim with one factor has, is left out.
     """
     if len(sizes) == 1:
         return [((start,), (length,), (local,)) for start, length, local in clip(runs, sizes[0])]

@@ -241,9 +241,10 @@ class _Side:
 def _common_sequences(
     a: _Side, b: _Side
 ) -> tuple[tuple[_Numbers, _Numbers], tuple[tuple[SequenceId | None, ...], tuple[SequenceId | None, ...]], _Numbers]:
-    """One code per sequence of either side, the same for those that are one: (codes of a's, of b's), what each side
+    """One code per sequence of either side; two names of the same sequence get the same code.
 
-    calls them, and how far the two are known to be the same.
+    Returns (codes of a's sequences, codes of b's), the names on each side, and the length up to which the two are known
+    to be equal.
     """
     names_a, names_b = list(a.sequences), list(b.sequences)
     codes_b = np.arange(len(names_a), len(names_a) + len(names_b), dtype=np.int64)

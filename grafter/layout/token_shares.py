@@ -232,9 +232,10 @@ def _fields_of(layout: DeclaredLayout | None) -> Hashable:
 def token_shares(
     headers: Sequence[Header], leaf: int, views: Mapping[int, RowView], rows: Mapping[int, RankRows], count: int
 ) -> RoleShares:
-    """The shares of the tensor [tokens, ...]. rows: of each rank those that have a partner. count: how many tokens
+    """The shares of the tensor [tokens, ...].
 
-    there are. Raises LayoutError where the layouts of the ranks do not fit together.
+    rows: for each rank, the rows that have a partner. count: the number of tokens. Raises LayoutError if the layouts of
+    the ranks do not fit together.
     """
     groups: dict[Runs, list[Header]] = {}
     shares: dict[int, Share] = {}

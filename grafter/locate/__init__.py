@@ -1,12 +1,13 @@
-"""`grafter locate`: runs a pair left alone and grafted, and names the module that adds error. It reads in this order:
+"""`grafter locate`: runs a pair left alone and grafted, and names the module that adds error. Read it in this order:
 
-    runner       the pair, left alone and grafted; its floor too, where there is one
+    runner       runs the pair, left alone and grafted; its floor as well, if there is one
     measure      ledgers -> the worst difference of each point, in the baseline's order
     judgement    which differences are error: against the measured floor, or against the other points
-    verdict      the outcome as data
-    wording      the outcome in words
-    table        the outcome to look at
+    verdict      the result as data
+    wording      the result in words
+    table        the result as a printed table
     command      `grafter locate` itself
 
-measure to wording are pure. Nothing is imported here: `grafter --help` should not wait for pydantic and rich.
+The modules from measure to wording are pure. Nothing is imported here, because `grafter --help` should not wait for
+pydantic and rich.
 """

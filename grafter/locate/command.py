@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
-_Baseline = Annotated[str, typer.Option(metavar="CMD", help="Starts the job that is right, e.g. 'python a.py'.")]
+_Baseline = Annotated[str, typer.Option(metavar="CMD", help="Starts the job that is correct, e.g. 'python a.py'.")]
 _Target = Annotated[str, typer.Option(metavar="CMD", help="Starts the job that is wrong, e.g. 'torchrun ... b.py'.")]
 _Floor = Annotated[
     str | None,
@@ -27,13 +27,13 @@ _Points = Annotated[
     str, typer.Option(metavar="EXPR", help="Which points: a filter expression over the tags. Default: all.")
 ]
 _Set = Annotated[
-    list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="A setting for both jobs; repeatable.")
+    list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="A setting for both jobs; may be repeated.")
 ]
 _Out = Annotated[
     Path | None, typer.Option(metavar="DIR", help="For ledgers and verdict.json. Default: grafter_out/locate-<time>.")
 ]
 _Json = Annotated[bool, typer.Option("--json", help="Print the verdict as JSON instead of the table.")]
-_Open = Annotated[bool, typer.Option("--open", help="Open the report in a browser, where there is a display.")]
+_Open = Annotated[bool, typer.Option("--open", help="Open the report in a browser, if there is a display.")]
 _Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Do not show the jobs' own output.")]
 
 
@@ -49,18 +49,18 @@ def locate_command(
     open_report: _Open = False,
     quiet: _Quiet = False,
 ) -> None:
-    """Name the module of the target that is wrong.
+    """Find the module of the target that is wrong.
 
-    Runs the pair twice: comparing every point, then grafting the baseline's value into every point, so that each point
+    Runs the pair twice: it first compares every point, then grafts the baseline's value into every point, so that each
     shows the error that it adds with nothing inherited. Exit code 0: no point adds error. 1: one is named. 2: it could
     not be judged, or a run failed.
     """
-    # Slow to import (pydantic, rich), and every command of the program imports this file.
+    # These imports are slow (pydantic, rich), and every command of the program imports this file.
     from grafter.locate.runner import locate
     from grafter.locate.table import print_verdict, verdict_as_json
     from grafter.show import make_console
 
-    # With --json stdout is the JSON alone.
+    # With --json, stdout holds only the JSON.
     console = make_console(sys.stderr if as_json else sys.stdout)
     out = out or Path("grafter_out") / time.strftime("locate-%Y%m%d-%H%M%S")
     try:
@@ -87,7 +87,7 @@ def locate_command(
 
 
 def _write_report(out: Path, console: Console, *, open_it: bool) -> None:
-    """The same as a page, named below the verdict. What keeps it from being written is told, and no failure."""
+    """Write the report page, and print its path below the verdict. A failure is reported and changes no exit code."""
     from rich.text import Text
 
     from grafter.report.writing import FILE_NAME, make_page, show_page, write_page

@@ -1,4 +1,4 @@
-"""What a run's ledgers say about each point: how far apart the two jobs were, at worst, and what went wrong."""
+"""What a run's ledgers say about each point: the largest difference between the two jobs, and what went wrong."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ RankLedger = tuple[Role, int, list[LedgerRecord]]
 
 @dataclass(frozen=True)
 class PointId:
-    """One row of the verdict: a point over all steps. `tags` holds (name, JSON value), only those that identify."""
+    """One row of the verdict: a point over all steps. `tags` holds (name, JSON value) of the identifying tags."""
 
     name: str
     tags: tuple[tuple[str, str], ...]
@@ -37,8 +37,8 @@ class PointId:
 class Measurement:
     """One point in one run, at its worst over steps, ranks and leaves.
 
-    `rel` is the ledger's `rel` (0: equal; 2: opposite), infinite where one side is not finite and the other is not
-    the same, None where no difference was recorded. `problems` says why a record is missing its difference.
+    `rel` is the ledger's `rel` (0: equal; 2: opposite). It is infinite if one side is not finite and the other is not
+    the same, and None if no difference was recorded. `problems` says why a record lacks its difference.
     """
 
     rel: float | None = None
@@ -57,10 +57,10 @@ class RunMeasurement:
 
 
 def measure_run(ledgers: Iterable[RankLedger], key_tags: Collection[str] | None = None) -> RunMeasurement:
-    """Condense the ledgers of one run. `key_tags`: the run's `key` setting, where it has one."""
+    """Condense the ledgers of one run. `key_tags`: the run's `key` setting, if it has one."""
     ledgers = list(ledgers)
     order: dict[PointId, list[LedgerRecord]] = {}
-    # The target's own order places only what the baseline has no record of.
+    # The target's own order is used only for points of which the baseline has no record.
     for role in ("baseline", "target"):
         for record in _in_order([records for r, _, records in ledgers if r == role]):
             order.setdefault(point_id(record, key_tags), []).append(record)
@@ -82,8 +82,8 @@ def _as_text(value: Any) -> str:
 
 
 def _in_order(rank_records: list[list[LedgerRecord]]) -> Iterator[LedgerRecord]:
-    # Within a rank `sequence` is the truth. Ranks are merged by clock, which pipeline stages need (no rank of theirs
-    # sees all points), and which cannot reorder the points of one rank.
+    # Within a rank, `sequence` is exact. Ranks are merged by clock, which is needed for pipeline stages (none of their
+    # ranks sees all points), and which cannot reorder the points of one rank.
     runs = [sorted(records, key=lambda record: record.sequence) for records in rank_records]
     return heapq.merge(*runs, key=lambda record: record.time)
 
@@ -100,14 +100,14 @@ def _worst(records: list[LedgerRecord]) -> Measurement:
 
 
 def _differences(record: LedgerRecord) -> list[Difference]:
-    # Of several leaves the record's own difference is that of the largest `rel`; a leaf that is not finite may be
-    # another one.
+    # If there are several leaves, the record's own difference is that of the largest `rel`; a leaf that is not finite
+    # may be another one.
     found = [record.difference, *(leaf.difference for leaf in record.leaves)]
     return [difference for difference in found if difference is not None]
 
 
 def difference_value(difference: Difference) -> float | None:
-    """`rel`; infinite where non-finite values do not match; None where the run's statistics did not include it."""
+    """`rel`; infinite if non-finite values do not match; None if the run's statistics did not include it."""
     if difference.nan or difference.inf:
         return math.inf
     if difference.rel is None:

@@ -23,7 +23,7 @@ from grafter.running.launcher import PairResult, describe_unreached, run_pair
 from grafter.written_files import write_whole
 
 ALL_POINTS = "name is not None"
-# locate gives these itself; set by a caller they would silently change what the two runs mean.
+# locate sets these itself; a caller's values would silently change the meaning of the two runs.
 _OWN_SETTINGS = ("b2t_filter", "t2b_filter", "compare_filter")
 _LAST_LINES_SHOWN = 10
 
@@ -31,7 +31,7 @@ Command = str | Sequence[str]
 
 
 class Interrupted(GrafterError):
-    """Ctrl-C, or a signal to end; `exit_code` as a shell gives it."""
+    """Ctrl-C, or a signal to end; `exit_code` as a shell reports it."""
 
     def __init__(self, text: str, stop_signal: int | None) -> None:
         super().__init__(text)
@@ -40,6 +40,8 @@ class Interrupted(GrafterError):
 
 @dataclass(frozen=True)
 class _Run:
+    """One of the runs: its title, its directory's name, its target's command, and the filter that it sets."""
+
     title: str
     name: str
     target: list[str]
@@ -57,17 +59,18 @@ def locate(
     console: Console,
     quiet: bool = False,
 ) -> Verdict:
-    """Run `baseline` against `target` (and against `floor`) left alone and grafted b2t; say which point adds error.
+    """Run `baseline` against `target` (and against `floor`), left alone and grafted b2t, and judge which point adds
+    error.
 
-    `points` is a filter expression that narrows which points are compared and grafted; empty means all. `settings` are
+    `points` is a filter expression that selects the points to compare and graft; empty means all. `settings` are
     GrafterConfig fields as text. The runs' ledgers and `verdict.json` go to `out`, which must not hold earlier runs.
-    `console` shows progress and what is known about the inputs as soon as it is known; the caller prints the verdict.
+    `console` shows progress, and what is known about the inputs as soon as it is known; the caller prints the verdict.
 
-    Raises UsageError for settings that locate makes itself, and GrafterError for a run that failed.
+    Raises UsageError for settings that locate sets itself, and GrafterError for a run that failed.
     """
     _refuse_own_settings(settings)
     point_filter = points.strip() or ALL_POINTS
-    # All commands are looked at first: a misspelt floor should not be told after two runs.
+    # All commands are checked first: a misspelt floor should not be reported after two runs.
     baseline = split_command("baseline", baseline, os.environ)
     target = split_command("target", target, os.environ)
     runs = _plan_runs(target, None if floor is None else split_command("floor", floor, os.environ))
@@ -107,7 +110,7 @@ def _plan_runs(target: list[str], floor: list[str] | None) -> list[_Run]:
 
 
 def _filters(field: str, expression: str) -> dict[str, str]:
-    # Empty is unset: a filter in the caller's environment must not join in.
+    # Empty means unset: a filter from the caller's environment must not be added.
     return {"b2t_filter": "", "t2b_filter": "", "compare_filter": "", field: expression}
 
 
@@ -133,7 +136,7 @@ def _key_tags(settings: Mapping[str, str]) -> list[str] | None:
 
 
 def _check_result(run: _Run, result: PairResult) -> list[str]:
-    """Notes about a run that can be used all the same; raises GrafterError for one that cannot."""
+    """Notes about a run that can be used; raises GrafterError for one that cannot."""
     if result.interrupted:
         raise Interrupted(
             f"the run `{run.name}` was interrupted; its ledgers are in {result.run_directory}.", result.stop_signal
@@ -144,9 +147,9 @@ def _check_result(run: _Run, result: PairResult) -> list[str]:
     closed_roles = {summary.role for summary in summaries}
     if errors or (failed and closed_roles != {"baseline", "target"}):
         raise GrafterError(_run_failed(run, result, errors))
-    # A script that checks its own result ends with an error because of the very fault that is looked for.
+    # A script that checks its own result ends with an error because of the very fault that locate looks for.
     return [
-        f"in the run `{run.name}` the {role} job ended with exit code {code}, after it had closed grafter in good order"
+        f"in the run `{run.name}` the {role} job ended with exit code {code}, after it had closed grafter normally"
         for role, code in failed.items()
     ]
 
@@ -156,11 +159,11 @@ def _run_failed(run: _Run, result: PairResult, errors: Sequence[RankSummary]) ->
         return f"the run `{run.name}` failed, so nothing can be judged. {describe_unreached(result.unreached)}"
     codes = ", ".join(f"{role} {code}" for role, code in result.exit_codes.items())
     lines = [f"the run `{run.name}` failed, so nothing can be judged (exit codes: {codes})."]
-    # The job that failed first has the cause, the other one what it saw of it.
+    # The job that failed first has the cause; the other one only reports what it saw of it.
     errors = sorted(errors, key=lambda summary: summary.role != result.failed_role)
     lines += [f"{s.role} rank {s.role_rank}: {s.error_kind}: {s.error}" for s in errors[:2]]
     if result.failed_role is not None and all(summary.role != result.failed_role for summary in errors):
-        # Its ranks said nothing to grafter, so the reason is in what the job itself printed.
+        # Its ranks reported nothing to grafter, so the reason is in the output of the job itself.
         lines.append(f"The {result.failed_role} job failed first. Its last lines:")
         lines += [f"    {line}" for line in result.last_lines.get(result.failed_role, [])[-_LAST_LINES_SHOWN:]]
     lines.append(f"What was recorded is in {result.run_directory}.")

@@ -1,4 +1,4 @@
-"""The verdict to look at: a table with a bar per point, the notes, one sentence; or JSON."""
+"""Prints the verdict: a table with a bar per point, the notes, one sentence; or JSON."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ _MARGIN_DECADES = 1.0
 
 
 def print_verdict(verdict: Verdict, console: Console) -> None:
-    """The inputs, the table, the notes, and last the sentence. The table fits 80 columns;
-    sentences stay on one line, so that what reads a pipe finds them whole.
+    """Print the inputs, the table, the notes, and the sentence at the end.
+
+    The table fits 80 columns. Sentences stay on one line, so that a program that reads a pipe finds them whole.
     """
     console.print(Text(verdict.inputs), soft_wrap=True)
     console.print()
@@ -41,7 +42,7 @@ def print_verdict(verdict: Verdict, console: Console) -> None:
 
 
 def verdict_table(verdict: Verdict, bar: str = "#") -> Table:
-    """One row per point, in the baseline's order; guilty ones are marked."""
+    """One row per point, in the baseline's order; points that add error are marked."""
     table = Table(
         box=box.SIMPLE_HEAD,
         collapse_padding=True,
@@ -64,7 +65,7 @@ def verdict_table(verdict: Verdict, bar: str = "#") -> Table:
 
 def _scale(points: Iterable[PointVerdict]) -> tuple[float, float]:
     """(lowest, highest) exponent of ten that a bar shows."""
-    # With the limits, so that a clean pair, whose floors are all there is, does not fill the bars.
+    # The limits are included, so that a clean pair, which has only floors, does not fill the bars.
     values = [value for point in points for value in (point.alone, point.added, point.floor, point.limit)]
     exponents = [math.log10(value) for value in values if value and math.isfinite(value)]
     if not exponents:
@@ -75,8 +76,7 @@ def _scale(points: Iterable[PointVerdict]) -> tuple[float, float]:
 def draw_bar(value: float | None, scale: tuple[float, float], character: str = "#") -> str:
     """A bar whose length is the logarithm of `value` on the scale; none for 0, full for NaN or Inf.
 
-    >>> draw_bar(1e-2, (-4.0, 0.0))
-    '##########'
+    >>> draw_bar(1e-2, (-4.0, 0.0)) '##########'
     """
     if value is None or value == 0:
         return ""

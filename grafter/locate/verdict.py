@@ -1,4 +1,4 @@
-"""The verdict: one row per point, and what follows from them."""
+"""The verdict as data: one row per point, and the conclusion."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ JudgedBy = Literal["floor", "others"]
 
 @dataclass(frozen=True)
 class PointVerdict:
-    """One row. All differences are `rel`; None: not measured. `limit` is the largest `added` that is no error."""
+    """One row. All differences are `rel`; None: not measured. `limit` is the largest `added` that is not an error."""
 
     point: str
     alone: float | None
@@ -22,7 +22,7 @@ class PointVerdict:
     guilty: bool = False
     # Why the point could not be judged, or what weakens its judgement.
     note: str | None = None
-    # The point before it that was not grafted, whose error this one inherits.
+    # The earlier point that was not grafted, whose error this one inherits.
     inherits_from: str | None = None
 
     @property
@@ -32,10 +32,10 @@ class PointVerdict:
 
 @dataclass(frozen=True)
 class Verdict:
-    """All points in the baseline's order, and what follows from them.
+    """All points in the baseline's order, and the conclusion.
 
-    `named` is the guilty point that adds most (a guilty first point, which only shows that the inputs differ, is named
-    when no other is guilty). `inputs` says whether the first point differs.
+    `named` is the point that adds most error. (A first point that differs only shows that the inputs differ, and is
+    named if no other point adds error.) `inputs` says whether the first point differs.
     """
 
     points: tuple[PointVerdict, ...]

@@ -1,4 +1,4 @@
-"""The verdict in words: one sentence about the inputs, one that names the point."""
+"""The verdict in words: one sentence about the inputs, and one that names the point."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from grafter.locate.verdict import PointVerdict
 
 
 def describe_number(value: float | None) -> str:
-    """A difference in a table cell or sentence: two digits; `-` where it was not measured."""
+    """A difference in a table cell or sentence: two digits; `-` if it was not measured."""
     if value is None:
         return "-"
     if math.isinf(value):
@@ -19,7 +19,7 @@ def describe_number(value: float | None) -> str:
 
 
 def describe_inputs(first: PointVerdict | None, bitwise_equal: bool) -> str:
-    """Whether the two jobs already differ at the first point, as seen when left alone."""
+    """Whether the two jobs already differ at the first point, in the run left alone."""
     if first is None:
         return "Inputs: the two jobs share no point."
     if first.alone is None:
@@ -32,10 +32,10 @@ def describe_inputs(first: PointVerdict | None, bitwise_equal: bool) -> str:
     if first.guilty:
         return (
             f"Inputs: they already differ; the first point, {first.point}, differs {size}{_against(first)}. "
-            "Check what both jobs are fed, and what comes before that point."
+            "Check the inputs of both jobs, and what runs before that point."
         )
     if first.judged:
-        return f"Inputs: equal but for rounding; the first point, {first.point}, differs {size}{_against(first)}."
+        return f"Inputs: equal except for rounding; the first point, {first.point}, differs {size}{_against(first)}."
     return f"Inputs: the first point, {first.point}, differs {size}; it could not be judged ({_clause(first.note)})."
 
 
@@ -53,7 +53,7 @@ def describe_inputs_alone(alone: RunMeasurement) -> str:
 
 
 def describe_verdict(rows: Sequence[PointVerdict], named: str | None) -> str:
-    """The one sentence at the end."""
+    """The sentence at the end."""
     if not rows:
         return "Nothing could be judged: no point was both compared and grafted."
     if named is not None:
@@ -62,7 +62,7 @@ def describe_verdict(rows: Sequence[PointVerdict], named: str | None) -> str:
     if len(unjudged) == len(rows) or (unjudged and all(row.added is not None for row in unjudged)):
         return (
             f"Could not judge {_listed([row.point for row in unjudged])}: {_clause(unjudged[0].note)}; "
-            "give `--floor`, the command of a target that is known to be right, to measure what rounding alone does."
+            "give `--floor`, the command of a target that is known to be correct, to measure what rounding alone does."
         )
     if unjudged:
         return (
@@ -103,7 +103,7 @@ def _against(row: PointVerdict) -> str:
         if row.limit == 0:
             return ", where all other points are equal" if row.added else ""
         relation = "above" if row.guilty else "within"
-        return f", {relation} the {describe_number(row.limit)} that the other points' median allows"
+        return f", {relation} the limit of {describe_number(row.limit)} set by the other points"
     return ""
 
 

@@ -180,9 +180,9 @@ def is_safe(largest: float) -> bool:
 
 
 def are_comparable(x_squares: float, y_squares: float) -> bool:
-    """Whether sum(xy) may be had from the squares: its error, relative to |x||y|, is float64's epsilon times the ratio
+    """Whether sum(xy) may be computed from the squares.
 
-    of the norms.
+    Its error, relative to |x||y|, is float64's epsilon times the ratio of the norms.
     """
     return x_squares < y_squares * _COMPARABLE**2 and y_squares < x_squares * _COMPARABLE**2
 

@@ -1,4 +1,4 @@
-"""GRAFTER_PEER: a live job without its other side. Its first rank hosts the store, and starts the player."""
+"""GRAFTER_PEER: a live job without the other job. Its first rank hosts the store and starts the player."""
 
 from __future__ import annotations
 
@@ -21,20 +21,22 @@ from grafter.settings.config import SETTING_FIELDS, GrafterConfig
 
 logger = logging.getLogger("grafter")
 
-# The player leaves by itself within about two seconds after the live job has.
+# The player leaves by itself within about two seconds after the live job has left.
 _LEAVE_SECONDS = 4.0
 _TERMINATE_SECONDS = 2.0
-# Settings of the live job's own place and memory, none of the player's.
+# Settings of the live job's own place and memory, which the player does not get.
 _NOT_PASSED_ON = frozenset(
     {"enable", "role", "rank", "peer", "record", "attach", "master_address", "master_port", "store_host"}
 ) | {"dir", "run_name"}
 
 
 class Peer:
-    """The player of one live job, seen from that job's rank 0. config: the live rank's, with the store's true port."""
+    """The player of one live job, as seen from that job's rank 0. config: the live rank's, with the store's actual
+    port.
+    """
 
     def __init__(self, config: GrafterConfig, place: Place, directory: Path) -> None:
-        """Hosts the store, unless `grafter run` does, and starts the player. Raises JoinError, ConfigError."""
+        """Host the store, unless `grafter run` does, and start the player. Raises JoinError and ConfigError."""
         self._role = other_role(place.role)
         secret = config.secret.get_secret_value() if config.secret else None
         self.store: HostedStore | None = None
@@ -56,23 +58,25 @@ class Peer:
         environment["GRAFTER_STORE_HOST"] = "launcher" if self.store is None else "peer"
         command = [sys.executable, "-m", "grafter.offline.player", str(directory), "--parent", str(os.getpid())]
         try:
-            # A Ctrl-C is the live program's to handle; what it does then reaches the player through the board.
+            # The live program handles a Ctrl-C; the player learns about it through the board.
             self._process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
         except OSError as error:
             raise ConfigError(f"GRAFTER_PEER: the player cannot be started ({error}): {' '.join(command)}") from error
         threading.Thread(target=self._watch, name="grafter-peer", daemon=True).start()
 
     def _watch(self) -> None:
-        """A player that cannot start must not be waited for. After the join its processes are watched themselves."""
+        """Report a player that cannot start, so that no rank waits for it. After the join, its processes are watched
+        themselves.
+        """
         code = self._process.wait()
         if code and self.store is not None:
             try:
                 self.store.report_job_exit(self._role, f"(a recording) {describe_exit(code)}")
             except (AttributeError, RuntimeError) as error:
-                logger.debug("grafter: the player's end came after the store's: %s", error)
+                logger.debug("grafter: the player ended after the store: %s", error)
 
     def close(self) -> None:
-        """After the live rank has left: the player ends now, if not by itself."""
+        """Called after the live rank has left: the player ends now, if not by itself."""
         try:
             self._process.wait(_LEAVE_SECONDS)
         except subprocess.TimeoutExpired:
@@ -87,9 +91,9 @@ class Peer:
 
 
 def start_peer(config: GrafterConfig, place: Place) -> Peer | None:
-    """Called by every rank of a live job with GRAFTER_PEER, before it joins; the first starts the player.
+    """Called by every rank of a live job with GRAFTER_PEER, before it joins; the first rank starts the player.
 
-    Raises ConfigError, on every rank, where the recording is none, or does not fit this run.
+    Raises ConfigError, on every rank, if the directory is not a recording, or does not fit this run.
     """
     assert config.peer is not None
     try:
@@ -99,7 +103,7 @@ def start_peer(config: GrafterConfig, place: Place) -> Peer | None:
     recorded, key = facts.shared_settings, settings_of(config).get("key")
     if recorded.get("key") != key:
         raise ConfigError(
-            f"GRAFTER_PEER={config.peer}: it was recorded with GRAFTER_KEY={recorded.get('key', 'unset')}, and here it "
+            f"GRAFTER_PEER={config.peer}: the recording has GRAFTER_KEY={recorded.get('key', 'unset')}, and here it "
             f"is {key or 'unset'}. What identifies a point must be the same; set it as it was."
         )
     if config.master_port is None and place.role_world_size > 1:
@@ -111,7 +115,7 @@ def start_peer(config: GrafterConfig, place: Place) -> Peer | None:
 
 
 def _settings_for_player(config: GrafterConfig) -> dict[str, str]:
-    """What the live job's configuration sets, wherever it was set, as the player's environment has it."""
+    """The settings of the live job's configuration, wherever they were set, as variables for the player."""
     settings = {}
     for field in SETTING_FIELDS:
         if field in _NOT_PASSED_ON or field not in config.model_fields_set:

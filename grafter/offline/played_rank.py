@@ -1,11 +1,11 @@
-"""One recorded rank, played: it comes to every point that it recorded, in its order, through an ordinary Grafter.
+"""One recorded rank, played: it reaches every point that it recorded, in order, through an ordinary Grafter.
 
-    points of the forward   in the order of the program; those that no filter matches here meet nobody
+    points of the forward   in program order; points that no filter matches here are not exchanged
     gradients               all of a step are known: a sender serves them as they are asked for, like a live one; a
-                            receiver comes to them in the recorded order
+                            receiver follows the recorded order
     the end                 after its last point the rank leaves
 
-Where the live job leaves first, that is no error.
+It is not an error if the live job leaves first.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ from grafter.settings.config import GrafterConfig
 logger = logging.getLogger("grafter")
 
 _LONGEST_STEP_SECONDS = 7 * 24 * 3600.0
-# A wait of so long while the live job has left is in vain.
+# After waiting this long, a rank checks whether the live job has left and the wait is in vain.
 _PATIENCE_SECONDS = 0.5
 
 
 class RecordedOffers(OfferMaker):
-    """What a recorded rank brings: what it recorded."""
+    """Offers what a recorded rank recorded."""
 
     def take_up(self, value: Any, options: PointOptions, key: PointKey | None = None) -> Offer:
         if not isinstance(value, RecordedPoint):
@@ -59,7 +59,7 @@ class RecordedOffers(OfferMaker):
 
 
 class RecordedMeetings(Meetings):
-    """How a recorded rank meets the live job."""
+    """The meetings of a recorded rank with the live job."""
 
     def meet(
         self, session: Session, key: PointKey, direction: Direction, offer: Offer, options: PointOptions, *rest: Any
@@ -74,20 +74,22 @@ class RecordedMeetings(Meetings):
         return super().meet(session, key, direction, offer, options, *rest)
 
     def _with_its_transform(self, recorded: RecordedPoint, offer: Offer, options: PointOptions) -> Offer:
-        """A receiver without the transform that it was recorded with would get other tensors than it asks for."""
+        """The offer. A receiver without the transform that it was recorded with would get other tensors than it asks
+        for.
+        """
         if recorded.part.header.needs == "identity" or options.transform is not None:
             return offer
         return replace(
             offer,
             failure=UsageError(
-                "the recorded call was given a transform, which is a function and not in the recording. Name it by "
+                "the recorded call was given a transform. A function cannot be part of a recording. Name it by "
                 "path: GRAFTER_TRANSFORM_PATH, or `transform` in a rule of the plan file"
             ),
         )
 
 
 class PlayedGrafter(Grafter):
-    """A Grafter whose points are recorded ones. `play` is called once, in a process that is this rank."""
+    """A Grafter whose points are recorded ones. `play` is called once, in a process that acts as this rank."""
 
     # What is played is on disk already.
     saves_points = False
@@ -95,8 +97,8 @@ class PlayedGrafter(Grafter):
     meeting_maker = RecordedMeetings
 
     def __init__(self, config: GrafterConfig, rank: RecordedRank) -> None:
-        # It comes to its next point at once, and the live job may be long in coming: it computes. A live job that ends,
-        # or asks for something else, is noticed all the same.
+        # It reaches its next point immediately, and the live job may need long for it, because it computes. A live job
+        # that ends, or asks for something else, is noticed nevertheless.
         patient = {"timeout": max(config.timeout, _LONGEST_STEP_SECONDS), "on_peer_loss": "raise"}
         config = config.model_copy(update=patient)
         super().__init__(config)
@@ -105,9 +107,11 @@ class PlayedGrafter(Grafter):
         self._live_job_left = False
 
     def play(self) -> None:
-        """Come to all points; returns when they are over, or when the live job has left. Raises what ended the run."""
+        """Play all points. Returns when they are over, or when the live job has left. Raises the error that ended the
+        run.
+        """
         try:
-            # Joins also where nothing matches, since the live job waits for every rank.
+            # It joins even if nothing matches, because the live job waits for every rank.
             session = self._begin()
             for step, of_step in groupby(self._rank.points, key=lambda one: one.record.step):
                 self._play_step(session, step, list(of_step))
@@ -118,7 +122,7 @@ class PlayedGrafter(Grafter):
             self.standing.fault = None
             logger.info("grafter: %s: %s", self._who, self._left_early(error))
 
-    # What a Grafter asks.
+    # What a Grafter asks for.
 
     def announced_hooks(self) -> AnnouncedHooks:
         return AnnouncedHooks(self._rank.facts.modules, self._rank.facts.models)
@@ -147,12 +151,12 @@ class PlayedGrafter(Grafter):
 
     def _play_step(self, session: Session, step: int, points: Sequence[RecordedPoint]) -> None:
         if step > self.steps.step:
-            # A step without a point, as its end is of no consequence, is passed over.
+            # A step without a point is skipped, because its end has no effect.
             self.steps.step = step - 1
             self.step()
         gradients = {id(one): watched for one in points if (watched := self._watched(one)) is not None}
         if self.gradients is not None:
-            # A live rank knows them from its forward pass on, also those that never come.
+            # A live rank knows them from its forward pass on, including those that never arrive.
             in_any_order = {w.key.digest: w for w in gradients.values() if not w.is_parameter}
             self.gradients.pending.watched.update(in_any_order)
         for is_gradient, stretch in groupby(points, key=lambda one: one.is_gradient):
@@ -170,7 +174,7 @@ class PlayedGrafter(Grafter):
             # Not `self.dump_point`, which would watch for gradients: those are points of the recording.
             Grafter.dump_point(self, one.record.name, one, arguments, one.part.module)
         except RecordedFailure:
-            # The recorded program heard of it in its own run.
+            # The recorded program already got this error in its own run.
             logger.debug("grafter: %s: %s had failed when it was recorded", self._who, one.point)
         finally:
             traced_call_site.reset(site)
@@ -178,7 +182,9 @@ class PlayedGrafter(Grafter):
     # Gradients.
 
     def _watched(self, one: RecordedPoint) -> WatchedGradient | None:
-        """The gradient as a live rank would await it; None for what is no gradient, or none that meets anybody here."""
+        """The gradient as a live rank would await it. None for other points, and for gradients that are not exchanged
+        here.
+        """
         if not one.is_gradient or self.gradients is None:
             return None
         record, tags = one.record, one.tags
@@ -199,7 +205,7 @@ class PlayedGrafter(Grafter):
         with self.lock, torch.no_grad():
             for is_parameter, stretch in groupby(found, key=lambda pair: pair[1].is_parameter):
                 for one, watched in stretch:
-                    # A Grafter hands it on to `take_up` without looking at it.
+                    # A Grafter passes it on to `take_up` without looking at it.
                     value = cast(torch.Tensor, one)
                     if is_parameter:
                         gradients.meet(session, watched, value)
@@ -219,7 +225,7 @@ class PlayedGrafter(Grafter):
     # The live job's end.
 
     def _look_for_live_job(self, session: Session, client: StoreClient) -> None:
-        """On the housekeeping thread, once a second: nobody comes to a point any more where all have left."""
+        """On the housekeeping thread, once per second: end the wait if all live ranks have left."""
         wait = session.housekeeping.current_wait
         if wait is None or wait.stage not in ("pairing", "gradients") or wait.seconds < _PATIENCE_SECONDS:
             return
@@ -229,7 +235,7 @@ class PlayedGrafter(Grafter):
         live = other_role(self._place.role)
         ranks = [session.roster.graft_rank(live, member.role_rank) for member in session.roster.side(live)]
         lines = session.housekeeping.read_board(client, ranks)
-        # A wait for gradients is not looked after otherwise.
+        # Waits for gradients are not checked anywhere else.
         gone = session.housekeeping.gone() if wait.stage == "gradients" else {}
         if not all(line.state == "left" or line.graft_rank in gone for line in lines):
             return
@@ -242,7 +248,7 @@ class PlayedGrafter(Grafter):
         session.housekeeping.abort(RunError(f"the {live} job has left, and {self._who} has more points"), client)
 
     def _has_live_job_left(self) -> bool:
-        """In good order, that is; whichever rank of this job noticed it first."""
+        """Whether the live job has left normally, whichever rank of this job noticed it first."""
         if self._live_job_left or self.entry.session is None:
             return self._live_job_left
         lines = self.entry.session.housekeeping.last_seen(other_role(self._place.role))
@@ -250,4 +256,4 @@ class PlayedGrafter(Grafter):
 
     def _left_early(self, error: RunError) -> str:
         met = sum(self._tally.outcomes.values())
-        return f"the live job has left; it came to {met} of {len(self._rank.points)} recorded points"
+        return f"the live job has left; it reached {met} of {len(self._rank.points)} recorded points"

@@ -1,10 +1,10 @@
-"""The player: `python -m grafter.offline.player DIR` is the job of a recorded role, one process per recorded rank.
+"""The player: `python -m grafter.offline.player DIR` is the job of a recorded role, with one process per recorded rank.
 
     the first process    reads the recording, forks the ranks (so that torch is imported once), waits for them
-    each rank            a `PlayedGrafter` with the settings of its environment, like any job's
+    each rank            a `PlayedGrafter` with the settings of its environment, like a rank of any job
 
-The first process touches no tensor and starts no thread. When it ends, however, its ranks are killed by the system;
-where a live rank has started it (`--parent`), it ends when that rank's process does.
+The first process touches no tensor and starts no thread. When it ends, for whatever reason, the system kills its ranks.
+If a live rank started it (`--parent`), it ends when that rank's process ends.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _EXIT_USAGE = 2
 
 
 def main() -> int:
-    """The exit code: 0 where all ranks ended in good order, also when the live job left before them."""
+    """The exit code: 0 if all ranks ended normally, even if the live job left before them."""
     parser = argparse.ArgumentParser(prog="python -m grafter.offline.player", description="Play a recorded role.")
     parser.add_argument("directory", metavar="DIR", help="the recording: a role's directory, or a run's")
     parser.add_argument("--parent", type=int, help="end when this process, which started the player, has ended")
@@ -55,7 +55,7 @@ def main() -> int:
 
 def _open(directory: str, config: GrafterConfig) -> Recording:
     if config.role is None:
-        raise ConfigError("GRAFTER_ROLE is not set: it is the role that was recorded. GRAFTER_PEER sets it by itself.")
+        raise ConfigError("GRAFTER_ROLE is not set: set it to the recorded role. GRAFTER_PEER sets it automatically.")
     role: RoleName = config.role
     recording = open_recording(directory, role)
     _tell_what_is_missing(recording)
@@ -67,7 +67,9 @@ def _open(directory: str, config: GrafterConfig) -> Recording:
         )
     if here != there:
         recorded = "; ".join(f"{name}: {text}" for name, text in sorted(there.items()))
-        logger.info("grafter: other filters than when %s was recorded (%s)", recording.directory, recorded)
+        logger.info(
+            "grafter: the filters differ from those with which %s was recorded (%s)", recording.directory, recorded
+        )
     return recording
 
 
@@ -79,7 +81,7 @@ def _tell_what_is_missing(recording: Recording) -> None:
         if rank.lost:
             logger.warning("grafter: %s lacks %d points, which could not be written", who, rank.lost)
         if rank.ended is not None:
-            logger.warning("grafter: %s %s; it has what came before", who, rank.ended)
+            logger.warning("grafter: %s %s; it contains the points before that", who, rank.ended)
 
 
 class _Ranks:
@@ -136,7 +138,7 @@ class _Ranks:
             with torch.no_grad():
                 grafter.play()
         except GrafterError as error:
-            # The live job tells the whole of it, in its own words.
+            # The live job reports the whole error, in its own words.
             first_line = str(error).splitlines()[0] if str(error) else ""
             print(
                 f"grafter: {self._recording.role} rank {rank}, {recorded.played_from}, ends with "
@@ -144,7 +146,7 @@ class _Ranks:
             )  # fmt: skip
             return 1
         except BaseException as error:
-            # As the interpreter would set it: whoever waits for this rank hears that it did not end in good order.
+            # As the interpreter would set it: whoever waits for this rank learns that it did not end normally.
             sys.last_value = error
             raise
         finally:

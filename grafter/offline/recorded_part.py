@@ -1,5 +1,7 @@
-"""What a recording keeps besides the dumped values: of each point the header as it would have travelled; of each rank,
-what it would have announced."""
+"""What a recording keeps besides the dumped values.
+
+For each point, this is the header as it would have been sent; for each rank, what it would have announced.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +19,12 @@ RECORDING_VERSION = 1
 
 
 class RecordedPart(BaseModel):
-    """One rank's part of a point: the `header` of a `DumpRecord`, as JSON. module: that whose hook took the point.
-    is_parameter: a parameter's gradient, to which all ranks come in one order. new_rows_only: which rows count is a
-    matter of what met before, so the header has all of them."""
+    """One rank's part of a point: the `header` of a `DumpRecord`, as JSON.
+
+    module: the module whose hook took the point. is_parameter: a parameter's gradient, which all ranks reach in the
+    same order.
+    new_rows_only: which rows count depends on earlier exchanges, so the header has all of them.
+    """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -30,9 +35,9 @@ class RecordedPart(BaseModel):
 
 
 class RankFacts(BaseModel):
-    """`rank<r>.recording.json`: there is one for every rank of a recorded job, also where none of its points matched.
+    """`rank<r>.recording.json`: every rank of a recorded job writes one, even if none of its points matched.
 
-    modules: those with hooks, None where nothing was attached. models: those they belong to. shared_settings: the
+    modules: those with hooks, None if nothing was attached. models: those that they belong to. shared_settings: the
     filters and the key.
     """
 
@@ -52,7 +57,7 @@ def facts_name(role_rank: int) -> str:
 
 
 def settings_of(config: GrafterConfig) -> dict[str, str]:
-    """What both jobs of a run must have alike."""
+    """The settings that both jobs of a run must share."""
     return {name: str(getattr(config, name)) for name in SHARED_SETTINGS if getattr(config, name)}
 
 

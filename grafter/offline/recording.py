@@ -1,10 +1,11 @@
-"""A recording, read: what one role recorded, rank by rank, in the order of its program.
+"""Reads a recording: what one role recorded, rank by rank, in program order.
 
-    facts of each rank    rank<r>.recording.json        was it recorded at all, with which filters, of how many ranks
-    points                the dumps of each rank         grafter.open_dumps, and of each point its recorded part
+    facts of each rank    rank<r>.recording.json        was it recorded at all, with which filters, with how many ranks
+    points                the dumps of each rank         grafter.open_dumps, and the recorded part of each point
 
-Nothing in it is trusted: files are opened by the reader of dumps, texts are checked against their types, and of tags
-none may be an option. A point that cannot be played is played as one that has nothing to offer, with the reason.
+Nothing in a recording is trusted: the reader of dumps opens the files, texts are checked against their types, and a tag
+that has the name of an option is rejected. A point that cannot be played is played as one without a value, with the
+reason.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ _SCALARS = (str, int, float, bool, type(None))
 
 
 class RecordedFailure(Exception):
-    """What the recorded program's point failed with."""
+    """The error with which the recorded program's point failed."""
 
 
 @dataclass(frozen=True)
@@ -62,17 +63,19 @@ class RecordedPoint:
 
     @property
     def never_came(self) -> bool:
-        """A gradient of which the recorded program had none."""
+        """Whether this is a gradient that the recorded program did not have."""
         return self.is_gradient and self.part.header.nothing is not None
 
     @property
     def given(self) -> dict[str, Any]:
-        """The options of the recorded call that hold wherever it is played: the participants, if not all ranks."""
+        """The options of the recorded call that apply wherever it is played: the participants, if not all ranks."""
         participants = self.part.header.participants
         return {"ranks": list(participants)} if len(participants) < self.record.role_world_size else {}
 
     def offer(self) -> Offer:
-        """What the rank brought, with mapped memory; what cannot be read is nothing, for a reason."""
+        """The rank's offer, with mapped memory. What cannot be read becomes an offer without a value,
+        with the reason.
+        """
         header = self.part.header
         if header.failure is not None:
             return Offer(self, failure=RecordedFailure(header.failure))
@@ -95,7 +98,7 @@ class RecordedPoint:
         text, extras = self._extras(header)
         leaves = Leaves(self, list(tensors), list(tensors), specs, header.structure, dict(header.others))
         if header.tokens is not None and header.tokens.same_as is not None:
-            raise DumpError(f"{self.point}: its tokens are said to be another rank's, which no recording says.")
+            raise DumpError(f"{self.point}: its tokens refer to another rank's, which never happens in a recording.")
         return Offer(self, leaves, text, extras, header.layouts, header.axes, header.tokens)
 
     def _extras(self, header: Header) -> tuple[str | None, list[torch.Tensor]]:
@@ -110,14 +113,14 @@ class RecordedPoint:
         restored = []
         for tensor, told in zip(tensors, header.extras_tensors, strict=True):
             restored.append(_as_recorded(tensor, told.shape, told.dtype, str(self.point)))
-        # Written by the same function; it differs where metadata had to be replaced by what a file can hold.
+        # The same function wrote it; it differs if metadata had to be replaced by values that a file can hold.
         if text != header.extras:
             raise DumpError(f"{self.point}: its extras could not be kept in the recording as they were.")
         return text, restored
 
 
 def _as_recorded(tensor: torch.Tensor, shape: tuple[int, ...], dtype_name: str, where: str) -> torch.Tensor:
-    """A tensor of extras with the dtype that it had, where a file has no word for it."""
+    """A tensor of extras with its original dtype, if a file has no name for that dtype."""
     dtype = getattr(torch, dtype_name, None)
     if tensor.dtype is dtype and tuple(tensor.shape) == shape:
         return tensor
@@ -128,25 +131,27 @@ def _as_recorded(tensor: torch.Tensor, shape: tuple[int, ...], dtype_name: str, 
             count *= size
         if count == raw.numel():
             return raw.view(dtype).view(shape)
-    raise DumpError(f"{where}: a tensor of its extras is {dtype_name[:40]}{list(shape)}, and its file has another.")
+    raise DumpError(
+        f"{where}: a tensor of its extras is {dtype_name[:40]}{list(shape)}, but its file has something else."
+    )
 
 
 @dataclass(frozen=True)
 class RecordedRank:
-    """One rank. lost: how many points its recording lacks, since they could not be written."""
+    """One recorded rank. lost: how many points its recording lacks, because they could not be written."""
 
     role_rank: int
     facts: RankFacts
     points: tuple[RecordedPoint, ...]
     played_from: PlayedFrom
     lost: int = 0
-    # How the recorded process ended; None where it closed in good order.
+    # How the recorded process ended; None if it closed normally.
     ended: str | None = None
 
 
 @dataclass(frozen=True)
 class Recording:
-    """What one role recorded, all its ranks. problems: what could not be read, while the rest was."""
+    """The recording of one role, with all its ranks. problems: what could not be read, while the rest was."""
 
     directory: Path
     role: RoleName
@@ -159,7 +164,7 @@ class Recording:
 
 
 def find_recording(directory: str | os.PathLike[str], role: RoleName) -> tuple[Path, RankFacts]:
-    """The role's directory, and what its rank 0 says: quick, whatever was recorded. Raises DumpError."""
+    """The role's directory, and the facts of its rank 0. Quick, however much was recorded. Raises DumpError."""
     path = _role_directory(Path(directory), role)
     facts = _read(path, facts_name(0), RankFacts)
     if facts is None:
@@ -169,8 +174,8 @@ def find_recording(directory: str | os.PathLike[str], role: RoleName) -> tuple[P
         )
     if facts.role != role:
         raise DumpError(
-            f"{path} is a recording of the {shown(facts.role)}, and here one of the {role} is needed. Give that, "
-            f"or let the recording be the {shown(facts.role)} and the live job the {role}."
+            f"{path} is a recording of the {shown(facts.role)}, but a recording of the {role} is needed here. Give "
+            f"that, or let the recording be the {shown(facts.role)} and the live job the {role}."
         )
     if facts.recording_version > RECORDING_VERSION:
         raise DumpError(
@@ -178,12 +183,14 @@ def find_recording(directory: str | os.PathLike[str], role: RoleName) -> tuple[P
             f"{RECORDING_VERSION}). Update grafter here."
         )
     if not 0 < facts.role_world_size <= _MOST_RANKS:
-        raise DumpError(f"{path} says that it is of {facts.role_world_size} ranks; 1 to {_MOST_RANKS} can be played.")
+        raise DumpError(f"{path} names {facts.role_world_size} ranks; 1 to {_MOST_RANKS} can be played.")
     return path, facts
 
 
 def open_recording(directory: str | os.PathLike[str], role: RoleName) -> Recording:
-    """Everything but the tensors. directory: the role's, or that of the run. Raises DumpError, naming what is wrong."""
+    """Everything except the tensors. directory: the role's, or that of the run. Raises DumpError, which names the
+    fault.
+    """
     path, first = find_recording(directory, role)
     size = first.role_world_size
     facts = [_facts_of(path, rank, first) for rank in range(size)]
@@ -213,7 +220,7 @@ def _role_directory(path: Path, role: RoleName) -> Path:
     other = next((name for name in ("baseline", "target") if (path / name / facts_name(0)).is_file()), None)
     if other is not None:
         raise DumpError(
-            f"{path} holds a recording of the {other}, and here one of the {role} is needed. Give that, or let "
+            f"{path} holds a recording of the {other}, but a recording of the {role} is needed here. Give that, or let "
             f"the recording be the {other} and the live job the {role}."
         )
     # Says what there is instead.
@@ -224,11 +231,12 @@ def _facts_of(path: Path, rank: int, first: RankFacts) -> RankFacts:
     facts = _read(path, facts_name(rank), RankFacts)
     if facts is None:
         raise DumpError(
-            f"{path}: the {first.role} has {first.role_world_size} ranks, and there is no {facts_name(rank)}. It was "
-            "copied in part, or that rank wrote elsewhere (another machine): bring all ranks' files into one directory."
+            f"{path}: the {first.role} has {first.role_world_size} ranks, but {facts_name(rank)} does not exist. It "
+            "was copied in part, or that rank wrote elsewhere (another machine): bring all ranks' files into one "
+            "directory."
         )
     if (facts.role, facts.role_rank, facts.role_world_size) != (first.role, rank, first.role_world_size):
-        raise DumpError(f"{path}/{facts_name(rank)}: it is of another rank or of another job than {facts_name(0)}.")
+        raise DumpError(f"{path}/{facts_name(rank)}: it belongs to another rank or another job than {facts_name(0)}.")
     return facts
 
 
@@ -247,12 +255,12 @@ def _points_by_rank(dumps: Dumps, size: int) -> dict[int, tuple[RecordedPoint, .
     for points in in_order.values():
         for one, other in pairwise(points):
             if not 0 <= one.record.step <= other.record.step:
-                raise DumpError(f"{dumps.directory}: {other.point} comes after {one.point}; steps only count up.")
+                raise DumpError(f"{dumps.directory}: {other.point} comes after {one.point}; steps can only increase.")
     return in_order
 
 
 def _check_tags(point: DumpedPoint, record: DumpRecord) -> None:
-    """Tags are given to `dump` again, where an option of that name would have a meaning."""
+    """Check tags that are passed to `dump` again: a tag with the name of an option would act as one."""
     for tag, value in record.tags.items():
         if tag in OPTIONS or tag in OWN_TAGS or type(value) not in _SCALARS:
             raise DumpError(f"{point}: {shown(tag)} cannot be a tag. The recording is damaged, or was tampered with.")
@@ -264,9 +272,9 @@ def _part_of(point: DumpedPoint, record: DumpRecord) -> RecordedPart:
         header = part.header
         ranks = header.participants
         if (header.role, header.role_rank) != (record.role, record.role_rank):
-            raise ValueError("it is of another rank")
+            raise ValueError("it belongs to another rank")
         if record.role_rank not in ranks or ranks[-1] >= record.role_world_size:
-            raise ValueError("its participants are not of this job")
+            raise ValueError("its participants do not belong to this job")
         return part
     except (ValueError, RecursionError) as error:
         reason = shown(str(error).splitlines()[0])
@@ -285,7 +293,7 @@ def _how_ended(summary: RankSummary | None) -> str | None:
 
 
 def _read(path: Path, name: str, model: type[Model]) -> Model | None:
-    """None where there is no such file. Raises DumpError for one that is something else."""
+    """The content of the file; None if there is no such file. Raises DumpError for anything else."""
     if not os.path.lexists(path / name):
         return None
     with opened(path, name) as descriptor, os.fdopen(os.dup(descriptor), "rb") as file:

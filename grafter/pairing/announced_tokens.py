@@ -1,6 +1,7 @@
-"""Announced tokens: which token each row of a rank's tensor is, as it travels in the header. A peer's is checked before
+"""Announced tokens: which token each row of a rank's tensor holds, as sent in the header.
 
-anything is computed from it, and costs what its text costs, whatever number of rows it claims.
+A peer's announcement is checked before anything is computed from it. Its cost depends on the length of its text, not on
+the number of rows that it claims.
 """
 
 from __future__ import annotations
@@ -36,10 +37,11 @@ _Id = (
 
 
 class AnnouncedTokens(BaseModel):
-    """runs: (number of the sequence or -1, first position, count) of each, base64. starts: for each sequence the
+    """The announced tokens of one rank.
 
-    position from which on rows count, or nothing. hashes: (number, base64) as in dumps. Where the ranks of a role have
-    the same, one has it and the others name it: `same_as`, a role rank.
+    runs: (number of the sequence or -1, first position, count) of each run, base64. starts: for each sequence, the
+    position from which on rows count, or nothing. hashes: (number, base64) as in dumps. If several ranks of a role have
+    the same tokens, one of them sends them, and the others refer to its role rank: `same_as`.
     """
 
     model_config = ConfigDict(frozen=True)

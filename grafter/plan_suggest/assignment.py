@@ -1,4 +1,4 @@
-"""Assignment: one-to-one pairs of the highest total score (the Hungarian method, with potentials)."""
+"""Assignment: one-to-one pairs with the highest total score (the Hungarian method, with potentials)."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from numpy.typing import NDArray
 
 
 def best_pairs(scores: NDArray[np.float64], threshold: float) -> list[tuple[int, int]]:
-    """(row, column), each at most once, sorted, of the highest sum of `score - threshold`; none at or below 0.
+    """The (row, column) pairs, sorted, each row and column at most once, with the highest sum of `score - threshold`.
 
-    O(rows^2 * columns), with rows the smaller number of both.
+    Pairs at or below the threshold are left out. O(rows^2 * columns), where rows is the smaller of the two numbers.
     """
     profit = np.maximum(scores - threshold, 0.0)
     if not profit.size or not profit.any():
@@ -23,10 +23,10 @@ def best_pairs(scores: NDArray[np.float64], threshold: float) -> list[tuple[int,
 
 
 def _columns_rows(cost: NDArray[np.float64]) -> NDArray[np.int64]:
-    """For each column its row, or -1, so that all rows have a column and the cost is the least; rows <= columns."""
+    """For each column its row, or -1, such that every row has a column and the cost is the lowest; rows <= columns."""
     rows, columns = cost.shape
     row_potential, column_potential = np.zeros(rows), np.zeros(columns + 1)
-    row_of = np.full(columns + 1, -1)  # the last column is where a row waits that has none yet
+    row_of = np.full(columns + 1, -1)  # the last column holds a row that has no column yet
     for row in range(rows):
         row_of[columns] = row
         column = columns

@@ -35,27 +35,27 @@ def suggest_command(
             help="A run's directory, or two modules.json (or their roles' directories).",
         ),
     ],
-    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the plan there. Default: to stdout.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace FILE where it is there already.")] = False,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the plan to FILE. Default: stdout.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace FILE if it exists.")] = False,
 ) -> None:
-    """Propose the plan file's names from the module trees of two programs, and say how sure it is.
+    """Propose the plan file's names from the module trees of two programs, with a confidence for each.
 
     Every run in which both programs have hooks (`grafter run --attach`, or grafter.attach) leaves their trees in its
-    directory; no point needs to match. Pairs of low confidence are there as comments.
+    directory; no point needs to match. Pairs of low confidence are comments.
 
     \b
     grafter plan suggest grafter_out/20250101-120000 --out plan.yaml
     grafter plan suggest a/modules.json b/modules.json
 
-    Exit code: 0 a plan; 1 no module of one program is like one of the other; 2 wrong usage.
+    Exit code: 0 a plan; 1 no module of one program resembles one of the other; 2 wrong usage.
     """
-    # Slow to import (torch), and every command of the program imports this file.
+    # This import is slow (torch), and every command of the program imports this file.
     from grafter.plan_suggest.matching import match_trees
     from grafter.plan_suggest.wording import plan_text
 
     try:
         if out is not None and out.exists() and not force:
-            raise UsageError(f"{out} is there already; give another name, or --force to replace it.")
+            raise UsageError(f"{out} exists already; give another name, or --force to replace it.")
         baseline, target = _read(sources)
         suggestion = match_trees(baseline[0], target[0])
         others = tuple(
@@ -73,7 +73,7 @@ def suggest_command(
         raise typer.Exit(2) from None
     if out is not None:
         typer.echo(f"{out}: {len(suggestion.pairs)} pairs, {len(suggestion.left)} modules left out", err=True)
-    # The models themselves are a pair whatever is in them.
+    # The models themselves are a pair, whatever they contain.
     raise typer.Exit(0 if len(suggestion.pairs) > 1 else 1)
 
 

@@ -1,4 +1,4 @@
-"""Judgement: how sure a pair is, and the reasons in words."""
+"""How sure a pair is, and the reasons in words."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from grafter.plan_suggest.shapes import Relation
 from grafter.plan_suggest.tree import Module
 from grafter.plan_suggest.vocabulary import ALIKE, KNOWN, SAME, class_likeness, name_likeness
 
-# By how much the score of a pair exceeds that of the next best for either module, where nothing else comes close.
+# The margin by which a pair's score must exceed the next best one of either module, so that no other is a close match.
 _CLEAR, _NARROW = 1.0, 0.3
 
 
@@ -22,8 +22,11 @@ def judge_leaf(
     like_target: Sequence[Module],
     ratios: tuple[int, ...],
 ) -> Pair:
-    """Two modules with weights. like_baseline: modules of the target whose shapes fit the baseline's; like_target: the
-    other way round. High only where shapes fit, and names or the absence of any other candidate agree."""
+    """The pair of two modules with weights.
+
+    like_baseline: modules of the target whose shapes fit the baseline's; like_target: the other way round. The
+    confidence is high only if the shapes fit, and either the names agree or there is no other candidate.
+    """
     likeness = name_likeness(baseline.segment, target.segment)
     alone = len(like_baseline) == len(like_target) == 1
     reasons = [shape_reason(baseline, target, relation), name_reason(baseline, target)]
@@ -54,8 +57,12 @@ def judge_leaf(
 
 
 def judge_holder(baseline: Module, target: Module, overlap: float, surest: Confidence, *, alone: bool) -> Pair:
-    """Two modules that hold others. overlap: the part of these that are pairs; surest: the confidence of the least
-    sure of them; alone: no other module holds the same."""
+    """The pair of two modules that hold others.
+
+    overlap: the share of their modules that are pairs.
+    surest: the confidence of the least sure of these pairs.
+    alone: no other module holds the same.
+    """
     known = name_likeness(baseline.segment, target.segment) >= KNOWN
     reasons = [holder_reason(overlap), name_reason(baseline, target)]
     if overlap == 1 and (known or alone):
@@ -68,7 +75,7 @@ def judge_holder(baseline: Module, target: Module, overlap: float, surest: Confi
 
 
 def judge_bare(baseline: Module, target: Module) -> Pair:
-    """Two modules without weights: there are no shapes to agree, so it is never high."""
+    """The pair of two modules without weights. Without shapes to compare, the confidence is never high."""
     known = name_likeness(baseline.segment, target.segment) >= KNOWN
     alike = class_likeness(baseline.node.class_name, target.node.class_name) > 0
     confidence = Confidence.medium if known and alike else Confidence.low
@@ -86,7 +93,7 @@ def shape_reason(baseline: Module, target: Module, relation: Relation) -> str:
         "padded": f"shapes equal but for padded rows ({shapes_of(baseline)}, {shapes_of(target)})",
         "transposed": f"shapes transposed ({shapes_of(baseline)}, {shapes_of(target)})",
     }.get(relation.kind, f"shapes differ ({shapes_of(baseline)}, {shapes_of(target)})")
-    return text + (f" but for {', '.join(relation.missing)}, which one side has not got" if relation.missing else "")
+    return text + (f" but for {', '.join(relation.missing)}, which only one side has" if relation.missing else "")
 
 
 def holder_reason(overlap: float) -> str:
@@ -100,7 +107,7 @@ def name_reason(baseline: Module, target: Module) -> str:
         return "" if baseline.segment or target.segment else "the models themselves"
     lists = baseline.parent, target.parent
     if baseline.segment == target.segment and baseline.segment.isdecimal() and all(lists):
-        # A number says nothing of what the lists are called that the two are in.
+        # A number says nothing about the names of the two lists that contain the modules.
         ours, theirs = (module.segment for module in lists if module is not None)
         if ours and theirs and ours != theirs:
             return f"numbers equal, names of the lists {_likeness_in_words(ours, theirs)}"
@@ -115,7 +122,7 @@ def _likeness_in_words(ours: str, theirs: str) -> str:
 
 
 def shapes_of(module: Module) -> str:
-    """`256x128`, or those of several weights."""
+    """`256x128`, or the shapes of several weights."""
     return ", ".join("x".join(map(str, weight.shape)) or "scalar" for weight in module.weights.values())
 
 

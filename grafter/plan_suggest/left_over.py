@@ -17,7 +17,7 @@ def reasons_left(
     fused: list[Fused],
     relation: Callable[[Module, Module], Relation],
 ) -> list[Left]:
-    """Of both sides, all modules that are in no pair, and lists of layers that have none."""
+    """For both sides, all modules that are in no pair, and the lists of layers without a partner."""
     partner = {pair.baseline: pair.target for pair in found.pairs}
     partner |= {pair.target: pair.baseline for pair in found.pairs}
     in_stacks = {stack for a, b, _ in found.stacks for stack in (a, b)}

@@ -1,4 +1,4 @@
-"""Matching: two module trees, region by region. What was found in each layer is put together over all layers."""
+"""Matches two module trees, region by region. The results of the single layers are merged over all layers."""
 
 from __future__ import annotations
 
@@ -31,9 +31,10 @@ def match_trees(baseline: ModuleTree, target: ModuleTree) -> Suggestion:
 
 
 def find_ratios(baseline: Module, target: Module) -> tuple[int, ...]:
-    """By what tensor parallelism divides weights between the two, told from matrices whose names mean the same.
+    """The numbers by which tensor parallelism divides weights between the two, found from matrices with the same
+    meaning.
 
-    Empty where fewer than half of them are divided: two models of other sizes are no two shardings of one.
+    Empty if fewer than half of them are divided: two models of different sizes are not two shardings of one model.
     """
     relations: list[Relation] = []
     by_name = list(_matrices(target))
@@ -47,7 +48,7 @@ def find_ratios(baseline: Module, target: Module) -> tuple[int, ...]:
 
 
 def _matrices(root: Module) -> Iterator[Module]:
-    """Modules with a weight of two dims, of the first layer of each list alone."""
+    """Modules with a weight of two dims, only from the first layer of each list."""
     if any(len(weight.shape) == 2 for weight in root.weights.values()):
         yield root
     for child in root.children[:1] if root.is_stack else root.children:
@@ -56,7 +57,7 @@ def _matrices(root: Module) -> Iterator[Module]:
 
 @dataclass(frozen=True)
 class _Place:
-    """A module, and its path as a pattern. captures: those in it, outermost first."""
+    """A module, and its path as a pattern. captures: the names of the captures in the pattern, outermost first."""
 
     module: Module
     pattern: str
@@ -68,7 +69,7 @@ class _Place:
 
 @dataclass
 class _Votes:
-    """For one pair of patterns: what each layer said of it."""
+    """The results of all layers for one pair of patterns."""
 
     pairs: list[Pair] = field(default_factory=list)
 
@@ -78,13 +79,15 @@ class _Votes:
 
 
 class _TreeMatcher:
+    """The matching of two module trees, and the results that it has collected so far."""
+
     def __init__(self, ratios: tuple[int, ...]) -> None:
         self._ratios = ratios
         self._votes: dict[tuple[str, str], _Votes] = {}
         self._left: dict[tuple[Side, str], NamedLeft] = {}
 
     def match(self, baseline: _Place, target: _Place, cap: Confidence, why_capped: str) -> None:
-        """Two modules that are a pair, and all below them. No pair below is surer than `cap`."""
+        """Two modules that are a pair, and all modules below them. No pair below is surer than `cap`."""
         found = match_regions(region_of(baseline.module), region_of(target.module), self._ratios)
         for pair in found.pairs:
             if pair.confidence > cap:
@@ -101,7 +104,7 @@ class _TreeMatcher:
     def _match_layers(
         self, baseline: _Place, target: _Place, stacks: tuple[Module, Module], cap: Confidence, why_capped: str
     ) -> None:
-        """Layers with one number, each kind of them once: the layers of one kind are all alike."""
+        """Match layers with the same number, one of each kind: layers of one kind are all alike."""
         ours, theirs = ({int(layer.segment): layer for layer in stack.children} for stack in stacks)
         name = _capture_name(stacks[0].segment, baseline.captures)
         captures = (*baseline.captures, name)
@@ -118,7 +121,7 @@ class _TreeMatcher:
                 self.match(places[0], places[1], cap, why_capped)
 
     def pairs(self) -> Iterator[NamedPair]:
-        """One-to-one over all layers: where kinds of layers disagree, the surer pair stays."""
+        """One-to-one over all layers: if kinds of layers disagree, the surer pair stays."""
         taken: dict[tuple[Side, str], str] = {}
         for (ours, theirs), votes in sorted(self._votes.items(), key=lambda item: item[1].weight, reverse=True):
             sides: tuple[tuple[Side, str, str], ...] = (("baseline", ours, theirs), ("target", theirs, ours))
@@ -146,7 +149,7 @@ def _joined(prefix: str, rest: str) -> str:
 
 
 def _capture_name(stack: str, outer: tuple[str, ...]) -> str:
-    """`layer_id` for the outermost list; another one's is called after it: `experts` -> `expert`."""
+    """`layer_id` for the outermost list; for other lists, a name derived from the list: `experts` -> `expert`."""
     if not outer:
         return "layer_id"
     name = re.sub(r"\W", "_", stack).strip("_").lower().removesuffix("s") or "n"

@@ -1,4 +1,4 @@
-"""Names: the entries of the plan file that give both modules of a pair, and their tensors, one name."""
+"""The entries of the plan file that give both modules of a pair, and their tensors, one name."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from grafter.plan_suggest.pairs import Confidence, NamedPair, Side, Suggestion
 
 _LAYER = "{layer_id}"
 _NUMBER = re.compile(r"\d+|\{\w+\}")
-# A pattern would read these segments as the inputs or outputs of the module before; `ou?` matches `out` alone.
+# A pattern would read these segments as inputs or outputs of the previous module; `ou?` matches only `out`.
 _AS_PATTERN = {"in": "i?", "out": "ou?"}
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One of the plan file's `names`."""
+    """One entry of the plan file's `names`."""
 
     role: Side
     path: str
@@ -26,20 +26,22 @@ class Entry:
 
 @dataclass(frozen=True)
 class WeightRule:
-    """One of the plan file's `rules`: where a weight lies, for `grafter.dump_model`."""
+    """One rule of the plan file: where a weight lies, for `grafter.dump_model`."""
 
     match: str
     dims: str
 
 
 def common_name(pair: NamedPair) -> str:
-    """The baseline's path without the number of its layer, which is the tag `layer_id`: as it is named by default."""
+    """The baseline's path without its layer number, which becomes the tag `layer_id`. This is the baseline's default
+    name.
+    """
     segments = [segment for segment in pair.baseline_path.split(".") if segment != _LAYER]
     return ".".join(segments) or ROOT
 
 
 def module_entries(pair: NamedPair) -> list[Entry]:
-    """For each role; none where both have one name already, or one of both is nothing that can be called."""
+    """The entries for each role. None if both modules already have one name, or if one of them cannot be called."""
     if not (pair.pair.baseline.node.can_be_called and pair.pair.target.node.can_be_called):
         return []
     if default_pattern(pair.baseline_path) == default_pattern(pair.target_path):
@@ -52,7 +54,7 @@ def module_entries(pair: NamedPair) -> list[Entry]:
 
 
 def default_pattern(path: str) -> tuple[str, str]:
-    """The name and the number that become of a path without an entry: as `capture.naming.default_name` gives them."""
+    """The name and the number that a path gets without an entry, as `capture.naming.default_name` makes them."""
     segments = path.split(".")
     for number, segment in enumerate(segments):
         if _NUMBER.fullmatch(segment):
@@ -61,7 +63,7 @@ def default_pattern(path: str) -> tuple[str, str]:
 
 
 def tensor_entries(pair: NamedPair) -> list[Entry]:
-    """For the first input and the first output, where the two programs call them otherwise."""
+    """The entries for the first input and the first output, if the two programs give them different names."""
     if not (pair.pair.baseline.node.can_be_called and pair.pair.target.node.can_be_called):
         return []
     name, path = common_name(pair), _as_pattern(pair.target_path) or ROOT
@@ -75,7 +77,7 @@ def _first_inputs(pair: NamedPair) -> tuple[str, str] | None:
         return None
     first, other = ours.arguments[0], theirs.arguments[0]
     if first in theirs.arguments or other in ours.arguments:
-        return None  # known by name on both sides, in another order or not
+        return None  # known by name on both sides, in whatever order
     found = f".in.{first}", f".in.{other}"
     seen = all(not node.tensors or suffix in node.tensors for node, suffix in zip((ours, theirs), found, strict=True))
     return found if seen else None
@@ -102,7 +104,9 @@ def _as_pattern(path: str) -> str:
 
 
 def entries_aside(suggestion: Suggestion, used: Iterable[Entry]) -> list[Entry]:
-    """For modules whose default name another module is given, so that no name stands for two in one job."""
+    """Entries for modules whose default name is given to another module, so that a name stands for only one in each
+    job.
+    """
     taken = {entry.name for entry in used}
     aside = []
     roles: tuple[Side, ...] = ("baseline", "target")
@@ -124,9 +128,9 @@ def entries_aside(suggestion: Suggestion, used: Iterable[Entry]) -> list[Entry]:
 
 
 def weight_rules(suggestion: Suggestion) -> list[WeightRule]:
-    """Where tensor parallelism divides weights: the dims of those that both programs have, by the axis `tp`.
+    """Rules for weights that tensor parallelism divides: the dims of those that both programs have, by the axis `tp`.
 
-    One text serves both jobs. DTensors say theirs by themselves; of weights that differ otherwise nothing is known.
+    One text serves both jobs. DTensors need no rule. About weights that differ in other ways, nothing is known.
     """
     if suggestion.ratio == 1:
         return []

@@ -1,4 +1,4 @@
-"""What the matching finds: pairs of modules, how sure they are and why, and what is left on each side."""
+"""The result of the matching: pairs of modules with their confidence and reasons, and what is left on each side."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ Side = Literal["baseline", "target"]
 
 
 class Confidence(IntEnum):
+    """How sure a pair is."""
+
     low = 1
     medium = 2
     high = 3
@@ -20,7 +22,10 @@ class Confidence(IntEnum):
 
 @dataclass(frozen=True)
 class Pair:
-    """Two modules that mean the same. same_inputs: all that is in one is in the other, so their inputs are the same."""
+    """Two modules with the same meaning.
+
+    same_inputs: everything in one is also in the other, so their inputs are the same.
+    """
 
     baseline: Module
     target: Module
@@ -32,7 +37,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Left:
-    """A module that has no pair, and why."""
+    """A module that has no pair, and the reason."""
 
     side: Side
     module: Module
@@ -41,7 +46,7 @@ class Left:
 
 @dataclass(frozen=True)
 class Fused:
-    """One module with the weights of several of the other side, in its first dim."""
+    """One module that contains the weights of several modules of the other side, joined in the first dim."""
 
     side: Side
     whole: Module
@@ -51,7 +56,7 @@ class Fused:
 
 @dataclass
 class Found:
-    """Of two regions, or of whole trees. stacks: paired lists of layers; `unlike`: why they are not quite alike."""
+    """The pairs of two regions, or of whole trees. stacks: paired lists of layers; `unlike`: how they differ."""
 
     pairs: list[Pair] = field(default_factory=list)
     left: list[Left] = field(default_factory=list)
@@ -70,6 +75,8 @@ class NamedPair:
 
 @dataclass(frozen=True)
 class NamedLeft:
+    """A module without a pair, over all layers, and the reason."""
+
     side: Side
     path: str
     class_name: str
@@ -78,7 +85,10 @@ class NamedLeft:
 
 @dataclass(frozen=True)
 class Suggestion:
-    """ratio: by how much tensor parallelism divides the target's weights (below -1: the baseline's); 1: by nothing."""
+    """The suggestion for two models.
+
+    ratio: by how much tensor parallelism divides the target's weights (below -1: the baseline's); 1: not divided.
+    """
 
     baseline_class: str
     target_class: str

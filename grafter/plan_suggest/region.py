@@ -1,4 +1,6 @@
-"""A region of each side, paired: first what is fused, then modules with weights, what holds them, and the bare ones."""
+"""Pairs one region of each side: fused modules first, then modules with weights, their containers, and
+the bare ones.
+"""
 
 from __future__ import annotations
 
@@ -28,6 +30,8 @@ def match_regions(baseline: Region, target: Region, ratios: tuple[int, ...]) -> 
 
 
 class _RegionMatcher:
+    """The matching of two regions, step by step."""
+
     def __init__(self, baseline: Region, target: Region, ratios: tuple[int, ...]) -> None:
         self._baseline, self._target, self._ratios = baseline, target, ratios
         self._relations: dict[tuple[Module, Module], Relation] = {}
@@ -44,7 +48,7 @@ class _RegionMatcher:
             [leaf for leaf in region.leaves if leaf not in fused] for region in (self._baseline, self._target)
         )
         self._positions = {leaf: _position(leaf, side) for side in (ours, theirs) for leaf in side}
-        # Twice: what holds two modules is known only after they are paired once, and then tells like ones apart.
+        # Twice: which containers match is known only after the first pass, and then distinguishes similar modules.
         for _ in range(2):
             leaf_pairs, leaf_scores = _assign(ours, theirs, self._leaf_score, _LEAF_THRESHOLD)
             self._note_partners(leaf_pairs, found.stacks)
@@ -79,7 +83,9 @@ class _RegionMatcher:
     # Fused modules.
 
     def _find_fused(self) -> Iterator[Fused]:
-        """By name first: TP may make a fused weight the size of one part. Then by sums, where nothing else fits."""
+        """Find fused modules, by name first: TP may make a fused weight the size of one part. Then by sums, if nothing
+        else fits.
+        """
         taken: set[Module] = set()
         for by_name, (side, own, other) in product(
             (True, False),
@@ -121,7 +127,7 @@ class _RegionMatcher:
         return shape + _name_score(a, b) + self._place_score(a, b) + order + class_likeness(*_classes(a, b)) / 2
 
     def _place_score(self, a: Module, b: Module) -> float:
-        """Whether the same holds them: as paired before, or by its name."""
+        """Whether the containers of the two are the same: as paired before, or by name."""
         ours, theirs = self._baseline.parent(a), self._target.parent(b)
         if ours is None or theirs is None:
             return 1.0 if ours is theirs else 0.0
@@ -149,7 +155,7 @@ class _RegionMatcher:
             self._partners.update({part: [one.whole] for part in one.parts})
 
     def _overlap(self, a: Module, b: Module) -> float:
-        """Of the modules with weights in both, the part whose partners are in the other."""
+        """The share of the modules with weights in both whose partners are in the other."""
         ours, theirs = _with_weights(a), _with_weights(b)
         common = sum(any(p in theirs for p in self._partners.get(leaf, ())) for leaf in ours)
         common += sum(any(p in ours for p in self._partners.get(leaf, ())) for leaf in theirs)
@@ -184,7 +190,7 @@ def _assign(
 
 
 def _name_score(a: Module, b: Module) -> float:
-    """From -3 to 3. Below a likeness of 0.5, two texts are alike by accident."""
+    """From -3 to 3. If the likeness is below 0.5, two texts are similar by accident."""
     likeness = name_likeness(a.segment, b.segment)
     if likeness == OPPOSED:
         return -3.0
@@ -196,7 +202,7 @@ def _classes(a: Module, b: Module) -> tuple[str, str]:
 
 
 def _position(leaf: Module, leaves: list[Module]) -> float:
-    """Where it stands among those of its shapes, from 0 to 1."""
+    """The module's position among the modules with its shapes, from 0 to 1."""
     same = [other for other in leaves if other.shapes == leaf.shapes]
     return (same.index(leaf) + 0.5) / len(same)
 
@@ -214,13 +220,13 @@ def _numbers_in(module: Module) -> int:
 
 
 def _may_be_fused(module: Module) -> bool:
-    """Whether its name leaves it open: sums of rows are equal by accident, too."""
+    """Whether its name allows it to be fused: sums of rows can also be equal by accident."""
     meanings = meanings_of(module.segment)
     return not meanings or not meanings.isdisjoint(FUSED)
 
 
 def _groups(whole: Module, other: Region, by_name: bool) -> Iterator[tuple[Module, ...]]:
-    """Neighbours on the other side that `whole` may hold: those that its name says, or any run of two to four."""
+    """Neighbours on the other side that `whole` may contain: those that its name says, or any run of two to four."""
     wanted = [FUSED[meaning] for meaning in meanings_of(whole.segment) if meaning in FUSED]
     by_parent: dict[Module | None, list[Module]] = {}
     for leaf in other.leaves:

@@ -1,4 +1,4 @@
-"""Shapes: how the weights of two modules relate. Either side may hold 1 / n of what the other has."""
+"""not divided. A negative ratio divides the parts."""
 
 from __future__ import annotations
 
@@ -10,17 +10,21 @@ from grafter.capture.module_tree import Weight
 
 Kind = Literal["equal", "divided", "padded", "transposed", "different", "none"]
 _WORST = ("none", "equal", "divided", "padded", "transposed", "different")
-# Tensor parallelism beyond this is unheard of; other ratios are accidents.
+# Larger tensor parallelism is not used in practice; larger ratios are accidents.
 _MOST_RANKS = 64
-# A vocabulary is padded to a multiple of this at most, times the ranks.
+# A vocabulary is padded to a multiple of at most this, times the ranks.
 _PADDING = 1024
 
 
 @dataclass(frozen=True)
 class Relation:
-    """kind: the least alike of all weights. split: by weight, the dim over which the target's is divided by `ratio`
-    (above 1: the target's is smaller; below -1: the baseline's is), where it is. missing: weights that one side has
-    not got, such as a bias."""
+    """How the weights of two modules relate.
+
+    kind: that of the least similar weight.
+    split: for each divided weight, the dim over which the target's is divided by `ratio` (above 1: the target's is
+    smaller; below -1: the baseline's is).
+    missing: weights that only one side has, such as a bias.
+    """
 
     kind: Kind
     ratio: int = 1
@@ -32,7 +36,7 @@ class Relation:
         return self.kind not in ("different", "none")
 
     def fits_as(self, other: Relation) -> bool:
-        """Whether it fits at least as well: what is equal has no rival in what is transposed."""
+        """Whether it fits at least as well as `other`: a transposed weight cannot compete with an equal one."""
         sound = ("equal", "divided")
         return self.kind in sound if other.kind in sound else self.fits
 
@@ -41,7 +45,7 @@ NO_WEIGHTS = Relation("none")
 
 
 def relate(baseline: dict[str, Weight], target: dict[str, Weight], ratios: Iterable[int] | None = None) -> Relation:
-    """Compare weights of one name, or in order where no name is shared. ratios: those that count; default: any."""
+    """Compare weights of the same name, or in order if no name is shared. ratios: those that count; default: any."""
     if not baseline and not target:
         return NO_WEIGHTS
     if not baseline or not target:
@@ -92,7 +96,7 @@ def _counts(ratio: int, ratios: Iterable[int] | None) -> bool:
 
 
 def _is_padded(ours: int, theirs: int, ratios: Iterable[int] | None) -> bool:
-    """Rows of a vocabulary that one side, or both, have made a multiple of something, maybe divided over ranks."""
+    """Whether one side, or both, padded the rows of a vocabulary to a multiple, possibly divided over ranks."""
     for ratio in {1, *(ratios or ())}:
         large, small = max(ours, theirs), min(ours, theirs)
         if ratio == 1:
@@ -106,7 +110,7 @@ def _is_padded(ours: int, theirs: int, ratios: Iterable[int] | None) -> bool:
 
 
 def common_ratios(relations: Iterable[Relation]) -> tuple[int, ...]:
-    """By how much tensor parallelism divides: the ratio that most pairs have. Empty: by nothing."""
+    """By how much tensor parallelism divides: the ratio that most pairs have. Empty: not divided."""
     counts: dict[int, int] = {}
     for relation in relations:
         if relation.kind == "divided":
@@ -115,10 +119,7 @@ def common_ratios(relations: Iterable[Relation]) -> tuple[int, ...]:
 
 
 def fused_ratio(whole: dict[str, Weight], parts: Sequence[dict[str, Weight]], ratios: Iterable[int]) -> int | None:
-    """By how much `whole` is divided if its first dim holds those of all `parts`; None where it does not.
-
-    1: by nothing. A negative ratio divides the parts.
-    """
+    """By how much `whole` is divided if its first dim contains those of all `parts`; None if it does not."""
     if len(whole) == 0 or any(set(part) != set(whole) for part in parts):
         return None
     for ratio in (1, *ratios):

@@ -24,7 +24,7 @@ class Module:
 
     @property
     def segment(self) -> str:
-        """Its own part of the path."""
+        """The last part of its path."""
         return self.path.rpartition(".")[2]
 
     @property
@@ -32,14 +32,14 @@ class Module:
         return self.node.weights
 
     def subtree(self) -> Iterator[Module]:
-        """Itself and all below, parents first."""
+        """This module and all modules below it, parents first."""
         yield self
         for child in self.children:
             yield from child.subtree()
 
     @cached_property
     def is_stack(self) -> bool:
-        """Whether its children are numbered layers of like structure, rather than steps of different kinds."""
+        """Whether its children are numbered layers of similar structure, rather than steps of different kinds."""
         if not self.children or self.weights or not all(child.segment.isdecimal() for child in self.children):
             return False
         kinds = Counter(child.node.class_name for child in self.children)
@@ -49,11 +49,11 @@ class Module:
 
     @cached_property
     def shapes(self) -> Counter[tuple[int, ...]]:
-        """Of all weights in it, each as often as it is there."""
+        """The shapes of all weights in it, with their counts."""
         return Counter(weight.shape for module in self.subtree() for weight in module.weights.values())
 
     def signature(self) -> tuple[object, ...]:
-        """Equal for layers of like structure."""
+        """Equal for layers with the same structure."""
         skip = len(self.path)
         return tuple(
             (module.path[skip:], module.node.class_name, *((n, w.shape) for n, w in module.weights.items()))
@@ -74,7 +74,7 @@ def linked(tree: ModuleTree) -> Module:
 
 @dataclass(eq=False)
 class Region:
-    """A layer, or the model: the modules below `root`, without what is inside of stacks."""
+    """A layer, or the model: the modules below `root`, without the contents of stacks."""
 
     root: Module
     modules: list[Module] = field(default_factory=list)
@@ -82,12 +82,12 @@ class Region:
 
     @cached_property
     def leaves(self) -> list[Module]:
-        """Modules with weights of their own."""
+        """Modules with their own weights."""
         return [module for module in self.modules if module.weights]
 
     @cached_property
     def inner(self) -> list[Module]:
-        """Modules without weights of their own that hold some with."""
+        """Modules without their own weights that contain modules with weights."""
         return [module for module in self.modules if not module.weights and module.shapes]
 
     @cached_property
@@ -96,12 +96,12 @@ class Region:
         return [module for module in self.modules if not module.shapes]
 
     def parent(self, module: Module) -> Module | None:
-        """Its parent within the region; None where that is the region's root."""
+        """Its parent within the region; None if that is the region's root."""
         return None if module.parent is self.root else module.parent
 
 
 def region_of(root: Module) -> Region:
-    """The region below a module. A list of layers, which nothing calls, is in `stacks` alone."""
+    """The region below a module. A list of layers, which is never called, is only in `stacks`."""
     region = Region(root)
     pending = list(reversed(root.children))
     while pending:

@@ -1,4 +1,4 @@
-"""What modules are commonly called. Names that mean one thing share a meaning; others are compared as text."""
+"""Common names of modules. Names with the same meaning are listed together; other names are compared as text."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from difflib import SequenceMatcher
 from functools import lru_cache
 
-# What it is: how programs call it. A name may have several meanings (`w1`, `output`).
+# Meaning: the names that programs use for it. A name may have several meanings (`w1`, `output`).
 _MEANINGS = {
     "query": "q q_proj wq query q_lin to_q linear_q query_proj q_projection",
     "key": "k k_proj wk key k_lin to_k linear_k key_proj k_projection",
@@ -58,18 +58,20 @@ _MEANINGS_OF = _by_name()
 
 @lru_cache(maxsize=65536)
 def meanings_of(name: str) -> frozenset[str]:
-    """What a segment of a path commonly means; nothing for a name that is not in the vocabulary."""
+    """The common meanings of a segment of a path; empty for a name that is not in the vocabulary."""
     return _MEANINGS_OF.get(_plain(name), frozenset())
 
 
 def _plain(name: str) -> str:
-    """`SelfAttention`, `selfAttention` and `self_attention` are one name."""
+    """Makes `SelfAttention`, `selfAttention` and `self_attention` one name."""
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower().strip("_")
 
 
 @lru_cache(maxsize=65536)
 def name_likeness(a: str, b: str) -> float:
-    """1 for one name, 0.95 for two of one meaning, -1 for known ones that mean different things, else by their text."""
+    """1 for equal names, 0.95 for two names of one meaning, -1 for known names of different meanings, else by their
+    text.
+    """
     if a == b:
         return SAME
     ours, theirs = meanings_of(a), meanings_of(b)
@@ -80,7 +82,7 @@ def name_likeness(a: str, b: str) -> float:
 
 @lru_cache(maxsize=65536)
 def class_likeness(a: str, b: str) -> float:
-    """From 0 to 1. `LlamaRMSNorm` and `RMSNorm`, `Linear` and `RowParallelLinear` are alike."""
+    """From 0 to 1. `LlamaRMSNorm` and `RMSNorm` are similar, and so are `Linear` and `RowParallelLinear`."""
     ours, theirs = (
         set(re.findall(r"[A-Z]+(?![a-z])|[A-Z][a-z]+|\d+", a)),
         set(re.findall(r"[A-Z]+(?![a-z])|[A-Z][a-z]+|\d+", b)),

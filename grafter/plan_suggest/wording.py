@@ -1,4 +1,4 @@
-"""Wording: a suggestion as the text of a plan file. Pairs that are not sure are there as comments."""
+"""A suggestion as the text of a plan file. Pairs of low confidence are comments."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ _HEADER = """\
 #   baseline  {baseline}
 #   target    {target}
 # {counts}
-# Told by shapes, order and names of modules, and by no value that they compute: read it before you trust it.
+# It is based on shapes, order and names of modules, and not on the values that they compute: check it before use.
 """
 _OUTPUTS = """\
-# A tree does not say what a module returns. Where one program returns a tensor and the other a tuple, their points are
+# A tree does not say what a module returns. If one program returns a tensor and the other a tuple, their points are
 # `.out` and `.out.0`; an entry such as this one gives them one name:
 #   - {{role: target, path: "{path}.out.0", name: "{name}.out"}}
-# Points of hooked modules that were called were seen, and have their entries below.
+# Points of hooked modules that were called are known, and have entries below.
 """
 _LAYOUTS = """\
-# Weights of the {side} are divided by {ratio}. The rules below are for `grafter.dump_model`; the axis is called tp in
-# them. For activations write rules with `dims` (docs/layouts.md): the order of their dims is in no tree.
+# Weights of the {side} are divided by {ratio}. The rules below are for `grafter.dump_model`; the axis is named tp in
+# them. For activations, write rules with `dims` (docs/layouts.md): a tree does not contain the order of their dims.
 """
 _TITLES = {
     Confidence.high: "High confidence.",
-    Confidence.medium: "Medium confidence: look at them.",
-    Confidence.low: "Low confidence: take the # away where you agree.",
+    Confidence.medium: "Medium confidence: check these.",
+    Confidence.low: "Low confidence: remove the # if you agree.",
 }
 
 
 def plan_text(suggestion: Suggestion, others: tuple[str, ...] = ()) -> str:
-    """The plan file, which `grafter.settings.plan_file` reads. others: models that were not looked at, in words."""
+    """The plan file, which `grafter.settings.plan_file` reads. others: models that were not compared, in words."""
     return "\n".join(_lines(suggestion, others)) + "\n"
 
 
@@ -54,7 +54,7 @@ def _lines(suggestion: Suggestion, others: tuple[str, ...]) -> Iterator[str]:
             used += _entries(named) if sure else []
     aside = entries_aside(suggestion, used)
     if aside:
-        yield "  # Modules that would have the name of another one by their path."
+        yield "  # Modules whose default name is given to another module."
     for entry in aside:
         yield f"  - {_mapping(role=entry.role, path=entry.path, name=entry.name)}"
     rules = weight_rules(suggestion)
@@ -82,7 +82,7 @@ def _header(suggestion: Suggestion, others: tuple[str, ...]) -> Iterator[str]:
         yield "#"
         yield from _LAYOUTS.format(side=side, ratio=abs(suggestion.ratio)).splitlines()
     for other in others:
-        yield f"# Not looked at: {other}."
+        yield f"# Not compared: {other}."
 
 
 def _entries(named: NamedPair) -> list[Entry]:
@@ -95,7 +95,7 @@ def _reasons(named: NamedPair) -> str:
 
 
 def _mapping(**fields: str) -> str:
-    """One line of YAML, in which a text in double quotes means what it means in JSON."""
+    """One line of YAML. A text in double quotes means the same in YAML as in JSON."""
     words = {"role", "baseline", "target"}
     parts = [f"{key}: {value if value in words else json.dumps(value)}" for key, value in fields.items()]
     return "{" + ", ".join(parts) + "}"
@@ -106,7 +106,7 @@ def _equal(suggestion: Suggestion) -> Iterator[str]:
     if not equal:
         return
     yield ""
-    yield "# Of one name in both programs, so that they need no entry:"
+    yield "# Pairs that have the same name in both programs and need no entry:"
     for named in equal:
         yield f"#   {named.baseline_path or 'root'}: {_reasons(named)}"
 

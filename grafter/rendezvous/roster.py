@@ -37,8 +37,7 @@ class PlayedFrom(BaseModel):
 
 
 class Announcement(BaseModel):
-    """What a rank says when it joins. Its form stays readable to other protocol versions; unknown "
-    "fields are left out."""
+    """What a rank says when it joins. Other protocol versions can read its form; unknown fields are ignored."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 

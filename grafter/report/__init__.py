@@ -1,9 +1,9 @@
-"""`grafter report`: what a run or a comparison found, as one HTML page that needs nothing else.
+"""`grafter report`: one self-contained HTML page that shows what a run or a comparison found.
 
     a run's files, or a comparison       ->  run_files, or grafter.compare
-    what they say                        ->  PageData, one frozen model for every kind of page
+    their contents                       ->  PageData, one frozen model for every kind of page
     tensors that were dumped             ->  pictures: heatmaps and histograms of bounded size
     page                                 ->  HTML: the data as JSON, drawn by the script of the page
 
-Nothing that a run left behind is trusted: a damaged file is a finding on the page, a name with HTML in it stays text.
+No file of a run is trusted: a damaged file becomes a finding on the page, and HTML in a name stays text.
 """

@@ -21,12 +21,12 @@ def report_command(
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="The page. Default: report.html in the first directory.")
     ] = None,
-    open_it: Annotated[bool, typer.Option("--open", help="Open it in a browser, where there is a display.")] = False,
+    open_it: Annotated[bool, typer.Option("--open", help="Open it in a browser, if there is a display.")] = False,
     tensorboard: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Write the figures as TensorBoard scalars there, too.")
+        Path | None, typer.Option(metavar="DIR", help="Also write the figures as TensorBoard scalars to DIR.")
     ] = None,
 ) -> None:
-    """Write one HTML page about a run or a comparison. It holds everything, and fetches nothing.
+    """Write one self-contained HTML page about a run or a comparison. It loads nothing from the network.
 
     \b
     grafter report grafter_out                       the newest run in it
@@ -34,9 +34,9 @@ def report_command(
     grafter report run1/baseline run2/baseline       two directories of dumps, compared
     grafter compare --json run1 > c.jsonl; grafter report c.jsonl
 
-    Exit code: 0 the page was written, whatever is on it; 1 it could not be; 2 wrong usage.
+    Exit code: 0 the page was written, whatever it shows; 1 it could not be written; 2 wrong usage.
     """
-    # Slow to import (torch, pydantic), and every command of the program imports this file.
+    # These imports are slow (torch, pydantic), and every command of the program imports this file.
     from grafter.report.writing import FILE_NAME, make_page, page_directory, show_page, write_page
 
     try:
@@ -55,11 +55,11 @@ def report_command(
         typer.echo(f"grafter report: {error}", err=True)
         raise typer.Exit(2 if isinstance(error, (UsageError, ConfigError)) else 1) from None
     if open_it and not show_page(path):
-        typer.echo("grafter report: there is no display to open it on, so it is only written.", err=True)
+        typer.echo("grafter report: there is no display, so the page was written but not opened.", err=True)
 
 
 def _refuse_wrong_out(out: Path) -> None:
-    """Before anything is read. Raises UsageError: a directory that a misspelt path names is not made in silence."""
+    """Raise UsageError for an unusable --out, before anything is read. A misspelt directory is not created."""
     if out.is_dir():
         raise UsageError(f"--out {out} is a directory; give the name of a file in it.")
     if not out.parent.is_dir():

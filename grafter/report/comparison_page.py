@@ -1,4 +1,4 @@
-"""The page of two jobs' dumps compared: from directories of dumps, or from what `grafter compare --json` wrote."""
+"""The page that compares two jobs' dumps: from directories of dumps, or from the output of `grafter compare --json`."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ MEASURED = (
     "reference; x is B, which is judged."
 )
 NOT_ADDED = (
-    "Dumps show what each point holds, and not what it adds by itself: the error of the points before it is in it. "
-    "Where a module's inputs were dumped as well, they are set against its output here. A live run with --b2t, or "
-    "`grafter locate`, measures what each point adds."
+    "Dumps contain the values of each point, and these include the error of earlier points. If a module's inputs were "
+    "dumped as well, the page shows them beside its output. A live run with --b2t, or `grafter locate`, measures what "
+    "each point itself adds."
 )
 _DUMPS_GONE = "The dumps that were compared are not where they were, so their values cannot be drawn"
 
 
 @dataclass
 class Lines:
-    """What a comparison said: the lines of `grafter compare --json`, by kind."""
+    """The lines of one `grafter compare --json`, by kind."""
 
     header: ComparisonHeader | None = None
     points: list[PointRecord] = field(default_factory=list)
@@ -50,9 +50,9 @@ class Lines:
 
 
 def compare_dumps(a: Path, b: Path | None) -> PageData:
-    """Compare now, without thresholds, and show it; with A alone, a run's baseline with its target.
+    """The page of a comparison that is made now, without thresholds. With A alone: a run's baseline against its target.
 
-    Raises GrafterError where there is nothing to compare.
+    Raises GrafterError if there is nothing to compare.
     """
     from grafter.compare.comparison import Choice, compare, open_both
 
@@ -63,15 +63,16 @@ def compare_dumps(a: Path, b: Path | None) -> PageData:
 
 
 def read_comparison(path: Path) -> PageData:
-    """The page of a file that `grafter compare --json` wrote. Damaged lines become findings; it draws from the dumps
+    """The page of a file that `grafter compare --json` wrote.
 
-    that the file names, if they are there. Raises GrafterError where no line of it is of a comparison.
+    Damaged lines become findings. Pictures are drawn from the dumps that the file names, if they still exist. Raises
+    GrafterError if no line of the file belongs to a comparison.
     """
     lines = read_lines(path)
     if lines.header is None and not lines.points and lines.summary is None:
         raise GrafterError(
-            f"{path}: no line of it is of a comparison. Give a run's directory, or a file made by `grafter compare "
-            "--json ... > FILE`."
+            f"{path}: no line of the file belongs to a comparison. Give a run's directory, or a file made by `grafter "
+            "compare --json ... > FILE`."
         )
     dumps: list[Dumps] = []
     if lines.header is not None:
@@ -87,7 +88,7 @@ def read_comparison(path: Path) -> PageData:
 
 
 def read_lines(path: Path) -> Lines:
-    """The lines of a file. Raises GrafterError where it cannot be read."""
+    """The lines of a file. Raises GrafterError if it cannot be read."""
     lines = Lines()
     bad: list[str] = []
     try:
@@ -96,14 +97,14 @@ def read_lines(path: Path) -> Lines:
                 try:
                     _sort_in(lines, read_line(line.decode()))
                 except (ValidationError, ValueError, RecursionError):
-                    bad.append(f"line {number} is no line of a comparison")
+                    bad.append(f"line {number} is not a line of a comparison")
     except OSError as error:
         raise GrafterError(f"{path} cannot be read: {error.strerror}.") from error
-    lines.damaged = [Finding("problem", f"{path.name}: {text}; it is left out.") for text in bad[:_BAD_LINES_SHOWN]]
+    lines.damaged = [Finding("problem", f"{path.name}: {text}; it is ignored.") for text in bad[:_BAD_LINES_SHOWN]]
     if len(bad) > _BAD_LINES_SHOWN:
         lines.damaged.append(Finding("problem", f"{path.name}: {len(bad) - _BAD_LINES_SHOWN} more lines are damaged."))
     if lines.summary is None:
-        lines.damaged.append(Finding("problem", f"{path.name} has no last line: the comparison was broken off."))
+        lines.damaged.append(Finding("problem", f"{path.name} has no last line: the comparison was interrupted."))
     return lines
 
 
@@ -119,7 +120,7 @@ def _sort_in(lines: Lines, line: ComparisonHeader | PointRecord | FindingRecord 
 
 
 def make_comparison_page(lines: Lines, a: Dumps | None, b: Dumps | None, source: str) -> PageData:
-    """The page of a comparison; `a` and `b` are the dumps that it was of, where they are here."""
+    """The page of a comparison. `a` and `b` are the dumps that were compared, if they still exist."""
     points = with_inputs([_point(order, record) for order, record in enumerate(lines.points)])
     pictures, note = _draw(lines, points, a, b)
     return PageData(
@@ -186,7 +187,7 @@ def _point(order: int, record: PointRecord) -> PagePoint:
 
 
 def _label(record: PointRecord) -> str:
-    """As `grafter show` writes it: without the step."""
+    """The label as `grafter show` writes it, without the step."""
     parts = [record.name, *(f"{tag}={value}" for tag, value in record.tags.items())]
     if record.phase != PHASE:
         parts.append(f"phase={record.phase}")
@@ -206,14 +207,14 @@ def _values(record: PointRecord) -> dict[str, float]:
 def _notes(record: PointRecord, leaf: LeafRecord | None) -> tuple[str, ...]:
     notes = []
     if record.severity == "culprit":
-        notes.append("the culprit: its output is bad, and its inputs are good")
+        notes.append("the faulty module: its output is bad, and its inputs are good")
     elif record.severity == "inherited":
-        notes.append("its inputs are bad already")
+        notes.append("its inputs are already bad")
     if record.rule is not None:
         notes.append(f"judged by {record.rule}")
     if record.tokens is not None:
         only = record.tokens.only_a + record.tokens.only_b
-        notes.append(f"{record.tokens.paired} rows paired by token" + (f", {only} on one side only" if only else ""))
+        notes.append(f"{record.tokens.paired} rows paired by token" + (f", {only} on only one side" if only else ""))
     if leaf is not None and leaf.measures is not None and leaf.measures.rows is not None:
         rows = leaf.measures.rows
         for worst in rows.worst[:1]:
@@ -289,7 +290,7 @@ def _draw(
 
 
 def _pairs(lines: Lines, points: Sequence[PagePoint], a: Dumps, b: Dumps) -> list[tuple[PagePoint, Pair]]:
-    """The pairs that were compared, as far as the dumps that are here still have them."""
+    """The compared pairs that the dumps still contain."""
     expression = lines.header.filter if lines.header is not None else None
     try:
         chosen = [list(own.points) if expression is None else own.select(expression) for own in (a, b)]
@@ -304,7 +305,7 @@ def _pairs(lines: Lines, points: Sequence[PagePoint], a: Dumps, b: Dumps) -> lis
 
 
 def _magnitudes(record: PointRecord) -> tuple[tuple[int | None, int], ...]:
-    """(e, how many |d| lie from 2**e up to 2**(e+1)), in order; None instead of e: how many are 0."""
+    """(e, number of |d| from 2**e up to 2**(e+1)), in order. None instead of e: the number of zeros."""
     leaf = next((leaf for leaf in record.leaves if leaf.path == record.worst_leaf), None)
     if leaf is None or leaf.measures is None:
         return ()

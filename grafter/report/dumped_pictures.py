@@ -1,4 +1,4 @@
-"""Pictures of the points whose tensors were dumped on both sides: the worst ones, until a page has enough of them."""
+"""Pictures of points whose tensors both jobs dumped, from the worst point down, until the page has enough of them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from grafter.dumps.reader import Dumps
 
 MOST_PICTURES = 16
-# On the page; and read to draw them, which is some seconds.
+# The limit on the page, and on what is read to draw the pictures (some seconds).
 MOST_BYTES = 3 << 20
 MOST_READ_BYTES = 4 << 30
 
@@ -31,7 +31,7 @@ _NONE_IN_BOTH = "No point was dumped with its values in both jobs, so there is n
 
 
 def draw_run(run_directory: Path, points: Sequence[PagePoint]) -> tuple[tuple[Picture, ...], str, list[Finding]]:
-    """(pictures, what is to be said where they are not of all points, findings) of one run's dumps."""
+    """One run's dumps: (pictures, a sentence if not every point has one, findings)."""
     from grafter.dumps.reader import open_dumps
 
     findings: list[Finding] = []
@@ -51,12 +51,12 @@ def draw_run(run_directory: Path, points: Sequence[PagePoint]) -> tuple[tuple[Pi
 
 
 def has_dumps(directory: Path) -> bool:
-    """Is it a run of which both jobs dumped?"""
+    """Whether both jobs of this run dumped."""
     return all(has_role_dumps(directory / role) for role in ("baseline", "target"))
 
 
 def has_role_dumps(directory: Path) -> bool:
-    """Is it a role's directory, with dumps in it?"""
+    """Whether this is a role's directory with dumps in it."""
     return any(True for pattern in ("rank*.dumps.jsonl", "rank*/*.safetensors") for _ in directory.glob(pattern))
 
 
@@ -78,7 +78,7 @@ def _identity(name: str, step: int, phase: str, occurrence: int, tags: dict[str,
 
 
 def draw_worst(pairs: Iterable[tuple[PagePoint, Pair]], which: Which = "value") -> tuple[tuple[Picture, ...], str]:
-    """Pictures of the worst of them, the worst first, and a sentence about those that are left out."""
+    """Pictures of the worst points, the worst first, and a sentence about those that are left out."""
     there = [(point, pair) for point, pair in pairs if _holds_values(pair, _leaf(point, pair))]
     there.sort(key=lambda each: (each[0].guilty, each[0].is_trouble, each[0].badness), reverse=True)
     pictures: list[Picture] = []
@@ -89,11 +89,11 @@ def draw_worst(pairs: Iterable[tuple[PagePoint, Pair]], which: Which = "value") 
         leaf = _leaf(point, pair)
         try:
             a, b = _read_pair(pair, leaf, which)
-            # Both sides are read twice.
+            # The values of both jobs are read twice.
             read_bytes += 2 * sum(prod(side.shape) * side.dtype.itemsize for side in (a, b))
             picture = draw_pair(point.order, leaf, a, b)
         except (RuntimeError, ValueError, OverflowError) as error:
-            picture = Picture(point.order, leaf, why_none=f"It cannot be drawn: {error}")
+            picture = Picture(point.order, leaf, why_none=f"The picture cannot be drawn: {error}")
         pictures.append(picture)
         size_bytes += picture.size_bytes
     if not there:
@@ -101,7 +101,7 @@ def draw_worst(pairs: Iterable[tuple[PagePoint, Pair]], which: Which = "value") 
     if len(pictures) == len(there):
         return tuple(pictures), ""
     points = "the point that differs most" if len(pictures) == 1 else f"the {len(pictures)} points that differ most"
-    return tuple(pictures), f"Drawn are {points}, of {len(there)} dumped in both jobs."
+    return tuple(pictures), f"The page draws {points}, of {len(there)} that both jobs dumped."
 
 
 def _leaf(point: PagePoint, pair: Pair) -> str:
@@ -114,7 +114,7 @@ def _holds_values(pair: Pair, leaf: str) -> bool:
 
 
 def _read_pair(pair: Pair, leaf: str, which: Which) -> tuple[WholeTensor, WholeTensor]:
-    """Both sides' whole tensors; of points that were paired by token, the rows that both have."""
+    """Both jobs' whole tensors. If the points were paired by token: the rows that both jobs have."""
     if not pair.by_token:
         return _reader(pair.a[0], leaf, which), _reader(pair.b[0], leaf, which)
     from grafter.compare.paired_rows import PairedRows
@@ -134,5 +134,5 @@ def _reader(point: DumpedPoint, leaf: str, which: Which) -> WholeTensor:
 
 
 def _which(point: DumpedPoint, leaf: str, which: Which) -> Which:
-    """`grafted` where that is asked for and a graft changed the tensor; else what the program came with."""
+    """`grafted` if it is asked for and a graft changed the tensor; otherwise `value`."""
     return which if point.ranks_with(leaf, which) else "value"

@@ -1,7 +1,7 @@
-"""PageData as JSON for a `<script type="application/json">`: bounded, and with nothing in it that could end it.
+"""PageData as JSON for a `<script type="application/json">`: bounded in size, and unable to end the script element.
 
-Points are columns and rows, which is a third of the size of one object each. Numbers that are not finite are the texts
-"NaN", "Infinity" and "-Infinity".
+Points are stored as columns and rows, which takes a third of the size of one object each. Numbers that are not finite
+are the texts "NaN", "Infinity" and "-Infinity".
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from grafter.report.page_data import OWN_FACTS, Finding, PageData, PagePoint
 
 MOST_POINTS = 20_000
 MOST_FINDINGS = 300
-# Names, tags and reasons come from programs, and from files that may be hostile.
+# Names, tags and reasons come from programs, and from files that may be malicious.
 _LONGEST_TEXT = 2_000
 _MOST_ITEMS = 400
 
@@ -28,7 +28,7 @@ _COLUMNS = (
 
 
 def encode_page(page: PageData) -> str:
-    """The JSON text. It has no `<`, `>` or `&`, so that it is the same in HTML as it is in JSON."""
+    """The JSON text. It contains no `<`, `>` or `&`, so it is the same text in HTML and in JSON."""
     page = bound_page(page)
     content = {
         "kind": page.kind,
@@ -41,7 +41,7 @@ def encode_page(page: PageData) -> str:
         "rows": [[_plain(getattr(point, column)) for column in _COLUMNS] for point in page.points],
         "environments": [_plain(asdict(environment)) for environment in page.environments],
         "own_facts": OWN_FACTS,
-        # Of our own making and size, but for the words in it.
+        # We made these, so their size is bounded; only the words in them are not ours.
         "pictures": [
             {**asdict(picture), "leaf": _plain(picture.leaf), "why_none": _plain(picture.why_none)}
             for picture in page.pictures
@@ -55,7 +55,9 @@ def encode_page(page: PageData) -> str:
 
 
 def bound_page(page: PageData) -> PageData:
-    """At most MOST_POINTS points (those in trouble, then the worst) and MOST_FINDINGS findings, and it says so."""
+    """At most MOST_POINTS points (those with problems, then the worst) and MOST_FINDINGS findings, with a note about
+    the rest.
+    """
     findings = list(page.findings)
     points: Sequence[PagePoint] = page.points
     if len(points) > MOST_POINTS:
@@ -65,8 +67,8 @@ def bound_page(page: PageData) -> PageData:
             0,
             Finding(
                 "note",
-                f"the page shows {MOST_POINTS} of {len(page.points)} points: those in trouble, then those that differ "
-                "most. The ledgers hold all.",
+                f"the page shows {MOST_POINTS} of {len(page.points)} points: those with problems, then those that "
+                "differ most. The ledgers hold all.",
             ),
         )
     if len(findings) > MOST_FINDINGS:
@@ -76,7 +78,7 @@ def bound_page(page: PageData) -> PageData:
 
 
 def _plain(value: Any) -> Any:
-    """The value as JSON has it, with bounded texts and lists."""
+    """The value as JSON types, with bounded texts and lists."""
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
     if isinstance(value, str):

@@ -1,8 +1,8 @@
-"""The page as one HTML text that fetches nothing: data, style, script and the chart library are all in it.
+"""The page as one HTML text that loads nothing: it contains the data, style, script and chart library.
 
-The chart library is plotly.js, 4.8 MB as it comes with the Python package; gzip and base64 make 2 MB of it, which the
-page unpacks when it opens. The page's Content-Security-Policy lets run only the two scripts whose hashes it names, and
-lets nothing be fetched, whatever a name in the data may say.
+The chart library is plotly.js, which takes 4.8 MB in the Python package. gzip and base64 reduce it to 2 MB; the page
+unpacks it when it opens. The page's Content-Security-Policy allows only the two scripts whose hashes it names, and
+forbids every request, whatever a name in the data contains.
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ class MissingExtra(UsageError):
 
 
 def render_page(page: PageData, made_at: float | None = None) -> str:
-    """The whole page. `made_at`: seconds since 1970; default now. Raises MissingExtra without jinja2 and plotly."""
+    """The whole page as HTML.
+
+    `made_at`: seconds since 1970; default now. Raises MissingExtra without jinja2 and plotly.
+    """
     try:
         from jinja2 import Environment, StrictUndefined
     except ImportError as error:
@@ -64,7 +67,7 @@ def _plotly_script() -> str:
 
 @cache
 def _packed_plotly() -> str:
-    # No time of day in it: the same page is the same bytes.
+    # The archive has no timestamp, so the same page has the same bytes.
     return base64.b64encode(gzip.compress(_plotly_script().encode(), mtime=0)).decode()
 
 

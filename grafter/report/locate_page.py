@@ -1,4 +1,4 @@
-"""The page of `grafter locate`: the target left alone, what each point adds, and the point that it names."""
+"""The page of `grafter locate`: the target left alone, what each point adds, and the point that the verdict names."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from grafter.report.run_page import MEASURED, as_page_verdict, point_id, read_en
 ALONE, GRAFTED = "alone", "grafted"
 FLOOR_ALONE, FLOOR_GRAFTED = "floor-alone", "floor-grafted"
 _NOT_FINISHED = (
-    "The run `grafted` is not here, so what each point adds is not known: `grafter locate` was ended before it."
+    "The run `grafted` does not exist, so what each point adds is unknown: `grafter locate` ended before this run."
 )
 
 
 def is_locate_directory(directory: Path) -> bool:
-    """Is it the --out directory of `grafter locate`?"""
+    """Whether this is the --out directory of `grafter locate`."""
     return has_ledgers(directory / ALONE)
 
 
 def make_locate_page(directory: Path) -> PageData:
-    """The page of all runs of one `grafter locate`. What is damaged or missing becomes a finding."""
+    """The page of all runs of one `grafter locate`. Damaged or missing files become findings."""
     runs = {
         name: read_run_files(directory / name)
         for name in (ALONE, GRAFTED, FLOOR_ALONE, FLOOR_GRAFTED)
@@ -54,8 +54,8 @@ def make_locate_page(directory: Path) -> PageData:
         environments=read_environments(runs[ALONE]),
         pictures=pictures,
         pictures_note=pictures_note,
-        measured=f"{MEASURED} The lines show the target left alone; the bars what each point adds when all others are "
-        "given the baseline's values.",
+        measured=f"{MEASURED} The lines show the target left alone. The bars show what each point adds when all others "
+        "are given the baseline's values.",
         adds_note="" if GRAFTED in runs else _NOT_FINISHED,
     )
 
@@ -65,20 +65,20 @@ def _sorted(findings: Sequence[Finding]) -> list[Finding]:
 
 
 def _read_verdict(directory: Path, runs: dict[str, RunFiles], findings: list[Finding]) -> Verdict | None:
-    """What `grafter locate` said; where its file is damaged, the same judgement once more."""
+    """The verdict that `grafter locate` wrote. If its file is damaged, the runs are judged again."""
     if GRAFTED not in runs:
         return None
     try:
         with opened(directory, "verdict.json") as descriptor, open(descriptor, "rb", closefd=False) as file:
             return TypeAdapter(Verdict).validate_json(file.read(1 << 24))
     except (DumpError, ValidationError, RecursionError):
-        findings.append(Finding("note", "verdict.json cannot be read; the verdict is judged anew from the ledgers."))
+        findings.append(Finding("note", "verdict.json cannot be read; the runs were judged again from the ledgers."))
     measured = {name: measure_run(run.ledgers, run.key_tags) for name, run in runs.items()}
     return judge(measured[ALONE], measured[GRAFTED], measured.get(FLOOR_ALONE), measured.get(FLOOR_GRAFTED))
 
 
 def _join_runs(runs: dict[str, RunFiles], verdict: Verdict | None) -> list[PagePoint]:
-    """The points of the run left alone, with what each adds, and the floor of that."""
+    """The points of the run left alone, each with what it adds and with its floor."""
     grafted = _by_place(runs.get(GRAFTED))
     floor = _by_place(runs.get(FLOOR_GRAFTED))
     guilty = set(verdict.guilty) if verdict is not None else set()
@@ -89,14 +89,14 @@ def _join_runs(runs: dict[str, RunFiles], verdict: Verdict | None) -> list[PageP
         its_graft, its_floor = grafted.get(place), floor.get(place)
         own_notes = [notes[point_id(point)]] if point_id(point) in notes else []
         if its_graft is not None and its_graft.is_trouble:
-            own_notes.append(f"grafted, it {its_graft.outcome}: {its_graft.reason or 'no reason was recorded'}")
+            own_notes.append(f"in the grafted run: {its_graft.outcome}, {its_graft.reason or 'no reason was recorded'}")
         points.append(
             replace(
                 point,
                 added=its_graft.added if its_graft is not None else None,
                 floor=its_floor.added if its_floor is not None else None,
                 guilty=point_id(point) in guilty,
-                # The grafted run has all stages, the write among them.
+                # The grafted run has all stages, including the write.
                 seconds=its_graft.seconds if its_graft is not None else point.seconds,
                 notes=tuple(dict.fromkeys([*point.notes, *own_notes])),
             )

@@ -1,4 +1,4 @@
-"""What a page shows: one frozen model, whether it tells of a live run, of `grafter locate`, or of dumps compared."""
+"""The content of a page: one frozen model for a live run, `grafter locate`, and a comparison of dumps."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Kind = Literal["run", "locate", "comparison"]
 FindingLevel = Literal["problem", "note"]
 Tone = Literal["bad", "good", "open"]
 
-# Of the ledger's outcomes and of a comparison's verdicts, those that a reader should see first.
+# The outcomes of the ledger and the verdicts of a comparison that a reader should see first.
 TROUBLES = frozenset({"failed", "skipped", "error"})
 
 
@@ -25,9 +25,10 @@ class Finding:
 
 @dataclass(frozen=True)
 class PageVerdict:
-    """One sentence, and what it rests on. tone: `bad` names a culprit, `good` clears all, `open` decides nothing.
+    """One sentence, and the facts behind it.
 
-    order: of the point that it names, where it names one.
+    tone: `bad` names a faulty point, `good` clears all points, `open` decides nothing. order: that of the named point,
+    if there is one.
     """
 
     sentence: str
@@ -38,13 +39,14 @@ class PageVerdict:
 
 @dataclass(frozen=True)
 class PagePoint:
-    """One point over all ranks: the worst receiver's worst tensor, as in `grafter show`.
+    """One point over all ranks: the worst tensor of the worst receiver, as in `grafter show`.
 
-    label: the point without its step; the same text in two steps is the same place in the program.
+    label: the point without its step; equal labels in two steps mean the same place in the program.
     difference: `rel`, `max_abs` and others by name, as docs/ledger.md defines them; what was not measured is absent.
-    added: `rel` of what the point itself adds, where all before it was grafted. floor: what it adds without the fault.
-    inputs_rel: of a module's output, the largest `rel` of its inputs, where they are points, too.
-    seconds: by stage, of the slowest rank. size_bytes: what its receivers got.
+    added: `rel` that the point itself adds, if all points before it were grafted. floor: what it adds without the
+    fault.
+    inputs_rel: for a module's output, the largest `rel` of its inputs, if they are points as well.
+    seconds: per stage, on the slowest rank. size_bytes: the bytes that its receivers received.
     """
 
     order: int
@@ -81,17 +83,17 @@ class PagePoint:
 
     @property
     def badness(self) -> tuple[bool, float]:
-        """Larger is worse: values that are not finite on one side, then `rel`."""
+        """A sort key; larger is worse: first values that are not finite on one side, then `rel`."""
         return self.nonfinite > 0, self.difference.get("rel", -1.0)
 
 
-# Facts that differ between any two jobs, and so need no mark where they do.
+# Facts that always differ between two jobs, and therefore are not marked.
 OWN_FACTS = ("dumps", "run", "run_id", "time", "GRAFTER_ROLE", "GRAFTER_RUN_NAME")
 
 
 @dataclass(frozen=True)
 class Environment:
-    """What run.json says of one job: a title, and facts in order, all as text."""
+    """The facts of one job from run.json: a title, and facts in order, all as text."""
 
     title: str
     facts: dict[str, str]
@@ -99,7 +101,7 @@ class Environment:
 
 @dataclass(frozen=True)
 class PageData:
-    """All of one page. `sides` names the two sides, in the order of histograms and environments."""
+    """The content of one page. `sides` names the two jobs, in the order of histograms and environments."""
 
     kind: Kind
     title: str
@@ -110,7 +112,7 @@ class PageData:
     verdict: PageVerdict | None = None
     environments: tuple[Environment, ...] = ()
     pictures: tuple[Picture, ...] = ()
-    # Why there are no pictures, or not of every point; and how to get them.
+    # Why there are no pictures, or not of every point, and how to get them.
     pictures_note: str = ""
     # What the differences of this page mean.
     measured: str = ""

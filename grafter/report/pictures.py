@@ -1,9 +1,10 @@
-"""Pictures of one pair of tensors: where they differ, and what values each holds; of bounded size, read block by block.
+"""Pictures of one pair of tensors: where they differ, and which values each holds.
 
     tensors of any size  ->  |a - b|, its largest value within each cell of a coarse grid, for every two dims
                          ->  counts of a's and of b's values in the same bins
 
-The largest value, and no average: one bad row in a thousand must stay visible.
+Their size is bounded, and the tensors are read block by block. A cell shows the largest value instead of the average,
+so that one bad row in a thousand stays visible.
 """
 
 from __future__ import annotations
@@ -24,18 +25,19 @@ if TYPE_CHECKING:
 MOST_ROWS, MOST_COLUMNS = 96, 160
 BINS = 64
 _BLOCK_NUMEL = 1 << 21
-# Every two dims of so many: 6 pictures.
+# The number of dims from which every two are drawn: 6 pictures.
 _MOST_DIMS = 4
-# Codes of cells: what they mean is told by the two ends of the scale.
+# Codes of cells; the two ends of the scale give them their values.
 _ZERO, _NOT_FINITE, _HIGHEST = 0, 65535, 65534
 
 
 @dataclass(frozen=True)
 class Heatmap:
-    """The largest |a - b| of each cell. rows, columns: of the grid; row_size, column_size: of the tensor's dims.
+    """The largest |a - b| of each cell.
 
-    codes: base64 of rows * columns little-endian uint16: 0 where all is equal, 65535 where a value is not finite on one
-    side, else 1 for 10**low up to 65534 for 10**high, in equal steps of the logarithm.
+    rows, columns: of the grid; row_size, column_size: of the tensor's dims.
+    codes: base64 of rows * columns little-endian uint16. 0: all values are equal. 65535: a value is not finite on one
+    side. Otherwise 1 for 10**low up to 65534 for 10**high, in equal steps of the logarithm.
     """
 
     row_dim: str
@@ -51,7 +53,9 @@ class Heatmap:
 
 @dataclass(frozen=True)
 class Histogram:
-    """Values of both sides in BINS equal bins from low to high; those that are not finite are counted apart."""
+    """The values of both jobs in BINS equal bins from low to high. Values that are not finite are
+    counted separately.
+    """
 
     low: float
     high: float
@@ -63,9 +67,11 @@ class Histogram:
 
 @dataclass(frozen=True)
 class Picture:
-    """All pictures of one point's tensor. order: the point's; why_none: instead of them, where there are none.
+    """All pictures of one point's tensor.
 
-    magnitudes: (e, how many |a - b| lie from 2**e up to 2**(e+1)), None instead of e for those that are 0.
+    order: the point's. why_none: why there are no pictures. magnitudes: (e, number of |a - b| from 2**e up to
+    2**(e+1)); None
+    instead of e: the number of zeros.
     """
 
     order: int
@@ -78,21 +84,22 @@ class Picture:
 
     @property
     def size_bytes(self) -> int:
-        """About what it takes on the page."""
+        """The approximate size on the page."""
         return 1024 + sum(len(heatmap.codes) for heatmap in self.heatmaps)
 
 
 def draw_pair(order: int, leaf: str, a: WholeTensor, b: WholeTensor) -> Picture:
-    """The pictures of two whole tensors, brought to one order of dims. Reads each twice; holds a block of each.
+    """The pictures of two whole tensors, aligned to one order of dims.
 
-    Raises LayoutError where the two do not fit together, DumpError where a file is damaged.
+    Reads each tensor twice and holds one block of each. Raises LayoutError if the two do not fit together, and
+    DumpError if a file is damaged.
     """
     from grafter.compare.alignment import Alignment
 
     alignment = Alignment(a, b)
     shape = alignment.shape
     if not all(shape):
-        return Picture(order, leaf, tuple(a.shape), why_none="It holds no values.")
+        return Picture(order, leaf, tuple(a.shape), why_none="The tensor holds no values.")
     wide = [dim for dim, size in enumerate(shape) if size > 1][-_MOST_DIMS:]
     grids = [_Grid(alignment, row, column) for row, column in combinations(wide, 2)]
     if len(wide) == 1:
@@ -103,13 +110,13 @@ def draw_pair(order: int, leaf: str, a: WholeTensor, b: WholeTensor) -> Picture:
         gap = _gap(left, right)
         for grid in grids:
             grid.add(block, gap)
-    # Tokens against hidden first: the last two dims.
+    # Prefer tokens against hidden: the last two dims.
     heatmaps = tuple(grid.heatmap() for grid in reversed(grids))
     return Picture(order, leaf, tuple(a.shape), heatmaps, _count(alignment, span))
 
 
 def _blocks(alignment: Alignment) -> Iterator[tuple[Block, torch.Tensor, torch.Tensor]]:
-    """Both sides' values in float64, a block at a time; complex ones as their magnitude."""
+    """The values of both jobs in float64, one block at a time; complex values as their magnitude."""
     for block in alignment.blocks(_BLOCK_NUMEL):
         yield block, _as_real(alignment.a.read(block)), _as_real(alignment.b.read(block))
 
@@ -119,9 +126,9 @@ def _as_real(values: torch.Tensor) -> torch.Tensor:
 
 
 def _gap(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """|a - b|; infinite where a value is not finite on one side only, or not the same one."""
+    """|a - b|; infinite where a value is not finite in one tensor only, or where two such values differ."""
     gap = (a - b).abs_()
-    # A sum is finite only where all of it is: one pass instead of five.
+    # A sum is finite only if all of its values are: one pass instead of five.
     if math.isfinite(float(gap.sum())):
         return gap
     gap[(a == b) | (a.isnan() & b.isnan())] = 0.0
@@ -133,7 +140,7 @@ def _finite(values: torch.Tensor) -> torch.Tensor:
 
 
 class _Grid:
-    """One heatmap while it is being filled: the largest gap so far of each cell."""
+    """One heatmap while it is being filled: the largest |a - b| so far in each cell."""
 
     def __init__(self, alignment: Alignment, row: int | None, column: int) -> None:
         self._dims = (row, column)
@@ -174,7 +181,7 @@ class _Grid:
 
 
 class _Span:
-    """From the smallest to the largest finite value of both sides."""
+    """The range from the smallest to the largest finite value of both jobs."""
 
     def __init__(self) -> None:
         self.low, self.high = math.inf, -math.inf
@@ -192,7 +199,7 @@ class _Span:
 def _count(alignment: Alignment, span: _Span) -> Histogram | None:
     if span.low > span.high:
         return None
-    # histc takes two equal ends for none given.
+    # histc treats two equal ends as if none were given.
     low, high = (span.low, span.high) if span.low < span.high else (span.low - 0.5, span.high + 0.5)
     if not math.isfinite(high - low):
         return None

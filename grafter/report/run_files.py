@@ -1,4 +1,4 @@
-"""The files of one run, read so that a damaged one is told and the rest is used: for a page, not for a judgement."""
+"""Reads the files of one run for a page. A damaged file is reported, and the rest is used."""
 
 from __future__ import annotations
 
@@ -17,17 +17,19 @@ from grafter.ledger import LedgerRecord, RankSummary, Role
 from grafter.report.page_data import Finding
 
 ROLES: tuple[Role, Role] = ("baseline", "target")
-# A line is one point; more than this is no ledger.
+# A line is one point; a longer line does not belong to a ledger.
 _LONGEST_LINE = 1 << 24
 _LONGEST_FACTS = 1 << 22
 _BAD_LINES_SHOWN = 5
-# The reason of a validation error holds what was in the file.
+# The text of a validation error contains data from the file.
 _REASON_LENGTH = 200
 
 
 @dataclass
 class RunFiles:
-    """What was found. `facts`: of each role, the content of run.json. `findings`: what could not be read, and why."""
+    """The files of one run. `facts`: the content of each role's run.json. `findings`: what could not be
+    read, and why.
+    """
 
     directory: Path
     ledgers: list[tuple[Role, int, list[LedgerRecord]]] = field(default_factory=list)
@@ -37,7 +39,7 @@ class RunFiles:
 
     @property
     def key_tags(self) -> frozenset[str] | None:
-        """Which tags identify a point in this run; None: all but rank tags."""
+        """The tags that identify a point in this run. None: all except rank tags."""
         for facts in self.facts.values():
             configuration = facts.get("configuration")
             key = configuration.get("key") if isinstance(configuration, dict) else None
@@ -47,18 +49,18 @@ class RunFiles:
 
 
 def has_ledgers(directory: Path) -> bool:
-    """Is it `<dir>/<run_name>`, with a rank's ledger in it?"""
+    """Whether this is `<dir>/<run_name>` with at least one rank's ledger."""
     return any(True for role in ROLES for _ in (directory / role).glob("rank*.ledger.jsonl"))
 
 
 def has_records(directory: Path) -> bool:
-    """Did any rank record a point? One that only dumps leaves an empty ledger."""
+    """Whether any rank recorded a point. A rank that only dumps leaves an empty ledger."""
     paths = [path for role in ROLES for path in (directory / role).glob("rank*.ledger.jsonl")]
     return any(path.is_file() and path.stat().st_size for path in paths)
 
 
 def read_run_files(directory: Path) -> RunFiles:
-    """Everything that the ranks of a run wrote about it. Raises nothing for what is in the files."""
+    """Everything that the ranks of a run wrote about it. Raises nothing because of the files' contents."""
     run = RunFiles(directory)
     for role in ROLES:
         for rank, path in _of_ranks(run, role, ".ledger.jsonl"):
@@ -69,7 +71,7 @@ def read_run_files(directory: Path) -> RunFiles:
         if isinstance(facts, dict):
             run.facts[role] = facts
         elif facts is not None:
-            run.findings.append(Finding("problem", f"{role}/run.json is no JSON object; it is left out."))
+            run.findings.append(Finding("problem", f"{role}/run.json is not a JSON object; it is ignored."))
     return run
 
 
@@ -80,7 +82,7 @@ def _of_ranks(run: RunFiles, role: Role, ending: str) -> Iterator[tuple[int, Pat
         if number.isascii() and number.isdigit() and len(number) < 10:
             found.append((int(number), path))
         else:
-            run.findings.append(Finding("note", f"{role}/{path.name} has no rank's name; it is left out."))
+            run.findings.append(Finding("note", f"{role}/{path.name} does not have a rank's name; it is ignored."))
     yield from sorted(found)
 
 
@@ -95,21 +97,21 @@ def _read_ledger(run: RunFiles, path: Path) -> list[LedgerRecord]:
                 if not line.endswith(b"\n"):
                     if len(line) == _LONGEST_LINE:
                         bad.append(f"line {number} is longer than {_LONGEST_LINE} bytes, so the rest is not read")
-                    # Else the process died in the middle of it; that it did not close is told by the run's notes.
+                    # Otherwise the process died while writing the line; the run's notes report that it did not close.
                     break
                 try:
                     record = LedgerRecord.model_validate_json(line)
                 except (ValidationError, RecursionError) as error:
-                    bad.append(f"line {number} is no record ({_why(error)})")
+                    bad.append(f"line {number} is not a record ({_why(error)})")
                     continue
                 records[record.sequence] = record
     except (OSError, GrafterError) as error:
         run.findings.append(Finding("problem", f"{_place(run, path)} cannot be read: {error}"))
     for text in bad[:_BAD_LINES_SHOWN]:
-        run.findings.append(Finding("problem", f"{_place(run, path)}: {text}; it is left out."))
+        run.findings.append(Finding("problem", f"{_place(run, path)}: {text}; it is ignored."))
     if len(bad) > _BAD_LINES_SHOWN:
         more = len(bad) - _BAD_LINES_SHOWN
-        run.findings.append(Finding("problem", f"{_place(run, path)}: {more} more lines are no records."))
+        run.findings.append(Finding("problem", f"{_place(run, path)}: {more} more lines are not records."))
     return [records[sequence] for sequence in sorted(records)]
 
 
@@ -120,7 +122,7 @@ def _read_summary(run: RunFiles, path: Path) -> None:
     try:
         run.summaries.append(RankSummary.model_validate_json(content))
     except (ValidationError, RecursionError) as error:
-        run.findings.append(Finding("problem", f"{_place(run, path)} is no summary ({_why(error)}); it is left out."))
+        run.findings.append(Finding("problem", f"{_place(run, path)} is not a summary ({_why(error)}); it is ignored."))
 
 
 def _read_json(run: RunFiles, path: Path) -> Any:
@@ -130,7 +132,7 @@ def _read_json(run: RunFiles, path: Path) -> Any:
     try:
         return json.loads(content)
     except (ValueError, RecursionError) as error:
-        run.findings.append(Finding("problem", f"{_place(run, path)} is no JSON ({_why(error)}); it is left out."))
+        run.findings.append(Finding("problem", f"{_place(run, path)} is not JSON ({_why(error)}); it is ignored."))
         return None
 
 
@@ -143,14 +145,14 @@ def _read_text(run: RunFiles, path: Path) -> bytes | None:
         return None
     if len(content) > _LONGEST_FACTS:
         run.findings.append(
-            Finding("problem", f"{_place(run, path)} is longer than {_LONGEST_FACTS} bytes; it is left out.")
+            Finding("problem", f"{_place(run, path)} is longer than {_LONGEST_FACTS} bytes; it is ignored.")
         )
         return None
     return content
 
 
 class _opened:
-    """A regular file's descriptor: opening a pipe would wait for its writer for ever."""
+    """The descriptor of a regular file. Opening a pipe would wait for its writer forever."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -159,7 +161,7 @@ class _opened:
         self._descriptor = os.open(self._path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         if not stat.S_ISREG(os.fstat(self._descriptor).st_mode):
             os.close(self._descriptor)
-            raise GrafterError("it is no regular file.")
+            raise GrafterError("it is not a regular file.")
         return self._descriptor
 
     def __exit__(self, *_: object) -> None:

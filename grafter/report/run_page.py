@@ -1,4 +1,4 @@
-"""The page of one live run: a point per row of `grafter show`, with what the ledgers of all ranks add to it."""
+"""The page of one live run: a point for each row of `grafter show`, with details from the ledgers of all ranks."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ _LAYER_TAG = re.compile(r"(^|_)(layer|block)(_|$)")
 _LAYER_IN_NAME = re.compile(r"(?:^|[._])(?:layers?|blocks?|h)[._](\d+)(?=[._]|$)")
 
 MEASURED = (
-    "rel = sum((x-y)²) / sum(x²+y²): 0 for equal tensors, 1 for unrelated ones, 2 for opposite ones; taken before the "
-    "write. x is the receiver's tensor, y is what came."
+    "rel = sum((x-y)²) / sum(x²+y²): 0 for equal tensors, 1 for unrelated ones, 2 for opposite ones; computed before "
+    "the write. x is the receiver's tensor, y is the received one."
 )
 _AS_LOCATE = "Judged as `grafter locate` judges without a floor."
 NOT_ADDED = (
-    "Nothing was grafted in this run, so each difference holds what the points before it left. What a point adds by "
-    "itself is measured by a run with --b2t, or by `grafter locate`, which makes both runs."
-    " Where a module's inputs were compared as well, they are set against its output here."
+    "Nothing was grafted in this run, so each difference includes the error of earlier points. What a point itself "
+    "adds is measured by a run with --b2t, or by `grafter locate`, which does both runs."
+    " If a module's inputs were compared as well, the page shows them beside its output."
 )
 
 
 def make_run_page(directory: Path) -> PageData:
-    """The page of the run `<dir>/<run_name>`. What is damaged becomes a finding."""
+    """The page of the run `<dir>/<run_name>`. Damaged files become findings."""
     run = read_run_files(directory)
     points = read_points(run)
     judged = _judge_grafts(run, points)
@@ -79,7 +79,7 @@ def _title(points: Sequence[PagePoint]) -> str:
 
 
 def read_points(run: RunFiles) -> list[PagePoint]:
-    """A point per row of `grafter show`, in its order."""
+    """A point for each row of `grafter show`, in its order."""
     rows = merge_ranks(run.ledgers, run.key_tags)
     groups = group_points(run.ledgers, run.key_tags)
     points = [_point(order, row, group) for order, (row, group) in enumerate(zip(rows, groups, strict=True))]
@@ -126,7 +126,7 @@ def _point(order: int, row: PointRow, group: Sequence[LedgerRecord]) -> PagePoin
 
 
 def _worst_difference(row: PointRow, group: Sequence[LedgerRecord]) -> Difference | None:
-    """The whole of the difference of which the row has three figures."""
+    """The complete difference of which the row shows three figures."""
     receiving = receiver_role(group[0].direction)
     records = [record for record in group if record.role == receiving] or list(group)
     found = [leaf.difference for record in records for leaf in record.leaves] + [r.difference for r in records]
@@ -142,7 +142,7 @@ def _worst_difference(row: PointRow, group: Sequence[LedgerRecord]) -> Differenc
 
 
 def difference_values(difference: Difference | None) -> dict[str, float]:
-    """What was measured, by name."""
+    """The measures that were computed, by name."""
     if difference is None:
         return {}
     measured = {name: getattr(difference, name) for name in DIFFERENCES}
@@ -155,7 +155,7 @@ def _slowest(group: Sequence[LedgerRecord]) -> dict[str, float]:
 
 
 def find_layer(name: str, tags: Mapping[str, Any]) -> int | None:
-    """Which layer a point is of: by its tag (`layer_id`, `block_idx`), else by its name (`layers.3.mlp`)."""
+    """The layer of a point: from its tag (`layer_id`, `block_idx`), else from its name (`layers.3.mlp`)."""
     for tag, value in tags.items():
         if _LAYER_TAG.search(tag) and isinstance(value, int) and not isinstance(value, bool):
             return value
@@ -164,7 +164,9 @@ def find_layer(name: str, tags: Mapping[str, Any]) -> int | None:
 
 
 def with_inputs(points: Sequence[PagePoint]) -> list[PagePoint]:
-    """The same points; modules' outputs with the worst of their inputs, by the names that `grafter.attach` gives."""
+    """The same points. Outputs of modules get the worst `rel` of their inputs, by the names that `grafter.attach`
+    gives.
+    """
     inputs: dict[str, float] = {}
     sides = [_module_and_side(point) for point in points]
     for point, (module, is_input) in zip(points, sides, strict=True):
@@ -178,12 +180,12 @@ def with_inputs(points: Sequence[PagePoint]) -> list[PagePoint]:
 
 
 def _module_and_side(point: PagePoint) -> tuple[str | None, bool]:
-    """Which call of which module a point is of, and whether it is what came into it."""
+    """The module call to which a point belongs, and whether the point is its input."""
     found = split_name(point.name)
     if found is None:
         return None, False
     module, side = found
-    # Gradients flow the other way: of the output's, the module makes those of its inputs.
+    # Gradients flow backwards: a module computes those of its inputs from those of its outputs.
     flows_in = "out" if point.phase == "backward" else "in"
     place = [module, point.tags, point.step, point.phase, point.occurrence]
     return json.dumps(place, sort_keys=True), side == flows_in
@@ -193,7 +195,7 @@ def _module_and_side(point: PagePoint) -> tuple[str | None, bool]:
 
 
 def run_findings(run: RunFiles, title: str = "") -> tuple[Finding, ...]:
-    """What a reader should know before any figure: problems first. `title`: which run, where there are several."""
+    """What a reader should know before any figure: problems first. `title` names the run if there are several."""
     rows = merge_ranks(run.ledgers, run.key_tags)
     head = f"{title}: " if title else ""
     problems = [Finding("problem", head + text) for text in find_problems(rows, run.summaries)]
@@ -203,21 +205,19 @@ def run_findings(run: RunFiles, title: str = "") -> tuple[Finding, ...]:
 
 
 def read_environments(run: RunFiles) -> tuple[Environment, ...]:
-    """One per role, with the same facts in the same order; a role without run.json has a sentence instead."""
+    """One per role, with the same facts in the same order. A role without run.json has a sentence instead."""
     found = []
     for role in ROLES:
         facts = run.facts.get(role)
         if facts is None:
-            found.append(
-                Environment(role, {"run.json": "not here (a job of another machine, or one that never joined)"})
-            )
+            found.append(Environment(role, {"run.json": "missing (the job ran on another machine, or never joined)"}))
         else:
             found.append(Environment(role, flatten_facts(role, facts)))
     return tuple(found)
 
 
 def flatten_facts(role: Role | str, facts: Mapping[str, Any]) -> dict[str, str]:
-    """run.json as rows of text: the job's own first, then versions, then the settings that are set."""
+    """run.json as rows of text: the job's own facts first, then versions, then the settings that are set."""
     command = facts.get("command")
     rows = {
         "command": " ".join(map(str, command)) if isinstance(command, list) else _as_text(command),
@@ -237,7 +237,9 @@ def flatten_facts(role: Role | str, facts: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _as_date(seconds: Any) -> str:
-    """Of seconds since 1970, in UTC, since the two jobs may be in two places; what is no time as it is."""
+    """Seconds since 1970 as a date in UTC, because the two jobs may be in two places. Anything else is returned as
+    text.
+    """
     try:
         return datetime.fromtimestamp(seconds, tz=timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC")
     except (TypeError, ValueError, OverflowError, OSError):
@@ -254,7 +256,7 @@ def _as_text(value: Any) -> str:
 
 
 def _judge_grafts(run: RunFiles, points: Sequence[PagePoint]) -> Verdict | None:
-    """What the grafted points add, against each other; None where none was grafted."""
+    """The verdict on what the grafted points add, judged against each other. None if nothing was grafted."""
     if all(point.added is None for point in points):
         return None
     grafted: list[tuple[Role, int, list[LedgerRecord]]] = [
@@ -265,7 +267,7 @@ def _judge_grafts(run: RunFiles, points: Sequence[PagePoint]) -> Verdict | None:
 
 
 def as_page_verdict(verdict: Verdict, points: Sequence[PagePoint], details: tuple[str, ...] = ()) -> PageVerdict:
-    """The verdict of `grafter locate` on a page. It names points as `PointId` does, over all steps."""
+    """The verdict of `grafter locate` for a page. It names points over all steps, as `PointId` does."""
     named = verdict.named
     candidates = [point for point in points if point_id(point) == named]
     culprit = max(candidates, key=lambda point: point.added if point.added is not None else -1.0, default=None)
@@ -279,7 +281,7 @@ def as_page_verdict(verdict: Verdict, points: Sequence[PagePoint], details: tupl
 
 
 def point_id(point: PagePoint) -> str:
-    """The point over all steps as `grafter.locate.measure.PointId` writes it."""
+    """The name of the point over all steps, as `grafter.locate.measure.PointId` writes it."""
     parts = [point.name]
     parts += [
         f"{tag}={json.dumps(value, sort_keys=True, ensure_ascii=False)}" for tag, value in sorted(point.tags.items())
@@ -292,7 +294,7 @@ def point_id(point: PagePoint) -> str:
 
 
 def describe_divergence(points: Sequence[PagePoint]) -> PageVerdict | None:
-    """Where a compared run starts to differ, and where most; no judgement, since nobody said what is too much."""
+    """Where a compared run starts to differ, and where it differs most. No judgement, because there is no threshold."""
     compared = [point for point in points if point.outcome == "compared" and (point.difference or point.nonfinite)]
     if not compared:
         return None
@@ -307,7 +309,8 @@ def describe_divergence(points: Sequence[PagePoint]) -> PageVerdict | None:
     if worst is not first:
         sentence += f"; the largest at {worst.label}, step {worst.step} ({_size(worst)})"
     details = [
-        "Whether that is rounding or a fault is not judged here: `grafter locate` measures what each point adds."
+        "This does not say whether the difference is rounding or a fault: `grafter locate` measures what each point "
+        "adds."
     ]
     jump = _largest_growth(compared)
     if jump is not None:
@@ -331,7 +334,9 @@ def _size(point: PagePoint) -> str:
 
 
 def _largest_growth(compared: Sequence[PagePoint]) -> str | None:
-    """Where the difference grows most from one point to the next of its step, if it grows by a hundred or more."""
+    """Where the difference grows most from one point to the next in its step, if it grows by a factor of
+    100 or more.
+    """
     best: tuple[float, PagePoint, PagePoint] | None = None
     before: PagePoint | None = None
     for point in compared:

@@ -13,15 +13,16 @@ MEASURES = ("rel", "max_abs")
 
 
 def write_scalars(points: Sequence[PagePoint], directory: Path) -> int:
-    """Write `rel/<point>`, `max_abs/<point>` and `adds/<point>` of each step into `directory`; how many values.
+    """Write `rel/<point>`, `max_abs/<point>` and `adds/<point>` of each step to `directory`. Returns the number of
+    values.
 
-    NaN stands where values are not finite on one side only. Raises UsageError without tensorboard.
+    NaN marks points with values that are not finite on one side only. Raises UsageError without tensorboard.
     """
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise UsageError(
-            "--tensorboard needs TensorBoard, which is not installed (pip install tensorboard); without it, "
+            "--tensorboard needs TensorBoard, which is not installed (pip install tensorboard). Without it, "
             "the HTML page has the same figures."
         ) from error
     written = 0
@@ -43,5 +44,5 @@ def _scalars(point: PagePoint) -> list[tuple[str, float]]:
 
 
 def _tag(point: PagePoint) -> str:
-    """The label as TensorBoard groups it: what stands before the first slash is the group, so there is none."""
+    """The label without slashes: TensorBoard groups tags by the text before the first slash."""
     return point.label.replace("/", "_").replace(" ", ".")

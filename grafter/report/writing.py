@@ -1,4 +1,4 @@
-"""`grafter report`: which page a directory makes, written beside its files, and shown."""
+"""Decides which page `grafter report` makes of a directory, writes it beside the run's files, and opens it."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ FILE_NAME = "report.html"
 def make_page(places: Sequence[Path]) -> PageData:
     """The page of one or two places.
 
-    One: a run, the --out directory of `grafter locate`, a directory of such (its newest one), or a file that `grafter
-    compare --json` wrote. Two: directories of dumps, which are compared. Raises GrafterError where it is none of them.
+    One place: a run, the --out directory of `grafter locate`, a directory of such directories (its newest one is
+    taken), or a file that `grafter compare --json` wrote. Two places: directories of dumps, which are compared. Raises
+    GrafterError if it is none of these.
     """
     from grafter.report.comparison_page import compare_dumps, read_comparison
     from grafter.report.locate_page import is_locate_directory, make_locate_page
@@ -33,7 +34,7 @@ def make_page(places: Sequence[Path]) -> PageData:
     if len(rest) == 1:
         return compare_dumps(first, rest[0])
     if rest:
-        raise UsageError(f"{len(places)} places were given; one, or two directories of dumps to compare.")
+        raise UsageError(f"{len(places)} places were given. Give one place, or two directories of dumps to compare.")
     if first.is_file():
         return read_comparison(first)
     run = find_place(first)
@@ -47,7 +48,9 @@ def make_page(places: Sequence[Path]) -> PageData:
 
 
 def find_place(directory: Path) -> Path:
-    """The run, or the directory of `grafter locate`: itself, or the newest in it. Raises GrafterError."""
+    """The run or the directory of `grafter locate`: `directory` itself, or the newest one in it. Raises
+    GrafterError.
+    """
     from grafter.report.locate_page import ALONE, is_locate_directory
     from grafter.report.run_files import has_ledgers
     from grafter.running.run_summary import find_run
@@ -63,14 +66,14 @@ def find_place(directory: Path) -> Path:
 
 
 def page_directory(place: Path) -> Path:
-    """Where the page of a place belongs: beside its ledgers, dumps or file."""
+    """The directory for the page of a place: beside its ledgers, dumps or file."""
     if place.is_file():
         return place.parent
     return place if has_role_dumps(place) else find_place(place)
 
 
 def write_page(page: PageData, path: Path) -> None:
-    """Render it into `path`: whole, or not at all. Raises GrafterError where it cannot be, as without its directory."""
+    """Render the page into `path`, completely or not at all. Raises GrafterError if the file cannot be written."""
     text = render_page(page)
     try:
         write_whole(path, text)
@@ -79,12 +82,12 @@ def write_page(page: PageData, path: Path) -> None:
 
 
 def can_show() -> bool:
-    """Is there a display, and a person before it?"""
+    """Whether there is a display, and probably a person who looks at it."""
     if os.environ.get("CI"):
         return False
     return sys.platform in ("darwin", "win32") or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
 
 
 def show_page(path: Path) -> bool:
-    """Open it in the browser of whoever runs this; whether that could be done."""
+    """Open the page in the user's browser. Returns whether that worked."""
     return can_show() and webbrowser.open(path.resolve().as_uri())

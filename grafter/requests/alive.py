@@ -1,6 +1,6 @@
-"""The recorders of requests that live in this process: `grafter ctl` looks at them and changes them.
+"""The recorders of requests that live in this process; `grafter ctl` shows and changes them.
 
-Imports no torch, and no recorder: a process that has none pays nothing for the question.
+Imports neither torch nor a recorder, so that a process without recorders pays almost nothing.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from grafter.requests.recorder import RequestRecorder
 
-# Replaced as a whole, so that any thread, and a forked child, may read it without the lock.
+# Replaced as a whole, so that any thread, and a forked child, can read it without the lock.
 _recorders: tuple[weakref.ref[RequestRecorder], ...] = ()
 _lock = threading.Lock()
 
@@ -31,18 +31,18 @@ def discard(recorder: RequestRecorder) -> None:
 
 
 def living_recorders() -> list[RequestRecorder]:
-    """Those that were made here and are not closed, in the order of their directories."""
+    """The recorders that this process made and has not closed, in the order of their directories."""
     alive = [recorder for known in _recorders if (recorder := known()) is not None]
     return sorted(alive, key=lambda recorder: (str(recorder.directory), id(recorder)))
 
 
 def _start_all_afresh() -> None:
     global _lock
-    # It may belong to a thread that does not exist here.
+    # The lock may belong to a thread that does not exist in the child.
     _lock = threading.Lock()
     for recorder in living_recorders():
         recorder.start_afresh()
 
 
-# What a forked child must begin afresh.
+# What a forked child must create again.
 os.register_at_fork(after_in_child=_start_all_afresh)

@@ -1,8 +1,8 @@
-"""What a server answered, in one form for every API: per output its text, tokens and logprobs.
+"""What a server answered, in one form for every API: text, tokens and logprobs of each output.
 
 OpenAI's chat: `choices[].message.content`, or in a stream `choices[].delta.content`; completions: `choices[].text`.
-SGLang's /generate: `text` (in a stream all of it so far), `output_ids`, `meta_info`; for several inputs, a list.
-Anything may be missing or of another type: what is not understood is left out, and nothing raises.
+SGLang's /generate: `text` (in a stream, the whole text so far), `output_ids`, `meta_info`; for several inputs, a list.
+Anything may be missing or of another type: unknown parts are ignored, and nothing raises.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 @dataclass
 class Output:
-    """One choice. `tokens`: ids, or texts where only these are told. `logprobs`: one per token where told."""
+    """One choice. `tokens`: ids, or texts if the API gives only these. `logprobs`: one per token, if given."""
 
     text: str = ""
     tokens: list[int | str] = field(default_factory=list)
@@ -30,7 +30,9 @@ class Answer:
 
 
 def read_answer(body: Any, api: str, is_stream: bool) -> Answer | None:
-    """body: JSON, or, of a stream, the list of its events' data. None where it is no answer of this API."""
+    """The answer in a body. body: JSON or, for a stream, the list of its events' data. None if it is not an answer of
+    this API.
+    """
     if api == "generate":
         return _read_generate(body, is_stream)
     if api in ("chat", "completions"):
@@ -62,7 +64,7 @@ def _read_openai(events: list[Any]) -> Answer | None:
 def _add_choice(output: Output, choice: dict[str, Any]) -> None:
     said = choice.get("delta") or choice.get("message") or choice
     if isinstance(said, dict):
-        # What a model thinks and which tools it calls are part of what it said.
+        # A model's reasoning and its tool calls are part of its answer.
         for name in ("reasoning_content", "content", "text"):
             if isinstance(said.get(name), str):
                 output.text += said[name]
@@ -96,7 +98,9 @@ def _read_generate(body: Any, is_stream: bool) -> Answer | None:
 
 
 def _take_generated(output: Output, item: dict[str, Any]) -> None:
-    """One answer, or one event of a stream, which tells all so far, or (the server's choice) only what is new."""
+    """Add one answer, or one event of a stream, which holds the whole text so far or (the server's choice) only the new
+    part.
+    """
     meta = item["meta_info"] if isinstance(item.get("meta_info"), dict) else {}
     text, ids, count = item.get("text"), _ids(item.get("output_ids")), meta.get("completion_tokens")
     if _is_count(count):

@@ -1,7 +1,8 @@
-"""A batch on disk: JSON lines, and its tensors beside them. Both get their names when they are whole, the lines last.
+"""A batch on disk: JSON lines, and its tensors in a second file. Both get their names when they are complete, the lines
+last.
 
-requests-<when>-<process>-<random>-000000.jsonl         a header, then one line per request
-requests-<when>-<process>-<random>-000000.safetensors   only where there are tensors
+    requests-<when>-<process>-<random>-000000.jsonl         a header, then one line per request
+    requests-<when>-<process>-<random>-000000.safetensors   only if there are tensors
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ FORMAT = "grafter.requests"
 FORMAT_VERSION = 1
 FILE_PREFIX = "requests-"
 
-# A lone surrogate has no encoding; written like this it is an escape of JSON, and read back as what it was.
+# A lone surrogate has no encoding. This writes it as a JSON escape, which is read back as the same character.
 _UTF8 = ("utf-8", "backslashreplace")
 
 
 class BatchWriter:
-    """The files of one recorder. Used by its writing thread alone."""
+    """The files of one recorder. Used only by its writing thread."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -39,9 +40,9 @@ class BatchWriter:
         self._number = 0
 
     def write(self, entries: Sequence[Entry], facts: dict[str, object]) -> None:
-        """All of the entries, or, where the disk refuses, none. facts: go into the header.
+        """Write all of the entries or, if the disk refuses, none. facts: written to the header.
 
-        Raises OSError where the lines cannot be written. Tensors that cannot be written are named in their lines.
+        Raises OSError if the lines cannot be written. Tensors that cannot be written are named in their lines.
         """
         name = f"{FILE_PREFIX}{self.recorder}-{self._number:06d}"
         self._number += 1
@@ -53,7 +54,7 @@ class BatchWriter:
             file.writelines(_lines(header, entries, tensor_file))
 
     def _write_tensors(self, name: str, entries: Sequence[Entry]) -> str | None:
-        """The file's name; None where there are no tensors, or where they cannot be written, which their lines tell."""
+        """The file's name; None if there are no tensors, or if they cannot be written, which their lines then say."""
         stored: dict[str, StoredTensor] = {}
         holding: list[tuple[str, Part]] = []
         for entry in entries:
@@ -77,10 +78,10 @@ class BatchWriter:
 
 
 def _lines(header: dict[str, object], entries: Sequence[Entry], tensor_file: str | None) -> Iterator[bytes]:
-    """One after another, so that a batch is never in memory as text as a whole."""
+    """The lines one by one, so that a whole batch is never in memory as text."""
     yield json.dumps(header, ensure_ascii=False).encode(*_UTF8) + b"\n"
     for entry in entries:
-        # The server's own thread may want to go on, and waits for this one otherwise.
+        # Let the server's own thread run, which would otherwise wait for this one.
         time.sleep(0)
         parts = {name: resolve(part, name, entry.exclude) for name, part in entry.parts.items()}
         time.sleep(0)
@@ -88,7 +89,7 @@ def _lines(header: dict[str, object], entries: Sequence[Entry], tensor_file: str
 
 
 def _bounded_line(entry: Entry, parts: dict[str, Part], tensor_file: str | None) -> str:
-    """The line; where it would be too long to be read, without its largest parts, which are named."""
+    """The line. If it would be too long for a reader, its largest parts are left out and named."""
     own = tensor_file if any(part.snapshots for part in parts.values()) else None
     line = line_of(entry, parts, own)
     for name in sorted(parts, key=lambda name: len(parts[name].text), reverse=True):

@@ -8,6 +8,7 @@ import re
 import sys
 import time
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -23,16 +24,18 @@ if TYPE_CHECKING:
 
 _EXIT_COULD_NOT = 2
 _EXIT_INTERRUPTED = 130
+# What the proxy and the replay need beside grafter.
+_EXTRA_PACKAGES = ("httpx", "starlette", "uvicorn", "h11")
 
 
 _Upstream = Annotated[str, typer.Option(metavar="URL", help="The server to record, such as http://127.0.0.1:30000.")]
-_Port = Annotated[int, typer.Option(metavar="P", min=0, max=65535, help="Where clients connect; 0: a free one.")]
+_Port = Annotated[int, typer.Option(metavar="P", min=0, max=65535, help="Where clients connect; 0: a free port.")]
 _Host = Annotated[str, typer.Option(metavar="HOST", help="The address to listen on.")]
 _Out = Annotated[
     Path | None, typer.Option(metavar="DIR", help="Where recordings go. Default: grafter_out/requests-<time>.")
 ]
 _Threshold = Annotated[
-    int, typer.Option(metavar="N", min=0, help="Finished requests to a batch; 0: only the last five minutes.")
+    int, typer.Option(metavar="N", min=0, help="Finished requests per batch; 0: only the last five minutes.")
 ]
 _BodyLimit = Annotated[
     int, typer.Option("--body-mib", metavar="N", min=1, max=60, help="How much of a body is recorded.")
@@ -48,19 +51,17 @@ def record_command(
     exclude: ExcludeOption = None,
     body_limit: _BodyLimit = 16,
 ) -> None:
-    """Record what clients ask a server and what it answers, as a proxy between them. Nothing in either changes.
+    """Record the requests of clients and the answers of a server, as a proxy between them. Neither side changes.
 
     \b
     grafter record --upstream http://127.0.0.1:30000 --port 8000
     grafter replay grafter_out/requests-... --to http://127.0.0.1:30001
 
-    Streams pass through as they come. Secrets in headers are never written. Ctrl-C and SIGTERM write what is in memory;
-    SIGUSR1 does, and goes on.
+    Streams pass through as they arrive. Secrets in headers are never written. Ctrl-C and SIGTERM write what is in
+    memory and end the proxy; SIGUSR1 only writes it.
     """
     try:
-        from grafter.requests.extra import need_extra
-
-        need_extra("grafter record")
+        _need_extra("grafter record")
         from grafter.requests.recorder import DEFAULT_EXCLUDE, RequestRecorder
         from grafter.requests.serving import check_url, default_directory, serve
 
@@ -82,17 +83,19 @@ def record_command(
 
 
 _Recording = Annotated[Path, typer.Argument(metavar="FILE|DIR", help="A file of a recording, or all of a directory.")]
-_To = Annotated[list[str], typer.Option(metavar="URL", help="Where to send; twice: to both at once.")]
-_Speed = Annotated[float, typer.Option(metavar="X", min=0, help="Times as fast as recorded; 0: without gaps.")]
-_Concurrency = Annotated[int, typer.Option(metavar="N", min=1, max=10000, help="Requests in flight at once.")]
-_Only = Annotated[list[str] | None, typer.Option(metavar="ID", help="This request, by id or '#0'; repeatable.")]
-_NoForceLength = Annotated[bool, typer.Option("--no-force-length", help="Leave the output's length to the request.")]
-_IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="Set ignore_eos in requests of OpenAI's form, too.")]
-_MinTokens = Annotated[bool, typer.Option("--min-tokens", help="Set min_tokens in requests of OpenAI's form, too.")]
-_Header = Annotated[
-    list[str] | None, typer.Option(metavar="'NAME: VALUE'", help="Sent with each; $VARIABLE is read by grafter.")
+_To = Annotated[list[str], typer.Option(metavar="URL", help="Where to send; give it twice for two servers.")]
+_Speed = Annotated[float, typer.Option(metavar="X", min=0, help="Speed relative to the recording; 0: without gaps.")]
+_Concurrency = Annotated[int, typer.Option(metavar="N", min=1, max=10000, help="Requests in flight at the same time.")]
+_Only = Annotated[
+    list[str] | None, typer.Option(metavar="ID", help="Only this request, by id or '#0'; may be repeated.")
 ]
-_Tolerance = Annotated[float, typer.Option(metavar="X", min=0, help="What logprobs may differ by.")]
+_NoForceLength = Annotated[bool, typer.Option("--no-force-length", help="Do not force the output's length.")]
+_IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="Also set ignore_eos in requests of OpenAI's form.")]
+_MinTokens = Annotated[bool, typer.Option("--min-tokens", help="Also set min_tokens in requests of OpenAI's form.")]
+_Header = Annotated[
+    list[str] | None, typer.Option(metavar="'NAME: VALUE'", help="Sent with every request; grafter replaces $VARIABLE.")
+]
+_Tolerance = Annotated[float, typer.Option(metavar="X", min=0, help="The largest allowed difference of logprobs.")]
 
 
 def replay_command(
@@ -109,7 +112,7 @@ def replay_command(
     as_json: JsonLinesOption = False,
     limit: RowLimitOption = 0,
 ) -> None:
-    """Send recorded requests again, in order and with their gaps, and tell what differs.
+    """Send recorded requests again, in order and with their gaps, and report what differs.
 
     \b
     grafter replay DIR --to http://127.0.0.1:30000                       against the recorded answers
@@ -118,9 +121,7 @@ def replay_command(
     Exit code: 0 all the same; 1 something differs, or a server failed; 2 it could not be judged; 130 Ctrl-C.
     """
     try:
-        from grafter.requests.extra import need_extra
-
-        need_extra("grafter replay")
+        _need_extra("grafter replay")
         from grafter.requests.forcing import Forcing
         from grafter.requests.judgement import summarise
         from grafter.requests.reading import Recording
@@ -151,7 +152,7 @@ def replay_command(
 def _replay(
     recording: Recording, places: Sequence[Place], urls: Sequence[str], options: ReplayOptions
 ) -> tuple[list[Outcome], bool]:
-    """The outcomes, and whether Ctrl-C left them all."""
+    """The outcomes, and whether they are complete: Ctrl-C may have interrupted the replay."""
     from grafter.requests.replay import replay
 
     outcomes: list[Outcome] = []
@@ -165,7 +166,7 @@ def _replay(
 
 
 def read_headers(given: Sequence[str]) -> dict[str, str]:
-    """`NAME: VALUE`, where $VARIABLE in VALUE is replaced, so that a secret need not stand in the list of processes.
+    """Headers from `NAME: VALUE`. $VARIABLE in VALUE is replaced, so that a secret need not appear in the process list.
 
     Raises UsageError, which shows no value.
     """
@@ -182,3 +183,10 @@ def read_headers(given: Sequence[str]) -> dict[str, str]:
             raise UsageError(f"--header {name.strip()}: its value has characters that no header may have.")
         headers[name.strip()] = read
     return headers
+
+
+def _need_extra(command: str) -> None:
+    """Raise UsageError if a package of the extra is missing. command: what needs it, as the user wrote it."""
+    missing = [package for package in _EXTRA_PACKAGES if find_spec(package) is None]
+    if missing:
+        raise UsageError(f"{command} needs {' and '.join(missing)}: pip install {' '.join(_EXTRA_PACKAGES)}")

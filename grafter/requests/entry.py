@@ -1,4 +1,4 @@
-"""One request in the recorder's memory: what was asked, what came of it, and how the line in the file says it."""
+"""One request in the recorder's memory: the request, its output, and the line that represents it in the file."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from grafter.dumps.snapshot import Snapshot
 
 State = Literal["finished", "unfinished", "failed"]
 
-# A longer line is not written, and none is read.
+# Longer lines are neither written nor read.
 LONGEST_LINE = 1 << 26
 
 
 class Later:
-    """A value that is made on the writer's thread, so that the server's does not wait for it.
+    """A value that is made on the writer's thread, so that the server's thread does not wait for it.
 
-    make: gives the value, which is JSON's own types; what it is made of is changed by nobody meanwhile. nbytes: what
-    that keeps in memory until then.
+    make: returns the value, in JSON's own types; its input must not change until then. nbytes: the memory that it holds
+    until then.
     """
 
     __slots__ = ("make", "nbytes")
@@ -30,12 +30,12 @@ class Later:
 
 @dataclass
 class Part:
-    """A request, its meta data or its output, encoded: JSON text, with tensors apart."""
+    """A request, its metadata or its output, encoded: JSON text, with tensors apart."""
 
     text: str
     not_encoded: dict[str, str] = field(default_factory=dict)
     excluded: list[str] = field(default_factory=list)
-    # By the number that stands in the text.
+    # By the number in the text.
     snapshots: dict[int, Snapshot] = field(default_factory=dict)
 
     @property
@@ -45,7 +45,9 @@ class Part:
 
 @dataclass(eq=False)
 class Entry:
-    """A request from `record` on. `parts`: request, meta, output, as far as they came; times in s since 1970."""
+    """A request from `record` on. `parts`: those of request, meta and output that exist so far; times are seconds since
+    1970.
+    """
 
     index: int
     id: str
@@ -55,7 +57,7 @@ class Entry:
     state: State = "unfinished"
     reason: str | None = None
     finished_time: float | None = None
-    # Written by a dump while it was unfinished.
+    # Whether a dump wrote it while it was unfinished.
     is_written: bool = False
 
     @property
@@ -80,7 +82,7 @@ def line_of(entry: Entry, parts: dict[str, Part], tensor_file: str | None) -> st
     }  # fmt: skip
     if tensor_file is not None:
         fields |= {"tensor_file": tensor_file, "stored_as": stored_as}
-    # The parts are text already.
+    # The parts are already text.
     bodies = "".join(f', "{name}": {parts[name].text if name in parts else "null"}' for name in PARTS)
     return json.dumps(fields, ensure_ascii=False)[:-1] + bodies + "}"
 

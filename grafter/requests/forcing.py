@@ -1,7 +1,7 @@
-"""The recorded output's length, and how each API is made to give as many tokens again.
+"""The recorded output's length, and how each API is made to generate the same number of tokens.
 
-OpenAI's own servers refuse fields that they do not know, so that only the limit is set there by default; servers of the
-open engines also take `ignore_eos` and `min_tokens`.
+OpenAI's own servers refuse unknown fields, so only the limit is set there by default. Servers of the open engines also
+accept `ignore_eos` and `min_tokens`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,11 @@ from grafter.requests.answers import read_answer
 
 @dataclass(frozen=True)
 class Forcing:
-    """is_on: force the recorded length. ignore_eos, min_tokens: also set these fields in requests of OpenAI's form."""
+    """How to force the length.
+
+    is_on: force the recorded length.
+    ignore_eos, min_tokens: also set these fields in requests of OpenAI's form.
+    """
 
     is_on: bool = True
     ignore_eos: bool = False
@@ -22,7 +26,7 @@ class Forcing:
 
 
 def recorded_length(output: Any, api: str) -> int | None:
-    """How many tokens came; None where that is not known, or where several outputs share one number."""
+    """The number of tokens in the output; None if it is not known, or if several outputs share one number."""
     if isinstance(output, dict) and "kind" in output and "status" in output:
         if output["status"] != 200 or "kept_bytes" in output:
             return None
@@ -37,7 +41,7 @@ def recorded_length(output: Any, api: str) -> int | None:
 
 
 def force_length(body: dict[str, Any], api: str, count: int, forcing: Forcing) -> dict[str, Any]:
-    """A copy of the request that asks for exactly so many tokens, as far as the API can."""
+    """A copy of the request that asks for exactly `count` tokens, as far as the API can."""
     forced = dict(body)
     if api == "generate":
         given = body.get("sampling_params")

@@ -1,4 +1,4 @@
-"""What differs between two answers to one request, and what that makes of the replay."""
+"""What differs between two answers to one request, and the verdict on the whole replay."""
 
 from __future__ import annotations
 
@@ -15,15 +15,20 @@ Verdict = Literal["same", "different", "failed", "not_compared", "not_sent"]
 
 EXIT_SAME, EXIT_DIFFERENT, EXIT_COULD_NOT = 0, 1, 2
 _SHOWN = 40
-# What servers make anew for every answer.
+# Fields that servers set to new values for every answer.
 _VOLATILE = frozenset({"id", "created", "created_at", "request_id"})
 
 
 @dataclass
 class Outcome:
-    """What became of one request. first_char, first_token: where the worst output first differs, from 0; logprob: the
-    largest difference of logprobs before that; forced: the output's length in tokens, where it was forced; late:
-    seconds after its time that it was sent; statuses and seconds: per server."""
+    """The outcome of one request.
+
+    first_char, first_token: where the worst output first differs, from 0.
+    logprob: the largest difference of logprobs before that.
+    forced: the output's length in tokens, if it was forced.
+    late: seconds after its time that it was sent.
+    statuses, seconds: per server.
+    """
 
     number: int
     id: str
@@ -52,7 +57,7 @@ class Summary:
 
 
 def recorded_reply(recorded: Recorded) -> Reply | None:
-    """The recording's answer; None where it has none that is whole."""
+    """The recording's answer; None if it has no complete one."""
     output = recorded.output
     if recorded.state != "finished" or output is None:
         return None
@@ -65,7 +70,9 @@ def recorded_reply(recorded: Recorded) -> Reply | None:
 
 
 def judge(place: Place, api: str, replies: Sequence[Reply], recorded: Reply | None, tolerance: float) -> Outcome:
-    """One reply is compared with the recorded one; of two, the second with the first. tolerance: for logprobs."""
+    """The outcome for one request: one reply is compared with the recorded one, or the second of two with the first.
+    tolerance: for logprobs.
+    """
     outcome = Outcome(place.number, place.id, "same")
     outcome.statuses = [reply.status for reply in replies]
     outcome.seconds = [reply.seconds for reply in replies]
@@ -80,12 +87,12 @@ def judge(place: Place, api: str, replies: Sequence[Reply], recorded: Reply | No
     expected = recorded if len(replies) == 1 else replies[0]
     if expected is None:
         outcome.verdict = "not_compared"
-        outcome.reasons.append("the recording has no whole answer to compare with")
+        outcome.reasons.append("the recording has no complete answer to compare with")
         return outcome
     try:
         _compare(outcome, expected, replies[-1], api, tolerance)
     except RecursionError:
-        outcome.reasons.append("they are nested too deep to be compared")
+        outcome.reasons.append("they are nested too deeply to be compared")
     outcome.verdict = "different" if outcome.reasons else "same"
     return outcome
 
@@ -95,7 +102,7 @@ def _compare(outcome: Outcome, expected: Reply, got: Reply, api: str, tolerance:
         outcome.reasons.append(f"status {expected.status}, {got.status}")
         return
     if (got.status or 0) >= 400:
-        return  # The recorded error again, whose words may name a time or an id.
+        return  # The recorded error again; its text may contain a time or an id.
     a, b = (read_answer(reply.body, api, reply.kind == "events") for reply in (expected, got))
     if a is None and b is None:
         _compare_bodies(outcome, expected, got)
@@ -154,10 +161,12 @@ def _first_unequal(a: Sequence[Any], b: Sequence[Any]) -> int | None:
 
 
 def _worst_logprob(a: Sequence[float | None], b: Sequence[float | None]) -> float | None:
-    """Over the tokens that both have; equal infinities differ by 0. None where there is nothing to compare."""
+    """The largest difference over the tokens that both have; equal infinities differ by 0. None if there is nothing to
+    compare.
+    """
     pairs = [(x, y) for x, y in zip(a, b, strict=False) if x is not None and y is not None]
     differences = [0.0 if x == y or (x != x and y != y) else abs(x - y) for x, y in pairs]
-    # A NaN on one side alone is no number's equal.
+    # NaN on one side only is not equal to any number.
     return max((float("inf") if d != d else d for d in differences), default=None)
 
 
@@ -184,7 +193,7 @@ def summarise(outcomes: Sequence[Outcome], server_count: int) -> Summary:
     elif counts["different"] or counts["failed"]:
         code, told = EXIT_DIFFERENT, "not the same"
     elif counts["not_sent"]:
-        code, told = EXIT_COULD_NOT, "all that could be sent is the same"
+        code, told = EXIT_COULD_NOT, "every request that could be sent has the same answer"
     else:
         code, told = EXIT_SAME, "the same"
     against = "both servers" if server_count == 2 else "the recording and the server"

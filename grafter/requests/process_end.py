@@ -1,7 +1,7 @@
-"""How a process ends, and what is written before: an error that nobody caught, SIGTERM, the end of the interpreter.
+"""How a process ends, and what is written first: an uncaught error, SIGTERM, the end of the interpreter.
 
-A server that handles SIGTERM itself goes on serving for a while. What is in memory is then written when the signal
-comes, and once more at the end, for what has changed since.
+A server that handles SIGTERM itself continues to serve for a while. What is in memory is then written when the signal
+arrives, and once more at the end, with what has changed since.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ from grafter.dumps.termination import Termination
 
 
 class ProcessEnd:
-    """While it is installed, `before` is called when the process is about to end: perhaps several times, on any thread,
-    in the middle of anything. It must not raise."""
+    """Calls `before` when the process is about to end, while installed.
+
+    `before` may be called several times, on any thread, in the middle of any code. It must not raise.
+    """
 
     def __init__(self, before: Callable[[], None]) -> None:
         self._before = before
@@ -33,7 +35,7 @@ class ProcessEnd:
         self._termination.install()
 
     def uninstall(self) -> None:
-        """Give back what was there, unless somebody else has come since: then ours stays, and only passes on."""
+        """Restore the earlier handlers. If someone has installed another one since, ours stays and only passes on."""
         if sys.excepthook == self._on_exception:
             sys.excepthook = self._excepthook
         if threading.excepthook == self._on_thread_exception:
@@ -42,7 +44,7 @@ class ProcessEnd:
         self._termination.uninstall()
 
     def _on_exception(self, kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-        # Now and not at exit, before which the interpreter waits for the server's other threads, perhaps for ever.
+        # Write now and not at exit: before that, the interpreter waits for the server's other threads, perhaps forever.
         self._before()
         self._excepthook(kind, error, traceback)
 

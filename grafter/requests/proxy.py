@@ -1,9 +1,9 @@
-"""The recording proxy, as an ASGI application: bytes pass through as they come, both ways; a copy goes to the recorder.
+"""The recording proxy, an ASGI application: it forwards bytes in both directions and gives a copy to the recorder.
 
-One exchange, step by step: headers without those of one hop; the request's body, as it comes; the upstream's answer,
-headers first, then each piece as it comes; the end. Whoever leaves early, the other side is told as HTTP has it: a
-client that is gone ends the upstream's request, an upstream that is gone ends the client's connection before its body
-is complete. No body is ever held back or held whole.
+The steps of one exchange: the headers, without those of a single hop; the request's body, as it arrives; the upstream's
+answer, headers first, then each piece as it arrives; the end. If one side leaves early, the other side learns it by the
+means of HTTP: when a client is gone, the upstream's request ends; when the upstream is gone, the client's connection
+ends before its body is complete. The proxy never delays a body and never holds a whole one.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from grafter.requests.recorder import RequestRecorder
 from grafter.requests.upstream import Call, Headers, Upstream, UpstreamError
 
 _HOP_BY_HOP = frozenset(name.encode() for name in HOP_BY_HOP)
-_ABANDONED = "the client left before the answer was complete"
+_ABANDONED = "the client disconnected before the answer was complete"
 _LONGEST_HEADER = 1000
 _MOST_UNDER_WAY = 256 << 20
 
 
 class Room:
-    """Bytes that all bodies under way may keep together."""
+    """The number of bytes that all active bodies may keep together."""
 
     def __init__(self, limit: int) -> None:
         self.left = limit
 
 
 class Kept:
-    """The first bytes of a body, and how many there were in all. limit: of this one; room: of all."""
+    """The first bytes of a body, and the total number of its bytes. limit: for this body; room: for all bodies."""
 
     def __init__(self, limit: int, room: Room) -> None:
         self._limit, self._room = limit, room
@@ -48,7 +48,7 @@ class Kept:
     def add(self, piece: bytes) -> None:
         self.nbytes += len(piece)
         left = min(self._limit, self._room.left)
-        # What comes after a part that was left out is no use.
+        # What follows a part that was left out is of no use.
         if left > 0 and self.kept_bytes + len(piece) == self.nbytes:
             kept = piece if len(piece) <= left else piece[:left]
             self.pieces.append(kept)
@@ -57,7 +57,7 @@ class Kept:
             self._room.left -= len(kept)
 
     def give_back(self) -> None:
-        """The recorder has it now, and counts it."""
+        """Release the bytes; from now on the recorder holds and counts them."""
         self._room.left += self.kept_bytes
 
 
@@ -65,13 +65,13 @@ class RecordingProxy:
     """An ASGI application for HTTP.
 
     upstream: http(s)://host[:port][/prefix]. limit_bytes: how much of each request's and each answer's body is
-    recorded; all of it passes. What cannot be reached is answered with 502.
+    recorded; all of it is passed on. If the upstream cannot be reached, the answer is 502.
     """
 
     def __init__(self, upstream: str, recorder: RequestRecorder, limit_bytes: int = 16 << 20) -> None:
         self._recorder, self._limit, self._upstream = recorder, limit_bytes, Upstream(upstream)
         self._room = Room(_MOST_UNDER_WAY)
-        # Ids of one recording are distinct in a directory of several.
+        # Ids of one recording are distinct in a directory with several recordings.
         self._prefix, self._count = f"{secrets.token_hex(4)}-", 0
 
     def close(self) -> None:
@@ -115,11 +115,11 @@ class RecordingProxy:
 
 
 class _ClientGone(Exception):
-    pass
+    """The client has disconnected."""
 
 
 class _Exchange:
-    """One request and its answer: what passes, and what is kept of it."""
+    """One request and its answer: what passes through, and what is recorded."""
 
     def __init__(
         self, id: str, scope: Scope, receive: Receive, send: Send, limit: int, room: Room, recorder: RequestRecorder
@@ -139,7 +139,7 @@ class _Exchange:
         self._watcher: asyncio.Task[None] | None = None
         self.client_is_gone = False
 
-    # The request, on its way up.
+    # The request, on its way to the upstream.
 
     @property
     def method(self) -> str:
@@ -159,7 +159,7 @@ class _Exchange:
         return headers
 
     async def read_first_piece(self) -> None:
-        """For most requests, all of it."""
+        """Read the first piece of the body, which for most requests is all of it."""
         self._first_piece, self._has_more = await self._next_piece()
         if not self._has_more:
             self._record_request()
@@ -184,7 +184,7 @@ class _Exchange:
         return piece, message.get("more_body", False)
 
     def _record_request(self) -> None:
-        """All of the body is there; from now on nothing comes from the client but the news that it is gone."""
+        """Record the request, whose body is complete. From now on the client can only report that it is gone."""
         self._is_recorded = True
         asked = self._asked
         content_type, encoding = _header(self._headers, b"content-type"), _header(self._headers, b"content-encoding")
@@ -218,7 +218,7 @@ class _Exchange:
         if self._watcher is not None:
             self._watcher.cancel()
 
-    # The answer, on its way down.
+    # The answer, on its way to the client.
 
     async def begin_answer(self, status: int, headers: Headers) -> None:
         self._status, self._answer_headers = status, headers
@@ -235,8 +235,11 @@ class _Exchange:
         await self._send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def tell_failure(self, error: Exception) -> None:
-        """Before the answer's head, 502 with the reason. After it, the answer stays incomplete: the server then closes
-        the connection, and the client sees what the proxy saw."""
+        """Report a failure of the upstream to the client.
+
+        Before the answer's head, this is a 502 with the reason. After it, the answer stays incomplete: the server then
+        closes the connection, and the client sees what the proxy saw.
+        """
         self.end("failed", f"upstream: {error}"[:500])
         if self._status is not None:
             return
@@ -245,10 +248,10 @@ class _Exchange:
         await self._send({"type": "http.response.start", "status": 502, "headers": headers})
         await self._send({"type": "http.response.body", "body": text.encode()})
 
-    # What is recorded of it.
+    # What is recorded.
 
     def end(self, state: State, reason: str | None = None) -> None:
-        """What became of it; the first word counts."""
+        """Record how the exchange ended. Only the first call counts."""
         if self._state is None:
             self._state, self._reason = state, reason
 
@@ -276,7 +279,7 @@ class _Exchange:
 
 
 class _Once:
-    """A function's result, taken once: two parts of one record come from one body."""
+    """A function's result, computed once, because two parts of one record come from one body."""
 
     def __init__(self, make: Callable[[], dict[str, Any]]) -> None:
         self._make: Callable[[], dict[str, Any]] | None = make
@@ -289,7 +292,7 @@ class _Once:
 
 
 def _end_to_end(headers: Headers) -> Headers:
-    """Without the headers of one hop. Names are in lower case, as uvicorn and h11 give them."""
+    """The headers without those of a single hop. Names are in lower case, as uvicorn and h11 give them."""
     named = {word.strip().lower() for name, value in headers if name == b"connection" for word in value.split(b",")}
     return [(name, value) for name, value in headers if name not in _HOP_BY_HOP and name not in named]
 
@@ -299,7 +302,7 @@ def _header(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> str:
 
 
 def _recorded(headers: Headers) -> dict[str, str]:
-    """Headers as they are written: nothing that is a secret, and of each a bounded part."""
+    """The headers as they are recorded: without secrets, each with a bounded length."""
     texts = [(name.decode("latin-1"), value[:_LONGEST_HEADER].decode("latin-1")) for name, value in headers]
     safe = {name: safe_value(name, value) for name, value in texts}
     return {name: value for name, value in safe.items() if value is not None}

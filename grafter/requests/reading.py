@@ -1,7 +1,8 @@
-"""Recordings read back without trust: bounded lines, checked fields, and each fault with its file and line.
+"""Reads recordings without trusting them: bounded lines, checked fields, and each fault with its file and line.
 
-An index first (where each request stands, when it came), then one request at a time: a recording of any size takes
-little memory. A request that was written unfinished and again when it was finished counts once, as finished.
+An index comes first (where each request is, and when it arrived), then one request at a time, so that a recording of
+any size takes little memory. A request that was written as unfinished and again when it was finished counts once, as
+finished.
 """
 
 from __future__ import annotations
@@ -24,12 +25,14 @@ from grafter.errors import DumpError
 from grafter.requests.batch_file import FILE_PREFIX, FORMAT, FORMAT_VERSION
 from grafter.requests.entry import LONGEST_LINE, State, tensor_name
 
-# What one recording may hold; an index entry takes some hundred bytes.
+# The limits of one recording; an index entry takes some hundred bytes.
 MOST_REQUESTS = 10_000_000
 _SUFFIX = ".jsonl"
 
 
 class _Header(BaseModel):
+    """The first line of a recording's file, as far as a reader needs it."""
+
     model_config = ConfigDict(extra="ignore", strict=True)
     format: str
     format_version: int
@@ -57,7 +60,7 @@ class Recorded(BaseModel):
 
 @dataclass(frozen=True)
 class Place:
-    """Where one request stands, and what orders it: `number` counts from 0 in the order in which requests came."""
+    """Where one request is, and its order: `number` counts from 0 in the order in which requests arrived."""
 
     number: int
     id: str
@@ -70,9 +73,10 @@ class Place:
 
 
 class Recording:
-    """A file, or all `requests-*.jsonl` of a directory, in the order in which the requests came.
+    """A file, or all `requests-*.jsonl` of a directory, in the order in which the requests arrived.
 
-    Raises DumpError for what is no recording, is damaged, or is too large; nothing in it is unpickled or evaluated.
+    Raises DumpError for a file that is not a recording, is damaged, or is too large. Nothing in it is unpickled or
+    evaluated.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -82,7 +86,7 @@ class Recording:
             self._directory = whole
             names = [name for name in listed(whole, ".") if name.startswith(FILE_PREFIX) and name.endswith(_SUFFIX)]
             if not names:
-                raise DumpError(f"{given}: it holds no {FILE_PREFIX}*{_SUFFIX}, so nothing was recorded into it.")
+                raise DumpError(f"{given}: it holds no {FILE_PREFIX}*{_SUFFIX}, so nothing was recorded in it.")
         else:
             self._directory, names = whole.parent, [whole.name]
         self.places = self._index(names)
@@ -91,7 +95,7 @@ class Recording:
         return len(self.places)
 
     def read(self, place: Place) -> Recorded:
-        """The request that stands there. Raises DumpError where the file has changed since."""
+        """The request at this place. Raises DumpError if the file has changed since."""
         with opened(self._directory, place.file) as descriptor:
             line = os.pread(descriptor, place.length, place.offset)
         recorded = _parsed(line, f"{self._directory}/{place.file}:{place.line}")
@@ -100,12 +104,13 @@ class Recording:
         return recorded
 
     def tensor(self, recorded: Recorded, part: str, number: int) -> torch.Tensor:
-        """A tensor of a request: what stands as {"__grafter_tensor__": number} in its part (request, meta, output).
+        """A tensor of a request: the one that {"__grafter_tensor__": number} stands for in its part (request, meta,
+        output).
 
-        Raises DumpError where it is not there.
+        Raises DumpError if it does not exist.
         """
         if recorded.tensor_file is None or "/" in recorded.tensor_file:
-            raise DumpError(f"the request {shown(recorded.id)} names no file of tensors beside its own.")
+            raise DumpError(f"the request {shown(recorded.id)} does not name a file of tensors in its directory.")
         with opened(self._directory, recorded.tensor_file) as descriptor:
             file = read_header(descriptor, f"{self._directory}/{shown(recorded.tensor_file)}")
             name = tensor_name(recorded.index, part, number)
@@ -122,7 +127,7 @@ class Recording:
             return map_tensor(descriptor, file, name, dtype, shape)
 
     def _index(self, names: list[str]) -> tuple[Place, ...]:
-        # (recorder, index) -> the last line of it that says most.
+        # (recorder, index) -> its last line, or the last one that is finished.
         found: dict[tuple[str, int], Place] = {}
         for name in names:
             with opened(self._directory, name) as descriptor, os.fdopen(os.dup(descriptor), "rb") as file:
@@ -145,7 +150,7 @@ def _read_lines(file: Any, where: str, name: str) -> Iterator[tuple[str, Recorde
     while line := file.readline(LONGEST_LINE + 2):
         number += 1
         if not line.endswith(b"\n"):
-            why = f"it is longer than {LONGEST_LINE} bytes" if len(line) > LONGEST_LINE else "it breaks off"
+            why = f"it is longer than {LONGEST_LINE} bytes" if len(line) > LONGEST_LINE else "it is incomplete"
             raise DumpError(f"{where}:{number}: {why}. The file is damaged: batches are written whole or not at all.")
         if recorder is None:
             recorder = _read_header(line, f"{where}:{number}")
@@ -155,14 +160,16 @@ def _read_lines(file: Any, where: str, name: str) -> Iterator[tuple[str, Recorde
             yield recorder, recorded, place
         offset += len(line)
     if recorder is None:
-        raise DumpError(f"{where}: it is empty, and no recording.")
+        raise DumpError(f"{where}: it is empty, so it is not a recording.")
 
 
 def _read_header(line: bytes, where: str) -> str:
     try:
         header = _Header.model_validate(_json(line))
     except (ValidationError, ValueError, RecursionError):
-        raise DumpError(f'{where}: it is no header of a recording ({{"format": "{FORMAT}", ...}}).') from None
+        raise DumpError(
+            f'{where}: its first line is not the header of a recording ({{"format": "{FORMAT}", ...}}).'
+        ) from None
     if header.format != FORMAT:
         raise DumpError(f"{where}: it is of the format {shown(header.format)!r}, and recordings are {FORMAT!r}.")
     if not 1 <= header.format_version <= FORMAT_VERSION:
@@ -177,15 +184,15 @@ def _parsed(line: bytes, where: str) -> Recorded:
     try:
         recorded = Recorded.model_validate(_json(line))
     except RecursionError:
-        raise DumpError(f"{where}: it is nested too deep to be read.") from None
+        raise DumpError(f"{where}: it is nested too deeply to be read.") from None
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         place = ".".join(map(str, first["loc"]))
-        raise DumpError(f"{where}: it is no request: {shown(place)}: {shown(first['msg'])}.") from None
+        raise DumpError(f"{where}: it is not a request: {shown(place)}: {shown(first['msg'])}.") from None
     except ValueError as error:
-        raise DumpError(f"{where}: it is no JSON: {shown(str(error))}.") from None
+        raise DumpError(f"{where}: it is not JSON: {shown(str(error))}.") from None
     if not math.isfinite(recorded.time):
-        raise DumpError(f"{where}: its time is {recorded.time}, which is none.")
+        raise DumpError(f"{where}: its time is {recorded.time}, which is not a time.")
     return recorded
 
 
@@ -194,7 +201,7 @@ def _json(line: bytes) -> Any:
 
 
 def holds_tensor(value: Any) -> bool:
-    """Whether a tensor stood in this part of a request: JSON alone cannot send it."""
+    """Whether this part of a request held a tensor, which JSON alone cannot send."""
     waiting = [value]
     while waiting:
         item = waiting.pop()

@@ -1,11 +1,11 @@
-"""The recorder: what is in flight, what is over and not on disk yet, and when it goes there.
+"""The recorder: requests in flight, requests that are over but not on disk yet, and when they are written.
 
-    record   a request begins: encoded at the call          in flight
+    record   a request begins: encoded at the call           in flight
     finish   its output; enough of them are a batch          over, in memory
     writer   one thread, in the background                   on disk
 
-A server calls `record` and `finish` on its own path, so neither waits for the disk, and neither raises for what it is
-given. What is in memory is bounded; what does not fit is counted and told, in the log and in the next batch.
+A server calls `record` and `finish` on its own path, so neither waits for the disk, and neither raises because of its
+arguments. The memory is limited; requests that do not fit are counted and reported, in the log and in the next batch.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ Method = TypeVar("Method", bound=Callable[..., None])
 
 
 def _never_raises(method: Method) -> Method:
-    """A fault of ours costs the request's record, never the server."""
+    """Make sure that an internal error loses the request's record and never disturbs the server."""
 
     @functools.wraps(method)
     def careful(self: RequestRecorder, *arguments: Any, **named: Any) -> None:
@@ -54,24 +54,24 @@ def _never_raises(method: Method) -> Method:
 
 
 class RequestRecorder:
-    """Records the requests of a server: `record` when one comes, `finish` when it is answered.
+    """Records the requests of a server: call `record` when one arrives and `finish` when it is answered.
 
-    Written in the background, `threshold` finished requests to a batch, as JSON lines with tensors beside
-    (docs/requests.md). On a crash, on SIGTERM, at exit, and at `dump_now()`, all that is not on disk yet is written,
-    with the requests that are unfinished. May be used from any thread; a forked child begins afresh, with files of its
-    own.
+    A background thread writes batches of `threshold` finished requests, as JSON lines with tensors in a second file
+    (docs/requests.md). On a crash, on SIGTERM, at exit, and at `dump_now()`, everything that is not on disk yet is
+    written, including unfinished requests. It may be used from any thread. A forked child starts empty, with its own
+    files.
 
     Args:
-        dir: where the files go; made if it is not there.
+        dir: where the files go; created if it does not exist.
         threshold: how many finished requests make a batch. 0: no batches; the last five minutes are kept in memory, and
             only a crash, SIGTERM or `dump_now()` writes them.
         exclude: keys of dicts that are left out, at any depth, unread; names separated by commas, or an iterable.
             Default: routed_experts, hidden_states. "" keeps all. The caller's objects are never changed.
         enabled: False: `record` does nothing until `configure(enabled=True)`.
-        limit_bytes: how much is kept in memory. From half of it on a batch is due; what comes above it is lost, counted
-            and told.
+        limit_bytes: the limit on memory. Once half of it is used, a batch is written. What exceeds it is lost, counted
+            and logged.
 
-    Raises UsageError for an argument that it cannot take, and OSError where the directory cannot be made.
+    Raises UsageError for an illegal argument, and OSError if the directory cannot be created.
     """
 
     def __init__(
@@ -93,11 +93,11 @@ class RequestRecorder:
         alive.add(self)
 
     def start_afresh(self) -> None:
-        """Of a forked child, which has none of what is in its parent's memory."""
+        """Reset everything in a forked child, which must not write its parent's requests."""
         self._process_id = os.getpid()
         self._buffers = Buffers(self._limit)
         self._writer = BatchWriter(self.directory)
-        # Its lock may be taken again by the thread that holds it: a signal handler runs in the middle of anything.
+        # A thread may acquire this lock again while it holds it: a signal handler can interrupt any code.
         self._changed = threading.Condition()
         self._open: dict[str, Entry] = {}
         self._over: deque[Entry] = deque()
@@ -114,7 +114,7 @@ class RequestRecorder:
     def record(self, id: str, request: Any, meta: Any = None) -> None:
         """A request begins.
 
-        id: what `finish` calls it; two requests at once need two. request: what was asked, any object. meta: what
+        id: names it for `finish`; concurrent requests need distinct ids. request: the request, any object. meta: what
         belongs to it; `replay` reads `method`, `path`, `query` and `headers`. Both may be changed once this returns.
         """
         if not self._is_enabled:
@@ -129,7 +129,7 @@ class RequestRecorder:
             self._counts["recorded"] += 1
             earlier = self._open.pop(entry.id, None)
             if earlier is not None:
-                self._end_entry(earlier, "unfinished", "another request came with its id before it was finished")
+                self._end_entry(earlier, "unfinished", "another request with its id arrived before it was finished")
             if self._bytes + entry.nbytes > self._limit and not self._displace(entry.nbytes):
                 self._lose("did not fit", "the memory for requests is full; raise limit_bytes, or record less of each")
                 self._give_back(entry)
@@ -143,16 +143,16 @@ class RequestRecorder:
     def finish(self, id: str, output: Any = None, *, state: State = "finished", reason: str | None = None) -> None:
         """A request is over.
 
-        output: what came of it, any object; it may be changed once this returns. state: `unfinished` where its client
-        or the server gave it up, `failed` where there is no answer; reason: why, in words.
+        output: the answer, any object; it may be changed once this returns. state: `unfinished` if its client or the
+        server abandoned it, `failed` if there is no answer. reason: why, in words.
         """
         if state not in _STATES:
-            raise ValueError(f"the state {safe_repr(state)} is none of {', '.join(_STATES)}")
+            raise ValueError(f"the state {safe_repr(state)} is not one of {', '.join(_STATES)}")
         with self._changed:
             entry = self._open.get(_id(id))
         if entry is None:
             if self._is_enabled:
-                self._lose("unknown", f"{safe_repr(id)} was finished, and is no request that was recorded and is open")
+                self._lose("unknown", f"{safe_repr(id)} was finished, but no open request has this id")
             return
         part = self._encode(output, "output", entry.exclude)
         with self._changed:
@@ -166,10 +166,10 @@ class RequestRecorder:
             self._end_entry(entry, state, reason)
 
     def dump_now(self) -> None:
-        """Write what is not on disk yet: finished requests, and the unfinished ones as they are. Never raises.
+        """Write everything that is not on disk yet: finished requests, and unfinished ones as they are. Never raises.
 
-        Returns when it is on disk, or after a minute. An unfinished one that is finished later is written again, and
-        then counts as finished.
+        Returns when it is on disk, or after a minute. An unfinished request that is finished later is written again,
+        and then counts as finished.
         """
         try:
             mine = self._ask_for_dump()
@@ -181,14 +181,14 @@ class RequestRecorder:
             logger.error("grafter: the requests in memory could not be written: %s", safe_repr(error))
 
     def dump_soon(self) -> None:
-        """As `dump_now`, and returns at once: for an event loop, or the thread of a scheduler."""
+        """Like `dump_now`, but returns immediately: for an event loop, or the thread of a scheduler."""
         try:
             self._ask_for_dump()
         except Exception as error:
             logger.error("grafter: the requests in memory could not be written: %s", safe_repr(error))
 
     def _ask_for_dump(self) -> int:
-        """Which one it is: over once so many are answered."""
+        """The number of this request for a dump; the dump is complete once that many are answered."""
         with self._changed:
             if self._open or self._over or self._thread is not None:
                 self._asked += 1
@@ -202,9 +202,9 @@ class RequestRecorder:
         threshold: int | None = None,
         enabled: bool | None = None,
     ) -> None:
-        """Change what is given, for requests that come from now on. All of it or nothing: raises UsageError.
+        """Change the given settings for later requests, all or none. Raises UsageError.
 
-        Switched off, requests that are in flight are still finished and written.
+        After `enabled=False`, requests that are in flight are still finished and written.
         """
         keys = self._exclude if exclude is None else _keys(exclude)
         count = self._threshold if threshold is None else _threshold(threshold)
@@ -219,18 +219,21 @@ class RequestRecorder:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What `configure` changes, as it is now."""
+        """The current values of the settings that `configure` changes."""
         return {"exclude": sorted(self._exclude), "threshold": self._threshold, "enabled": self._is_enabled}
 
     @property
     def counts(self) -> dict[str, int]:
         """How many requests were `recorded`, are `open`, `finished` (over in any way) and `written`; what was lost, by
-        reason."""
+        reason.
+        """
         with self._changed:
             return {**self._counts, "open": len(self._open)}
 
     def close(self) -> None:
-        """Write what is not on disk yet, and leave signals and exit to others. A later request is not recorded."""
+        """Write everything that is not on disk yet, and remove the handlers of signals and exit. Later requests are not
+        recorded.
+        """
         self._is_enabled = False
         self.dump_now()
         with self._changed:
@@ -263,7 +266,7 @@ class RequestRecorder:
             self._wake()
 
     def _forget_old(self) -> None:
-        """Without batches, only what finished lately is kept."""
+        """Without batches: drop requests that finished too long ago."""
         while (
             not self._threshold and self._over and (self._over[0].finished_time or 0.0) < time.time() - RECENT_SECONDS
         ):
@@ -275,7 +278,7 @@ class RequestRecorder:
         return len(self._over) >= self._threshold or self._bytes > self._limit // 2
 
     def _displace(self, nbytes: int) -> bool:
-        """Without batches, the oldest finished ones make room. Whether there is enough."""
+        """Without batches: drop the oldest finished requests to make room. Returns whether there is enough."""
         while not self._threshold and self._over and self._bytes + nbytes > self._limit:
             self._drop(self._over.popleft())
             self._counts["displaced"] += 1
@@ -334,7 +337,7 @@ class RequestRecorder:
         for entry in self._open.values():
             if not entry.is_written:
                 entry.is_written = True
-                # A copy, since the server may finish it while it is written.
+                # A copy, because the server may finish the request while it is written.
                 batch.append(Entry(entry.index, entry.id, entry.time, entry.exclude, dict(entry.parts)))
         return sorted(batch, key=lambda entry: entry.index)
 
@@ -342,10 +345,10 @@ class RequestRecorder:
         batch = list(self._over)
         self._over.clear()
         freed = sum(entry.nbytes for entry in batch)
-        # Where open requests fill the memory, the oldest of them are written as they are.
+        # If open requests fill the memory, the oldest of them are written as they are.
         while give_up and self._open and self._bytes - freed > self._limit // 2:
             entry = self._open.pop(next(iter(self._open)))
-            entry.reason = "given up before it was finished: the memory was needed for others"
+            entry.reason = "written before it was finished: the memory was needed for other requests"
             self._counts["given up"] += 1
             batch.append(entry)
             freed += entry.nbytes
@@ -375,7 +378,7 @@ def _id(id: Any) -> str:
 
 def _threshold(threshold: Any) -> int:
     if isinstance(threshold, bool) or not isinstance(threshold, int) or threshold < 0:
-        raise UsageError(f"threshold={threshold!r}: it is a number of requests, 0 for no batches.")
+        raise UsageError(f"threshold={threshold!r}: give a number of requests, or 0 for no batches.")
     return threshold
 
 
@@ -386,5 +389,5 @@ def _keys(exclude: Any) -> frozenset[str]:
     except TypeError:
         listed = [None]
     if not all(isinstance(key, str) for key in listed):
-        raise UsageError(f"exclude={exclude!r}: it is names of keys, separated by commas, or an iterable of them.")
+        raise UsageError(f"exclude={exclude!r}: give names of keys, separated by commas, or an iterable of them.")
     return frozenset(key.strip() for key in listed if key.strip())

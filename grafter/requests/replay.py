@@ -1,7 +1,7 @@
-"""A recording sent again: in order, with the recorded gaps, to one server, or to two at once.
+"""A recording sent again: in order, with the recorded gaps, to one server, or to two at the same time.
 
-A request begins when its time has come, a place is free, and the one before it has left for every server. With two
-servers it takes one place for both, so that neither runs ahead of the other.
+A request starts when its time has come, a slot is free, and the previous request has left for every server. With two
+servers, one slot covers both, so that neither gets ahead of the other.
 """
 
 from __future__ import annotations
@@ -24,8 +24,12 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class ReplayOptions:
-    """speed: how many times as fast as recorded; 0 leaves no gaps. concurrency: requests in flight at once, per server.
-    headers: sent with every request. tolerance: what logprobs may differ by."""
+    """The options of a replay.
+
+    speed: relative to the recording; 0 leaves no gaps. concurrency: requests in flight at the same time, per server.
+    headers: sent with every request.
+    tolerance: the largest allowed difference of logprobs.
+    """
 
     speed: float = 1.0
     concurrency: int = 64
@@ -35,7 +39,9 @@ class ReplayOptions:
 
 
 def choose(places: Sequence[Place], only: Sequence[str]) -> list[Place]:
-    """The requests to send, in recorded order. only: ids, or `#N` for the N-th from 0; none: all. Raises UsageError."""
+    """The requests to send, in recorded order. only: ids, or `#N` for the N-th from 0; empty: all.
+    Raises UsageError.
+    """
     if not only:
         return list(places)
     chosen: set[int] = set()
@@ -56,9 +62,9 @@ async def replay(
     recording: Recording, places: Sequence[Place], urls: Sequence[str], options: ReplayOptions, progress: Progress,
     outcomes: list[Outcome],
 ) -> None:  # fmt: skip
-    """Send all of `places`. outcomes: filled as they come, so that what is there is not lost when this is cancelled.
+    """Send all of `places`. outcomes: filled as they arrive, so that none is lost when this is cancelled.
 
-    Raises DumpError where the recording cannot be read any more; servers raise nothing.
+    Raises DumpError if the recording can no longer be read. Nothing that a server does raises.
     """
     free = asyncio.Semaphore(options.concurrency)
     running: set[asyncio.Task[None]] = set()
@@ -98,7 +104,7 @@ async def replay(
 
 
 async def wait_until(due: float) -> None:
-    """due: in seconds of `time.monotonic`."""
+    """Sleep until `due`, in seconds of `time.monotonic`."""
     await asyncio.sleep(max(0.0, due - time.monotonic()))
 
 

@@ -1,4 +1,4 @@
-"""One call to one server. Whatever the server does is an outcome of this request, and none raises."""
+"""One call to one server. Whatever the server does is an outcome of this request; nothing raises."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from grafter.requests.bodies import body_fields
 from grafter.requests.call import Call
 
 _LONGEST_ANSWER = 1 << 26
-# A model may think for long before its first token.
+# A model may compute for a long time before its first token.
 _TIMEOUT = httpx.Timeout(connect=30.0, read=3600.0, write=300.0, pool=None)
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What one server answered, or what the recording has: `status`, and the body as `body_fields` gives it.
+    """What one server answered, or what the recording has: `status`, and the body as `body_fields` returns it.
 
-    error: why there is no answer, or none that is whole. status None: not known (recorded inside of a server). seconds:
-    until the answer was complete; first_seconds: until its first piece.
+    error: why there is no answer, or no complete one. status None: not known (recorded inside a server). seconds: until
+    the answer was complete; first_seconds: until its first piece.
     """
 
     status: int | None = None
@@ -36,7 +36,7 @@ class Reply:
 
 
 class Server:
-    """One of the servers that are sent to. Used inside of one event loop; ended by `close`."""
+    """One of the servers that requests are sent to. Used inside one event loop; `close` ends it."""
 
     def __init__(self, url: str, headers: dict[str, str], connections: int) -> None:
         self.url = url
@@ -55,7 +55,10 @@ class Server:
         await self._client.aclose()
 
     async def ask(self, call: Call, written: Callable[[], None]) -> Reply:
-        """written: called once, as soon as the request has left this process, or cannot leave it any more."""
+        """Send the call and return the server's reply.
+
+        written: called once, as soon as the request has left this process, or can no longer leave it.
+        """
 
         async def trace(event: str, info: Any) -> None:
             if event.endswith("send_request_body.complete"):
@@ -92,8 +95,8 @@ class Server:
                     return Reply(response.status_code, error=f"its answer is longer than {_LONGEST_ANSWER} bytes")
                 pieces.append(piece)
         except httpx.HTTPError as error:
-            # The status is known, and that the answer is not whole.
-            told = f"the answer broke off after {nbytes} bytes: {type(error).__name__}: {error}"
+            # The status is known, and so is that the answer is incomplete.
+            told = f"the answer ended early, after {nbytes} bytes: {type(error).__name__}: {error}"
             return Reply(response.status_code, error=told[:500], seconds=time.monotonic() - start, first_seconds=first)
         finally:
             await response.aclose()
@@ -103,7 +106,7 @@ class Server:
 
 
 async def ask_all(servers: list[Server], call: Call) -> tuple[asyncio.Task[list[Reply]], asyncio.Event]:
-    """Send to all servers at once. The event comes when the request has left for all of them."""
+    """Send to all servers at the same time. The event is set when the request has left for all of them."""
     left = asyncio.Event()
     missing = [True] * len(servers)
 

@@ -1,4 +1,4 @@
-"""`grafter record` as a program: a socket, the proxy behind uvicorn, and the end, with everything written."""
+"""`grafter record` as a program: a socket, the proxy behind uvicorn, and an end at which everything is written."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from grafter.errors import UsageError
 from grafter.requests.proxy import RecordingProxy
 from grafter.requests.recorder import RequestRecorder
 
-# After SIGTERM or Ctrl-C, for answers that are under way.
+# How long pending answers have after SIGTERM or Ctrl-C.
 GRACE_SECONDS = 5
 _BACKLOG = 2048
-# No less patient with clients, and no less generous with headers, than the servers behind it.
+# As patient with clients, and as generous with headers, as the servers behind the proxy.
 _KEEP_SECONDS = 75
 _LONGEST_HEAD = 1 << 20
 
@@ -37,7 +37,7 @@ def check_url(url: str, option: str) -> str:
     except ValueError:
         sound = has_user = False
     if has_user:
-        raise UsageError(f"{option}: a URL with a user or a password in it is not taken, since it would be shown.")
+        raise UsageError(f"{option}: a URL with a user or a password in it is not accepted, because it would be shown.")
     if not sound or parts.query or parts.fragment:
         raise UsageError(f"{option} {url}: write it as http://HOST:PORT or https://HOST/PREFIX.")
     return url.rstrip("/")
@@ -47,13 +47,13 @@ def serve(
     upstream: str, host: str, port: int, recorder: RequestRecorder, limit_bytes: int, say: Callable[[str], None],
     grace_seconds: int = GRACE_SECONDS,
 ) -> None:  # fmt: skip
-    """Serve until SIGTERM or Ctrl-C, which end the process as they would have without us, with all written. SIGUSR1
-    writes what is in memory, and goes on.
+    """Serve until SIGTERM or Ctrl-C, which end the process as they would without the proxy, with everything written.
 
-    say: told the address once it is served. grace_seconds: what answers under way are given. Called on the main thread.
-    Raises UsageError where the port cannot be listened on.
+    SIGUSR1 writes what is in memory, and the proxy continues. say: called with the address once it is served.
+    grace_seconds: the time for pending answers. Call it on the main thread. Raises UsageError if the port cannot be
+    listened on.
     """
-    # Until somebody listens to it; else it would end the process.
+    # Ignore SIGUSR1 until a handler is installed; otherwise it would end the process.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     listening = _listen(host, port)
     proxy = RecordingProxy(upstream, recorder, limit_bytes)
@@ -73,7 +73,7 @@ def serve(
 
 
 def make_config(app: Any, grace_seconds: int = GRACE_SECONDS) -> uvicorn.Config:
-    """uvicorn without what it would add to an answer, or say of one that breaks off."""
+    """uvicorn's configuration, without the headers that it would add and the messages about interrupted answers."""
     return uvicorn.Config(
         app,
         ws="none",

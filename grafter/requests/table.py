@@ -1,4 +1,4 @@
-"""A replay to look at: what differs first, and why; the counts last. Or as JSON, a line per request."""
+"""Prints a replay: what differs, and why, then the counts. Or as JSON, with a line per request."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _LATE_SECONDS = 0.1
 def print_replay(
     outcomes: Sequence[Outcome], summary: Summary, urls: Sequence[str], console: Console, *, limit: int
 ) -> None:
-    """limit: at most so many rows; 0: all. Requests that are the same have none."""
+    """Print one row for each request that is not the same, then the counts. limit: at most so many rows; 0: all."""
     sides = list(zip(("A", "B"), urls, strict=False)) if len(urls) == 2 else [("A", urls[0])]
     for side, url in sides:
         console.print(Text(f"{side}: {printable(url)}"), soft_wrap=True)

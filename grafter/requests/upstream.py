@@ -1,7 +1,7 @@
-"""The proxy's connections to the server behind it: h11, which uvicorn runs on, over asyncio's streams.
+"""The proxy's connections to the server behind it: h11, which uvicorn uses as well, over asyncio's streams.
 
-Not httpx: with its client and pool, the proxy took twice the processor time (benchmarks/README.md), and more than the
-millisecond that it may. Here an answer's pieces come out as they come in.
+httpx is not used: with its client and pool, the proxy took twice the processor time (benchmarks/README.md), which is
+more than the millisecond that it may take. Here, an answer's pieces are passed on as they arrive.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import h11
 Headers = list[tuple[bytes, bytes]]
 
 _CONNECT_SECONDS = 30.0
-# Servers end a connection that is idle for 5 s (uvicorn) or longer; a request must not meet that.
+# Servers close a connection that is idle for 5 s (uvicorn) or longer; no request should use it at that moment.
 _IDLE_SECONDS = 4.0
 _MOST_IDLE = 1000
 _PIECE_BYTES = 1 << 16
@@ -27,11 +27,11 @@ _LONGEST_HEAD = 1 << 20
 
 
 class UpstreamError(Exception):
-    """The server cannot be reached, or broke off, or speaks no HTTP. The text says which."""
+    """The server cannot be reached, disconnected, or does not speak HTTP. The text says which."""
 
 
 class Upstream:
-    """One server, http or https, and the connections to it that are idle. url: as `check_url` allows it."""
+    """One server, http or https, and the idle connections to it. url: as `check_url` returns it."""
 
     def __init__(self, url: str) -> None:
         parts = urlsplit(url)
@@ -43,7 +43,7 @@ class Upstream:
         self._idle: deque[tuple[float, Call]] = deque()
 
     async def call(self) -> Call:
-        """A connection for one request. Raises UpstreamError. Ended by its `leave`."""
+        """A connection for one request. Its `leave` ends it. Raises UpstreamError."""
         while self._idle:
             since, call = self._idle.pop()
             if since > time.monotonic() - _IDLE_SECONDS and call.is_usable:
@@ -79,7 +79,7 @@ class Call:
         return not self._writer.is_closing() and not self._reader.at_eof() and self._reader.exception() is None
 
     async def send(self, method: str, target: bytes, headers: Headers, body: AsyncIterator[bytes]) -> None:
-        """The request, each piece of its body as it comes. Raises UpstreamError, and what `body` raises."""
+        """Send the request, with each piece of its body as it arrives. Raises UpstreamError, and what `body` raises."""
         try:
             head = self._state.send(h11.Request(method=method, target=target, headers=headers))
             async for piece in body:
@@ -92,7 +92,8 @@ class Call:
         except h11.ProtocolError as error:
             raise UpstreamError(f"this request cannot be passed on: {error}") from error
         except OSError:
-            # It may have answered before it had read all (413, say); else reading tells what happened.
+            # The server may have answered before it had read everything (413, for example). If not, reading reports the
+            # error.
             pass
 
     def _write(self, data: bytes) -> None:
@@ -109,9 +110,10 @@ class Call:
                 raise UpstreamError("it closed the connection without an answer")
 
     async def pieces(self) -> AsyncIterator[bytes]:
-        """The answer's body as it comes: what has come by now is one piece, so that a burst of small ones costs little.
+        """The answer's body as it arrives.
 
-        Raises UpstreamError where it breaks off.
+        All bytes that have arrived by now are one piece, so that a burst of small ones costs little. Raises
+        UpstreamError if the connection ends too early.
         """
         is_over = False
         while not is_over:
@@ -122,7 +124,7 @@ class Call:
                 try:
                     event = self._state.next_event()
                 except h11.RemoteProtocolError:
-                    break  # What came before it passes first; the next turn tells.
+                    break  # Bytes that arrived earlier are passed on first; the next turn reports the error.
             is_over = not isinstance(event, h11.Data) and event is not h11.NEED_DATA
             if gathered:
                 yield bytes(gathered[0]) if len(gathered) == 1 else b"".join(gathered)
@@ -132,12 +134,15 @@ class Call:
             while (event := self._state.next_event()) is h11.NEED_DATA:
                 self._state.receive_data(await self._reader.read(_PIECE_BYTES))
         except (OSError, h11.RemoteProtocolError) as error:
-            raise UpstreamError(f"the connection broke off: {error}") from error
+            raise UpstreamError(f"the connection ended early: {error}") from error
         return event
 
     def leave(self) -> None:
-        """The end of this request. A connection on which nothing is left to come is kept; another is closed, and so the
-        server hears that nobody waits any more."""
+        """End this request.
+
+        A connection on which nothing more will arrive is kept. Any other is closed, so that the server learns that the
+        client has left.
+        """
         if self._state.our_state is h11.DONE and self._state.their_state is h11.DONE and self.is_usable:
             self._state.start_next_cycle()
             self._upstream.keep(self)

@@ -20,9 +20,10 @@ _Numbers = npt.NDArray[np.int64]
 
 
 def prefix_hashes(codes: _Numbers, places: _Numbers, ids: _Numbers) -> dict[int, _Hashes]:
-    """For each sequence number that has a row of position 0: the hash of its first 1, 2, ... tokens, as far as its
+    """For each sequence number that has a row of position 0: the hashes of its first 1, 2, ... tokens.
 
-    positions go on without a gap. All arguments [rows]; a negative code is padding.
+    Hashes are computed as far as its positions continue without a gap. All arguments [rows]; a negative code is
+    padding.
     """
     kept = codes >= 0
     codes, places, ids = codes[kept], places[kept], ids[kept]

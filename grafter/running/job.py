@@ -1,4 +1,4 @@
-"""One job of a run, seen from the launcher: its keeper process, its output, its end."""
+"""One job of a run, as seen from the launcher: its keeper process, its output, its end."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from pathlib import Path
 from grafter.running import job_keeper
 from grafter.running.run_output import OutputReader, RunOutput
 
-# Of a job whose launcher fails. The reader itself closes the pipe, whenever it is through.
+# Used if the launcher fails: how long to wait for the reader, which closes the pipe itself when it is done.
 _LAST_WORDS_SECONDS = 1.0
 _KEEPER = str(Path(job_keeper.__file__))
 
 
 class Job:
-    """Started by its constructor. `fileno()` is readable when `read_status()` has something to learn.
+    """One running job, started by the constructor. `fileno()` is readable when `read_status()` has news.
 
     `exit_code` is that of the job's own process (negative: the signal that killed it; 127: it could not be started),
-    None before its end. `gone`: no process of the job is left, and `exit_code` changes no more; it is still None if
-    the keeper was killed before it could tell.
+    and None before its end. `gone`: no process of the job is left, and `exit_code` no longer changes; it is still None
+    if the keeper was killed before it could report.
     """
 
     def __init__(self, role: str, command: Sequence[str], environment: Mapping[str, str], output: RunOutput) -> None:
         self.role = role
         self.exit_code: int | None = None
         self.gone = False
-        # Set by whoever ends it: then its exit code is not its own doing.
+        # Set by whoever ends the job: its exit code is then not its own.
         self.ended_by_launcher = False
         self._output = output
         self._pending = b""
@@ -61,7 +61,7 @@ class Job:
         return self._status_read
 
     def read_status(self) -> None:
-        """Take in what the keeper told. Blocks if it has told nothing."""
+        """Read what the keeper has reported. Blocks if it has reported nothing."""
         data = os.read(self._status_read, 4096)
         *lines, self._pending = (self._pending + data).split(b"\n")
         for line in lines:
@@ -81,14 +81,15 @@ class Job:
             self.gone = True
 
     def end(self) -> None:
-        """End it in good order: SIGTERM to its process, 5 s, then SIGKILL to all that is left. Returns at once.
+        """End the job normally: SIGTERM to its process, 5 s, then SIGKILL to all processes that are left. Returns
+        immediately.
 
-        Safe to call from a signal handler, more than once, and after its end.
+        May be called from a signal handler, more than once, and after the job's end.
         """
         self._order(b"t")
 
     def kill(self) -> None:
-        """SIGKILL to all of it. Returns at once; safe where `end` is."""
+        """Send SIGKILL to all processes of the job. Returns immediately; safe wherever `end` is."""
         self._order(b"k")
 
     def output_is_read(self, timeout: float) -> bool:
@@ -97,8 +98,11 @@ class Job:
         return not self._reader.is_alive()
 
     def close(self) -> None:
-        """Give the file descriptors back; only once it is gone. What it said last is passed on first, if that takes no
-        longer than a second: where the launcher failed, nobody has waited for it."""
+        """Close the file descriptors. Call it only once the job is gone.
+
+        The job's last output is passed on first, for at most one second: if the launcher failed, it has not waited for
+        it.
+        """
         os.close(self._status_read)
         os.close(self._control_write)
         self._reader.join(_LAST_WORDS_SECONDS)
@@ -115,7 +119,7 @@ class Job:
         try:
             os.write(self._control_write, order)
         except BrokenPipeError:
-            return  # the keeper has just ended, and with it everything that could be ended
+            return  # The keeper has just ended, and with it every process that could be ended.
 
 
 def describe_exit(exit_code: int | None) -> str:

@@ -1,4 +1,4 @@
-"""A job's command: split, found on PATH before anything starts, and kept off a port that the other job would take."""
+"""A job's command: split, found on PATH before anything starts, and kept off a port that the other job would use."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _PLACE_OPTIONS = ("--master-port", "--master_port", "--master-addr", "--master_a
 
 
 def split_command(role: str, command: Sequence[str] | str, environment: Mapping[str, str]) -> list[str]:
-    """The command as a list of words, its program known to exist.
+    """The command as a list of words; its program is known to exist.
 
-    `command` as a str is split by the rules of a shell's quoting (shlex), and not given to a shell.
-    Raises UsageError if it is empty, badly quoted, or its program is not there.
+    A `command` that is a str is split by a shell's quoting rules (shlex), but no shell runs it. Raises UsageError if it
+    is empty, badly quoted, or its program does not exist.
     """
     try:
         words = shlex.split(command) if isinstance(command, str) else list(command)
@@ -42,10 +42,10 @@ def split_command(role: str, command: Sequence[str] | str, environment: Mapping[
 
 
 def keep_off_shared_port(words: Sequence[str]) -> list[str]:
-    """The command, as `torchrun --standalone` where it is a single-node torchrun that names no port.
+    """The command, changed to `torchrun --standalone` if it is a single-node torchrun that names no port.
 
-    Two of those on one host would both listen on torchrun's default port, 29500, or join one another. What is no
-    torchrun command, or one that says where it meets, comes back as it is.
+    Two such commands on one host would both listen on torchrun's default port, 29500, or join each other. Other
+    commands, and those that name a port, are returned unchanged.
     """
     position = _first_argument_of_torchrun(words)
     if position is None or not _meets_at_default_port(list(words[position:])):
@@ -54,7 +54,7 @@ def keep_off_shared_port(words: Sequence[str]) -> list[str]:
 
 
 def _first_argument_of_torchrun(words: Sequence[str]) -> int | None:
-    """Where torchrun's own arguments begin: behind `torchrun`, or `python -m torch.distributed.run`."""
+    """The index of torchrun's first argument: after `torchrun`, or after `python -m torch.distributed.run`."""
     start = 0
     if PurePath(words[0]).name == "env":
         start = next((i for i, word in enumerate(words[1:], 1) if not re.match(r"[A-Za-z_]\w*=", word)), len(words))
@@ -73,15 +73,15 @@ def _first_argument_of_torchrun(words: Sequence[str]) -> int | None:
 
 
 def _meets_at_default_port(arguments: list[str]) -> bool:
-    # torch's own parser knows where torchrun's arguments end and the script's begin. Imported here: it takes seconds,
-    # which only a run that hosts a store, and so needs torch anyway, should spend.
+    # torch's own parser knows where torchrun's arguments end and the script's begin. It is imported here because the
+    # import takes seconds, and only a run that hosts a store needs torch anyway.
     from torch.distributed.run import get_args_parser
 
     try:
         with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
             options = get_args_parser().parse_args(arguments)
     except SystemExit:
-        return False  # the job's torchrun will say better what is wrong with its arguments
+        return False  # The job's torchrun will report better what is wrong with its arguments.
     own = arguments[: len(arguments) - len(options.training_script_args)]
     says_where = any(word.split("=")[0] in _PLACE_OPTIONS for word in own)
     return (

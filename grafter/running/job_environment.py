@@ -11,16 +11,16 @@ from grafter.capture.startup.sitecustomize import HELPER_MARK
 from grafter.errors import UsageError
 from grafter.switch import OLD_PREFIX, PREFIX
 
-# First on a job's PYTHONPATH, it is reached by every Python of the job before its program.
+# The first entry of a job's PYTHONPATH; every Python of the job loads it before its program.
 STARTUP_DIRECTORY = str(Path(__file__).parents[1] / "capture" / "startup")
 
-# What torchrun, or another launcher around this one, said about this process; a job that inherited it would take
-# itself for a rank of that world. torchrun passes TORCHELASTIC_USE_AGENT_STORE down, which makes env:// hang.
+# Variables of a torchrun or another launcher around this process. A job that inherited them would act as a rank of that
+# world. torchrun passes TORCHELASTIC_USE_AGENT_STORE on, which makes env:// hang.
 _INHERITED_WORLD = frozenset({"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"}) | frozenset(
     {"GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_WORLD_SIZE", "ROLE_NAME"}
 )
 _INHERITED_WORLD_PREFIXES = ("MASTER_", "TORCHELASTIC_")
-# What `grafter run` itself decides, and the option that says it.
+# The settings that `grafter run` itself decides, and the option for each.
 _OWN_FIELDS = {
     "enable": "leave it out: the jobs run with grafting on",
     "role": "use --baseline and --target, or --role",
@@ -34,7 +34,7 @@ _OWN_FIELDS = {
     "peer": "use --peer",
 }
 _IDENTITY_FIELDS = frozenset(_OWN_FIELDS) - {"dir"}
-# For programs that are reached without a line in them; the player is none.
+# For programs without a grafter call in their code; the player is not one of them.
 _NOT_FOR_THE_PLAYER = ("attach", "peer", "record")
 
 
@@ -47,10 +47,10 @@ def job_environment(
     directory: str | None,
     run_name: str | None,
 ) -> dict[str, str]:
-    """`inherited` without what belongs to another world or run, plus what makes this job a side of the run.
+    """`inherited` without the variables of another world or run, plus those that make this job a side of the run.
 
-    `settings` are fields of GrafterConfig by name; an empty value unsets what was inherited. `directory` None leaves
-    GRAFTER_DIR to what is inherited or the plan file says. `master` None: a job that meets no other.
+    `settings` are fields of GrafterConfig by name; an empty value unsets an inherited one. If `directory` is None,
+    GRAFTER_DIR is inherited or comes from the plan file. `master` None: a job that exchanges nothing with another.
     """
     environment = {
         name: value
@@ -70,10 +70,10 @@ def job_environment(
     environment.update({PREFIX + field.upper(): value for field, value in {**settings, **own}.items()})
     environment.pop(HELPER_MARK, None)
     if environment.get(f"{PREFIX}ATTACH", "").strip():
-        # An empty entry would be the working directory.
+        # An empty entry would mean the working directory.
         paths = [STARTUP_DIRECTORY, *filter(None, [environment.get("PYTHONPATH")])]
         environment["PYTHONPATH"] = os.pathsep.join(paths)
-    # TCPStore's warnings look up the host's name, which was seen to take seconds.
+    # TCPStore's warnings look up the host's name, which has been seen to take seconds.
     environment.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     environment.setdefault("PYTHONUNBUFFERED", "1")
     return environment
@@ -94,7 +94,7 @@ def player_environment(
     directory: str | None,
     run_name: str | None,
 ) -> dict[str, str]:
-    """As `job_environment`, for the program that plays a recording: it finds this package, and has no hooks."""
+    """Like `job_environment`, for the program that plays a recording: it can import this package, and has no hooks."""
     own = {field: value for field, value in settings.items() if field not in _NOT_FOR_THE_PLAYER}
     environment = job_environment(
         inherited, role, {**own, "attach": ""}, master=master, directory=directory, run_name=run_name
@@ -107,7 +107,7 @@ def player_environment(
 
 
 def what_defeats_attach(words: Sequence[str]) -> str | None:
-    """What in a command keeps Python from running our start-up module; None where nothing is seen to."""
+    """What in a command keeps Python from running our start-up module; None if nothing visible does."""
     start = 0
     if PurePath(words[0]).name == "env":
         while (start := start + 1) < len(words) and re.match(r"-|[A-Za-z_]\w*=", words[start]):
@@ -119,7 +119,7 @@ def what_defeats_attach(words: Sequence[str]) -> str | None:
         word = words[number]
         if not re.fullmatch("-[A-Za-z]+.*", word):
             return None
-        # Letters stand together (-uI); of these four the rest of the word, or the next one, is the value.
+        # Letters may be joined (-uI). For these four options, the rest of the word or the next word is the value.
         flags = re.split("[cmWX]", word[1:])[0]
         found = next((letter for letter in flags if letter in "IES"), None)
         if found is not None:
@@ -132,7 +132,8 @@ def what_defeats_attach(words: Sequence[str]) -> str | None:
 def parse_settings(assignments: list[str]) -> dict[str, str]:
     """`--set FIELD=VALUE` options as settings by field name.
 
-    Raises UsageError for what is no assignment, what `grafter run` decides itself, and the secret.
+    Raises UsageError for a text that is not an assignment, for a field that `grafter run` decides itself, and for the
+    secret.
     """
     settings: dict[str, str] = {}
     for assignment in assignments:
@@ -154,7 +155,7 @@ def parse_settings(assignments: list[str]) -> dict[str, str]:
 
 
 def merge_settings(own: dict[str, str], assignments: list[str]) -> dict[str, str]:
-    """Settings by field, of a command's own options and of --set. Raises UsageError where both give one."""
+    """Settings by field, from a command's own options and from --set. Raises UsageError if both give the same field."""
     assigned = parse_settings(assignments)
     for field in sorted(own.keys() & assigned.keys()):
         raise UsageError(f"{field} is given twice, by its own option and by --set; give it once.")

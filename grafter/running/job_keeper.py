@@ -1,18 +1,19 @@
-"""The keeper of one job: a small process between `grafter run` and the job, so that nothing of the job is ever left.
+"""The keeper of one job: a small process between `grafter run` and the job, which leaves no process of the job behind.
 
     grafter run  --control pipe-->  keeper  --SIGTERM, SIGKILL-->  the job's process and all its descendants
                  <--status pipe---
 
-The keeper is a child subreaper (prctl(2)): whatever the job starts, in whatever session, becomes the keeper's child
-when its own parent ends. So the keeper can find it, and "no child is left" means that no process of the job is left.
-A subreaper in the process of `grafter run` itself would also adopt, and could not tell apart, what other code of that
-process started. When `grafter run` dies, even by SIGKILL, the control pipe ends and the keeper ends the job.
+The keeper is a child subreaper (prctl(2)): a process that the job starts, in whatever session, becomes the keeper's
+child when its own parent ends. So the keeper can find it, and "no child is left" means that no process of the job is
+left. A subreaper in the process of `grafter run` itself would also adopt processes that other code there has started,
+and could not distinguish them. When `grafter run` dies, even by SIGKILL, the control pipe ends and the keeper ends the
+job.
 
-It is run by path with `python -I -S`, which takes 20 ms: the standard library alone, nothing of this package.
+It is run by path with `python -I -S`, which takes 20 ms. It imports only the standard library, nothing of this package.
 
-Control, one byte each: `t` end the job in good order, `k` kill it now; end of file is `t`.
-Status, one JSON object a line: {"started": pid}, {"not_started": text}, {"exit": code, negative for a signal},
-{"killed": how many had to be killed}, {"unkillable": [pids]}.
+Control, one byte each: `t` end the job normally, `k` kill it now; end of file means `t`. Status, one JSON object per
+line: {"started": pid}, {"not_started": text}, {"exit": code, negative for a signal}, {"killed": how many had to be
+killed}, {"unkillable": [pids]}.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ import time
 from types import FrameType
 
 TERM_SECONDS = 5.0
-# What a job leaves behind after its own end gets so long to end by itself, then SIGTERM and so long again.
+# After a job's own end, the processes that it left behind have this long to end; the same again after SIGTERM.
 SETTLE_SECONDS = 0.5
 LEFTOVER_TERM_SECONDS = 2.0
-# A process in uninterruptible sleep cannot be killed; it is named and given up.
+# A process in uninterruptible sleep cannot be killed; after this time it is reported and abandoned.
 GIVE_UP_SECONDS = 15.0
 _KILL_EVERY_SECONDS = 0.02
 
@@ -40,14 +41,14 @@ _END_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 def parents_by_pid() -> dict[int, int]:
-    """pid -> parent's pid of every process but zombies, from /proc."""
+    """pid -> parent's pid of every process except zombies, from /proc."""
     parents: dict[int, int] = {}
     for entry in os.listdir("/proc"):
         if not entry.isdigit():
             continue
         try:
             with open(f"/proc/{entry}/stat", "rb") as stat:
-                # The program's name is in parentheses and may hold any byte.
+                # The program's name is in parentheses and may contain any byte.
                 state, parent = stat.read().rpartition(b")")[2].split()[:2]
         except (OSError, ValueError):
             continue  # it has ended since the listing
@@ -57,7 +58,7 @@ def parents_by_pid() -> dict[int, int]:
 
 
 def descendants(root: int, parents: dict[int, int]) -> list[int]:
-    """All that `root` started, directly or not, parents before children."""
+    """All processes that `root` started, directly or indirectly, parents before children."""
     children: dict[int, list[int]] = {}
     for pid, parent in parents.items():
         children.setdefault(parent, []).append(pid)
@@ -68,7 +69,7 @@ def descendants(root: int, parents: dict[int, int]) -> list[int]:
 
 
 class Keeper:
-    """Starts one job, reaps everything of it, and returns when no process of it is left."""
+    """Starts one job, reaps all of its processes, and returns when none of them is left."""
 
     def __init__(self, status_fd: int, control_fd: int) -> None:
         self._status_fd = status_fd
@@ -110,13 +111,15 @@ class Keeper:
             self._tell(started=pid)
             return
         try:
-            # A session of its own: a job that signals its process group must not reach the keeper.
+            # The job gets its own session: if it signals its process group, the signal must not reach the keeper.
             os.setsid()
             signal.set_wakeup_fd(-1)
             for number, previous in self._previous.items():
                 signal.signal(number, signal.SIG_IGN if previous is signal.SIG_IGN else signal.SIG_DFL)
-            signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python ignores it, and ignored signals stay so over exec
-            # For the case that the keeper itself is killed.
+            signal.signal(
+                signal.SIGPIPE, signal.SIG_DFL
+            )  # Python ignores it, and ignored signals stay ignored after exec.
+            # In case the keeper itself is killed.
             self._libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
             if os.getppid() == keeper:
                 os.execvp(command[0], command)
@@ -126,7 +129,7 @@ class Keeper:
             os._exit(127)
 
     def _reap(self) -> bool:
-        """Collect what has ended. False when no process of the job is left."""
+        """Collect the processes that have ended. False when no process of the job is left."""
         while True:
             try:
                 pid, status = os.waitpid(-1, os.WNOHANG)
@@ -141,7 +144,7 @@ class Keeper:
                 self._kill_at = min(self._kill_at, self._terminate_leftovers_at + LEFTOVER_TERM_SECONDS)
 
     def _listen(self, now: float) -> None:
-        """Sleep until a child ends, the launcher says something, or a deadline is there."""
+        """Sleep until a child ends, the launcher sends something, or a deadline is reached."""
         deadline = min(self._kill_at, self._terminate_leftovers_at)
         timeout = _KILL_EVERY_SECONDS if now >= self._kill_at else min(max(deadline - now, 0.0), 60.0)
         watched = [self._wake_read] + ([self._control_fd] if self._control_fd is not None else [])
@@ -173,7 +176,7 @@ class Keeper:
             except ProcessLookupError:
                 continue  # it has ended since
             except PermissionError:
-                continue  # it has changed its user; named as unkillable in the end
+                continue  # it has changed its user; it is reported as unkillable at the end
             if number == signal.SIGKILL:
                 self._killed.add(pid)
 
@@ -185,7 +188,7 @@ class Keeper:
 
 
 def _do_nothing(_number: int, _frame: FrameType | None) -> None:
-    """Handled, so that it arrives in the wake-up pipe."""
+    """A handler that does nothing; it makes the signal arrive in the wake-up pipe."""
 
 
 def main() -> None:

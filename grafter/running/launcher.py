@@ -1,9 +1,9 @@
-"""`grafter run` as functions: host the store, start both jobs, watch over them, say how it went.
+"""`grafter run` as functions: host the store, start both jobs, supervise them, and return how the run ended.
 
 settings    checked before anything is opened or started
 commands    their programs found; two torchruns kept off one port
 store       hosted in this process
-jobs        each below its keeper (`grafter/running/job_keeper.py`), so that nothing of them is left
+jobs        each below its keeper (`grafter/running/job_keeper.py`), so that none of their processes is left
 watch       until both are gone (`grafter/running/supervision.py`)
 """
 
@@ -29,20 +29,20 @@ if TYPE_CHECKING:
     from grafter.settings.config import GrafterConfig
 
 GRACE_SECONDS = 15.0
-# So long a rank of the other machine may need to read and write its last words in the store.
+# How long a rank of the other machine may need to write its last message to the store, and to read ours.
 _LINGER_SECONDS = 3.0
 _ROLES = ("baseline", "target")
 
 
 @dataclass(frozen=True)
 class PairResult:
-    """How a run went, as far as its processes can tell; what was grafted is in `run_directory`.
+    """How a run ended, as far as its processes can tell; the ledgers in `run_directory` say what was grafted.
 
-    `exit_codes` by role: negative for a signal, None where a job was never started or its end was not seen.
-    `failed_role` is the job that failed by itself, and first; `ended_roles` are the jobs that the launcher ended.
-    `unreached` are the jobs in which `attach` found no model, as far as this process can tell.
-    `attach`: its patterns, if any. `is_recorded`: the run was to keep what its jobs came with.
-    `last_lines` are the last lines (200 at most) of each job's output, by role, also of a quiet run.
+    `exit_codes` by role: negative for a signal, None if a job was never started or its end was not seen. `failed_role`
+    is the job that failed first, and by itself. `ended_roles` are the jobs that the launcher ended. `unreached` are the
+    jobs in which `attach` found no model, as far as this process can tell. `attach`: its patterns, if any.
+    `is_recorded`: the run was to record its jobs' values. `last_lines` are the last lines (200 at most) of each job's
+    output, by role, even of a quiet run.
     """
 
     run_directory: Path
@@ -70,16 +70,16 @@ def run_pair(
     output: TextIO | None = None,
     grace_seconds: float = GRACE_SECONDS,
 ) -> PairResult:
-    """Run both jobs to their end and return how it went; nothing of them is left then, whatever happens.
+    """Run both jobs to their end and return how the run ended. None of their processes is left then, whatever happens.
 
-    Commands are lists of words, or text that is split by a shell's quoting rules and given to no shell. `settings` are
-    fields of GrafterConfig by name, as text; they win over GRAFTER_* variables, and an empty one unsets what was
-    inherited. `peer`: a recording, which is played as the job whose command is None. `out` None: GRAFTER_DIR, or what
-    the plan file says, or `grafter_out`. `quiet` prints nothing. `output` defaults to sys.stdout. In the main thread,
-    SIGINT, SIGTERM and SIGHUP end both jobs.
+    Commands are lists of words, or text that is split by a shell's quoting rules and run without a shell. `settings`
+    are fields of GrafterConfig by name, as text; they override GRAFTER_* variables, and an empty one unsets an
+    inherited variable. `peer`: a recording, which is played as the job whose command is None. `out` None: GRAFTER_DIR,
+    or the plan file's `dir`, or `grafter_out`. `quiet` prints nothing. `output` defaults to sys.stdout. In the main
+    thread, SIGINT, SIGTERM and SIGHUP end both jobs.
 
-    Raises ConfigError or UsageError, before anything is started, where settings or commands are at fault, and
-    JoinError if the store cannot be hosted.
+    Raises ConfigError or UsageError, before anything is started, for wrong settings or commands, and JoinError if the
+    store cannot be hosted.
     """
     given = {"baseline": baseline, "target": target}
     commands = {role: command for role, command in given.items() if command is not None}
@@ -88,7 +88,7 @@ def run_pair(
         commands = {role: commands.get(role, ()) for role in _ROLES}
         run = _Run(commands, settings, out, run_name, quiet, output, grace_seconds, Played(played, peer))
     elif peer is not None or len(commands) != 2:
-        raise UsageError("two commands, or one and the recording that is played to it.")
+        raise UsageError("give two commands, or one command and a recording to play.")
     else:
         run = _Run(commands, settings, out, run_name, quiet, output, grace_seconds)
     return run.host("127.0.0.1", 0)
@@ -107,15 +107,17 @@ def run_side(
     quiet: bool = False,
     output: TextIO | None = None,
 ) -> PairResult:
-    """Run one job of a pair whose other job another `grafter run` starts, on another machine or in another terminal.
+    """Run one job of a pair. Another `grafter run`, on another machine or in another terminal, runs the other job.
 
-    Exactly one of `host` (address and port on which this process hosts the store) and `master` (where it is hosted),
-    unless the settings say `record`: then neither is for a job that is recorded alone. `peer`: a recording, which is
-    played as this job; there is no command then. Otherwise as `run_pair`.
+    Give exactly one of `host` (address and port on which this process hosts the store) and `master` (where it is
+    hosted). A job that is recorded alone (setting `record`) needs neither. `peer`: a recording, which is played as this
+    job; there is no command then. Otherwise like `run_pair`.
     """
     is_alone = host is None and master is None and bool(settings.get("record"))
     if (host is None) == (master is None) and not is_alone:
-        raise UsageError("one side of a pair either hosts the store (--host-store) or says where it is (--master).")
+        raise UsageError(
+            "one side of a pair needs either --host-store (to host the store) or --master (where it is hosted)."
+        )
     played = Played(role, peer) if peer is not None else None
     run = _Run({role: command}, settings, out, run_name, quiet, output, GRACE_SECONDS, played, is_alone=is_alone)
     if host is not None:
@@ -124,7 +126,7 @@ def run_side(
 
 
 def host_store(address: str, port: int, *, group_name: str, secret: str | None) -> RendezvousStore:
-    """The rendezvous store of the run, in this process. Raises JoinError if it cannot listen there."""
+    """The rendezvous store of the run, hosted in this process. Raises JoinError if it cannot listen there."""
     from grafter.running.watched_store import WatchedStore  # imports torch, which takes seconds
 
     return WatchedStore(address, port, group_name=group_name, secret=secret)
@@ -142,7 +144,7 @@ class Played:
         return [sys.executable, "-m", "grafter.offline.player", os.path.abspath(self.directory)]
 
     def check(self) -> None:
-        """Raises UsageError where there is no recording of this role."""
+        """Raise UsageError if there is no recording of this role."""
         from grafter.offline.recording import find_recording  # imports torch
 
         try:
@@ -152,7 +154,7 @@ class Played:
 
 
 class _Run:
-    """One run, from its arguments to its result. The constructor checks everything that can be checked."""
+    """One run, from its arguments to its result. The constructor checks everything that can be checked in advance."""
 
     def __init__(
         self,
@@ -171,11 +173,11 @@ class _Run:
         self._settings = dict(settings)
         self._played, self._is_alone = played, is_alone
         if self._settings.get("plan"):
-            # A job may change its directory before it reads it.
+            # A job may change its directory before it reads this path.
             self._settings["plan"] = os.path.abspath(self._settings["plan"])
         self._config = _read_configuration(next(iter(commands)), self._settings, out, run_name, is_alone=is_alone)
         if self._config.attach is not None:
-            # A plan file may say it, which the start of a Python does not read.
+            # The plan file may set it, but the start of a Python does not read the plan file.
             self._settings["attach"] = self._config.attach
         self._out = Path(self._config.dir)
         self._given_name = run_name
@@ -202,8 +204,10 @@ class _Run:
             store.close()
 
     def supervise(self, store: RendezvousStore | None, master: tuple[str, int] | None) -> PairResult:
-        """Run the jobs against the store at `master`, which is `store` where this process hosts it; None: they meet
-        nobody."""
+        """Run the jobs against the store at `master`, which is `store` if this process hosts it.
+
+        `master` None: the jobs exchange nothing.
+        """
         supervisor = Supervisor(store, self._output, self._grace_seconds)
         with self._run_directory() as name, supervisor.stop_signals_handled():
             self._announce(store, name)
@@ -237,9 +241,9 @@ class _Run:
 
     @contextmanager
     def _run_directory(self) -> Iterator[str | None]:
-        """The run's name, and its directory, which is taken away again if nothing was written into it.
+        """The run's name, and its directory, which is removed again if nothing was written to it.
 
-        A side whose other side may be the one to give the name has none, unless it was given one.
+        The name is None for one side of a pair without a given name, if the other side may choose it.
         """
         if self._given_name is None and "baseline" not in self._commands and not self._is_alone:
             yield None
@@ -253,7 +257,7 @@ class _Run:
                     empty.rmdir()
 
     def _claim_directory(self) -> Path:
-        """Make `<out>/<name>`; without a given name, one of the time that no other run has taken."""
+        """Make `<out>/<name>`. Without a given name, use the time, changed until no other run has it."""
         self._out.mkdir(parents=True, exist_ok=True)
         if self._given_name is not None:
             (self._out / self._given_name).mkdir(exist_ok=True)
@@ -269,7 +273,9 @@ class _Run:
                 number += 1
 
     def _refuse_used_name(self) -> None:
-        """Ledgers are appended to: a second run of one name would mix with the first."""
+        """Raise UsageError for a used name: ledgers are appended to, so a second run of that name would mix with the
+        first.
+        """
         for role in self._commands if self._given_name is not None else ():
             assert self._given_name is not None
             directory = self._out / self._given_name / role
@@ -330,10 +336,10 @@ class _Run:
 
 
 def find_unreached(announced: Collection[str], failed: Collection[str]) -> tuple[str, ...]:
-    """The jobs that had a chance to attach a model and did not. announced: those that have come to their join.
+    """The jobs that could have attached a model and did not. announced: those that have reached their join.
 
-    Baseline rank 0 opens the run, and before that no target can announce itself: where the baseline is missing, nothing
-    is known of the target. A job that failed by itself may not have come as far as its model.
+    Baseline rank 0 opens the run, and no target can announce itself before that: if the baseline is missing, nothing is
+    known about the target. A job that failed by itself may have failed before it had a model.
     """
     missing = ("target",) if "baseline" in announced else ("baseline",)
     return tuple(role for role in missing if role not in announced and role not in failed)
@@ -342,14 +348,14 @@ def find_unreached(announced: Collection[str], failed: Collection[str]) -> tuple
 def describe_unreached(roles: Sequence[str]) -> str:
     """Why `--attach` may have found nothing, as sentences."""
     return (
-        f"--attach reached no model in the {' job and in the '.join(roles)} job: nothing there has hooks. Either its "
-        "program called no torch module that has parameters, or its Python does not look at PYTHONPATH (python -I, -E "
+        f"--attach reached no model in the {' job and in the '.join(roles)} job: no module there has hooks. Either its "
+        "program called no torch module that has parameters, or its Python ignores PYTHONPATH (python -I, -E "
         "or -S; a command that sets PYTHONPATH itself). See docs/zero-code.md."
     )
 
 
 def newest_run_of_role(out: Path, role: str) -> Path:
-    """The run directory under `out` into which a job of `role` wrote last; `out` itself if there is none."""
+    """The run directory under `out` to which a job of `role` wrote last; `out` itself if there is none."""
     written = [(path.stat().st_mtime, path.parent.parent) for path in out.glob(f"*/{role}/rank*")]
     return max(written)[1] if written else out
 
@@ -357,10 +363,12 @@ def newest_run_of_role(out: Path, role: str) -> Path:
 def _read_configuration(
     role: str, settings: Mapping[str, str], out: Path | None, run_name: str | None, *, is_alone: bool
 ) -> GrafterConfig:
-    """The configuration as a job will read it, with `dir` absolute: a bad filter is told now and not by every rank."""
+    """The configuration as a job will read it, with `dir` absolute. A bad filter is reported here, once, and not by
+    every rank.
+    """
     from grafter.settings.config import GrafterConfig  # imports pydantic
 
-    # The port is not known yet; any legal one does for the check.
+    # The port is not known yet; any legal port is enough for the check.
     environment = job_environment(
         os.environ,
         role,
@@ -377,7 +385,7 @@ def _read_configuration(
 
 
 def _reachable(address: str) -> str:
-    """Where this machine's own job reaches a store that listens on `address`."""
+    """The address at which this machine's own job reaches a store that listens on `address`."""
     return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address, address)
 
 

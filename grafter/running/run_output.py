@@ -1,4 +1,6 @@
-"""The output of both jobs on one stream: each line with its job's name, and a status line below on a terminal."""
+"""The output of both jobs on one stream: each line with its job's name, and a status line at the bottom
+of a terminal.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +13,14 @@ import time
 from collections import deque
 from typing import IO, TextIO
 
-# Without a newline for so long, it is printed in pieces: the launcher's memory is bounded.
+# A line without an end is printed in pieces of this size, which limits the launcher's memory.
 _LONGEST_LINE = 64 * 1024
 _KEPT_LINES = 200
 _READ_BYTES = 64 * 1024
 _POLL_SECONDS = 0.25
-# How long a reader goes on after its job is gone, if a process that escaped the job still writes.
+# How long a reader continues after its job is gone, if a process that escaped from the job still writes.
 _LAST_WORDS_SECONDS = 5.0
-# A progress bar redraws itself many times a second; so often it becomes a line.
+# A progress bar redraws itself many times per second; at this interval, a line is made of it.
 _PROGRESS_SECONDS = {True: 1.0, False: 5.0}
 _COLOURS = {"baseline": "\x1b[36m", "target": "\x1b[35m", "grafter": "\x1b[1m"}
 _RESET = "\x1b[0m"
@@ -26,10 +28,10 @@ _CLEAR_LINE = "\r\x1b[K"
 
 
 class LineSplitter:
-    """Bytes in, whole lines out. Pure: the caller gives the time.
+    """Splits bytes into whole lines. Pure: the caller passes the time.
 
-    Bytes that are no UTF-8 become U+FFFD. A carriage return overwrites, as on a terminal: of a progress bar, the last
-    state before each newline is a line, and in between one state every `progress_seconds`.
+    Bytes that are not UTF-8 become U+FFFD. A carriage return overwrites, as on a terminal: of a progress bar, the last
+    state before each newline becomes a line, and in between one state every `progress_seconds`.
     """
 
     def __init__(self, progress_seconds: float) -> None:
@@ -39,7 +41,7 @@ class LineSplitter:
         self._next_progress = float("-inf")
 
     def feed(self, data: bytes, now: float) -> list[str]:
-        """The lines that `data` completes, without their ends. `now` in seconds of any steady clock."""
+        """The lines that `data` completes, without their ends. `now`: seconds of any monotonic clock."""
         *whole, self._partial = (self._partial + self._decoder.decode(data)).split("\n")
         lines = [_what_is_seen(line) for line in whole]
         if whole:
@@ -59,7 +61,7 @@ class LineSplitter:
         return lines
 
     def finish(self) -> list[str]:
-        """What is left without a newline."""
+        """The rest that has no newline."""
         rest = _what_is_seen(self._partial + self._decoder.decode(b"", final=True))
         self._partial = ""
         return [rest] if rest else []
@@ -72,7 +74,7 @@ def _what_is_seen(line: str) -> str:
 
 
 class RunOutput:
-    """One stream for both jobs and the launcher; lines of different threads never mix."""
+    """One stream for both jobs and the launcher; lines from different threads never mix."""
 
     def __init__(self, stream: TextIO, quiet: bool = False) -> None:
         self._stream = stream
@@ -81,7 +83,7 @@ class RunOutput:
         self._status = ""
         self.is_terminal = stream.isatty() and os.environ.get("TERM", "") != "dumb"
         self._coloured = self.is_terminal and not os.environ.get("NO_COLOR")
-        # Whoever read the stream is gone, or the disk is full: the launcher ends the run.
+        # The reader of the stream is gone, or the disk is full: the launcher ends the run.
         self.broken: Exception | None = None
         self.last_lines: dict[str, deque[str]] = {}
 
@@ -98,16 +100,16 @@ class RunOutput:
             prefix = f"[{label}] "
             if self._coloured:
                 prefix = f"{_COLOURS.get(label, '')}{prefix}{_RESET}"
-                # A colour that the job left on must not reach the next line.
+                # A colour that the job left on must not affect the next line.
                 lines = [line + _RESET if "\x1b[" in line else line for line in lines]
             self._write("".join(f"{prefix}{line}\n" for line in lines))
 
     def say(self, text: str) -> None:
-        """What the launcher itself has to tell."""
+        """Print a message of the launcher itself."""
         self.lines("grafter", text.split("\n"))
 
     def status(self, text: str | None) -> None:
-        """Show `text` below everything else, on a terminal; None takes it away."""
+        """On a terminal, show `text` below everything else; None removes it."""
         if not self.is_terminal or self._quiet:
             return
         width = shutil.get_terminal_size().columns - 1
@@ -132,8 +134,9 @@ class RunOutput:
 
 
 class OutputReader(threading.Thread):
-    """Reads one job's pipe until it ends, and closes it; a thread per job, so that neither waits for the other to
-    speak."""
+    """Reads one job's pipe until it ends, and closes it. Each job has its own thread, so that neither waits for the
+    other.
+    """
 
     def __init__(self, pipe: IO[bytes], label: str, output: RunOutput) -> None:
         super().__init__(name=f"grafter-output-{label}", daemon=True)
@@ -141,11 +144,11 @@ class OutputReader(threading.Thread):
         self._job_gone_at: float | None = None
 
     def job_is_gone(self) -> None:
-        """No process of the job is left: stop once the pipe is empty, even if something holds it open."""
+        """No process of the job is left: stop once the pipe is empty, even if another process holds it open."""
         self._job_gone_at = time.monotonic()
 
     def run(self) -> None:
-        # Nobody else closes it: its number could by then be another file's.
+        # Only this thread closes the pipe: its number could by then belong to another file.
         with self._pipe:
             self._pass_on(self._pipe.fileno())
 

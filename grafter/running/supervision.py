@@ -1,4 +1,4 @@
-"""Watching over the jobs of a run: who has died, who waits, and ending them all in good order."""
+"""Supervises the jobs of a run: reports deaths and waits, and ends all jobs normally."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from grafter.running.run_output import RunOutput
 
 _TICK_SECONDS = 0.25
 _LOOK_EVERY_SECONDS = 1.0
-# Where there is no terminal, a wait is told after so long, and again each minute.
+# Without a terminal, a wait is reported after this long, and again each minute.
 _TELL_WAIT_AFTER_SECONDS = 10.0
 _TELL_WAIT_EVERY_SECONDS = 60.0
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class RendezvousStore(Protocol):
-    """What the launcher needs of `grafter.rendezvous.store.HostedStore`."""
+    """What the launcher needs from `grafter.rendezvous.store.HostedStore`."""
 
     @property
     def address(self) -> str: ...
@@ -37,9 +37,10 @@ class RendezvousStore(Protocol):
 
 
 class Supervisor:
-    """Runs the jobs to their end. They are added first, then watched.
+    """Runs the jobs to their end. Jobs are added first, then watched.
 
-    `grace_seconds`: how long a job may go on after the other one failed. `store` is None where another machine hosts.
+    `grace_seconds`: how long a job may continue after the other one failed. `store` is None if another machine hosts
+    it.
     """
 
     def __init__(self, store: RendezvousStore | None, output: RunOutput, grace_seconds: float) -> None:
@@ -57,8 +58,11 @@ class Supervisor:
 
     @contextmanager
     def stop_signals_handled(self) -> Iterator[None]:
-        """SIGINT, SIGTERM and SIGHUP end the jobs in good order, a second one kills them. Main thread only; elsewhere,
-        and where they are ignored (nohup, a shell's background job), they stay as they are."""
+        """SIGINT, SIGTERM and SIGHUP end the jobs normally; a second one kills them.
+
+        Main thread only. In other threads, and where the signals are ignored (nohup, a shell's background job), nothing
+        changes.
+        """
         handled = {}
         if threading.current_thread() is threading.main_thread():
             handled = {n: signal.getsignal(n) for n in _STOP_SIGNALS if signal.getsignal(n) is not signal.SIG_IGN}
@@ -71,14 +75,14 @@ class Supervisor:
                 signal.signal(number, previous)
 
     def _handle_signal(self, number: int, _frame: FrameType | None) -> None:
-        # The orders are given here and not in the loop, which may be blocked in a write to a paused terminal.
+        # The handler acts here and not in the loop, which may be blocked in a write to a paused terminal.
         self.signals.append(number)
         for job in self.jobs:
             job.end() if len(self.signals) == 1 else job.kill()
 
     def add(self, job: Job) -> None:
         self.jobs.append(job)
-        if self.signals:  # one that came while it was being started
+        if self.signals:  # a signal that arrived while the job was being started
             job.end()
 
     def watch(self) -> None:
@@ -98,18 +102,18 @@ class Supervisor:
                 self._show_waiting()
         self._output.status(None)
         for job in self.jobs:
-            # A paused terminal or pager may hold it up for as long as its user likes, but not after a second Ctrl-C.
+            # A paused terminal or pager may block this as long as its user likes, but not after a second Ctrl-C.
             while not job.output_is_read(_TICK_SECONDS) and len(self.signals) < 2:
                 self._notice_stop()
 
     def linger(self, seconds: float) -> None:
-        """Keep the store for ranks on another machine that still have to say good-bye; a signal ends it."""
+        """Keep the store for ranks on another machine that still have to leave; a signal ends the wait."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline and not self.signals:
             time.sleep(0.05)
 
     def kill_all(self) -> None:
-        """For when the launcher itself fails: kill what runs, and wait until it is gone."""
+        """Kill all running jobs after a failure of the launcher itself, and wait until they are gone."""
         for job in self.jobs:
             job.kill()
         for job in self.jobs:
@@ -125,7 +129,7 @@ class Supervisor:
             try:
                 self._store.report_job_exit(job.role, text)
             except GrafterError as error:
-                self._output.say(f"could not tell the other job that the {job.role} job {text}: {error}")
+                self._output.say(f"could not notify the other job that the {job.role} job {text}: {error}")
         others = [other for other in self.jobs if other.exit_code is None and not other.gone]
         if job.exit_code != 0 and not job.ended_by_launcher:
             self.first_failure = self.first_failure or job
@@ -135,11 +139,11 @@ class Supervisor:
                 message += f" The {others[0].role} job has {self._grace_seconds:.0f} s to end by itself."
             self._output.say(message)
         elif others and not self.signals:
-            self._output.say(f"the {job.role} job {text}; the {others[0].role} job runs on.")
+            self._output.say(f"the {job.role} job {text}; the {others[0].role} job continues.")
 
     def _notice_stop(self) -> None:
         if self._output.broken is not None and not self.signals:
-            # As a shell's pipeline does: nobody reads any more, so nothing runs any more.
+            # As in a shell's pipeline: if the reader is gone, the run ends.
             self._handle_signal(signal.SIGPIPE, None)
         if len(self.signals) > self._told_signals:
             self._told_signals = len(self.signals)
@@ -173,13 +177,13 @@ class Supervisor:
 
 
 class WaitTeller:
-    """When to tell of a wait in a pipe: after 10 s, then each 60 s, from the beginning again after it ended. Pure."""
+    """When to report a wait in a pipe: after 10 s, then every 60 s; a new wait starts again at 10 s. Pure."""
 
     def __init__(self) -> None:
         self._tell_at: float | None = None
 
     def is_due(self, summary: str | None, now: float) -> bool:
-        """Asked about once a second; `now` in seconds of any steady clock."""
+        """Whether to report now. Called about once per second; `now`: seconds of any monotonic clock."""
         if summary is None:
             self._tell_at = None
             return False

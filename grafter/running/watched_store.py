@@ -1,4 +1,4 @@
-"""The hosted store with a view: in one line, who of the two jobs waits for what."""
+"""The hosted store, with a one-line summary of the ranks that wait and what they wait for."""
 
 from __future__ import annotations
 
@@ -15,28 +15,29 @@ _RANKS_NAMED = 8
 
 
 class WatchedStore(HostedStore):
-    """What `grafter run` hosts."""
+    """The store that `grafter run` hosts."""
 
     def __init__(
         self, address: str = "127.0.0.1", port: int = 0, *, group_name: str = "graft", secret: str | None = None
     ) -> None:
         """Opens the store; port 0 takes a free one. Raises JoinError if it cannot listen there."""
         super().__init__(address, port, group_name=group_name, secret=secret)
-        # Ranks per role, once the role has joined.
+        # The number of ranks per role, once the role has joined.
         self._world_sizes: dict[RoleName, int] = {}
         self._joined_since: float | None = None
 
     def waiting_summary(self) -> str | None:
-        """Who waits, for whom or for what, and since when; None while no rank waits. Call it from one thread.
+        """Which rank waits, for which rank or point, and for how long; None while no rank waits. Call it from one
+        thread.
 
-        About 60 us for each rank of both jobs, and no waiting. Raises RunError if the store cannot be read.
+        It takes about 60 us per rank of both jobs and never waits. Raises RunError if the store cannot be read.
         """
         client = self._client
         run = client.peek(f"{client.lobby}/run")
         if run is None:
             return "waiting for the baseline job to join; a job joins at its first call of grafter"
         if run.kind == ABORT:
-            # It ended before it was opened, and nobody waits any more.
+            # The run ended before it was opened, and no rank waits any more.
             return None
         client.seal.run_id = run.payload.partition(" ")[0]
         missing = [summary for role in _ROLES if (summary := self._missing(client, role)) is not None]
@@ -47,10 +48,10 @@ class WatchedStore(HostedStore):
         return summarize_lines(self._read_lines(client), time.time())
 
     def has_announced(self, role: str) -> bool:
-        """Whether any rank of the role has come to its join, however the run ended. False if the store is broken."""
+        """Whether any rank of the role has reached its join, however the run ended. False if the store is broken."""
         client = self._client
         try:
-            # Ranks of one job start together, so one of the first is there if any is.
+            # Ranks of one job start together, so if any rank is there, one of the first ones is.
             return any(client.exists(f"{client.lobby}/hello/{role}/{rank}") for rank in range(8))
         except RunError:
             return False
@@ -61,7 +62,7 @@ class WatchedStore(HostedStore):
             return None
         roster = client.peek(f"{client.lobby}/roster/{role}")
         if roster is not None and roster.kind == ABORT:
-            # The run is over before it began; the ranks themselves tell why.
+            # The run ended before it began; the ranks themselves report why.
             return None
         if roster is not None:
             self._world_sizes[role] = len(ANNOUNCEMENTS.validate_json(roster.payload))
@@ -84,7 +85,7 @@ class WatchedStore(HostedStore):
 
 
 def summarize_lines(lines: list[BoardLine], now: float) -> str | None:
-    """The longest wait, and how many other ranks wait; None where none does. `now` in seconds since 1970."""
+    """The longest wait, and how many other ranks wait; None if none does. `now`: seconds since 1970."""
     waits = sorted((line for line in lines if line.state == "waiting"), key=lambda line: line.since)
     if not waits:
         return None

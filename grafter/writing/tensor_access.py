@@ -1,7 +1,7 @@
-"""Where a tensor's values really lie: a DTensor or AsyncCollectiveTensor holds another tensor, which has the memory.
+"""The tensor that holds the memory: a DTensor or AsyncCollectiveTensor contains another tensor.
 
-Neither class is imported here. An object of a class whose module nobody has imported cannot exist, so `sys.modules`
-answers, and a job without distributed code pays nothing.
+Neither class is imported here. An object can only exist if its class's module is imported, so `sys.modules` is checked,
+and a job without distributed code does not import that module.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ from typing import Any
 
 import torch
 
-# Most tensors are just that, and every point asks several times.
+# Most tensors are plain tensors, and every point asks several times.
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def is_dtensor(tensor: torch.Tensor) -> bool:
-    """True for a `torch.distributed.tensor.DTensor`, also one that is a Parameter."""
+    """True for a `torch.distributed.tensor.DTensor`, including one that is a Parameter."""
     return _is_instance(tensor, "torch.distributed.tensor", "DTensor")
 
 
 def is_async_collective(tensor: torch.Tensor) -> bool:
-    """True for an `AsyncCollectiveTensor`: the result, possibly still under way, of a functional collective."""
+    """True for an `AsyncCollectiveTensor`: the result of a functional collective, which may still be pending."""
     return _is_instance(tensor, "torch.distributed._functional_collectives", "AsyncCollectiveTensor")
 
 
@@ -31,11 +31,11 @@ def _is_instance(tensor: torch.Tensor, module_name: str, class_name: str) -> boo
 
 
 def local_tensor(tensor: torch.Tensor, *, wait: bool = True) -> torch.Tensor:
-    """The plain tensor in whose memory this rank's values lie; `tensor` itself where it is one.
+    """The plain tensor whose memory holds this rank's values; `tensor` itself if it is plain.
 
-    Of a DTensor that is the local shard (shape and strides are the shard's). A pending collective is waited for, so
-    that the values may be read and written; `wait=False` is for questions about shape, dtype and memory only.
-    No autograd graph is recorded. Every rank may call this alone: nothing is communicated.
+    For a DTensor this is the local shard (shape and strides are the shard's). A pending collective is waited for, so
+    that the values may be read and written; use `wait=False` for questions about shape, dtype and memory only. No
+    autograd graph is recorded. Every rank may call this independently, because nothing is communicated.
     """
     if type(tensor) in _PLAIN:
         return tensor
@@ -49,7 +49,7 @@ def local_tensor(tensor: torch.Tensor, *, wait: bool = True) -> torch.Tensor:
 
 
 class without_gradient:
-    """`torch.no_grad()` around work of our own, at a tenth of its cost: it stands in every point, several times."""
+    """`torch.no_grad()` for grafter's own work, at a tenth of its cost. Every point enters it several times."""
 
     __slots__ = ("_was_enabled",)
 
@@ -66,7 +66,7 @@ class without_gradient:
 def wrap_like(target: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
     """`local` (this rank's shard) as a DTensor with the mesh, placements, shape and strides of `target`.
 
-    Where `target` is no DTensor, `local` is returned as it is. Nothing is communicated and nothing is recorded.
+    If `target` is not a DTensor, `local` is returned unchanged. Nothing is communicated, and autograd records nothing.
     """
     if not is_dtensor(target):
         return local

@@ -1,8 +1,8 @@
-"""Write-back: the incoming value goes into the target's memory (or beside it), and gradients stay defined.
+"""Write-back: the incoming value goes to the target's memory (or to a new tensor), and gradients stay defined.
 
-Two steps, because the receivers agree between them: `check_write` on every receiver says whether the write may happen;
-once all have said yes, `apply_write` does it and has no reason left to fail. What each mode means for values and
-gradients is in `docs/write-modes.md`.
+There are two steps, because the receivers agree between them. `check_write` runs on every receiver and says whether the
+write is possible. Once all of them have agreed, `apply_write` does it and has no reason left to fail.
+`docs/write-modes.md` says what each mode means for values and gradients.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class WriteMode:
-    """Where the value goes (`write`) and what becomes of the gradient there (`gradient`)."""
+    """Where the value goes (`write`), and what happens to the gradient there (`gradient`)."""
 
     write: Literal["in_place", "return"] = "in_place"
     gradient: Literal["straight_through", "cut", "strict"] = "straight_through"
@@ -34,12 +34,13 @@ class WriteMode:
 _PLAINEST = WriteMode()
 
 
-# Not frozen: made at every point, and freezing triples what that costs.
+# Not frozen: an instance is made at every point, and freezing would triple its cost.
 @dataclass
 class Written:
-    """What was written. `value` is what `dump` returns: the target itself for `in_place`, a new tensor for `return`.
+    """The result of a write. `value` is what `dump` returns: the target itself for `in_place`, a new tensor for
+    `return`.
 
-    saturated: how many values left the range of the target's dtype; None where the dtype did not change.
+    saturated: the number of values outside the range of the target's dtype; None if the dtype did not change.
     """
 
     value: torch.Tensor
@@ -47,22 +48,23 @@ class Written:
 
 
 def check_write(target: torch.Tensor, incoming: torch.Tensor, mode: WriteMode) -> None:
-    """Raise WriteRefused, with the reason and what to do, unless `apply_write` with these arguments can succeed.
+    """Raise WriteRefused, with the reason and the remedy, unless `apply_write` with these arguments can succeed.
 
-    target: any dense tensor; of a DTensor, the local shard is meant. incoming: a dense tensor of the same shape (as the
-    local shard), of a dtype that converts without loss beyond rounding, on any device. Nothing is changed, and a
-    pending collective is not waited for. Running out of memory is the one thing that cannot be foreseen here.
+    target: any dense tensor; for a DTensor, its local shard is meant. incoming: a dense tensor with the same shape (as
+    the local shard), on any device, whose dtype converts without loss beyond rounding. Nothing is changed, and a
+    pending collective is not waited for. The only failure that cannot be foreseen here is running out of memory.
     """
     into, value = _dense(target, "the tensor to write into"), _dense(incoming, "the incoming value")
     if into.shape != value.shape:
         raise _refused(
             f"a value of shape {list(value.shape)} cannot be written into a tensor of shape {list(into.shape)}. Shapes "
-            "must be equal, nothing is broadcast; a transform can turn one into the other."
+            "must be equal; nothing is broadcast. A transform can convert one shape to the other."
         )
     why = why_not_convertible(value.dtype, into.dtype)
     if why is not None:
         raise _refused(
-            f"{value.dtype} cannot be written into {into.dtype}: {why}. A transform that casts can decide it."
+            f"{value.dtype} cannot be written into {into.dtype}: {why}. A transform that casts makes the conversion "
+            "explicit."
         )
     if mode.write == "in_place":
         _check_memory(into)
@@ -75,9 +77,11 @@ def _refused(text: str) -> WriteRefused:
 
 
 def _dense(tensor: torch.Tensor, what: str) -> torch.Tensor:
-    """The local tensor. Refuses every kind that is not simply values in memory."""
+    """The local tensor. Raises WriteRefused for every kind of tensor that is not a plain block of values in memory."""
     if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        raise _refused(f"{what} is inside a torch.func transform (vmap, grad, ...), where there is no one value.")
+        raise _refused(
+            f"{what} is inside a torch.func transform (vmap, grad, ...), where it does not have a single value."
+        )
     inner = tensor if type(tensor) is torch.Tensor else _unwrapped(tensor, what)
     if inner.is_nested or inner.layout != torch.strided:
         kind = "nested" if inner.is_nested else f"of layout {inner.layout}"
@@ -115,7 +119,7 @@ def _check_memory(into: torch.Tensor) -> None:
 
 
 def _has_memory(tensor: torch.Tensor) -> bool:
-    """False where the storage was freed, and for autograd's shared zero tensor."""
+    """False if the storage was freed, and for autograd's shared zero tensor."""
     if tensor._is_zerotensor():
         return False
     return not tensor.numel() or tensor.untyped_storage().nbytes() >= _span_bytes(tensor)
@@ -124,7 +128,7 @@ def _has_memory(tensor: torch.Tensor) -> bool:
 def _may_overlap_itself(tensor: torch.Tensor) -> bool:
     """True unless the strides prove that no two elements share memory.
 
-    Dims in order of stride: each step must lead beyond everything that the dims below it reach.
+    Dims are checked in order of stride: each step must lead beyond everything that the dims before it reach.
     """
     if tensor.is_contiguous() or tensor.numel() == 0:
         return False
@@ -139,7 +143,7 @@ def _may_overlap_itself(tensor: torch.Tensor) -> bool:
 
 
 def _span_bytes(tensor: torch.Tensor) -> int:
-    """Bytes from the start of the storage to the end of the last element. tensor: not empty."""
+    """The number of bytes from the start of the storage to the end of the last element. tensor: not empty."""
     if tensor.is_contiguous():
         return int(tensor.storage_offset() + tensor.numel()) * tensor.element_size()
     reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
@@ -151,7 +155,7 @@ def _records_graph(target: torch.Tensor) -> bool:
 
 
 def _check_gradient(target: torch.Tensor, mode: WriteMode) -> None:
-    """What autograd would refuse at the write (cut), or in the next consumer (strict), is refused here."""
+    """Refuse what autograd would refuse later: at the write (cut), or in the next consumer (strict)."""
     if mode.gradient == "straight_through":
         return
     if target._is_view():
@@ -169,7 +173,8 @@ def _check_gradient(target: torch.Tensor, mode: WriteMode) -> None:
             "gradient=cut cannot be done in place on a leaf that requires grad (a parameter), or on a view of one: it "
             "has no producer to cut off, and would stop being trained. Use write=return."
         )
-    # torch offers no way here: `detach_` refuses views, and acts on the inner tensor of a pending collective alone.
+    # torch offers no way to do this: `detach_` refuses views, and acts only on the inner tensor of a pending
+    # collective.
     if is_async_collective(target):
         raise _refused(
             "gradient=cut cannot be done in place on the result of a functional collective. Use write=return."
@@ -179,7 +184,7 @@ def _check_gradient(target: torch.Tensor, mode: WriteMode) -> None:
 
 
 def _forbidden_view(view: torch.Tensor) -> str | None:
-    """How a view was made, where autograd forbids to modify it; None for an ordinary view."""
+    """How a view was made, if autograd forbids modifying it; None for an ordinary view."""
     autograd: Any = torch._C._autograd
     how = autograd._get_creation_meta(view)
     named: dict[Any, str] = {
@@ -192,12 +197,13 @@ def _forbidden_view(view: torch.Tensor) -> str | None:
 
 
 def apply_write(target: torch.Tensor, incoming: torch.Tensor, mode: WriteMode) -> Written:
-    """Write what `check_write` has accepted. `incoming` may be overwritten as soon as this returns (on a GPU: by work
-    queued on the current stream).
+    """Write what `check_write` has accepted.
 
-    in_place: the values in the target's memory change and `target` is returned; shape, strides and dtype stay.
-    return: the target's memory is untouched; the result has its shape, dtype and device (and mesh and placements) and
-        memory of its own. Where the values are those of the target, bit by bit, it is the target.
+    `incoming` may be overwritten as soon as this returns (on a GPU: by work queued on the current stream).
+
+    in_place: writes to the target's memory and returns `target`; shape, strides and dtype stay.
+    return: leaves the target's memory unchanged. The result has its shape, dtype and device (and mesh and placements),
+    and its own memory. If the values equal those of the target bit for bit, the result is the target.
     """
     if mode == _PLAINEST and _is_plain_copy(target, incoming):
         copy(target.data, incoming)
@@ -207,7 +213,7 @@ def apply_write(target: torch.Tensor, incoming: torch.Tensor, mode: WriteMode) -
         value = local_tensor(incoming).detach()
         saturated = None if value.dtype == into.dtype else count_saturated(value, into.dtype)
     if mode.write == "return":
-        # Another node in the graph would change the order in which autograd adds gradients up, though no value did.
+        # Another node in the graph would change the order in which autograd adds gradients, although no value changed.
         if mode.gradient != "cut" and _same_bits(into, value):
             return Written(target, saturated)
         return Written(_return_value(target, into, value, mode), saturated)
@@ -220,9 +226,9 @@ def apply_write(target: torch.Tensor, incoming: torch.Tensor, mode: WriteMode) -
 
 
 def apply_row_write(target: torch.Tensor, incoming: torch.Tensor, rows: RowView, mode: WriteMode) -> Written:
-    """`apply_write` of some rows alone: `incoming` is [rows.count, ...] of those, and all others stay as they are.
+    """`apply_write` for some rows only: `incoming` holds those rows, [rows.count, ...], and all others stay unchanged.
 
-    In place, only the rows' memory is touched; `return`, and a gradient that is cut, take a copy of the whole tensor.
+    In place, only the rows' memory is written. `return`, and a gradient that is cut, copy the whole tensor.
     """
     into = local_tensor(target)
     with torch.no_grad():
@@ -240,8 +246,10 @@ def apply_row_write(target: torch.Tensor, incoming: torch.Tensor, rows: RowView,
 
 
 def _is_plain_copy(target: torch.Tensor, incoming: torch.Tensor) -> bool:
-    """Whether there is nothing to look after: no graph, no wrapper, no conversion. That is most writes, and small ones
-    cost less than what looking after them costs."""
+    """Whether a plain copy is enough: no graph, no wrapper, no conversion.
+
+    Most writes are of this kind, and for small ones the other checks would cost more than the copy.
+    """
     return (
         type(target) is torch.Tensor
         and type(incoming) is torch.Tensor
@@ -263,7 +271,7 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Also where both are NaN, but not where one is 0 and the other -0."""
+    """Whether two tensors are equal bit for bit: true if both are NaN, false if one is 0 and the other -0."""
     if a.dtype != b.dtype or a.device != b.device or not (_has_memory(a) and _has_memory(b)):
         return False
     with torch.no_grad():
@@ -275,8 +283,9 @@ def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def _write_in_place(target: torch.Tensor, into: torch.Tensor, value: torch.Tensor, mode: WriteMode) -> None:
     if mode.gradient == "cut" and _records_graph(target) and target._is_view():
-        # A view can't be detached in place. Copied into under autograd, its base learns that this part has another
-        # producer, which has no gradient. The values that the producer saved stay usable: its version isn't raised.
+        # A view can't be detached in place. After a copy under autograd, its base knows that this part has another
+        # producer, which has no gradient. The values that the producer saved stay usable, because its version isn't
+        # raised.
         with preserve_version_counter(target):
             target.copy_(value)
         return
@@ -297,7 +306,7 @@ def _raise_version(target: torch.Tensor, into: torch.Tensor, mode: WriteMode) ->
 
 def _return_value(target: torch.Tensor, into: torch.Tensor, value: torch.Tensor, mode: WriteMode) -> torch.Tensor:
     with torch.no_grad():
-        # Staging is used again for the next point, so the result is a copy.
+        # The staging memory is reused for the next point, so the result is a copy.
         grafted = wrap_like(target, torch.empty_like(into).copy_(value))
     if mode.gradient == "cut" or not _records_graph(target):
         return grafted
@@ -306,12 +315,14 @@ def _return_value(target: torch.Tensor, into: torch.Tensor, value: torch.Tensor,
 
 
 class _StraightThrough(torch.autograd.Function):
-    """Forward: the grafted value. Backward: its gradient, unchanged, is the gradient of the tensor it replaces."""
+    """Forward: the grafted value. Backward: its gradient, unchanged, becomes the gradient of the tensor that it
+    replaces.
+    """
 
     @staticmethod
     def forward(ctx: Any, target: torch.Tensor, grafted: tuple[torch.Tensor]) -> torch.Tensor:
-        # In a tuple, so that it is no input of the Function: an input that is returned becomes a view, and a model
-        # that then adds its residual in place would be refused.
+        # It is passed in a tuple, so that it is not an input of the Function. An input that is returned becomes a view,
+        # and a model that then adds its residual in place would be refused.
         return grafted[0]
 
     @staticmethod

@@ -1,3 +1,5 @@
-"""The directory that `grafter doctor` puts on the PYTHONPATH of the commands that it runs. It shares no code with the
-rest of grafter, which it watches. `sitecustomize.py` runs at a Python's start, `_grafter_witness.py` once torch is
-there."""
+"""The directory that `grafter doctor` puts on the PYTHONPATH of the commands that it runs.
+
+It shares no code with the rest of grafter, which it watches. `sitecustomize.py` runs when a Python starts,
+`_grafter_witness.py` once torch is loaded.
+"""

@@ -1,8 +1,9 @@
-"""What the witness of one process notes: of the first call of a model its inputs, weights, random states and modes; of
-each call, what it gave; at the end, weights and random states again.
+"""Records what one process computes.
 
-It looks at calls from inside `Module.__call__`, changes no value and draws no random number. Tensors are noted as
-digests of their bytes, so that two runs are equal exactly where they are to the last bit.
+For the first call of a model, it records inputs, weights, random states and modes; for each call, the result; at the
+end, weights and random states again. It observes calls from inside `Module.__call__`, changes no value and draws no
+random number. Tensors are recorded as digests of their bytes, so that two digests are equal exactly if the tensors are
+equal to the last bit.
 """
 
 from __future__ import annotations
@@ -27,13 +28,15 @@ Note = Callable[..., None]
 
 
 def watch(modules: Any, note: Note) -> None:
-    """Begin. `modules` is `torch.nn.modules.module`, as soon as it has run."""
+    """Start watching. `modules` is `torch.nn.modules.module`, as soon as it has run."""
     witness = Witness(modules.Module, note)
     modules.Module.__call__ = witness.wrap(modules.Module.__call__)
     atexit.register(witness.note_end)
 
 
 class Witness:
+    """Watches the calls of models in one process and records them with `note`."""
+
     def __init__(self, module_class: Any, note: Note) -> None:
         self._class, self._note = module_class, note
         self._depth = threading.local()
@@ -71,7 +74,8 @@ class Witness:
         if self._calls >= _MOST_CALLS:
             self._calls += 1
             return False
-        # A loss function is none, and a module that another one calls while it is made is not whole yet.
+        # A loss function is not a model, and a module that is called while another one is being made is not complete
+        # yet.
         if next(module.parameters(), None) is None or self._is_being_built():
             return False
         if self._calls == 0:
@@ -87,7 +91,7 @@ class Witness:
 
     @contextlib.contextmanager
     def _quietly(self, what: str) -> Iterator[None]:
-        """The program must not notice: no gradient, no mode of its own sees us, and what fails is noted."""
+        """Keep the program from noticing: record no gradient, let no mode of its own see us, and note what fails."""
         import torch
 
         try:
@@ -115,7 +119,7 @@ def _no_dispatch_modes() -> Any:
     return _disable_current_modes()
 
 
-# What is noted.
+# What is recorded.
 
 
 def _first_call(module: Any, args: Any, kwargs: Any) -> dict[str, Any]:
@@ -160,13 +164,13 @@ def _inputs(module: Any, args: Any, kwargs: Any) -> dict[str, Any]:
 
 
 def _unwrapped(module: Any) -> Any:
-    """What a wrapper wraps: its `forward` has the names of the inputs."""
+    """The module inside a wrapper: its `forward` has the names of the inputs."""
     inner = [module._modules[name] for name in _WRAPPER_SEGMENTS if name in module._modules]
     return _unwrapped(inner[0]) if len(inner) == len(module._modules) == 1 else module
 
 
 def _digests(value: Any, name: str) -> dict[str, Any]:
-    """Of each tensor in the value, by its path."""
+    """The digest of each tensor in the value, by its path."""
     import torch
     from torch.utils import _pytree as pytree
 
@@ -194,7 +198,7 @@ def _weights(module: Any, with_means: bool = False) -> dict[str, Any]:
 
 
 def _plain(name: str) -> str:
-    """Without the segments of wrappers: torch.compile's, DDP's, ..."""
+    """The name without the segments of wrappers: torch.compile's, DDP's, ..."""
     return ".".join(segment for segment in name.split(".") if segment not in _WRAPPER_SEGMENTS)
 
 
@@ -212,7 +216,7 @@ def _random_states() -> dict[str, str]:
 
 
 def _active_dropout(module: Any) -> list[str]:
-    """Modules that drop something now: those of torch, and those that keep a probability for a function of torch."""
+    """Modules that drop values now: torch's own, and those that hold a probability for a function of torch."""
     import torch
 
     found = []
@@ -245,7 +249,7 @@ def _modes() -> dict[str, Any]:
 def _describe(tensor: Any, with_mean: bool = False) -> dict[str, Any]:
     import torch
 
-    # A DTensor's own part: the rest lies on other ranks.
+    # Only this rank's part of a DTensor: the rest lies on other ranks.
     local = getattr(tensor, "_local_tensor", tensor)
     described: dict[str, Any] = {"shape": list(local.shape), "dtype": str(local.dtype).removeprefix("torch.")}
     try:
@@ -261,7 +265,9 @@ def _describe(tensor: Any, with_mean: bool = False) -> dict[str, Any]:
 
 
 def _digest(tensor: Any) -> str:
-    """Of the values' bytes in order, on the CPU, a piece at a time. Whole numbers count by value, not by width."""
+    """The digest of the values' bytes in order, on the CPU, a piece at a time. Integers count by value,
+    not by width.
+    """
     import torch
 
     if tensor.dtype in (torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool):

@@ -1,6 +1,6 @@
-"""Run by every Python that a command under `grafter doctor` starts: says how it was started, and waits for torch.
+"""Run by every Python that a command under `grafter doctor` starts: records how it was started, and waits for torch.
 
-It stands behind grafter's own start-up module on the path, if that is there, and goes on to the next one itself.
+It comes after grafter's own start-up module on the path, if that is there, and runs the next one itself.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sys
 import time
 from typing import Any
 
-# Where the witnesses of one run write.
+# The directory to which the witnesses of one run write.
 DIRECTORY = "_GRAFTER_WITNESS"
 _AWAITED = "torch.nn.modules.module"
 _HERE = os.path.dirname(os.path.abspath(__file__))
@@ -58,7 +58,7 @@ def _watch(module: Any) -> None:
 
 
 def write_note(kind: str, **content: Any) -> None:
-    """Append one line to this process's file. A program never fails for want of a note."""
+    """Append one line to this process's file. A failure to write never disturbs the program."""
     directory = os.environ.get(DIRECTORY)
     if not directory:
         return
@@ -75,7 +75,9 @@ def write_note(kind: str, **content: Any) -> None:
 
 
 def _run_next() -> None:
-    """The `sitecustomize` that this one hides. What stands before us on the path has run us, and is not run again."""
+    """Run the `sitecustomize` that this one hides. An earlier one on the path has run this one, and is
+    not run again.
+    """
     from importlib.machinery import PathFinder
 
     entries = [os.path.abspath(entry) for entry in sys.path]
@@ -91,7 +93,7 @@ def _run_next() -> None:
 
 
 def _place() -> int:
-    """Behind the finders of grafter's own start-up module: what it awaits has then been seen by us before it looks."""
+    """The position after the finders of grafter's own start-up module, so that we see its module before it does."""
     place = 0
     while place < len(sys.meta_path) and type(sys.meta_path[place]).__module__ == "sitecustomize":
         place += 1
@@ -99,12 +101,12 @@ def _place() -> int:
 
 
 def _note_end() -> None:
-    # Imported only where grafting is on and something asks for it.
+    # It is imported only if grafting is on and something asks for it.
     write_note("exit", uses_grafter="grafter.grafter" in sys.modules)
 
 
 if __name__ == "sitecustomize":
-    # First registered, last run.
+    # The function that is registered first runs last.
     atexit.register(_note_end)
     write_note("start", python=list(sys.version_info[:3]))
     sys.meta_path.insert(_place(), _TorchFinder())

@@ -185,7 +185,7 @@ function drawDivergence(name, measure) {
   byId("divergence-caption").textContent =
     (steps.length < all ? `${steps.length} of ${all} steps are drawn: evenly spread, and the worst. ` : "") +
     (steps.length > 8 ? "Pale lines are early steps, deep ones late. " : "") +
-    "Hover for details, click to look at a point" + (touch ? "." : ", drag to zoom, double-click to see all.");
+    "Hover for details, click to look at a point" + (touch ? "." : ", drag to zoom, double-click to reset.");
   return draw("divergence-chart", traces, {
     xaxis: placeAxis(places), yaxis: { ...scale.axis, title: { text: title } }, showlegend: (steps.length > 1 && steps.length <= 8) || troubled.length > 0,
   }, `${title} of ${count(points.length, "point")}, one line per step; the table of all points has the same figures.`);
@@ -206,7 +206,7 @@ function showDivergence() {
   const available = MEASURES.filter(([key]) => page.points.some((point) => valueOf(point, key) !== undefined && !point.nonfinite));
   if (!available.length) {
     silence("divergence-chart");
-    byId("divergence-caption").textContent = "No differences were recorded: nothing was compared, or GRAFTER_STATS was off.";
+    byId("divergence-caption").textContent = "No differences were recorded: nothing was compared, or GRAFTER_STATS is off.";
     return;
   }
   const first = firstName(names);
@@ -241,7 +241,7 @@ function showAdds() {
   const shown = [...worst.values()];
   const withFloor = shown.filter((point) => point.floor !== null);
   if (isAdded) {
-    byId("adds-lead").textContent = "Each point's own difference, given the other job's values: nothing is inherited. The worst over steps." +
+    byId("adds-lead").textContent = "The difference that each point itself adds, given the other job's values. The worst over steps." +
       (withFloor.length ? " The dash is its floor: what it adds without the fault." : "");
   } else byId("adds-lead").textContent += " Bars are outputs, dashes the worst of their inputs.";
   const redraw = () => {
@@ -286,7 +286,7 @@ function showTimings() {
   const most = rows[0].sum || 1;
   const fill = (share) => { const bar = make("span", { class: "fill" }); bar.style.width = `${100 * share}%`; return bar; };
   body.append(
-    make("p", { class: "lead", text: `Of each point, its slowest rank. ${seconds(timed.reduce((sum, point) => sum + point.total, 0))} in all; pairing includes the wait for the other side.` }),
+    make("p", { class: "lead", text: `For each point, the slowest rank. ${seconds(timed.reduce((sum, point) => sum + point.total, 0))} in all; pairing includes the wait for the other side.` }),
     make("table", { class: "stages" },
       make("thead", {}, make("tr", {}, ...["Stage", "All", "Median", "Slowest", ""].map((text, n) => make("th", { scope: "col", class: n % 4 ? "number" : null, text })))),
       make("tbody", {}, ...rows.map((row) => make("tr", {}, make("th", { scope: "row", text: row.stage }),

@@ -65,7 +65,7 @@ function drawHistogram(histogram) {
   }, `Values of ${page.sides.join(" and ")}`);
 }
 
-// How many differences are of which size; from the comparison, so there are no values to draw.
+// The number of differences of each size; from the comparison, so there are no values to draw.
 function drawMagnitudes(magnitudes) {
   const power = (e) => figure(2 ** e, 1);
   const x = magnitudes.map((_, place) => place);
@@ -78,7 +78,7 @@ function drawMagnitudes(magnitudes) {
   return draw("histogram-chart", traces, {
     height: 380, bargap: 0.08, xaxis: { title: { text: "|d|" }, tickvals: shown, ticktext: shown.map((place) => (magnitudes[place][0] === null ? "0" : power(magnitudes[place][0]))), showgrid: false },
     yaxis: { type: "log", title: { text: "how many" }, dtick: 1, tickformat: "~s" },
-  }, "How many differences are of which size");
+  }, "The number of differences of each size");
 }
 
 function factsOf(point) {
@@ -113,11 +113,11 @@ function drawPicture() {
     drawHeatmap(heatmap);
   }
   if (sizeShown) {
-    byId("histogram-caption").textContent = "How many differences are of which size.";
+    byId("histogram-caption").textContent = "The number of differences of each size.";
     drawMagnitudes(magnitudes);
   } else if (histogram) {
     const lost = histogram.nonfinite_a + histogram.nonfinite_b;
-    byId("histogram-caption").textContent = `What values they hold${lost ? `; left out: ${histogram.nonfinite_a} and ${histogram.nonfinite_b} that are NaN or Inf` : ""}.`;
+    byId("histogram-caption").textContent = `The values of both jobs${lost ? `; left out: ${histogram.nonfinite_a} and ${histogram.nonfinite_b} that are NaN or Inf` : ""}.`;
     drawHistogram(histogram);
   }
 }
