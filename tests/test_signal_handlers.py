@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import gc
 import os
 import signal
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -95,3 +97,27 @@ def test_other_exceptions_are_not(function: Callable[[], None]) -> None:
     with pytest.raises((OSError, RuntimeError)) as raised:
         function()
     assert not is_from_signal_handler(raised.value)
+
+
+class Large:
+    """What must be freed as soon as nobody needs it: memory that tensors are received into."""
+
+
+def look_at_an_error(large: Large) -> None:
+    try:
+        os.open("/nowhere/at/all", os.O_RDONLY)
+    except OSError as error:
+        assert not is_from_signal_handler(error)
+
+
+def test_the_question_keeps_nothing_alive() -> None:
+    """Not until the garbage collector runs, either."""
+    gc.disable()
+    try:
+        large = Large()
+        is_alive = weakref.ref(large)
+        look_at_an_error(large)
+        del large
+        assert is_alive() is None
+    finally:
+        gc.enable()
