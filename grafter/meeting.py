@@ -480,6 +480,7 @@ class _Receiving(Work):
         return self._meeting.prepare(self, self._pair, self._course, self._plan, self._leaves, self.stats)
 
     def write(self) -> None:
+        self._meeting.stage = "writing"
         self._meeting.end_stage("agreement")
         if self._meeting.writes:
             self._meeting.write(self, self._leaves)
