@@ -21,6 +21,7 @@ from grafter.dumps.writer import write_tensors
 from grafter.ledger import LedgerWriter, read_ledger, write_summary
 from grafter.offline.recorded_part import write_rank_facts
 from grafter.plan_suggest import command as plan_suggest
+from grafter.rendezvous.announced_models import AnnouncedHooks
 from grafter.rendezvous.join import Place
 from grafter.report import writing
 from grafter.requests.batch_file import BatchWriter
@@ -57,7 +58,7 @@ WRITERS: dict[str, tuple[str, Callable[[Path, pytest.MonkeyPatch], Any]]] = {
     "module trees": ("modules.json", lambda here, _: write_trees(here / "modules.json", [TREE])),
     "recording": (
         "rank0.recording.json",
-        lambda here, _: write_rank_facts(here.parent, CONFIG, PLACE, (LONG,)),
+        lambda here, _: write_rank_facts(here.parent, CONFIG, PLACE, AnnouncedHooks((LONG,))),
     ),
     "page": ("report.html", lambda here, patch: write_page(here / "report.html", patch)),
     "plan": ("plan.yaml", lambda here, _: plan_suggest._write(here / "plan.yaml", LONG)),

@@ -185,9 +185,9 @@ def _reader(task: PointTask, point: DumpedPoint, path: str) -> LazyTensor:
 
 
 def _rows_of_both(task: PointTask, path: str) -> list[list[tuple[RowSource, Tokens]]]:
-    """The rows of both sides' points. Which dims count them is decided over all points: those of a pass of one token
+    """The rows of both sides' points.
 
-    leave it open.
+    Which dims count the rows is decided over all points, because a pass of one token leaves it open.
     """
     sides = [
         [(_reader(task, point, path), tokens_of(point, path, _which(task, point, path))) for point in points]

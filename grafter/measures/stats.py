@@ -57,11 +57,9 @@ NO_DIFFERENCE = Difference(rel=0.0, rel_l2=0.0, max_abs=0.0, mean_abs=0.0, cosin
 
 
 def summarize(tensor: torch.Tensor, level: Level) -> TensorStatistics | None:
-    """Statistics of one plain strided tensor of any shape and dtype (quantised ones, and those without numbers, raise
+    """Statistics of one plain strided tensor of any shape and dtype. None unless level is `full`.
 
-    UsageError).
-
-    None unless level is `full`.
+    Raises UsageError for a quantised tensor, and for a dtype without numbers.
     """
     if level != "full":
         return None

@@ -39,9 +39,9 @@ NO_ULPS = UlpSums(0, 0, 0)
 
 
 def part_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which a number's parts are read: that of a complex one's real part, float32 for packed float4
+    """The dtype in which a number's parts are read.
 
-    values, else its own.
+    That of the real part of a complex number, float32 for packed float4 values, else its own.
     """
     return torch.float32 if dtype is PACKED_FLOAT4 else _PARTS.get(dtype, dtype)
 

@@ -24,9 +24,9 @@ RankLedger = tuple[Role, int, list[LedgerRecord]]
 
 @dataclass(frozen=True)
 class UnequalCopies:
-    """Receivers that hold one part of a leaf, and not the same values. ranks: `target 0`; rels: what each differs by
+    """Receivers that hold one part of a leaf with different values.
 
-    from what came.
+    ranks: such as `target 0`. rels: how far each differs from the value that it received.
     """
 
     leaf: str
