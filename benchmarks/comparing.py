@@ -36,9 +36,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from grafter.compare.comparison import Choice, compare, open_both
-from grafter.compare.thresholds import parse_threshold
-from grafter.dumps.record import DumpedLeaf, DumpRecord
+from grafter.analysis.compare.comparison import Choice, compare, open_both
+from grafter.config.thresholds import parse_threshold
+from grafter.store.dumps.record import DumpedLeaf, DumpRecord
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PAIRS = {
@@ -121,7 +121,7 @@ def compare_in_process(directory: Path) -> None:
 def run_command(directory: Path) -> None:
     """The whole program."""
     subprocess.run(
-        [sys.executable, "-m", "grafter.cli", "compare", str(directory), "--threshold", RULE],
+        [sys.executable, "-m", "grafter.cli.main", "compare", str(directory), "--threshold", RULE],
         check=True,
         stdout=subprocess.DEVNULL,
     )
@@ -243,7 +243,7 @@ def anonymous_mib_of_command(directory: Path) -> float:
 
 def _highest_anonymous(arguments: list[str]) -> float:
     process = subprocess.Popen(
-        [sys.executable, "-m", "grafter.cli", *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [sys.executable, "-m", "grafter.cli.main", *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     highest = 0
     while process.poll() is None:

@@ -21,10 +21,11 @@ import torch
 
 from benchmarks import empty
 from benchmarks.ways import SOLITARY, WAYS, Grafter, Model, Ranks, Seat, Way
-from grafter.rendezvous.store import HostedStore, serve
+from grafter.wire.store_client import HostedStore, serve
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "grafter.grafter", "grafter.session", "benchmarks.ways"])
+_PRELOAD = ["torch", "torch.distributed", "grafter.rank.grafter", "grafter.runtime.session", "benchmarks.ways"]
+_CONTEXT.set_forkserver_preload(_PRELOAD)
 _PATIENCE_SECONDS = 300.0
 
 

@@ -40,9 +40,9 @@ from benchmarks.dumping_table import dumping_table, dumping_targets
 from benchmarks.memory_pages import PeakMemory, touch_free_memory
 from benchmarks.rounds import Spread, ratio, spread
 from benchmarks.units import KIB, MIB, size_text
-from grafter.dumps.writer import write_tensors
-from grafter.grafter import Grafter
-from grafter.settings.config import GrafterConfig
+from grafter.config.settings.config import GrafterConfig
+from grafter.rank.grafter import Grafter
+from grafter.store.dumps.writer import write_tensors
 
 LARGE_BYTES, SMALL_BYTES = 64 * MIB, 32 * KIB
 METADATA = {"grafter": "x" * 900}

@@ -17,15 +17,15 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from benchmarks.rounds import Spread, interleaved, spread
-from grafter.direction import RoleName
-from grafter.exchange.transfer_plan import make_plan
-from grafter.layout.declared import DeclaredLayout
-from grafter.layout.runs import split_in_order, whole
-from grafter.leaves import TensorSpec
-from grafter.pairing.decision import decide
-from grafter.pairing.manifest import Header, Manifest, Pair, manifest_text
-from grafter.rendezvous.roster import Announcement, Roster
-from grafter.watching.liveness import ProcessIdentity
+from grafter.core.direction import RoleName
+from grafter.core.layout.declared import DeclaredLayout
+from grafter.core.layout.runs import split_in_order, whole
+from grafter.core.leaves import TensorSpec
+from grafter.core.messages.manifest import Header, Manifest, Pair, manifest_text
+from grafter.core.messages.roster import Announcement, Roster
+from grafter.core.plan.decision import decide
+from grafter.core.plan.transfer_plan import make_plan
+from grafter.core.processes.liveness import ProcessIdentity
 
 # One global tensor for all: b=1024 s=1024 h=1024 d=128, whose sizes all the meshes divide.
 _SIZES = {"b": 1024, "s": 1024, "h": 1024, "d": 128}

@@ -26,9 +26,9 @@ import torch
 
 from benchmarks.rounds import Spread, interleaved, ratio, spread
 from benchmarks.units import MIB, parse_size, size_text, time_text
-from grafter.grafter import Grafter
-from grafter.rendezvous.store import HostedStore
-from grafter.settings.config import GrafterConfig
+from grafter.config.settings.config import GrafterConfig
+from grafter.rank.grafter import Grafter
+from grafter.wire.store_client import HostedStore
 
 # What must be reached.
 STALL_MEMCPYS = 1.5

@@ -124,7 +124,7 @@ def servers(directory: Path) -> Iterator[Ports]:
     with contextlib.ExitStack() as stack:
         direct = stack.enter_context(_process(serve))
         relayed = stack.enter_context(_process(relay, direct))
-        command = [sys.executable, "-m", "grafter.cli", "record", "--upstream", f"http://127.0.0.1:{direct}"]
+        command = [sys.executable, "-m", "grafter.cli.main", "record", "--upstream", f"http://127.0.0.1:{direct}"]
         command += ["--port", "0", "--out", str(directory)]
         proxy = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         stack.callback(proxy.wait)

@@ -171,7 +171,7 @@ def _why_left_out(crossing: Crossing) -> str | None:
 def _read_ledger(
     directory: Path, crossings: dict[str, Crossing], seconds: dict[str, list[float]]
 ) -> tuple[list[ReshardingStages], int]:
-    from grafter.ledger import read_run
+    from grafter.store.ledger import read_run
 
     stages, received = [], 0
     for role, role_rank, records in read_run(directory):

@@ -31,8 +31,8 @@ import grafter
 from benchmarks.growth import PartResult, Samples, Trend
 from benchmarks.soak_ranks import Ranks, SoakError, Soakers
 from benchmarks.units import MIB, parse_size
-from grafter.ledger import read_summaries
-from grafter.offer import MOST_DESCRIBED_BYTES
+from grafter.runtime.offer import MOST_DESCRIBED_BYTES
+from grafter.store.ledger import read_summaries
 
 _OUTBOX_BYTES = 16 * MIB
 # A shorter part says nothing about growth: caches still fill.

@@ -15,13 +15,14 @@ import torch
 
 from benchmarks.growth import Samples, sample_process
 from benchmarks.units import KIB
-from grafter.grafter import Grafter
-from grafter.ledger import LedgerRecord, read_run
-from grafter.rendezvous.store import HostedStore
-from grafter.settings.config import GrafterConfig
+from grafter.config.settings.config import GrafterConfig
+from grafter.core.records import LedgerRecord
+from grafter.rank.grafter import Grafter
+from grafter.store.ledger import read_run
+from grafter.wire.store_client import HostedStore
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "grafter.grafter", "grafter.session", "benchmarks.soak_ranks"])
+_CONTEXT.set_forkserver_preload(["torch", "grafter.rank.grafter", "grafter.runtime.session", "benchmarks.soak_ranks"])
 HANGS_SECONDS = 900.0
 POINTS_A_STEP = 10
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from grafter.measures.stats import compare, summarize
+from grafter.core.measures.stats import compare, summarize
 
 Cases = dict[str, Callable[[], Any]]
 

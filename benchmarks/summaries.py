@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from benchmarks.rounds import Spread, interleaved, ratio, spread
-from grafter.measures.stats import compare
+from grafter.core.measures.stats import compare
 
 
 @dataclass

@@ -146,7 +146,7 @@ def _available_bytes() -> int:
 
 
 def _read_stages(crew: Crew, cases: Sequence[CaseResult]) -> list[StageResult]:
-    from grafter.ledger import read_run
+    from grafter.store.ledger import read_run
 
     results = []
     for role, role_rank, records in read_run(crew.ledger_directory()):

@@ -41,29 +41,30 @@ from __future__ import annotations
 
 import functools
 import inspect
-import logging
 import sys
 from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from grafter import _process
+from grafter._process import IN_GRAPHS, hint_once
+from grafter.config.switch import enabled
+from grafter.core.layout.axes import set_axes, set_mesh
+from grafter.core.points import CONTEXT_OPTIONS, NO_SURROUNDINGS, Surroundings, check_tags, split_options, surroundings
 from grafter.errors import GrafterError, UsageError
-from grafter.layout.axes import set_axes, set_mesh
-from grafter.points import CONTEXT_OPTIONS, NO_SURROUNDINGS, Surroundings, check_tags, split_options, surroundings
-from grafter.switch import enabled
 
 if TYPE_CHECKING:
     import torch
 
     from grafter.capture.attachment import Attachment
-    from grafter.dumps.reader import open_dumps
-    from grafter.grafter import Grafter
-    from grafter.layout.declared import Layout
-    from grafter.outbox.counts import Pending
-    from grafter.requests.recorder import RequestRecorder
-    from grafter.rows.tokens import Tokens
-    from grafter.settings.config import GrafterConfig
-    from grafter.user_transform import GraftTransformInput, transform
+    from grafter.config.settings.config import GrafterConfig
+    from grafter.core.layout.declared import Layout
+    from grafter.core.messages.counts import Pending
+    from grafter.core.rows.tokens import Tokens
+    from grafter.core.user_transform import GraftTransformInput, transform
+    from grafter.rank.grafter import Grafter
+    from grafter.store.dumps.reader import open_dumps
+    from grafter.tools.requests.recorder import RequestRecorder
 
 __all__ = [
     "dump",
@@ -91,12 +92,7 @@ Wrapped = TypeVar("Wrapped", bound=Callable[..., Any])
 # None: no eager code has asked yet whether grafting is on, or it is on and no compiler has been imported so far.
 _off: bool | None = None
 _on: bool | None = None
-_grafter: Grafter | None = None
-_hinted = False
 _compiler_is_here = False
-
-_IN_GRAPHS = "grafter is on: each of its calls breaks the compiled graph and runs between the two parts."
-_WHAT_IT_COSTS = "Less is fused, so speed suffers and last digits may change. To see where: TORCH_LOGS=graph_breaks."
 
 
 def dump(name: str, value: Any, /, **arguments: Any) -> Any:
@@ -195,14 +191,14 @@ def step() -> None:
 def close() -> None:
     """Leave the run. Called at exit by itself; a matched point after it is refused."""
     global _off
-    if _grafter is None and _off is None and enabled():
-        from grafter.grafter import Grafter
+    if _process.grafter is None and _off is None and enabled():
+        from grafter.rank.grafter import Grafter
 
         # A rank without a point joins all the same: the others wait for it, and must hear that it leaves.
         if not Grafter.is_made:
             _active()
-    if _grafter is not None:
-        _grafter.close()
+    if _process.grafter is not None:
+        _process.grafter.close()
     elif _off is None:
         _off = True
 
@@ -213,9 +209,10 @@ def pending() -> Pending:
     Of points with `wait="job"` that this rank sends. All 0 where there are none, and while grafting is off. Each rank
     asks for itself, at any time; nothing is waited for.
     """
-    if _grafter is not None:
-        return _grafter.pending()
-    from grafter.outbox.counts import Pending
+    if _process.grafter is not None:
+        found: Pending = _process.grafter.pending()
+        return found
+    from grafter.core.messages.counts import Pending
 
     return Pending()
 
@@ -302,7 +299,7 @@ def _untraced(function: Wrapped) -> Wrapped:
 def _left_alone(function: Any) -> Any:
     # What `torch.compiler.disable` sets, which would import the compiler.
     function._torchdynamo_disable = True
-    function._torchdynamo_disable_msg = _IN_GRAPHS
+    function._torchdynamo_disable_msg = IN_GRAPHS
     _apart_codes.add(function.__code__)
     return function
 
@@ -312,8 +309,8 @@ def _call_apart(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         import torch.compiler
 
         _disabled[function] = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
-        _disabled[_hint_once] = torch.compiler.disable(_hint_once)  # type: ignore[no-untyped-call]
-    _disabled[_hint_once]()
+        _disabled[hint_once] = torch.compiler.disable(hint_once)  # type: ignore[no-untyped-call]
+    _disabled[hint_once]()
     return _disabled[function](*args)
 
 
@@ -321,13 +318,6 @@ def _call_apart(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
 _compiled_caller: Callable[[], Any] | None = None
 _apart_codes = {_call_apart.__code__}
 _disabled: dict[Callable[..., Any], Callable[..., Any]] = {}
-
-
-def _hint_once() -> None:
-    global _hinted
-    if not _hinted:
-        _hinted = True
-        logging.getLogger("grafter").warning("%s %s", _IN_GRAPHS, _WHAT_IT_COSTS)
 
 
 def _decide() -> bool:
@@ -413,7 +403,7 @@ _offer_traced: Any = None
 def _site_of(name: str, arguments: tuple[tuple[str, Any], ...], has_gradient: bool) -> int:
     """The point's operator, as a constant of the graph."""
     global _offer_traced
-    from grafter.compiled import find_site, offer_traced
+    from grafter.capture.compiled import find_site, offer_traced
 
     _offer_traced = offer_traced
     return find_site(_active(), name, arguments, has_gradient=has_gradient)
@@ -458,7 +448,8 @@ def _dump_on(name: str, value: Any, arguments: dict[str, Any]) -> Any:
     # As `_untraced` would do it, without the cost of passing all arguments on once more.
     if _compiled_caller is not None and _compiled_caller():
         return _call_apart(_dump_now, (name, value, arguments))
-    return _dump_now(name, value, arguments) if _grafter is None else _grafter.dump_point(name, value, arguments)
+    grafter = _process.grafter
+    return _dump_now(name, value, arguments) if grafter is None else grafter.dump_point(name, value, arguments)
 
 
 def _dump_now(name: str, value: Any, arguments: dict[str, Any]) -> Any:
@@ -471,49 +462,39 @@ def _step_on() -> None:
 
 
 def _active(*, watch_models: bool = True) -> Grafter:
-    """watch_models: whether this call may be the first, and says nothing of which models are to be attached."""
-    global _grafter
-    if _grafter is None:
-        from grafter.grafter import Grafter
-        from grafter.settings.config import GrafterConfig
+    from grafter.rank.autoattach.active import active
 
-        _grafter = Grafter(GrafterConfig.from_environment())
-        if watch_models and _grafter.config.attach is not None:
-            from grafter.capture.first_call import watch_from_here
-
-            # The start of this Python did not do it, unless `grafter run` has started it.
-            watch_from_here()
-    return _grafter
+    return active(watch_models=watch_models)
 
 
 def __getattr__(name: str) -> Any:
     # Imported when first used, so that importing the package costs no pydantic.
     if name == "GrafterConfig":
-        from grafter.settings.config import GrafterConfig
+        from grafter.config.settings.config import GrafterConfig
 
         return GrafterConfig
     if name == "Grafter":
-        from grafter.grafter import Grafter
+        from grafter.rank.grafter import Grafter
 
         return Grafter
     if name == "Layout":
-        from grafter.layout.declared import Layout
+        from grafter.core.layout.declared import Layout
 
         return Layout
     if name == "Tokens":
-        from grafter.rows.tokens import Tokens
+        from grafter.core.rows.tokens import Tokens
 
         return Tokens
     if name == "open_dumps":
-        from grafter.dumps.reader import open_dumps
+        from grafter.store.dumps.reader import open_dumps
 
         return open_dumps
     if name == "RequestRecorder":
-        from grafter.requests.recorder import RequestRecorder
+        from grafter.tools.requests.recorder import RequestRecorder
 
         return RequestRecorder
     if name in ("GraftTransformInput", "transform"):
-        from grafter import user_transform
+        from grafter.core import user_transform
 
         return getattr(user_transform, name)
     raise AttributeError(f"module 'grafter' has no attribute {name!r}")

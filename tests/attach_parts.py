@@ -9,8 +9,8 @@ from torch import nn
 
 from grafter.capture.attachment import Attachment
 from grafter.capture.naming import Naming
-from grafter.capture.patterns import read_patterns
-from grafter.names import NameRule, PointName
+from grafter.config.names import NameRule, PointName
+from grafter.core.patterns import read_patterns
 
 
 class Block(nn.Module):

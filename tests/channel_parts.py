@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator, Sequence
 
 from point_parts import roster
 
-from grafter.rendezvous.channels import Channels
-from grafter.rendezvous.connecting import signature_of
-from grafter.rendezvous.roster import Roster
-from grafter.rendezvous.wire import Seal
-from grafter.watching.liveness import own_identity
+from grafter.core.messages.roster import Roster
+from grafter.core.messages.wire import Seal
+from grafter.core.processes.liveness import own_identity
+from grafter.wire.rendezvous.channels import Channels
+from grafter.wire.rendezvous.connecting import signature_of
 
 
 class NoEnd:

@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from types import GeneratorType
 from typing import Any, NamedTuple
 
-from grafter.pairing import commit_protocol
-from grafter.pairing.commit_protocol import APPEND, EXCUSE, WAKE, YES, Ballot, Course, Outcome, Step, outcome_of
+from grafter.core import commit_protocol
+from grafter.core.commit_protocol import APPEND, EXCUSE, WAKE, YES, Ballot, Course, Outcome, Step, outcome_of
 
 # What a letter says.
 DECIDED, GIVE_UP = "decided", "give up"

@@ -11,13 +11,13 @@ import torch
 from dump_parts import RankDumps
 from typer.testing import CliRunner
 
-from grafter.cli import app
-from grafter.compare.comparison import Choice, Comparison, compare
-from grafter.compare.record import PointRecord, SummaryRecord, read_line
-from grafter.compare.thresholds import parse_threshold
-from grafter.dumps.reader import open_dumps
-from grafter.grafter import Grafter
-from grafter.settings.config import GrafterConfig
+from grafter.analysis.compare.comparison import Choice, Comparison, compare
+from grafter.analysis.compare.record import PointRecord, SummaryRecord, read_line
+from grafter.cli.main import app
+from grafter.config.settings.config import GrafterConfig
+from grafter.config.thresholds import parse_threshold
+from grafter.rank.grafter import Grafter
+from grafter.store.dumps.reader import open_dumps
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:

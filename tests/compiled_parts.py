@@ -10,11 +10,11 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from grafter.capture.attachment import Attachment
+from grafter.capture.compiled import find_site, offer_traced
 from grafter.capture.naming import Naming
-from grafter.capture.patterns import read_patterns
-from grafter.compiled import find_site, offer_traced
-from grafter.control.traced import Verdict
-from grafter.names import NameRule, PointName
+from grafter.config.control.traced import Verdict
+from grafter.config.names import NameRule, PointName
+from grafter.core.patterns import read_patterns
 
 
 class Taker:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from grafter.layout.declared import Layout, declare
+from grafter.core.layout.declared import Layout, declare
 
 
 def layout_of(tensor: torch.Tensor, dims: str | None = None, layout: Layout | None = None, seq_lens: Any = None) -> Any:

@@ -29,8 +29,8 @@ class FakeStore:
 
 def main() -> None:
     """`grafter` with a FakeStore: a process test that needs no ranks then takes a fifth of a second."""
-    from grafter import cli
-    from grafter.running import launcher
+    from grafter.cli import main as cli
+    from grafter.tools.launch import launcher
 
     launcher.host_store = FakeStore
     cli.main()

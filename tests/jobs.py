@@ -30,7 +30,7 @@ from unittest import mock
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 # Test modules, which ranks import, import pytest.
-PRELOAD = ["torch", "torch.distributed.tensor", "grafter.grafter", "grafter.rendezvous.store", "numpy", "pytest"]
+PRELOAD = ["torch", "torch.distributed.tensor", "grafter.rank.grafter", "grafter.wire.store_client", "numpy", "pytest"]
 _CONTEXT.set_forkserver_preload(PRELOAD)
 _WITH_COMPILER = forkserver.ForkServer()
 _WITH_COMPILER.set_forkserver_preload([*PRELOAD, "torch._dynamo", "torch._inductor.compile_fx"])
@@ -145,7 +145,7 @@ class Jobs:
         compiler: bool = False,
         **settings: Any,
     ) -> None:
-        from grafter.rendezvous.store import HostedStore
+        from grafter.wire.store_client import HostedStore
 
         self.directory = directory
         self._compiler = compiler
@@ -232,7 +232,7 @@ class Jobs:
         return result
 
     def ledgers(self) -> dict[tuple[str, int], list[Any]]:
-        from grafter.ledger import read_run
+        from grafter.store.ledger import read_run
 
         return {(role, rank): records for role, rank, records in read_run(self.directory / "run")}
 

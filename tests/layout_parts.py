@@ -16,10 +16,10 @@ from point_parts import header, spec
 from torch.distributed.tensor import Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from grafter.layout.declared import DeclaredLayout, Layout, declare
-from grafter.layout.dims import Dims
-from grafter.layout.dtensor import read_dtensor
-from grafter.pairing.manifest import Header
+from grafter.core.layout.declared import DeclaredLayout, Layout, declare
+from grafter.core.layout.dims import Dims
+from grafter.core.layout.dtensor import read_dtensor
+from grafter.core.messages.manifest import Header
 
 NAMES = ["b", "s", "t", "h", "d", "n", "v", "num_heads", "head_dim", "e", "_x1"]
 AXES = ["dp", "tp", "cp", "sp", "ep", "pp", "etp", "moe_dp"]

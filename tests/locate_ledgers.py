@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from grafter.ledger import Difference, LedgerRecord
-from grafter.locate.measure import RunMeasurement, measure_run
+from grafter.analysis.locate.measure import RunMeasurement, measure_run
+from grafter.core.records import Difference, LedgerRecord
 
 NAMES = ["embedding", "layer 0", "layer 1", "layer 2", "layer 3"]
 

@@ -31,7 +31,7 @@ def point_keys(expected: Collection[str] | None = None) -> set[str]:
     client = grafter._active().session.client
     deadline = time.monotonic() + _SECONDS
     while True:
-        found = {key for key in client.raw.list_keys() if f"{client.hall}/p/" in key}
+        found = {key for key in client.raw.list_keys() if f"{client.run_prefix}/p/" in key}
         if expected is None or found <= set(expected) or time.monotonic() > deadline:
             return found
         time.sleep(0.05)

@@ -33,7 +33,7 @@ def run_program(
     kept = {name: value for name, value in os.environ.items() if not name.startswith("GRAFTER_")}
     done = subprocess.run(
         [
-            sys.executable, "-m", "grafter.cli", "run", "--out", str(directory / "out"),
+            sys.executable, "-m", "grafter.cli.main", "run", "--out", str(directory / "out"),
             "--baseline", f"{sys.executable} {path} {baseline}", "--target", f"{target_python} {path} {target}",
             *options,
         ],

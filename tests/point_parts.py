@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from grafter.leaves import TensorSpec
-from grafter.pairing.manifest import Header, Manifest, Pair
-from grafter.rendezvous.roster import Announcement, Roster
-from grafter.watching.liveness import ProcessIdentity
+from grafter.core.leaves import TensorSpec
+from grafter.core.messages.manifest import Header, Manifest, Pair
+from grafter.core.messages.roster import Announcement, Roster
+from grafter.core.processes.liveness import ProcessIdentity
 
 
 def spec(*shape: int, dtype: torch.dtype = torch.float32, path: str = "") -> TensorSpec:

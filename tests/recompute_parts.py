@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from jobs import Jobs, Rank, succeed
 
-from grafter.backward.kept_writes import KeptTensor
+from grafter.runtime.recompute.kept_writes import KeptTensor
 
 both_kinds = pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "other"])
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from dump_parts import RankDumps
 
-from grafter.ledger import Difference, LeafRecord, LedgerRecord, LedgerWriter, RankSummary, Role
+from grafter.core.records import Difference, LeafRecord, LedgerRecord, RankSummary, Role
+from grafter.store.ledger import LedgerWriter
 
 ROLES: tuple[Role, Role] = ("baseline", "target")
 LAYERS = 4

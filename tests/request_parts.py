@@ -18,9 +18,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from grafter.requests.proxy import RecordingProxy
-from grafter.requests.recorder import RequestRecorder
-from grafter.requests.serving import make_config
+from grafter.tools.requests.proxy import RecordingProxy
+from grafter.tools.requests.recorder import RequestRecorder
+from grafter.tools.requests.serving import make_config
 
 WORDS = ("alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta")
 

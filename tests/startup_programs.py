@@ -58,7 +58,7 @@ def found() -> dict[str, Any]:
     """What grafter has done to this process; `points` are the names that came, each with how often."""
     module = torch.nn.modules.module
     own = getattr(sys.modules.get("grafter"), "_grafter", None)
-    watcher = getattr(sys.modules.get("grafter.capture.first_call"), "_watcher", None)
+    watcher = getattr(sys.modules.get("grafter.rank.autoattach.first_call"), "_watcher", None)
     return {
         "torch": [
             module.Module.__call__.__qualname__,

@@ -9,15 +9,15 @@ from typing import Any
 
 import torch
 
+from grafter.analysis.plan_suggest.matching import match_trees
+from grafter.analysis.plan_suggest.pairs import Confidence, Suggestion
+from grafter.analysis.plan_suggest.wording import plan_text
 from grafter.capture.module_tree import ModuleNode, ModuleTree, Weight
 from grafter.capture.naming import Naming
 from grafter.capture.selection import select_modules
-from grafter.names import NameRule
-from grafter.plan_suggest.matching import match_trees
-from grafter.plan_suggest.pairs import Confidence, Suggestion
-from grafter.plan_suggest.wording import plan_text
-from grafter.settings.config import GrafterConfig
-from grafter.settings.plan_file import PlanFile, read_plan_file
+from grafter.config.names import NameRule
+from grafter.config.settings.config import GrafterConfig
+from grafter.config.settings.plan_file import PlanFile, read_plan_file
 
 SIZES = {
     "vocab_size": 64,

@@ -12,15 +12,15 @@ import pytest
 from point_parts import roster
 from pydantic import ValidationError
 
+from grafter.config.options import OptionChooser
+from grafter.config.settings.config import GrafterConfig
+from grafter.config.settings.rules import Rule
 from grafter.errors import ConfigError, GrafterError
-from grafter.options import OptionChooser
-from grafter.outbox.receivers import Receivers
-from grafter.settings.config import GrafterConfig
-from grafter.settings.rules import Rule
-from grafter.watching.absence import Absence, choose_passed_over, explain_passed_over
-from grafter.watching.board import BoardLine
-from grafter.watching.step_ends import LEFT, StepEnds
-from grafter.watching.waits import GivenUp, Wait, WaitWatch
+from grafter.wire.monitor.absence import Absence, choose_passed_over, explain_passed_over
+from grafter.wire.monitor.status_board import BoardLine
+from grafter.wire.monitor.step_ends import LEFT, StepEnds
+from grafter.wire.monitor.waits import GivenUp, Wait, WaitWatch
+from grafter.wire.outbox.receivers import Receivers
 
 STEP = 3
 
@@ -28,7 +28,7 @@ STEP = 3
 class OneStore:
     """A store in this process. `before_each` runs before every request: other ranks go on meanwhile."""
 
-    hall = "hall"
+    run_prefix = "hall"
 
     def __init__(self) -> None:
         self.values: dict[str, Any] = {}
@@ -172,7 +172,7 @@ def test_steps_that_are_known_to_be_over_are_not_asked_for_again() -> None:
 def test_a_rank_says_each_step_once_and_never_goes_back() -> None:
     """The cost of a point is nothing, and of a step one request that nobody waits for."""
     said: list[str] = []
-    store: Any = SimpleNamespace(hall="hall", set=lambda _, __, payload: said.append(payload))
+    store: Any = SimpleNamespace(run_prefix="hall", set=lambda _, __, payload: said.append(payload))
     ends = StepEnds(roster(1, 1), 0)
     for step in (0, 0, 1, 1, 0, 2):
         ends.say(store, step)
@@ -292,7 +292,7 @@ def receivers_with(board: list[BoardLine], timeout: float = 100.0) -> tuple[Rece
 
 def is_over_by(patience: Any, store: Any, monkeypatch: pytest.MonkeyPatch, seconds: Sequence[float]) -> list[bool]:
     """What it says so many seconds after it began; nothing is waited for."""
-    from grafter.outbox import receivers
+    from grafter.wire.outbox import receivers
 
     begun = patience._since
     found = []

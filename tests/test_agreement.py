@@ -21,7 +21,7 @@ SOON = 250.0
 
 def by_store(rank: Rank) -> None:
     """As between hosts: no mail. Called first in each rank."""
-    from grafter.rendezvous import courier
+    from grafter.wire.rendezvous import courier
 
     if rank.arguments[0] == "store":
         courier._one_host = lambda members: False
@@ -60,7 +60,7 @@ def graft_with_fault(rank: Rank) -> list[list[float]]:
 
 def wait_until_heard(rank: Rank, seconds: float = 250) -> None:
     """Until this sender's ledger says that a point has failed."""
-    path = grafter._grafter.entry.session.ledger.path  # type: ignore[union-attr]
+    path = grafter._process.grafter.entry.session.ledger.path  # type: ignore[union-attr]
     deadline = time.monotonic() + seconds
     while '"outcome":"failed"' not in path.read_text() and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -185,7 +185,7 @@ def test_without_mail_a_killed_rank_is_named_to_all(tmp_path: Path) -> None:
 
 def lose_statistics(rank: Rank) -> list[float]:
     """One receiver runs out of memory while it measures: that costs its figures, not the point."""
-    from grafter import meeting
+    from grafter.runtime import meeting
 
     def out_of_memory(*_: Any) -> Any:
         raise MemoryError("no room for a chunk")

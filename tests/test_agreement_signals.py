@@ -30,11 +30,11 @@ def first_of(graft_input: Any) -> torch.Tensor:
 @contextlib.contextmanager
 def at(phase: str, act: Callable[[], None]) -> Iterator[Callable[[Any], torch.Tensor]]:
     """Inside, this process does `act` once, at that place of its next point; yields the transform of the point."""
-    from grafter.exchange.incoming import IncomingLeaf
-    from grafter.meeting import _Receiving
-    from grafter.pairing.commit_protocol import YES
-    from grafter.pairing.host_votes import HostVotes
-    from grafter.pairing.store_votes import StoreVotes
+    from grafter.core.commit_protocol import YES
+    from grafter.runtime.meeting import _Receiving
+    from grafter.wire.exchange.incoming import IncomingLeaf
+    from grafter.wire.pairing.host_votes import HostVotes
+    from grafter.wire.pairing.store_votes import StoreVotes
 
     leaves = 0
 
@@ -100,7 +100,7 @@ def send(name: str) -> None:
 
 def wait_until_told(rank: Rank) -> None:
     """Until this receiver has told the senders of all that has failed."""
-    failed = grafter._grafter.entry.session._failed  # type: ignore[union-attr]
+    failed = grafter._process.grafter.entry.session._failed  # type: ignore[union-attr]
     deadline = time.monotonic() + 15
     while not failed.has_told_all and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -110,7 +110,7 @@ def wait_until_told(rank: Rank) -> None:
 def hear_all(rank: Rank) -> None:
     """Until this sender has heard of every failure that receivers have told."""
     rank.wait_for("told")
-    session = grafter._grafter.entry.session  # type: ignore[union-attr]
+    session = grafter._process.grafter.entry.session  # type: ignore[union-attr]
     failed, told = session._failed, 0
     while session.client.peek(failed._place(told)) is not None:
         told += 1

@@ -18,9 +18,9 @@ from torch import nn
 
 from grafter.capture.naming import Naming
 from grafter.capture.parameter_gradients import watch_gradients
-from grafter.grafter import Grafter
-from grafter.names import NameRule
-from grafter.settings.config import GrafterConfig
+from grafter.config.names import NameRule
+from grafter.config.settings.config import GrafterConfig
+from grafter.rank.grafter import Grafter
 
 BLOCK = ["in.hidden", "norm.in.input", "norm.out", "up.in.input", "up.out", "out.0"]
 

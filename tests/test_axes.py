@@ -10,9 +10,9 @@ import pytest
 from layout_parts import role_headers
 
 import grafter
+from grafter.core.layout.axes import axes_from_text, axes_of_job, read_axes, read_axis_sizes
+from grafter.core.plan.header_shares import find_shares
 from grafter.errors import LayoutError
-from grafter.layout.axes import axes_from_text, axes_of_job, read_axes, read_axis_sizes
-from grafter.layout.shares import find_shares
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ import torch
 from jobs import Jobs, Rank, succeed
 
 import grafter
-from grafter.watching.board import BoardLine, board_key, describe_line
+from grafter.wire.monitor.status_board import BoardLine, board_key, describe_line
 
 STAGES = {
     "sending": ("baseline", "sends 'second' (step=0)"),
@@ -26,11 +26,11 @@ STAGES = {
 
 def hold_at(rank: Rank, stage: str) -> None:
     """Make this rank's next point last in this stage until the test has seen it."""
-    from grafter import meeting
-    from grafter.exchange.incoming import IncomingLeaf, Reception
-    from grafter.pairing.host_votes import HostVotes
+    from grafter.runtime import meeting
+    from grafter.wire.exchange.incoming import IncomingLeaf, Reception
+    from grafter.wire.pairing.host_votes import HostVotes
 
-    session: Any = grafter._grafter.entry.session  # type: ignore[union-attr]
+    session: Any = grafter._process.grafter.entry.session  # type: ignore[union-attr]
     places: dict[str, tuple[Any, str]] = {
         "sending": (session.transfer, "send"),
         "receiving": (session.transfer, "receive"),

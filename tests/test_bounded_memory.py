@@ -6,12 +6,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grafter.bounded_memory import BoundedMemory
-from grafter.grafter import Grafter
-from grafter.leaves import TensorSpec
-from grafter.pairing.known_texts import KnownTexts
-from grafter.pairing.manifest import Header
-from grafter.settings.config import GrafterConfig
+from grafter.config.settings.config import GrafterConfig
+from grafter.core.bounded_memory import BoundedMemory
+from grafter.core.leaves import TensorSpec
+from grafter.core.messages.manifest import Header
+from grafter.rank.grafter import Grafter
+from grafter.wire.pairing.known_texts import KnownTexts
 
 
 @given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 40)), max_size=200))

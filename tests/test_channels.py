@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 from channel_parts import Ended, EndedError, NoEnd, connected_channels, in_a_child
 
+from grafter.core.messages.wire import Seal
+from grafter.core.processes.watch import PeerGone
 from grafter.errors import ProtocolError, RunError
-from grafter.rendezvous import unread_letters as module
-from grafter.rendezvous.channels import LONGEST_MAIL_BYTES, Channels
-from grafter.rendezvous.courier import Courier
-from grafter.rendezvous.unread_letters import RECALL
-from grafter.rendezvous.wire import Seal
-from grafter.watching.watch import PeerGone
+from grafter.wire.rendezvous import unread_letters as module
+from grafter.wire.rendezvous.channels import LONGEST_MAIL_BYTES, Channels
+from grafter.wire.rendezvous.courier import Courier
+from grafter.wire.rendezvous.unread_letters import RECALL
 
 SMALL = 4608  # the least that Linux gives
 LETTER = "x" * 1000

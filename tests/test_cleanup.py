@@ -19,7 +19,7 @@ FAR = 1000.0
 
 
 def store_keys() -> int:
-    return int(grafter._grafter.entry.session.client.raw.num_keys())  # type: ignore[union-attr]
+    return int(grafter._process.grafter.entry.session.client.raw.num_keys())  # type: ignore[union-attr]
 
 
 def settled_store_keys(bound: int) -> int:
@@ -36,7 +36,7 @@ MOST_KEYS = 60
 def graft_often(rank: Rank) -> int:
     carrier, points, width = rank.arguments
     if carrier == "store":
-        from grafter.rendezvous import courier
+        from grafter.wire.rendezvous import courier
 
         courier._one_host = lambda members: False
     value = torch.ones(2)
@@ -92,9 +92,9 @@ def graft_and_close(rank: Rank) -> list[str]:
     directory, victim = rank.arguments
     value = torch.ones(1 << 16)
     grafter.dump("h", value, number=0)
-    roster = grafter._grafter.entry.session.roster  # type: ignore[union-attr]
+    roster = grafter._process.grafter.entry.session.roster  # type: ignore[union-attr]
     marks = [member.socket_name for member in roster.all]
-    marks.append(grafter._grafter.entry.session.client.seal.run_id)  # type: ignore[union-attr]
+    marks.append(grafter._process.grafter.entry.session.client.seal.run_id)  # type: ignore[union-attr]
     if rank.is_baseline and rank.role_rank == 0:
         (directory / "marks").write_text("\n".join(marks))
     del roster

@@ -15,10 +15,10 @@ from test_show import EVERYONE, two_layers, write_run
 from typer.main import get_command
 from typer.testing import CliRunner, Result
 
-from grafter.cli import _in_options, app
-from grafter.command_options import parse_master
+from grafter.cli.command_options import parse_master
+from grafter.cli.main import _in_options, app
 from grafter.errors import UsageError
-from grafter.running import launcher
+from grafter.tools.launch import launcher
 
 REPOSITORY = Path(__file__).parents[1]
 PAGE = (REPOSITORY / "docs" / "cli.md").read_text()
@@ -55,7 +55,7 @@ def test_help_and_version() -> None:
 
 def test_importing_the_command_line_is_quick() -> None:
     """The help needs neither torch nor pydantic nor rich."""
-    code = "import sys, grafter.cli; print([m for m in ('torch', 'pydantic', 'rich') if m in sys.modules])"
+    code = "import sys, grafter.cli.main; print([m for m in ('torch', 'pydantic', 'rich') if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=REPOSITORY)
     assert result.stdout == "[]\n"
 

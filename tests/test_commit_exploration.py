@@ -12,7 +12,7 @@ from collections.abc import Collection
 import pytest
 from commit_parts import Bounds, Explorer, Violation, shortened
 
-from grafter.pairing.commit_protocol import (
+from grafter.core.commit_protocol import (  # fmt: skip
     APPEND,
     AWAIT,
     GIVEN_UP,
@@ -28,7 +28,7 @@ from grafter.pairing.commit_protocol import (
     Outcome,
     Step,
     outcome_of,
-)  # fmt: skip
+)
 
 HOST, STORE = False, True
 

@@ -13,11 +13,11 @@ import torch
 from compare_parts import compared, one_point, random, sides, told
 from dump_parts import RankDumps
 
-from grafter.compare import comparison as comparison_module
-from grafter.compare import point_comparison
-from grafter.compare.record import LeafRecord
-from grafter.grafter import Grafter
-from grafter.settings.config import GrafterConfig
+from grafter.analysis.compare import comparison as comparison_module
+from grafter.analysis.compare import point_comparison
+from grafter.analysis.compare.record import LeafRecord
+from grafter.config.settings.config import GrafterConfig
+from grafter.rank.grafter import Grafter
 
 
 def dumped_by_the_program(directory: Path, values: dict[str, Any], role: str) -> None:

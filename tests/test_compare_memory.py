@@ -20,7 +20,7 @@ COMPARE = """
 import resource, sys
 from pathlib import Path
 import torch
-from grafter.compare.comparison import Choice, compare, open_both
+from grafter.analysis.compare.comparison import Choice, compare, open_both
 torch.set_num_threads(1)
 torch.zeros(100_000).double().sum()
 files, room = int(sys.argv[2]), int(sys.argv[3])

@@ -15,14 +15,14 @@ from dump_parts import RankDumps
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grafter.compare.alignment import Alignment
-from grafter.compare.measuring import measure_pair
-from grafter.compare.record import LeafRecord, Measures, PointRecord
-from grafter.dumps.reader import open_dumps
-from grafter.layout.dims import parse_dims
-from grafter.layout.runs import whole
-from grafter.layout.shares import RoleShares, Share
-from grafter.measures.stats import compare as compare_tensors
+from grafter.analysis.compare.alignment import Alignment
+from grafter.analysis.compare.measuring import measure_pair
+from grafter.analysis.compare.record import LeafRecord, Measures, PointRecord
+from grafter.core.layout.dims import parse_dims
+from grafter.core.layout.runs import whole
+from grafter.core.layout.shares import RoleShares, Share
+from grafter.core.measures.stats import compare as compare_tensors
+from grafter.store.dumps.reader import open_dumps
 
 
 class InMemory:

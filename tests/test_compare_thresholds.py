@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from grafter.compare.thresholds import (
+from grafter.config.settings.config import SETTING_FIELDS
+from grafter.config.settings.plan_file import read_plan_file
+from grafter.config.thresholds import (
     KL_MEASURES,
     MEASURES,
     NO_DIFFERENCE,
@@ -18,8 +20,6 @@ from grafter.compare.thresholds import (
     parse_threshold,
 )
 from grafter.errors import ConfigError, FilterError
-from grafter.settings.config import SETTING_FIELDS
-from grafter.settings.plan_file import read_plan_file
 
 GOOD = dict.fromkeys(MEASURES, 0.0) | {"cosine": 1.0, "nan": 0, "inf": 0}
 

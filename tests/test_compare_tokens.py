@@ -16,10 +16,10 @@ from dump_parts import RankDumps
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grafter.compare.comparison import Choice, compare
-from grafter.compare.record import PointRecord
-from grafter.dumps.reader import open_dumps
-from grafter.rows.tokens import Tokens
+from grafter.analysis.compare.comparison import Choice, compare
+from grafter.analysis.compare.record import PointRecord
+from grafter.core.rows.tokens import Tokens
+from grafter.store.dumps.reader import open_dumps
 
 
 def runs(*entries: tuple[Any, int, int]) -> dict[str, Any]:

@@ -19,9 +19,9 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 import grafter
-from grafter import compiled as compiled_points
+from grafter.capture import compiled as compiled_points
+from grafter.config.names import NameRule
 from grafter.errors import UsageError
-from grafter.names import NameRule
 
 
 @pytest.fixture(autouse=True)
@@ -210,7 +210,7 @@ def test_what_cannot_be_in_a_graph_breaks_it_and_fires_all_the_same(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """That is told once; where the graph must not break, torch says why it would."""
-    monkeypatch.setattr(grafter, "_hinted", False)
+    monkeypatch.setattr(grafter._process, "_hinted", False)
     model, taker = Tower(1), Taker(changed, verdict="break")
     taker.attach(model, ":Block")
     with caplog.at_level(logging.WARNING, "grafter"):

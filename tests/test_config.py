@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from grafter.config.settings.config import SETTING_FIELDS, GrafterConfig
 from grafter.errors import ConfigError, FilterError
-from grafter.settings.config import SETTING_FIELDS, GrafterConfig
 
 # One legal value of every field, other than its default: as text, and as the value that it becomes.
 EXAMPLES: dict[str, tuple[str, Any]] = {
@@ -412,7 +412,7 @@ def test_copies_are_equal_and_the_original_is_frozen() -> None:
 def test_reading_the_configuration_imports_no_yaml_until_there_is_a_plan() -> None:
     """A run without a plan file does not pay for a YAML parser."""
     program = (
-        "import sys; from grafter.settings.config import GrafterConfig; GrafterConfig(); "
+        "import sys; from grafter.config.settings.config import GrafterConfig; GrafterConfig(); "
         "print('ruamel.yaml' in sys.modules)"
     )
     finished = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -17,11 +17,11 @@ from typing import Any
 import pytest
 from channel_parts import EndedError, in_a_child, roster_here
 
+from grafter.core.messages.roster import Roster
+from grafter.core.messages.wire import Seal
+from grafter.core.processes.liveness import ProcessIdentity, own_identity
 from grafter.errors import PointTimeoutError
-from grafter.rendezvous.connecting import Listener, connect_ranks, open_listener, peers_of, signature_of
-from grafter.rendezvous.roster import Roster
-from grafter.rendezvous.wire import Seal
-from grafter.watching.liveness import ProcessIdentity, own_identity
+from grafter.wire.rendezvous.connecting import Listener, connect_ranks, open_listener, peers_of, signature_of
 
 SOON = 20.0
 
@@ -269,7 +269,7 @@ def test_a_stopped_rank_is_said_to_be_stopped(listeners: list[Listener]) -> None
 
 def of_another_process(everyone: Roster, pid: int) -> Roster:
     """Where target rank 1 is the process with this pid."""
-    from grafter.watching.liveness import process_state
+    from grafter.core.processes.liveness import process_state
 
     own = own_identity()
     other = ProcessIdentity(**{**own.model_dump(), "pid": pid, "start_time": process_state(pid)[1]})

@@ -11,8 +11,8 @@ import torch
 from jobs import Rank, succeed, two_jobs
 
 import grafter
+from grafter.core.points import NO_SURROUNDINGS, surroundings
 from grafter.errors import UsageError
-from grafter.points import NO_SURROUNDINGS, surroundings
 
 
 @pytest.fixture

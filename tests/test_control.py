@@ -12,19 +12,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from grafter.cli import app
-from grafter.control.change import Answer, Change, Decision, State
-from grafter.control.decision import decide
-from grafter.control.history import HistoryLine, append_history, history_notes
-from grafter.control.in_force import DumpedSteps, InForce
-from grafter.control.run_access import Agreed, RankView, place_of_run
-from grafter.control.table import describe_effect
-from grafter.control.traced import TracedPoints, Verdict
-from grafter.direction import DirectionFilters
-from grafter.dumps.limits import Limits
+from grafter.cli.control_table import describe_effect
+from grafter.cli.main import app
+from grafter.config.control.change import Answer, Change, Decision, State
+from grafter.config.control.in_force import DumpedSteps, InForce
+from grafter.config.control.traced import TracedPoints, Verdict
+from grafter.config.direction_filters import DirectionFilters
+from grafter.config.settings.config import GrafterConfig
 from grafter.errors import ConfigError, FilterError, GrafterError, UsageError
-from grafter.settings.config import GrafterConfig
-from grafter.watching.board import BoardLine
+from grafter.store.dumps.limits import Limits
+from grafter.store.history import HistoryLine, append_history, history_notes
+from grafter.wire.control.decision import decide
+from grafter.wire.control.run_access import Agreed, RankView, place_of_run
+from grafter.wire.monitor.status_board import BoardLine
 
 START = GrafterConfig(enable=True, role="baseline", master_port=1, compare_filter="name == 'a'", key="layer_id")
 AT_START = InForce.at_start(START)

@@ -20,18 +20,19 @@ from request_files import lines_in, wait_until
 from typer.testing import CliRunner, Result
 
 import grafter
-from grafter.cli import app
-from grafter.control.change import Change, Decision, Proposal, proposal_place
-from grafter.control.decision import read_decision
-from grafter.control.history import read_history
-from grafter.control.run_access import RankView, RunAccess
-from grafter.dumps.record import DumpRecord
+from grafter.analysis.run.run_summary import read_run_summary
+from grafter.cli.main import app
+from grafter.config.control.change import Change, Decision, Proposal, proposal_place
+from grafter.core.messages.wire import Seal
+from grafter.core.records import LedgerRecord
 from grafter.errors import ProtocolError
-from grafter.ledger import LedgerRecord
-from grafter.rendezvous.store import StoreClient, connect
-from grafter.rendezvous.wire import Seal
-from grafter.running.run_summary import read_run_summary
-from grafter.watching import housekeeping, lookout
+from grafter.store.dumps.record import DumpRecord
+from grafter.store.history import read_history
+from grafter.wire.control.decision import read_decision
+from grafter.wire.control.run_access import RankView, RunAccess
+from grafter.wire.monitor import housekeeping
+from grafter.wire.monitor import wait_monitor as wait_monitor
+from grafter.wire.store_client import StoreClient, connect
 
 FAR = 250.0
 SECRET = "a secret"
@@ -43,7 +44,7 @@ PAUSES = (9, 12, 14)
 
 def look_often() -> None:
     """A second is long for a test."""
-    housekeeping._CHORES_EVERY_SECONDS = housekeeping._TICK_SECONDS = lookout._SHOWN_AFTER_SECONDS = 0.02
+    housekeeping._CHORES_EVERY_SECONDS = housekeeping._TICK_SECONDS = wait_monitor._SHOWN_AFTER_SECONDS = 0.02
 
 
 def run_to_pauses(rank: Rank) -> int:
@@ -193,8 +194,8 @@ def forge_proposal(port: int) -> None:
     client = StoreClient(connect("127.0.0.1", port, timeout=3, keep_trying=lambda: True), Seal("ctl", None), "graft")
     client.seal.run_id = access._client.seal.run_id
     proposal = Proposal(change=Change(action="off"), seconds=5, by="somebody", time=0)
-    client.set(proposal_place(client.hall, 0), "proposal", proposal.model_dump_json())
-    assert access._client.peek(proposal_place(client.hall, 0)) is None
+    client.set(proposal_place(client.run_prefix, 0), "proposal", proposal.model_dump_json())
+    assert access._client.peek(proposal_place(client.run_prefix, 0)) is None
     assert access._client.seal.ignored.count == 1
 
 

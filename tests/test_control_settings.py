@@ -13,25 +13,25 @@ from hypothesis import strategies as st
 from request_files import lines_in
 from typer.testing import CliRunner
 
-from grafter.cli import app
-from grafter.control.change import OPTION_OF, Answer, Change, Decision, Proposal, State
-from grafter.control.decision import decide
-from grafter.control.in_force import InForce
-from grafter.control.rank_control import RankControl, TakingOver
-from grafter.control.recorders import NONE_HERE, RecorderChange, RecorderState, recorder_states, why_none
-from grafter.control.run_access import RankView
-from grafter.control.table import recorder_lines
-from grafter.control.traced import Verdict
-from grafter.direction import DirectionFilters
-from grafter.dumps.limits import Limits
+from grafter.cli.control_table import recorder_lines
+from grafter.cli.main import app
+from grafter.config.control.change import OPTION_OF, Answer, Change, Decision, Proposal, State
+from grafter.config.control.in_force import InForce
+from grafter.config.control.recorders import NONE_HERE, RecorderChange, RecorderState, recorder_states, why_none
+from grafter.config.control.traced import Verdict
+from grafter.config.direction_filters import DirectionFilters
+from grafter.config.options import OptionChooser
+from grafter.config.settings.config import GrafterConfig
+from grafter.core.place import Place
+from grafter.core.points import PointKey, StepCounter
+from grafter.core.rows.tokens import Tokens
 from grafter.errors import ConfigError, UsageError
-from grafter.options import OptionChooser
-from grafter.points import PointKey, StepCounter
-from grafter.rendezvous.join import Place
-from grafter.requests.recorder import RequestRecorder
-from grafter.rows.tokens import Tokens
-from grafter.rows.windows import Windows
-from grafter.settings.config import GrafterConfig
+from grafter.runtime.rank_control import RankControl, TakingOver
+from grafter.runtime.windows import Windows
+from grafter.store.dumps.limits import Limits
+from grafter.tools.requests.recorder import RequestRecorder
+from grafter.wire.control.decision import decide
+from grafter.wire.control.run_access import RankView
 
 START = GrafterConfig(enable=True, role="baseline", master_port=1, compare_filter="name == 'a'", dump_steps="0-3")
 AT_START = InForce.at_start(START)

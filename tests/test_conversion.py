@@ -10,9 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from grafter.core.writing.conversion import count_saturated, why_not_convertible
+from grafter.core.writing.write_back import WriteMode, Written, apply_write, check_write
 from grafter.errors import WriteRefused
-from grafter.writing.conversion import count_saturated, why_not_convertible
-from grafter.writing.write_back import WriteMode, Written, apply_write, check_write
 
 IN_PLACE = WriteMode()
 RETURN = WriteMode(write="return")

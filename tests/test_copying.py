@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.testing._internal.two_tensor import TwoTensor
 
-from grafter import copying
+from grafter.core import copying
 
 LONG = (copying._LONG_BYTES + 12_345) // 4
 

@@ -13,15 +13,16 @@ from typing import Any
 import pytest
 from vote_log_parts import DIGEST, Courier, Post, Roster, make_wait
 
+from grafter.core import commit_protocol
+from grafter.core.commit_protocol import GIVEN_UP, NO, YES, Ballot, Outcome, outcome_of
+from grafter.core.messages.manifest import StoreKeys
+from grafter.core.messages.wire import Sealed
 from grafter.errors import PeerLostError, RunError
-from grafter.pairing import commit_protocol, critical_section, host_votes, shared_ballots
-from grafter.pairing.commit_protocol import GIVEN_UP, NO, YES, Ballot, Outcome, outcome_of
-from grafter.pairing.critical_section import CriticalSection, Settled, Work
-from grafter.pairing.host_votes import HostLogs, HostVotes
-from grafter.pairing.manifest import StoreKeys
-from grafter.pairing.vote_log import OwnVotes, VoteLog
-from grafter.rendezvous.wire import Sealed
-from grafter.watching.waits import Wait
+from grafter.wire.monitor.waits import Wait
+from grafter.wire.pairing import critical_section, host_votes, shared_ballots
+from grafter.wire.pairing.critical_section import CriticalSection, Settled, Work
+from grafter.wire.pairing.host_votes import HostLogs, HostVotes
+from grafter.wire.pairing.vote_log import OwnVotes, VoteLog
 
 RECEIVERS = (0, 1)
 
@@ -104,11 +105,11 @@ def in_shared_memory(*, is_first: bool) -> HostVotes:
     which makes the log; else it does once receiver 0 waits."""
     post = Post()
     receivers = RECEIVERS if is_first else (1, 0)
-    keys, digest, hall = StoreKeys("hall", DIGEST), DIGEST, f"hall {next(_NUMBERS)}"
+    keys, digest, run_prefix = StoreKeys("hall", DIGEST), DIGEST, f"hall {next(_NUMBERS)}"
     courier: Any = VotesMeanwhile(post, 0)
-    logs: list[Any] = [HostLogs(courier, Roster(), "target", 0, hall), None]  # type: ignore[arg-type]
+    logs: list[Any] = [HostLogs(courier, Roster(), "target", 0, run_prefix), None]  # type: ignore[arg-type]
     other: Any = Courier(post, 1)
-    logs[1] = HostLogs(other, Roster(), "target", 1, hall)  # type: ignore[arg-type]
+    logs[1] = HostLogs(other, Roster(), "target", 1, run_prefix)  # type: ignore[arg-type]
     mine = HostVotes(logs[0], courier, keys, digest, receivers, 0, make_wait)
     theirs = HostVotes(logs[1], other, keys, digest, receivers, 1, make_wait)
     if not is_first:

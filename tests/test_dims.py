@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from layout_parts import dims_texts, written
 
+from grafter.core.layout.dims import Dim, Dims, Factor, Split, parse_dims
 from grafter.errors import LayoutError
-from grafter.layout.dims import Dim, Dims, Factor, Split, parse_dims
 
 
 def dim(*names: str, over: tuple[str, ...] = (), zigzag: tuple[str, ...] = ()) -> Dim:

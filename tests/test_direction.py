@@ -10,10 +10,11 @@ import torch
 from jobs import Jobs, Rank, succeed, two_jobs
 
 import grafter
-from grafter.direction import DirectionFilters, receiver_role, sender_role
+from grafter.config.direction_filters import DirectionFilters
+from grafter.config.settings.config import GrafterConfig
+from grafter.core.direction import receiver_role, sender_role
+from grafter.core.points import PHASE, PointKey
 from grafter.errors import DirectionConflict, UsageError
-from grafter.points import PHASE, PointKey
-from grafter.settings.config import GrafterConfig
 
 
 def filters(**sources: str) -> DirectionFilters:

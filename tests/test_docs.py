@@ -10,9 +10,9 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 import pytest
 
-from grafter.settings.config import SETTING_FIELDS, GrafterConfig
-from grafter.settings.rules import RULE_FIELDS
-from grafter.switch import FALSE_WORDS, TRUE_WORDS
+from grafter.config.settings.config import SETTING_FIELDS, GrafterConfig
+from grafter.config.settings.rules import RULE_FIELDS
+from grafter.config.switch import FALSE_WORDS, TRUE_WORDS
 
 CONFIGURATION = (Path(__file__).parent.parent / "docs" / "configuration.md").read_text()
 

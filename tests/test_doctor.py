@@ -16,14 +16,14 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from grafter.cli import app
-from grafter.doctor import machine, network, software, system
-from grafter.doctor.environment import check_environment
-from grafter.doctor.finding import Finding, fault, has_fault, ok, warning
-from grafter.doctor.page import Page, as_json, describe
-from grafter.doctor.sharing import check_sharing
+from grafter.cli.doctor_page import Page, as_json, describe
+from grafter.cli.main import app
 from grafter.errors import JoinError
-from grafter.rendezvous.store import HostedStore
+from grafter.tools.doctor import machine, network, software, system
+from grafter.tools.doctor.environment import check_environment
+from grafter.tools.doctor.finding import Finding, fault, has_fault, ok, warning
+from grafter.tools.doctor.sharing import check_sharing
+from grafter.wire.store_client import HostedStore
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +130,7 @@ def test_a_disk_that_takes_nothing_is_a_fault(tmp_path: Path) -> None:
     """Under a real limit of 4 KiB a file, neither the trial of the disk nor a shared block of memory can be made."""
     code = (
         "import resource, sys, pathlib\n"
-        "from grafter.doctor import system, sharing\n"
+        "from grafter.tools.doctor import system, sharing\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
         "for found in (system.check_disk(pathlib.Path(sys.argv[1])), sharing.check_sharing()):\n"
         "    print(found.level, found.text)\n"
@@ -235,7 +235,7 @@ def test_a_store_that_cannot_be_hosted_is_a_fault(monkeypatch: pytest.MonkeyPatc
     def refuse(address: str, port: int) -> Any:
         raise JoinError("cannot host the rendezvous store: no loopback")
 
-    monkeypatch.setattr("grafter.rendezvous.store.serve", refuse)
+    monkeypatch.setattr("grafter.wire.store_client.serve", refuse)
     assert "no loopback" in network.check_store().text
     assert [network.check_store().level, network.check_gloo().level] == ["fault", "fault"]
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from grafter.doctor.finding import Finding
-from grafter.doctor.likeness import judge_likeness
-from grafter.doctor.notes import JobNotes, ProcessNotes, first_change, read_notes
-from grafter.doctor.observer import judge_observer
-from grafter.doctor.repeats import hint
+from grafter.tools.doctor.finding import Finding
+from grafter.tools.doctor.likeness import judge_likeness
+from grafter.tools.doctor.notes import JobNotes, ProcessNotes, first_change, read_notes
+from grafter.tools.doctor.observer import judge_observer
+from grafter.tools.doctor.repeats import hint
 
 EQUAL_STATES = {"torch": "t", "python": "p"}
 

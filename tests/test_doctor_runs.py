@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from grafter.cli import app
-from grafter.doctor import machine
-from grafter.doctor.examination import Examination
-from grafter.doctor.finding import Finding
-from grafter.doctor.notes import first_change, read_notes
-from grafter.doctor.repeats import judge_determinism
-from grafter.doctor.trials import EVERY_POINT, WITNESS_DIRECTORY, Laboratory
+from grafter.cli.main import app
+from grafter.tools.doctor import machine
+from grafter.tools.doctor.examination import Examination
+from grafter.tools.doctor.finding import Finding
+from grafter.tools.doctor.notes import first_change, read_notes
+from grafter.tools.doctor.repeats import judge_determinism
+from grafter.tools.doctor.trials import EVERY_POINT, WITNESS_DIRECTORY, Laboratory
 
 # Never mentions grafter. Words after the file's name change it.
 PROGRAM = """
@@ -194,7 +194,7 @@ def test_tensors_of_every_kind_have_digests() -> None:
     """Equal values have equal ones whatever the strides; whole numbers by value; what differs in a bit differs."""
     import torch
 
-    from grafter.doctor.witness import _grafter_witness as witness
+    from grafter.tools.doctor.witness import _grafter_witness as witness
 
     def digest(tensor: Any) -> str:
         found: str = witness._describe(tensor)["digest"]

@@ -22,11 +22,11 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from grafter.core.layout.declared import DeclaredLayout, declare
+from grafter.core.layout.dtensor import DTensorLayout, read_dtensor
+from grafter.core.plan.header_shares import find_shares
+from grafter.core.plan.resharding import Resharding
 from grafter.errors import LayoutError
-from grafter.layout.declared import DeclaredLayout, declare
-from grafter.layout.dtensor import DTensorLayout, read_dtensor
-from grafter.layout.resharding import Resharding
-from grafter.layout.shares import find_shares
 
 
 @contextmanager

@@ -21,16 +21,17 @@ from full_disk import small_files
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from grafter.dumps.buffers import SMALL_BYTES, Buffers, SharedBuffer, capacity_of
-from grafter.dumps.record import DumpRecord, TokenRuns
-from grafter.dumps.snapshot import held_bytes
-from grafter.dumps.writer import file_name, write_tensors
+from grafter.config.options import PointOptions
+from grafter.config.settings.config import GrafterConfig
+from grafter.core.points import PointKey
+from grafter.core.records import RankSummary
+from grafter.core.token_runs import TokenRuns
 from grafter.errors import ConfigError, UsageError
-from grafter.grafter import Grafter
-from grafter.ledger import RankSummary
-from grafter.options import PointOptions
-from grafter.points import PointKey
-from grafter.settings.config import GrafterConfig
+from grafter.rank.grafter import Grafter
+from grafter.store.dumps.buffers import SMALL_BYTES, Buffers, SharedBuffer, capacity_of
+from grafter.store.dumps.record import DumpRecord
+from grafter.store.dumps.snapshot import held_bytes
+from grafter.store.dumps.writer import file_name, write_tensors
 
 
 class Run:
@@ -241,7 +242,7 @@ def test_the_record_says_what_the_point_was(tmp_path: Path) -> None:
 
 @contextmanager
 def _tags(**tags: Any) -> Iterator[None]:
-    from grafter.points import Surroundings, surroundings
+    from grafter.core.points import Surroundings, surroundings
 
     around = surroundings.get()
     surroundings.set(Surroundings(tags, {}, around))
@@ -456,7 +457,7 @@ def test_no_name_of_a_point_leaves_the_directory(name: str) -> None:
 
 def test_a_slow_disk_slows_the_run_instead_of_eating_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No more than the bound is under way at any time, and a point larger than all of it passes alone."""
-    from grafter.dumps import saver, writer
+    from grafter.store.dumps import saver, writer
 
     held, reserved, under_way = threading.Semaphore(0), [], []
     plain = writer.write_tensors
@@ -494,7 +495,7 @@ def test_a_slow_disk_slows_the_run_instead_of_eating_memory(tmp_path: Path, monk
 
 def test_step_waits_for_what_came_before_this_step_and_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At the end of a step the one before is on disk; its own points may still be under way."""
-    from grafter.dumps import saver, writer
+    from grafter.store.dumps import saver, writer
 
     held, plain = threading.Semaphore(0), writer.write_tensors
 

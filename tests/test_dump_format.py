@@ -13,9 +13,10 @@ import torch
 from safetensors import safe_open
 
 import grafter
-from grafter.dumps.record import FORMAT_VERSION, DumpedLeaf, DumpRecord, TokenRuns
-from grafter.layout.declared import DeclaredLayout
-from grafter.ledger import TensorStatistics
+from grafter.core.layout.declared import DeclaredLayout
+from grafter.core.records import TensorStatistics
+from grafter.core.token_runs import TokenRuns
+from grafter.store.dumps.record import FORMAT_VERSION, DumpedLeaf, DumpRecord
 
 PAGE = (Path(__file__).parent.parent / "docs" / "dump-format.md").read_text()
 FIRST_VERSION = Path(__file__).parent / "data" / "dumps_v1"

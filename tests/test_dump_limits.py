@@ -11,13 +11,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grafter.dumps.alone import find_run_name, open_run
-from grafter.dumps.choice import DumpChoice
-from grafter.dumps.limits import Limits, read_size, read_steps
+from grafter.config.choice import DumpChoice
+from grafter.config.settings.config import GrafterConfig
+from grafter.core.place import Place
+from grafter.core.sizes import read_size, read_steps
 from grafter.errors import ConfigError, LayoutError
-from grafter.grafter import Grafter
-from grafter.rendezvous.join import Place
-from grafter.settings.config import GrafterConfig
+from grafter.rank.grafter import Grafter
+from grafter.store.dumps.alone import find_run_name, open_run
+from grafter.store.dumps.limits import Limits
 
 
 @pytest.mark.parametrize(

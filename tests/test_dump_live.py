@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 import grafter
-from grafter.dumps.record import DumpRecord
+from grafter.store.dumps.record import DumpRecord
 from tests.jobs import Jobs, Rank, Result, succeed, two_jobs
 
 FAR = 1000.0

@@ -22,8 +22,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import grafter
-from grafter.dumps.record import FORMAT_VERSION
 from grafter.errors import DumpError
+from grafter.store.dumps.record import FORMAT_VERSION
 
 VALUE = torch.arange(24, dtype=torch.float32).view(4, 6)
 

@@ -12,10 +12,10 @@ from jobs import Jobs, Rank, succeed
 from outbox_parts import join, outcomes, point_keys, until_nothing_is_pending
 
 import grafter
-from grafter import early_points
-from grafter.dumps.reader import open_dumps
-from grafter.entry import Entry
-from grafter.points import PointKey
+from grafter.core.points import PointKey
+from grafter.runtime import early_points
+from grafter.runtime.entry import Entry
+from grafter.store.dumps.reader import open_dumps
 
 KIB = 1024
 

@@ -20,16 +20,16 @@ from hypothesis import strategies as st
 from jobs import Rank, succeed, two_jobs
 
 import grafter
-from grafter.dumps.snapshot import NothingToSave, saveable
+from grafter.analysis.run.run_summary import read_run_summary
+from grafter.cli.show import show_run
+from grafter.core.leaves import NothingToOffer, take_apart
+from grafter.core.measures.chunk_pass import pass_in_rows
+from grafter.core.measures.flat_chunks import FlatReader
+from grafter.core.measures.stats import compare, difference, make_difference
+from grafter.core.records import Difference
+from grafter.core.rows.tokens import Tokens
 from grafter.errors import UsageError
-from grafter.leaves import NothingToOffer, take_apart
-from grafter.ledger import Difference
-from grafter.measures.chunk_pass import pass_in_rows
-from grafter.measures.flat_chunks import FlatReader
-from grafter.measures.stats import compare, difference, make_difference
-from grafter.rows.tokens import Tokens
-from grafter.running.run_summary import read_run_summary
-from grafter.show import show_run
+from grafter.store.dumps.snapshot import NothingToSave, saveable
 
 DTYPES = sorted({value for value in vars(torch).values() if isinstance(value, torch.dtype)}, key=str)
 QUANTISED = [dtype for dtype in DTYPES if str(dtype).startswith(("torch.q", "torch.quint"))]

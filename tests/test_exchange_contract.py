@@ -12,7 +12,7 @@ import torch
 from jobs import Rank, succeed, two_jobs
 
 import grafter
-from grafter.exchange.gloo import CHUNK_BYTES, chunk_sizes, chunks_of
+from grafter.wire.exchange.gloo import CHUNK_BYTES, chunk_sizes, chunks_of
 
 BACKENDS = [
     pytest.param("auto", id="shared memory"),
@@ -208,7 +208,7 @@ def dump_sizes(rank: Rank) -> tuple[bool, int, int]:
         sent = torch.arange(numel, dtype=torch.float32) + number
         got = grafter.dump("sized", sent if rank.is_baseline else torch.zeros(numel), number=number)
         right = right and torch.equal(got, sent)
-    staging = grafter._grafter.entry.session.transfer.staging  # type: ignore[union-attr]
+    staging = grafter._process.grafter.entry.session.transfer.staging  # type: ignore[union-attr]
     return right, staging.generation, staging.capacity
 
 
@@ -328,7 +328,7 @@ SEQUENCES = tuple(4 * (1 + number % 3) for number in range(300))
 
 def dump_many_pieces(rank: Rank) -> Any:
     """Packed sequences, each cut zigzag over two ranks, into plain halves. (arrived, messages to or from each peer)."""
-    from grafter.exchange.gloo import GlooExchange
+    from grafter.wire.exchange.gloo import GlooExchange
 
     device = device_of(rank)
     messages = 0

@@ -14,8 +14,8 @@ import torch
 from jobs import Jobs, Rank, succeed
 
 import grafter
-from grafter import copying
-from grafter.exchange import gloo, shared_memory, staging
+from grafter.core import copying
+from grafter.wire.exchange import gloo, shared_memory, staging
 
 FAR = 1000.0
 SOON = 250.0

@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from grafter.core.filters.expression import MAX_LENGTH, Filter, parse_filter
 from grafter.errors import FilterError
-from grafter.filters.expression import MAX_LENGTH, Filter, parse_filter
 
 DOCS = Path(__file__).parent.parent / "docs" / "filters.md"
 
@@ -258,7 +258,8 @@ def test_a_compiled_filter_has_no_builtins_and_calls_nothing_but_its_operations(
 def test_the_language_needs_no_pydantic() -> None:
     """Filters and the switch can be imported before anything says that grafting is on."""
     program = (
-        "import sys, grafter.filters.expression, grafter.switch; print({'pydantic', 'ruamel.yaml'} & set(sys.modules))"
+        "import sys, grafter.core.filters.expression, grafter.config.switch; "
+        "print({'pydantic', 'ruamel.yaml'} & set(sys.modules))"
     )
     finished = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert finished.stdout.strip() == "set()"
@@ -362,7 +363,7 @@ def test_re2_is_imported_only_by_a_filter_with_a_pattern() -> None:
     """Filters without patterns need no google-re2; one with a pattern says which Python lacks it."""
     program = (
         "import sys; sys.modules['re2'] = None\n"
-        "from grafter.filters.expression import parse_filter\n"
+        "from grafter.core.filters.expression import parse_filter\n"
         "print(parse_filter(\"'a' in name and name.endswith('b')\", setting='S')({'name': 'ab'}))\n"
         "try: parse_filter(\"search('a', name)\", setting='S')\n"
         "except Exception as error: print(type(error).__name__, error)\n"

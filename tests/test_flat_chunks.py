@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grafter.measures.flat_chunks import FlatReader
-from grafter.measures.stats import compare, summarize
+from grafter.core.measures.flat_chunks import FlatReader
+from grafter.core.measures.stats import compare, summarize
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -8,8 +8,8 @@ import shlex
 import pytest
 
 from grafter import errors
-from grafter.running.job_command import keep_off_shared_port, split_command
-from grafter.running.job_environment import job_environment, parse_settings
+from grafter.rank.job_environment import job_environment, parse_settings
+from grafter.tools.launch.job_command import keep_off_shared_port, split_command
 
 
 @pytest.mark.parametrize(

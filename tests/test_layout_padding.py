@@ -10,8 +10,8 @@ import torch
 from jobs import Rank, succeed, two_jobs
 
 import grafter
-from grafter.exchange.assembly import with_padding
-from grafter.exchange.incoming import IncomingLeaf
+from grafter.core.plan.assembly import with_padding
+from grafter.wire.exchange.incoming import IncomingLeaf
 
 ROWS, PADDED = 30, 32
 # NaN with payloads: a padding that is read and written back as numbers would lose them.

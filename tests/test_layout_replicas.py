@@ -12,8 +12,8 @@ import torch
 from jobs import Jobs, Rank, succeed, two_jobs
 
 import grafter
-from grafter.ledger import LedgerRecord
-from grafter.running.run_summary import read_run_summary
+from grafter.analysis.run.run_summary import read_run_summary
+from grafter.core.records import LedgerRecord
 
 
 def full_tensor() -> torch.Tensor:

@@ -12,8 +12,8 @@ from jobs import Jobs, Rank, succeed, two_jobs
 
 import grafter
 from grafter import GraftTransformInput
-from grafter.layout.declared import Box
-from grafter.ledger import read_ledger
+from grafter.core.layout.declared import Box
+from grafter.store.ledger import read_ledger
 
 HERE = Path(__file__).stem
 SEEN: list[dict[str, Any]] = []

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch.utils import _pytree as pytree
 
+from grafter.core.leaves import NothingToOffer, TensorSpec, decode_extras, encode_extras, take_apart
 from grafter.errors import UsageError
-from grafter.leaves import NothingToOffer, TensorSpec, decode_extras, encode_extras, take_apart
 
 ONE, TWO = torch.ones(2), torch.zeros(3, dtype=torch.int64)
 

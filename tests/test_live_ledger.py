@@ -11,8 +11,9 @@ import torch
 from jobs import Jobs, Rank, succeed, two_jobs
 
 import grafter
-from grafter.ledger import LedgerRecord, read_ledger, read_summaries
-from grafter.running.run_summary import read_run_summary
+from grafter.analysis.run.run_summary import read_run_summary
+from grafter.core.records import LedgerRecord
+from grafter.store.ledger import read_ledger, read_summaries
 
 SECRET = "correct-horse-battery-staple"
 

@@ -12,7 +12,7 @@ from jobs import Jobs, Rank, Result, succeed, two_jobs
 
 import grafter
 from grafter import GraftTransformInput
-from grafter.ledger import read_ledger
+from grafter.store.ledger import read_ledger
 
 CONCATENATE = f"{Path(__file__).parent.parent / 'transforms' / 'concatenate.py'}:transform"
 # This module, as a job that has it on its path names it.

@@ -14,12 +14,13 @@ from locate_ledgers import ADDED, ALONE, CLEAN, FLOOR_ADDED, measured, measureme
 from rich.console import Console
 from typer.testing import CliRunner
 
-from grafter.cli import app
-from grafter.ledger import Difference
-from grafter.locate.judgement import FLOOR_FACTOR, PEER_FACTOR, judge, peer_limit
-from grafter.locate.measure import measure_run
-from grafter.locate.table import BAR_WIDTH, draw_bar, print_verdict, verdict_as_json
-from grafter.locate.verdict import Verdict
+from grafter.analysis.locate.judgement import FLOOR_FACTOR, PEER_FACTOR, judge, peer_limit
+from grafter.analysis.locate.measure import measure_run
+from grafter.analysis.locate.verdict import Verdict
+from grafter.analysis.locate.verdict_json import verdict_as_json
+from grafter.cli.locate_table import BAR_WIDTH, draw_bar, print_verdict
+from grafter.cli.main import app
+from grafter.core.records import Difference
 
 floors = st.floats(0.0, 1.0).map(lambda exponent: 1e-14 * 10**exponent)
 
@@ -318,7 +319,7 @@ def test_a_pipe_gets_no_blanks_at_the_ends_of_lines(monkeypatch: pytest.MonkeyPa
     """Nor a name cut in two: nobody limits the width there."""
     name = "model.layers.10.self_attn.rotary_embedding.position_table.out.cosine_and_sine"
     verdict = judge(*(measured([name, "b", "c"], ALONE[:3]) for _ in range(2)))
-    monkeypatch.setattr("grafter.locate.runner.locate", lambda *_, **__: verdict)
+    monkeypatch.setattr("grafter.tools.locate_runner.locate", lambda *_, **__: verdict)
     monkeypatch.delenv("COLUMNS", raising=False)
     result = CliRunner().invoke(app, ["locate", "--baseline", "a", "--target", "b", "--out", str(tmp_path)])
     lines = result.output.splitlines()

@@ -16,12 +16,13 @@ from locate_ledgers import ADDED, ALONE, CLEAN, FLOOR_ADDED, NAMES, record
 from rich.console import Console
 from typer.testing import CliRunner
 
+from grafter.analysis.locate.verdict import Verdict
+from grafter.cli.locate import locate_command
+from grafter.core.records import Difference, RankSummary
 from grafter.errors import GrafterError, UsageError
-from grafter.ledger import Difference, LedgerWriter, RankSummary
-from grafter.locate import runner
-from grafter.locate.command import locate_command
-from grafter.locate.verdict import Verdict
-from grafter.running.launcher import PairResult
+from grafter.store.ledger import LedgerWriter
+from grafter.tools import locate_runner as runner
+from grafter.tools.launch.launcher import PairResult
 
 # --- the runs ------------------------------------------------------------------------------------------------------
 

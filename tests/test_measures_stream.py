@@ -17,13 +17,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from grafter.core.measures.flat_chunks import CHUNK
+from grafter.core.measures.magnitudes import Magnitudes
+from grafter.core.measures.pair_stream import Measurement, PairStream, RowMeasures
+from grafter.core.measures.rows import WORST_ROWS, Rows
+from grafter.core.measures.stats import compare
+from grafter.core.measures.ulps import UlpCounter, narrower
 from grafter.errors import UsageError
-from grafter.measures.flat_chunks import CHUNK
-from grafter.measures.magnitudes import Magnitudes
-from grafter.measures.pair_stream import Measurement, PairStream, RowMeasures
-from grafter.measures.rows import WORST_ROWS, Rows
-from grafter.measures.stats import compare
-from grafter.measures.ulps import UlpCounter, narrower
 
 NAN, INF = math.nan, math.inf
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2)

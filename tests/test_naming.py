@@ -12,11 +12,11 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 
 from grafter.capture.naming import Naming, default_name
 from grafter.capture.parameters import named_weights
+from grafter.config.names import NameRule, PointName
+from grafter.config.settings.config import SETTING_FIELDS
+from grafter.config.settings.plan_file import read_plan_file
+from grafter.core.points import OPTIONS, OWN_TAGS
 from grafter.errors import ConfigError
-from grafter.names import NameRule, PointName
-from grafter.points import OPTIONS, OWN_TAGS
-from grafter.settings.config import SETTING_FIELDS
-from grafter.settings.plan_file import read_plan_file
 
 
 def name_of(path: str, model: nn.Module | None = None) -> tuple[str, dict[str, Any]]:

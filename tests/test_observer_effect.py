@@ -14,7 +14,7 @@ from jobs import Jobs, succeed
 from observer_parts import check_that_nothing_changes, each_setting, make_tokens, run_beside_itself
 from torch import nn
 
-from grafter.writing.write_back import WriteMode, apply_write
+from grafter.core.writing.write_back import WriteMode, apply_write
 
 
 class Mixed(nn.Module):

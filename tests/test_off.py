@@ -84,7 +84,9 @@ print(*sorted(name for name in new if name.startswith("grafter")))
 """
     heavy, own = run_python(print_state % USE_EVERYTHING).split("\n")[:2]
     assert heavy == ""
-    modules = ["errors", "layout", "layout.axes", "points", "switch"]
+    modules = [
+        "_process", "config", "config.switch", "core", "core.layout", "core.layout.axes", "core.points", "errors",
+    ]  # fmt: skip
     assert own.split() == ["grafter", *(f"grafter.{name}" for name in modules)]
 
 

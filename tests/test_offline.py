@@ -14,9 +14,10 @@ import torch
 from jobs import Jobs, Rank, Result, succeed, two_jobs
 
 import grafter
-from grafter.ledger import LedgerRecord, read_ledger, read_summaries
-from grafter.running.job_keeper import descendants, parents_by_pid
-from grafter.watching.liveness import process_state
+from grafter.core.processes.liveness import process_state
+from grafter.core.records import LedgerRecord
+from grafter.store.ledger import read_ledger, read_summaries
+from grafter.tools.launch.job_keeper import descendants, parents_by_pid
 
 RECORDED = "recorded"
 
@@ -32,9 +33,9 @@ def record(directory: Path, role: str, size: int, program: Callable[[Rank], Any]
 
 def play(rank: Rank) -> None:
     """One rank of the player, in a process that the test has already."""
-    from grafter.offline.played_rank import PlayedGrafter
-    from grafter.offline.recording import open_recording
-    from grafter.settings.config import GrafterConfig
+    from grafter.config.settings.config import GrafterConfig
+    from grafter.rank.offline.played_rank import PlayedGrafter
+    from grafter.store.recordings.recording import open_recording
 
     recording = open_recording(rank.arguments[0], "baseline" if rank.is_baseline else "target")
     played = PlayedGrafter(GrafterConfig.from_environment(), recording.ranks[rank.role_rank])
@@ -187,7 +188,7 @@ def test_everything_that_a_point_carries_is_played(tmp_path: Path) -> None:
 
 def dump_and_fill_the_disk(rank: Rank) -> None:
     """The second point's file finds no room."""
-    from grafter.dumps import saver
+    from grafter.store.dumps import saver
 
     write, written = saver.write_tensors, []
 

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from grafter.cli import app
-from grafter.dumps.reader import open_dumps
-from grafter.ledger import RankSummary, read_run
+from grafter.cli.main import app
+from grafter.core.records import RankSummary
+from grafter.store.dumps.reader import open_dumps
+from grafter.store.ledger import read_run
 
 # One import of torch for all ranks of a job.
 PROGRAM = """
@@ -120,8 +121,8 @@ def test_wrong_usage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments:
 
 def test_the_recording_says_what_it_was_recorded_with(tmp_path: Path) -> None:
     """run.json and rank<r>.recording.json are there for people, too."""
-    from grafter.grafter import Grafter
-    from grafter.settings.config import GrafterConfig
+    from grafter.config.settings.config import GrafterConfig
+    from grafter.rank.grafter import Grafter
 
     config = GrafterConfig(
         enable=True,

@@ -12,19 +12,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grafter.dumps.record import DumpRecord
+from grafter.config.settings.config import GrafterConfig
+from grafter.core.leaves import decode_extras
+from grafter.core.messages.roster import PlayedFrom
+from grafter.core.place import Place
 from grafter.errors import ConfigError, DumpError, UsageError
-from grafter.grafter import Grafter
-from grafter.leaves import decode_extras
-from grafter.offline.peer import start_peer
-from grafter.offline.recorded_part import RecordedPart
-from grafter.offline.recording import Recording, open_recording
-from grafter.rendezvous.join import Place, store_place
-from grafter.rendezvous.roster import PlayedFrom
-from grafter.running.job_environment import STARTUP_DIRECTORY, player_environment
-from grafter.settings.config import GrafterConfig
-from grafter.watching.board import BoardLine, describe_board
-from grafter.watching.diagnosis import explain_stuck
+from grafter.rank.grafter import Grafter
+from grafter.rank.job_environment import STARTUP_DIRECTORY, player_environment
+from grafter.rank.peer import start_peer
+from grafter.store.dumps.record import DumpRecord
+from grafter.store.recordings.recorded_part import RecordedPart
+from grafter.store.recordings.recording import Recording, open_recording
+from grafter.wire.monitor.deadlock import explain_stuck
+from grafter.wire.monitor.status_board import BoardLine, describe_board
+from grafter.wire.rendezvous.join import store_place
 
 
 def config(directory: Path, **fields: Any) -> GrafterConfig:

@@ -15,8 +15,8 @@ from test_one_sided import FAR, WELL, dump_steps
 from test_outbox_points import dump_of_each_kind
 
 import grafter
-from grafter.ledger import read_run
-from grafter.running.point_rows import PointRow, merge_ranks
+from grafter.analysis.run.point_rows import PointRow, merge_ranks
+from grafter.store.ledger import read_run
 
 
 def told(jobs: Jobs) -> list[list[tuple[str, str, str | None]]]:
@@ -27,7 +27,7 @@ def told(jobs: Jobs) -> list[list[tuple[str, str, str | None]]]:
 
 
 def dump_on_two_hosts(rank: Rank) -> Any:
-    from grafter.rendezvous import join
+    from grafter.wire.rendezvous import join
 
     there = join.own_identity()
     join.own_identity = lambda: there.model_copy(update={"host": f"the {rank.role}'s"})
@@ -35,7 +35,7 @@ def dump_on_two_hosts(rank: Rank) -> Any:
 
 
 def dump_on_a_host_each(rank: Rank) -> Any:
-    from grafter.rendezvous import join
+    from grafter.wire.rendezvous import join
 
     there = join.own_identity()
     join.own_identity = lambda: there.model_copy(update={"host": f"that of {rank.role} {rank.role_rank}"})

@@ -12,10 +12,10 @@ from jobs import Jobs, Rank, succeed, two_jobs
 from outbox_parts import join, outcomes, point_keys, until_nothing_is_pending
 
 import grafter
-from grafter.points import PointKey
-from grafter.rendezvous import courier
-from grafter.running.run_summary import read_run_summary
-from grafter.show import describe_counts
+from grafter.analysis.run.counts import describe_counts
+from grafter.analysis.run.run_summary import read_run_summary
+from grafter.core.points import PointKey
+from grafter.wire.rendezvous import courier
 
 B2T = "name != 'start'"
 
@@ -282,7 +282,7 @@ def test_two_ranks_that_go_on_are_taken_by_three_that_hold_other_parts(tmp_path:
 
 def reshard_between_hosts(rank: Rank) -> list[float]:
     """As if each job were on a host of its own: neither memory nor mail is shared between the two."""
-    from grafter.rendezvous import join
+    from grafter.wire.rendezvous import join
 
     there = join.own_identity()
     join.own_identity = lambda: there.model_copy(update={"host": f"the {rank.role}'s"})

@@ -13,8 +13,8 @@ from jobs import Jobs, Rank, succeed
 from outbox_parts import join, point_keys, until_nothing_is_pending
 
 import grafter
-from grafter.exchange.staging import StagingRefused
-from grafter.outbox.pull import Puller
+from grafter.wire.exchange.staging import StagingRefused
+from grafter.wire.outbox.pull import Puller
 
 READING_FAILS, NO_ROOM, NO_MEMORY = 1, 2, 3
 NUMBERS = range(5)

@@ -45,7 +45,7 @@ def dump_all(rank: Rank) -> tuple[int, int]:
 
 
 def dump_all_on_two_hosts(rank: Rank) -> tuple[int, int]:
-    from grafter.rendezvous import join
+    from grafter.wire.rendezvous import join
 
     there = join.own_identity()
     join.own_identity = lambda: there.model_copy(update={"host": f"the {rank.role}'s"})

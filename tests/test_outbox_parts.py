@@ -18,18 +18,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import grafter
-from grafter.errors import ProtocolError
-from grafter.exchange.staging import Staging, new_block
-from grafter.leaves import spec_of
-from grafter.options import OptionChooser
-from grafter.outbox.claims import Claims
-from grafter.outbox.counts import Pending
-from grafter.outbox.delivery import Delivery, Fetcher
-from grafter.outbox.entries import Entry, Outbox
-from grafter.outbox.memory import Memory, Slot, offsets_of, snapshot, tensor_at
-from grafter.outbox.places import Words
-from grafter.outbox.pull import Puller
-from grafter.outbox.states import (
+from grafter.config.options import OptionChooser
+from grafter.config.settings.config import GrafterConfig
+from grafter.config.settings.rules import Rule
+from grafter.core.leaves import spec_of
+from grafter.core.messages.counts import Pending
+from grafter.core.messages.manifest import Header, StoreKeys, manifest_text
+from grafter.core.messages.mismatch import find_conflict
+from grafter.core.messages.states import (
     FINAL,
     NotMet,
     OutboxPlace,
@@ -38,17 +34,21 @@ from grafter.outbox.states import (
     receivers_account,
     senders_outcome,
 )
-from grafter.pairing.decision import Decision
-from grafter.pairing.manifest import Header, StoreKeys, manifest_text
-from grafter.pairing.mismatch import find_conflict
-from grafter.rendezvous.store import StoreClient, serve
-from grafter.rendezvous.wire import Seal, Sealed
-from grafter.settings.config import GrafterConfig
-from grafter.settings.rules import Rule
-from grafter.watching.board import BoardLine
-from grafter.watching.diagnosis import find_stuck
-from grafter.watching.liveness import own_identity
-from grafter.watching.watch import Abandoned
+from grafter.core.messages.wire import Seal, Sealed
+from grafter.core.plan.decision import Decision
+from grafter.core.processes.liveness import own_identity
+from grafter.core.processes.watch import Abandoned
+from grafter.errors import ProtocolError
+from grafter.wire.exchange.staging import Staging, new_block
+from grafter.wire.monitor.deadlock import find_stuck
+from grafter.wire.monitor.status_board import BoardLine
+from grafter.wire.outbox.claims import Claims
+from grafter.wire.outbox.delivery import Delivery, Fetcher
+from grafter.wire.outbox.entries import Entry, Outbox
+from grafter.wire.outbox.memory import Memory, Slot, offsets_of, snapshot, tensor_at
+from grafter.wire.outbox.pull import Puller
+from grafter.wire.outbox.tombstones import Tombstones
+from grafter.wire.store_client import StoreClient, serve
 
 # Memory.
 
@@ -265,7 +265,7 @@ def test_a_leader_tells_its_followers_why_there_is_no_pair() -> None:
 def test_words_for_a_side_that_never_comes_do_not_fill_the_store() -> None:
     """Of the last 16,384 they are kept; each more removes the oldest."""
     deleted: list[str] = []
-    words = Words(deleted.extend)
+    words = Tombstones(deleted.extend)
     for number in range(16_384 + 500):
         words.left_at(f"place {number}")
     assert deleted == [f"place {number}" for number in range(500)]
@@ -326,7 +326,14 @@ def make_outbox(
     watchers: Any = SimpleNamespace(aborted=None, delete_later=deleted.extend)
     lines: list[Any] = []
     outbox = Outbox(
-        Memory(limit), keep_seconds, 0, watchers, Words(deleted.extend), lambda: gone or {}, lines.append, receivers
+        Memory(limit),
+        keep_seconds,
+        0,
+        watchers,
+        Tombstones(deleted.extend),
+        lambda: gone or {},
+        lines.append,
+        receivers,
     )
     return SimpleNamespace(
         outbox=outbox, store=OneStore(), deleted=deleted, lines=lines, watchers=watchers, receivers=receivers
@@ -508,7 +515,7 @@ def test_a_state_changes_only_from_what_was_found(client: StoreClient) -> None:
 
 def test_a_receiver_that_was_held_up_does_not_claim_what_is_gone(client: StoreClient) -> None:
     """Stopped in a debugger between its look and its claim, say: the memory may hold another point by now."""
-    keys, posted, claims = StoreKeys(client.hall, "held"), open_state("target", 0), Claims(client)
+    keys, posted, claims = StoreKeys(client.run_prefix, "held"), open_state("target", 0), Claims(client)
     not_met = claims.claim(keys, "held", posted, [1])
     assert not_met is not None and not_met.outcome == "missed" and not client.exists(keys.state)
     client.set(keys.state, "open", "")

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from grafter.capture.packing import packed_lengths
-from grafter.dumps.record import DumpRecord
+from grafter.config.settings.config import GrafterConfig
+from grafter.core.layout.axes import set_axes
 from grafter.errors import UsageError
-from grafter.grafter import Grafter
-from grafter.layout.axes import set_axes
-from grafter.settings.config import GrafterConfig
+from grafter.rank.grafter import Grafter
+from grafter.store.dumps.record import DumpRecord
 
 
 class Model(torch.nn.Module):

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from point_parts import header, pair, sides, spec
 
-from grafter.pairing.decision import Decision, decide
-from grafter.pairing.mismatch import find_conflict, find_mismatch
+from grafter.core.messages.mismatch import find_conflict, find_mismatch
+from grafter.core.plan.decision import Decision, decide
 
 
 def test_the_k_th_sender_serves_the_k_th_receiver() -> None:

@@ -14,15 +14,15 @@ import pytest
 from jobs import Jobs, Rank, succeed
 from point_parts import header
 
-from grafter.direction import RoleName
-from grafter.pairing.pairing import Pairing
-from grafter.points import PointKey
-from grafter.rendezvous import courier
-from grafter.rendezvous.channels import Channels
-from grafter.rendezvous.roster import Announcement, Roster
-from grafter.rendezvous.store import StoreClient
-from grafter.rendezvous.wire import Seal, Sealed
-from grafter.watching.liveness import ProcessIdentity
+from grafter.core.direction import RoleName
+from grafter.core.messages.roster import Announcement, Roster
+from grafter.core.messages.wire import Seal, Sealed
+from grafter.core.points import PointKey
+from grafter.core.processes.liveness import ProcessIdentity
+from grafter.wire.pairing.pairing import Pairing
+from grafter.wire.rendezvous import courier
+from grafter.wire.rendezvous.channels import Channels
+from grafter.wire.store_client import StoreClient
 
 SIZES = (8, 64, 1024)
 # How the ranks are spread: all on one host, each job on one of its own, or eight of a job to a host.

@@ -11,9 +11,9 @@ import torch
 from jobs import Jobs, Rank, succeed, two_jobs
 
 import grafter
+from grafter.core.messages.participants import own_participants
+from grafter.core.place import Place
 from grafter.errors import UsageError
-from grafter.pairing.participants import own_participants
-from grafter.rendezvous.join import Place
 
 CONCATENATE = f"{Path(__file__).parent.parent / 'transforms' / 'concatenate.py'}:transform"
 

@@ -12,10 +12,10 @@ import torch.distributed as dist
 from jobs import Jobs, Rank
 
 import grafter
+from grafter.config.settings.config import GrafterConfig
+from grafter.core.place import Place
 from grafter.errors import ConfigError
-from grafter.rendezvous.join import Place
-from grafter.session import find_place
-from grafter.settings.config import GrafterConfig
+from grafter.runtime.session import find_place
 
 
 def config(**settings: Any) -> GrafterConfig:

@@ -17,9 +17,9 @@ from jobs import Rank, succeed, two_jobs
 from point_parts import header, pair
 
 import grafter
-from grafter.leaves import NothingToOffer, take_apart
-from grafter.pairing.decision import Decision, decide
-from grafter.running.run_summary import read_run_summary
+from grafter.analysis.run.run_summary import read_run_summary
+from grafter.core.leaves import NothingToOffer, take_apart
+from grafter.core.plan.decision import Decision, decide
 
 NAN = float("nan")
 EQUAL: dict[str, Any] = {

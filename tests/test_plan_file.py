@@ -9,10 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from grafter.config.settings.config import SETTING_FIELDS
+from grafter.config.settings.plan_file import MAX_BYTES, PlanFile, read_plan_file
+from grafter.config.settings.rules import Rule
+from grafter.core.match import compile_match
 from grafter.errors import ConfigError
-from grafter.settings.config import SETTING_FIELDS
-from grafter.settings.plan_file import MAX_BYTES, PlanFile, read_plan_file
-from grafter.settings.rules import Rule, compile_match
 
 
 @pytest.fixture

@@ -25,10 +25,10 @@ from suggest_parts import (
     tree,
 )
 
+from grafter.analysis.plan_suggest.assignment import best_pairs
+from grafter.analysis.plan_suggest.matching import match_trees
+from grafter.analysis.plan_suggest.pairs import Confidence
 from grafter.capture.module_tree import ModuleTree, tree_of
-from grafter.plan_suggest.assignment import best_pairs
-from grafter.plan_suggest.matching import match_trees
-from grafter.plan_suggest.pairs import Confidence
 
 HIGH = Confidence.high
 

@@ -22,6 +22,9 @@ from test_plan_suggest import COLUMNS, ROWS, trees
 from torch import nn
 from typer.testing import CliRunner, Result
 
+from grafter.analysis.plan_suggest.matching import match_trees
+from grafter.analysis.plan_suggest.names import default_pattern
+from grafter.analysis.plan_suggest.wording import plan_text
 from grafter.capture.module_tree import (
     ModuleNode,
     ModuleTree,
@@ -32,12 +35,9 @@ from grafter.capture.module_tree import (
     write_trees,
 )
 from grafter.capture.naming import Naming
-from grafter.cli import app
+from grafter.cli.main import app
+from grafter.config.names import PointName
 from grafter.errors import UsageError
-from grafter.names import PointName
-from grafter.plan_suggest.matching import match_trees
-from grafter.plan_suggest.names import default_pattern
-from grafter.plan_suggest.wording import plan_text
 
 
 def rename_modules(module: nn.Module, names: dict[str, str]) -> nn.Module:

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 import grafter
 from grafter.capture.module_tree import read_role_trees
-from grafter.cli import app
+from grafter.cli.main import app
 
 
 class Ours(nn.Module):

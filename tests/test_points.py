@@ -12,17 +12,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from grafter.config.settings.field_types import Gradient, WaitFor, Write
+from grafter.core.points import LEGAL_OPTIONS, OPTIONS, OWN_TAGS, StepCounter, call_site, check_tags, split_options
 from grafter.errors import UsageError
-from grafter.points import (
-    LEGAL_OPTIONS,
-    OPTIONS,
-    OWN_TAGS,
-    StepCounter,
-    call_site,
-    check_tags,
-    split_options,
-)
-from grafter.settings.field_types import Gradient, WaitFor, Write
 
 tag_names = st.from_regex(r"[a-z][a-z_]{0,8}", fullmatch=True).filter(lambda n: n not in OPTIONS | OWN_TAGS)
 tag_values = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import grafter
-from grafter.points import CONTEXT_OPTIONS, OPTIONS
+from grafter.core.points import CONTEXT_OPTIONS, OPTIONS
 
 
 def test_public_names_are_exactly_these() -> None:

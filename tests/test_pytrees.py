@@ -171,7 +171,7 @@ def test_a_function_that_gives_no_tensor_is_called_once_and_its_value_returned(t
 
 
 def dump_more_than_can_be_described(rank: Rank) -> Any:
-    from grafter import offer
+    from grafter.runtime import offer
 
     offer.MOST_DESCRIBED_BYTES = 20_000
     value = {f"leaf{number}": filled(1 if rank.is_baseline else 9, 1) for number in range(300)}

@@ -13,8 +13,8 @@ from recompute_parts import both_kinds, kept_tensors, own_value, run_both
 from torch.utils.checkpoint import CheckpointFunction, _checkpoint_hook, checkpoint
 
 import grafter
-from grafter.backward import kept_writes
-from grafter.backward.kept_writes import KeptTensor
+from grafter.runtime.recompute import kept_writes
+from grafter.runtime.recompute.kept_writes import KeptTensor
 
 
 def look_at_memory(rank: Rank) -> Any:

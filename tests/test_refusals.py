@@ -171,7 +171,7 @@ def dump_from_threads_in_other_orders(rank: Rank) -> Any:
 
     one = threading.Thread(target=work, args=(first,))
     one.start()
-    grafter_of_process = grafter._grafter
+    grafter_of_process = grafter._process.grafter
     assert grafter_of_process is not None
     # Until the first thread is at its point, the second could come before it.
     while grafter_of_process.lock.acquire(blocking=False):

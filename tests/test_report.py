@@ -22,18 +22,19 @@ from hypothesis import strategies as st
 from report_parts import ADDED, ALONE, FLOOR, LAYERS, layers, record, summary, write_dumps, write_locate, write_run
 from typer.testing import CliRunner
 
-from grafter.cli import app
+from grafter.analysis.report import encoding
+from grafter.analysis.report.encoding import encode_page
+from grafter.analysis.report.html import MissingExtra, render_page
+from grafter.analysis.report.page_data import Finding, PageData, PagePoint
+from grafter.analysis.report.run_page import describe_divergence, find_layer, flatten_facts
+from grafter.analysis.report.writing import can_show, make_page, page_directory, write_page
+from grafter.cli.main import app
+from grafter.config.settings.config import GrafterConfig
+from grafter.core.place import Place
+from grafter.core.records import Difference, LedgerRecord
 from grafter.errors import GrafterError, UsageError
-from grafter.ledger import Difference, LedgerRecord, LedgerWriter
-from grafter.rendezvous.join import Place
-from grafter.report import encoding
-from grafter.report.encoding import encode_page
-from grafter.report.html import MissingExtra, render_page
-from grafter.report.page_data import Finding, PageData, PagePoint
-from grafter.report.run_page import describe_divergence, find_layer, flatten_facts
-from grafter.report.writing import can_show, make_page, page_directory, write_page
-from grafter.run_facts import write_run_facts
-from grafter.settings.config import GrafterConfig
+from grafter.store.ledger import LedgerWriter
+from grafter.store.run_facts import write_run_facts
 
 
 def page(**changes: Any) -> PageData:
@@ -377,7 +378,7 @@ def test_the_same_data_is_the_same_page() -> None:
 @pytest.mark.parametrize("package", ["jinja2", "plotly"])
 def test_a_missing_package_is_told_with_what_to_install(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The extra is named, for either of the two."""
-    from grafter.report import html
+    from grafter.analysis.report import html
 
     real = builtins.__import__
 

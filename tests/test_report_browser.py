@@ -18,8 +18,8 @@ import pytest
 from playwright.sync_api import sync_playwright
 from report_parts import ADDED, ALONE, LAYERS, layers, record, write_dumps, write_run
 
-from grafter.report.page_data import PageData, PagePoint
-from grafter.report.writing import make_page, write_page
+from grafter.analysis.report.page_data import PageData, PagePoint
+from grafter.analysis.report.writing import make_page, write_page
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page

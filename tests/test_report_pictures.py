@@ -16,15 +16,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from report_parts import ALONE, layers, write_dumps, write_run
 
-from grafter.compare.comparison import Choice, compare, open_both
-from grafter.compare.table import json_lines
-from grafter.compare.thresholds import parse_threshold
+from grafter.analysis.compare.comparison import Choice, compare, open_both
+from grafter.analysis.report import dumped_pictures, pictures
+from grafter.analysis.report.pictures import BINS, Heatmap, draw_pair
+from grafter.analysis.report.writing import make_page
+from grafter.cli.compare_table import json_lines
+from grafter.config.thresholds import parse_threshold
+from grafter.core.layout.runs import whole
+from grafter.core.layout.shares import RoleShares, Share
 from grafter.errors import GrafterError
-from grafter.layout.runs import whole
-from grafter.layout.shares import RoleShares, Share
-from grafter.report import dumped_pictures, pictures
-from grafter.report.pictures import BINS, Heatmap, draw_pair
-from grafter.report.writing import make_page
 
 
 class InMemory:

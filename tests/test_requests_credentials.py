@@ -10,16 +10,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grafter.dumps.buffers import Buffers
-from grafter.requests.credentials import (
+from grafter.store.dumps.buffers import Buffers
+from grafter.tools.requests.credentials import (
     names_a_secret,
     without_secrets_in_path,
     without_secrets_in_query,
     without_secrets_in_value,
 )
-from grafter.requests.encoding import encode_json, encode_part
-from grafter.requests.headers import is_secret_header, safe_value
-from grafter.requests.proxy import _recorded
+from grafter.tools.requests.encoding import encode_json, encode_part
+from grafter.tools.requests.headers import is_secret_header, safe_value
+from grafter.tools.requests.proxy import _recorded
 
 SECRETS = st.text("abcdefghijkmnopqrstuvwxyz0123456789", min_size=8, max_size=20).map(lambda text: f"Zq{text}")
 PARAMETERS = st.sampled_from(

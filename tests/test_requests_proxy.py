@@ -27,10 +27,10 @@ from request_files import lines_in, wait_until
 from request_parts import Engine, proxied, served, tcp_socket
 from starlette.responses import Response
 
-from grafter.requests.proxy import Kept, Room
-from grafter.requests.reading import Recording
-from grafter.requests.recorder import RequestRecorder
-from grafter.requests.serving import make_config, serve
+from grafter.tools.requests.proxy import Kept, Room
+from grafter.tools.requests.reading import Recording
+from grafter.tools.requests.recorder import RequestRecorder
+from grafter.tools.requests.serving import make_config, serve
 
 # Benchmarks are no part of the installed package, and `pytest` alone does not look in the directory where it starts.
 sys.path.append(str(Path(__file__).parent.parent))

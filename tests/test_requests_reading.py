@@ -12,21 +12,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from grafter.cli.requests import read_headers
 from grafter.errors import DumpError, GrafterError, UsageError
-from grafter.requests import reading
-from grafter.requests.answers import read_answer
-from grafter.requests.bodies import body_bytes, body_fields, read_events
-from grafter.requests.call import NoCall, api_of, make_call
-from grafter.requests.commands import read_headers
-from grafter.requests.forcing import Forcing, recorded_length
-from grafter.requests.judgement import Outcome, judge, recorded_reply, summarise
-from grafter.requests.reading import Place, Recorded, Recording
-from grafter.requests.recorder import RequestRecorder
-from grafter.requests.replay import choose
-from grafter.requests.sending import Reply
-from grafter.requests.serving import check_url
+from grafter.tools.requests import reading
+from grafter.tools.requests.answers import read_answer
+from grafter.tools.requests.bodies import body_bytes, body_fields, read_events
+from grafter.tools.requests.call import NoCall, api_of, make_call
+from grafter.tools.requests.forcing import Forcing, recorded_length
+from grafter.tools.requests.judgement import Outcome, judge, recorded_reply, summarise
+from grafter.tools.requests.reading import Place, Recorded, Recording
+from grafter.tools.requests.recorder import RequestRecorder
+from grafter.tools.requests.replay import choose
+from grafter.tools.requests.sending import Reply
+from grafter.tools.requests.serving import check_url
 
-HEADER = {"format": "grafter.requests", "format_version": 1, "recorder": "r"}
+HEADER = {"format": "grafter.tools.requests", "format_version": 1, "recorder": "r"}
 LINE = {
     "index": 0,
     "id": "a",

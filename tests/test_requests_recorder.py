@@ -26,12 +26,12 @@ from pydantic import BaseModel
 from request_files import lines_in, wait_until
 
 import grafter
-from grafter.dumps.buffers import Buffers
 from grafter.errors import UsageError
-from grafter.requests import recorder as recorder_module
-from grafter.requests.encoding import encode_part
-from grafter.requests.reading import Recording
-from grafter.requests.recorder import RequestRecorder
+from grafter.store.dumps.buffers import Buffers
+from grafter.tools.requests import recorder as recorder_module
+from grafter.tools.requests.encoding import encode_part
+from grafter.tools.requests.reading import Recording
+from grafter.tools.requests.recorder import RequestRecorder
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(PRELOAD)
@@ -395,7 +395,7 @@ def test_a_batch_that_the_disk_refuses_leaves_nothing_half_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The batch is counted as lost and told; the next one is written."""
-    from grafter.requests import batch_file
+    from grafter.tools.requests import batch_file
 
     real, calls = os.replace, []
 
@@ -419,7 +419,7 @@ def test_a_batch_that_the_disk_refuses_leaves_nothing_half_written(
 
 def test_a_line_too_long_to_be_read_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its largest part is left out and named; the rest stays."""
-    from grafter.requests import batch_file
+    from grafter.tools.requests import batch_file
 
     monkeypatch.setattr(batch_file, "LONGEST_LINE", 1000)
     with RequestRecorder(tmp_path) as recorder:

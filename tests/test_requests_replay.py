@@ -21,13 +21,13 @@ from request_parts import Engine, proxied, served, tcp_socket
 from starlette.responses import JSONResponse
 from typer.testing import CliRunner, Result
 
-from grafter.cli import app
-from grafter.command_options import progress_bar
-from grafter.requests import commands
-from grafter.requests.judgement import Outcome
-from grafter.requests.reading import Recording
-from grafter.requests.recorder import RequestRecorder
-from grafter.requests.replay import ReplayOptions, replay
+from grafter.cli import requests as commands
+from grafter.cli.command_options import progress_bar
+from grafter.cli.main import app
+from grafter.tools.requests.judgement import Outcome
+from grafter.tools.requests.reading import Recording
+from grafter.tools.requests.recorder import RequestRecorder
+from grafter.tools.requests.replay import ReplayOptions, replay
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(PRELOAD)
@@ -136,7 +136,7 @@ def test_only_what_was_asked_for_is_sent(recorded: Path) -> None:
 
 def write_requests(directory: Path, times: list[float], body: Any = None) -> None:
     """Requests that came at these times, in seconds."""
-    lines = [json.dumps({"format": "grafter.requests", "format_version": 1, "recorder": "r"})]
+    lines = [json.dumps({"format": "grafter.tools.requests", "format_version": 1, "recorder": "r"})]
     for index, at in enumerate(times):
         output = {"status": 200, "kind": "json", "body": {"ok": True}}
         line = {"index": index, "id": f"r{index}", "time": 1000.0 + at, "state": "finished", "output": output}
@@ -167,7 +167,7 @@ def test_gaps_are_kept_and_speed_divides_them(
     speed: float, gaps: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By a clock that only the replay's own waiting moves: 10 and 20 s as recorded, or half of it, or none."""
-    from grafter.requests import replay as replay_module
+    from grafter.tools.requests import replay as replay_module
 
     write_requests(tmp_path, [0.0, 10.0, 30.0])
     now, waited = [100.0], list[float]()
@@ -251,7 +251,7 @@ def test_a_recording_that_was_replayed_through_the_proxy_is_the_same_again(recor
 
 
 def _not_forced() -> Any:
-    from grafter.requests.forcing import Forcing
+    from grafter.tools.requests.forcing import Forcing
 
     return Forcing(is_on=False)
 
@@ -322,7 +322,7 @@ def test_a_bar_shows_on_a_terminal_alone(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_ctrl_c_shows_what_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Exit code 130, with the outcomes so far."""
-    from grafter.requests import replay as replay_module
+    from grafter.tools.requests import replay as replay_module
 
     write_requests(tmp_path, [0.0, 0.0, 5000.0])
     real = replay_module.wait_until
@@ -343,7 +343,7 @@ def test_the_recorder_needs_no_extra() -> None:
     """grafter.RequestRecorder, and reading a recording, import none of the extra's packages."""
     code = """
 import sys, grafter
-from grafter.requests import reading
+from grafter.tools.requests import reading
 assert grafter.RequestRecorder
 pipe.send([name for name in ("httpx", "starlette", "uvicorn", "h11") if name in sys.modules])
 """

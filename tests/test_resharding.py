@@ -12,9 +12,10 @@ from hypothesis import given, note, settings
 from hypothesis import strategies as st
 from layout_parts import HeldSide, role_headers, two_sides
 
-from grafter.layout.declared import DeclaredLayout
-from grafter.layout.resharding import CopyItem, Near, Resharding
-from grafter.layout.shares import RoleShares, find_shares
+from grafter.core.layout.declared import DeclaredLayout
+from grafter.core.layout.shares import RoleShares
+from grafter.core.plan.header_shares import find_shares
+from grafter.core.plan.resharding import CopyItem, Near, Resharding
 
 UNTOUCHED = -7
 

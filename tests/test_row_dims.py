@@ -16,12 +16,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from point_parts import header, pair, spec
 
-from grafter.layout.declared import DeclaredLayout
-from grafter.pairing.announced_tokens import announce
-from grafter.pairing.decision import decide
-from grafter.pairing.manifest import Header
-from grafter.rows.row_dims import common_row_ndim, leading_row_dims
-from grafter.rows.tokens import Tokens
+from grafter.core.layout.declared import DeclaredLayout
+from grafter.core.messages.announced_tokens import announce
+from grafter.core.messages.manifest import Header
+from grafter.core.plan.decision import decide
+from grafter.core.rows.row_dims import common_row_ndim, leading_row_dims
+from grafter.core.rows.tokens import Tokens
 
 # One conversation of 12 tokens, 32 values each.
 ROWS = random(12, 32)

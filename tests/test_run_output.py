@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grafter.running.run_output import LineSplitter, OutputReader, RunOutput
-from grafter.running.supervision import WaitTeller
+from grafter.tools.launch.run_output import LineSplitter, OutputReader, RunOutput
+from grafter.tools.launch.supervision import WaitTeller
 
 
 @given(st.binary(max_size=300), st.lists(st.integers(0, 300), max_size=5))

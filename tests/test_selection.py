@@ -8,8 +8,8 @@ from attach_parts import Block, Tower
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-from grafter.capture.patterns import read_patterns
 from grafter.capture.selection import clean_path, module_at, select_modules, walk
+from grafter.core.patterns import read_patterns
 from grafter.errors import UsageError
 
 LAYERS = [f"layers.{n}{rest}" for n in range(3) for rest in ("", ".norm", ".up")]

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 import grafter
-from grafter.layout.dims import parse_dims
-from grafter.points import surroundings
-from grafter.settings.config import SETTING_FIELDS, GrafterConfig
-from grafter.settings.plan_file import PlanFile, read_plan_file
+from grafter.config.settings.config import SETTING_FIELDS, GrafterConfig
+from grafter.config.settings.plan_file import PlanFile, read_plan_file
+from grafter.core.layout.dims import parse_dims
+from grafter.core.points import surroundings
 
 PAGE = (Path(__file__).parent.parent / "docs" / "serving-engines.md").read_text()
 VLLM = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)[0]

@@ -13,9 +13,9 @@ from attach_parts import Tower, attach
 from pair_runs import run_program
 
 from grafter.capture.naming import Naming
-from grafter.names import NameRule
-from grafter.rendezvous.announced_models import AnnouncedModel, find_confused_models
-from grafter.settings.field_types import read_model_names
+from grafter.config.names import NameRule
+from grafter.config.settings.field_types import read_model_names
+from grafter.core.messages.announced_models import AnnouncedModel, find_confused_models
 
 OUTPUTS = ("--attach", "*", "--compare", "name.endswith('.out')")
 # A policy and a reference of one class; what the jobs differ in, is the order.
@@ -190,7 +190,7 @@ def test_a_recording_knows_its_models(tmp_path: Path) -> None:
     recording, filters = tmp_path / "recording", ("--compare", "name.endswith('.out')")
     (tmp_path / "program.py").write_text(textwrap.dedent(TWO_MODELS))
     program = [sys.executable, str(tmp_path / "program.py")]
-    base = [sys.executable, "-m", "grafter.cli", "run", "--attach", "*", *filters]
+    base = [sys.executable, "-m", "grafter.cli.main", "run", "--attach", "*", *filters]
     recorded = ["--role", "baseline", "--record", str(recording), "--", *program, "policy,policy"]
     done = subprocess.run([*base, *recorded], capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr

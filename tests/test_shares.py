@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from layout_parts import on_axis, role_headers
 from pydantic import ValidationError
 
+from grafter.core.layout.declared import DeclaredLayout, Layout, by_path
+from grafter.core.layout.runs import cut, from_parts, split_in_order
+from grafter.core.layout.shares import RoleShares, boxes_of
+from grafter.core.messages.manifest import Header
+from grafter.core.plan.header_shares import find_shares, layouts_of
 from grafter.errors import LayoutError
-from grafter.layout.declared import DeclaredLayout, Layout, by_path
-from grafter.layout.runs import cut, from_parts, split_in_order
-from grafter.layout.shares import RoleShares, boxes_of, find_shares, layouts_of
-from grafter.pairing.manifest import Header
 
 
 def shares(headers: list[Header]) -> RoleShares:

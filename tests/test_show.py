@@ -12,13 +12,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from grafter.analysis.run.point_rows import merge_ranks
+from grafter.analysis.run.run_summary import find_run, read_run_summary
+from grafter.cli.run_report import report_run
+from grafter.cli.show import log_bar, printable, show_run
+from grafter.core.records import CopyRecord, Difference, LeafRecord, LedgerRecord, RankSummary, Role
 from grafter.errors import GrafterError
-from grafter.ledger import CopyRecord, Difference, LeafRecord, LedgerRecord, LedgerWriter, RankSummary, Role
-from grafter.running.launcher import PairResult
-from grafter.running.point_rows import merge_ranks
-from grafter.running.run_report import report_run
-from grafter.running.run_summary import find_run, read_run_summary
-from grafter.show import log_bar, printable, show_run
+from grafter.store.ledger import LedgerWriter
+from grafter.tools.launch.launcher import PairResult
 
 
 def record(role: Role, role_rank: int, sequence: int, **changes: Any) -> LedgerRecord:

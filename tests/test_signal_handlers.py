@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from grafter.signal_handlers import is_from_signal_handler
+from grafter.core.signal_handlers import is_from_signal_handler
 
 
 @pytest.fixture(autouse=True)

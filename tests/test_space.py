@@ -12,13 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from layout_parts import on_axis, role_headers, two_sides
 
+from grafter.core.layout.declared import DeclaredLayout
+from grafter.core.layout.overlap import find_overlap, share_a_place
+from grafter.core.layout.space import rectangles
+from grafter.core.messages.manifest import Header
+from grafter.core.plan.header_shares import find_shares, whole_tensor
+from grafter.core.plan.resharding import Resharding
 from grafter.errors import LayoutError
-from grafter.layout.declared import DeclaredLayout
-from grafter.layout.overlap import find_overlap, share_a_place
-from grafter.layout.resharding import Resharding
-from grafter.layout.shares import find_shares, whole_tensor
-from grafter.layout.space import rectangles
-from grafter.pairing.manifest import Header
 
 
 def side(role: str, dims: str | None, *shapes: Sequence[int], axis: str = "tp", **fields: Any) -> list[Header]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from grafter.rendezvous.spinning import Spinning
+from grafter.wire.rendezvous.spinning import Spinning
 
 
 def waits_without_spin(spinning: Spinning) -> int:

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from grafter.exchange import staging
-from grafter.exchange.staging import Staging, StagingRefused, as_tensor, is_sealed_block
+from grafter.wire.exchange import staging
+from grafter.wire.exchange.staging import Staging, StagingRefused, as_tensor, is_sealed_block
 
 MIB = 1 << 20
 

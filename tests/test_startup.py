@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from grafter.running.job_environment import STARTUP_DIRECTORY, job_environment, what_defeats_attach
+from grafter.rank.job_environment import STARTUP_DIRECTORY, job_environment, what_defeats_attach
 from grafter.version import VERSION
 
 HERE = Path(__file__).parent
@@ -132,7 +132,7 @@ def test_a_program_that_makes_no_module_is_never_armed() -> None:
     assert not result["armed"]
     assert result["torch"][:2] == ["Module._wrapped_call_impl", False]
     assert not result["pydantic"]
-    assert "grafter.grafter" not in result["grafter"]
+    assert "grafter.rank.grafter" not in result["grafter"]
 
 
 def test_a_python_without_torch_imports_nothing_of_grafter() -> None:
@@ -359,7 +359,7 @@ with torch.no_grad():
 def graft(tmp_path: Path, *options: str, **changes: str) -> subprocess.Popen[str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("GRAFTER_")}
     return subprocess.Popen(
-        [sys.executable, "-m", "grafter.cli", "run", "--out", str(tmp_path / "out"), *options],
+        [sys.executable, "-m", "grafter.cli.main", "run", "--out", str(tmp_path / "out"), *options],
         env={**kept, "OMP_NUM_THREADS": "1", **changes},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from grafter.core.measures import chunk_pass
+from grafter.core.measures.flat_chunks import CHUNK, FlatReader
+from grafter.core.measures.stats import compare, difference, make_difference, make_statistics, summarize
+from grafter.core.records import Difference
 from grafter.errors import UsageError
-from grafter.ledger import Difference
-from grafter.measures import chunk_pass
-from grafter.measures.flat_chunks import CHUNK, FlatReader
-from grafter.measures.stats import compare, difference, make_difference, make_statistics, summarize
 
 NAN, INF = math.nan, math.inf
 FLOAT8 = [dtype for name in dir(torch) if name.startswith("float8_") and (dtype := getattr(torch, name))]

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
+from grafter.core.processes.liveness import ProcessIdentity, own_identity, process_state
 from grafter.errors import PeerLostError, PointTimeoutError
-from grafter.watching.liveness import ProcessIdentity, own_identity, process_state
-from grafter.watching.store_host import StoreHost
-from grafter.watching.store_link import StoreLink
-from grafter.watching.waits import Wait
+from grafter.wire.monitor.store_host import StoreHost
+from grafter.wire.monitor.store_link import StoreLink
+from grafter.wire.monitor.waits import Wait
 
 THE_BOARD = "baseline rank 0 is running and at no point"
 

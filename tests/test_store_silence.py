@@ -18,9 +18,9 @@ import torch
 from jobs import Jobs, Rank
 
 import grafter
+from grafter.core.messages.wire import Seal
 from grafter.errors import PeerLostError
-from grafter.rendezvous.store import StoreClient, connect, serve
-from grafter.rendezvous.wire import Seal
+from grafter.wire.store_client import StoreClient, connect, serve
 
 FAR = 100.0
 TIMEOUT = 6
@@ -51,14 +51,14 @@ def meet_then_wait(rank: Rank) -> float:
     """The second point starts once the test has stopped the host. How long it took to fail."""
     through_the_store, directory = rank.arguments
     if through_the_store:
-        from grafter.rendezvous import courier
+        from grafter.wire.rendezvous import courier
 
         courier._one_host = lambda members: False
     print_into(directory / f"{rank.role}.stderr")
     grafter.dump("first", torch.ones(1))
     if not rank.is_baseline:
         # The board is read once a second: its last reading must have the first point in it.
-        housekeeping = grafter._grafter.entry.session.housekeeping  # type: ignore[union-attr]
+        housekeeping = grafter._process.grafter.entry.session.housekeeping  # type: ignore[union-attr]
         while not any(line.last_points for line in housekeeping.last_seen("baseline")):
             time.sleep(0.05)
     rank.tell(f"{rank.role} met")
@@ -105,7 +105,7 @@ def test_a_stopped_host_of_jobs_started_by_hand_fails_the_point_at_the_timeout(
 
 HOST = """
 import sys, time
-from grafter.rendezvous.store import HostedStore
+from grafter.wire.store_client import HostedStore
 store = HostedStore(secret=sys.argv[1] or None)
 print(store.port, flush=True)
 time.sleep(300)

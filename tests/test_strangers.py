@@ -141,7 +141,7 @@ def test_a_stranger_that_connects_during_the_join_is_dropped(tmp_path: Path, use
 def die_during_the_join(rank: Rank) -> list[float]:
     """Target rank 1 dies once the roster is known, before it has connected to anybody."""
     if rank.role == "target" and rank.role_rank == 1:
-        from grafter import session
+        from grafter.runtime import session
 
         session.connect_ranks = lambda *_: os._exit(1)  # type: ignore[assignment]
     return graft_at_once(rank)
@@ -160,7 +160,7 @@ def test_a_rank_that_dies_before_it_has_connected_is_named_at_the_first_point(tm
 
 def stop_during_the_join(rank: Rank) -> list[float]:
     if rank.role == "target":
-        from grafter import session
+        from grafter.runtime import session
 
         real = session.connect_ranks
 
@@ -188,7 +188,7 @@ def test_a_rank_that_does_not_connect_in_time_is_named(tmp_path: Path) -> None:
 
 def without_sockets(rank: Rank) -> list[float]:
     """As where the machine allows no Unix sockets."""
-    from grafter.rendezvous import connecting
+    from grafter.wire.rendezvous import connecting
 
     def refuse(name: str) -> socket.socket:
         raise PermissionError(1, "Operation not permitted")

@@ -14,9 +14,9 @@ from jobs import Jobs, Rank, succeed
 from torch.distributed import TCPStore
 
 import grafter
+from grafter.core.messages.wire import Seal
 from grafter.errors import ProtocolError, RunError
-from grafter.rendezvous.store import StoreClient, connect, serve
-from grafter.rendezvous.wire import Seal
+from grafter.wire.store_client import StoreClient, connect, serve
 
 SECRET = "between us"
 FAR = 100.0
@@ -134,7 +134,7 @@ def meet_often(rank: Rank) -> tuple[list[float], list[str]]:
     """Every value that this rank held after each point, and where it ignored what a stranger had written."""
     through_the_store, points = rank.arguments
     if through_the_store:
-        from grafter.rendezvous import courier
+        from grafter.wire.rendezvous import courier
 
         courier._one_host = lambda members: False
     values = []
@@ -143,9 +143,9 @@ def meet_often(rank: Rank) -> tuple[list[float], list[str]]:
         grafter.dump("h", value, number=number)
         values.append(float(value[0]))
         if number == 0:
-            session = grafter._grafter.entry.session  # type: ignore[union-attr]
+            session = grafter._process.grafter.entry.session  # type: ignore[union-attr]
             path = Path(os.environ["GRAFTER_DIR"]) / f"{rank.role}.hall"
-            path.with_suffix(".tmp").write_text(session.client.hall)
+            path.with_suffix(".tmp").write_text(session.client.run_prefix)
             path.with_suffix(".tmp").rename(path)
             rank.tell(f"{rank.role} met")
             rank.wait_for("go on")
@@ -156,24 +156,29 @@ def meet_often(rank: Rank) -> tuple[list[float], list[str]]:
     return values, session.client.seal.ignored.keys
 
 
-def keys_to_come(hall: str, points: int) -> list[str]:
+def keys_to_come(run_prefix: str, points: int) -> list[str]:
     """Where ranks of this run read: of points to come, of the outcome, of failures, changes, aborts and the board."""
-    from grafter.pairing.manifest import store_keys
-    from grafter.points import StepCounter
+    from grafter.core.messages.manifest import store_keys
+    from grafter.core.points import StepCounter
 
     counter = StepCounter()
-    lobby = hall.split("/v")[0]
+    job_prefix = run_prefix.split("/v")[0]
     keys = [
-        f"{lobby}/abort",
-        f"{lobby}/exit/baseline",
-        f"{lobby}/exit/target",
-        f"{hall}/control/0",
-        f"{hall}/failure/0/0",
+        f"{job_prefix}/abort",
+        f"{job_prefix}/exit/baseline",
+        f"{job_prefix}/exit/target",
+        f"{run_prefix}/control/0",
+        f"{run_prefix}/failure/0/0",
     ]
-    keys += [f"{hall}/failure/1/0", f"{hall}/control/question", f"{hall}/board/baseline/0", f"{hall}/board/target/0"]
-    keys += [f"{hall}/idle/baseline/0", f"{hall}/beat/0", f"{hall}/beat/1"]
+    keys += [
+        f"{run_prefix}/failure/1/0",
+        f"{run_prefix}/control/question",
+        f"{run_prefix}/board/baseline/0",
+        f"{run_prefix}/board/target/0",
+    ]
+    keys += [f"{run_prefix}/idle/baseline/0", f"{run_prefix}/beat/0", f"{run_prefix}/beat/1"]
     for number in range(1, points):
-        names = store_keys(hall, counter.next_key({"name": "h", "number": number}, None).digest)
+        names = store_keys(run_prefix, counter.next_key({"name": "h", "number": number}, None).digest)
         keys += [names.first, names.second, names.outcome, names.pair("target"), names.state]
     return keys
 
@@ -190,11 +195,11 @@ def test_a_stranger_that_writes_everywhere_during_a_run_changes_nothing(
         jobs.start("target", 1, meet_often, through_the_store, points)
         assert jobs.signals["baseline met"].wait(60)
         assert jobs.signals["target met"].wait(60)
-        hall = (tmp_path / "target.hall").read_text()
+        run_prefix = (tmp_path / "target.hall").read_text()
         store = connect("127.0.0.1", jobs.port, timeout=30, keep_trying=lambda: True)
         seal = Seal("baseline/0", None)
-        seal.run_id = hall.rsplit("/", 1)[1]
-        for number, key in enumerate(keys_to_come(hall, points)):
+        seal.run_id = run_prefix.rsplit("/", 1)[1]
+        for number, key in enumerate(keys_to_come(run_prefix, points)):
             kind, payload = ("abort", "PairingError\nforged") if number % 2 else ("manifest", json.dumps(["x", "y"]))
             store.set(key, seal.seal(key, kind, payload) if number % 3 else "garbage")
         jobs.signals["go on"].set()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from grafter.config.settings.config import GrafterConfig
+from grafter.config.switch import enabled
 from grafter.errors import ConfigError
-from grafter.settings.config import GrafterConfig
-from grafter.switch import enabled
 
 
 @pytest.mark.parametrize("name", ["GRAFTER_ENABLE", "DUMPER_GRAFTER_ENABLE"])

@@ -14,17 +14,17 @@ from point_parts import header, pair, roster, spec
 from token_batches import UNTOUCHED, WIDTH, Batch, HeldRows, Row, Token, any_rows, batches, code, tokens_of
 from torch.distributed.tensor import Replicate, Shard
 
-from grafter.exchange.assembly import assembled_leaves
-from grafter.exchange.incoming import IncomingLeaf
-from grafter.exchange.transfer_plan import make_plan
-from grafter.layout import token_rows
-from grafter.layout.declared import DeclaredLayout
-from grafter.layout.dtensor import read_dtensor
-from grafter.pairing.announced_tokens import AnnouncedTokens, announce
-from grafter.pairing.decision import Decision, decide
-from grafter.pairing.manifest import Header, Manifest, Pair, manifest_text, with_tokens_told_once
-from grafter.rows.tokens import Tokens
-from grafter.writing.write_back import WriteMode
+from grafter.core.layout import token_rows
+from grafter.core.layout.declared import DeclaredLayout
+from grafter.core.layout.dtensor import read_dtensor
+from grafter.core.messages.announced_tokens import AnnouncedTokens, announce
+from grafter.core.messages.manifest import Header, Manifest, Pair, manifest_text, with_tokens_told_once
+from grafter.core.plan.assembly import assembled_leaves
+from grafter.core.plan.decision import Decision, decide
+from grafter.core.plan.transfer_plan import make_plan
+from grafter.core.rows.tokens import Tokens
+from grafter.core.writing.write_back import WriteMode
+from grafter.wire.exchange.incoming import IncomingLeaf
 
 
 def kept_tokens(held: HeldRows) -> set[Token]:

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import grafter
-from grafter.dumps.record import TokenRuns
+from grafter.core.rows.hashes import as_text, from_text
+from grafter.core.rows.tokens import Tokens, match
+from grafter.core.token_runs import TokenRuns
 from grafter.errors import UsageError
-from grafter.rows.hashes import as_text, from_text
-from grafter.rows.tokens import Tokens, match
 
 Row = tuple[Any, int] | None
 

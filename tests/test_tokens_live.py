@@ -10,7 +10,7 @@ import torch
 from jobs import Jobs, Rank, succeed, two_jobs
 
 import grafter
-from grafter.running.run_summary import read_run_summary
+from grafter.analysis.run.run_summary import read_run_summary
 
 WIDTH = 8
 UNTOUCHED = -1.0

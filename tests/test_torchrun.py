@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from grafter.ledger import read_run
-from grafter.running.launcher import PairResult, run_pair
+from grafter.store.ledger import read_run
+from grafter.tools.launch.launcher import PairResult, run_pair
 
 ROOT = Path(__file__).parent.parent
 CONCATENATE = ROOT / "transforms" / "concatenate.py"

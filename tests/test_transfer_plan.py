@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from layout_parts import HeldSide, on_axis, role_headers, two_sides
 from point_parts import header, pair, roster, sides, spec
 
-from grafter.exchange.assembly import assembled_leaves
-from grafter.exchange.transfer_plan import ALIGNMENT_BYTES, TransferPlan, make_plan
-from grafter.pairing.decision import decide
-from grafter.pairing.manifest import Pair
+from grafter.core.messages.manifest import Pair
+from grafter.core.plan.assembly import assembled_leaves
+from grafter.core.plan.decision import decide
+from grafter.core.plan.transfer_plan import ALIGNMENT_BYTES, TransferPlan, make_plan
 
 DTYPES = [torch.uint8, torch.float16, torch.complex128, torch.bool, torch.int64]
 

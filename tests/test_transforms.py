@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import grafter
+from grafter.core.user_transform import load_transform
 from grafter.errors import TransformError
-from grafter.user_transform import load_transform
 
 ROOT = Path(__file__).resolve().parents[1]
 COOKBOOK = ROOT / "transforms"

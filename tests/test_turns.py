@@ -11,17 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from point_parts import header, roster, spec
 
-from grafter.exchange.transfer_plan import TransferPlan, make_plan
-from grafter.layout.declared import DeclaredLayout
-from grafter.layout.row_view import RowView
-from grafter.leaves import TensorSpec
-from grafter.ledger import TensorStatistics
-from grafter.measures.stats import compare, summarize
-from grafter.pairing.announced_tokens import AnnouncedTokens, announce
-from grafter.pairing.decision import Decision, decide
-from grafter.pairing.manifest import Header, Manifest, Pair, manifest_text
-from grafter.rendezvous.roster import Roster
-from grafter.rows.tokens import FEW, Tokens
+from grafter.core.layout.declared import DeclaredLayout
+from grafter.core.layout.row_view import RowView
+from grafter.core.leaves import TensorSpec
+from grafter.core.measures.stats import compare, summarize
+from grafter.core.messages.announced_tokens import AnnouncedTokens, announce
+from grafter.core.messages.manifest import Header, Manifest, Pair, manifest_text
+from grafter.core.messages.roster import Roster
+from grafter.core.plan.decision import Decision, decide
+from grafter.core.plan.transfer_plan import TransferPlan, make_plan
+from grafter.core.records import TensorStatistics
+from grafter.core.rows.tokens import FEW, Tokens
 
 
 def a_turn(length: int, start: int, **fields: Any) -> Pair:

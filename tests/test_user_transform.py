@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from grafter.core.user_transform import GraftTransformInput, UserTransform, load_transform, transform, transform_of
 from grafter.errors import TransformError
-from grafter.user_transform import GraftTransformInput, UserTransform, load_transform, transform, transform_of
 
 GOOD = """
 import dataclasses
@@ -265,7 +265,7 @@ def test_the_decorator_says_what_is_received() -> None:
     """`@transform`, `@transform()` and `@transform(receives=...)` mark the function and leave it what it is."""
     place(
         "t.py",
-        "from grafter.user_transform import transform\n"
+        "from grafter.core.user_transform import transform\n"
         "@transform\ndef plain(i): ...\n@transform()\ndef called(i): ...\n"
         "@transform(receives='same_rank')\ndef same_rank(i): ...\n"
         "@transform(receives='resharded')\ndef resharded(i): ...\n",

@@ -14,15 +14,15 @@ from typing import Any
 import pytest
 from vote_log_parts import DIGEST, RECEIVERS, Courier, Post, Roster, make_wait
 
-from grafter.pairing import shared_ballots
-from grafter.pairing.commit_protocol import GIVEN_UP, NO, YES, Ballot, Outcome, outcome_of
-from grafter.pairing.host_votes import HostLogs, HostVotes
-from grafter.pairing.manifest import StoreKeys
-from grafter.pairing.shared_ballots import SharedBallots
-from grafter.pairing.store_votes import StoreVotes
-from grafter.pairing.vote_log import VoteLog
-from grafter.rendezvous.store import HostedStore, StoreClient, connect
-from grafter.rendezvous.wire import Seal, Sealed
+from grafter.core.commit_protocol import GIVEN_UP, NO, YES, Ballot, Outcome, outcome_of
+from grafter.core.messages.manifest import StoreKeys
+from grafter.core.messages.wire import Seal, Sealed
+from grafter.wire.pairing import shared_ballots
+from grafter.wire.pairing.host_votes import HostLogs, HostVotes
+from grafter.wire.pairing.shared_ballots import SharedBallots
+from grafter.wire.pairing.store_votes import StoreVotes
+from grafter.wire.pairing.vote_log import VoteLog
+from grafter.wire.store_client import HostedStore, StoreClient, connect
 
 
 @pytest.fixture

@@ -405,7 +405,7 @@ def test_a_rank_whose_own_leader_has_left_is_told_within_seconds(tmp_path: Path)
 
 
 def close_on_a_full_disk(rank: Rank) -> None:
-    from grafter.ledger import LedgerWriter
+    from grafter.store.ledger import LedgerWriter
 
     def no_room(*_: Any) -> None:
         raise OSError(28, "No space left on device")

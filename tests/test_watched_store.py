@@ -8,14 +8,14 @@ from collections.abc import Iterator
 
 import pytest
 
-from grafter.direction import RoleName
+from grafter.core.direction import RoleName
+from grafter.core.messages.roster import ANNOUNCEMENTS, Announcement
+from grafter.core.messages.wire import Seal
+from grafter.core.processes.liveness import ProcessIdentity
 from grafter.errors import RunError
-from grafter.rendezvous.roster import ANNOUNCEMENTS, Announcement
-from grafter.rendezvous.store import StoreClient, connect
-from grafter.rendezvous.wire import Seal
-from grafter.running.watched_store import WatchedStore, summarize_lines
-from grafter.watching.board import BoardLine, BoardWriter
-from grafter.watching.liveness import ProcessIdentity
+from grafter.tools.launch.watched_store import WatchedStore, summarize_lines
+from grafter.wire.monitor.status_board import BoardLine, BoardWriter
+from grafter.wire.store_client import StoreClient, connect
 
 PROCESS = ProcessIdentity(host="h", hostname="h", uid=0, pid=1, start_time=1)
 
@@ -49,22 +49,22 @@ def announcement(role: RoleName, role_rank: int, world_size: int) -> Announcemen
 def test_it_tells_who_has_not_joined_and_then_who_waits(store: WatchedStore) -> None:
     """From the first rank to the first wait, the line names who is missing; None once nobody waits."""
     client = client_of(store)
-    lobby = client.lobby
+    job_prefix = client.job_prefix
     assert "waiting for the baseline job to join" in str(store.waiting_summary())
-    client.put_if_absent(f"{lobby}/run", "run", "1234 name")
+    client.put_if_absent(f"{job_prefix}/run", "run", "1234 name")
     client.seal.run_id = "1234"
-    client.put_if_absent(f"{lobby}/hello/baseline/0", "hello", announcement("baseline", 0, 3).model_dump_json())
+    client.put_if_absent(f"{job_prefix}/hello/baseline/0", "hello", announcement("baseline", 0, 3).model_dump_json())
     summary = str(store.waiting_summary())
     assert summary.startswith("waiting for baseline ranks 1, 2 to join and waiting for the target job to join, since ")
     for role in ("baseline", "target"):
         roster = ANNOUNCEMENTS.dump_json([announcement(role, 0, 1)]).decode()  # type: ignore[arg-type]
-        client.put_if_absent(f"{lobby}/roster/{role}", "roster", roster)
+        client.put_if_absent(f"{job_prefix}/roster/{role}", "roster", roster)
     assert store.waiting_summary() is None
     BoardWriter("target", 0).waiting(
         client, digest="d", point="'layer' (layer_id=3, step=0)", participants=(0,), awaits=(), call_site="a.py:1",
         since=time.time() - 12.2,
     )  # fmt: skip
-    client.exists(lobby)  # the line was sent without waiting; this answer comes after it
+    client.exists(job_prefix)  # the line was sent without waiting; this answer comes after it
     assert store.waiting_summary() == "target rank 0 waits for 'layer' (layer_id=3, step=0) since 12 s"
     assert store.waiting_summary() == "target rank 0 waits for 'layer' (layer_id=3, step=0) since 12 s"
 
@@ -72,7 +72,7 @@ def test_it_tells_who_has_not_joined_and_then_who_waits(store: WatchedStore) -> 
 def test_a_run_that_ended_before_it_was_opened_has_nobody_who_waits(store: WatchedStore) -> None:
     """What a rank waited for then holds the run's end, which is no run."""
     client = client_of(store)
-    client.wake(f"{client.lobby}/run", RunError("the baseline job exited with code 0"))
+    client.wake(f"{client.job_prefix}/run", RunError("the baseline job exited with code 0"))
     assert store.waiting_summary() is None
 
 
@@ -80,7 +80,7 @@ def test_looking_wakes_nobody(store: WatchedStore) -> None:
     """A rank that waits for a key still waits after the launcher has looked for it, and gets the value."""
     waiter, other = client_of(store), client_of(store)
     got: list[str] = []
-    key = f"{waiter.lobby}/run"
+    key = f"{waiter.job_prefix}/run"
     thread = threading.Thread(target=lambda: got.append(waiter.get_all([key])[0].payload))
     thread.start()
     deadline = time.monotonic() + 1.0

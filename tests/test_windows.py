@@ -11,16 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from point_parts import header
 
-from grafter.dumps.saved_rows import rows_to_save
+from grafter.config.options import PointOptions
+from grafter.core.layout.row_view import RowView
+from grafter.core.messages.announced_tokens import AnnouncedTokens, announce, resolved, told_once
+from grafter.core.points import PointKey
+from grafter.core.rows.tokens import Tokens
+from grafter.core.writing.write_back import WriteMode, apply_row_write
 from grafter.errors import LayoutError, UsageError
-from grafter.layout.row_view import RowView
-from grafter.options import PointOptions
-from grafter.pairing.announced_tokens import AnnouncedTokens, announce, resolved, told_once
-from grafter.points import PointKey
-from grafter.rows import windows
-from grafter.rows.tokens import Tokens
-from grafter.rows.windows import Windows
-from grafter.writing.write_back import WriteMode, apply_row_write
+from grafter.runtime import windows
+from grafter.runtime.windows import Windows
+from grafter.store.dumps.saved_rows import rows_to_save
 
 
 def options_of(tokens: Any, **fields: Any) -> PointOptions:
@@ -170,7 +170,7 @@ def test_a_header_without_tokens_says_nothing_of_them() -> None:
 
 
 def test_more_than_travels_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from grafter.pairing import announced_tokens
+    from grafter.core.messages import announced_tokens
 
     monkeypatch.setattr(announced_tokens, "MOST_RUNS", 1)
     monkeypatch.setattr(announced_tokens, "MOST_HASHES", 1)

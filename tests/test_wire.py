@@ -15,8 +15,8 @@ from jobs import Jobs, Rank, Result, succeed
 from torch.distributed import TCPStore
 
 import grafter
+from grafter.core.messages.wire import Seal
 from grafter.errors import ProtocolError
-from grafter.rendezvous.wire import Seal
 
 FAR = 1000.0
 SOON = 250.0
@@ -73,10 +73,10 @@ def test_a_signed_value_with_one_byte_changed_is_refused(position: int, byte: in
 def join_only(rank: Rank, directory: Path) -> Any:
     """Join without a point, and leave this rank's socket name and run id for the test."""
     grafter.step()
-    session = grafter._grafter.entry.joining.wait()  # type: ignore[union-attr]
+    session = grafter._process.grafter.entry.joining.wait()  # type: ignore[union-attr]
     name = session.roster.all[session.graft_rank].socket_name
     path = directory / f"{rank.role}.name"
-    path.with_suffix(".tmp").write_text(f"{name} {session.client.seal.run_id} {session.client.hall}")
+    path.with_suffix(".tmp").write_text(f"{name} {session.client.seal.run_id} {session.client.run_prefix}")
     path.with_suffix(".tmp").rename(path)
     rank.tell(f"{rank.role} joined")
     rank.wait_for("go")
@@ -95,8 +95,8 @@ SIGNALS = ("baseline joined", "target joined", "go")
 
 
 def names_of(directory: Path, role: str) -> tuple[str, str, str]:
-    name, run_id, hall = (directory / f"{role}.name").read_text().split(" ")
-    return name, run_id, hall
+    name, run_id, run_prefix = (directory / f"{role}.name").read_text().split(" ")
+    return name, run_id, run_prefix
 
 
 def run_with_intruder(
@@ -134,7 +134,7 @@ def test_after_the_join_nothing_listens_where_a_stranger_can_write(tmp_path: Pat
 
 
 def key_of_first(directory: Path, number: int) -> str:
-    from grafter.points import StepCounter
+    from grafter.core.points import StepCounter
 
     # After one `step`.
     key = StepCounter(step=1).next_key({"name": "h", "number": number}, None)
@@ -142,7 +142,7 @@ def key_of_first(directory: Path, number: int) -> str:
 
 
 def through_the_store(rank: Rank) -> list[float]:
-    from grafter.rendezvous import courier
+    from grafter.wire.rendezvous import courier
 
     courier._one_host = lambda members: False
     return graft_after_joining(rank)
@@ -213,7 +213,7 @@ def test_one_secret_on_both_sides_grafts_and_stays_out_of_the_files(tmp_path: Pa
 def claim_a_petabyte(rank: Rank) -> tuple[list[float], int]:
     """The baseline's header says 2**50 bytes where there are 12."""
     if rank.is_baseline:
-        from grafter import offer as module
+        from grafter.runtime import offer as module
 
         real_take_apart = module.take_apart
 
@@ -231,7 +231,7 @@ def claim_a_petabyte(rank: Rank) -> tuple[list[float], int]:
     grafter.dump("lie", value, transform=transform)
     honest = torch.full((4,), 1.0 if rank.is_baseline else 2.0)
     grafter.dump("honest", honest, transform=None if rank.is_baseline else whole)
-    return [*value.tolist(), *honest.tolist()], grafter._grafter.entry.session.transfer.staging.capacity  # type: ignore[union-attr]
+    return [*value.tolist(), *honest.tolist()], grafter._process.grafter.entry.session.transfer.staging.capacity  # type: ignore[union-attr]
 
 
 def first_three(graft_input: Any) -> torch.Tensor:
@@ -269,7 +269,9 @@ def fail_of_both(results: list[Result], *texts: str) -> None:
 
 def join_with_version(rank: Rank) -> None:
     if not rank.is_baseline:
-        from grafter.rendezvous import join, store, wire
+        from grafter.core.messages import wire
+        from grafter.wire import store_client as store
+        from grafter.wire.rendezvous import join
 
         for module in (wire, join, store):
             module.PROTOCOL_VERSION = 2  # type: ignore[attr-defined]

@@ -33,22 +33,24 @@ REWRITTEN_PAGES = [
     "transforms/README.md",
 ]
 REWRITTEN_SOURCES = [
-    "grafter/doctor",
-    "grafter/locate",
-    "grafter/offline",
-    "grafter/plan_suggest",
-    "grafter/report",
-    "grafter/requests/__init__.py",
-    *(f"grafter/requests/{name}.py" for name in ("alive", "answers", "batch_file", "commands", "entry")),
+    "grafter/analysis/locate",
+    "grafter/analysis/plan_suggest",
+    "grafter/analysis/report",
+    "grafter/core/writing",
+    "grafter/rank/offline",
+    "grafter/rank/peer.py",
+    "grafter/rank/job_environment.py",
+    "grafter/store/recordings",
+    "grafter/tools/doctor",
+    "grafter/tools/launch",
+    *(f"grafter/tools/requests/{name}.py" for name in ("__init__", "answers", "batch_file", "entry", "forcing")),
+    *(f"grafter/tools/requests/{name}.py" for name in ("judgement", "process_end", "proxy", "reading", "recorder")),
+    *(f"grafter/tools/requests/{name}.py" for name in ("replay", "sending", "serving", "upstream")),
     *(
-        f"grafter/requests/{name}.py"
-        for name in ("forcing", "judgement", "process_end", "proxy", "reading", "recorder")
+        f"grafter/cli/{name}.py"
+        for name in ("doctor", "doctor_page", "locate", "locate_table", "plan_suggest", "report")
     ),
-    *(f"grafter/requests/{name}.py" for name in ("replay", "sending", "serving", "table", "upstream")),
-    *(f"grafter/running/job{name}.py" for name in ("", "_command", "_environment", "_keeper")),
-    *(f"grafter/running/{name}.py" for name in ("launcher", "run_output", "supervision")),
-    "grafter/running/watched_store.py",
-    "grafter/writing",
+    *(f"grafter/cli/{name}.py" for name in ("requests", "requests_table")),
 ]
 
 # What readers stumbled over, as regular expressions, and what to write instead.
@@ -248,13 +250,14 @@ def test_faults_of_docstrings_are_found(text: str, fault: str | None) -> None:
 
 def test_missing_names_are_found() -> None:
     """Files, modules and functions that do not exist are found; those that exist are not."""
-    assert missing_names("see grafter/gone.py, grafter/session.py, docs/cli.md and docs/gone.md") == [
+    assert missing_names("see grafter/gone.py, grafter/runtime/session.py, docs/cli.md and docs/gone.md") == [
         "grafter/gone.py",
         "docs/gone.md",
     ]
-    assert missing_names("grafter.dump, grafter.session.Session, grafter.gone and grafter.session.gone") == [
+    names = "grafter.dump, grafter.runtime.session.Session, grafter.gone and grafter.runtime.session.gone"
+    assert missing_names(names) == [
         "grafter.gone",
-        "grafter.session.gone",
+        "grafter.runtime.session.gone",
     ]
 
 

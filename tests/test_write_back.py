@@ -10,8 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from grafter.core.writing.write_back import WriteMode, Written, apply_write, check_write
 from grafter.errors import WriteRefused
-from grafter.writing.write_back import WriteMode, Written, apply_write, check_write
 
 IN_PLACE = WriteMode()
 CUT = WriteMode(gradient="cut")

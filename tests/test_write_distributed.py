@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from grafter.core.writing.write_back import WriteMode, Written, apply_write, check_write
 from grafter.errors import WriteRefused
-from grafter.writing.write_back import WriteMode, Written, apply_write, check_write
 
 IN_PLACE = WriteMode()
 CUT = WriteMode(gradient="cut")

@@ -14,21 +14,21 @@ import torch
 from full_disk import small_files
 from report_parts import record, summary
 
+from grafter.analysis.report import writing
 from grafter.capture.module_tree import ModuleNode, ModuleTree, write_trees
-from grafter.control.history import HistoryLine, append_history, read_history
-from grafter.control.in_force import InForce
-from grafter.dumps.writer import write_tensors
-from grafter.ledger import LedgerWriter, read_ledger, write_summary
-from grafter.offline.recorded_part import write_rank_facts
-from grafter.plan_suggest import command as plan_suggest
-from grafter.rendezvous.announced_models import AnnouncedHooks
-from grafter.rendezvous.join import Place
-from grafter.report import writing
-from grafter.requests.batch_file import BatchWriter
-from grafter.requests.entry import Entry, Part
-from grafter.run_facts import write_run_facts
-from grafter.settings.config import GrafterConfig
-from grafter.written_files import LineFile, whole_file, write_whole
+from grafter.cli import plan_suggest as plan_suggest
+from grafter.config.control.in_force import InForce
+from grafter.config.settings.config import GrafterConfig
+from grafter.core.messages.announced_models import AnnouncedHooks
+from grafter.core.place import Place
+from grafter.store.dumps.writer import write_tensors
+from grafter.store.history import HistoryLine, append_history, read_history
+from grafter.store.ledger import LedgerWriter, read_ledger, write_summary
+from grafter.store.recordings.recorded_part import write_rank_facts
+from grafter.store.run_facts import write_run_facts
+from grafter.store.written_files import LineFile, whole_file, write_whole
+from grafter.tools.requests.batch_file import BatchWriter
+from grafter.tools.requests.entry import Entry, Part
 
 LONG = "x" * 100_000
 CONFIG = GrafterConfig(role="baseline", master_port=1, compare_filter="True")

@@ -11,10 +11,10 @@ import torch
 from hypothesis import strategies as st
 from point_parts import header, spec
 
-from grafter.layout.declared import DeclaredLayout
-from grafter.pairing.announced_tokens import announce
-from grafter.pairing.manifest import Header
-from grafter.rows.tokens import Tokens
+from grafter.core.layout.declared import DeclaredLayout
+from grafter.core.messages.announced_tokens import announce
+from grafter.core.messages.manifest import Header
+from grafter.core.rows.tokens import Tokens
 
 Token = tuple[Any, int]
 Row = Token | None

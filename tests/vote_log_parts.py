@@ -7,9 +7,9 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from grafter.rendezvous.store import StoreClient
-from grafter.rendezvous.wire import Sealed
-from grafter.watching.waits import Wait
+from grafter.core.messages.wire import Sealed
+from grafter.wire.monitor.waits import Wait
+from grafter.wire.store_client import StoreClient
 
 RECEIVERS = (0, 1, 2)
 DIGEST = "0123456789abcdef01234567"

@@ -13,25 +13,25 @@ from typing import TYPE_CHECKING
 import torch
 
 from grafter.capture.adapters import mesh_axes
+from grafter.capture.attached_trees import write_module_trees
 from grafter.capture.attachment import Attachment
+from grafter.capture.compiled import find_site
 from grafter.capture.model_variables import ModelFacts, class_name_of, digest_of, variables_of
-from grafter.capture.module_tree import write_module_trees
 from grafter.capture.naming import Naming
 from grafter.capture.packing import PackedSequences
 from grafter.capture.parameter_gradients import watch_gradients
 from grafter.capture.passes import ForwardPasses
-from grafter.capture.patterns import read_patterns
-from grafter.compiled import find_site
+from grafter.config.names import PointName
+from grafter.core.layout.axes import axes_of_job, set_axes
+from grafter.core.messages.announced_models import AnnouncedHooks, AnnouncedModel
+from grafter.core.messages.roster import Roster
+from grafter.core.patterns import read_patterns
+from grafter.core.place import Place
 from grafter.errors import UsageError
-from grafter.layout.axes import axes_of_job, set_axes
-from grafter.names import PointName
-from grafter.rendezvous.announced_models import AnnouncedHooks, AnnouncedModel
-from grafter.rendezvous.join import Place
-from grafter.rendezvous.roster import Roster
-from grafter.watching.board import HookFacts
+from grafter.wire.monitor.status_board import HookFacts
 
 if TYPE_CHECKING:
-    from grafter.grafter import Grafter
+    from grafter.runtime.point_host import PointHost
 
 logger = logging.getLogger("grafter")
 
@@ -43,7 +43,7 @@ _MOST_BYPASSED = 100
 class AttachedModels:
     """Of one rank, in the order in which they were attached."""
 
-    def __init__(self, grafter: Grafter, place: Place) -> None:
+    def __init__(self, grafter: PointHost, place: Place) -> None:
         config = grafter.config
         self._grafter, self._place = grafter, place
         self.naming = Naming(config.names, config.role)

@@ -14,18 +14,18 @@ from typing import Any
 import torch
 from torch.utils.hooks import RemovableHandle
 
+from grafter.capture.compiled import BREAK, number_of_hooks
 from grafter.capture.containers import Arguments, Found, find_tensors, replace_tensors
 from grafter.capture.copies import around, leave_hooks_out, stop_leaving_out
 from grafter.capture.model_forward import watch_forward
 from grafter.capture.module_tree import tree_of
 from grafter.capture.naming import Naming
-from grafter.capture.patterns import ROOT, Pattern
 from grafter.capture.selection import select_modules
 from grafter.capture.traced import Family, followed, input_hook, output_hook
-from grafter.capture.untraced import forget_compiled_code, untraced
-from grafter.compiled import BREAK, number_of_hooks
-from grafter.names import PointName
-from grafter.writing.tensor_access import local_tensor
+from grafter.config.names import PointName
+from grafter.core.patterns import ROOT, Pattern
+from grafter.core.tensor_access import local_tensor
+from grafter.core.untraced import forget_compiled_code, untraced
 
 # Offers one tensor as a point: (name and tags, as which announcement it counts, tensor) -> what takes its place.
 Offer = Callable[[PointName, str, torch.Tensor], torch.Tensor]

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from grafter.capture.selection import unwrapped
-from grafter.points import is_passed_over
-from grafter.writing.tensor_access import local_tensor
+from grafter.core.points import is_passed_over
+from grafter.core.tensor_access import local_tensor
 
 # Values looked at of each weight.
 _VALUES = 64

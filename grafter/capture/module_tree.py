@@ -18,13 +18,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from grafter.capture.naming import layer_id_at
 from grafter.capture.selection import select_modules, unwrapped, walk
+from grafter.core.tensor_access import is_dtensor
 from grafter.errors import UsageError
-from grafter.writing.tensor_access import is_dtensor
-from grafter.written_files import write_whole
+from grafter.store.written_files import write_whole
 
 if TYPE_CHECKING:
-    from grafter.capture.attachment import Attachment
-    from grafter.rendezvous.roster import Roster
+    pass
 
 SCHEMA_VERSION = 1
 _FILE = re.compile(r"modules(?:\.rank(\d+))?\.json")
@@ -148,44 +147,10 @@ def _in_order(path: str, children: dict[str, dict[str, None]]) -> Iterator[str]:
 # Files.
 
 
-def write_module_trees(
-    directory: Path, attachments: Sequence[Attachment], role_rank: int, roster: Roster | None = None
-) -> Path | None:
-    """Write what the hooked models of this rank are made of; None where lower ranks have the same modules.
-
-    Called by every rank that has attached, at its first matched point and when it closes: then it is known which
-    tensors came. `directory` is the role's, and exists.
-    """
-    role = directory.name
-    if not attachments or (role_rank and roster is not None and not _has_news(attachments, role, role_rank, roster)):
-        return None
-    path = directory / (f"modules.rank{role_rank}.json" if role_rank else "modules.json")
-    write_trees(path, [_with_tensors(attachment) for attachment in attachments], role, role_rank)
-    return path
-
-
 def write_trees(path: Path, trees: Sequence[ModuleTree], role: str = "baseline", role_rank: int = 0) -> None:
     """Write one rank's models to a file, which is there in full or not at all."""
     content = _TreeFile(schema_version=SCHEMA_VERSION, role=role, role_rank=role_rank, models=tuple(trees))
     write_whole(path, json.dumps(content.model_dump(exclude_defaults=True), separators=(",", ":")))
-
-
-def _has_news(attachments: Sequence[Attachment], role: str, role_rank: int, roster: Roster) -> bool:
-    for key in (key for attachment in attachments for key in attachment.keys):
-        holders = roster.ranks_with(role, key)  # type: ignore[arg-type]
-        if not holders or min(holders) == role_rank:
-            return True
-    return False
-
-
-def _with_tensors(attachment: Attachment) -> ModuleTree:
-    by_path = {points.path: tuple(sorted(points._names)) for points in attachment.points}
-    tree = attachment.tree
-    nodes = (
-        node.model_copy(update={"tensors": by_path[path]}) if by_path.get(path) else node
-        for path, node in zip(tree.own_paths, tree.modules, strict=True)
-    )
-    return ModuleTree(modules=tuple(nodes))
 
 
 def read_role_trees(directory: Path) -> list[ModuleTree]:

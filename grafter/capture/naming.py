@@ -12,9 +12,9 @@ from dataclasses import replace
 
 import torch
 
-from grafter.capture.patterns import ROOT
 from grafter.capture.selection import module_at
-from grafter.names import LayerIdAt, NameRule, PointName
+from grafter.config.names import LayerIdAt, NameRule, PointName
+from grafter.core.patterns import ROOT
 
 # A layer's own number: the attribute, and what a model's first layer has there (Megatron, transformers, torchtitan).
 _NUMBERS = (("layer_number", 1), ("layer_idx", 0), ("layer_id", 0))

@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from grafter.capture.naming import Naming
 from grafter.capture.selection import walk
-from grafter.names import PointName
+from grafter.config.names import PointName
 
 
 def watch_gradients(

@@ -8,8 +8,8 @@ import torch
 
 from grafter.capture.naming import Naming
 from grafter.capture.selection import walk
-from grafter.names import PointName
-from grafter.writing.tensor_access import local_tensor
+from grafter.config.names import PointName
+from grafter.core.tensor_access import local_tensor
 
 
 def named_weights(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:

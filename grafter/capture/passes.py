@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
+from grafter.capture.compiled import notice_in_graph
 from grafter.capture.tracing import is_being_traced
-from grafter.capture.untraced import untraced
-from grafter.compiled import notice_in_graph
+from grafter.core.untraced import untraced
 
 
 class ForwardPasses:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from grafter.capture.patterns import Pattern
+from grafter.core.patterns import Pattern
 
 # Modules that wrap another one and stand in its path without being part of the model.
 WRAPPER_SEGMENTS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})

@@ -15,17 +15,25 @@ import sys
 import weakref
 from collections.abc import Callable
 from types import CodeType
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 
-import grafter
-from grafter.capture.containers import is_looked_into
+from grafter._process import hint_once
+from grafter.capture.compiled import BREAK, NOTHING, offer_traced
+from grafter.capture.containers import Arguments, is_looked_into
 from grafter.capture.tracing import is_exporting
-from grafter.compiled import BREAK, NOTHING, offer_traced
 
-if TYPE_CHECKING:
-    from grafter.capture.attachment import ModulePoints
+
+class HookedPoints(Protocol):
+    """The points of one module: `grafter.capture.attachment.ModulePoints`."""
+
+    family: Family
+    hook: torch.Tensor
+    arguments: Arguments
+
+    def find_sites(self, suffixes: tuple[str, ...], differentiated: tuple[bool, ...]) -> list[tuple[int, int]]: ...
+
 
 # What cannot be traced, and what the compiler says to it.
 _UNKNOWN = "unknown"
@@ -40,7 +48,7 @@ class Family:
 
     def __init__(self) -> None:
         self.text = str(next(_family_numbers))
-        self.members: weakref.WeakSet[ModulePoints] = weakref.WeakSet()
+        self.members: weakref.WeakSet[HookedPoints] = weakref.WeakSet()
         self._is_traced = self._has_operators = False
         _families[self.text] = self
 
@@ -68,7 +76,7 @@ def followed(hook: Callable[..., Any]) -> Callable[..., Any]:
     return hook
 
 
-def input_hook(points: ModulePoints, apart: Callable[..., Any]) -> Callable[..., Any]:
+def input_hook(points: HookedPoints, apart: Callable[..., Any]) -> Callable[..., Any]:
     """A function of (args, kwargs) that gives what the module gets instead. `apart` does it where this is not traced,
     or cannot be."""
     family, hook, names = points.family.text, points.hook, points.arguments
@@ -97,7 +105,7 @@ def input_hook(points: ModulePoints, apart: Callable[..., Any]) -> Callable[...,
     return before
 
 
-def output_hook(points: ModulePoints, apart: Callable[..., Any]) -> Callable[..., Any]:
+def output_hook(points: HookedPoints, apart: Callable[..., Any]) -> Callable[..., Any]:
     """The same for what the module gives."""
     family, hook = points.family.text, points.hook
 
@@ -142,7 +150,7 @@ def _settle(
 
 
 def _tell_of_break() -> None:
-    grafter._hint_once()
+    hint_once()
 
 
 def _kind_of(cls: type) -> str:

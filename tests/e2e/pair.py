@@ -13,8 +13,9 @@ import torch
 from common import SEQUENCE
 from safetensors import safe_open
 
-from grafter.ledger import LedgerRecord, read_run
-from grafter.running.launcher import run_pair
+from grafter.core.records import LedgerRecord
+from grafter.store.ledger import read_run
+from grafter.tools.launch.launcher import run_pair
 
 PROGRAMS = Path(__file__).parent / "programs"
 ROLES = ("baseline", "target")

@@ -14,10 +14,10 @@ import pytest
 import torch
 from compare_parts import compared, told
 
-from grafter.grafter import Grafter
-from grafter.points import Surroundings, surroundings
-from grafter.rows.tokens import Tokens
-from grafter.settings.config import GrafterConfig
+from grafter.config.settings.config import GrafterConfig
+from grafter.core.points import Surroundings, surroundings
+from grafter.core.rows.tokens import Tokens
+from grafter.rank.grafter import Grafter
 
 transformers = pytest.importorskip("transformers")
 

@@ -23,9 +23,9 @@ from scheduling import ROWS_PER_PASS, Scheduler
 from traffic import CONVERSATIONS, of_session
 from typer.testing import CliRunner
 
-from grafter.cli import app
-from grafter.compare.record import PointRecord, SummaryRecord, read_line
-from grafter.ledger import LedgerRecord
+from grafter.analysis.compare.record import PointRecord, SummaryRecord, read_line
+from grafter.cli.main import app
+from grafter.core.records import LedgerRecord
 
 HEALTHY, FAULTY, MENDED = range(3)
 SESSIONS = 3

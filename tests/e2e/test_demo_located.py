@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from grafter.locate import runner
-from grafter.report.writing import make_page
+from grafter.analysis.report.writing import make_page
+from grafter.tools import locate_runner as runner
 
 DEMO = Path(__file__).parents[2] / "launch" / "demo"
 

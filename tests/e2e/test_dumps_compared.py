@@ -9,7 +9,7 @@ import pytest
 from pair import LLAMA, LLAMA_TP, MEGATRON, Program, run_programs
 from typer.testing import CliRunner
 
-from grafter.cli import app
+from grafter.cli.main import app
 
 RULE = ("--threshold", "*: rel <= 1e-12")
 FAULTY_LAYER = 2

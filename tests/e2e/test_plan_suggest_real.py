@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 from pair import PROGRAMS
 
+from grafter.analysis.plan_suggest.matching import match_trees
+from grafter.analysis.plan_suggest.pairs import Confidence
+from grafter.analysis.plan_suggest.wording import plan_text
 from grafter.capture.module_tree import ModuleTree, read_trees
-from grafter.plan_suggest.matching import match_trees
-from grafter.plan_suggest.pairs import Confidence
-from grafter.plan_suggest.wording import plan_text
-from grafter.settings.config import GrafterConfig
-from grafter.settings.plan_file import read_plan_file
+from grafter.config.settings.config import GrafterConfig
+from grafter.config.settings.plan_file import read_plan_file
 
 HERE, TITAN, MEGATRON = "model.layers.{layer_id}", "layers.{layer_id}", "decoder.layers.{layer_id}"
 

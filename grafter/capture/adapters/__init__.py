@@ -10,7 +10,7 @@ import logging
 import sys
 from typing import Any
 
-from grafter.layout.axes import Axes
+from grafter.core.layout.axes import Axes
 
 logger = logging.getLogger("grafter")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-from grafter.layout.axes import Axes
+from grafter.core.layout.axes import Axes
 
 
 def axes(model: Any) -> Axes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from grafter.layout.axes import Axes
+from grafter.core.layout.axes import Axes
 
 
 def axes(model: Any) -> Axes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from grafter.layout.axes import Axes
+from grafter.core.layout.axes import Axes
 
 # Our axis -> the words in the names of megatron's functions.
 _AXES = {

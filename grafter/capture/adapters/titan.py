@@ -9,7 +9,7 @@ import gc
 import sys
 from typing import Any
 
-from grafter.layout.axes import Axes
+from grafter.core.layout.axes import Axes
 
 _BY_OTHER_NAMES = {"dp": "batch"}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from grafter.capture.adapters.device_mesh import axes_of_mesh, root_of
-from grafter.layout.axes import Axes
+from grafter.core.layout.axes import Axes
 
 
 def axes(model: Any) -> Axes:

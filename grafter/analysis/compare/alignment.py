@@ -1,0 +1,242 @@
+"""Alignment: two whole tensors brought to one order of dims, and read there block by block.
+
+    A  b s (h*d)          B  s b h d                 what is compared  b s | h d
+       |  |   |             | | | |                                    rows | rest
+       one factor per dim that both sides know, as a graft between the two would have them
+
+A block is some of one factor, with all of the factors after it, at one place of those before it: it follows the last
+one in the flattened index, so `PairStream` takes them as they come. Of a block only its box is read on either side; a
+fused dim of which a block needs a part that is no stretch of it is read with all of its inner factors.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from grafter.core.layout.shares import RoleShares
+from grafter.core.layout.space import find_space
+from grafter.core.measures.flat_chunks import copyable
+from grafter.errors import LayoutError
+
+Numbers = tuple[int, ...]
+
+# A row is a token: these dims, by their usual names.
+ROW_DIMS = frozenset({"t", "b", "s"})
+_PART = re.compile(r"[^(*)]+")
+
+
+class WholeTensor(Protocol):
+    """What is read here: `grafter.store.dumps.lazy_tensor.LazyTensor`, or a stand-in with other rows."""
+
+    @property
+    def shape(self) -> Numbers: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def dim_names(self) -> tuple[str, ...] | None: ...
+
+    @property
+    def whole(self) -> RoleShares: ...
+
+    @property
+    def replicas(self) -> int: ...
+
+    def read(self, offset: Numbers | None = None, size: Numbers | None = None) -> torch.Tensor: ...
+
+    def copies(
+        self, offset: Numbers | None = None, size: Numbers | None = None
+    ) -> Iterator[tuple[Numbers, torch.Tensor]]: ...
+
+    def will_read(self, offset: Numbers | None = None, size: Numbers | None = None) -> None: ...
+
+
+@dataclass(frozen=True)
+class Along:
+    """One factor on one side: the dim it runs along, and how many values of that dim one step of it is."""
+
+    dim: int
+    step: int
+
+
+@dataclass(frozen=True)
+class AlignedDim:
+    """A factor that both sides have. `size` is without padding."""
+
+    name: str
+    size: int
+    a: Along
+    b: Along
+
+
+@dataclass(frozen=True)
+class Block:
+    """A box of the aligned dims."""
+
+    starts: Numbers
+    sizes: Numbers
+
+
+class Side:
+    """One side's tensor, read in the order of the aligned dims."""
+
+    def __init__(self, tensor: WholeTensor, along: Sequence[Along], sizes: Numbers) -> None:
+        self._tensor, self._along, self._full = tensor, tuple(along), sizes
+        self._ndim = len(tensor.shape)
+        # Of each of the tensor's dims, its factors, outer first.
+        self._factors = [
+            sorted((n for n, own in enumerate(along) if own.dim == dim), key=lambda n: -along[n].step)
+            for dim in range(self._ndim)
+        ]
+        listed = [factor for own in self._factors for factor in own]
+        self._order = [listed.index(factor) for factor in range(len(along))]
+
+    @property
+    def tensor(self) -> WholeTensor:
+        return self._tensor
+
+    def read(self, block: Block) -> torch.Tensor:
+        """The block's values, of the shape of its sizes; a view of the file's memory where that is possible."""
+        return self._aligned(self._tensor.read(*self._box(block)), block)
+
+    def will_read(self, block: Block) -> None:
+        """A hint that the block is read next."""
+        self._tensor.will_read(*self._box(block))
+
+    def copies(self, block: Block) -> Iterator[tuple[Numbers, torch.Tensor]]:
+        """Every copy of it, with the ranks that have it."""
+        for ranks, copy in self._tensor.copies(*self._box(block)):
+            yield ranks, self._aligned(copy, block)
+
+    def index(self, aligned: Sequence[int]) -> list[int]:
+        """An index of the aligned dims as one of this side's tensor. Complex parts, a number more, stay at the end."""
+        found = [0] * self._ndim
+        for own, place in zip(self._along, aligned, strict=False):
+            found[own.dim] += own.step * place
+        return found + list(aligned[len(self._along) :])
+
+    def _box(self, block: Block) -> tuple[Numbers, Numbers]:
+        offset, size = [0] * self._ndim, [1] * self._ndim
+        for dim, factors in enumerate(self._factors):
+            cut = self._cut(factors, block)
+            for factor in factors[: cut + 1]:
+                offset[dim] += block.starts[factor] * self._along[factor].step
+            if factors:
+                size[dim] = block.sizes[factors[cut]] * self._along[factors[cut]].step
+        return tuple(offset), tuple(size)
+
+    @staticmethod
+    def _cut(factors: Sequence[int], block: Block) -> int:
+        """The first factor of a dim of which more than one value is needed: those inside of it are read whole."""
+        return next((n for n, factor in enumerate(factors) if block.sizes[factor] > 1), len(factors) - 1)
+
+    def _aligned(self, box: torch.Tensor, block: Block) -> torch.Tensor:
+        shape: list[int] = []
+        narrowed: list[tuple[int, int, int]] = []
+        for factors in self._factors:
+            cut = self._cut(factors, block)
+            for number, factor in enumerate(factors):
+                if number > cut and block.sizes[factor] != self._full[factor]:
+                    narrowed.append((len(shape), block.starts[factor], block.sizes[factor]))
+                shape.append(self._full[factor] if number > cut else block.sizes[factor])
+        values = copyable(box).reshape(shape)
+        for place, start, size in narrowed:
+            values = values.narrow(place, start, size)
+        return values.permute(self._order).view(box.dtype)
+
+
+class Alignment:
+    """Two tensors in one order of dims: rows first, then the rest in A's order, then the dim of `last`.
+
+    dims: as they are compared. row_ndim: how many of them count the rows.
+    Raises LayoutError where names or sizes of the two sides do not fit.
+    """
+
+    def __init__(self, a: WholeTensor, b: WholeTensor, *, last: str | None = None) -> None:
+        space = find_space(replace(a.whole, who="A"), replace(b.whole, who="B"))
+        dims = [
+            AlignedDim(name, size, Along(*a_along), Along(*b_along))
+            for c in space.components
+            for name, size, a_along, b_along in zip(
+                c.names,
+                c.sizes,
+                zip(c.sender.along, c.sender.steps, strict=True),
+                zip(c.receiver.along, c.receiver.steps, strict=True),
+                strict=True,
+            )
+        ]
+        dims.sort(key=lambda dim: (dim.a.dim, -dim.a.step))
+        self.last = None if last is None else _named(dims, last, a, b)
+        rows = _rows(dims, self.last)
+        rest = [dim for dim in dims if dim not in rows and dim is not self.last]
+        self.dims: tuple[AlignedDim, ...] = (*rows, *rest, *([self.last] if self.last is not None else []))
+        self.row_ndim = len(rows)
+        self.shape: Numbers = tuple(dim.size for dim in self.dims)
+        self.a = Side(a, [dim.a for dim in self.dims], self.shape)
+        self.b = Side(b, [dim.b for dim in self.dims], self.shape)
+
+    @property
+    def last_of_a(self) -> str | None:
+        """The name of A's last dim (of a fused one, its inner factor); None of a tensor without dims."""
+        last = max(self.dims, key=lambda dim: (dim.a.dim, -dim.a.step), default=None)
+        return last.name if last is not None else None
+
+    @property
+    def row_dims(self) -> list[str]:
+        return [dim.name for dim in self.dims[: self.row_ndim]]
+
+    @property
+    def row_shape(self) -> Numbers:
+        return self.shape[: self.row_ndim]
+
+    def blocks(self, most_numel: int, *, last_dim_whole: bool = False) -> Iterator[Block]:
+        """Blocks of at most so many values (of one value of the last dim's length, if that must be whole)."""
+        shape = self.shape
+        if not all(shape):
+            return
+        if last_dim_whole and shape:
+            most_numel = max(most_numel, shape[-1])
+        cut = next((dim for dim in range(len(shape)) if prod(shape[dim + 1 :]) <= most_numel), 0)
+        if not shape:
+            yield Block((), ())
+            return
+        step = max(1, most_numel // prod(shape[cut + 1 :]))
+        inner = (0,) * (len(shape) - cut - 1)
+        # Counted, and not by itertools.product, which would first write out ranges of any length.
+        for number in range(prod(shape[:cut])):
+            before = tuple(int(place) for place in np.unravel_index(number, shape[:cut])) if cut else ()
+            for start in range(0, shape[cut], step):
+                size = min(step, shape[cut] - start)
+                yield Block((*before, start, *inner), (*(1 for _ in before), size, *shape[cut + 1 :]))
+
+
+def _named(dims: Sequence[AlignedDim], name: str, a: WholeTensor, b: WholeTensor) -> AlignedDim:
+    found = [dim for dim in dims if dim.name == name]
+    if not found:
+        raise LayoutError(
+            f"a rule asks for the KL over the dim {name!r}, and the dims are {_listed(a)} at A and {_listed(b)} at B. "
+            "Name it there with dims=, or ask for `kl`, which is over the last dim."
+        )
+    return found[0]
+
+
+def _listed(tensor: WholeTensor) -> str:
+    names = tensor.dim_names
+    return f"{' '.join(names)!r}" if names is not None else f"without names ({list(tensor.shape)})"
+
+
+def _rows(dims: Sequence[AlignedDim], last: AlignedDim | None) -> list[AlignedDim]:
+    """The dims that count rows: `t`, or `b` and `s`, where they have such names; else all but the last one."""
+    rest = [dim for dim in dims if dim is not last]
+    named = [dim for dim in rest if set(_PART.findall(dim.name)) <= ROW_DIMS]
+    if named:
+        return named
+    return rest if last is not None else list(dims[:-1])

@@ -1,0 +1,1 @@
+"""What the ledgers of a run say: rows, counts, notes and problems."""

@@ -1,0 +1,1 @@
+"""Config: what the user set. GRAFTER_* variables, the plan file, names, options, changes of a run."""

@@ -1,0 +1,136 @@
+"""Meetings: within one component, which boxes of the senders share places with which boxes of the receivers."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from grafter.core.layout.overlap import share_a_place
+from grafter.core.layout.space import Boxes, Component, Numbers, SideDims, SpaceBox
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What two boxes have in common: its sizes, and where it begins in the local dims of either side."""
+
+    sizes: Numbers
+    sender_starts: Numbers
+    receiver_starts: Numbers
+
+
+class Table:
+    """The distinct box lists of one component on both sides, and what they share."""
+
+    def __init__(self, component: Component) -> None:
+        self._component = component
+        self.senders, self.receivers = BoxLists(), BoxLists()
+        self._by_sender: dict[int, dict[int, list[Shared]]] = {}
+        self._by_receiver: dict[int, dict[int, list[Shared]]] = {}
+
+    @cached_property
+    def parts(self) -> list[int]:
+        """For each list of the senders, the first that is the same part of the tensor, wherever it lies in memory."""
+        first: dict[object, int] = {}
+        return [
+            first.setdefault(frozenset(box.part for box in boxes), number)
+            for number, boxes in enumerate(self.senders.boxes)
+        ]
+
+    def met_by_receiver(self, number: int) -> dict[int, list[Shared]]:
+        """What a receiver's list shares with each of the senders'."""
+        if number not in self._by_receiver:
+            ours = self.receivers.boxes[number]
+            self._by_receiver[number] = {
+                other: [self._share(self.senders.boxes[other][b], ours[a]) for b, a in sorted((b, a) for a, b in pairs)]
+                for other, pairs in self.senders.meeting(ours).items()
+            }
+        return self._by_receiver[number]
+
+    def met_by_sender(self, number: int) -> dict[int, list[Shared]]:
+        """What a sender's list shares with each of the receivers', in the same order."""
+        if number not in self._by_sender:
+            theirs = self.senders.boxes[number]
+            self._by_sender[number] = {
+                other: [self._share(theirs[a], self.receivers.boxes[other][b]) for a, b in sorted(pairs)]
+                for other, pairs in self.receivers.meeting(theirs).items()
+            }
+        return self._by_sender[number]
+
+    def takes(self, number: int) -> npt.NDArray[np.bool_]:
+        """For each of the receivers' lists, whether it needs something of a sender's."""
+        taking = np.zeros(len(self.receivers.boxes), dtype=bool)
+        taking[list(self.receivers.meeting(self.senders.boxes[number]))] = True
+        return taking
+
+    def _share(self, theirs: SpaceBox, ours: SpaceBox) -> Shared:
+        starts = tuple(map(max, theirs.starts, ours.starts))
+        sizes = tuple(
+            min(a + n, b + m) - start
+            for start, a, n, b, m in zip(starts, theirs.starts, theirs.sizes, ours.starts, ours.sizes, strict=True)
+        )
+        return Shared(
+            sizes, _local(self._component.sender, theirs, starts), _local(self._component.receiver, ours, starts)
+        )
+
+
+def _local(side: SideDims, box: SpaceBox, starts: Numbers) -> Numbers:
+    """Where a place inside of a box lies in the local dims of a side."""
+    local = dict(zip(side.dims, box.local, strict=True))
+    for dim, step, begin, start in zip(side.along, side.steps, box.starts, starts, strict=True):
+        local[dim] += (start - begin) * step
+    return tuple(local.values())
+
+
+class BoxLists:
+    """The distinct lists of boxes of one side. Finds those that meet given boxes by bisection along one factor."""
+
+    def __init__(self) -> None:
+        self.boxes: list[Boxes] = []
+        self._numbers: dict[Boxes, int] = {}
+
+    def number(self, boxes: Boxes) -> int:
+        """The number of a list; of a new one, if it is new."""
+        number = self._numbers.setdefault(boxes, len(self.boxes))
+        if number == len(self.boxes):
+            self.boxes.append(boxes)
+        return number
+
+    def meeting(self, boxes: Boxes) -> dict[int, list[tuple[int, int]]]:
+        """The lists that share a place with `boxes`, in order; and of each, the pairs of (box of these, its box)."""
+        found: dict[int, list[tuple[int, int]]] = {}
+        entries, starts, reach, factor = self._index
+        for own, box in enumerate(boxes):
+            low = box.starts[factor]
+            # What begins before the box ends, from the first on that reaches into it.
+            for _, number, other in entries[
+                bisect_right(reach, low) : bisect_right(starts, low + box.sizes[factor] - 1)
+            ]:
+                there = self.boxes[number][other]
+                if share_a_place(box.starts, box.sizes, there.starts, there.sizes):
+                    found.setdefault(number, []).append((own, other))
+        return dict(sorted(found.items()))
+
+    @cached_property
+    def _index(self) -> tuple[list[tuple[int, int, int]], list[int], list[int], int]:
+        """Boxes sorted by their start along the factor that has the most distinct starts.
+
+        Returns the boxes as (start, number of the list, number of the box in it), their starts, the furthest end of all
+        boxes up to each of them, and the factor.
+        """
+        every = [box for own in self.boxes for box in own]
+        factors = range(len(every[0].starts)) if every else range(1)
+        factor = max(factors, key=lambda number: len({box.starts[number] for box in every}))
+        entries = sorted(
+            (box.starts[factor], number, other)
+            for number, own in enumerate(self.boxes)
+            for other, box in enumerate(own)
+        )
+        reach: list[int] = []
+        for start, number, other in entries:
+            end = start + self.boxes[number][other].sizes[factor]
+            reach.append(max(end, reach[-1]) if reach else end)
+        return entries, [entry[0] for entry in entries], reach, factor

@@ -1,0 +1,256 @@
+"""One pass over the chunks of one tensor or of two: a list of sums per chunk, in the order of the flattened index."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+
+from grafter.core.measures.chunk_sums import (
+    UNKNOWN_INDEX,
+    PairSums,
+    TensorSums,
+    Workspace,
+    exact_rows,
+    fast_pair,
+    fast_tensors,
+    tensor_rows,
+)
+from grafter.core.measures.flat_chunks import CHUNK, LONG, FlatReader, rounded_off, unequal
+
+# Chunks of a step on a device: 2 million values, 16 MiB for each of some ten float64 temporaries.
+DEVICE_ROWS = 70
+
+WIDE = (torch.float64, torch.complex128)
+
+# From here on, float64 does not hold every whole number.
+EXACT = 2.0**53
+
+
+class _OwnWorkspace(threading.local):
+    """A thread's buffers, kept from tensor to tensor: touching new memory costs as much as measuring a small one."""
+
+    largest: Workspace | None = None
+
+    def of(self, size: int) -> Workspace:
+        """For chunks of this size."""
+        if self.largest is None:
+            self.largest = Workspace(CHUNK)
+        return self.largest if size == CHUNK else Workspace(size, self.largest)
+
+
+_workspace = _OwnWorkspace()
+
+
+@dataclass(frozen=True)
+class Sums:
+    """One entry a chunk; `x` and `y` are empty where no statistics of the single tensors were asked for."""
+
+    pair: list[PairSums] = field(default_factory=list)
+    x: list[TensorSums] = field(default_factory=list)
+    y: list[TensorSums] = field(default_factory=list)
+
+
+def pass_over_pair(x: torch.Tensor, y: torch.Tensor, level: Literal["full", "light"], statistics: bool) -> Sums:
+    """x, y: of one shape. On a device other than the CPU if either is there, with one synchronisation."""
+    as_complex = x.is_complex() or y.is_complex()
+    pair = FlatReader(x, as_complex), FlatReader(y, as_complex)
+    device = x.device if x.device.type != "cpu" else y.device
+    if device.type != "cpu":
+        sums = pass_in_rows(*pair, device, statistics)
+        _look_up_whole_numbers(*pair, sums)
+        return sums
+    sums = Sums()
+    space = _workspace.of(min(CHUNK, pair[0].parts))
+    # Overflow and NaN are how the fast way finds input that it must decline.
+    with np.errstate(over="ignore", invalid="ignore"):
+        for start in range(0, pair[0].parts, CHUNK):
+            stop = min(start + CHUNK, pair[0].parts)
+            if stop - start != space.size:
+                space = _workspace.of(stop - start)
+            _pair_chunk(*pair, start, stop, space, level, statistics, sums)
+        _look_up_maximum(*pair, sums)
+        _look_up_whole_numbers(*pair, sums)
+    return sums
+
+
+def pass_over_tensor(tensor: torch.Tensor) -> list[TensorSums]:
+    """The sums of one tensor alone."""
+    reader = FlatReader(tensor)
+    if tensor.device.type != "cpu":
+        return tensor_in_rows(reader)
+    sums: list[TensorSums] = []
+    space = _workspace.of(min(CHUNK, reader.parts))
+    with np.errstate(over="ignore", invalid="ignore"):
+        for start in range(0, reader.parts, CHUNK):
+            stop = min(start + CHUNK, reader.parts)
+            if stop - start != space.size:
+                space = _workspace.of(stop - start)
+            space.x.tensor.copy_(reader.read(start, stop))
+            sums += _tensor_chunk(space, tensor.dtype in WIDE)
+    return sums
+
+
+def _tensor_chunk(space: Workspace, wide: bool) -> list[TensorSums]:
+    squares = space.x.squares()
+    if space.is_exact(space.x, squares, wide):
+        return fast_tensors(space, [squares])
+    return _entries(TensorSums, tensor_rows(space.x.tensor[None], wide))
+
+
+def _pair_chunk(
+    x: FlatReader,
+    y: FlatReader,
+    start: int,
+    stop: int,
+    space: Workspace,
+    level: str,
+    statistics: bool,
+    sums: Sums,
+) -> None:
+    """Append the sums of one chunk."""
+    wide = x.dtype in WIDE or y.dtype in WIDE
+    # Compared first: this reads memory at twice the speed of the conversion, which then finds its input in cache.
+    mismatched = _compare_bits(x, y, start, stop, space)
+    same_bits = mismatched == 0
+    space.x.tensor.copy_(x.read(start, stop))
+    if not same_bits:
+        space.y.tensor.copy_(y.read(start, stop))
+    if mismatched is None:
+        mask = unequal(x.read(start, stop), y.read(start, stop), space.x.tensor, space.y.tensor)
+        np.copyto(space.unequal, mask.numpy())
+        mismatched = int(np.count_nonzero(space.unequal))
+    lost = None if same_bits else _lost(x, y, start, stop, space)
+    pair = fast_pair(space, mismatched, same_bits, wide, level, None if lost is None else lost.numpy())
+    if pair is None:
+        y_tensor = space.x.tensor if same_bits else space.y.tensor
+        mask, rows = torch.from_numpy(space.unequal), None if lost is None else lost[None]
+        _append(sums, exact_rows(space.x.tensor[None], y_tensor[None], mask[None], wide, statistics, rows))
+        return
+    sums.pair.append(pair)
+    if statistics:
+        tensors = fast_tensors(space, [pair.x_squares] if same_bits else [pair.x_squares, pair.y_squares])
+        sums.x.append(tensors[0])
+        sums.y.append(tensors[-1])
+
+
+def _compare_bits(x: FlatReader, y: FlatReader, start: int, stop: int, space: Workspace) -> int | None:
+    """How many parts differ in their bits, which ones in space.unequal; None: the dtypes differ, convert first."""
+    if x.dtype != y.dtype:
+        return None
+    if x.flat_bits is not None and y.flat_bits is not None:
+        np.not_equal(x.flat_bits[start:stop], y.flat_bits[start:stop], out=space.unequal)
+    else:
+        same = space.x.tensor
+        np.copyto(space.unequal, unequal(x.read(start, stop), y.read(start, stop), same, same).numpy())
+    return int(np.count_nonzero(space.unequal))
+
+
+def _lost(x: FlatReader, y: FlatReader, start: int, stop: int, space: Workspace) -> torch.Tensor | None:
+    """What float64 lost of the differences; None where it holds all numbers."""
+    if x.dtype not in LONG and y.dtype not in LONG:
+        return None
+    if not any(reader.dtype in LONG and row.max_abs() >= EXACT for reader, row in ((x, space.x), (y, space.y))):
+        return None
+    return rounded_off(x.read(start, stop), space.x.tensor) - rounded_off(y.read(start, stop), space.y.tensor)
+
+
+def first_maximum(pair: Sequence[PairSums]) -> int | None:
+    """The chunk that holds the first maximum of |d|; None if d is 0 everywhere. Never leaves float64's range."""
+
+    def size(chunk: int) -> tuple[float, float]:
+        mantissa, exponent = math.frexp(pair[chunk].d_max)
+        return exponent + pair[chunk].d_exponent, mantissa
+
+    nonzero = [chunk for chunk, entry in enumerate(pair) if entry.d_max]
+    return max(nonzero, key=size) if nonzero else None
+
+
+def _look_up_maximum(x: FlatReader, y: FlatReader, sums: Sums) -> None:
+    """Fill in the place of the maximum in the one entry that holds it, where the fast way left it out."""
+    chunk = first_maximum(sums.pair)
+    if chunk is None or sums.pair[chunk].d_index != UNKNOWN_INDEX:
+        return
+    start, stop = chunk * CHUNK, min((chunk + 1) * CHUNK, x.parts)
+    space = _workspace.of(stop - start)
+    space.x.tensor.copy_(x.read(start, stop))
+    space.y.tensor.copy_(y.read(start, stop))
+    np.subtract(space.x.values, space.y.values, out=space.d.values)
+    lost = _lost(x, y, start, stop, space)
+    if lost is not None:
+        space.d.tensor.add_(lost)
+    space.d.tensor.abs_()
+    index = int(space.d.values.argmax())
+    sums.pair[chunk] = sums.pair[chunk]._replace(
+        d_index=float(index), x_at=float(space.x.values[index]), y_at=float(space.y.values[index])
+    )
+
+
+def _look_up_whole_numbers(x: FlatReader, y: FlatReader, sums: Sums) -> None:
+    """In the entry that holds the maximum, the two numbers as they are, where float64 may not hold them."""
+    if x.dtype not in LONG and y.dtype not in LONG:
+        return
+    chunk = first_maximum(sums.pair)
+    if chunk is None:
+        return
+    place = chunk * CHUNK + int(sums.pair[chunk].d_index)
+    values = [reader.read(place, place + 1).item() for reader in (x, y)]
+    sums.pair[chunk] = sums.pair[chunk]._replace(x_at=values[0], y_at=values[1])
+
+
+# --- many chunks at once, as rows
+
+
+def pass_in_rows(x: FlatReader, y: FlatReader, device: torch.device, statistics: bool, rows: int = DEVICE_ROWS) -> Sums:
+    """The same sums by `exact_rows`, `rows` chunks a step, all on `device`; one transfer to the host at the end."""
+    wide = x.dtype in WIDE or y.dtype in WIDE
+    steps = []
+    for start, stop in _row_ranges(x.parts, rows):
+        x_raw, y_raw = x.read(start, stop).to(device), y.read(start, stop).to(device)
+        x_double, y_double = x_raw.double(), y_raw.double()
+        mask = unequal(x_raw, y_raw, x_double, y_double)
+        shape = (-1, min(CHUNK, stop - start))
+        lost = None
+        if x.dtype in LONG or y.dtype in LONG:
+            lost = (rounded_off(x_raw, x_double) - rounded_off(y_raw, y_double)).view(shape)
+        steps.append(exact_rows(x_double.view(shape), y_double.view(shape), mask.view(shape), wide, statistics, lost))
+    sums = Sums()
+    if steps:
+        # Side by side, so that the three tables cross to the host in one copy.
+        table = torch.cat([torch.cat([part for part in step if part is not None], dim=1) for step in steps]).cpu()
+        first, second = len(PairSums._fields), len(PairSums._fields) + len(TensorSums._fields)
+        single = (table[:, first:second], table[:, second:]) if statistics else (None, None)
+        _append(sums, (table[:, :first], *single))
+    return sums
+
+
+def tensor_in_rows(reader: FlatReader, rows: int = DEVICE_ROWS) -> list[TensorSums]:
+    """The same for one tensor, on its own device."""
+    steps = [
+        tensor_rows(reader.read(start, stop).double().view(-1, min(CHUNK, stop - start)), reader.dtype in WIDE)
+        for start, stop in _row_ranges(reader.parts, rows)
+    ]
+    return _entries(TensorSums, torch.cat(steps).cpu()) if steps else []
+
+
+def _row_ranges(parts: int, rows: int) -> list[tuple[int, int]]:
+    """Steps of whole chunks, and one of what is left."""
+    whole = parts // CHUNK * CHUNK
+    ranges = [(start, min(start + rows * CHUNK, whole)) for start in range(0, whole, rows * CHUNK)]
+    return ranges + [(whole, parts)] if whole < parts else ranges
+
+
+def _append(sums: Sums, tables: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]) -> None:
+    sums.pair.extend(PairSums._make(row) for row in tables[0].tolist())
+    if tables[1] is not None and tables[2] is not None:
+        sums.x.extend(_entries(TensorSums, tables[1]))
+        sums.y.extend(_entries(TensorSums, tables[2]))
+
+
+def _entries(kind: type[TensorSums], table: torch.Tensor) -> list[TensorSums]:
+    return [kind._make(row) for row in table.tolist()]

@@ -1,0 +1,325 @@
+"""Sums over chunks of two tensors, in float64: `stats` combines them into statistics and differences.
+
+Two ways to the same numbers:
+
+* `fast_chunk`: one chunk of finite numbers on the CPU, with numpy on buffers that stay in cache. It declines (None)
+  whatever it cannot do exactly: NaN, Inf, float64 values whose squares leave float64's range.
+* `exact_rows`: many chunks at once, as rows, with torch, on any device and without a synchronisation: everything
+  masked and scaled. CUDA uses it for all chunks, the CPU for those that the other declines.
+
+Sums are kept scaled, as sum(v * 2**-exponent): only float64 input ever needs an exponent other than 0, since the square
+of any number of a narrower dtype lies well within float64.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from grafter.core.measures.flat_chunks import CHUNK, PIECE
+
+# Between these, squares and sums of squares of float64 numbers neither overflow nor lose what matters of their bits.
+_SAFE_LOW, _SAFE_HIGH = 1e-140, 1e140
+# Below this part of the sum of squares, what remains after subtracting the mean's share has lost half its digits.
+_CANCELLED = 1e-7
+# Norms may differ by this factor before the dot product derived from three squares loses digits that matter.
+_COMPARABLE = 1e3
+
+# A whole chunk's squares are summed by tiles of so many values: rows of a multiple of it then need no sums of their
+# own, and a chunk needs one call instead of three.
+TILE = 256
+
+_vecdot = getattr(np, "vecdot", None)
+
+# Marks a PairSums whose place of the maximum has not been looked up: only the chunk that wins pays for that.
+UNKNOWN_INDEX = -1.0
+
+
+class TensorSums(NamedTuple):
+    """One chunk of one tensor, over its `finite` finite values v; low and high are not scaled."""
+
+    finite: float
+    exponent: float  # of total, absolute and (twice it) centred
+    total: float  # sum(v)
+    absolute: float  # sum(|v|)
+    centred: float  # sum((v - mean of this chunk)**2)
+    low: float
+    high: float
+    nan: float
+    inf: float
+
+
+class PairSums(NamedTuple):
+    """One chunk of both tensors, over the positions where x and y are finite; d = x - y, 0 where they are equal."""
+
+    x_exponent: float
+    x_squares: float
+    y_exponent: float
+    y_squares: float
+    products: float  # sum(x * y), by both exponents
+    d_exponent: float  # of the next three
+    d_squares: float
+    d_absolute: float
+    d_max: float
+    d_index: float  # of the first maximum, within the chunk
+    x_at: float  # x and y there, not scaled
+    y_at: float
+    mismatched: float  # over all positions
+    nan: float  # positions where exactly one is NaN
+    inf: float  # other positions where one is infinite and they differ
+
+
+class Row:
+    """A float64 buffer of one chunk, as torch and as numpy, and its pieces for dot products."""
+
+    def __init__(self, buffer: torch.Tensor) -> None:
+        self.tensor = buffer
+        self.values: NDArray[np.float64] = buffer.numpy()
+        self._pieces = [self.values[start : start + PIECE] for start in range(0, len(buffer), PIECE)]
+        self._tiles = self.values.reshape(-1, TILE) if len(buffer) == CHUNK else None
+
+    def squares(self) -> float:
+        if self._tiles is not None:
+            return float(np.add.reduce(squares_of_rows(self._tiles)))
+        result = 0.0
+        for piece in self._pieces:
+            # The method: np.dot itself costs a third more at this size.
+            result += piece.dot(piece)
+        return result
+
+    def total(self) -> float:
+        # torch's sum and abs are twice as fast as numpy's on a chunk, numpy's dot, max and subtract as torch's.
+        return self.tensor.sum().item()
+
+    def dot(self, other: Row) -> float:
+        return sum(float(a.dot(b)) for a, b in zip(self._pieces, other._pieces, strict=True))
+
+    def max_abs(self) -> float:
+        return max(float(np.maximum.reduce(self.values)), -float(np.minimum.reduce(self.values)))
+
+
+def squares_of_rows(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The sum of squares of each row of [rows, n]."""
+    # Rows longer than a piece not by BLAS, whose threads would share them out. vecdot came with NumPy 2, and is four
+    # times as fast.
+    if matrix.shape[1] <= PIECE and _vecdot is not None:
+        result: NDArray[np.float64] = _vecdot(matrix, matrix)
+        return result
+    summed: NDArray[np.float64] = np.einsum("ij,ij->i", matrix, matrix)
+    return summed
+
+
+class Workspace:
+    """The buffers of one chunk of `size` parts, reused from chunk to chunk: x, y, d, and where x and y differ."""
+
+    def __init__(self, size: int, within: Workspace | None = None) -> None:
+        """within: a larger one, whose memory this one uses."""
+        self.size = size
+        # Allocated by torch for its alignment to 64 bytes, which numpy's allocation lacks.
+        self._buffer: torch.Tensor = (
+            torch.empty(3, size, dtype=torch.float64) if within is None else within._buffer[:, :size]
+        )
+        self.x, self.y, self.d = (Row(row) for row in self._buffer)
+        self.values: NDArray[np.float64] = self._buffer.numpy()
+        self.unequal: NDArray[np.bool_] = np.empty(size, dtype=np.bool_) if within is None else within.unequal[:size]
+
+    def is_exact(self, row: Row, squares: float, wide: bool) -> bool:
+        """Whether the fast way may be used for `row`: finite, and squares within range."""
+        return squares < np.inf and (not wide or is_safe(row.max_abs()))
+
+
+def fast_pair(
+    space: Workspace,
+    mismatched: int,
+    same_bits: bool,
+    wide: bool,
+    level: str,
+    lost: NDArray[np.float64] | None = None,
+) -> PairSums | None:
+    """The sums of one chunk whose values lie in `space`; |d| is left in space.d. None: `exact_rows` must do it.
+
+    same_bits: all of x equals y (space.y is then not read); wide: either is float64. lost: as `exact_rows` has it.
+    """
+    x, y, d = space.x, space.x if same_bits else space.y, space.d
+    x_squares = x.squares()
+    y_squares = x_squares if same_bits else y.squares()
+    if not (space.is_exact(x, x_squares, wide) and (same_bits or space.is_exact(y, y_squares, wide))):
+        return None
+    if same_bits:
+        return PairSums(
+            0.0, x_squares, 0.0, y_squares, x_squares, 0.0, 0.0, 0.0, 0.0,
+            UNKNOWN_INDEX, 0.0, 0.0, 0.0, 0.0, 0.0,
+        )  # fmt: skip
+    np.subtract(x.values, y.values, out=d.values)
+    if lost is not None:
+        d.values += lost
+    d_squares = d.squares()
+    products = absolute = 0.0
+    if level == "full":
+        d.tensor.abs_()
+        absolute = d.total()
+        largest = np.maximum.reduce(d.values)
+        comparable = are_comparable(x_squares, y_squares)
+        products = products_from_squares(x_squares, y_squares, d_squares) if comparable else x.dot(y)
+    else:
+        largest = d.max_abs()
+    if wide and not is_safe(largest):
+        return None
+    return PairSums(
+        0.0, x_squares, 0.0, y_squares, products, 0.0, d_squares, absolute, largest,
+        UNKNOWN_INDEX, 0.0, 0.0, mismatched, 0.0, 0.0,
+    )  # fmt: skip
+
+
+def is_safe(largest: float) -> bool:
+    """Whether squares of float64 numbers up to this one stay within float64, as well as it matters."""
+    return _SAFE_LOW < largest < _SAFE_HIGH or largest == 0.0
+
+
+def are_comparable(x_squares: float, y_squares: float) -> bool:
+    """Whether sum(xy) may be computed from the squares.
+
+    Its error, relative to |x||y|, is float64's epsilon times the ratio of the norms.
+    """
+    return x_squares < y_squares * _COMPARABLE**2 and y_squares < x_squares * _COMPARABLE**2
+
+
+def products_from_squares(x_squares: float, y_squares: float, d_squares: float) -> float:
+    """sum(xy), where the norms are comparable."""
+    return (x_squares + y_squares - d_squares) / 2
+
+
+def fast_tensors(space: Workspace, squares: list[float]) -> list[TensorSums]:
+    """The sums of finite chunks, whose squares are known: of x, or of x and y. Overwrites them and space.d."""
+    rows = [space.x, space.y][: len(squares)]
+    # Both rows in one call: calls are a third of the cost.
+    values = space.values[: len(rows)]
+    lows = np.minimum.reduce(values, axis=1).tolist()
+    highs = np.maximum.reduce(values, axis=1).tolist()
+    totals = [row.total() for row in rows]
+    centred = [
+        centred_squares(space, row, row_squares, total) if low < high else 0.0
+        for row, row_squares, total, low, high in zip(rows, squares, totals, lows, highs, strict=True)
+    ]
+    return [
+        TensorSums(space.size, 0.0, total, _absolute(row, total, low, high), row_centred, low, high, 0.0, 0.0)
+        for row, total, row_centred, low, high in zip(rows, totals, centred, lows, highs, strict=True)
+    ]
+
+
+def _absolute(row: Row, total: float, low: float, high: float) -> float:
+    """sum(|v|), from sum(v) where all have one sign. Overwrites the row."""
+    if low >= 0.0 or high <= 0.0:
+        return abs(total)
+    row.tensor.abs_()
+    return row.total()
+
+
+def centred_from_sums(count: int, squares: float, total: float) -> float | None:
+    """sum((v - mean)**2), or None where the sums cancel."""
+    centred = squares - total * total / count
+    return centred if centred >= _CANCELLED * squares else None
+
+
+def centred_squares(space: Workspace, row: Row, squares: float, total: float) -> float:
+    """sum((v - mean)**2): from the sums, or, where they cancel, in a second pass, which overwrites space.d."""
+    centred = centred_from_sums(space.size, squares, total)
+    if centred is not None:
+        return centred
+    np.subtract(row.values, total / space.size, out=space.d.values)
+    rest = space.d.total()
+    # What remains of the mean's rounding is taken out.
+    return max(space.d.squares() - rest * rest / space.size, 0.0)
+
+
+def exact_rows(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    unequal: torch.Tensor,
+    wide: bool,
+    statistics: bool,
+    lost: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Sums of each row: [rows, fields of PairSums], and with `statistics` [rows, fields of TensorSums] of x and of y.
+
+    x, y: [rows, n] float64 on one device; unequal: bool, the same shape. lost: what float64 lost of x - y, where x or y
+    are whole numbers that it does not hold. Never synchronises with the device.
+    """
+    pair = _pair_rows(x, y, unequal, wide, lost)
+    if not statistics:
+        return pair, None, None
+    return pair, tensor_rows(x, wide), tensor_rows(y, wide)
+
+
+def tensor_rows(v: torch.Tensor, wide: bool) -> torch.Tensor:
+    """[rows, fields of TensorSums] of [rows, n] float64."""
+    finite = v.isfinite()
+    clean = v.where(finite, 0.0)
+    scaled, exponent = _scale(clean, clean.abs().amax(1), wide)
+    count = finite.sum(1).double()
+    total = scaled.sum(1)
+    mean = total / count.clamp(min=1)
+    deviation = (scaled - mean[:, None]).where(finite, 0.0)
+    correction = deviation.sum(1).square() / count.clamp(min=1)
+    return torch.stack(
+        [
+            count, exponent, total, scaled.abs().sum(1),
+            (deviation.square().sum(1) - correction).clamp(min=0),
+            v.where(finite, torch.inf).amin(1), v.where(finite, -torch.inf).amax(1),
+            v.isnan().sum(1).double(), v.isinf().sum(1).double(),
+        ],
+        dim=1,
+    )  # fmt: skip
+
+
+def _pair_rows(
+    x: torch.Tensor, y: torch.Tensor, unequal: torch.Tensor, wide: bool, lost: torch.Tensor | None
+) -> torch.Tensor:
+    finite = x.isfinite() & y.isfinite()
+    x_nan, y_nan = x.isnan(), y.isnan()
+    nan = x_nan ^ y_nan
+    inf = ~finite & ~nan & ~(x_nan & y_nan) & (x != y)
+    x_clean, y_clean = x.where(finite, 0.0), y.where(finite, 0.0)
+    x_max, y_max = x_clean.abs().amax(1), y_clean.abs().amax(1)
+    # Two float64 numbers near the end of the range may differ by more than the range: halve both first.
+    halved = (torch.maximum(x_max, y_max) > 2.0**1022) if wide else torch.zeros_like(x_max, dtype=torch.bool)
+    factor = torch.where(halved, 0.5, 1.0).double()[:, None]
+    d = x_clean * factor - y_clean * factor
+    if lost is not None:
+        d += lost.where(finite, 0.0) * factor
+    d.abs_()
+    d_scaled, d_exponent = _scale(d, d.amax(1), wide)
+    d_max = d_scaled.amax(1)
+    place = torch.arange(d.shape[1], device=d.device).expand_as(d)
+    # argmax promises no order among equals.
+    index = place.where(d_scaled == d_max[:, None], d.shape[1]).amin(1)
+    x_scaled, x_exponent = _scale(x_clean, x_max, wide)
+    y_scaled, y_exponent = _scale(y_clean, y_max, wide)
+    return torch.stack(
+        [
+            x_exponent, x_scaled.square().sum(1), y_exponent, y_scaled.square().sum(1), (x_scaled * y_scaled).sum(1),
+            d_exponent + halved, d_scaled.square().sum(1), d_scaled.sum(1), d_max, index.double(),
+            x_clean.gather(1, index[:, None])[:, 0], y_clean.gather(1, index[:, None])[:, 0],
+            (unequal & ~(x_nan & y_nan)).sum(1).double(), nan.sum(1).double(), inf.sum(1).double(),
+        ],
+        dim=1,
+    )  # fmt: skip
+
+
+def _scale(v: torch.Tensor, largest: torch.Tensor, wide: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """v * 2**-exponent, its rows' largest magnitude in [0.5, 1), and the exponents (float64). Both steps are exact."""
+    if not wide:
+        return v, torch.zeros_like(largest)
+    exponent = torch.frexp(largest).exponent.long()
+    # 2**-exponent itself may lie outside float64 when `largest` is subnormal: two factors.
+    half = exponent.div(2, rounding_mode="floor")
+    scaled = v * _power_of_two(-half)[:, None] * _power_of_two(half - exponent)[:, None]
+    return scaled, exponent.double()
+
+
+def _power_of_two(exponent: torch.Tensor) -> torch.Tensor:
+    """2.0**exponent by its bits (int64 in -1022..1023), exact on every device, where pow and exp2 need not be."""
+    return ((exponent + 1023) << 52).view(torch.float64)

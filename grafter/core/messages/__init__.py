@@ -1,0 +1,1 @@
+"""Messages: what ranks tell each other, as typed data. Checked, never unpickled."""

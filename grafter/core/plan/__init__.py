@@ -1,0 +1,1 @@
+"""Plans: from the manifests of both sides to which bytes go from whom to whom. Pure."""

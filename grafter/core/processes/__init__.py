@@ -1,0 +1,1 @@
+"""Processes: whether one lives, and how one ended."""

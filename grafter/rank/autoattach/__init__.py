@@ -1,0 +1,1 @@
+"""Automatic attaching: points in programs that never import grafter."""

@@ -1,0 +1,261 @@
+"""One recorded rank, played: it reaches every point that it recorded, in order, through an ordinary Grafter.
+
+    points of the forward   in program order; points that no filter matches here are not exchanged
+    gradients               all of a step are known: a sender serves them as they are asked for, like a live one; a
+                            receiver follows the recorded order
+    the end                 after its last point the rank leaves
+
+It is not an error if the live job leaves first.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import groupby
+from typing import Any, cast
+
+import torch
+
+from grafter.config.direction_filters import DirectionFilters
+from grafter.config.options import PointOptions
+from grafter.config.settings.config import GrafterConfig
+from grafter.core.direction import Direction, receiver_role, sender_role
+from grafter.core.messages.announced_models import AnnouncedHooks
+from grafter.core.messages.offer import Offer
+from grafter.core.messages.roster import PlayedFrom, other_role
+from grafter.core.points import PointKey, identify, traced_call_site
+from grafter.errors import GrafterError, RunError, UsageError
+from grafter.rank.grafter import Grafter
+from grafter.runtime.gradients.gradients import PHASE as BACKWARD
+from grafter.runtime.gradients.gradients import WatchedGradient
+from grafter.runtime.meetings import Meetings
+from grafter.runtime.offer import OfferMaker
+from grafter.runtime.session import Session
+from grafter.store.recordings.recording import RecordedFailure, RecordedPoint, RecordedRank
+from grafter.wire.store_client import StoreClient
+
+logger = logging.getLogger("grafter")
+
+_LONGEST_STEP_SECONDS = 7 * 24 * 3600.0
+# After waiting this long, a rank checks whether the live job has left and the wait is in vain.
+_PATIENCE_SECONDS = 0.5
+
+
+class RecordedOffers(OfferMaker):
+    """Offers what a recorded rank recorded."""
+
+    def take_up(self, value: Any, options: PointOptions, key: PointKey | None = None) -> Offer:
+        if not isinstance(value, RecordedPoint):
+            return super().take_up(value, options, key)
+        offer = value.offer()
+        if offer.tokens is None or not value.part.new_rows_only:
+            return offer
+        try:
+            windowed = offer.tokens.read()
+            options = replace(options, tokens=windowed.tokens, start=list(windowed.starts) or None, new_rows_only=True)
+            return replace(offer, tokens=self.windows.announce(options, key))
+        except GrafterError as error:
+            return Offer(value, nothing=f"the recording cannot be used here: {error}")
+
+
+class RecordedMeetings(Meetings):
+    """The meetings of a recorded rank with the live job."""
+
+    def meet(
+        self, session: Session, key: PointKey, direction: Direction, offer: Offer, options: PointOptions, *rest: Any
+    ) -> Any:
+        recorded = offer.value
+        # It has nothing else to do, whatever the live job waits for.
+        options = replace(options, wait="both")
+        if isinstance(recorded, RecordedPoint):
+            options = replace(options, new_rows_only=options.new_rows_only or recorded.part.new_rows_only)
+            if receiver_role(direction) == self._place.role:
+                offer = self._with_its_transform(recorded, offer, options)
+        return super().meet(session, key, direction, offer, options, *rest)
+
+    def _with_its_transform(self, recorded: RecordedPoint, offer: Offer, options: PointOptions) -> Offer:
+        """The offer. A receiver without the transform that it was recorded with would get other tensors than it asks
+        for.
+        """
+        if recorded.part.header.needs == "identity" or options.transform is not None:
+            return offer
+        return replace(
+            offer,
+            failure=UsageError(
+                "the recorded call was given a transform. A function cannot be part of a recording. Name it by "
+                "path: GRAFTER_TRANSFORM_PATH, or `transform` in a rule of the plan file"
+            ),
+        )
+
+
+class PlayedGrafter(Grafter):
+    """A Grafter whose points are recorded ones. `play` is called once, in a process that acts as this rank."""
+
+    # What is played is on disk already.
+    saves_points = False
+    offer_maker = RecordedOffers
+    meeting_maker = RecordedMeetings
+
+    def __init__(self, config: GrafterConfig, rank: RecordedRank) -> None:
+        # It reaches its next point immediately, and the live job may need long for it, because it computes. A live job
+        # that ends, or asks for something else, is noticed nevertheless.
+        patient = {"timeout": max(config.timeout, _LONGEST_STEP_SECONDS), "on_peer_loss": "raise"}
+        config = config.model_copy(update=patient)
+        super().__init__(config)
+        self._rank = rank
+        self.filters = DirectionFilters(config.filters)
+        self._live_job_left = False
+
+    def play(self) -> None:
+        """Play all points. Returns when they are over, or when the live job has left. Raises the error that ended the
+        run.
+        """
+        try:
+            # It joins even if nothing matches, because the live job waits for every rank.
+            session = self._begin()
+            for step, of_step in groupby(self._rank.points, key=lambda one: one.record.step):
+                self._play_step(session, step, list(of_step))
+            self._end_gradients(session)
+        except RunError as error:
+            if not self._has_live_job_left():
+                raise
+            self.rank_status.fault = None
+            logger.info("grafter: %s: %s", self._who, self._left_early(error))
+
+    # What a Grafter asks for.
+
+    def announced_hooks(self) -> AnnouncedHooks:
+        return AnnouncedHooks(self._rank.facts.modules, self._rank.facts.models)
+
+    def announced_recording(self) -> PlayedFrom:
+        return self._rank.played_from
+
+    # The steps.
+
+    @property
+    def _who(self) -> str:
+        return f"{self._place.who}, {self._rank.played_from}"
+
+    def _begin(self) -> Session:
+        self.begin()
+        session = self.session
+        hear = session.housekeeping.on_second
+
+        def on_second(client: StoreClient) -> None:
+            if hear is not None:
+                hear(client)
+            self._look_for_live_job(session, client)
+
+        session.housekeeping.on_second = on_second
+        return session
+
+    def _play_step(self, session: Session, step: int, points: Sequence[RecordedPoint]) -> None:
+        if step > self.steps.step:
+            # A step without a point is skipped, because its end has no effect.
+            self.steps.step = step - 1
+            self.step()
+        gradients = {id(one): watched for one in points if (watched := self._watched(one)) is not None}
+        if self.gradients is not None:
+            # A live rank knows them from its forward pass on, including those that never arrive.
+            in_any_order = {w.key.digest: w for w in gradients.values() if not w.is_parameter}
+            self.gradients.pending.watched.update(in_any_order)
+        for is_gradient, stretch in groupby(points, key=lambda one: one.is_gradient):
+            if is_gradient:
+                found = [(one, gradients[id(one)]) for one in stretch if id(one) in gradients]
+                self._play_gradients(session, found)
+            else:
+                for one in stretch:
+                    self._play_point(one)
+
+    def _play_point(self, one: RecordedPoint) -> None:
+        arguments = {**one.tags, **one.given}
+        site = traced_call_site.set(one.record.call_site)
+        try:
+            # Not `self.dump_point`, which would watch for gradients: those are points of the recording.
+            Grafter.dump_point(self, one.record.name, one, arguments, one.part.module)
+        except RecordedFailure:
+            # The recorded program already got this error in its own run.
+            logger.debug("grafter: %s: %s had failed when it was recorded", self._who, one.point)
+        finally:
+            traced_call_site.reset(site)
+
+    # Gradients.
+
+    def _watched(self, one: RecordedPoint) -> WatchedGradient | None:
+        """The gradient as a live rank would await it. None for other points, and for gradients that are not exchanged
+        here.
+        """
+        if not one.is_gradient or self.gradients is None:
+            return None
+        record, tags = one.record, one.tags
+        full = {**tags, "name": record.name, "step": record.step, "phase": BACKWARD}
+        direction = self.filters.direction_of(full)
+        options = self.options.options_of(record.name, one.given)
+        if direction is None or not options.gradients:
+            return None
+        key = PointKey(record.name, identify(tags, self.config.key_tags), record.step, BACKWARD, record.occurrence)
+        options = replace(options, write="return", gradient="straight_through", wait="both")
+        return WatchedGradient(
+            key, direction, tags, options, record.call_site, one.part.module, is_parameter=one.part.is_parameter
+        )
+
+    def _play_gradients(self, session: Session, found: Sequence[tuple[RecordedPoint, WatchedGradient]]) -> None:
+        gradients = self.gradients
+        assert gradients is not None
+        with self.lock, torch.no_grad():
+            for is_parameter, stretch in groupby(found, key=lambda pair: pair[1].is_parameter):
+                for one, watched in stretch:
+                    # A Grafter passes it on to `take_up` without looking at it.
+                    value = cast(torch.Tensor, one)
+                    if is_parameter:
+                        gradients.meet(session, watched, value)
+                    elif one.never_came:
+                        continue
+                    elif self._place.role == sender_role(watched.direction) and watched.options.one_sided == "raise":
+                        gradients.pending.offer(watched, value)
+                    else:
+                        gradients.pending.came(watched, value)
+                gradients.pending.serve()
+
+    def _end_gradients(self, session: Session) -> None:
+        if self.gradients is not None:
+            with self.lock, torch.no_grad():
+                self.gradients.pending.end_step(session)
+
+    # The live job's end.
+
+    def _look_for_live_job(self, session: Session, client: StoreClient) -> None:
+        """On the housekeeping thread, once per second: end the wait if all live ranks have left."""
+        wait = session.housekeeping.current_wait
+        if wait is None or wait.stage not in ("pairing", "gradients") or wait.seconds < _PATIENCE_SECONDS:
+            return
+        if wait.one_sided:
+            # What is left of the recording is in it alone.
+            return
+        live = other_role(self._place.role)
+        ranks = [session.roster.graft_rank(live, member.role_rank) for member in session.roster.side(live)]
+        lines = session.housekeeping.read_board(client, ranks)
+        # Waits for gradients are not checked anywhere else.
+        gone = session.housekeeping.gone() if wait.stage == "gradients" else {}
+        if not all(line.state == "left" or line.graft_rank in gone for line in lines):
+            return
+        notes = [f"{line.who} has left with {line.note}" for line in lines if line.note]
+        notes += [f"{session.roster.who(rank)} {how}" for rank, how in gone.items()]
+        if notes:
+            session.housekeeping.abort(RunError(f"the live job is over: {notes[0]}"), client)
+            return
+        self._live_job_left = True
+        session.housekeeping.abort(RunError(f"the {live} job has left, and {self._who} has more points"), client)
+
+    def _has_live_job_left(self) -> bool:
+        """Whether the live job has left normally, whichever rank of this job noticed it first."""
+        if self._live_job_left or self.entry.session is None:
+            return self._live_job_left
+        lines = self.entry.session.housekeeping.last_seen(other_role(self._place.role))
+        return bool(lines) and all(line.state == "left" and not line.note for line in lines)
+
+    def _left_early(self, error: RunError) -> str:
+        met = sum(self._tally.outcomes.values())
+        return f"the live job has left; it reached {met} of {len(self._rank.points)} recorded points"

@@ -1,0 +1,1 @@
+"""Gradients: the gradient of a point is a point, too."""

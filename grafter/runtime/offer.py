@@ -1,0 +1,157 @@
+"""Offers: what this rank brings to a point, and the header that says so to the other ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+import torch
+
+from grafter.config.options import PointOptions
+from grafter.config.settings.config import GrafterConfig
+from grafter.core.bounded_memory import BoundedMemory, cost
+from grafter.core.direction import Direction
+from grafter.core.layout.axes import axes_from_text, axes_of_job, read_axes
+from grafter.core.layout.declared import declare_layouts
+from grafter.core.leaves import Leaves, NothingToOffer, encode_extras, take_apart
+from grafter.core.messages.manifest import Header
+from grafter.core.messages.offer import Offer
+from grafter.core.messages.participants import own_participants
+from grafter.core.messages.states import OutboxPlace
+from grafter.core.place import Place
+from grafter.core.points import PointKey
+from grafter.errors import LayoutError
+from grafter.runtime.session import Session
+from grafter.runtime.windows import Windows
+
+# The rendezvous store takes texts of 8 MiB and drops the connection at a longer one. Each side's headers are one text.
+MOST_DESCRIBED_BYTES = 7 << 20
+_MOST_REMEMBERED = 4096
+_MOST_REMEMBERED_WITH_TOKENS = 64
+# Of long headers' texts; the headers take up to ten times as much.
+_MOST_REMEMBERED_BYTES = 1 << 22
+_Headers = BoundedMemory[tuple[Any, ...], Header]
+# The fields of a header besides whose it is, in the order in which `_describe` gathers them.
+_DESCRIPTION = (
+    "participants", "direction", "call_site", "needs", "generation", "staging", "leaves", "structure", "others",
+    "extras", "extras_tensors", "nothing", "failure", "nccl_device", "layouts", "axes", "check_replicas",
+    "partial_target", "tokens", "wait", "outbox", "early",
+)  # fmt: skip
+
+
+class PointTooLarge(Exception):
+    """The other ranks cannot be told of so many leaves; the text says how many there are, and the limit."""
+
+
+class OfferMaker:
+    """One per rank."""
+
+    def __init__(self, config: GrafterConfig, place: Place) -> None:
+        self._config, self._place = config, place
+        self._headers: _Headers = BoundedMemory(_MOST_REMEMBERED, _MOST_REMEMBERED_BYTES)
+        self._headers_of_tokens: _Headers = BoundedMemory(_MOST_REMEMBERED_WITH_TOKENS, _MOST_REMEMBERED_BYTES)
+        self.windows = Windows()
+
+    def take_up(self, value: Any, options: PointOptions, key: PointKey | None = None) -> Offer:
+        """The value, made if it is a function, taken apart. A failure is an offer, too: the other side must hear it.
+
+        key: of the point, where it may count new rows only.
+        """
+        try:
+            if callable(value) and not isinstance(value, torch.Tensor):
+                value = value()
+            leaves = take_apart(value)
+            extras_text, extras = encode_extras(options.extras) if options.extras is not None else (None, [])
+            try:
+                layouts = declare_layouts(leaves, options.dims, options.layout, options.seq_lens)
+            except LayoutError as error:
+                raise LayoutError(f"the point {key.name!r}: {error}") if key is not None else error from None
+            axes = self.axes(options.axes) if layouts else ()
+            given = options.tokens is not None or options.has_window
+            tokens = self.windows.announce(options, key) if given else None
+        except NothingToOffer as nothing:
+            return Offer(value, nothing=str(nothing), plain=nothing.plain)
+        except Exception as error:
+            return Offer(value, failure=error)
+        return Offer(value, leaves, extras_text, extras, layouts, axes, tokens)
+
+    def axes(self, given: Any) -> tuple[tuple[str, int, int], ...]:
+        """This rank's place on the mesh: what the call says, else what was set, else the configuration."""
+        place = self._place
+        settled = axes_from_text(self._config.axes, place.role_rank, place.role_world_size) if self._config.axes else {}
+        axes = {**settled, **axes_of_job(), **(read_axes(given) if given is not None else {})}
+        return tuple((axis, coordinate, size) for axis, (coordinate, size) in sorted(axes.items()))
+
+    def describe(
+        self,
+        session: Session | None,
+        offer: Offer,
+        options: PointOptions,
+        direction: Direction,
+        site: str,
+        outbox: OutboxPlace | None = None,
+        *,
+        early: bool = False,
+        recorded: bool = False,
+    ) -> Header:
+        """This rank's part of the point, for the other ranks. The same description gives the same object.
+
+        session: None where nothing is transferred, in a recording or before both jobs have joined. outbox: where the
+        snapshot lies. early: this rank has nothing for the point any more. recorded: another rank will wait.
+        """
+        leaves, failure = offer.leaves, offer.failure
+        description = (
+            own_participants(self._place, options.ranks),
+            direction,
+            site,
+            options.transform.receives if options.transform is not None else "identity",
+            session.transfer.generation if session is not None else 0,
+            session.transfer.staging.prepare() if session is not None else (0, 0),
+            leaves.specs if leaves is not None else (),
+            leaves.structure if leaves is not None else "",
+            tuple(sorted((leaves.others if leaves is not None else offer.plain).items())),
+            offer.extras_text,
+            offer.extras_specs if offer.extras else (),
+            offer.nothing,
+            f"{type(failure).__name__}: {failure}" if failure is not None else None,
+            self._nccl_device(leaves),
+            offer.layouts,
+            offer.axes,
+            bool(offer.layouts) and self._config.check_replicas,
+            options.partial_target,
+            offer.tokens,
+            options.wait if not recorded else "both",
+            outbox,
+            early,
+        )
+        # Tokens are others in each step, and long; the same ones come again from layer to layer.
+        known = self._headers_of_tokens if offer.tokens is not None else self._headers
+        header = known.get(description)
+        if header is None:
+            fields: dict[str, Any] = dict(zip(_DESCRIPTION, description, strict=True))
+            header = _bounded(Header(role=self._place.role, role_rank=self._place.role_rank, **fields))
+            known.remember(description, header, cost(header.text))
+        return header
+
+    def _nccl_device(self, leaves: Leaves | None) -> str | None:
+        if self._config.backend != "nccl" or leaves is None or not leaves.tensors[0].is_cuda:
+            return None
+        uuid = torch.cuda.get_device_properties(leaves.tensors[0].device).uuid
+        return f"{uuid} {os.environ.get('NCCL_HOSTID', '')}".strip()
+
+
+def _bounded(header: Header) -> Header:
+    """The header; where all of its side's would be too long for the store if they were like it, one that says so."""
+    allowed = MOST_DESCRIBED_BYTES // max(1, len(header.participants))
+    # Within the text of its side a header is quoted, which at most doubles it.
+    if 2 * len(header.text) <= allowed or (nbytes := len(json.dumps(header.text))) <= allowed:
+        return header
+    error = PointTooLarge(
+        f"{len(header.leaves)} leaves take {nbytes} bytes to describe, and {allowed} are allowed for each of "
+        f"{len(header.participants)} ranks: graft them as several points, or as fewer, larger tensors"
+    )
+    return header.changed(
+        leaves=(), structure="", others=(), extras=None, extras_tensors=(), layouts=(), tokens=None, outbox=None,
+        failure=f"{type(error).__name__}: {error}",
+    )  # fmt: skip

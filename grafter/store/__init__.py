@@ -1,0 +1,1 @@
+"""Store: the files of a run. Ledger, dumps and recordings, written and read back."""

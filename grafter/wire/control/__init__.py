@@ -1,0 +1,1 @@
+"""Control: changes of a run, decided once for all ranks."""

@@ -1,0 +1,312 @@
+"""The housekeeping thread of a rank: it diagnoses waits, wakes the waiter, watches processes, and tidies the store.
+
+The dump thread blocks in one place at a time: in the store, in its channels, or in a transfer. Everything that could
+end that wait early happens here, on a store client of its own: an abort is put under the awaited key, or `aborted` is
+set, which the other waits look at four times a second.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import select
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from grafter.core.messages.roster import Roster
+from grafter.errors import PeerLostError, RunError
+from grafter.wire.monitor.members import Members
+from grafter.wire.monitor.stages import Underway
+from grafter.wire.monitor.status_board import BoardLine, BoardWriter
+from grafter.wire.monitor.step_ends import StepEnds
+from grafter.wire.monitor.store_host import StoreHost
+from grafter.wire.monitor.store_link import StoreLink
+from grafter.wire.monitor.wait_monitor import LOOK_EVERY_SECONDS, WaitMonitor
+from grafter.wire.monitor.waits import ABSENT, GivenUp, Wait, Watched
+from grafter.wire.store_client import ABORT, StoreClient, decode_abort
+
+logger = logging.getLogger("grafter")
+
+_TICK_SECONDS = 0.25
+_CHORES_EVERY_SECONDS = 1.0
+# So many deletions between two looks, at 60 us each, or this part of those that are left, so that they are bounded at
+# any rate of points. They delay a diagnosis by 15 ms; by more only at a thousand deletions a second.
+_DELETIONS_PER_TICK, _PART_PER_TICK = 256, 8
+
+
+class Housekeeping:
+    """One thread per rank; started when the store is reached, stopped by `close`."""
+
+    def __init__(self, client: StoreClient, board: BoardWriter, who: str, host: StoreHost) -> None:
+        """client: this thread's own. host: of the store."""
+        self.board = board
+        self._who = who
+        self._members = Members(host)
+        self._wait_monitor = WaitMonitor(board, self._members, who)
+        self._link = StoreLink(client, self._members, who, lambda: self._wait_monitor.warn_of_stopped(self._wait))
+        self._wait: Wait | None = None
+        # The point that the dump thread is at, set by it; None between two points.
+        self.underway: Underway | None = None
+        self._deletions: deque[str] = deque()
+        self._closing = False
+        self._to_abort: RunError | None = None
+        self._next_chores = 0.0
+        self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self.on_second: Callable[[StoreClient], None] | None = None
+        # At every look between two seconds, too, while something is due soon.
+        self.on_tick: Callable[[StoreClient], None] | None = None
+        self.aborted: RunError | None = None
+        self._thread = threading.Thread(target=self._run, name="grafter-housekeeping", daemon=True)
+        self._thread.start()
+
+    # What the dump thread calls.
+
+    def joined(self, roster: Roster, graft_rank: int, host_rank: int | None) -> None:
+        """From here on processes are watched. `host_rank`: the graft rank that hosts the store, if one does."""
+        self._wait_monitor.joined(roster, graft_rank)
+        self._members.joined(roster, graft_rank, host_rank)
+
+    def ask_while_joining(self, question: Callable[[StoreClient], RunError | None]) -> None:
+        """question: why the others will not join; asked on this thread, about twice a second."""
+        self._wait_monitor.check_join = question
+
+    def waiting(self, wait: Wait) -> Watched:
+        """Around a blocking `get` or transfer: while the `with` block lasts, this thread looks after it."""
+        return Watched(self, wait)
+
+    def begin(self, wait: Wait) -> None:
+        if self.aborted is not None:
+            raise self.aborted
+        # Python sees to signals by itself. But a call of the store blocks on after its caller has stopped waiting, and
+        # nothing else could be asked of the store until it ends: this object's thread ends it.
+        if wait.awaits and threading.current_thread() is threading.main_thread():
+            wait.signal_fd = signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
+            wait.interruptible = True
+        self._wait = wait
+
+    def end(self, wait: Wait) -> None:
+        wait.over = True
+        self._wait = None
+        if wait.interruptible:
+            signal.set_wakeup_fd(wait.signal_fd)
+
+    def look_for_absent(self, wait: Wait, client: StoreClient) -> None:
+        """Before a wait begins: raises GivenUp where it is of a one-sided point, and in vain."""
+        if wait.one_sided:
+            reason = self._wait_monitor.find_absent(client, wait)
+            if reason is not None:
+                raise GivenUp(reason)
+
+    def check(self) -> None:
+        """Raise what ended the run, if something did. For loops that move bytes."""
+        if self.aborted is not None:
+            raise self.aborted
+
+    @property
+    def step_ends(self) -> StepEnds:
+        """Of this rank, once it has joined."""
+        assert self._wait_monitor.step_ends is not None
+        return self._wait_monitor.step_ends
+
+    @property
+    def current_wait(self) -> Wait | None:
+        """What the dump thread waits for now."""
+        return self._wait
+
+    @property
+    def store_is_silent(self) -> bool:
+        """Whether this object's thread goes on without the store, which owes it an answer."""
+        return self._link.is_down
+
+    def last_seen(self, role: str) -> list[BoardLine]:
+        """The lines of a job, as this rank has last read them; empty until it has read all of them."""
+        return self._members.last_seen(role)
+
+    def read_board(self, client: StoreClient, ranks: Sequence[int] | None = None) -> list[BoardLine]:
+        return self._members.read_board(client, ranks)
+
+    def gone(self) -> dict[int, str]:
+        """Graft rank -> how its process went, of all hosts. Called on this object's thread, as `on_second` is."""
+        return self._members.gone(self._link.client, all_hosts=True)
+
+    def gone_here(self) -> dict[int, str]:
+        """The same for this host alone, without asking the store."""
+        return self._members.gone_here()
+
+    def delete_later(self, keys: Sequence[str]) -> None:
+        self._deletions.extend(keys)
+
+    def close(self, note: str | None = None) -> None:
+        """End the thread, delete what is left to delete, and say on the board that this rank has left (with `note`)."""
+        self._closing = True
+        os.write(self._wake_write, b"\0")
+        self._thread.join(timeout=10)
+        if note is not None and not self._link.is_down and not self._thread.is_alive():
+            self.board.left(self._link.client, note)
+        if not self._thread.is_alive():
+            self._link.client.close()
+            os.close(self._wake_read)
+            os.close(self._wake_write)
+
+    # The thread.
+
+    def _run(self) -> None:
+        while not self._closing:
+            self._handle_signals(self._sleep())
+            if self._closing:
+                break
+            self._wait_monitor.warn_of_stopped(self._wait)
+            if self._link.is_down and not self._store_has_answered():
+                continue
+            try:
+                if self._to_abort is not None and self.aborted is None:
+                    self.abort(self._to_abort)
+                self._do_chores()
+                wait = self._wait
+                self._wait_monitor.update_board(self._link.client, wait, self.underway)
+                if wait is not None and wait.one_sided:
+                    absent = self._wait_monitor.find_absent(self._link.client, wait)
+                    if absent is not None:
+                        self._give_up(wait, absent)
+                if wait is not None and wait.seconds >= LOOK_EVERY_SECONDS and time.monotonic() >= wait.next_look:
+                    wait.next_look = time.monotonic() + LOOK_EVERY_SECONDS
+                    self._look_after(wait)
+            except PeerLostError as error:
+                self._store_lost(error)
+            except RunError as error:
+                self._end_locally(error)
+            except Exception:
+                # A fault of our own must not end the watch silently: the run would lose its safety net.
+                logger.exception(
+                    "grafter: the housekeeping thread of %s met an unexpected error and continues", self._who
+                )
+        if not self._link.is_down:
+            try:
+                self._delete(len(self._deletions))
+            except RunError as error:
+                logger.debug("grafter: the store was gone before %s had tidied it: %s", self._who, error)
+
+    def _sleep(self) -> bytes:
+        readable, _, _ = select.select([self._wake_read], [], [], _TICK_SECONDS)
+        return os.read(self._wake_read, 256) if readable else b""
+
+    def _handle_signals(self, numbers: bytes) -> None:
+        """Ctrl-C, or a SIGTERM that the program handles: end the wait, so that Python can run the handler."""
+        wait = self._wait
+        if wait is not None and wait.signal_fd >= 0 and numbers:
+            os.write(wait.signal_fd, numbers)
+        for number in numbers:
+            if wait is not None and wait.interruptible and number in (signal.SIGINT, signal.SIGTERM):
+                name = signal.Signals(number).name
+                try:
+                    self.abort(
+                        PeerLostError(
+                            f"{self._who} was interrupted ({name}) while it waited for {wait.what}, so the run is over "
+                            f"for both jobs."
+                        )
+                    )
+                except RunError as error:
+                    self._store_lost(error)
+
+    def _do_chores(self) -> None:
+        waiting = len(self._deletions)
+        self._delete(min(waiting, max(_DELETIONS_PER_TICK, waiting // _PART_PER_TICK)))
+        if time.monotonic() < self._next_chores:
+            if self.on_tick is not None:
+                self.on_tick(self._link.client)
+            return
+        self._next_chores = time.monotonic() + _CHORES_EVERY_SECONDS
+        self._members.beat(self._link.client)
+        if self.aborted is None:
+            record = self._link.client.peek(f"{self._link.client.job_prefix}/abort")
+            if record is not None:
+                self._wake_self(decode_abort(record.payload))
+        self._members.keep_up(self._link.client)
+        self._wait_monitor.refresh_board(self._link.client)
+        if self.on_second is not None:
+            self.on_second(self._link.client)
+
+    def _delete(self, count: int) -> None:
+        for _ in range(count):
+            self._link.client.delete(self._deletions.popleft())
+
+    def _look_after(self, wait: Wait) -> None:
+        if wait.stage == "join":
+            error = self._wait_monitor.look_after_join(self._link.client, wait)
+            if error is not None:
+                self._wake_self(error)
+            return
+        error = self._wait_monitor.look_after(self._link.client, wait)
+        if error is not None:
+            self.abort(error)
+        elif wait.given_up is not None:
+            self._give_up(wait, wait.given_up)
+        is_over = self.aborted is not None or wait.abandoned is not None or wait.given_up is not None
+        is_over = is_over or wait is not self._wait
+        if not is_over and wait.seconds > wait.timeout:
+            self.abort(self._wait_monitor.time_is_up(self._link.client, wait))
+
+    def _give_up(self, wait: Wait, reason: str) -> None:
+        """Nobody will end this wait of a one-sided point. What has come by now, if anything has, is taken instead."""
+        wait.given_up = reason
+        for key in wait.awaits:
+            self._link.client.put_if_absent(key, ABSENT, reason)
+
+    # Ending the run.
+
+    def abort(self, error: RunError, client: StoreClient | None = None) -> RunError:
+        """End the run for all ranks: the first error put stands, and every rank that waits is woken with it."""
+        client = client or self._link.client
+        key = f"{client.job_prefix}/abort"
+        client.wake(key, error)
+        record = client.peek(key)
+        rank_status = decode_abort(record.payload) if record is not None and record.kind == ABORT else error
+        self.aborted = rank_status
+        self._members.wake_waiting(client, rank_status)
+        self._wake_self(rank_status, client)
+        return rank_status
+
+    def abort_soon(self, error: RunError) -> None:
+        """The same at the next look of this object's thread, within a quarter of a second. Never waits."""
+        self._to_abort = error
+        os.write(self._wake_write, b"\0")
+
+    def _wake_self(self, error: RunError, client: StoreClient | None = None) -> None:
+        self.aborted = self.aborted or error
+        wait = self._wait
+        if wait is not None:
+            for key in wait.awaits:
+                (client or self._link.client).wake(key, self.aborted)
+
+    def _end_locally(self, error: RunError) -> None:
+        """What this thread met by itself, such as a message it cannot trust; the others are told if they can be."""
+        self.aborted = self.aborted or error
+        try:
+            self.abort(error)
+        except RunError as another:
+            logger.debug("grafter: %s could not tell the others: %s", self._who, another)
+            with contextlib.suppress(RunError):
+                self._wake_self(error)
+
+    def _store_lost(self, error: RunError) -> None:
+        if self.aborted is not None or self._closing:
+            self._link.is_down = True
+            return
+        self.aborted = self._link.lose(error) or self.aborted
+
+    def _store_has_answered(self) -> bool:
+        error = self._link.look_again(self._wait)
+        if error is not None and self.aborted is None and not self._closing:
+            self.aborted = error
+        return not self._link.is_down
+
+    def fuller_story(self, error: RunError) -> RunError:
+        """What the dump thread should raise when its own client lost the store: this thread's account, if any."""
+        deadline = time.monotonic() + 2.0
+        while self.aborted is None and self._thread.is_alive() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return self.aborted or error

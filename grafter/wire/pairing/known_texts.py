@@ -1,0 +1,87 @@
+"""What came again is not worked out again: manifests and pairs, by the texts that they came as.
+
+Most points say in every step what they said in the last one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pydantic import TypeAdapter
+
+from grafter.core.bounded_memory import BoundedMemory, cost
+from grafter.core.messages.manifest import Header, Manifest, Pair, manifest_text, with_tokens_told_once
+from grafter.core.messages.mismatch import find_conflict
+from grafter.core.messages.wire import read_message
+
+_MOST_REMEMBERED = 4096
+# Those with tokens are long, and others in each step: few are kept, for the next layers.
+_MOST_REMEMBERED_WITH_TOKENS = 16
+# Of long texts; what is read from one takes up to ten times as much. They are those of large pytrees, whose shapes may
+# be others in each step.
+_MOST_REMEMBERED_BYTES = 1 << 22
+_MANIFESTS = TypeAdapter(tuple[Manifest, Manifest])
+
+
+def read_header(text: str) -> Header:
+    return read_message(Header.model_validate_json, text, "a header")
+
+
+class KnownTexts:
+    """One per rank, used by its dump thread."""
+
+    def __init__(self) -> None:
+        few, many = _MOST_REMEMBERED_WITH_TOKENS, _MOST_REMEMBERED
+        self._pairs: BoundedMemory[str, Pair] = BoundedMemory(many, _MOST_REMEMBERED_BYTES)
+        self._pairs_of_tokens: BoundedMemory[str, Pair] = BoundedMemory(few, _MOST_REMEMBERED_BYTES)
+        # By the texts of their headers.
+        self._manifests: BoundedMemory[tuple[str, ...], str] = BoundedMemory(many, _MOST_REMEMBERED_BYTES)
+        self._manifests_of_tokens: BoundedMemory[tuple[str, ...], str] = BoundedMemory(few, _MOST_REMEMBERED_BYTES)
+        self._read_manifests: BoundedMemory[str, Manifest] = BoundedMemory(many, _MOST_REMEMBERED_BYTES)
+        self._read_manifests_of_tokens: BoundedMemory[str, Manifest] = BoundedMemory(few, _MOST_REMEMBERED_BYTES)
+
+    def collected(self, header: Header, came: Sequence[str]) -> str:
+        """The manifest of one role, as text, from its leader's header and the texts of the others."""
+        texts = (header.text, *came)
+        manifest = self._manifests.get(texts) or self._manifests_of_tokens.get(texts)
+        if manifest is None:
+            headers, told = [header, *map(read_header, came)], texts
+            has_tokens = any(own.tokens is not None for own in headers)
+            if has_tokens:
+                told = tuple(own.text for own in with_tokens_told_once(headers))
+            manifest = manifest_text(header.role, told, find_conflict(headers))
+            known = self._manifests_of_tokens if has_tokens else self._manifests
+            known.remember(texts, manifest, cost(manifest, len(texts)))
+        return manifest
+
+    def manifest(self, text: str) -> Manifest:
+        found = self._read_manifests.get(text) or self._read_manifests_of_tokens.get(text)
+        if found is None:
+            found = read_message(Manifest.model_validate_json, text, "a manifest")
+            has_tokens = found.headers[0].tokens is not None
+            known = self._read_manifests_of_tokens if has_tokens else self._read_manifests
+            known.remember(text, found, cost(text, len(found.headers)))
+        return found
+
+    def pair(self, text: str) -> Pair:
+        """Both manifests from `[baseline's,target's]`. The same text gives the same object, with what it remembers."""
+        pair = self._pairs.get(text) or self._pairs_of_tokens.get(text)
+        if pair is None:
+            pair = Pair(*read_message(_MANIFESTS.validate_json, text, "a pair of manifests"))
+            self._remember_pair(text, pair)
+        return pair
+
+    def pair_with(self, header: Header, theirs: str, text: str) -> Pair:
+        """The same of a rank that is alone in its manifest, of which it need not read its own part."""
+        pair = self._pairs.get(text) or self._pairs_of_tokens.get(text)
+        if pair is None:
+            mine = Manifest(role=header.role, headers=(header,))
+            other = read_message(Manifest.model_validate_json, theirs, "a manifest")
+            pair = Pair(mine, other) if header.role == "baseline" else Pair(other, mine)
+            self._remember_pair(text, pair)
+        return pair
+
+    def _remember_pair(self, text: str, pair: Pair) -> None:
+        has_tokens = any(header.tokens is not None for header in pair.headers)
+        known = self._pairs_of_tokens if has_tokens else self._pairs
+        known.remember(text, pair, cost(text, len(pair.headers)))

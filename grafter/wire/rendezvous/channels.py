@@ -1,0 +1,364 @@
+"""Channels: how ranks of one host talk. A connected Unix socket for each pair carries letters and file descriptors.
+
+A letter is sealed text under a key (wire), written by the rank at the other end and read in the order in which it was
+sent. What was sent has arrived: nothing is under way that the receiver's housekeeping thread could not see. It takes
+20 us, where the store takes 110. A closed channel is a rank that has left or died.
+
+A letter may bring a file descriptor, as the blocks of shared memory do.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import errno
+import os
+import select
+import socket
+import struct
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+
+from grafter.core.messages.roster import Roster
+from grafter.core.messages.wire import Seal, Sealed
+from grafter.core.processes.watch import PeerGone, Watch
+from grafter.core.signal_handlers import is_from_signal_handler
+from grafter.errors import ProtocolError
+from grafter.wire.rendezvous.connecting import signature_of
+from grafter.wire.rendezvous.spinning import Spinning
+from grafter.wire.rendezvous.unread_letters import UnreadLetters
+
+# As plain numbers: arithmetic with the enum costs more than the system call.
+_TRUNCATED = int(socket.MSG_TRUNC) | int(socket.MSG_CTRUNC)
+_SEND_FLAGS = int(socket.MSG_DONTWAIT) | int(getattr(socket, "MSG_NOSIGNAL", 0))
+_DESCRIPTOR_BYTES = array.array("i").itemsize
+_POLL_SECONDS = 0.25
+_SHORTLY_SECONDS = 0.01
+# Well under the kernel's limit for a message; what is larger goes through the store.
+LONGEST_MAIL_BYTES = 64 << 10
+_LONGEST_LETTER_BYTES = LONGEST_MAIL_BYTES + (8 << 10)
+# Of recvmsg: the letter, room for two descriptors (one is legal), flags.
+_CLOSE_ON_EXEC = int(getattr(socket, "MSG_CMSG_CLOEXEC", 0))
+_RECEIVE_SHORTLY = ((_LONGEST_LETTER_BYTES,), (socket.CMSG_SPACE(2 * _DESCRIPTOR_BYTES),), (_CLOSE_ON_EXEC,))
+_RECEIVE = (*_RECEIVE_SHORTLY[:2], (int(socket.MSG_DONTWAIT) | _CLOSE_ON_EXEC,))
+_TIMEVAL = struct.Struct("ll")
+_READY_AT_ONCE = 16
+_LONGEST_QUEUE = 1 << 16
+# The kernel is short of memory, or of descriptors under way: try again.
+_SHORTAGES = (errno.ENOBUFS, errno.ENOMEM, errno.ETOOMANYREFS)
+
+_Arrival = tuple[bytes, list[tuple[int, int, bytes]], int, object]
+
+
+class _Channel:
+    """The connection with one rank."""
+
+    __slots__ = ("arrived", "connection", "descriptor", "graft_rank", "is_closed", "receive", "writer")
+
+    def __init__(self, graft_rank: int, writer: str, connection: socket.socket) -> None:
+        self.graft_rank, self.writer, self.connection = graft_rank, writer, connection
+        self.descriptor, self.receive = connection.fileno(), connection.recvmsg
+        # Taken from the socket, and not read yet.
+        self.arrived: deque[_Arrival] = deque()
+        self.is_closed = False
+
+
+class Channels:
+    """Those of one rank. The dump thread sends and receives; the housekeeping thread only asks `has_news`."""
+
+    def __init__(self, graft_rank: int, roster: Roster, seal: Seal, connections: Mapping[int, socket.socket]) -> None:
+        """connections: connected sockets by graft rank, which are closed with this object."""
+        self._who, self._roster, self._seal = roster.who(graft_rank), roster, seal
+        self._channels = {
+            peer: _Channel(peer, signature_of(roster, peer), connection) for peer, connection in connections.items()
+        }
+        self._only = next(iter(self._channels.values())) if len(connections) == 1 else None
+        self._by_descriptor = {channel.descriptor: channel for channel in self._channels.values()}
+        self._ready = select.epoll()
+        for descriptor, channel in self._by_descriptor.items():
+            # All calls say that they do not wait, but for that of `_fetch_from`, which waits in the kernel.
+            channel.connection.setblocking(True)
+            timeval = _TIMEVAL.pack(0, int(_SHORTLY_SECONDS * 1e6))
+            channel.connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
+            self._ready.register(descriptor, select.EPOLLIN)
+        self._spinning = Spinning(roster.has_core_each)
+        self._letters = UnreadLetters(self._who)
+        self._unread = self._letters.by_key
+        # Set while a letter may be neither in its socket nor among the unread ones.
+        self._is_reading = False
+        self._process_id = os.getpid()
+
+    # Sending.
+
+    def send(
+        self, graft_rank: int, key: str, kind: str, payload: str, watch: Watch, descriptor: int | None = None
+    ) -> None:
+        """Send a letter, with a copy of a file descriptor if one is given.
+
+        Waits only while the channel is full, reads what arrives meanwhile, and asks `watch` whether to go on. Raises
+        PeerGone if the channel is closed.
+        """
+        while not self.try_to_send(graft_rank, key, kind, payload, descriptor):
+            self._await_room(self._channels[graft_rank], watch)
+
+    def try_to_send(self, graft_rank: int, key: str, kind: str, payload: str, descriptor: int | None = None) -> bool:
+        """Send a letter if the channel has room for it; whether it had. Never waits."""
+        channel = self._channels.get(graft_rank)
+        if channel is None or channel.is_closed:
+            raise PeerGone(graft_rank, "its channel is closed")
+        letter = self._seal.seal(key, kind, payload).encode()
+        try:
+            if descriptor is None:
+                channel.connection.send(letter, _SEND_FLAGS)
+            else:
+                rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [descriptor]))]
+                channel.connection.sendmsg([letter], rights, _SEND_FLAGS)
+        except OSError as error:
+            _raise_unless_full(error, graft_rank)
+            return False
+        return True
+
+    def _await_room(self, channel: _Channel, watch: Watch) -> None:
+        """Until the channel may have room, or something has arrived: the peer may be waiting for room at this end."""
+        watch.check()
+        poller = select.poll()
+        poller.register(channel.descriptor, select.POLLOUT)
+        poller.register(self._ready.fileno(), select.POLLIN)
+        if not poller.poll(_POLL_SECONDS * 1000):
+            return
+        self._fetch_all()
+        if channel.is_closed:
+            raise PeerGone(channel.graft_rank, "its channel is closed")
+
+    # Receiving.
+
+    def await_shortly(self, keys: Sequence[str], writers: Sequence[int] = ()) -> list[Sealed] | None:
+        """The letters for these keys; None where one is still missing after some 10 ms.
+
+        writers: the graft rank that writes to each, where that is known: then this looks there first.
+        """
+        unread = self._unread
+        self.spin(self._spinning, keys)
+        deadline = time.monotonic() + _SHORTLY_SECONDS
+        while not all(map(unread.__contains__, keys)):
+            # By the clock, whatever has come: letters for other points must not keep this rank here.
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return None
+            if self._only is not None:
+                self._fetch_from(self._only)
+            elif not writers or not self._fetch_missing(keys, writers):
+                self._fetch(left)
+        return list(map(unread.pop, keys))
+
+    def _fetch_missing(self, keys: Sequence[str], writers: Sequence[int]) -> bool:
+        """Take a letter from the first rank whose letter is missing; False if it has none within some 10 ms."""
+        for key, writer in zip(keys, writers, strict=True):
+            if key not in self._unread:
+                channel = self._channels.get(writer)
+                return channel is not None and self._fetch_from(channel)
+        return True
+
+    def wait(self, keys: Sequence[str], watch: Watch, writers: Sequence[int] = ()) -> list[Sealed]:
+        """The letters for these keys, once all have come.
+
+        writers: for each key, the graft rank that writes to it. Raises PeerGone once one of them has closed its channel
+        and has not written.
+        """
+        unread = self._unread
+        if writers:
+            # Most come at once.
+            self._fetch_missing(keys, writers)
+        checked = time.monotonic()
+        while not all(map(unread.__contains__, keys)):
+            for key, writer in zip(keys, writers, strict=False):
+                if key not in unread:
+                    self.check_open(writer)
+            if not self._fetch(_POLL_SECONDS) or time.monotonic() > checked + _POLL_SECONDS:
+                watch.check()
+                checked = time.monotonic()
+        return list(map(unread.pop, keys))
+
+    def wait_for_any(self, keys: Sequence[str], watch: Watch, writer: int) -> tuple[str, Sealed]:
+        """The first of these letters that is there, with its key. One rank, `writer`, writes them all."""
+        while True:
+            for key in keys:
+                if key in self._unread:
+                    return key, self._unread.pop(key)
+            self.check_open(writer)
+            if not self._fetch(_POLL_SECONDS):
+                watch.check()
+
+    def spin(self, spinning: Spinning, keys: Sequence[str]) -> None:
+        """Look for these letters again and again, for as long as `spinning` says."""
+        if not spinning.is_worthwhile or not (until := spinning.until()):
+            return
+        while not all(map(self._unread.__contains__, keys)):
+            if not self._fetch(0) and time.monotonic() > until:
+                spinning.tell(paid=False)
+                return
+        spinning.tell(paid=True)
+
+    def look(self, key: str) -> Sealed | None:
+        """The letter for a key if it is there. What was sent has arrived, so this never waits."""
+        self._fetch_all()
+        return self._unread.pop(key, None)
+
+    def has(self, key: str) -> bool:
+        """Whether the letter for a key has come; it stays where it is."""
+        self._fetch_all()
+        return key in self._unread
+
+    def discard(self, key: str) -> None:
+        """Throw away the letter for this key, now or when it comes."""
+        self._letters.discard(key)
+
+    def has_news(self, keys: Sequence[str]) -> bool:
+        """Whether a letter lies there that could end a wait for these keys. May be asked from any thread."""
+        poller = select.poll()
+        for channel in self._channels.values():
+            if not channel.is_closed:
+                poller.register(channel.descriptor, select.POLLIN)
+        # In this order: a letter goes from its socket to the unread ones, and must not slip by in between.
+        if poller.poll(0) or self._is_reading:
+            return True
+        return all(key in self._unread for key in keys)
+
+    def check_open(self, graft_rank: int) -> None:
+        """Raises PeerGone if the channel with a rank is known to be closed."""
+        channel = self._channels.get(graft_rank)
+        if channel is None or channel.is_closed:
+            raise PeerGone(graft_rank, "it closed its channel")
+
+    def look_at(self, graft_rank: int) -> None:
+        """Read what is there; raises PeerGone if the channel with this rank is closed. Never waits."""
+        self._fetch_all()
+        self.check_open(graft_rank)
+
+    def _fetch_all(self) -> None:
+        """Every letter that was there at the call."""
+        for _ in range(_LONGEST_QUEUE):
+            if not self._fetch(0):
+                return
+
+    def _fetch(self, seconds: float) -> bool:
+        """Take a letter from each channel that has one; False if none has within this time."""
+        if self._is_reading:
+            self._go_on_reading()
+        ready = self._ready.poll(seconds, _READY_AT_ONCE)
+        if not ready:
+            return False
+        self._is_reading = True
+        for descriptor, _ in ready:
+            channel = self._by_descriptor[descriptor]
+            if _take_in(channel, _RECEIVE):
+                self._read(channel)
+        self._is_reading = False
+        return True
+
+    def _fetch_from(self, channel: _Channel) -> bool:
+        """Take a letter from this channel; False if it has none within some 10 ms."""
+        if self._is_reading:
+            self._go_on_reading()
+        if channel.is_closed:
+            return self._fetch(_SHORTLY_SECONDS)
+        self._is_reading = True
+        is_there = _take_in(channel, _RECEIVE_SHORTLY)
+        if is_there:
+            self._read(channel)
+        self._is_reading = False
+        return is_there
+
+    def _go_on_reading(self) -> None:
+        """A signal's handler has raised in the middle of it."""
+        for channel in self._channels.values():
+            self._read(channel)
+        self._is_reading = False
+
+    def _read(self, channel: _Channel) -> None:
+        """Put what has arrived among the unread letters."""
+        arrived = channel.arrived
+        while arrived:
+            letter, ancillary, flags, _ = arrived[0]
+            if not letter:
+                channel.is_closed = True
+                self._ready.unregister(channel.descriptor)
+                arrived.clear()
+                return
+            if ancillary or flags & _TRUNCATED:
+                self._read_with_descriptor(channel)
+                continue
+            try:
+                key, sealed = self._seal.open_letter(letter)
+                if sealed.writer != channel.writer:
+                    self._refuse_signature(channel, sealed)
+                self._letters.put(key, sealed, len(letter))
+            except ProtocolError:
+                arrived.popleft()
+                raise
+            arrived.popleft()
+
+    def _refuse_signature(self, channel: _Channel, sealed: Sealed) -> None:
+        raise ProtocolError(
+            f"{self._roster.who(channel.graft_rank)} signs a message to {self._who} as {sealed.writer}."
+        )
+
+    def _read_with_descriptor(self, channel: _Channel) -> None:
+        """The next letter, which has brought a descriptor, or is none of ours. Nothing of it stays open otherwise."""
+        letter, ancillary, flags, _ = channel.arrived.popleft()
+        descriptors = array.array("i")
+        for level, kind, content in ancillary:
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                descriptors.frombytes(content[: len(content) // _DESCRIPTOR_BYTES * _DESCRIPTOR_BYTES])
+        try:
+            if flags & _TRUNCATED or len(descriptors) > 1:
+                raise ProtocolError(
+                    f"{self._roster.who(channel.graft_rank)} sent a message to {self._who} that is too long, or more "
+                    f"file descriptors than this process can take (see ulimit -n)."
+                )
+            key, sealed = self._seal.open_letter(letter)
+            if sealed.writer != channel.writer:
+                self._refuse_signature(channel, sealed)
+            descriptor = descriptors.pop() if descriptors else None
+            self._letters.put(key, sealed._replace(descriptor=descriptor), len(letter))
+        finally:
+            for descriptor in descriptors:
+                os.close(descriptor)
+
+    def close(self) -> None:
+        """Leave: the peers read what was sent before, and then that the channel is closed."""
+        for channel in self._channels.values():
+            if os.getpid() == self._process_id:
+                # A child that was forked has the same sockets, which would keep the channel open.
+                with contextlib.suppress(OSError):
+                    channel.connection.shutdown(socket.SHUT_RDWR)
+            channel.connection.close()
+            channel.is_closed = True
+        self._letters.close()
+        self._ready.close()
+
+
+def _raise_unless_full(error: OSError, graft_rank: int) -> None:
+    """What a send has raised: nothing where trying again helps."""
+    if is_from_signal_handler(error):
+        raise error
+    if error.errno in _SHORTAGES:
+        time.sleep(0.001)
+    elif not isinstance(error, BlockingIOError):
+        raise PeerGone(graft_rank, f"its channel is closed ({error.strerror or error})") from error
+
+
+def _take_in(channel: _Channel, how: tuple[tuple[int], tuple[int], tuple[int]]) -> bool:
+    """Move a letter from the socket to `arrived`, by one call, so that no signal's handler can lose it in between.
+
+    Whether there was one.
+    """
+    try:
+        channel.arrived.extend(map(channel.receive, *how))
+        return True
+    except (BlockingIOError, ConnectionResetError) as error:
+        # Reset: the peer has left with something of ours unread. What it sent before is still there.
+        if is_from_signal_handler(error):
+            raise
+        return False

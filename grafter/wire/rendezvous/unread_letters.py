@@ -1,0 +1,79 @@
+"""What has come to a rank over its channels and was not taken yet: bounded in number, in bytes and in descriptors."""
+
+from __future__ import annotations
+
+import os
+
+from grafter.core.messages.wire import Sealed
+from grafter.errors import ProtocolError
+
+RECALL = "recall"
+_MOST_LETTERS = 100_000
+_MOST_BYTES = 256 << 20
+_MOST_DESCRIPTORS = 64
+_MOST_UNWANTED = 4096
+_LONG_LETTER_BYTES = 8 << 10
+
+
+class UnreadLetters:
+    """Those of one rank. Changed by its dump thread alone; each change is one step, so that another thread may look."""
+
+    def __init__(self, who: str) -> None:
+        self._who = who
+        self.by_key: dict[str, Sealed] = {}
+        # Keys whose letters are dropped when they come.
+        self._unwanted: dict[str, None] = {}
+
+    def put(self, key: str, sealed: Sealed, nbytes: int) -> None:
+        """Take in a letter that has come; it replaces an earlier one under its key.
+
+        nbytes: of the letter as it came. Raises ProtocolError where more waits than a run can have.
+        """
+        if sealed.kind == RECALL:
+            # Written to the wrong rank; letters of one writer come in order, so it is here.
+            _close_descriptor(sealed)
+            if (recalled := self.by_key.pop(key, None)) is not None:
+                _close_descriptor(recalled)
+            return
+        if self._unwanted and key in self._unwanted:
+            del self._unwanted[key]
+            _close_descriptor(sealed)
+            return
+        if nbytes > _LONG_LETTER_BYTES or sealed.descriptor is not None or len(self.by_key) >= _MOST_LETTERS:
+            self._check_room(sealed)
+        earlier = self.by_key.get(key)
+        self.by_key[key] = sealed
+        if earlier is not None:
+            _close_descriptor(earlier)
+
+    def _check_room(self, sealed: Sealed) -> None:
+        waiting = self.by_key.values()
+        nbytes = sum(len(letter.payload) for letter in waiting)
+        descriptors = sum(letter.descriptor is not None for letter in waiting)
+        if len(waiting) < _MOST_LETTERS and nbytes <= _MOST_BYTES and descriptors < _MOST_DESCRIPTORS:
+            return
+        _close_descriptor(sealed)
+        raise ProtocolError(
+            f"{len(waiting)} messages ({nbytes >> 20} MiB, {descriptors} file descriptors) wait at {self._who} for "
+            f"points that it does not come to, the last from {sealed.writer}."
+        )
+
+    def discard(self, key: str) -> None:
+        """Throw away the letter for this key, now or when it comes."""
+        letter = self.by_key.pop(key, None)
+        if letter is not None:
+            _close_descriptor(letter)
+            return
+        self._unwanted[key] = None
+        if len(self._unwanted) > _MOST_UNWANTED:
+            del self._unwanted[next(iter(self._unwanted))]
+
+    def close(self) -> None:
+        for letter in self.by_key.values():
+            _close_descriptor(letter)
+        self.by_key.clear()
+
+
+def _close_descriptor(letter: Sealed) -> None:
+    if letter.descriptor is not None:
+        os.close(letter.descriptor)
