@@ -14,8 +14,8 @@ _SECONDS = 250
 
 def join() -> None:
     """Both jobs have joined when this returns; what becomes of points before that has tests of its own."""
-    grafter._active().begin()
-    assert grafter._active().session
+    grafter._calls._active().begin()
+    assert grafter._calls._active().session
 
 
 def until_nothing_is_pending() -> int:
@@ -28,7 +28,7 @@ def until_nothing_is_pending() -> int:
 
 def point_keys(expected: Collection[str] | None = None) -> set[str]:
     """What the store holds of points. expected: wait until that is all, by the housekeeping of all ranks."""
-    client = grafter._active().session.client
+    client = grafter._calls._active().session.client
     deadline = time.monotonic() + _SECONDS
     while True:
         found = {key for key in client.raw.list_keys() if f"{client.run_prefix}/p/" in key}

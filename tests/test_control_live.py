@@ -57,7 +57,7 @@ def run_to_pauses(rank: Rank) -> int:
         grafter.dump("b", torch.ones(2), layer_id=step % 2)
         if step == 12 and me == ("target", 1):
             # As the compiler does it where it comes to this point.
-            active = grafter._active()
+            active = grafter._calls._active()
             assert active.trace("b", {}).kind == "nothing"
         if step in pauses:
             rank.tell(f"{rank.role} {rank.role_rank} at {pauses.index(step)}")
@@ -220,7 +220,7 @@ def step_until_stopped(rank: Rank) -> int:
         grafter.dump("h", torch.ones(1))
         grafter.step()
         time.sleep(0.002)
-    return grafter._active().control._number
+    return grafter._calls._active().control._number
 
 
 def propose_and_die(port: int, seconds: float) -> None:

@@ -105,7 +105,7 @@ def come_early(rank: Rank) -> Any:
         Entry.is_waiting = property(lambda self: True)  # type: ignore[method-assign, assignment]
     got = grafter.dump("h", torch.full((2,), float(rank.is_baseline)))
     Entry.is_waiting = is_waiting  # type: ignore[method-assign]
-    grafter._active().matched.make_up_in_background()
+    grafter._calls._active().matched.make_up_in_background()
     if rank.is_baseline:
         rank.tell(f"posted {rank.role_rank}")
     assert until_nothing_is_pending() == 0
@@ -358,7 +358,7 @@ def post_many_and_ask(rank: Rank) -> int:
         grafter.dump("h", torch.ones(2), number=number)
     rank.tell("went on")
     highest = 0
-    while grafter._active().early.points:
+    while grafter._calls._active().early.points:
         highest = max(highest, grafter.pending().entries)
     rank.tell("made up")
     assert highest > 0
@@ -432,8 +432,8 @@ def test_a_process_group_that_is_gone_by_then_has_said_whose_the_point_was(tmp_p
 
 def have_no_backward_pass(rank: Rank) -> None:
     (has_joined,) = rank.arguments
-    grafter._active().begin()
-    while has_joined and grafter._active().entry.is_waiting:
+    grafter._calls._active().begin()
+    while has_joined and grafter._calls._active().entry.is_waiting:
         time.sleep(0.01)
     grafter.dump("h", torch.nn.Parameter(torch.ones(2)) * 2.0)
     grafter.step()
@@ -443,7 +443,7 @@ def have_no_backward_pass(rank: Rank) -> None:
 
 
 def differentiate_alone(rank: Rank) -> list[float]:
-    grafter._active().begin()
+    grafter._calls._active().begin()
     rank.wait_for("went on")
     weight = torch.nn.Parameter(torch.ones(2))
     grafter.dump("h", weight * 2.0).sum().backward()
@@ -492,15 +492,15 @@ def leave_by_an_interrupt(rank: Rank) -> None:
     grafter.dump("h", torch.ones(2))
     rank.tell("went on")
     rank.wait_for("joined")
-    while not grafter._active().entry.joining.is_over:  # type: ignore[union-attr]
+    while not grafter._calls._active().entry.joining.is_over:  # type: ignore[union-attr]
         time.sleep(0.01)
     time.sleep(0.2)
     raise KeyboardInterrupt
 
 
 def stay_without_the_point(rank: Rank) -> None:
-    grafter._active().begin()
-    assert grafter._active().entry.joining is not None
+    grafter._calls._active().begin()
+    assert grafter._calls._active().entry.joining is not None
     if rank.is_baseline:
         join()
         rank.tell("joined")

@@ -85,7 +85,8 @@ print(*sorted(name for name in new if name.startswith("grafter")))
     heavy, own = run_python(print_state % USE_EVERYTHING).split("\n")[:2]
     assert heavy == ""
     modules = [
-        "_process", "config", "config.switch", "core", "core.layout", "core.layout.axes", "core.points", "errors",
+        "_calls", "_process", "config", "config.switch", "core", "core.layout", "core.layout.axes", "core.points",
+        "errors",
     ]  # fmt: skip
     assert own.split() == ["grafter", *(f"grafter.{name}" for name in modules)]
 
@@ -169,12 +170,12 @@ def function(x):
 
 layer = Layer()
 compiled = torch.compile(lambda x: layer(function(x)), fullgraph=True, backend="eager")
-assert grafter._off is None
+assert grafter._calls._off is None
 for _ in range(3):
     assert compiled(torch.ones(2)).tolist() == [8.0, 8.0]
 assert counters["stats"]["unique_graphs"] == 1
 grafter.step()
-assert grafter._off is True
+assert grafter._calls._off is True
 later = torch.compile(lambda x: layer(function(x)), fullgraph=True, backend="eager")
 assert later(torch.ones(2)).tolist() == [8.0, 8.0]
 assert not counters["graph_break"], counters["graph_break"]

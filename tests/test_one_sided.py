@@ -142,7 +142,7 @@ def test_without_it_the_error_says_how_to_skip_such_points(tmp_path: Path) -> No
 
 def in_order(rank: Rank) -> list[float]:
     """The baseline passes three steps before the target begins."""
-    assert grafter._active().begin() is None and grafter._active().session
+    assert grafter._calls._active().begin() is None and grafter._calls._active().session
     if not rank.is_baseline:
         rank.wait_for("the baseline is done")
     found = []
@@ -179,7 +179,7 @@ def tell_once_it_waits(rank: Rank, session: Any) -> None:
 
 def receivers_first(rank: Rank) -> list[float]:
     """The baseline comes once the target waits at a point that it alone has."""
-    session = grafter._active().begin() or grafter._active().session
+    session = grafter._calls._active().begin() or grafter._calls._active().session
     if rank.is_baseline:
         rank.wait_for("the target waits")
     else:
@@ -227,7 +227,7 @@ def test_receivers_may_go_on_ungrafted_where_their_sender_dies(tmp_path: Path) -
 
 
 def never_ends_its_step(rank: Rank) -> None:
-    assert grafter._active().begin() is None and grafter._active().session
+    assert grafter._calls._active().begin() is None and grafter._calls._active().session
     if rank.is_baseline:
         rank.wait_for("the time is up")
         return

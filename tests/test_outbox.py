@@ -92,7 +92,7 @@ def train_and_serve(rank: Rank) -> list[float]:
 
 
 def wait_for_a_leader_at_the_meeting_place(number: int) -> None:
-    session = grafter._active().session
+    session = grafter._calls._active().session
     digest = PointKey("h", (("number", number),), 0, "forward", 0).digest
     deadline = time.monotonic() + 250
     while not (session.pairing.is_asked_by_mail(digest) or session.pairing.is_asked_in_store(digest)):

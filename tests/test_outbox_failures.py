@@ -54,7 +54,7 @@ def send_in_stages(rank: Rank) -> tuple[int, list[str]]:
 
 def take_in_stages(rank: Rank) -> list[float]:
     join()
-    session = grafter._active().session
+    session = grafter._calls._active().session
     stage, reserve, got = STAGES[rank.role_rank], session.transfer.staging.reserve, []
 
     def refuse(nbytes: int) -> bool:
@@ -127,7 +127,7 @@ def send_to_those_who_die(rank: Rank) -> Any:
         rank.wait_for("never")
     second = until_nothing_is_pending()
     # The word for receivers that may still come stays, and nothing else.
-    client = grafter._active().session.client
+    client = grafter._calls._active().session.client
     return first, second, len(point_keys({key for key in point_keys() if client.peek(key).kind == "gone"}))
 
 

@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import grafter
 from grafter.core.processes.liveness import host_identity, process_state
 from grafter.tools.doctor.finding import Finding, fault, first_line, ok, warning
 from grafter.wire.exchange.staging import _available_bytes
@@ -113,8 +112,8 @@ def check_proc() -> Finding:
 
 def package_time() -> float:
     """When the newest file of this package was written: no run can be earlier."""
-    root = Path(grafter.__file__).parent
-    return max(path.stat().st_mtime for path in root.glob("*.py"))
+    package = Path(__file__).parents[2]
+    return max(path.stat().st_mtime for path in package.rglob("*.py"))
 
 
 def check_clock(now: float, package: float) -> Finding:
