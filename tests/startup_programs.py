@@ -57,7 +57,7 @@ def call(model: torch.nn.Module, times: int = 1) -> None:
 def found() -> dict[str, Any]:
     """What grafter has done to this process; `points` are the names that came, each with how often."""
     module = torch.nn.modules.module
-    own = getattr(sys.modules.get("grafter"), "_grafter", None)
+    own = getattr(sys.modules.get("grafter._process"), "grafter", None)
     watcher = getattr(sys.modules.get("grafter.rank.autoattach.first_call"), "_watcher", None)
     return {
         "torch": [

@@ -17,7 +17,7 @@ from grafter.errors import UsageError
 
 @pytest.fixture
 def on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grafter, "_off", False)
+    monkeypatch.setattr(grafter._calls, "_off", False)
 
 
 def tags() -> dict[str, Any]:

@@ -7,6 +7,7 @@ import itertools
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from types import CodeType, FrameType
 from typing import Any
 
@@ -209,7 +210,16 @@ class Held(list[BaseException]):
 
 
 def judge(make: Callable[[], VoteLog], injector: Injector, refusal: str | None = None) -> bool:
-    """Run a section; whether anything was injected. Whatever was, it carries out what the log says."""
+    """Run a section; whether anything was injected. Whatever was, it carries out what the log says.
+
+    In a thread of its own: where a trace function raises in the middle of a handler, Python goes on taking that
+    handler's exception for one that is being handled, and whatever a later test raised would have it as its context.
+    """
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(judge_here, make, injector, refusal).result()
+
+
+def judge_here(make: Callable[[], VoteLog], injector: Injector, refusal: str | None) -> bool:
     log, work = make(), TwoLeaves(refusal)
     receivers = (0,) if isinstance(log, OwnVotes) else getattr(log, "_receivers", RECEIVERS)
     section = CriticalSection(log, 0, receivers, work, "target rank 0")

@@ -111,7 +111,7 @@ def test_tokens_of_a_vllm_batch_are_its_positions(monkeypatch: pytest.MonkeyPatc
         def _model_forward(self, input_ids: Any, positions: Any) -> None:
             seen.append(surroundings.get().options["tokens"])
 
-    monkeypatch.setattr(grafter, "_off", False)
+    monkeypatch.setattr(grafter._calls, "_off", False)
     recipe("vllm", monkeypatch, GPUModelRunner)
     runner = GPUModelRunner()
     runner._model_forward(None, None)
@@ -128,7 +128,7 @@ def test_tokens_of_an_sglang_batch_are_its_positions(monkeypatch: pytest.MonkeyP
         def forward(self, forward_batch: Any) -> Any:
             return surroundings.get().options["tokens"]
 
-    monkeypatch.setattr(grafter, "_off", False)
+    monkeypatch.setattr(grafter._calls, "_off", False)
     recipe("sglang", monkeypatch, ModelRunner)
     extend = types.SimpleNamespace(
         forward_mode=Mode("extend"),

@@ -14,6 +14,7 @@ import torch
 from full_disk import small_files
 from report_parts import record, summary
 
+import grafter
 from grafter.analysis.report import writing
 from grafter.capture.module_tree import ModuleNode, ModuleTree, write_trees
 from grafter.cli import plan_suggest as plan_suggest
@@ -86,7 +87,7 @@ def test_a_full_disk_leaves_no_part_and_the_error_names_the_file(
 
 def test_no_module_writes_a_temporary_file_by_itself() -> None:
     """Renaming what was written belongs to one module, which all others use."""
-    package = Path(writing.__file__).parent.parent
+    package = Path(grafter.__file__).parent
     own = [path for path in package.rglob("*.py") if re.search(r"os\.replace\(|\.rename\(|mkstemp", path.read_text())]
     assert [path.name for path in own] == ["written_files.py"]
 
