@@ -284,6 +284,29 @@ def test_what_was_saved_without_values_is_skipped_unless_its_checksums_agree(tmp
     assert without_tensors(tmp_path / "none", None, None).verdict == "skipped"
 
 
+def test_equal_checksums_of_tensors_that_are_laid_out_differently_say_nothing(tmp_path: Path) -> None:
+    """The same bytes under `a b` and `b a` are two different tensors."""
+    for name, dims in (("same", ("a b", "a b")), ("turned", ("a b", "b a")), ("unsaid", ("a b", None))):
+        for role, said in zip(("baseline", "target"), dims, strict=True):
+            dumps = RankDumps(tmp_path / name / role, role=role)
+            record = dumps.record("x", {"": torch.zeros(4, 4)}, level="checksum", file=None)
+            record["leaves"][0] |= {"checksum": "ab", "layout": {"dims": said} if said else None}
+            dumps.write_line(json.dumps(record))
+        point = one_point(tmp_path / name)
+        assert point.verdict == ("passed" if name == "same" else "skipped"), name
+        assert ("laid out differently" in str(point.reason)) == (name != "same")
+
+
+def test_a_point_that_passes_without_a_ranks_dump_is_skipped(tmp_path: Path) -> None:
+    """A rank that ended before it wrote its dump never makes a comparison better."""
+    for role in ("baseline", "target"):
+        dumps = RankDumps(tmp_path / role, role=role, world_size=2)
+        dumps.add("x", torch.ones(3), participants=[0, 1])
+    point = one_point(tmp_path)
+    assert point.verdict == "skipped"
+    assert str(point.reason) == "there is no dump of it of A's ranks [1] and B's ranks [1], which take part in it"
+
+
 def test_checksums_of_what_a_graft_left(tmp_path: Path) -> None:
     """`grafted` is judged by the checksum, or the value, that a graft left; the value's is another."""
     a, b = sides(tmp_path)

@@ -198,3 +198,26 @@ def test_parameters_that_are_no_secrets_stay_as_they_are(query: str) -> None:
 def test_what_stands_in_a_body_is_written(body: Any) -> None:
     """A body's texts are prompts; a table's headers are no headers of HTTP."""
     assert json.loads(encode_json(body, "request", frozenset()).text) == body
+
+
+@pytest.mark.parametrize(
+    ("path", "written"),
+    [
+        ("/v1/token/8f3a91c0de", "/v1/token/REMOVED"),
+        ("/reset-password/AbCd12345", "/reset-password/REMOVED"),
+        ("/bot123456:AAHabcdefghijklmnop/send", "/REMOVED/send"),
+        ("/v1/auth/login", "/v1/auth/login"),
+        ("/v1/chat/completions", "/v1/chat/completions"),
+    ],
+)
+def test_a_segment_of_a_path_that_follows_the_name_of_a_secret_is_removed(path: str, written: str) -> None:
+    """Where it looks made by a machine."""
+    assert without_secrets_in_path(path) == written
+
+
+@pytest.mark.parametrize(
+    "value", ["nvapi-x", "gsk_12345678", "xai-12345678", "sk_live_x", "user:pw@host", "SG.12345678"]
+)
+def test_keys_of_known_services_are_left_out(value: str) -> None:
+    """Under any header's name."""
+    assert without_secrets_in_value(value) is None

@@ -13,6 +13,8 @@ from grafter.store.dumps.record import DumpedLeaf
 from grafter.store.dumps.taken import checksum
 
 Which = Literal["value", "grafted"]
+# Where what says how a tensor lies begins in `_checksums`.
+_OF_LAYOUT = 4
 
 
 def compare_checksums(pair: Pair, which: Which) -> LeafRecord:
@@ -34,14 +36,18 @@ def compare_checksums(pair: Pair, which: Which) -> LeafRecord:
     known = all(one[-1] is not None for side in sums for one in side) and all(sums)
     if known and sums[0] == sums[1]:
         return LeafRecord(path="", verdict="passed", reason="equal by checksum", values={"mismatched_fraction": 0.0})
-    differ = " Their checksums differ." if known and [s[:-1] for s in sums[0]] == [s[:-1] for s in sums[1]] else ""
+    said = ""
+    if known and [s[:-1] for s in sums[0]] == [s[:-1] for s in sums[1]]:
+        said = " Their checksums differ."
+    elif known and [s[:_OF_LAYOUT] for s in sums[0]] == [s[:_OF_LAYOUT] for s in sums[1]]:
+        said = " They are laid out differently, and then checksums do not show whether the values are equal."
     reasons = {
         record.reason or f"saved at the level {record.level!r}"
         for point in (*pair.a, *pair.b)
         for record in point.records.values()
         if record.file is None
     }
-    return LeafRecord(path="", verdict="skipped", reason=f"no values to compare: {'; '.join(sorted(reasons))}.{differ}")
+    return LeafRecord(path="", verdict="skipped", reason=f"no values to compare: {'; '.join(sorted(reasons))}.{said}")
 
 
 def _checksum_of(leaf: DumpedLeaf, which: Which) -> str | None:
@@ -53,6 +59,8 @@ def _checksums(points: Sequence[DumpedPoint], which: Which) -> list[tuple[object
     return [
         (
             *(rank, leaf.path, leaf.shape, leaf.dtype),
+            leaf.layout,
+            tuple(axis for axis in record.axes if axis[2] > 1) if leaf.layout is not None else (),
             _checksum_of(leaf, which)
             if record.file is None
             else checksum(point.local(rank, leaf.path, _which_on(point, rank, leaf.path, which)).contiguous()),

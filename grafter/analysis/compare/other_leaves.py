@@ -39,6 +39,22 @@ def with_unsaved(leaves: Sequence[LeafRecord], pair: Pair, *, with_values: bool)
     return found + [LeafRecord(path=path, verdict="skipped", reason=why) for path, why in lost.items()]
 
 
+def with_missing_ranks(leaves: Sequence[LeafRecord], pair: Pair) -> list[LeafRecord]:
+    """The leaves; where ranks that take part left no dump of the point, what passed without them is `skipped`."""
+    lacking = [
+        f"{side}'s ranks {sorted(missing)}"
+        for side, points in (("A", pair.a), ("B", pair.b))
+        if (missing := {rank for point in points for rank in point.missing_ranks})
+    ]
+    if not lacking:
+        return list(leaves)
+    why = f"there is no dump of it of {' and '.join(lacking)}, which take part in it"
+    return [
+        leaf.model_copy(update={"verdict": "skipped", "reason": why}) if leaf.verdict == "passed" else leaf
+        for leaf in leaves
+    ]
+
+
 def _unsaved(points: Sequence[DumpedPoint], with_values: bool) -> Iterator[tuple[str, str]]:
     for point in points:
         for rank, record in point.records.items():

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from grafter.analysis.compare.checksums import Which, compare_checksums
 from grafter.analysis.compare.measuring import Measured, Value, measure_pair, with_row_tokens
-from grafter.analysis.compare.other_leaves import compare_others, with_unsaved
+from grafter.analysis.compare.other_leaves import compare_others, with_missing_ranks, with_unsaved
 from grafter.analysis.compare.paired_rows import PairedRows
 from grafter.analysis.compare.pairs import Pair
 from grafter.analysis.compare.record import LeafRecord, PointRecord, ReplicaRecord, SideRecord, TokenRecord, Verdict
@@ -102,13 +102,14 @@ def _compare_leaves(task: PointTask) -> tuple[list[LeafRecord], TokenRecord | No
     pair = task.pair
     if not any(_has_tensors(point) for point in (*pair.a, *pair.b)):
         leaves = with_unsaved(compare_others(pair, keep_equal=True), pair, with_values=False)
+        leaves = with_missing_ranks(leaves, pair)
         return leaves or [LeafRecord(path="", verdict="skipped", reason="neither side has a leaf here")], None, 0
     with_values = _holds_values(pair.a) and _holds_values(pair.b)
     if with_values:
         leaves, tokens, bytes_read = _compare_tensors(task)
     else:
         leaves, tokens, bytes_read = [compare_checksums(pair, task.which)], None, 0
-    leaves = with_unsaved(leaves, pair, with_values=with_values) + compare_others(pair)
+    leaves = with_missing_ranks(with_unsaved(leaves, pair, with_values=with_values) + compare_others(pair), pair)
     if not leaves:
         leaves = [LeafRecord(path="", verdict="skipped", reason="neither side has a tensor here")]
     return leaves, tokens, bytes_read

@@ -117,6 +117,8 @@ def _check_repetitions(pattern: str) -> None:
             raise PatternError(
                 f"this is no regular expression of filters: they repeat at most {MAX_REPETITIONS} times", found.start()
             )
+        if found["most"] and int(found["least"]) > int(found["most"]):
+            raise PatternError("the least number of a repetition is above its most", found.start())
 
 
 def _explained(pattern: str, message: str) -> PatternError:

@@ -17,7 +17,7 @@ _PARTS = (
 # Whole words of a name: too short, or too common in others, to be looked for everywhere.
 _WORDS = frozenset(
     {
-        *("key", "keys", "pw", "pin", "otp", "totp", "mfa", "sig", "sid", "sas", "pat", "cred", "creds", "cert"),
+        *("key", "keys", "pw", "pin", "otp", "totp", "mfa", "sig", "sid", "sas", "pat", "cred", "creds", "cert", "psk"),
         *("ticket", "login", "nonce", "principal"),
     }
 )
@@ -54,7 +54,8 @@ _FORMS = re.compile(
     r"|\beyJ[\w-]{8}"  # a JSON Web Token
     r"|-----BEGIN "
     r"|\bsk-[\w-]{12}|\bgh[pousr]_\w{16}|\bgithub_pat_|\bxox[abeoprs]-|\bA[KS]IA[0-9A-Z]{12}|\bAIza[\w-]{20}"
-    r"|\bhf_[A-Za-z0-9]{16}|\bglpat-|\bya29\.",
+    r"|\bhf_[A-Za-z0-9]{16}|\bglpat-|\bya29\.|\bnvapi-|\bgsk_\w{8}|\bxai-\w{8}|\bpplx-\w{8}|\b[prs]k_(?:live|test)_"
+    r"|\br8_\w{16}|\bnpm_\w{16}|\bSG\.[\w-]{8}|\bbot\d{6,}:[\w-]{16}|^[^\s:/@]+:[^\s/@]+@",
     re.IGNORECASE,
 )
 _USER_INFO = re.compile(r"//[^/?#\s]*@")
@@ -63,6 +64,8 @@ _BROKEN_USER_INFO = re.compile(r"//(?!\[)[^/?#:\s]*:(?!\d{0,5}(?:[/?#\s,;\"'>)]|
 _AUTHOR = re.compile(r"author(?!i)")
 # A name before what it names, as in `a=b`, `a: b` and `"a": "b"`.
 _NAMED = re.compile(r"(?<![\w.$\[\]-])([A-Za-z_$][\w.$\[\]-]{0,99})[\"']?\s{0,9}[=:]\s{0,9}(?=\S)")
+# With a digit, and as long as no plain word: what programs make.
+_OPAQUE = re.compile(r"(?=\D*\d)[\w.~%:+=-]{8,}")
 _MOST_ENCODINGS = 8
 REMOVED = "REMOVED"
 
@@ -111,13 +114,16 @@ def without_secrets_in_query(query: str) -> str:
 def without_secrets_in_path(path: str) -> str:
     """The path of a request: parameters after `;` that hold a credential are left out, and so is the user before `@`.
 
-    A segment that has the form of one is REMOVED.
+    A segment that has the form of one is REMOVED, and so is what follows a segment that names one, as in
+    `/token/8f3a91c0`, where it looks made by a machine.
     """
-    segments = []
+    segments, is_named = [], False
     for segment in _USER_INFO.sub("//", path).split("/"):
         own, *parameters = segment.split(";")
         sound = [text for text in parameters if not _is_secret_parameter(text)]
-        segments.append(";".join([REMOVED if holds_a_secret(own) else own, *sound]))
+        is_secret = holds_a_secret(own) or (is_named and _OPAQUE.fullmatch(own) is not None)
+        segments.append(";".join([REMOVED if is_secret else own, *sound]))
+        is_named = names_a_secret(own)
     return "/".join(segments)
 
 
