@@ -194,7 +194,7 @@ class Model(Grafter):
 
     def facts(self) -> tuple[int, int]:
         """Hooks, and points of one pass."""
-        grafter = self._grafter._grafter
+        grafter = self._grafter._process.grafter
         before = sum(grafter._unmatched.values())
         self.run("unmatched")
         return self._attachment.hook_count, sum(grafter._unmatched.values()) - before
