@@ -17,6 +17,7 @@ from grafter.core.direction import RoleName
 from grafter.core.messages.manifest import StoreKeys
 from grafter.core.messages.roster import Roster
 from grafter.core.messages.wire import Sealed
+from grafter.core.signal_handlers import is_from_signal_handler
 from grafter.errors import RunError
 from grafter.wire.monitor.waits import Wait
 from grafter.wire.pairing import shared_ballots
@@ -63,6 +64,8 @@ class HostLogs:
                 self._logs[receivers] = SharedBallots(fd, self._role_rank, receivers, reclaims=True)
             self._bring(receivers, place, _HERE, "")
         except OSError as error:
+            if is_from_signal_handler(error):
+                raise
             problem = f"{self._role} rank {self._role_rank} cannot make a vote log in shared memory: {error}"
             self._bring(receivers, place, _NONE, problem)
             self._failures[receivers] = self._failures.get(receivers, 0) + 1
@@ -107,6 +110,8 @@ class HostLogs:
         try:
             fd = shared_ballots.find(lowest.pid, self._name(receivers))
         except OSError as error:
+            if is_from_signal_handler(error):
+                raise
             return (
                 f"{self._role} rank {self._role_rank} cannot open the vote log of {self._role} rank {receivers[0]} "
                 f"(pid {lowest.pid}): {error.strerror}. That process has ended, or this one may not look into it "
