@@ -170,6 +170,48 @@ def test_a_process_that_cannot_be_looked_into_is_an_error_that_names_it() -> Non
     assert post.boxes[0][StoreKeys("hall", DIGEST).outcome] == Sealed("give-up", "1", problem)
 
 
+def test_who_may_not_open_the_log_refuses_each_point_until_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Too many open files, say, or a process that is undumpable. It waits for no second letter, which does not come."""
+    post, run = Post(), f"denied{os.getpid()}"
+    hosts = [HostLogs(Courier(post, rank), Roster(), "target", rank, run) for rank in (0, 1)]  # type: ignore[arg-type]
+
+    def deny(*_: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    for _ in range(3):
+        hosts[0].offer((0, 1))
+        assert hosts[0].open((0, 1), make_wait) is None
+        with monkeypatch.context() as patch:
+            patch.setattr(shared_ballots, "find", deny)
+            problem = hosts[1].open((0, 1), make_wait)
+        assert problem is not None
+        assert "Permission denied" in problem
+    assert hosts[1].open((0, 1), make_wait) is None
+    assert not post.boxes[1]
+    for host in hosts:
+        host.close()
+
+
+def test_a_log_that_could_not_be_made_is_made_for_the_next_point(monkeypatch: pytest.MonkeyPatch) -> None:
+    post, run = Post(), f"late{os.getpid()}"
+    hosts = [HostLogs(Courier(post, rank), Roster(), "target", rank, run) for rank in (0, 1)]  # type: ignore[arg-type]
+
+    def no_memory(*_: Any) -> None:
+        raise OSError(24, "Too many open files")
+
+    for _ in range(2):
+        with monkeypatch.context() as patch:
+            patch.setattr(shared_ballots, "create", no_memory)
+            problems = [hosts[0].offer((0, 1)), hosts[1].open((0, 1), make_wait)]
+        assert problems[0] == problems[1]
+        assert "Too many open files" in str(problems[0])
+    assert hosts[0].offer((0, 1)) is None
+    assert [host.open((0, 1), make_wait) for host in hosts] == [None, None]
+    assert not post.boxes[1]
+    for host in hosts:
+        host.close()
+
+
 def do_points(logs: list[SharedBallots], orders: list[list[bytes]], choices: random.Random) -> None:
     """Each rank does its points in its own order: it appends, and reads until all have voted. Who does the next step is
     chosen at random. Each read is compared with a list that forgets nothing."""

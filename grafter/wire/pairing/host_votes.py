@@ -42,7 +42,9 @@ class HostLogs:
         self._logs: dict[tuple[int, ...], SharedBallots] = {}
         # Those that this rank made and has told the others of.
         self._offered: set[tuple[int, ...]] = set()
-        # How often a set's log could not be made or opened. The next point tries again, under another name.
+        # Those of which the lowest rank has told this one, which it does once.
+        self._heard: set[tuple[int, ...]] = set()
+        # How often the lowest rank could not make a set's log. The next point tries again, under another name.
         self._failures: dict[tuple[int, ...], int] = {}
 
     def find(self, receivers: tuple[int, ...]) -> SharedBallots | None:
@@ -93,16 +95,19 @@ class HostLogs:
                 return self.offer(receivers)
             # Looked for first: an exception may have taken the letter with it.
             problem = self._find(receivers)
-            if problem is None:
+            if problem is None and receivers not in self._heard:
                 self._courier.discard(place)
-                return None
+            if problem is None or receivers in self._heard:
+                # What keeps this rank from opening a log that is there may be over at the next point.
+                return problem
             letter = self._courier.fetch(lambda: make_wait(None), [place], by_mail=True)[0]
         except RunError as error:
             return f"the run was over before {self._role} rank {self._role_rank} could vote ({error})"
-        problem = letter.payload if letter.kind == _NONE else self._find(receivers)
-        if problem is not None:
+        if letter.kind == _NONE:
             self._failures[receivers] = self._failures.get(receivers, 0) + 1
-        return problem
+            return letter.payload
+        self._heard.add(receivers)
+        return self._find(receivers)
 
     def _find(self, receivers: tuple[int, ...]) -> str | None:
         """Open the log that the lowest rank has made; why not, if that is impossible or it has made none."""
