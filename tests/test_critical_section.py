@@ -127,13 +127,20 @@ class VotesMeanwhile(Courier):
     other: HostVotes
 
     def fetch(self, make_wait: Callable[[], Wait], keys: Sequence[str], *, by_mail: bool) -> list[Sealed]:
+        self._vote(keys)
+        return super().fetch(make_wait, keys, by_mail=by_mail)
+
+    def fetch_first(self, make_wait: Callable[[], Wait], keys: Sequence[str]) -> tuple[str, Sealed]:
+        self._vote(keys)
+        return super().fetch_first(make_wait, keys)
+
+    def _vote(self, keys: Sequence[str]) -> None:
         if keys[0] not in self._post.boxes[self._rank]:
             assert self.other.open() is None
             self.other.append(YES, "")
             outcome = outcome_of(self.other.read(), RECEIVERS)
             assert outcome is not None
             self.other.wake(outcome, "")
-        return super().fetch(make_wait, keys, by_mail=by_mail)
 
 
 _NUMBERS = itertools.count()

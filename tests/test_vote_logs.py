@@ -17,7 +17,7 @@ from vote_log_parts import DIGEST, RECEIVERS, Courier, Post, Roster, make_wait
 from grafter.core.commit_protocol import GIVEN_UP, NO, YES, Ballot, Outcome, outcome_of
 from grafter.core.messages.manifest import StoreKeys
 from grafter.core.messages.wire import Seal, Sealed
-from grafter.wire.pairing import shared_ballots
+from grafter.wire.pairing import host_votes, shared_ballots
 from grafter.wire.pairing.host_votes import HostLogs, HostVotes
 from grafter.wire.pairing.shared_ballots import SharedBallots
 from grafter.wire.pairing.store_votes import StoreVotes
@@ -167,7 +167,100 @@ def test_a_process_that_cannot_be_looked_into_is_an_error_that_names_it() -> Non
     assert problem is not None
     assert f"(pid {ended.pid}): No such file" in problem
     votes.excuse(problem)
-    assert post.boxes[0][StoreKeys("hall", DIGEST).outcome] == Sealed("give-up", "1", problem)
+    assert post.boxes[0][f"{StoreKeys('hall', DIGEST).outcome}/give-up"] == Sealed("give-up", "1", problem)
+
+
+def test_who_may_not_open_the_log_refuses_each_point_until_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Too many open files, say, or a process that is undumpable. It waits for no second letter, which does not come."""
+    post, run = Post(), f"denied{os.getpid()}"
+    hosts = [HostLogs(Courier(post, rank), Roster(), "target", rank, run) for rank in (0, 1)]  # type: ignore[arg-type]
+
+    def deny(*_: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    for _ in range(3):
+        hosts[0].offer((0, 1))
+        assert hosts[0].open((0, 1), make_wait) is None
+        with monkeypatch.context() as patch:
+            patch.setattr(shared_ballots, "find", deny)
+            problem = hosts[1].open((0, 1), make_wait)
+        assert problem is not None
+        assert "Permission denied" in problem
+    assert hosts[1].open((0, 1), make_wait) is None
+    assert not post.boxes[1]
+    for host in hosts:
+        host.close()
+
+
+def test_a_log_that_could_not_be_made_is_made_for_the_next_point(monkeypatch: pytest.MonkeyPatch) -> None:
+    post, run = Post(), f"late{os.getpid()}"
+    hosts = [HostLogs(Courier(post, rank), Roster(), "target", rank, run) for rank in (0, 1)]  # type: ignore[arg-type]
+
+    def no_memory(*_: Any) -> None:
+        raise OSError(24, "Too many open files")
+
+    for _ in range(2):
+        with monkeypatch.context() as patch:
+            patch.setattr(shared_ballots, "create", no_memory)
+            problems = [hosts[0].offer((0, 1)), hosts[1].open((0, 1), make_wait)]
+        assert problems[0] == problems[1]
+        assert "Too many open files" in str(problems[0])
+    assert hosts[0].offer((0, 1)) is None
+    assert [host.open((0, 1), make_wait) for host in hosts] == [None, None]
+    assert not post.boxes[1]
+    for host in hosts:
+        host.close()
+
+
+def three_in_memory(post: Post, run: str) -> tuple[list[HostLogs], list[HostVotes]]:
+    couriers: list[Any] = [Courier(post, rank) for rank in RECEIVERS]
+    hosts = [HostLogs(couriers[rank], Roster(), "target", rank, run) for rank in RECEIVERS]  # type: ignore[arg-type]
+    keys = StoreKeys(run, DIGEST)
+    return hosts, [HostVotes(hosts[r], couriers[r], keys, DIGEST, RECEIVERS, r, make_wait) for r in RECEIVERS]
+
+
+@pytest.mark.parametrize("excuse_first", [False, True])
+def test_who_excuses_itself_takes_nobody_the_reason_of_the_refusal(excuse_first: bool) -> None:
+    """Receiver 0 refuses the point while receiver 2, which has no log, asks to give it up."""
+    post = Post()
+    hosts, votes = three_in_memory(post, f"excuse{os.getpid()}{excuse_first}")
+    votes[0].offer()
+    assert [one.open() for one in votes[:2]] == [None, None]
+    votes[1].append(YES, "")
+    if excuse_first:
+        votes[2].excuse("no log")
+    votes[0].append(NO, "its reason")
+    outcome = outcome_of(votes[0].read(), RECEIVERS)
+    assert outcome == Outcome(False, 0)
+    votes[0].wake(outcome, "its reason")
+    if not excuse_first:
+        votes[2].excuse("no log")
+    votes[1].await_news()
+    votes[1].wake(outcome, "")
+    assert votes[1].reason_of(outcome, is_leaving=False) == "its reason"
+    assert not post.boxes[0]
+    assert not post.boxes[1]
+    for host in hosts:
+        host.close()
+
+
+def test_who_waits_hears_at_once_that_another_excuses_itself() -> None:
+    post = Post()
+    hosts, votes = three_in_memory(post, f"asked{os.getpid()}")
+    votes[0].offer()
+    votes[2].excuse("no log")
+    assert votes[0].await_news() == "no log"
+    hosts[0].close()
+
+
+@pytest.mark.parametrize("is_leaving", [False, True])
+def test_nobody_waits_long_for_a_reason_that_does_not_come(is_leaving: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever refused the point may be stopped, or killed, right behind its ballot. Nobody has written."""
+    monkeypatch.setattr(host_votes, "_REASON_SECONDS", 0.05)
+    monkeypatch.setattr(host_votes, "_LEAVING_SECONDS", 0.05)
+    _, votes = three_in_memory(Post(), f"bound{os.getpid()}")
+    reason = votes[1].reason_of(Outcome(False, 0), is_leaving=is_leaving)
+    assert reason == "rank 0 of the receivers has given the point up"
 
 
 def do_points(logs: list[SharedBallots], orders: list[list[bytes]], choices: random.Random) -> None:

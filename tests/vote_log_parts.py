@@ -20,6 +20,8 @@ class Post:
 
     def __init__(self) -> None:
         self.boxes: dict[int, dict[str, Sealed]] = defaultdict(dict)
+        # (rank, key) of letters that are dropped when they come.
+        self.unwanted: set[tuple[int, str]] = set()
 
 
 class Courier:
@@ -30,6 +32,9 @@ class Courier:
 
     def bring(self, receivers: Sequence[int], key: str, kind: str, payload: str, *, by_mail: bool) -> None:
         for receiver in receivers:
+            if (receiver, key) in self._post.unwanted:
+                self._post.unwanted.remove((receiver, key))
+                continue
             self._post.boxes[receiver][key] = Sealed(kind, str(self._rank), payload)
 
     def look(self, key: str) -> Sealed | None:
@@ -41,8 +46,18 @@ class Courier:
             return self._client.get_all(keys)
         return [self._post.boxes[self._rank].pop(key) for key in keys]
 
+    def fetch_first(self, make_wait: Callable[[], Wait], keys: Sequence[str]) -> tuple[str, Sealed]:
+        box = self._post.boxes[self._rank]
+        key = next((key for key in keys if key in box), keys[0])
+        return key, box.pop(key)
+
+    def fetch_shortly(self, make_wait: Callable[[], Wait], keys: Sequence[str]) -> list[Sealed] | None:
+        box = self._post.boxes[self._rank]
+        return [box.pop(key) for key in keys] if all(key in box for key in keys) else None
+
     def discard(self, key: str) -> None:
-        self._post.boxes[self._rank].pop(key, None)
+        if self._post.boxes[self._rank].pop(key, None) is None:
+            self._post.unwanted.add((self._rank, key))
 
 
 class Process:

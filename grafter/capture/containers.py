@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils import _pytree as pytree
 
+from grafter.core.signal_handlers import is_from_signal_handler
+
 # A tensor, and its path below the module: `.out`, `.out.0`, `.in.hidden_states`.
 Found = list[tuple[str, torch.Tensor]]
 
@@ -117,7 +119,9 @@ def _dataclass_with(value: Any, new: list[Any]) -> Any:
 def _registered_parts(value: Any) -> list[tuple[str, Any]]:
     try:
         flat, _ = pytree.tree_flatten_with_path(value, is_leaf=lambda part: part is not value)
-    except ValueError:
+    except ValueError as error:
+        if is_from_signal_handler(error):
+            raise
         # Registered without names for its parts: they are numbered.
         return _numbered(pytree.tree_flatten(value, is_leaf=lambda part: part is not value)[0])
     return [(_key_text(path[0]), child) for path, child in flat if path]
@@ -145,7 +149,9 @@ class Arguments:
         self._rest = "args"
         try:
             parameters = inspect.signature(module.forward).parameters.values()
-        except (TypeError, ValueError):
+        except (TypeError, ValueError) as error:
+            if is_from_signal_handler(error):
+                raise
             return
         for parameter in parameters:
             if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):

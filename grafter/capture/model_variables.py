@@ -19,6 +19,7 @@ import torch
 
 from grafter.capture.selection import unwrapped
 from grafter.core.points import is_passed_over
+from grafter.core.signal_handlers import is_from_signal_handler
 from grafter.core.tensor_access import local_tensor
 
 # Values looked at of each weight.
@@ -130,7 +131,9 @@ def digest_of(model: torch.nn.Module) -> str:
             digest.update(f"{tuple(parameter.shape)} {parameter.dtype} {local.numel()}".encode())
             some = torch.cat([local[:_VALUES], local[-_VALUES:]]).contiguous().view(torch.uint8)
             digest.update(bytes(some.tolist()))
-    except (RuntimeError, ValueError, TypeError, AttributeError):
+    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+        if is_from_signal_handler(error):
+            raise
         # Weights that are not there yet (lazy, on meta), or of a kind that has no values.
         return ""
     return digest.hexdigest()

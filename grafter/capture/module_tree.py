@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from grafter.capture.naming import layer_id_at
 from grafter.capture.selection import select_modules, unwrapped, walk
+from grafter.core.signal_handlers import is_from_signal_handler
 from grafter.core.tensor_access import is_dtensor
 from grafter.errors import UsageError
 from grafter.store.written_files import write_whole
@@ -112,7 +113,9 @@ def _weight(value: torch.Tensor) -> Weight:
 def _positional_arguments(module: torch.nn.Module) -> tuple[str, ...]:
     try:
         parameters = inspect.signature(module.forward).parameters.values()
-    except (TypeError, ValueError):
+    except (TypeError, ValueError) as error:
+        if is_from_signal_handler(error):
+            raise
         return ()
     by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return tuple(parameter.name for parameter in parameters if parameter.kind in by_position)

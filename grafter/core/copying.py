@@ -16,6 +16,8 @@ from concurrent.futures import Future
 
 import torch
 
+from grafter.core.signal_handlers import is_from_signal_handler
+
 # Waking the other thread costs 50 us, in which one thread copies half a megabyte.
 _LONG_BYTES = 8 << 20
 _PAGE_BYTES = 4096
@@ -43,7 +45,9 @@ class _Helper:
             parts: queue.SimpleQueue[_Part] = queue.SimpleQueue()
             try:
                 threading.Thread(target=_copy_parts, args=(parts,), name="grafter-copy", daemon=True).start()
-            except RuntimeError:
+            except RuntimeError as error:
+                if is_from_signal_handler(error):
+                    raise
                 # The process may have no more threads, or is on its way out.
                 return
             self._parts, self._process_id = parts, os.getpid()

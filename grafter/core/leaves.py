@@ -14,6 +14,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch.utils import _pytree as pytree
 
+from grafter.core.signal_handlers import is_from_signal_handler
 from grafter.core.tensor_access import local_tensor
 from grafter.errors import UsageError
 
@@ -149,7 +150,9 @@ def flatten(value: Any) -> tuple[list[tuple[str, Any]], pytree.TreeSpec]:
     """(path, leaf) of all leaves, and what puts them together again. The path is as in Python: `['kv'][0]`."""
     try:
         flat, tree = pytree.tree_flatten_with_path(value)
-    except ValueError:
+    except ValueError as error:
+        if is_from_signal_handler(error):
+            raise
         # A container registered without names for its parts (a library's own output class): they are numbered.
         leaves, tree = pytree.tree_flatten(value)
         return [(f"[{number}]" if tree.num_children else "", leaf) for number, leaf in enumerate(leaves)], tree

@@ -23,6 +23,7 @@ from typing import Any, Literal, TypeVar, get_args, overload
 
 import torch
 
+from grafter.core.signal_handlers import is_from_signal_handler
 from grafter.errors import TransformError
 
 Receives = Literal["all", "same_rank", "resharded"]
@@ -106,6 +107,7 @@ class UserTransform:
 
         The random states that are restored are torch's of the CPU and, for a CUDA target, of its device. Raises
         TransformError, chained and with the line of the user's file, when the function raises or returns no tensor.
+        What a signal handler of the program raises meanwhile passes as it is.
         """
         target = graft_input.target
         devices = [target.device] if target.is_cuda else []
@@ -113,6 +115,8 @@ class UserTransform:
             with torch.no_grad(), torch.random.fork_rng(devices=devices):
                 value = self.function(graft_input)
         except Exception as error:
+            if is_from_signal_handler(error):
+                raise
             raise TransformError(f"transform {self.path!r} {_describe(error, self._file())}") from error
         if not isinstance(value, torch.Tensor):
             raise TransformError(
@@ -190,6 +194,8 @@ def _load_file(path: str, source: str) -> ModuleType:
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
+        if is_from_signal_handler(error):
+            raise
         del sys.modules[module_name]
         raise TransformError(f"transform {path!r}: {file} {_describe(error)}") from error
     return module
@@ -206,6 +212,8 @@ def _import_module(path: str, module_name: str, function_name: str) -> ModuleTyp
     try:
         return importlib.import_module(module_name)
     except (Exception, SystemExit) as error:
+        if is_from_signal_handler(error):
+            raise
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
         # A module that was found but imports another one that is missing has raised; it is not missing.
         if missing is not None and f"{module_name}.".startswith(f"{missing}."):
@@ -244,7 +252,9 @@ def _find_function(path: str, module: ModuleType, name: str) -> Callable[[GraftT
 def _check_signature(path: str, function: Callable[..., Any]) -> None:
     try:
         signature = inspect.signature(function)
-    except ValueError:
+    except ValueError as error:
+        if is_from_signal_handler(error):
+            raise
         # Some functions written in C do not tell; they are found out at the first call.
         return
     try:

@@ -23,6 +23,7 @@ from grafter.core.messages.participants import own_participants
 from grafter.core.place import Place
 from grafter.core.points import PHASE, PointKey
 from grafter.core.records import Outcome
+from grafter.core.signal_handlers import is_from_signal_handler
 from grafter.core.unobserved import unobserved
 from grafter.runtime.meeting import Meeting
 from grafter.runtime.offer import OfferMaker
@@ -160,6 +161,8 @@ class EarlyPoints:
             try:
                 slot = self.memory.take(nbytes)
             except (OSError, ValueError, OverflowError) as error:
+                if is_from_signal_handler(error):
+                    raise
                 return None, f"{nbytes} bytes cannot be had for the outbox: {error}"
             if slot is not None:
                 return slot, None

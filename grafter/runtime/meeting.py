@@ -172,6 +172,8 @@ class Meeting:
                 me = roster.graft_rank(self._header.role, self._header.role_rank)
                 plan = make_plan(self._key.digest, direction, pair, decision, roster, me)
             except ValueError as error:
+                if is_from_signal_handler(error):
+                    raise
                 decision = Decision({}, "failed", str(error))
         return _Course(
             decision,
@@ -257,6 +259,8 @@ class Meeting:
             try:
                 self.write(receiving, leaves)
             except Exception as error:
+                if is_from_signal_handler(error):
+                    raise
                 return self._explain(error)
         return refusal
 
@@ -376,6 +380,8 @@ class Meeting:
         try:
             return CopyRecord(ranks=list(ranks), checksum=checksum_of_values(target))
         except Exception as error:
+            if is_from_signal_handler(error):
+                raise
             # As with statistics: it costs the figure, not the point.
             logger.warning("grafter: no checksum of %s: %s: %s", self._key, type(error).__name__, error)
             return CopyRecord(ranks=list(ranks), reason=f"{type(error).__name__}: {error}")

@@ -21,6 +21,7 @@ from grafter.core.messages.participants import own_participants
 from grafter.core.messages.states import OutboxPlace
 from grafter.core.place import Place
 from grafter.core.points import PointKey
+from grafter.core.signal_handlers import is_from_signal_handler
 from grafter.errors import LayoutError
 from grafter.runtime.session import Session
 from grafter.runtime.windows import Windows
@@ -73,6 +74,8 @@ class OfferMaker:
         except NothingToOffer as nothing:
             return Offer(value, nothing=str(nothing), plain=nothing.plain)
         except Exception as error:
+            if is_from_signal_handler(error):
+                raise
             return Offer(value, failure=error)
         return Offer(value, leaves, extras_text, extras, layouts, axes, tokens)
 

@@ -36,6 +36,7 @@ from grafter.core.messages.roster import Roster
 from grafter.core.messages.wire import read_message
 from grafter.core.place import Place
 from grafter.core.points import StepCounter
+from grafter.core.signal_handlers import is_from_signal_handler
 from grafter.errors import GrafterError, ProtocolError, RunError, UsageError
 from grafter.store.history import HistoryLine, append_history
 from grafter.wire.control.decision import put_decision, read_decision, try_to_decide
@@ -122,17 +123,27 @@ class RankControl:
 
     def has_taken_over(self, one: TakingOver) -> None:
         """This rank's points go by it from here on: so do its recorders, and then everybody is told."""
-        with self._lock:
-            if one.proposal is not None and one.proposal.change.action == "record":
+        try:
+            with self._lock:
                 try:
-                    one.proposal.change.recorders.apply()
-                except Exception as error:
-                    # A recorder's fault must not come out of the program's `step`.
-                    logger.warning("grafter: %s: a recorder did not change: %r", self._place.who, error)
-            self._in_force = one.in_force
-            self._changes = self._changes if one.number is None else one.number + 1
-            self._to_come.remove(one)
-        self._tell(one)
+                    self._apply_recorders(one)
+                finally:
+                    self._in_force = one.in_force
+                    self._changes = self._changes if one.number is None else one.number + 1
+                    self._to_come.remove(one)
+        finally:
+            self._tell(one)
+
+    def _apply_recorders(self, one: TakingOver) -> None:
+        if one.proposal is None or one.proposal.change.action != "record":
+            return
+        try:
+            one.proposal.change.recorders.apply()
+        except Exception as error:
+            if is_from_signal_handler(error):
+                raise
+            # A recorder's fault must not come out of the program's `step`.
+            logger.warning("grafter: %s: a recorder did not change: %r", self._place.who, error)
 
     def _wait_for_decision(self) -> None:
         keeper, in_hand = self._keeper, self._in_hand
@@ -158,6 +169,8 @@ class RankControl:
         try:
             append_history(self._directory, line)
         except OSError as error:
+            if is_from_signal_handler(error):
+                raise
             logger.error("grafter: change %s cannot be written beside the ledger: %s", one.number, error)
 
     def leave(self) -> None:

@@ -21,6 +21,7 @@ from grafter.core.messages.roster import PlayedFrom
 from grafter.core.place import Place
 from grafter.core.points import PointKey
 from grafter.core.records import LedgerLine, LedgerRecord
+from grafter.core.signal_handlers import is_from_signal_handler
 from grafter.errors import ConfigError, GrafterError, JoinError, PeerLostError, RunError
 from grafter.runtime.failure_log import FailureLog
 from grafter.runtime.rank_control import RankControl
@@ -229,7 +230,13 @@ class Session:
     def _write(self, record: LedgerRecord | LedgerLine) -> None:
         try:
             self.ledger.write(record)
-        except OSError as error:
+        except BaseException as error:
+            if not isinstance(error, Exception) or is_from_signal_handler(error):
+                # The program's own, which must not cost the line. A line that is there twice counts once.
+                self._write(record)
+                raise
+            if not isinstance(error, OSError):
+                raise
             # A full disk costs the ledger, not the run; said for each point, so that nobody misses it.
             logger.error("grafter: the ledger %s cannot be written: %s", self.ledger.path, error)
 

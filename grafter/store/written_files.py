@@ -8,6 +8,8 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from grafter.core.signal_handlers import is_from_signal_handler
+
 TEMPORARY_SUFFIX = ".tmp"
 # The most that the system takes in one call.
 _MAX_PIECES = 1024
@@ -30,7 +32,7 @@ def whole_file(path: str | Path, mode: int = 0o644) -> Iterator[int]:
     except BaseException as error:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
-        if isinstance(error, OSError):
+        if isinstance(error, OSError) and not is_from_signal_handler(error):
             _name_file(error, path)
         raise
 
@@ -65,16 +67,17 @@ class LineFile:
 
     def append(self, line: bytes) -> None:
         """A line without its end. Raises OSError, with the path in it, where it cannot be written in full, and then
-        takes back what was: half a line would spoil the next one, too."""
+        takes back what was: half a line would spoil the next one, too. The same where a signal's handler raises."""
         whole = line + b"\n"
         try:
             written = os.write(self._descriptor, whole)
             if written < len(whole):
                 write_pieces(self._descriptor, [memoryview(whole)[written:]])
-        except OSError as error:
+        except BaseException as error:
             with contextlib.suppress(OSError):
                 os.ftruncate(self._descriptor, self._end)
-            _name_file(error, self.path)
+            if isinstance(error, OSError) and not is_from_signal_handler(error):
+                _name_file(error, self.path)
             raise
         self._end += len(whole)
 

@@ -20,6 +20,7 @@ from torch.distributed import DistError, TCPStore
 from grafter import errors
 from grafter.core.messages.wire import PROTOCOL_VERSION, Seal, Sealed, read_unproven
 from grafter.core.processes.liveness import own_identity
+from grafter.core.signal_handlers import is_from_signal_handler
 from grafter.errors import GrafterError, JoinError, PeerLostError, ProtocolError, RunError
 from grafter.wire.bounded_calls import BoundedCalls, Patience, Unanswered
 
@@ -344,7 +345,7 @@ class StoreClient:
         except Unanswered:
             raise self._unanswered() from None
         except (DistError, RuntimeError) as error:
-            if isinstance(error, GrafterError):
+            if isinstance(error, GrafterError) or is_from_signal_handler(error):
                 raise
             raise PeerLostError(
                 f"the rendezvous store, hosted by {self.hosted_by}, is lost ({_first_line(error)}). Its process has "

@@ -11,6 +11,7 @@ import sys
 from typing import Any
 
 from grafter.core.layout.axes import Axes
+from grafter.core.signal_handlers import is_from_signal_handler
 
 logger = logging.getLogger("grafter")
 
@@ -37,5 +38,7 @@ def mesh_axes(model: Any) -> Axes:
         try:
             found.update(adapter.axes(model))
         except Exception as error:
+            if is_from_signal_handler(error):
+                raise
             logger.warning("grafter: the mesh of %s cannot be read (%s); say it with set_axes", framework, error)
     return found

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from grafter.core.layout.token_rows import WindowedTokens
 from grafter.core.rows.hashes import as_text, from_text
 from grafter.core.rows.tokens import SequenceId, Tokens
+from grafter.core.signal_handlers import is_from_signal_handler
 from grafter.errors import LayoutError, UsageError
 
 _Numbers = npt.NDArray[np.int64]
@@ -121,6 +122,8 @@ def _read_tokens(sequences: tuple[SequenceId, ...], runs: str, hashes: tuple[tup
         try:
             known[number] = from_text(text)
         except ValueError as error:
+            if is_from_signal_handler(error):
+                raise
             raise LayoutError(f"tokens that were announced: {error}") from None
     try:
         return Tokens(sequences, found, known)
@@ -140,7 +143,9 @@ def _from_text(text: str) -> _Numbers:
         content = base64.b64decode(text[1:], validate=True)
         numbers = np.frombuffer(content, dtype=_WIDTHS[text[:1]])
         columns = numbers.reshape(3, -1) if len(numbers) else np.zeros((3, 0))
-    except (binascii.Error, KeyError, ValueError):
+    except (binascii.Error, KeyError, ValueError) as error:
+        if is_from_signal_handler(error):
+            raise
         raise LayoutError("tokens that were announced cannot be read.") from None
     if columns.shape[1] > MOST_RUNS:
         raise LayoutError(f"tokens with {columns.shape[1]} runs were announced; {MOST_RUNS} are read at most.")

@@ -10,6 +10,8 @@ from typing import Annotated, Any
 
 from pydantic import PlainSerializer, PlainValidator
 
+from grafter.core.signal_handlers import is_from_signal_handler
+
 # [first, end, step], as `range` takes them.
 Stretch = tuple[int, int, int]
 _MOST_RANKS = 1 << 20
@@ -49,7 +51,9 @@ def _read(value: Any) -> tuple[int, ...]:
         return value
     try:
         stretches = tuple((first, end, step) for first, end, step in value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError) as error:
+        if is_from_signal_handler(error):
+            raise
         raise ValueError(f"{value!r} is no set of ranks") from None
     if not all(type(number) is int for stretch in stretches for number in stretch):
         raise ValueError(f"{value!r} is no set of ranks")

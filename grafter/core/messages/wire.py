@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
 from grafter.core.messages.ignored import IgnoredValues
+from grafter.core.signal_handlers import is_from_signal_handler
 from grafter.errors import ProtocolError
 
 PROTOCOL_VERSION = 1
@@ -103,7 +104,9 @@ class Seal:
             text = value.decode()
             header, payload = text.split("\n", 1)
             mac, kind, writer, run_id, key = header.split(" ", 4)
-        except ValueError:
+        except ValueError as error:
+            if is_from_signal_handler(error):
+                raise
             return (
                 f"a message was not written by grafter (it starts with {value[:40]!r}). Another program may be using "
                 f"this master port."
@@ -125,7 +128,9 @@ def read_unproven(value: bytes) -> Sealed | None:
     try:
         header, payload = value.decode().split("\n", 1)
         _, kind, writer, _, _ = header.split(" ", 4)
-    except ValueError:
+    except ValueError as error:
+        if is_from_signal_handler(error):
+            raise
         return None
     return Sealed(kind, writer, payload)
 
@@ -135,6 +140,8 @@ def read_message(parse: Callable[[str], Message], text: str, what: str) -> Messa
     try:
         return parse(text)
     except ValueError as error:
+        if is_from_signal_handler(error):
+            raise
         raise ProtocolError(
             f"{what} that came through the store or by mail is not what the protocol allows "
             f"({str(error).splitlines()[0]}): {text[:80]!r}. Both jobs need the same grafter, and nobody "

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
+from grafter.core.signal_handlers import is_from_signal_handler
+
 SILENT_AFTER_SECONDS = 60.0
 
 
@@ -39,7 +41,9 @@ def host_identity() -> str:
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot}/{os.readlink('/proc/self/ns/pid')}/{os.readlink('/proc/self/ns/net')}"
-    except OSError:
+    except OSError as error:
+        if is_from_signal_handler(error):
+            raise
         return f"unknown/{socket.gethostname()}/{os.getpid()}"
 
 
@@ -47,7 +51,9 @@ def process_state(pid: int) -> tuple[str, int]:
     """(state letter, start time in clock ticks since boot) of a process; ("", 0) where it does not exist."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
+    except OSError as error:
+        if is_from_signal_handler(error):
+            raise
         return "", 0
     return fields[0], int(fields[19])
 

@@ -15,6 +15,8 @@ import binascii
 import numpy as np
 import numpy.typing as npt
 
+from grafter.core.signal_handlers import is_from_signal_handler
+
 _Hashes = npt.NDArray[np.uint64]
 _Numbers = npt.NDArray[np.int64]
 
@@ -66,7 +68,9 @@ def from_text(text: str) -> _Hashes:
     """Raises ValueError for what `as_text` does not make."""
     try:
         content = base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError):
+    except (binascii.Error, ValueError) as error:
+        if is_from_signal_handler(error):
+            raise
         content = b""
     if not content or len(content) % 8:
         raise ValueError(f"{text[:40]!r} are no hashes of token ids.")

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from grafter.core.rows.hashes import as_text, from_text, prefix_hashes
 from grafter.core.rows.matching import TokenMatch, match, placed_runs
+from grafter.core.signal_handlers import is_from_signal_handler
 from grafter.core.token_runs import TokenRuns
 from grafter.errors import UsageError
 
@@ -152,6 +153,8 @@ class Tokens:
             try:
                 hashes[numbers[sequence]] = from_text(text)
             except ValueError as error:
+                if is_from_signal_handler(error):
+                    raise
                 raise InvalidTokens(f"the sequence {sequence!r}: {error}") from None
         return cls(tuple(numbers), np.array(runs, dtype=np.int64).reshape(-1, 3), hashes)
 
@@ -234,6 +237,8 @@ def _integers(value: Any, what: str) -> _Numbers:
     try:
         array = np.asarray(value)
     except ValueError as error:
+        if is_from_signal_handler(error):
+            raise
         raise UsageError(f"{what}: its rows have other lengths: {error}. Flatten it, or pad it.") from None
     if array.size == 0:
         return np.zeros(array.shape, dtype=np.int64)

@@ -7,12 +7,13 @@ another (`SharedBuffer`), so that those are at home in huge pages, too.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import mmap
 import threading
 
 import torch
+
+from grafter.core.signal_handlers import is_from_signal_handler
 
 # Of what shares a buffer with others.
 SMALL_BYTES = 1 << 16
@@ -177,8 +178,13 @@ def _huge_pages(nbytes: int) -> mmap.mmap:
     try:
         pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
+        if is_from_signal_handler(error):
+            raise
         raise MemoryError(f"{nbytes} bytes for a snapshot: {error}") from error
     # A kernel that was built without them refuses; a system that is no Linux does not know the word.
-    with contextlib.suppress(OSError, AttributeError):
+    try:
         pages.madvise(mmap.MADV_HUGEPAGE)
+    except (OSError, AttributeError) as error:
+        if is_from_signal_handler(error):
+            raise
     return pages

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from grafter.core.signal_handlers import is_from_signal_handler
+
 TENSOR_MARK = "__grafter_tensor__"
 MAX_REPR = 500
 _MAX_DEPTH = 32
@@ -35,7 +37,9 @@ class MetadataEncoder:
         """
         try:
             return self._encode(value, path, 0)
-        except Exception:
+        except Exception as error:
+            if is_from_signal_handler(error):
+                raise
             # A container whose iteration fails, a subclass that is not what it says.
             return self._replaced(value, path)
 
@@ -105,6 +109,8 @@ def safe_repr(value: Any) -> str:
     try:
         return _bounded(_clean(str.__str__(repr(value))))
     except Exception as error:
+        if is_from_signal_handler(error):
+            raise
         return f"<a {_type_name(value)} whose repr raises {_type_name(error)}>"
 
 

@@ -22,6 +22,7 @@ from grafter.core.direction import Direction
 from grafter.core.place import Place
 from grafter.core.points import PointKey
 from grafter.core.records import Outcome
+from grafter.core.signal_handlers import is_from_signal_handler
 from grafter.core.sizes import read_size
 from grafter.core.token_runs import TokenRuns
 from grafter.core.unobserved import unobserved
@@ -178,6 +179,8 @@ class Saver:
         try:
             return take_snapshot(tensor, self._buffers)
         except (RuntimeError, MemoryError, NotImplementedError) as error:
+            if is_from_signal_handler(error):
+                raise
             # Out of memory, or a dtype that cannot be copied: it costs this tensor, not the run.
             taken.reasons.append(f"{what or 'the tensor'}: {type(error).__name__}: {safe_repr(str(error))}")
             return None
@@ -285,5 +288,7 @@ def _token_runs(tokens: Any, encoder: MetadataEncoder) -> TokenRuns | None:
             raise TypeError("tokens= is not a grafter.Tokens")
         return runs
     except Exception as error:
+        if is_from_signal_handler(error):
+            raise
         encoder.not_encoded["tokens"] = f"{safe_repr(tokens)}: {type(error).__name__}: {safe_repr(str(error))}"
         return None

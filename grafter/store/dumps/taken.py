@@ -15,6 +15,7 @@ from grafter.core.layout.declared import DeclaredLayout, declare_layouts
 from grafter.core.leaves import Leaves, flatten, spec_of
 from grafter.core.measures.stats import summarize
 from grafter.core.points import PointKey
+from grafter.core.signal_handlers import is_from_signal_handler
 from grafter.core.tensor_access import is_dtensor
 from grafter.errors import UsageError
 from grafter.store.dumps.encoding import safe_repr
@@ -107,6 +108,8 @@ class Parts:
         try:
             layouts = declare_layouts(leaves, options.dims, options.layout, options.seq_lens)
         except Exception as error:
+            if is_from_signal_handler(error):
+                raise
             self.layout_error = safe_repr(error)
             return
         for (leaf, _), layout in zip(self.leaves, layouts, strict=False):

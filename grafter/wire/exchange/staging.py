@@ -134,7 +134,9 @@ def is_sealed_block(fd: int, nbytes: int) -> bool:
 def _available_bytes() -> int | None:
     try:
         text = Path("/proc/meminfo").read_text()
-    except OSError:
+    except OSError as error:
+        if is_from_signal_handler(error):
+            raise
         return None
     for line in text.splitlines():
         if line.startswith("MemAvailable:"):

@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from grafter.core.messages.wire import Seal, read_message
 from grafter.core.processes.watch import Abandoned
+from grafter.core.signal_handlers import is_from_signal_handler
 from grafter.errors import ProtocolError
 from grafter.wire.outbox.entries import Entry
 
@@ -117,6 +118,8 @@ class Fetcher:
             _read_into(connection, value.numpy().data)
             complete = _read_exactly(connection, 1) == _COMPLETE
         except OSError as error:
+            if is_from_signal_handler(error):
+                raise
             reason = error.strerror or str(error) or type(error).__name__
             raise Abandoned(f"the outbox of {who} at {address}:{port} cannot be read: {reason}") from error
         if not complete:

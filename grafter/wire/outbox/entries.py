@@ -31,6 +31,7 @@ from grafter.core.messages.states import (
 )
 from grafter.core.messages.wire import Sealed
 from grafter.core.records import LedgerRecord, Outcome
+from grafter.core.signal_handlers import is_from_signal_handler
 from grafter.errors import RunError
 from grafter.wire.outbox.claims import claimers
 from grafter.wire.outbox.kept_entries import KeptEntries
@@ -147,6 +148,8 @@ class Outbox:
                 with self._lock:
                     slot = self._memory.take(nbytes)
             except (OSError, ValueError, OverflowError) as error:
+                if is_from_signal_handler(error):
+                    raise
                 return None, f"{nbytes} bytes cannot be had for the outbox: {error}"
             if slot is not None:
                 return slot, None

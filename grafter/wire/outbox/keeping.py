@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from grafter.core.messages.offer import Offer
+from grafter.core.signal_handlers import is_from_signal_handler
 from grafter.wire.outbox.memory import Slot, offsets_of, snapshot
 
 
@@ -39,9 +40,11 @@ def keep(
         if slot is not None:
             with torch.no_grad():
                 snapshot(slot, specs, tensors)
-    except Exception as error:
-        # The device's, say: it costs the point, and all ranks must hear of it.
+    except BaseException as error:
         give_back(slot)
+        if not isinstance(error, Exception) or is_from_signal_handler(error):
+            raise
+        # The device's, say: it costs the point, and all ranks must hear of it.
         return Kept(_failed(offer, error))
     return Kept(offer, slot, sum(spec.nbytes for spec in specs))
 

@@ -24,6 +24,7 @@ from grafter.core.messages.wire import Seal
 from grafter.core.plan.decision import Decision
 from grafter.core.plan.transfer_plan import TransferPlan, Value
 from grafter.core.processes.watch import Abandoned
+from grafter.core.signal_handlers import is_from_signal_handler
 from grafter.wire.exchange.staging import Staging, StagingRefused, as_tensor, is_sealed_block
 from grafter.wire.outbox.delivery import Fetcher
 from grafter.wire.outbox.memory import offsets_of, tensor_at
@@ -105,6 +106,8 @@ class Puller:
         try:
             fd = os.open(f"/proc/{process.pid}/fd/{place.fd}", os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
+            if is_from_signal_handler(error):
+                raise
             raise Abandoned(
                 f"the outbox of {who} (pid {process.pid} on {process.hostname}) cannot be read: {error.strerror}. Its "
                 "process has ended, or it may not be looked into by this one (another user, or made undumpable)"
@@ -117,6 +120,8 @@ class Puller:
             # Private, since torch wants memory that could be written; nobody writes here.
             return mmap.mmap(fd, status.st_size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
         except OSError as error:
+            if is_from_signal_handler(error):
+                raise
             raise Abandoned(f"the outbox of {who} cannot be mapped: {error.strerror}") from error
         finally:
             os.close(fd)

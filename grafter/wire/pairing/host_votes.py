@@ -17,6 +17,7 @@ from grafter.core.direction import RoleName
 from grafter.core.messages.manifest import StoreKeys
 from grafter.core.messages.roster import Roster
 from grafter.core.messages.wire import Sealed
+from grafter.core.signal_handlers import is_from_signal_handler
 from grafter.errors import RunError
 from grafter.wire.monitor.waits import Wait
 from grafter.wire.pairing import shared_ballots
@@ -26,8 +27,8 @@ from grafter.wire.rendezvous.courier import Courier
 
 # What a letter says: the log is here; there is no log; the point is decided; give the point up, please.
 _HERE, _NONE, _DECIDED, _GIVE_UP = "here", "none", "decided", "give-up"
-# So long a receiver that leaves waits for the reason of another's refusal, which follows its ballot.
-_REASON_SECONDS = 1.0
+# So long a receiver waits for the reason of another's refusal, which follows its ballot; the second where it leaves.
+_REASON_SECONDS, _LEAVING_SECONDS = 10.0, 1.0
 
 MakeWait = Callable[[Callable[[], bool] | None], Wait]
 
@@ -41,7 +42,9 @@ class HostLogs:
         self._logs: dict[tuple[int, ...], SharedBallots] = {}
         # Those that this rank made and has told the others of.
         self._offered: set[tuple[int, ...]] = set()
-        # How often a set's log could not be made or opened. The next point tries again, under another name.
+        # Those of which the lowest rank has told this one, which it does once.
+        self._heard: set[tuple[int, ...]] = set()
+        # How often the lowest rank could not make a set's log. The next point tries again, under another name.
         self._failures: dict[tuple[int, ...], int] = {}
 
     def find(self, receivers: tuple[int, ...]) -> SharedBallots | None:
@@ -63,6 +66,8 @@ class HostLogs:
                 self._logs[receivers] = SharedBallots(fd, self._role_rank, receivers, reclaims=True)
             self._bring(receivers, place, _HERE, "")
         except OSError as error:
+            if is_from_signal_handler(error):
+                raise
             problem = f"{self._role} rank {self._role_rank} cannot make a vote log in shared memory: {error}"
             self._bring(receivers, place, _NONE, problem)
             self._failures[receivers] = self._failures.get(receivers, 0) + 1
@@ -90,16 +95,19 @@ class HostLogs:
                 return self.offer(receivers)
             # Looked for first: an exception may have taken the letter with it.
             problem = self._find(receivers)
-            if problem is None:
+            if problem is None and receivers not in self._heard:
                 self._courier.discard(place)
-                return None
+            if problem is None or receivers in self._heard:
+                # What keeps this rank from opening a log that is there may be over at the next point.
+                return problem
             letter = self._courier.fetch(lambda: make_wait(None), [place], by_mail=True)[0]
         except RunError as error:
             return f"the run was over before {self._role} rank {self._role_rank} could vote ({error})"
-        problem = letter.payload if letter.kind == _NONE else self._find(receivers)
-        if problem is not None:
+        if letter.kind == _NONE:
             self._failures[receivers] = self._failures.get(receivers, 0) + 1
-        return problem
+            return letter.payload
+        self._heard.add(receivers)
+        return self._find(receivers)
 
     def _find(self, receivers: tuple[int, ...]) -> str | None:
         """Open the log that the lowest rank has made; why not, if that is impossible or it has made none."""
@@ -107,6 +115,8 @@ class HostLogs:
         try:
             fd = shared_ballots.find(lowest.pid, self._name(receivers))
         except OSError as error:
+            if is_from_signal_handler(error):
+                raise
             return (
                 f"{self._role} rank {self._role_rank} cannot open the vote log of {self._role} rank {receivers[0]} "
                 f"(pid {lowest.pid}): {error.strerror}. That process has ended, or this one may not look into it "
@@ -142,6 +152,8 @@ class HostVotes(VoteLog):
     ) -> None:
         self._logs, self._courier, self._keys, self._receivers = logs, courier, keys, receivers
         self._digest, self._role_rank, self._make_wait = bytes.fromhex(digest), role_rank, make_wait
+        # Its own: a letter replaces an earlier one under its key.
+        self._excuse_key = f"{keys.outcome}/{_GIVE_UP}"
         self._letter: Sealed | None = None
         self._has_woken = False
 
@@ -165,45 +177,52 @@ class HostVotes(VoteLog):
 
     def await_news(self) -> str | None:
         has_grown = self._log.has_grown
-        letter = self._courier.fetch(lambda: self._make_wait(has_grown), [self._keys.outcome], by_mail=True)[0]
-        if letter.kind == _GIVE_UP:
+        keys = [self._keys.outcome, self._excuse_key]
+        key, letter = self._courier.fetch_first(lambda: self._make_wait(has_grown), keys)
+        if key == self._excuse_key:
             return letter.payload
         self._letter = letter
         return None
 
     def wake(self, outcome: Outcome, reason: str) -> None:
+        if not outcome.is_committed:
+            # Nothing has to be asked for any more.
+            self._courier.discard(self._excuse_key)
         if outcome.decided_by != self._role_rank:
             if outcome.is_committed and self._letter is None:
                 # It read the log before the letter came.
                 self._letter = Sealed(_DECIDED, "", "")
                 self._courier.discard(self._keys.outcome)
         elif not self._has_woken:
-            self._bring(_DECIDED, reason)
+            self._bring(self._keys.outcome, _DECIDED, reason)
             self._has_woken = True
 
     def excuse(self, reason: str) -> None:
-        self._bring(_GIVE_UP, reason)
+        self._bring(self._excuse_key, _GIVE_UP, reason)
+        for key in (self._keys.outcome, self._excuse_key):
+            self._courier.discard(key)
 
-    def _bring(self, kind: str, reason: str) -> None:
+    def _bring(self, key: str, kind: str, reason: str) -> None:
         # Where the run is over, all others hear that, and read the log by themselves.
         with contextlib.suppress(RunError):
             others = self._logs.graft_ranks(self._receivers)
-            self._courier.bring(others, self._keys.outcome, kind, reason, by_mail=True)
+            self._courier.bring(others, key, kind, reason, by_mail=True)
 
     def reason_of(self, outcome: Outcome, *, is_leaving: bool) -> str:
-        deadline = time.monotonic() + _REASON_SECONDS
-        while self._letter is None or self._letter.kind != _DECIDED:
-            try:
-                if not is_leaving:
-                    place = [self._keys.outcome]
-                    self._letter = self._courier.fetch(lambda: self._make_wait(None), place, by_mail=True)[0]
-                    continue
-            except RunError:
-                is_leaving = True
-            self._letter = self._courier.look(self._keys.outcome)
-            if self._letter is None and time.monotonic() > deadline:
+        began, key = time.monotonic(), self._keys.outcome
+        while self._letter is None:
+            if not is_leaving:
+                try:
+                    letters = self._courier.fetch_shortly(lambda: self._make_wait(None), [key])
+                    self._letter = letters[0] if letters is not None else None
+                except RunError:
+                    is_leaving = True
+            else:
+                self._letter = self._courier.look(key)
+                time.sleep(0 if self._letter is not None else 0.001)
+            seconds = _LEAVING_SECONDS if is_leaving else _REASON_SECONDS
+            if self._letter is None and time.monotonic() > began + seconds:
                 return f"rank {outcome.decided_by} of the receivers has given the point up"
-            time.sleep(0.001)
         return self._letter.payload
 
     def close(self) -> None:

@@ -9,7 +9,6 @@ outlives every process but the last that has it open: a receiver that dies or is
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import mmap
 import os
@@ -17,6 +16,7 @@ import struct
 from collections.abc import Sequence
 
 from grafter.core.commit_protocol import Ballot
+from grafter.core.signal_handlers import is_from_signal_handler
 
 _RECORD = struct.Struct("=12sHBx")
 _LOOK_BYTES = 64 * _RECORD.size
@@ -46,7 +46,9 @@ def find(pid: int, name: str) -> int | None:
             if os.readlink(f"{directory}/{entry}") != f"/memfd:{name} (deleted)":
                 continue
             fd = _opened_to_append(f"{directory}/{entry}")
-        except FileNotFoundError:
+        except FileNotFoundError as error:
+            if is_from_signal_handler(error):
+                raise
             # Closed in the meantime.
             continue
         if _is_log(fd):
@@ -59,7 +61,9 @@ def _is_log(fd: int) -> bool:
     """A file may have been given any name; only memory has seals."""
     try:
         seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
-    except OSError:
+    except OSError as error:
+        if is_from_signal_handler(error):
+            raise
         return False
     return os.fstat(fd).st_uid == os.getuid() and bool(seals & fcntl.F_SEAL_SHRINK)
 
@@ -129,11 +133,13 @@ class SharedBallots:
     def _reclaim(self, unneeded: int) -> None:
         """Give memory of records back, by the MiB. The file's size grows with each point; what it holds does not."""
         while unneeded - self._reclaimed >= RECLAIMED_BYTES:
-            with (
-                contextlib.suppress(OSError),
-                mmap.mmap(self.fd, RECLAIMED_BYTES, offset=self._reclaimed) as part,
-            ):
-                part.madvise(mmap.MADV_REMOVE)
+            try:
+                with mmap.mmap(self.fd, RECLAIMED_BYTES, offset=self._reclaimed) as part:
+                    part.madvise(mmap.MADV_REMOVE)
+            except OSError as error:
+                # It stays as it is, and costs memory.
+                if is_from_signal_handler(error):
+                    raise
             self._reclaimed += RECLAIMED_BYTES
 
     def close(self) -> None:

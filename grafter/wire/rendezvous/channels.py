@@ -180,13 +180,14 @@ class Channels:
                 checked = time.monotonic()
         return list(map(unread.pop, keys))
 
-    def wait_for_any(self, keys: Sequence[str], watch: Watch, writer: int) -> tuple[str, Sealed]:
-        """The first of these letters that is there, with its key. One rank, `writer`, writes them all."""
+    def wait_for_any(self, keys: Sequence[str], watch: Watch, writer: int | None = None) -> tuple[str, Sealed]:
+        """The first of these letters that is there, with its key. writer: of them all, where it is one rank."""
         while True:
             for key in keys:
                 if key in self._unread:
                     return key, self._unread.pop(key)
-            self.check_open(writer)
+            if writer is not None:
+                self.check_open(writer)
             if not self._fetch(_POLL_SECONDS):
                 watch.check()
 

@@ -102,6 +102,21 @@ class Courier:
             letters = channels.wait(keys, WaitWatch(self._housekeeping, wait))
         return self._opened(letters, make_wait)
 
+    def fetch_first(self, make_wait: Callable[[], Wait], keys: Sequence[str]) -> tuple[str, Sealed]:
+        """Wait for the first letter that comes by mail under any of these keys, with its key; as `fetch` otherwise.
+
+        keys: that of the letter which comes as a rule stands first.
+        """
+        channels = self._channels
+        assert channels is not None
+        if (letters := self.fetch_shortly(make_wait, keys[:1])) is not None:
+            return keys[0], letters[0]
+        wait = make_wait()
+        wait.has_news = lambda: any(channels.has_news([key]) for key in keys)
+        with self._housekeeping.waiting(wait):
+            key, letter = channels.wait_for_any(keys, WaitWatch(self._housekeeping, wait))
+        return key, self._opened([letter], make_wait)[0]
+
     def fetch_shortly(
         self, make_wait: Callable[[], Wait], keys: Sequence[str], writers: Sequence[int] = ()
     ) -> list[Sealed] | None:

@@ -10,7 +10,8 @@ from grafter.errors import ProtocolError
 RECALL = "recall"
 _MOST_LETTERS = 100_000
 _MOST_BYTES = 256 << 20
-_MOST_DESCRIPTORS = 64
+# Of one writer, which sends its block again only when it has a larger one, under the same key.
+_MOST_DESCRIPTORS = 4
 _MOST_UNWANTED = 4096
 _LONG_LETTER_BYTES = 8 << 10
 
@@ -49,13 +50,14 @@ class UnreadLetters:
     def _check_room(self, sealed: Sealed) -> None:
         waiting = self.by_key.values()
         nbytes = sum(len(letter.payload) for letter in waiting)
-        descriptors = sum(letter.descriptor is not None for letter in waiting)
+        # Each of many receivers may have sent its block to one sender.
+        descriptors = sum(letter.descriptor is not None and letter.writer == sealed.writer for letter in waiting)
         if len(waiting) < _MOST_LETTERS and nbytes <= _MOST_BYTES and descriptors < _MOST_DESCRIPTORS:
             return
         _close_descriptor(sealed)
         raise ProtocolError(
-            f"{len(waiting)} messages ({nbytes >> 20} MiB, {descriptors} file descriptors) wait at {self._who} for "
-            f"points that it does not come to, the last from {sealed.writer}."
+            f"{len(waiting)} messages ({nbytes >> 20} MiB) wait at {self._who} for points that it does not come to, "
+            f"the last from {sealed.writer}, which has sent {descriptors} file descriptors with its own."
         )
 
     def discard(self, key: str) -> None:
