@@ -17,6 +17,7 @@ exception arrives at any step, the driver drops that generator and begins `leave
 from __future__ import annotations
 
 from collections.abc import Collection, Generator, Iterable
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 YES, NO, GIVEN_UP = 1, 2, 3
@@ -62,6 +63,12 @@ _VOTE_YES = Step(APPEND, YES)
 Course = Generator[Step, Any, Outcome]
 
 
+@lru_cache(maxsize=1024)
+def wake_step(outcome: Outcome) -> Step:
+    """The same ones come again at every point."""
+    return Step(WAKE, outcome=outcome)
+
+
 def outcome_of(ballots: Iterable[Ballot], receivers: Collection[int]) -> Outcome | None:
     """What a log decides; None while it decides nothing."""
     missing = set(receivers)
@@ -82,11 +89,20 @@ def take_part(role_rank: int, receivers: Collection[int]) -> Course:
     if (problem := (yield OPEN)) is not None:
         return (yield from _excuse_self(role_rank, problem))
     yield _VOTE_YES if refusal is None else Step(APPEND, NO, refusal)
+    if len(receivers) == 1:
+        # Its own vote decides: nothing to read, and nobody to wake.
+        if refusal is None:
+            yield WRITE
+        return Outcome(refusal is None, role_rank)
     while (outcome := outcome_of((yield READ), receivers)) is None:
         asked = yield AWAIT
         if asked is not None:
             yield Step(APPEND, GIVEN_UP, asked)
-    return (yield from _carry_out(outcome))
+    # As `_carry_out`, which costs a common point a third more.
+    yield wake_step(outcome)
+    if outcome.is_committed:
+        yield WRITE
+    return outcome
 
 
 def leave(role_rank: int, receivers: Collection[int], reason: str) -> Course:
@@ -103,7 +119,7 @@ def leave(role_rank: int, receivers: Collection[int], reason: str) -> Course:
 
 
 def _carry_out(outcome: Outcome) -> Course:
-    yield Step(WAKE, outcome=outcome)
+    yield wake_step(outcome)
     if outcome.is_committed:
         yield WRITE
     return outcome

@@ -94,6 +94,15 @@ class Seal:
 
     def open_letter(self, value: bytes) -> tuple[str, Sealed]:
         """(the key it was written for, what it holds) of a value that names its own key. Raises ProtocolError."""
+        if self._secret is None:
+            # Said here, too: every letter is opened, and most runs have no secret.
+            try:
+                header, payload = value.decode().split("\n", 1)
+                mac, kind, writer, run_id, key = header.split(" ", 4)
+                if run_id == self.run_id and mac == _UNSIGNED:
+                    return key, Sealed(kind, writer, payload)
+            except ValueError:
+                pass
         found = self._read_letter(value)
         if isinstance(found, str):
             raise ProtocolError(found)
