@@ -54,6 +54,7 @@ class Housekeeping:
         self._deletions: deque[str] = deque()
         self._closing = False
         self._to_abort: RunError | None = None
+        self._faults: set[type[Exception]] = set()
         self._next_chores = 0.0
         self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self.on_second: Callable[[StoreClient], None] | None = None
@@ -156,43 +157,64 @@ class Housekeeping:
 
     def _run(self) -> None:
         while not self._closing:
-            self._handle_signals(self._sleep())
-            if self._closing:
-                break
-            self._wait_monitor.warn_of_stopped(self._wait)
-            if self._link.is_down and not self._store_has_answered():
-                continue
             try:
-                if self._to_abort is not None and self.aborted is None:
-                    self.abort(self._to_abort)
-                self._do_chores()
-                wait = self._wait
-                self._wait_monitor.update_board(self._link.client, wait, self.underway)
-                if wait is not None and wait.one_sided:
-                    absent = self._wait_monitor.find_absent(self._link.client, wait)
-                    if absent is not None:
-                        self._give_up(wait, absent)
-                if wait is not None and wait.seconds >= LOOK_EVERY_SECONDS and time.monotonic() >= wait.next_look:
-                    wait.next_look = time.monotonic() + LOOK_EVERY_SECONDS
-                    self._look_after(wait)
-            except PeerLostError as error:
-                self._store_lost(error)
-            except RunError as error:
-                self._end_locally(error)
-            except Exception:
-                # A fault of our own must not end the watch silently: the run would lose its safety net.
-                logger.exception(
-                    "grafter: the housekeeping thread of %s met an unexpected error and continues", self._who
-                )
+                self._tick()
+            except Exception as error:
+                # A fault of our own must not end the watch: the run would lose its safety net.
+                self._note_fault(error)
+                time.sleep(_TICK_SECONDS)
         if not self._link.is_down:
             try:
                 self._delete(len(self._deletions))
             except RunError as error:
                 logger.debug("grafter: the store was gone before %s had tidied it: %s", self._who, error)
 
+    def _tick(self) -> None:
+        self._handle_signals(self._sleep())
+        if self._closing:
+            return
+        self._wait_monitor.warn_of_stopped(self._wait)
+        if self._link.is_down and not self._store_has_answered():
+            return
+        try:
+            self._look()
+        except PeerLostError as error:
+            self._store_lost(error)
+        except RunError as error:
+            self._end_locally(error)
+
+    def _look(self) -> None:
+        if self._to_abort is not None and self.aborted is None:
+            self.abort(self._to_abort)
+        self._do_chores()
+        wait = self._wait
+        self._wait_monitor.update_board(self._link.client, wait, self.underway)
+        if wait is None:
+            return
+        if wait.one_sided:
+            absent = self._wait_monitor.find_absent(self._link.client, wait)
+            if absent is not None:
+                self._give_up(wait, absent)
+        if wait.seconds >= LOOK_EVERY_SECONDS and time.monotonic() >= wait.next_look:
+            wait.next_look = time.monotonic() + LOOK_EVERY_SECONDS
+            self._look_after(wait)
+
+    def _note_fault(self, error: Exception) -> None:
+        """Each kind once: it may come back four times a second."""
+        if type(error) not in self._faults:
+            self._faults.add(type(error))
+            logger.error(
+                "grafter: the housekeeping thread of %s met an unexpected error and continues. It says so once for "
+                "each kind of error",
+                self._who,
+                exc_info=error,
+            )
+
     def _sleep(self) -> bytes:
-        readable, _, _ = select.select([self._wake_read], [], [], _TICK_SECONDS)
-        return os.read(self._wake_read, 256) if readable else b""
+        # Not `select`, which takes no descriptor above 1023.
+        waker = select.poll()
+        waker.register(self._wake_read, select.POLLIN)
+        return os.read(self._wake_read, 256) if waker.poll(_TICK_SECONDS * 1000) else b""
 
     def _handle_signals(self, numbers: bytes) -> None:
         """Ctrl-C, or a SIGTERM that the program handles: end the wait, so that Python can run the handler."""
