@@ -11,7 +11,6 @@ import contextlib
 import logging
 import os
 import select
-import signal
 import threading
 import time
 from collections import deque
@@ -82,18 +81,11 @@ class Housekeeping:
     def begin(self, wait: Wait) -> None:
         if self.aborted is not None:
             raise self.aborted
-        # Python sees to signals by itself. But a call of the store blocks on after its caller has stopped waiting, and
-        # nothing else could be asked of the store until it ends: this object's thread ends it.
-        if wait.awaits and threading.current_thread() is threading.main_thread():
-            wait.signal_fd = signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
-            wait.interruptible = True
         self._wait = wait
 
     def end(self, wait: Wait) -> None:
         wait.over = True
         self._wait = None
-        if wait.interruptible:
-            signal.set_wakeup_fd(wait.signal_fd)
 
     def look_for_absent(self, wait: Wait, client: StoreClient) -> None:
         """Before a wait begins: raises GivenUp where it is of a one-sided point, and in vain."""
@@ -170,7 +162,7 @@ class Housekeeping:
                 logger.debug("grafter: the store was gone before %s had tidied it: %s", self._who, error)
 
     def _tick(self) -> None:
-        self._handle_signals(self._sleep())
+        self._sleep()
         if self._closing:
             return
         self._wait_monitor.warn_of_stopped(self._wait)
@@ -210,29 +202,12 @@ class Housekeeping:
                 exc_info=error,
             )
 
-    def _sleep(self) -> bytes:
+    def _sleep(self) -> None:
         # Not `select`, which takes no descriptor above 1023.
         waker = select.poll()
         waker.register(self._wake_read, select.POLLIN)
-        return os.read(self._wake_read, 256) if waker.poll(_TICK_SECONDS * 1000) else b""
-
-    def _handle_signals(self, numbers: bytes) -> None:
-        """Ctrl-C, or a SIGTERM that the program handles: end the wait, so that Python can run the handler."""
-        wait = self._wait
-        if wait is not None and wait.signal_fd >= 0 and numbers:
-            os.write(wait.signal_fd, numbers)
-        for number in numbers:
-            if wait is not None and wait.interruptible and number in (signal.SIGINT, signal.SIGTERM):
-                name = signal.Signals(number).name
-                try:
-                    self.abort(
-                        PeerLostError(
-                            f"{self._who} was interrupted ({name}) while it waited for {wait.what}, so the run is over "
-                            f"for both jobs."
-                        )
-                    )
-                except RunError as error:
-                    self._store_lost(error)
+        if waker.poll(_TICK_SECONDS * 1000):
+            os.read(self._wake_read, 256)
 
     def _do_chores(self) -> None:
         waiting = len(self._deletions)
@@ -296,6 +271,15 @@ class Housekeeping:
         """The same at the next look of this object's thread, within a quarter of a second. Never waits."""
         self._to_abort = error
         os.write(self._wake_write, b"\0")
+
+    def interrupted(self, wait: Wait, error: BaseException) -> None:
+        """What a signal's handler raised has ended a wait of the dump thread, whose call of the store blocks on."""
+        self.abort_soon(
+            PeerLostError(
+                f"{self._who} was interrupted ({type(error).__name__}) while it waited for {wait.what}, so the run is "
+                f"over for both jobs."
+            )
+        )
 
     def _wake_self(self, error: RunError, client: StoreClient | None = None) -> None:
         self.aborted = self.aborted or error
