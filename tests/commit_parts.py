@@ -154,9 +154,9 @@ def _frames(course: Any) -> Iterator[Any]:
 class Explorer:
     """All ends of one number of receivers. `explore` raises Violation, with the steps, at the first bad one.
 
-    take_part, leave, and leave_failed behind a read or append that has failed: the protocol, or a mutant of it. forgets: a log that loses the ballots of whoever has ended.
-    renames: whether receivers' names are left out of account. judges_waits: whether a wait that nothing but its timeout
-    ends is bad, unless somebody was killed.
+    take_part, leave, and leave_failed behind a read or append that has failed: the protocol, or a mutant of it.
+    forgets: a log that loses the ballots of whoever has ended. renames: whether receivers' names are left out of
+    account. judges_waits: whether a wait that nothing but its timeout ends is bad, unless somebody was killed.
     """
 
     size: int

@@ -1,7 +1,8 @@
 """All receivers write or none does, in every order of the steps of the protocol that runs, within the bounds below.
 
-The bounds count, for all receivers of a run together: exceptions that arrive, receivers that are killed, and logs that
-cannot be opened, and reads and appends that raise an error though the log lives. Each wait may also end because its time is up, and any step may take for ever, without a bound.
+The bounds count, for all receivers of a run together: exceptions that arrive, receivers that are killed, logs that
+cannot be opened, and reads and appends that raise an error though the log lives. Each wait may also end because its
+time is up, and any step may take for ever, without a bound.
 """
 
 from __future__ import annotations
