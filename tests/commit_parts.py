@@ -23,6 +23,8 @@ from grafter.core.commit_protocol import APPEND, EXCUSE, WAKE, YES, Ballot, Cour
 
 # What a letter says.
 DECIDED, GIVE_UP = "decided", "give up"
+# What a generator is of: the part of a receiver, or its leaving, also because a step has failed.
+_TAKES_PART, _LEFT, _FAILED = "takes part", "left", "failed"
 _LOCAL = ("prepare", "open", "write")
 
 
@@ -61,17 +63,20 @@ class World(NamedTuple):
     interrupts: int
     kills: int
     lost_logs: int
+    failures: int
     # Whether all voted yes and nothing went wrong.
     is_smooth: bool
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """How many exceptions may arrive, receivers be killed, and logs fail to open, in one run."""
+    """How many exceptions may arrive, receivers be killed, logs fail to open, and reads and appends raise an error
+    though the log lives, in one run."""
 
     interrupts: int = 0
     kills: int = 0
     lost_logs: int = 0
+    failures: int = 0
 
 
 Part = Callable[[int, Collection[int]], Course]
@@ -81,42 +86,42 @@ Leaving = Callable[[int, Collection[int], str], Course]
 class Program:
     """The generators of all receivers. A node is made by running a generator anew up to it."""
 
-    def __init__(self, size: int, take_part: Part, leave: Leaving) -> None:
+    def __init__(self, size: int, take_part: Part, leave: Leaving, leave_failed: Leaving) -> None:
         self._receivers = tuple(range(size))
-        self._take_part, self._leave = take_part, leave
+        self._take_part, self._leaves = take_part, {_LEFT: leave, _FAILED: leave_failed}
         self._nodes: dict[Any, Node] = {}
-        self._ways: dict[int, tuple[bool, int, tuple[Any, ...]]] = {}
+        self._ways: dict[int, tuple[str, int, tuple[Any, ...]]] = {}
         self._sent: dict[tuple[int, Any], Node] = {}
         self._renamed: dict[tuple[int, tuple[int, ...]], Node] = {}
 
     def begin(self, role_rank: int) -> Node:
-        return self._node(False, role_rank, ())
+        return self._node(_TAKES_PART, role_rank, ())
 
-    def leave(self, role_rank: int) -> Node:
-        return self._node(True, role_rank, ())
+    def leave(self, role_rank: int, why: str) -> Node:
+        return self._node(why, role_rank, ())
 
     def send(self, node: Node, result: Any) -> Node:
         known = self._sent.get((node.number, result))
         if known is None:
-            is_leaving, role_rank, results = self._ways[node.number]
-            known = self._sent[node.number, result] = self._node(is_leaving, role_rank, (*results, result))
+            part, role_rank, results = self._ways[node.number]
+            known = self._sent[node.number, result] = self._node(part, role_rank, (*results, result))
         return known
 
     def renamed(self, node: Node, names: tuple[int, ...]) -> Node:
         """The same place of another receiver, where each role rank r is called names[r]."""
         known = self._renamed.get((node.number, names))
         if known is None:
-            is_leaving, role_rank, results = self._ways[node.number]
-            known = self._node(is_leaving, names[role_rank], tuple(_renamed(result, names) for result in results))
+            part, role_rank, results = self._ways[node.number]
+            known = self._node(part, names[role_rank], tuple(_renamed(result, names) for result in results))
             assert (known.step and known.step.name) == (node.step and node.step.name)
             self._renamed[node.number, names] = known
         return known
 
-    def _node(self, is_leaving: bool, role_rank: int, results: tuple[Any, ...]) -> Node:
-        if is_leaving:
-            course = self._leave(role_rank, self._receivers, "it left")
-        else:
+    def _node(self, part: str, role_rank: int, results: tuple[Any, ...]) -> Node:
+        if part == _TAKES_PART:
             course = self._take_part(role_rank, self._receivers)
+        else:
+            course = self._leaves[part](role_rank, self._receivers, "it left")
         step, outcome = None, None
         try:
             step = next(course)
@@ -124,11 +129,11 @@ class Program:
                 step = course.send(result)
         except StopIteration as end:
             step, outcome = None, end.value
-        key = (is_leaving, role_rank, step, outcome, tuple(_frames(course)))
+        key = (part, role_rank, step, outcome, tuple(_frames(course)))
         node = self._nodes.get(key)
         if node is None:
             node = self._nodes[key] = Node(len(self._nodes), step, outcome)
-            self._ways[node.number] = (is_leaving, role_rank, results)
+            self._ways[node.number] = (part, role_rank, results)
         return node
 
 
@@ -149,9 +154,9 @@ def _frames(course: Any) -> Iterator[Any]:
 class Explorer:
     """All ends of one number of receivers. `explore` raises Violation, with the steps, at the first bad one.
 
-    take_part, leave: the protocol, or a mutant of it. forgets: a log that loses the ballots of whoever has ended.
-    renames: whether receivers' names are left out of account. judges_waits: whether a wait that nothing but its timeout
-    ends is bad, unless somebody was killed.
+    take_part, leave, and leave_failed behind a read or append that has failed: the protocol, or a mutant of it.
+    forgets: a log that loses the ballots of whoever has ended. renames: whether receivers' names are left out of
+    account. judges_waits: whether a wait that nothing but its timeout ends is bad, unless somebody was killed.
     """
 
     size: int
@@ -159,6 +164,7 @@ class Explorer:
     bounds: Bounds
     take_part: Part = commit_protocol.take_part
     leave: Leaving = commit_protocol.leave
+    leave_failed: Leaving = commit_protocol.leave
     forgets: bool = False
     renames: bool = True
     judges_waits: bool = True
@@ -166,9 +172,9 @@ class Explorer:
     ends: dict[str, int] = field(default_factory=dict)
 
     def explore(self) -> Explorer:
-        self._program = Program(self.size, self.take_part, self.leave)
+        self._program = Program(self.size, self.take_part, self.leave, self.leave_failed)
         receivers = tuple(Receiver(self._program.begin(rank)) for rank in range(self.size))
-        first = World((), ((),) * self.size, False, receivers, 0, 0, 0, True)
+        first = World((), ((),) * self.size, False, receivers, 0, 0, 0, 0, True)
         first = self._sorted(first)
         came_from: dict[World, tuple[World | None, str]] = {first: (None, "")}
         stack = [first]
@@ -227,6 +233,11 @@ class Explorer:
             yield self._went_on(then, rank, result), f"{rank} does {step.name} {step.kind or ''} -> {result}", True
         if step.name == "await":
             yield self._left(world, rank), f"{rank} has waited for too long", False
+        if step.name in (APPEND, "read") and world.failures < self.bounds.failures:
+            # What was to be appended may be there all the same.
+            for then in [world, *(then for then, _ in effects)]:
+                then = self._left(then, rank, _FAILED)._replace(failures=world.failures + 1)
+                yield then, f"{rank} fails to {step.name} once", False
         if world.kills < self.bounds.kills:
             for then in [world, *self._halves(world, rank, step)]:
                 killed = then.receivers[rank]._replace(is_killed=True)
@@ -302,9 +313,9 @@ class Explorer:
         receiver = world.receivers[rank]
         return self._tidied(_with(world, rank, receiver._replace(node=self._program.send(receiver.node, result))), rank)
 
-    def _left(self, world: World, rank: int) -> World:
+    def _left(self, world: World, rank: int, why: str = _LEFT) -> World:
         """An exception has arrived: the driver begins to leave."""
-        node = self._program.leave(rank)
+        node = self._program.leave(rank, why)
         then = _with(world, rank, world.receivers[rank]._replace(node=node))
         return self._tidied(then._replace(is_smooth=False), rank)
 

@@ -1,7 +1,8 @@
 """All receivers write or none does, in every order of the steps of the protocol that runs, within the bounds below.
 
-The bounds count, for all receivers of a run together: exceptions that arrive, receivers that are killed, and logs that
-cannot be opened. Each wait may also end because its time is up, and any step may take for ever, without a bound.
+The bounds count, for all receivers of a run together: exceptions that arrive, receivers that are killed, logs that
+cannot be opened, and reads and appends that raise an error though the log lives. Each wait may also end because its
+time is up, and any step may take for ever, without a bound.
 """
 
 from __future__ import annotations
@@ -45,6 +46,9 @@ HOST, STORE = False, True
         (4, HOST, Bounds(kills=1), 20_000),
         (4, HOST, Bounds(lost_logs=1), 5_000),
         (4, STORE, Bounds(), 5_000),
+        (2, HOST, Bounds(interrupts=1, kills=1, failures=2), 3_000),
+        (2, STORE, Bounds(interrupts=1, kills=1, failures=2), 3_000),
+        (3, STORE, Bounds(failures=2), 3_000),
     ],
 )
 def test_all_write_or_none_does_in_every_order_of_steps(size: int, in_store: bool, bounds: Bounds, states: int) -> None:
@@ -186,14 +190,26 @@ WAITS = "wait for nothing"
         ({"leave": leave_without_the_write}, f"{SOME}|{SPLIT}"),
         ({"leave": leave_at_once}, f"{SOME}|{SPLIT}"),
         ({"forgets": True, "renames": False}, SOME),
+        ({"leave_failed": leave_at_once}, f"{SOME}|{SPLIT}"),
     ],
-    ids=["letter", "own vote", "reads once", "wakes nobody", "no word", "no look", "no write", "not held", "forgets"],
+    ids=[
+        "letter",
+        "own vote",
+        "reads once",
+        "wakes nobody",
+        "no word",
+        "no look",
+        "no write",
+        "not held",
+        "forgets",
+        "gives up the log",
+    ],
 )
 def test_the_explorer_finds_what_is_wrong_with_a_mutant(in_store: bool, mutant: dict[str, object], says: str) -> None:
     with pytest.raises(Violation, match=says):
         for size in (2, 3):
             judges_waits = says == WAITS
-            Explorer(size, in_store, Bounds(interrupts=1), judges_waits=judges_waits, **mutant).explore()  # type: ignore[arg-type]
+            Explorer(size, in_store, Bounds(interrupts=1, failures=1), judges_waits=judges_waits, **mutant).explore()  # type: ignore[arg-type]
 
 
 def test_one_ballot_behind_the_outcome_changes_nothing() -> None:

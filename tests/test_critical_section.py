@@ -17,13 +17,16 @@ from vote_log_parts import DIGEST, Courier, Post, Roster, make_wait
 from grafter.core import commit_protocol
 from grafter.core.commit_protocol import GIVEN_UP, NO, YES, Ballot, Outcome, outcome_of
 from grafter.core.messages.manifest import StoreKeys
-from grafter.core.messages.wire import Sealed
+from grafter.core.messages.wire import Seal, Sealed
 from grafter.errors import PeerLostError, RunError
+from grafter.wire import bounded_calls, store_client
 from grafter.wire.monitor.waits import Wait
-from grafter.wire.pairing import critical_section, host_votes, shared_ballots
+from grafter.wire.pairing import critical_section, host_votes, shared_ballots, store_votes
 from grafter.wire.pairing.critical_section import CriticalSection, Settled, Work
 from grafter.wire.pairing.host_votes import HostLogs, HostVotes
+from grafter.wire.pairing.store_votes import StoreVotes
 from grafter.wire.pairing.vote_log import OwnVotes, VoteLog
+from grafter.wire.store_client import HostedStore, StoreClient, connect
 
 RECEIVERS = (0, 1)
 
@@ -146,6 +149,48 @@ class VotesMeanwhile(Courier):
 _NUMBERS = itertools.count()
 
 
+def through_the_store(clients: tuple[StoreClient, StoreClient], *, votes_before: bool) -> StoreVotes:
+    """The log that really runs, as receiver 0 sees it. The other one has voted yes already, or does while it waits."""
+    keys, writers = StoreKeys(f"hall {next(_NUMBERS)}", DIGEST), {"target/0": 0, "target/1": 1}
+    theirs = StoreVotes(clients[1], None, keys, writers, make_wait)  # type: ignore[arg-type]
+    if votes_before:
+        theirs.append(YES, "")
+    courier: Any = VotesInStore(clients[0], theirs)
+    return StoreVotes(clients[0], courier, keys, writers, make_wait)
+
+
+class VotesInStore:
+    """Whoever waits gives the other receiver time to vote."""
+
+    def __init__(self, client: StoreClient, other: StoreVotes) -> None:
+        self._client, self.other = client, other
+
+    def await_stored(self, make_wait: Callable[[], Wait], key: str) -> None:
+        if self._client.peek(key) is None:
+            self.other.append(YES, "")
+            outcome = outcome_of(self.other.read(), RECEIVERS)
+            assert outcome is not None
+            self.other.wake(outcome, "")
+
+
+@pytest.fixture(scope="module")
+def clients() -> Iterator[tuple[StoreClient, StoreClient]]:
+    """Of two receivers."""
+    store = HostedStore()
+    first, second = (
+        StoreClient(
+            connect(store.address, store.port, timeout=30, keep_trying=lambda: True),
+            Seal(f"target/{rank}", "secret"),
+            "g",
+        )
+        for rank in RECEIVERS
+    )
+    yield first, second
+    first.close()
+    second.close()
+    store.close()
+
+
 def close_logs() -> None:
     """Also those that an exception has kept from being noted."""
     for entry in os.listdir("/proc/self/fd"):
@@ -159,6 +204,7 @@ IN_MEMORY = [name for name in make_votes() if "shared" not in name]
 # The code in which exceptions arrive.
 _FILES = {
     critical_section.__file__, commit_protocol.__file__, host_votes.__file__, shared_ballots.__file__, __file__,
+    store_votes.__file__, store_client.__file__, bounded_calls.__file__,
 }  # fmt: skip
 
 
@@ -255,6 +301,8 @@ def judge_here(make: Callable[[], VoteLog], injector: Injector, refusal: str | N
         # A record that was being read when the exception arrived may have been taken twice.
         assert list(dict.fromkeys(other.read())) == list(dict.fromkeys(log.read())), "two logs"
         close_logs()
+    if isinstance(log, StoreVotes):
+        assert log._courier.other.read() == log.read(), "two logs"  # type: ignore[attr-defined]
     return bool(injector.raised)
 
 
@@ -269,6 +317,17 @@ def test_an_exception_in_the_log_that_really_runs_is_held_too(votes: str) -> Non
     """At every third instruction of the first point of a set of receivers, when the log is made and opened, too."""
     make, count = make_votes()[votes], 0
     while judge(make, Injector(count)):
+        count += 3
+    assert count > 1000
+
+
+@pytest.mark.parametrize("votes_before", [True, False])
+def test_an_exception_in_a_vote_through_the_store_is_held_too(
+    clients: tuple[StoreClient, StoreClient], votes_before: bool
+) -> None:
+    """At every third instruction, in the client and in the call that it makes, too."""
+    count = 0
+    while judge(lambda: through_the_store(clients, votes_before=votes_before), Injector(count)):
         count += 3
     assert count > 1000
 

@@ -219,3 +219,29 @@ def test_an_exception_of_a_signal_handler_ends_a_wait_and_the_client_serves_agai
         # The value is there, and ends the call that the handler interrupted.
         time.sleep(0.01)
     assert client.get("awaited").payload == "came"
+
+
+@pytest.mark.parametrize("size", [8 << 20, 1 << 16], ids=["one long value", "many short ones"])
+def test_values_that_a_stopped_store_does_not_take_keep_no_rank_for_longer_than_its_client_allows(size: int) -> None:
+    """The connection's buffers take some megabytes; a write beyond them would block for ever."""
+    with hosting_process() as host:
+        assert host.stdout is not None
+        raw = connect("127.0.0.1", int(host.stdout.readline()), timeout=30, keep_trying=lambda: True)
+        client = StoreClient(raw, Seal("baseline/0", None), "g")
+        client.set_timeout(1)
+        assert not client.exists("k")
+        stop(host.pid)
+        failed: list[Exception] = []
+
+        def write() -> None:
+            try:
+                for number in range((16 << 20) // size):
+                    client.set(f"k/{number}", "kind", "x" * size)
+            except PeerLostError as error:
+                failed.append(error)
+
+        writer = threading.Thread(target=write, daemon=True)
+        writer.start()
+        writer.join(30)
+        assert not writer.is_alive()
+        assert len(failed) == 1

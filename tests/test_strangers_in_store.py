@@ -168,10 +168,9 @@ def keys_to_come(run_prefix: str, points: int) -> list[str]:
         f"{job_prefix}/exit/baseline",
         f"{job_prefix}/exit/target",
         f"{run_prefix}/control/0",
-        f"{run_prefix}/failure/0/0",
-    ]
-    keys += [
-        f"{run_prefix}/failure/1/0",
+        f"{run_prefix}/failure/0",
+        f"{run_prefix}/failure/1",
+        f"{run_prefix}/failure/last",
         f"{run_prefix}/control/question",
         f"{run_prefix}/board/baseline/0",
         f"{run_prefix}/board/target/0",

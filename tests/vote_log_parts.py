@@ -40,10 +40,11 @@ class Courier:
     def look(self, key: str) -> Sealed | None:
         return self._post.boxes[self._rank].pop(key, None)
 
+    def await_stored(self, make_wait: Callable[[], Wait], key: str) -> None:
+        assert self._client is not None
+        assert self._client.peek(key) is not None
+
     def fetch(self, make_wait: Callable[[], Wait], keys: Sequence[str], *, by_mail: bool) -> list[Sealed]:
-        if not by_mail:
-            assert self._client is not None
-            return self._client.get_all(keys)
         return [self._post.boxes[self._rank].pop(key) for key in keys]
 
     def fetch_first(self, make_wait: Callable[[], Wait], keys: Sequence[str]) -> tuple[str, Sealed]:

@@ -424,15 +424,12 @@ class Meeting:
             self._log_failure(receivers if self._is_receiver else (), reason or "")
         deletable = session.pairing.keys_to_delete(self._key, self._header)
         if self._is_receiver and receivers:
-            deletable += session.agreement.keys_to_delete(self._key, receivers)
+            deletable += session.agreement.keys_to_delete(self._key, receivers, has_failed=outcome == "failed")
             if outcome == "failed" and not course.is_posted:
                 session.tell_failure(self._key, reason or "")
         if course.is_posted:
             state = "taken" if outcome in ("grafted", "compared") else outcome
             session.pairing.claims.settle(self._key.digest, state, reason)
-            if outcome == "failed" and receivers:
-                # Its senders read the entry's state.
-                deletable.append(store_keys(session.client.run_prefix, self._key.digest).outcome)
         session.finished(course.sides, deletable)
 
     def _log_failure(self, receivers: Sequence[int], reason: str) -> None:

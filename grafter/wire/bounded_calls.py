@@ -12,6 +12,8 @@ from collections.abc import Callable
 from queue import Empty, SimpleQueue
 from typing import Any, Protocol, TypeVar
 
+from grafter.errors import RunError
+
 Value = TypeVar("Value")
 
 _LOOK_SECONDS = 0.25
@@ -32,6 +34,10 @@ class Patience(Protocol):
 
     def look(self, seconds: float) -> None:
         """The call has blocked for so long. Raises what ends the wait for it."""
+
+    def interrupted(self, error: BaseException) -> None:
+        """A signal's handler has raised this, so the caller wants the answer no more. The call is given two seconds to
+        end, and this may help it to. Never waits."""
 
     def over(self) -> None:
         """The caller does not wait any more."""
@@ -63,21 +69,33 @@ class BoundedCalls:
         last = self._last
         return None if last is None or last.is_done else last.since
 
-    def call(self, operation: Callable[[], Value], seconds: float, patience: Patience | None = None) -> Value:
+    def call(
+        self,
+        operation: Callable[[], Value],
+        seconds: float,
+        patience: Patience | None = None,
+        *,
+        insists: bool = False,
+    ) -> Value:
         """What the operation returns or raises. Raises Unanswered after `seconds`, or at once while an earlier call
-        still blocks, and what `patience` raises."""
+        still blocks; and what `patience` raises, unless the answer comes all the same. insists: the end of the run does
+        not end the call, and an earlier one that blocks, for which nobody waits any more, is waited for first, until
+        its own `seconds` are up."""
         if self._thread is None:
             run, queues = _run, (self._requests, self._answers)
             self._thread = threading.Thread(target=run, args=queues, name="grafter-store", daemon=True)
             self._thread.start()
-        if self.blocked_since is not None:
-            raise Unanswered
-        call = _Call(operation)
-        # In this order: an interrupt in between leaves a call behind which the next one waits, and nothing worse.
-        self._requests.put(call)
-        self._last = call
         try:
-            self._await(call, seconds, patience)
+            if self.blocked_since is not None:
+                if not insists:
+                    raise Unanswered
+                assert self._last is not None
+                self._await(self._last, seconds, patience, insists)
+            call = _Call(operation)
+            # In this order: an interrupt in between leaves a call behind which the next one waits, and nothing worse.
+            self._requests.put(call)
+            self._last = call
+            self._await(call, seconds, patience, insists)
         finally:
             if patience is not None:
                 patience.over()
@@ -86,8 +104,9 @@ class BoundedCalls:
         value: Value = call.value
         return value
 
-    def _await(self, call: _Call, seconds: float, patience: Patience | None) -> None:
+    def _await(self, call: _Call, seconds: float, patience: Patience | None, insists: bool) -> None:
         held: BaseException | None = None
+        is_interrupted = False
         until = call.since + seconds
         while not call.is_done:
             if held is not None and time.monotonic() >= until:
@@ -103,13 +122,20 @@ class BoundedCalls:
                 # A signal's handler: Ctrl-C, say.
                 if held is not None:
                     raise
-                held, until = error, min(until, _last_moment(patience))
+                held, until, is_interrupted = error, min(until, _last_moment(patience)), True
+                if patience is not None:
+                    patience.interrupted(error)
             if patience is not None and held is None:
                 try:
                     patience.look(time.monotonic() - call.since)
+                except RunError as error:
+                    if not insists:
+                        held, until = error, min(until, _last_moment(patience))
                 except BaseException as error:
-                    held, until = error, min(until, _last_moment(patience))
-        if held is not None:
+                    held, until, is_interrupted = error, min(until, _last_moment(patience)), True
+                    patience.interrupted(error)
+        # An answer that came stands, also where the run has ended meanwhile.
+        if held is not None and (is_interrupted or not call.is_done):
             raise held
 
     def close(self) -> None:

@@ -34,6 +34,9 @@ _NEVER_STORED = "grafter: never stored"
 _END_OF_RECORD = "\x1e"
 _NEVER = timedelta(days=365)
 _POLL_SECONDS = 0.05
+# So much is given to the connection without an answer of the store in between: what its buffers take, also where the
+# store's process is stopped.
+_MOST_UNDERWAY_BYTES = 1 << 18
 # Whoever writes a key as often between two round trips keeps it.
 _MOST_REPLACED = 100
 
@@ -142,6 +145,8 @@ class StoreClient:
         self.job_prefix = f"grafter/{group_name}"
         self._calls = None if is_server else BoundedCalls()
         self._seconds = 30.0
+        # What was written since the store has answered last.
+        self._underway_bytes = 0
         if not is_server:
             # Bounded here instead: where time is up in torch, it writes its stack to stderr.
             raw.set_timeout(_NEVER)
@@ -162,33 +167,41 @@ class StoreClient:
         return f"{self.job_prefix}/v{PROTOCOL_VERSION}/{self.seal.run_id}"
 
     def set(self, key: str, kind: str, payload: str) -> None:
-        """Put a value, without waiting for the store."""
+        """Put a value, without waiting for the store, as long as the connection takes it."""
         sealed = self.seal.seal(key, kind, payload)
         if self.silent_seconds:
             raise self._unanswered()
-        self._guard(lambda: self.raw.set(key, sealed), waits=False)
+        self._write(lambda: self.raw.set(key, sealed), sealed)
 
     def append(self, key: str, kind: str, payload: str) -> None:
         """Append a sealed record to a key, which need not exist, without waiting for the store. payload: JSON.
 
-        The server appends records one at a time, and whatever this client asks for next finds this one there.
+        Where an earlier call still blocks, that is waited for first; the end of the run does not end this wait. Raises
+        PeerLostError where the store is lost, or has been silent for as long as this client allows. The server appends
+        records one at a time, and whatever this client asks for next finds this one there.
         """
         record = self.seal.seal(key, kind, payload)
         # On both sides: what a stranger appends then spoils no record that comes behind it.
         text = f"{_END_OF_RECORD}{record}{_END_OF_RECORD}"
-        if self.silent_seconds:
-            raise self._unanswered()
         # torch's stubs lack it.
-        self._guard(lambda: self.raw.append(key, text), waits=False)  # type: ignore[attr-defined]
+        self._write(lambda: self.raw.append(key, text), text, insists=True)  # type: ignore[attr-defined]
+
+    def _write(self, operation: Callable[[], Value], text: str, *, insists: bool = False) -> None:
+        """What the store does not answer. The connection may not take it at once, if much is underway."""
+        underway = self._underway_bytes + len(text)
+        blocks = underway > _MOST_UNDERWAY_BYTES or self.silent_seconds > 0
+        self._guard(operation, waits=blocks, insists=insists)
+        self._underway_bytes = underway
 
     def read_appended(self, key: str) -> list[Sealed]:
         """All records that were appended to a key, in their order; none if it does not exist. Two round trips.
 
+        Waits, and raises, as `append` does.
         What no process of the run has written there is left out, and counted where there is a secret.
         """
-        if not self._guard(lambda: self.raw.check([key])):
+        if not self._guard(lambda: self.raw.check([key]), insists=True):
             return []
-        text = self._guard(lambda: self.raw.get(key))
+        text = self._guard(lambda: self.raw.get(key), insists=True)
         records = []
         for record in filter(None, text.split(_END_OF_RECORD.encode())):
             found = self.seal.read(key, record)
@@ -310,7 +323,7 @@ class StoreClient:
         """The older server that torch 2.6 needs does not wake those who wait for a key in a `compare_set`, only in a
         `set`. Nobody else writes a key that is taken, so writing it again changes nothing."""
         if not _COMPARE_SET_ROUSES:
-            self._guard(lambda: self.raw.set(key, value), waits=False)
+            self._write(lambda: self.raw.set(key, value), value)
 
     def _look_up(self, key: str) -> bytes | None:
         """What is there, whoever wrote it."""
@@ -336,12 +349,14 @@ class StoreClient:
         self.seal.ignored.add(key, value, found)
         return None
 
-    def _guard(self, operation: Callable[[], Value], *, waits: bool = True) -> Value:
-        """waits: whether the operation has an answer to wait for."""
+    def _guard(self, operation: Callable[[], Value], *, waits: bool = True, insists: bool = False) -> Value:
+        """waits: whether the operation may block. insists: see `BoundedCalls.call`."""
         try:
             if self._calls is None or not waits:
                 return operation()
-            return self._calls.call(operation, self._seconds, self.patience)
+            value = self._calls.call(operation, self._seconds, self.patience, insists=insists)
+            self._underway_bytes = 0
+            return value
         except Unanswered:
             raise self._unanswered() from None
         except (DistError, RuntimeError) as error:

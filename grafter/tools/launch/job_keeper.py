@@ -148,7 +148,11 @@ class Keeper:
         deadline = min(self._kill_at, self._terminate_leftovers_at)
         timeout = _KILL_EVERY_SECONDS if now >= self._kill_at else min(max(deadline - now, 0.0), 60.0)
         watched = [self._wake_read] + ([self._control_fd] if self._control_fd is not None else [])
-        readable, _, _ = select.select(watched, [], [], timeout)
+        # Not `select`, which takes no descriptor above 1023.
+        poll = select.poll()
+        for fd in watched:
+            poll.register(fd, select.POLLIN)
+        readable = [fd for fd, _ in poll.poll(timeout * 1000)]
         if self._wake_read in readable and any(number in _END_SIGNALS for number in os.read(self._wake_read, 4096)):
             self._end()
         if self._control_fd is not None and self._control_fd in readable:

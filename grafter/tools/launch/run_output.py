@@ -154,9 +154,12 @@ class OutputReader(threading.Thread):
 
     def _pass_on(self, fd: int) -> None:
         splitter = self._output.splitter()
+        # Not `select`, which takes no descriptor above 1023.
+        poll = select.poll()
+        poll.register(fd, select.POLLIN)
         while True:
             gone_at = self._job_gone_at
-            readable, _, _ = select.select([fd], [], [], _POLL_SECONDS)
+            readable = poll.poll(_POLL_SECONDS * 1000)
             if not readable and gone_at is not None:
                 break
             if readable:

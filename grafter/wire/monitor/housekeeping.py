@@ -11,7 +11,6 @@ import contextlib
 import logging
 import os
 import select
-import signal
 import threading
 import time
 from collections import deque
@@ -54,6 +53,7 @@ class Housekeeping:
         self._deletions: deque[str] = deque()
         self._closing = False
         self._to_abort: RunError | None = None
+        self._faults: set[type[Exception]] = set()
         self._next_chores = 0.0
         self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self.on_second: Callable[[StoreClient], None] | None = None
@@ -81,18 +81,11 @@ class Housekeeping:
     def begin(self, wait: Wait) -> None:
         if self.aborted is not None:
             raise self.aborted
-        # Python sees to signals by itself. But a call of the store blocks on after its caller has stopped waiting, and
-        # nothing else could be asked of the store until it ends: this object's thread ends it.
-        if wait.awaits and threading.current_thread() is threading.main_thread():
-            wait.signal_fd = signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
-            wait.interruptible = True
         self._wait = wait
 
     def end(self, wait: Wait) -> None:
         wait.over = True
         self._wait = None
-        if wait.interruptible:
-            signal.set_wakeup_fd(wait.signal_fd)
 
     def look_for_absent(self, wait: Wait, client: StoreClient) -> None:
         """Before a wait begins: raises GivenUp where it is of a one-sided point, and in vain."""
@@ -156,61 +149,65 @@ class Housekeeping:
 
     def _run(self) -> None:
         while not self._closing:
-            self._handle_signals(self._sleep())
-            if self._closing:
-                break
-            self._wait_monitor.warn_of_stopped(self._wait)
-            if self._link.is_down and not self._store_has_answered():
-                continue
             try:
-                if self._to_abort is not None and self.aborted is None:
-                    self.abort(self._to_abort)
-                self._do_chores()
-                wait = self._wait
-                self._wait_monitor.update_board(self._link.client, wait, self.underway)
-                if wait is not None and wait.one_sided:
-                    absent = self._wait_monitor.find_absent(self._link.client, wait)
-                    if absent is not None:
-                        self._give_up(wait, absent)
-                if wait is not None and wait.seconds >= LOOK_EVERY_SECONDS and time.monotonic() >= wait.next_look:
-                    wait.next_look = time.monotonic() + LOOK_EVERY_SECONDS
-                    self._look_after(wait)
-            except PeerLostError as error:
-                self._store_lost(error)
-            except RunError as error:
-                self._end_locally(error)
-            except Exception:
-                # A fault of our own must not end the watch silently: the run would lose its safety net.
-                logger.exception(
-                    "grafter: the housekeeping thread of %s met an unexpected error and continues", self._who
-                )
+                self._tick()
+            except Exception as error:
+                # A fault of our own must not end the watch: the run would lose its safety net.
+                self._note_fault(error)
+                time.sleep(_TICK_SECONDS)
         if not self._link.is_down:
             try:
                 self._delete(len(self._deletions))
             except RunError as error:
                 logger.debug("grafter: the store was gone before %s had tidied it: %s", self._who, error)
 
-    def _sleep(self) -> bytes:
-        readable, _, _ = select.select([self._wake_read], [], [], _TICK_SECONDS)
-        return os.read(self._wake_read, 256) if readable else b""
+    def _tick(self) -> None:
+        self._sleep()
+        if self._closing:
+            return
+        self._wait_monitor.warn_of_stopped(self._wait)
+        if self._link.is_down and not self._store_has_answered():
+            return
+        try:
+            self._look()
+        except PeerLostError as error:
+            self._store_lost(error)
+        except RunError as error:
+            self._end_locally(error)
 
-    def _handle_signals(self, numbers: bytes) -> None:
-        """Ctrl-C, or a SIGTERM that the program handles: end the wait, so that Python can run the handler."""
+    def _look(self) -> None:
+        if self._to_abort is not None and self.aborted is None:
+            self.abort(self._to_abort)
+        self._do_chores()
         wait = self._wait
-        if wait is not None and wait.signal_fd >= 0 and numbers:
-            os.write(wait.signal_fd, numbers)
-        for number in numbers:
-            if wait is not None and wait.interruptible and number in (signal.SIGINT, signal.SIGTERM):
-                name = signal.Signals(number).name
-                try:
-                    self.abort(
-                        PeerLostError(
-                            f"{self._who} was interrupted ({name}) while it waited for {wait.what}, so the run is over "
-                            f"for both jobs."
-                        )
-                    )
-                except RunError as error:
-                    self._store_lost(error)
+        self._wait_monitor.update_board(self._link.client, wait, self.underway)
+        if wait is None:
+            return
+        if wait.one_sided:
+            absent = self._wait_monitor.find_absent(self._link.client, wait)
+            if absent is not None:
+                self._give_up(wait, absent)
+        if wait.seconds >= LOOK_EVERY_SECONDS and time.monotonic() >= wait.next_look:
+            wait.next_look = time.monotonic() + LOOK_EVERY_SECONDS
+            self._look_after(wait)
+
+    def _note_fault(self, error: Exception) -> None:
+        """Each kind once: it may come back four times a second."""
+        if type(error) not in self._faults:
+            self._faults.add(type(error))
+            logger.error(
+                "grafter: the housekeeping thread of %s met an unexpected error and continues. It says so once for "
+                "each kind of error",
+                self._who,
+                exc_info=error,
+            )
+
+    def _sleep(self) -> None:
+        # Not `select`, which takes no descriptor above 1023.
+        waker = select.poll()
+        waker.register(self._wake_read, select.POLLIN)
+        if waker.poll(_TICK_SECONDS * 1000):
+            os.read(self._wake_read, 256)
 
     def _do_chores(self) -> None:
         waiting = len(self._deletions)
@@ -274,6 +271,15 @@ class Housekeeping:
         """The same at the next look of this object's thread, within a quarter of a second. Never waits."""
         self._to_abort = error
         os.write(self._wake_write, b"\0")
+
+    def interrupted(self, wait: Wait, error: BaseException) -> None:
+        """What a signal's handler raised has ended a wait of the dump thread, whose call of the store blocks on."""
+        self.abort_soon(
+            PeerLostError(
+                f"{self._who} was interrupted ({type(error).__name__}) while it waited for {wait.what}, so the run is "
+                f"over for both jobs."
+            )
+        )
 
     def _wake_self(self, error: RunError, client: StoreClient | None = None) -> None:
         self.aborted = self.aborted or error

@@ -38,6 +38,9 @@ class StoreLink:
         if self._members.host.is_stopped or seconds > _SILENT_SECONDS:
             raise PeerLostError(f"the rendezvous store, hosted by {self._members.host}, does not answer")
 
+    def interrupted(self, error: BaseException) -> None:
+        """Signals' handlers run on the main thread."""
+
     def over(self) -> None:
         """Nothing is to be done."""
 

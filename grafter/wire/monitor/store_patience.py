@@ -33,6 +33,13 @@ class StorePatience:
             housekeeping.begin(wait)
             self._wait = wait
 
+    def interrupted(self, error: BaseException) -> None:
+        """Where the call waits for another rank's value, it would block on for ever, and keep all others from being
+        made: the run ends, and that wakes it."""
+        wait = self._housekeeping.current_wait
+        if wait is not None and wait.awaits and not wait.is_polled:
+            self._housekeeping.interrupted(wait, error)
+
     def over(self) -> None:
         """The answer has come, or is not waited for any more."""
         if self._wait is not None:

@@ -20,6 +20,8 @@ class Wait:
     # The store keys that end it, unless mail does; then `has_news` says whether there is any.
     awaits: tuple[str, ...] = ()
     has_news: Callable[[], bool] | None = None
+    # Whether this rank asks for those keys again and again, so that no call of the store blocks.
+    is_polled: bool = False
     # In agreement: whether the vote log has grown, so that the outcome may be there before the letter that says so.
     has_grown: Callable[[], bool] | None = None
     # In pairing: the point, and who of the own side it needs (role ranks).
@@ -46,9 +48,6 @@ class Wait:
     next_look: float = field(default=0.0, init=False)
     # Set when it has ended, however.
     over: bool = field(default=False, init=False)
-    # On the main thread, in a call of the store: a signal must end that call. And where the program hears of signals.
-    interruptible: bool = field(default=False, init=False)
-    signal_fd: int = field(default=-1, init=False)
 
     @property
     def seconds(self) -> float:

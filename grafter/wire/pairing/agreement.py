@@ -80,13 +80,15 @@ class Agreement:
         writers = {f"{self._role}/{rank}": rank for rank in receivers}
         return StoreVotes(self._client, self._courier, keys, writers, make_wait)
 
-    def keys_to_delete(self, key: PointKey, receivers: tuple[int, ...]) -> list[str]:
-        """What the receivers' lowest rank deletes of a point that is over. The reason of a failed one stays until
-        close."""
-        if len(receivers) == 1 or self._role_rank != min(receivers) or self._courier.mail_inside:
+    def keys_to_delete(self, key: PointKey, receivers: tuple[int, ...], *, has_failed: bool) -> list[str]:
+        """What the receivers' lowest rank deletes of a point, once all participants are past it."""
+        if self._role_rank != min(receivers):
             return []
         keys = store_keys(self._client.run_prefix, key.digest)
-        return [keys.log, keys.decided]
+        deletable = [keys.outcome] if has_failed else []
+        if len(receivers) > 1 and not self._courier.mail_inside:
+            deletable += [keys.log, keys.decided]
+        return deletable
 
     def close(self) -> None:
         """Leave. Ranks that have a log open keep it."""

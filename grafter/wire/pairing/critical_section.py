@@ -181,8 +181,7 @@ class CriticalSection:
         failing = (step.name, type(error), str(error), self._work.progress)
         self._failures = self._failures + 1 if failing == self._failing else 1
         self._failing = failing
-        # The log raises no RunError but where it is lost.
-        return self._failures >= _TRIES or (isinstance(error, RunError) and step.name in (READ.name, APPEND))
+        return self._failures >= _TRIES
 
     def _settled_by(self, step: Step, error: Exception) -> Settled:
         self._fault = error

@@ -24,7 +24,8 @@ _NAMES = {kind: name for name, kind in _KINDS.items()}
 
 
 class StoreVotes(VoteLog):
-    """The log of one point. Every call raises PeerLostError where the store is lost: then nobody can read the log."""
+    """The log of one point. `append` and `read` raise PeerLostError where the store is lost, or was silent for the
+    timeout, and for nothing else: an earlier call that blocks, or the end of the run, does not keep them from it."""
 
     def __init__(
         self,
@@ -60,7 +61,7 @@ class StoreVotes(VoteLog):
         return Ballot(role_rank, kind) if role_rank is not None and kind is not None else None
 
     def await_news(self) -> str | None:
-        self._courier.fetch(self._make_wait, [self._keys.decided], by_mail=False)
+        self._courier.await_stored(self._make_wait, self._keys.decided)
         return None
 
     def wake(self, outcome: Outcome, reason: str) -> None:

@@ -6,6 +6,7 @@ the roles where the whole run does.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -17,10 +18,11 @@ from grafter.wire.monitor.lasting_wait import LastingWait
 from grafter.wire.monitor.waits import ABSENT, GivenUp, Wait, WaitWatch
 from grafter.wire.rendezvous.channels import LONGEST_MAIL_BYTES, Channels
 from grafter.wire.rendezvous.unread_letters import RECALL
-from grafter.wire.store_client import StoreClient
+from grafter.wire.store_client import ABORT, StoreClient, decode_abort
 
 # A letter that says: too long for mail, look into the store.
 _STORED = "stored"
+_SHORTEST_POLL_SECONDS, _LONGEST_POLL_SECONDS = 0.0002, 0.05
 
 
 def _one_host(members: Sequence[Announcement]) -> bool:
@@ -116,6 +118,18 @@ class Courier:
         with self._housekeeping.waiting(wait):
             key, letter = channels.wait_for_any(keys, WaitWatch(self._housekeeping, wait))
         return key, self._opened([letter], make_wait)[0]
+
+    def await_stored(self, make_wait: Callable[[], Wait], key: str) -> None:
+        """Wait until something lies under a key of the store. No call of the store blocks meanwhile, so that whatever
+        ends this wait, such as what a signal's handler raises, leaves none behind. Raises what ended the run."""
+        wait = make_wait()
+        wait.awaits, wait.is_polled = (key,), True
+        with self._housekeeping.waiting(wait):
+            while (found := self._client.peek(key)) is None:
+                self._housekeeping.check()
+                time.sleep(min(max(wait.seconds / 8, _SHORTEST_POLL_SECONDS), _LONGEST_POLL_SECONDS))
+        if found.kind == ABORT:
+            raise decode_abort(found.payload)
 
     def fetch_shortly(
         self, make_wait: Callable[[], Wait], keys: Sequence[str], writers: Sequence[int] = ()
