@@ -24,7 +24,7 @@ _STORED = "stored"
 
 
 def _one_host(members: Sequence[Announcement]) -> bool:
-    return all(m.socket_name for m in members) and len({(m.process.host, m.process.uid) for m in members}) == 1
+    return all(m.socket_name for m in members) and len({m.process.memory_domain for m in members}) == 1
 
 
 class Courier:
