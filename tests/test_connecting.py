@@ -15,13 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from channel_parts import EndedError, in_a_child, roster_here
+from jobs import Rank, succeed, two_jobs
 
+import grafter
 from grafter.core.messages.roster import Roster
 from grafter.core.messages.wire import Seal
 from grafter.core.processes.liveness import ProcessIdentity, own_identity
 from grafter.errors import PointTimeoutError
+from grafter.wire.exchange.transfer import choose_way
 from grafter.wire.rendezvous.connecting import Listener, connect_ranks, open_listener, peers_of, signature_of
+from grafter.wire.rendezvous.courier import Courier
 
 SOON = 20.0
 
@@ -293,3 +298,55 @@ def test_a_run_that_ends_meanwhile_ends_this(listeners: list[Listener]) -> None:
     assert isinstance(results[0], EndedError)
     with pytest.raises(OSError, match="Bad file descriptor"):
         listeners[0].socket.getsockname()
+
+
+def in_other_user_namespace(everyone: Roster, graft_rank: int) -> Roster:
+    """Where this rank has a pid and a network namespace in common with the others, and no user namespace."""
+    members = list(everyone.all)
+    process = members[graft_rank].process.model_copy(update={"user_namespace": "user:[1]"})
+    members[graft_rank] = members[graft_rank].model_copy(update={"process": process})
+    count = len(everyone.baseline)
+    return Roster(tuple(members[:count]), tuple(members[count:]))
+
+
+def test_ranks_of_different_user_namespaces_have_no_channel_and_no_memory_in_common(listeners: list[Listener]) -> None:
+    """Each sees the other as another user on its socket, and may not look into its process: store and gloo instead."""
+    everyone = in_other_user_namespace(three_ranks(listeners), 1)
+    results = connect(listeners, everyone, [0, 1, 2])
+    assert [sorted(results[rank]) for rank in (0, 1, 2)] == [[2], [], [0]]
+    assert [everyone.share_memory(0, other) for other in (0, 1, 2)] == [True, False, True]
+    ways = [choose_way("auto", everyone.all[0], everyone.all[other], "cpu", False) for other in (1, 2)]
+    assert ways == ["gloo", "shared memory"]
+    couriers = [Courier(None, None, one, 0, object(), 1.0) for one in (everyone, three_ranks(listeners))]  # type: ignore[arg-type]
+    assert [courier.mail_across for courier in couriers] == [False, True]
+
+
+def test_a_process_knows_its_user_namespace_and_reads_what_older_ones_wrote() -> None:
+    own = own_identity()
+    assert own.user_namespace == os.readlink("/proc/self/ns/user")
+    older = own.model_dump(exclude={"user_namespace"})
+    assert ProcessIdentity.model_validate(older).user_namespace == ""
+
+
+def graft_from_another_namespace(rank: Rank) -> list[float]:
+    from grafter.wire.rendezvous import join
+
+    there = join.own_identity()
+    join.own_identity = lambda: there.model_copy(update={"user_namespace": f"of {rank.role} {rank.role_rank}"})
+    value = torch.full((2,), float(rank.is_baseline))
+    for number in range(2):
+        grafter.dump(f"h{number}", value)
+    assert grafter._process.grafter is not None
+    session = grafter._process.grafter.entry.session
+    assert session is not None
+    assert not session.agreement._courier.mail_inside or rank.is_baseline
+    return value.tolist()
+
+
+def test_containers_with_user_namespaces_of_their_own_graft_through_the_store_and_gloo(tmp_path: Path) -> None:
+    with two_jobs(
+        tmp_path, graft_from_another_namespace, graft_from_another_namespace, ranks=(1, 2), b2t_filter="True"
+    ) as jobs:
+        assert succeed(jobs.wait()) == [[1.0, 1.0]] * 3
+        outcomes = [[record.outcome for record in records] for records in jobs.ledgers().values()]
+        assert sorted(outcomes) == [["grafted"] * 2, ["grafted"] * 2, ["sent"] * 2]

@@ -125,9 +125,8 @@ class Roster:
         return here <= len(os.sched_getaffinity(0))
 
     def share_memory(self, one: int, other: int) -> bool:
-        """Whether two graft ranks can open each other's memory: on one machine, of one user."""
-        first, second = self.all[one].process, self.all[other].process
-        return (first.host, first.uid) == (second.host, second.uid)
+        """Whether two graft ranks can open each other's memory: on one machine, of one user in one user namespace."""
+        return self.all[one].process.memory_domain == self.all[other].process.memory_domain
 
     @cached_property
     def several_hosts(self) -> bool:

@@ -24,6 +24,17 @@ class ProcessIdentity(BaseModel):
     uid: int
     pid: int
     start_time: int
+    # "" in what was written before there was this field, and where there is no `/proc`.
+    user_namespace: str = ""
+
+    @property
+    def memory_domain(self) -> tuple[str, int, str]:
+        """Equal where two processes can open each other's memory, and see each other's user on a socket.
+
+        Containers that share a pid and a network namespace may still have user namespaces of their own: then each sees
+        the other as nobody, and may not look into it.
+        """
+        return self.host, self.uid, self.user_namespace
 
 
 def own_identity() -> ProcessIdentity:
@@ -33,7 +44,17 @@ def own_identity() -> ProcessIdentity:
         uid=os.getuid(),
         pid=os.getpid(),
         start_time=process_state(os.getpid())[1],
+        user_namespace=_user_namespace(),
     )
+
+
+def _user_namespace() -> str:
+    try:
+        return os.readlink("/proc/self/ns/user")
+    except OSError as error:
+        if is_from_signal_handler(error):
+            raise
+        return ""
 
 
 def host_identity() -> str:

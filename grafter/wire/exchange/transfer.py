@@ -29,8 +29,8 @@ def choose_way(backend: Backend, sender: Announcement, receiver: Announcement, d
     """How one piece travels. Both ends compute it from what both know. `device` is the sender's tensor's."""
     if backend == "nccl" and all_cuda and device == "cuda":
         return "nccl"
-    one_host = sender.process.host == receiver.process.host and sender.process.uid == receiver.process.uid
-    if backend != "gloo" and one_host and sender.socket_name and receiver.socket_name:
+    can_share = sender.process.memory_domain == receiver.process.memory_domain
+    if backend != "gloo" and can_share and sender.socket_name and receiver.socket_name:
         return "shared memory"
     return "gloo"
 

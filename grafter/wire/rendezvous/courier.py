@@ -26,7 +26,7 @@ _SHORTEST_POLL_SECONDS, _LONGEST_POLL_SECONDS = 0.0002, 0.05
 
 
 def _one_host(members: Sequence[Announcement]) -> bool:
-    return all(m.socket_name for m in members) and len({(m.process.host, m.process.uid) for m in members}) == 1
+    return all(m.socket_name for m in members) and len({m.process.memory_domain for m in members}) == 1
 
 
 class Courier:
