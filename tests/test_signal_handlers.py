@@ -166,18 +166,12 @@ def test_of_a_transform_it_is_not_called_the_transforms(alarm: Callable[..., Any
         transform_of(transform)(GraftTransformInput({}, [], [], torch.zeros(1)))
 
 
-def new_ledger(tmp_path: Path) -> tuple[Any, LedgerWriter]:
-    ledger = LedgerWriter(tmp_path, 0)
-    session = SimpleNamespace(ledger=ledger)
-    session._write = functools.partial(Session._write, session)
-    return session, ledger
-
-
 @pytest.mark.parametrize("arrives", ["before", "after"])
 def test_the_ledger_has_its_line_once_and_the_program_its_exception(
     arrives: str, alarm: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    session, ledger = new_ledger(tmp_path)
+    ledger = LedgerWriter(tmp_path, 0)
+    session: Any = SimpleNamespace(ledger=ledger)
     write = os.write
 
     def interrupted(descriptor: int, line: bytes) -> int:
@@ -191,9 +185,9 @@ def test_the_ledger_has_its_line_once_and_the_program_its_exception(
 
     monkeypatch.setattr(os, "write", interrupted)
     with pytest.raises(OwnError) as raised:
-        session._write({"name": "a"})
+        Session._write(session, {"name": "a"})
     assert raised.value.filename is None, "the exception says something of the ledger"
-    session._write({"name": "b"})
+    Session._write(session, {"name": "b"})
     assert ledger.path.read_text() == '{"name":"a"}\n{"name":"b"}\n'
 
 

@@ -49,6 +49,8 @@ from grafter.wire.store_client import StoreClient, connect
 
 logger = logging.getLogger("grafter")
 
+# So often a line is written where a signal's handler raises meanwhile.
+_LEDGER_TRIES = 3
 # Sent points whose failure could still be heard of.
 _REMEMBERED_SENT = 4096
 _LAST_WORDS_SECONDS = 2.0
@@ -228,17 +230,27 @@ class Session:
             self._write(record)
 
     def _write(self, record: LedgerRecord | LedgerLine) -> None:
-        try:
-            self.ledger.write(record)
-        except BaseException as error:
-            if not isinstance(error, Exception) or is_from_signal_handler(error):
-                # The program's own, which must not cost the line. A line that is there twice counts once.
-                self._write(record)
-                raise
-            if not isinstance(error, OSError):
-                raise
-            # A full disk costs the ledger, not the run; said for each point, so that nobody misses it.
-            logger.error("grafter: the ledger %s cannot be written: %s", self.ledger.path, error)
+        arrived: BaseException | None = None
+        for _ in range(_LEDGER_TRIES):
+            try:
+                self.ledger.write(record)
+                break
+            except BaseException as error:
+                if not isinstance(error, Exception) or is_from_signal_handler(error):
+                    # The program's own, which must not cost the line. One that is there twice counts once.
+                    arrived = arrived or error
+                    continue
+                if not isinstance(error, OSError):
+                    raise
+                # A full disk costs the ledger, not the run; said for each point, so that nobody misses it.
+                logger.error("grafter: the ledger %s cannot be written: %s", self.ledger.path, error)
+                break
+        if arrived is not None:
+            try:
+                raise arrived
+            finally:
+                # Else it would live on in a cycle with this frame, and what the callers hold with it.
+                del arrived
 
     def tell_failure(self, key: PointKey, reason: str) -> None:
         """Called by every receiver of a point that has failed: the senders hear of it within about two seconds."""
