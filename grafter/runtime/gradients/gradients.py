@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -62,6 +63,8 @@ class WatchedGradient:
     is_parameter: bool = False
     gradient: torch.Tensor | None = None
     met: bool = False
+    # Its step is over, and it had not come by then.
+    ended: bool = False
     taken: Taken | None = None
 
 
@@ -93,6 +96,8 @@ class PendingGradients:
     _parameters_are_queued: bool = False
     # What ends the watch over optimizers, where there is one.
     _optimizers: Any = None
+    # Gradients that came when their step was over: name -> how many.
+    late: Counter[str] = field(default_factory=Counter)
     _served: int = 0
     # Words of a leader to its followers that can go once all of them have met after it.
     _told: list[str] = field(default_factory=list)
@@ -115,6 +120,9 @@ class PendingGradients:
 
     def came(self, watched: WatchedGradient, gradient: torch.Tensor) -> torch.Tensor | None:
         """What takes the gradient's place; None: it stays as it is."""
+        if watched.ended:
+            self._note_late(watched)
+            return None
         if watched.met:
             raise UsageError(
                 f"the gradient of {watched.key} came twice (backward through one graph twice, with retain_graph). The "
@@ -151,6 +159,16 @@ class PendingGradients:
             return None
         self.watched.pop(watched.key.digest, None)
         return self.points.meet(session, watched, gradient)
+
+    def _note_late(self, watched: WatchedGradient) -> None:
+        """It has its line in the ledger since its step ended, and the other job expects nothing more of it."""
+        if not self.late:
+            logger.warning(
+                "grafter: the gradient of %s came after its step had ended, so it was neither grafted nor compared; "
+                "call grafter.step() after backward, in both jobs (said once; the run's problems count all of them)",
+                watched.key,
+            )
+        self.late[watched.key.name] += 1
 
     def offer(self, watched: WatchedGradient, gradient: torch.Tensor) -> None:
         """Keep a gradient, which nobody changes any more, until `serve`."""
@@ -299,6 +317,7 @@ class PendingGradients:
             unmet = [watched for watched in self.watched.values() if not watched.met]
             if all(self.points.is_early(watched.options) for watched in unmet):
                 for watched in unmet:
+                    watched.ended = True
                     self.points.defer(watched, None)
                 self.watched.clear()
                 return
@@ -312,6 +331,7 @@ class PendingGradients:
         if any(session.place.role == sender_role(watched.direction) for watched in unmet):
             self._answer_late_askers(session, unmet)
         for watched in unmet:
+            watched.ended = True
             if not watched.met:
                 self.points.skip(session, watched, "no gradient came to it in this step")
         self.watched.clear()

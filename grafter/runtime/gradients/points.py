@@ -125,7 +125,7 @@ class BackwardPoints:
             return self.pending.came(watched, gradient)
 
     def _take(self, watched: WatchedGradient, gradient: torch.Tensor) -> None:
-        if watched.saves and watched.taken is None and not watched.met:
+        if watched.saves and watched.taken is None and not (watched.met or watched.ended):
             watched.taken = self._grafter.dumps.take(
                 watched.key, watched.direction, gradient, watched.options, watched.tags, watched.call_site,
                 self._recorded_part(watched, gradient),
