@@ -10,6 +10,7 @@ import torch
 from jobs import Jobs, Rank, succeed, two_jobs
 
 import grafter
+from grafter.analysis.run.run_summary import read_run_summary
 
 BACKWARD = "phase == 'backward'"
 
@@ -213,3 +214,30 @@ def test_a_backward_pass_that_fails_costs_its_own_step_alone(tmp_path: Path) -> 
         records = jobs.ledgers()["target", 0]
     assert [target[0], target[2]] == [baseline[0], baseline[2]]
     assert [(r.step, r.outcome) for r in records] == [(1, "grafted")] * 2
+
+
+def step_before_backward(rank: Rank) -> list[float]:
+    w = torch.ones(3, requires_grad=True)
+    for _ in range(2):
+        y = grafter.dump("y", w * 2)
+        grafter.step()
+        y.sum().backward()
+    grafter.close()
+    assert w.grad is not None
+    return w.grad.tolist()
+
+
+def test_a_gradient_that_comes_after_its_step_is_one_record_and_a_problem_of_the_run(tmp_path: Path) -> None:
+    """Both jobs step first: each point is skipped once, the program's gradients stay, and the run counts what came."""
+    with two_jobs(tmp_path, step_before_backward, step_before_backward, gradients="1", compare_filter=BACKWARD) as jobs:
+        baseline, target = succeed(jobs.wait())
+        ledgers = jobs.ledgers()
+        summary = read_run_summary(next(path for path in tmp_path.rglob("target") if path.is_dir()).parent)
+    assert baseline == target == [4.0] * 3
+    for records in ledgers.values():
+        assert [(r.step, r.outcome) for r in records] == [(0, "skipped"), (1, "skipped")], records
+    assert any(
+        "gradients came after their step had ended" in problem and "baseline 0: 2, target 0: 2" in problem
+        for problem in summary.problems
+    ), summary.problems
+    assert not any("ranks disagree" in note for note in summary.notes), summary.notes

@@ -504,3 +504,13 @@ def test_a_run_in_which_every_point_is_one_sided_has_failed_and_says_what_may_ma
     (problem,) = read_run_summary(write_run(tmp_path, records, EVERYONE)).problems
     assert "no point came in both jobs; the first of the baseline is blocks.0.out" in problem
     assert "`grafter plan suggest`" in problem
+
+
+def test_ranks_whose_outcomes_are_all_the_same_do_not_disagree() -> None:
+    """One was told that only the other job comes, one was not: both skipped the point."""
+    records = [
+        record("baseline", 0, 0, outcome="skipped", only_in="baseline"),
+        *(record("target", rank, 0, outcome="skipped") for rank in range(2)),
+    ]
+    rows = merge_ranks([(r.role, r.role_rank, [r]) for r in records])
+    assert [row.disagreement for row in rows] == [None]

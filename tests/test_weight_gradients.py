@@ -83,3 +83,63 @@ def test_gradients_that_no_optimizer_used_are_told(tmp_path: Path) -> None:
     assert done.code == 1
     assert "4 gradients of weights (" in done.output
     assert "none has stepped since they came" in done.output
+
+
+# Each weight has an optimizer, which steps within the backward pass; "own" is none of torch's.
+STEPS_WITHIN = """
+    import sys, torch, grafter
+    torch.manual_seed(0)
+    when = sys.argv[1]
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
+    optimizers = {p: torch.optim.SGD([p], lr=0.1) for p in model.parameters()}
+    def use(parameter):
+        if when != "own":
+            optimizers[parameter].step()
+        parameter.grad = None
+    def register():
+        for p in model.parameters():
+            p.register_post_accumulate_grad_hook(use)
+    if when in ("before", "own"):
+        register()
+    grafter.attach(model)
+    if when == "after":
+        register()
+    for _ in range(2):
+        model(torch.randn(3, 4)).sum().backward()
+        if when == "end":
+            for optimizer in optimizers.values():
+                optimizer.step()
+                optimizer.zero_grad()
+        grafter.step()
+"""
+WEIGHTS = "phase == 'backward' and name.endswith(('weight', 'bias'))"
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("word", ["backward", "optimizer_step"])
+def test_gradients_that_an_optimizer_uses_within_the_backward_pass_are_points(
+    tmp_path: Path, when: str, word: str
+) -> None:
+    """Whether the program's hook came before grafter's or after; by default, against a job that steps at the end."""
+    other = "end" if word == "backward" else when
+    options = ("--set", "gradients=1", "--set", f"weight_gradients={word}", "--compare", WEIGHTS)
+    done = run_program(tmp_path, STEPS_WITHIN, when, other, *options)
+    assert done.code == 0, done.output
+    assert len(done.rel) == 2 * 4, done.output
+    assert set(done.rel.values()) == {0.0}
+
+
+def test_gradients_that_are_cleared_within_the_backward_pass_are_counted_and_told(tmp_path: Path) -> None:
+    """By a warning, and by a note on the run, with their names."""
+    filters = ("--compare", f"{WEIGHTS} or name == 'root.out'")
+    done = run_program(tmp_path, STEPS_WITHIN, "own", "own", "--set", "gradients=1", *filters)
+    assert "8 gradients of weights (" in done.output
+    assert "were gone when they were to be taken" in done.output
+    assert "gradients of weights of target 0 that came and were gone before they could be points: " in done.output
+
+
+def test_a_graft_of_a_gradient_that_was_used_already_is_refused(tmp_path: Path) -> None:
+    """It would change nothing, and look as if it did."""
+    done = run_program(tmp_path, STEPS_WITHIN, "end", "after", "--set", "gradients=1", "--b2t", WEIGHTS)
+    assert done.code == 1
+    assert "an optimizer has used it within the backward pass already" in done.output

@@ -33,5 +33,16 @@ def watch_gradients(
                 watched.add(id(parameter))
                 name = naming.of_weight(model, f"{path}.{own}" if path else own)
                 hooked: Any = parameter
-                handles.append(hooked.register_post_accumulate_grad_hook(partial(came, name)))
+                handle = hooked.register_post_accumulate_grad_hook(partial(came, name))
+                _put_first(hooked._post_accumulate_grad_hooks, handle.id)
+                handles.append(handle)
     return handles
+
+
+def _put_first(hooks: dict[int, Any], own: int) -> None:
+    """Before the program's own: one of these may step an optimizer and drop the gradient.
+
+    Autograd calls them in the order in which they were inserted, whatever `OrderedDict.move_to_end` says.
+    """
+    for other in [key for key in hooks if key != own]:
+        hooks[other] = hooks.pop(other)

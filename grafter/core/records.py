@@ -162,6 +162,10 @@ class RankSummary(Record):
     dumped: int = 0
     dumps_lost: int = 0
     dumps_left_out: dict[str, int] = {}
+    # Gradients of weights that came and were gone when they were to be taken, by name.
+    gradients_lost: dict[str, int] = {}
+    # Gradients of points that came when their step was over, by name.
+    gradients_late: dict[str, int] = {}
     # None: closed in good order. Else the error with which this rank left.
     error: str | None = None
     # The class of that error, e.g. "PairingError".

@@ -49,6 +49,8 @@ class Departure:
         finally:
             if self.gradients is not None:
                 self.gradients.pending.close()
+                self.tally.gradients_lost.update(self.gradients.pending.lost)
+                self.tally.gradients_late.update(self.gradients.pending.late)
             self.tally.dumps.update(self.dumps.close())
             self.tally.left_out.update(self.dumps.limits.left_out)
         self._end_early(session, is_orderly=error is None)

@@ -31,6 +31,10 @@ class Tally:
     # Points saved and lost, and those that a limit left out, by limit.
     dumps: Counter[str] = field(default_factory=Counter)
     left_out: Counter[str] = field(default_factory=Counter)
+    # Gradients of weights that were gone when they were to be taken, by name.
+    gradients_lost: Counter[str] = field(default_factory=Counter)
+    # Gradients that came when their step was over, by name.
+    gradients_late: Counter[str] = field(default_factory=Counter)
 
     def replace_posted(self, settled: Counter[str]) -> None:
         """Points that were posted, by what became of them."""
@@ -67,6 +71,8 @@ def summarise(
         dumped=tally.dumps["saved"],
         dumps_lost=tally.dumps["lost"],
         dumps_left_out=dict(tally.left_out),
+        gradients_lost=dict(tally.gradients_lost),
+        gradients_late=dict(tally.gradients_late),
         error=detached or (str(error) if error is not None else None),
         error_kind="Detached" if detached else (type(error).__name__ if error is not None else None),
     )

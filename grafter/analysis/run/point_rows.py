@@ -239,7 +239,7 @@ def _disagreement(group: list[LedgerRecord], present: set[str]) -> str | None:
     # A rank whose ledger is not here at all may be on another machine.
     absent = sorted((called & present) - there.keys())
     kinds = {_kind(record) for record in group}
-    if len(kinds) == 1 and not absent:
+    if not absent and (len(kinds) == 1 or len(set(there.values())) == 1):
         return None
     return "; ".join([f"{rank}: {outcome}" for rank, outcome in there.items()] + [f"{r}: no record" for r in absent])
 

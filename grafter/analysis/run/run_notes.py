@@ -35,7 +35,7 @@ def find_notes(ledgers: list[RankLedger], rows: list[PointRow], summaries: list[
             "or values that are no numbers"
         )
     notes += _one_sided_notes(rows) + _unmet_notes(rows) + _token_notes(ledgers)
-    notes += _dump_notes(summaries) + _hook_notes(summaries)
+    notes += _dump_notes(summaries) + _hook_notes(summaries) + _lost_gradient_notes(summaries)
     unmatched = count_unmatched(summaries)
     notes += [_filter_note(text, list(unmatched)) for text in _common([s.filters_never_matched for s in summaries])]
     for tag in _common([s.tags_never_seen for s in summaries]):
@@ -134,6 +134,16 @@ def _hook_notes(summaries: list[RankSummary]) -> list[str]:
         if silent:
             notes.append(f"modules of the {role} with hooks that no call reached: {_shown(silent)}")
     return notes
+
+
+def _lost_gradient_notes(summaries: list[RankSummary]) -> list[str]:
+    """Gradients of weights that the program cleared before they could be points."""
+    return [
+        f"gradients of weights of {s.role} {s.role_rank} that came and were gone before they could be points: "
+        + _shown([f"{name} ({count})" for name, count in s.gradients_lost.items()])
+        for s in summaries
+        if s.gradients_lost
+    ]
 
 
 def _called(path: str) -> str:

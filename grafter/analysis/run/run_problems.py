@@ -20,7 +20,7 @@ def find_problems(rows: list[PointRow], summaries: list[RankSummary], attach: st
             f"the sender's replicas differ at {_points(len(apart))}, though they were declared copies; the worst is "
             f"{worst.label} at step {worst.step}" + (f" (max |d| {figure:.3g})." if figure is not None else ".")
         )
-    problems += _problems_of_copies(rows) + _problems_of_unmeasured(rows)
+    problems += _problems_of_copies(rows) + _problems_of_unmeasured(rows) + _problems_of_late_gradients(summaries)
     by_error: dict[str, list[str]] = {}
     for summary in summaries:
         if summary.error:
@@ -69,6 +69,18 @@ def _problems_of_unmeasured(rows: list[PointRow]) -> list[str]:
     return [
         f"{_points(len(unmeasured))} met without figures, so nothing says whether the values are equal; the first is "
         f"{first.label} at step {first.step}: {why}."
+    ]
+
+
+def _problems_of_late_gradients(summaries: list[RankSummary]) -> list[str]:
+    """Gradients that the program made when their step was over: nobody compared them."""
+    late = [summary for summary in summaries if summary.gradients_late]
+    if not late:
+        return []
+    counts = ", ".join(f"{s.role} {s.role_rank}: {sum(s.gradients_late.values())}" for s in late)
+    return [
+        f"gradients came after their step had ended, and were neither grafted nor compared ({counts}); one is that of "
+        f"{next(iter(late[0].gradients_late))}. Call grafter.step() after backward, in both jobs."
     ]
 
 

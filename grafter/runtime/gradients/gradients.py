@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -62,6 +63,8 @@ class WatchedGradient:
     is_parameter: bool = False
     gradient: torch.Tensor | None = None
     met: bool = False
+    # Its step is over, and it had not come by then.
+    ended: bool = False
     taken: Taken | None = None
 
 
@@ -93,6 +96,12 @@ class PendingGradients:
     _parameters_are_queued: bool = False
     # What ends the watch over optimizers, where there is one.
     _optimizers: Any = None
+    # What an optimizer used within the backward pass: the program may clear or change it before that ends.
+    _used: dict[str, torch.Tensor] = field(default_factory=dict)
+    # Gradients of weights that came, and were gone when they were to be taken: name -> how many.
+    lost: Counter[str] = field(default_factory=Counter)
+    # Gradients that came when their step was over: name -> how many.
+    late: Counter[str] = field(default_factory=Counter)
     _served: int = 0
     # Words of a leader to its followers that can go once all of them have met after it.
     _told: list[str] = field(default_factory=list)
@@ -115,6 +124,9 @@ class PendingGradients:
 
     def came(self, watched: WatchedGradient, gradient: torch.Tensor) -> torch.Tensor | None:
         """What takes the gradient's place; None: it stays as it is."""
+        if watched.ended:
+            self._note_late(watched)
+            return None
         if watched.met:
             raise UsageError(
                 f"the gradient of {watched.key} came twice (backward through one graph twice, with retain_graph). The "
@@ -152,6 +164,16 @@ class PendingGradients:
         self.watched.pop(watched.key.digest, None)
         return self.points.meet(session, watched, gradient)
 
+    def _note_late(self, watched: WatchedGradient) -> None:
+        """It has its line in the ledger since its step ended, and the other job expects nothing more of it."""
+        if not self.late:
+            logger.warning(
+                "grafter: the gradient of %s came after its step had ended, so it was neither grafted nor compared; "
+                "call grafter.step() after backward, in both jobs (said once; the run's problems count all of them)",
+                watched.key,
+            )
+        self.late[watched.key.name] += 1
+
     def offer(self, watched: WatchedGradient, gradient: torch.Tensor) -> None:
         """Keep a gradient, which nobody changes any more, until `serve`."""
         watched.gradient = gradient
@@ -165,13 +187,26 @@ class PendingGradients:
         self._parameters[name.key] = (name, parameter)
         if not self.points.waits_for_optimizer:
             self._queue_end()
-        elif self._optimizers is None:
+        if self._optimizers is None:
             self._optimizers = register_optimizer_step_pre_hook(untraced(self._before_optimizer))
 
     def _before_optimizer(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         """All that has come since the last time, whoever's it is: an optimizer may have copies of the weights instead
         of the weights, and where one job has two optimizers, the other may have one."""
-        self._take_parameters()
+        if self.points.waits_for_optimizer:
+            self._take_parameters()
+        elif self._parameters:
+            self._keep_used(optimizer)
+
+    def _keep_used(self, optimizer: Any) -> None:
+        """An optimizer steps within the backward pass. To meet the other job here could mean that each waits for the
+        other, so copies are kept until the pass ends."""
+        stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        with self.points.lock, torch.no_grad():
+            for key, (name, parameter) in self._parameters.items():
+                gradient = _gradient_of(parameter)
+                if id(parameter) in stepped and gradient is not None and self.points.wants_parameter(name):
+                    self._used[key] = gradient.detach().clone()
 
     def _queue_end(self) -> None:
         if not self._end_is_queued:
@@ -192,11 +227,13 @@ class PendingGradients:
         self._parameters_are_queued = False
         with self.points.lock, torch.no_grad():
             parameters, self._parameters = self._parameters, {}
-            for _, (name, parameter) in sorted(parameters.items()):
-                # Megatron adds to a buffer of its own.
-                gradient = parameter.grad if parameter.grad is not None else getattr(parameter, "main_grad", None)
+            used, self._used = self._used, {}
+            for key, (name, parameter) in sorted(parameters.items()):
+                gradient = used.get(key, _gradient_of(parameter))
                 if gradient is not None:
-                    self.points.dump_parameter(name, gradient)
+                    self.points.dump_parameter(name, gradient, is_used=key in used)
+                elif self.points.wants_parameter(name):
+                    self.lost[name.name] += 1
 
     def serve(self, *, at_end_of_step: bool = False) -> None:
         """Give the receivers what is left to give, in the order in which they ask. Senders only.
@@ -291,6 +328,7 @@ class PendingGradients:
         self._end_is_queued = self._parameters_are_queued = False
         if not self.points.waits_for_optimizer:
             self._parameters.clear()
+            self._used.clear()
         for saved in self.recorded:
             if not saved.came:
                 self.points.record_missing(saved)
@@ -299,6 +337,7 @@ class PendingGradients:
             unmet = [watched for watched in self.watched.values() if not watched.met]
             if all(self.points.is_early(watched.options) for watched in unmet):
                 for watched in unmet:
+                    watched.ended = True
                     self.points.defer(watched, None)
                 self.watched.clear()
                 return
@@ -312,12 +351,21 @@ class PendingGradients:
         if any(session.place.role == sender_role(watched.direction) for watched in unmet):
             self._answer_late_askers(session, unmet)
         for watched in unmet:
+            watched.ended = True
             if not watched.met:
                 self.points.skip(session, watched, "no gradient came to it in this step")
         self.watched.clear()
 
     def close(self) -> None:
-        """The run is over: of gradients that still wait for an optimizer, say so."""
+        """The run is over: of gradients that still wait for an optimizer, or that were lost, say so."""
+        if self.lost:
+            counts = ", ".join(f"{name}: {count}" for name, count in self.lost.most_common(3))
+            logger.warning(
+                "grafter: %d gradients of weights (%s%s) came, and were gone when they were to be taken, so they are "
+                "no points: the program clears .grad within the backward pass. Clear it after backward, or call "
+                "grafter.dump where it is used (an optimizer of torch's that steps there is seen)",
+                self.lost.total(), counts, ", ..." if len(self.lost) > 3 else "",
+            )  # fmt: skip
         if self._optimizers is not None:
             self._optimizers.remove()
             self._optimizers = None
@@ -378,6 +426,11 @@ class _Hook:
 def _call_after_backward(function: Callable[[], None]) -> None:
     """Autograd calls it once the backward pass that runs now is over, after what was queued before."""
     torch.autograd.Variable._execution_engine.queue_callback(function)
+
+
+def _gradient_of(parameter: torch.Tensor) -> torch.Tensor | None:
+    """Megatron adds to a buffer of its own."""
+    return parameter.grad if parameter.grad is not None else getattr(parameter, "main_grad", None)
 
 
 def _tensors_in(value: Any) -> list[tuple[str, torch.Tensor]]:

@@ -13,10 +13,11 @@ import torch
 
 from grafter.config.names import PointName
 from grafter.config.options import PointOptions
+from grafter.core.direction import Direction, receiver_role
 from grafter.core.messages.offer import Offer
 from grafter.core.messages.participants import own_participants
 from grafter.core.points import call_site, check_tags, split_options, surroundings
-from grafter.errors import RunError
+from grafter.errors import RunError, UsageError
 from grafter.runtime.gradients.gradients import PHASE, PendingGradients, SavedGradient, WatchedGradient
 from grafter.runtime.meetings import among_holders
 from grafter.runtime.recompute.regions import current_recomputation
@@ -125,7 +126,7 @@ class BackwardPoints:
             return self.pending.came(watched, gradient)
 
     def _take(self, watched: WatchedGradient, gradient: torch.Tensor) -> None:
-        if watched.saves and watched.taken is None and not watched.met:
+        if watched.saves and watched.taken is None and not (watched.met or watched.ended):
             watched.taken = self._grafter.dumps.take(
                 watched.key, watched.direction, gradient, watched.options, watched.tags, watched.call_site,
                 self._recorded_part(watched, gradient),
@@ -162,14 +163,26 @@ class BackwardPoints:
             self._grafter.dumps.take(saved.key, saved.direction, None, saved.options, saved.tags, saved.call_site, part)
         )
 
-    def dump_parameter(self, name: PointName, gradient: torch.Tensor) -> None:
-        """The gradient of a parameter as a point: both sides come to it in the order of names, and wait."""
+    def wants_parameter(self, name: PointName) -> bool:
+        """Whether the gradient of a parameter is a point in this step."""
+        direction, saves, options = self._choice_of(name)
+        return (direction is not None or saves) and options.gradients
+
+    def _choice_of(self, name: PointName) -> tuple[Direction | None, bool, PointOptions]:
         grafter = self._grafter
         full = {**name.tags, "name": name.name, "step": grafter.steps.step, "phase": PHASE}
         direction = grafter.filters.direction_of(full)
         saves = grafter.filters.saves(full) and grafter.dumps.limits.allows_step(grafter.steps.step)
         saves = saves or (grafter.config.record and direction is not None)
-        options = grafter.options.options_of(name.name, {})
+        return direction, saves, grafter.options.options_of(name.name, {})
+
+    def dump_parameter(self, name: PointName, gradient: torch.Tensor, *, is_used: bool = False) -> None:
+        """The gradient of a parameter as a point: both sides come to it in the order of names, and wait.
+
+        is_used: `gradient` is a copy, and an optimizer has used the original within the backward pass.
+        """
+        grafter = self._grafter
+        direction, saves, options = self._choice_of(name)
         if (direction is None and not saves) or not options.gradients:
             return
         key = grafter.steps.next_key({**name.tags, "name": name.name}, grafter.config.key_tags, PHASE)
@@ -184,8 +197,15 @@ class BackwardPoints:
         self._take(watched, gradient)
         if self.is_early(options):
             self.defer(watched, gradient)
-        else:
-            self.meet(self.session, watched, gradient)
+            return
+        session = self.session
+        if is_used and direction != "compare" and session.place.role == receiver_role(direction):
+            raise UsageError(
+                f"the gradient of {key} is to be grafted ({direction}), but an optimizer has used it within the "
+                "backward pass already, so the graft would change nothing. Graft it when the optimizer steps "
+                "(GRAFTER_WEIGHT_GRADIENTS=optimizer_step), compare it, or step after backward."
+            )
+        self.meet(session, watched, gradient)
 
     def participants_of(self, session: Session, watched: WatchedGradient) -> tuple[int, ...]:
         """Role ranks of this side."""
