@@ -101,8 +101,9 @@ class Seal:
                 mac, kind, writer, run_id, key = header.split(" ", 4)
                 if run_id == self.run_id and mac == _UNSIGNED:
                     return key, Sealed(kind, writer, payload)
-            except ValueError:
-                pass
+            except ValueError as error:
+                if is_from_signal_handler(error):
+                    raise
         found = self._read_letter(value)
         if isinstance(found, str):
             raise ProtocolError(found)
