@@ -26,13 +26,16 @@ def until_nothing_is_pending() -> int:
     return grafter.pending().entries
 
 
-def point_keys(expected: Collection[str] | None = None) -> set[str]:
-    """What the store holds of points. expected: wait until that is all, by the housekeeping of all ranks."""
+def point_keys(expected: Collection[str] | None = None, *, at_most: int = 0) -> set[str]:
+    """What the store holds of points.
+
+    expected: wait until that is all, by the housekeeping of all ranks, or until there are no more than `at_most` keys.
+    """
     client = grafter._calls._active().session.client
     deadline = time.monotonic() + _SECONDS
     while True:
         found = {key for key in client.raw.list_keys() if f"{client.run_prefix}/p/" in key}
-        if expected is None or found <= set(expected) or time.monotonic() > deadline:
+        if expected is None or found <= set(expected) or len(found) <= at_most or time.monotonic() > deadline:
             return found
         time.sleep(0.05)
 
