@@ -18,16 +18,16 @@ from grafter.config.settings.config import GrafterConfig
 from grafter.core.copying import share_long_copies
 from grafter.core.messages.announced_models import NO_HOOKS, AnnouncedHooks
 from grafter.core.messages.roster import PlayedFrom
-from grafter.core.place import Place
 from grafter.core.points import PointKey
+from grafter.core.processes import is_from_signal_handler
 from grafter.core.records import LedgerLine, LedgerRecord
-from grafter.core.signal_handlers import is_from_signal_handler
+from grafter.core.roles import Place
 from grafter.errors import ConfigError, GrafterError, JoinError, PeerLostError, RunError
 from grafter.runtime.failure_log import FailureLog
 from grafter.runtime.rank_control import RankControl
 from grafter.store.dumps.writer import refuse_earlier_dumps
 from grafter.store.ledger import LedgerWriter
-from grafter.store.run_facts import write_run_facts
+from grafter.store.run_files import write_run_facts
 from grafter.wire.exchange.group import local_address_towards
 from grafter.wire.exchange.shared_memory import SharedMemoryExchange
 from grafter.wire.exchange.transfer import Transfer

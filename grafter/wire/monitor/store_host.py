@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from grafter.core.processes.liveness import ProcessIdentity, host_identity, how_gone, is_stopped
+from grafter.core.processes import ProcessIdentity, host_identity, how_gone, is_stopped
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import struct
 from collections.abc import Sequence
 
 from grafter.core.commit_protocol import Ballot
-from grafter.core.signal_handlers import is_from_signal_handler
+from grafter.core.processes import is_from_signal_handler
 
 _RECORD = struct.Struct("=12sHBx")
 _LOOK_BYTES = 64 * _RECORD.size
