@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import ctypes
 import multiprocessing
 import threading
@@ -127,19 +128,31 @@ def offered_and_begun(offer: Any) -> Any:
 def test_where_no_thread_can_start_nothing_is_left_to_be_copied_later(monkeypatch: pytest.MonkeyPatch) -> None:
     """What was finished by one thread is the program's from then on."""
 
-    def fail(thread: threading.Thread) -> None:
+    def fail(*_: Any) -> int:
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr(copying, "_helper", copying._Helper())
     copying.share_long_copies(True)
     first, value = torch.empty(LONG), torch.rand(LONG)
     with monkeypatch.context() as patch:
-        patch.setattr(threading.Thread, "start", fail)
+        patch.setattr(_thread, "start_new_thread", fail)
         copying.copy(first, value)
     assert torch.equal(first, value)
     first.zero_()
     copying.copy(torch.empty(LONG), value)
     assert not first.any()
+
+
+def test_a_thread_that_has_no_memory_to_begin_in_keeps_no_copy_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system makes it, and it ends before it runs a line, as under a limit of address space."""
+    monkeypatch.setattr(copying, "_helper", copying._Helper())
+    copying.share_long_copies(True)
+    into, value = torch.empty(LONG), torch.rand(LONG)
+    with monkeypatch.context() as patch:
+        patch.setattr(_thread, "start_new_thread", lambda run, arguments: 0)
+        patch.setattr(threading, "_start_new_thread", lambda run, arguments: 0)
+        copying.copy(into, value)
+    assert torch.equal(into, value)
 
 
 def test_a_tensor_that_is_made_of_others_is_left_to_torch(shared: list[int]) -> None:
