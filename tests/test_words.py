@@ -15,6 +15,7 @@ SOURCES = sorted((ROOT / "grafter").rglob("*.py"))
 
 # Docs pages and packages that were rewritten in plain English. The list grows with each rewritten place.
 REWRITTEN_PAGES = [
+    "README.md",
     "benchmarks/README.md",
     "docs/api.md",
     "docs/cli.md",
