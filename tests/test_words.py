@@ -18,6 +18,7 @@ REWRITTEN_PAGES = [
     "README.md",
     "benchmarks/README.md",
     "docs/api.md",
+    "docs/capture.md",
     "docs/cli.md",
     "docs/compiled.md",
     "docs/doctor.md",
