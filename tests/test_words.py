@@ -32,6 +32,7 @@ REWRITTEN_PAGES = [
     "docs/serving-engines.md",
     "docs/transforms.md",
     "docs/write-modes.md",
+    "docs/zero-code.md",
     "transforms/README.md",
 ]
 REWRITTEN_SOURCES = [
