@@ -25,6 +25,7 @@ REWRITTEN_PAGES = [
     "docs/doctor.md",
     "docs/dump-format.md",
     "docs/dumps.md",
+    "docs/how-it-works.md",
     "docs/locate.md",
     "docs/offline.md",
     "docs/plan-suggest.md",
