@@ -22,6 +22,7 @@ REWRITTEN_PAGES = [
     "docs/cli.md",
     "docs/compare.md",
     "docs/compiled.md",
+    "docs/configuration.md",
     "docs/doctor.md",
     "docs/dump-format.md",
     "docs/dumps.md",
