@@ -26,6 +26,8 @@ REWRITTEN_PAGES = [
     "docs/doctor.md",
     "docs/dump-format.md",
     "docs/dumps.md",
+    "docs/filters.md",
+    "docs/gradients.md",
     "docs/how-it-works.md",
     "docs/locate.md",
     "docs/offline.md",
