@@ -29,6 +29,7 @@ REWRITTEN_PAGES = [
     "docs/filters.md",
     "docs/gradients.md",
     "docs/how-it-works.md",
+    "docs/layouts.md",
     "docs/locate.md",
     "docs/offline.md",
     "docs/plan-suggest.md",
