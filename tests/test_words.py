@@ -36,6 +36,7 @@ REWRITTEN_PAGES = [
     "docs/report.md",
     "docs/requests.md",
     "docs/serving-engines.md",
+    "docs/tokens.md",
     "docs/transforms.md",
     "docs/write-modes.md",
     "docs/zero-code.md",
