@@ -13,25 +13,14 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted((ROOT / "grafter").rglob("*.py"))
 
-# Docs pages and packages that were rewritten in plain English. The list grows with each rewritten place.
+# Pages and packages that were rewritten in plain English: all of docs/ but the page for who changes the code.
 REWRITTEN_PAGES = [
+    "README.md",
     "benchmarks/README.md",
-    "docs/api.md",
-    "docs/cli.md",
-    "docs/compiled.md",
-    "docs/doctor.md",
-    "docs/dump-format.md",
-    "docs/dumps.md",
-    "docs/locate.md",
-    "docs/offline.md",
-    "docs/plan-suggest.md",
-    "docs/report.md",
-    "docs/requests.md",
-    "docs/serving-engines.md",
-    "docs/transforms.md",
-    "docs/write-modes.md",
     "transforms/README.md",
+    *sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md") if page.name != "architecture.md"),
 ]
+# The list grows with each rewritten place.
 REWRITTEN_SOURCES = [
     "grafter/analysis/locate",
     "grafter/analysis/plan_suggest",
@@ -43,7 +32,7 @@ REWRITTEN_SOURCES = [
     "grafter/store/recording.py",
     "grafter/tools/doctor",
     "grafter/tools/launch",
-    *(f"grafter/tools/requests/{name}.py" for name in ("__init__", "answers", "batch_file", "entry", "forcing")),
+    *(f"grafter/tools/requests/{name}.py" for name in ("__init__", "answers", "batch_file", "entry")),
     *(f"grafter/tools/requests/{name}.py" for name in ("judgement", "process_end", "proxy", "reading", "recorder")),
     *(f"grafter/tools/requests/{name}.py" for name in ("replay", "sending", "serving", "upstream")),
     *(
@@ -59,7 +48,6 @@ STOCK_PHRASES = {
     r"\ba hole is no zero\b": "regions that no rank covers are an error",
     r"\bis called so\b": "has this name",
     r"\bbring them together\b": "every rank is now waiting",
-    r"\bmade all the same\b": "runs even if its result is unused",
     r"\b(has|have|had) not got\b": "lacks, does not have",
     r"\bare refused at the second\b": "the second one raises UsageError",
     r"\bby whatever means\b": "say what does not happen",
@@ -69,7 +57,7 @@ STOCK_PHRASES = {
     r"\b(go|goes|going|went|gone) on\b": "continue",
     r"\b(take|takes|taking|taken|took) up\b": "prepare, accept",
     r"\bpays? for the question\b": "kept off the common path for speed",
-    r"\b(come|comes|came) to (a|the|its|it|them|their|every|all|each) ?(point|points)?\b": "reaches, arrives at",
+    r"\b(come|comes|came) to (an?|the|its?|that|this|them|their|every|all|each|one|no|both)\b": "reaches, arrives at",
     # Found while the places above were rewritten.
     r"\banew\b": "again",
     r"\bso far as\b": "as far as, if",
@@ -80,7 +68,16 @@ STOCK_PHRASES = {
     r"\bto and fro\b": "back and forth",
     r"\bheeds?\b": "follows, uses",
     r"\bculprits?\b": "faulty point",
-    r"\bis no (error|zero|record|tensor|part|module|option|finding|filter|layer)\b": "is not a ...",
+    r"\ball the same\b": "anyway, even if",
+    r"\bof (its|their) own accord\b": "by itself, automatically",
+    r"\bas ever\b": "as usual, as for any other point",
+    r"\bwhat becomes of\b": "the result of, what happens to",
+    r"\bhears? of\b": "learns, is notified of",
+    r"\b(go|goes) by\b": "uses, follows",
+    r"\. Nor (do|does|is|are|has|have)\b": "... do not ..., either",
+    r"\bin the place of\b": "instead of, replaces",
+    r"\bthe own (job|rank|side)\b": "its own",
+    r"(?<!here )\b(is|are) no (?!longer|more|reason|need)\w": "is not a ...",
 }
 
 PATH = re.compile(r"\b(?:grafter|tests|docs|benchmarks|transforms|launch)/[\w./<>*-]+")
@@ -144,6 +141,13 @@ def stock_phrases(text: str) -> list[str]:
         for found in [re.search(phrase, joined, re.IGNORECASE)]
         if found is not None
     ]
+
+
+def prose(page: str) -> str:
+    """A page without its blocks of code and without `names`, which are as the program prints them."""
+    text = re.sub(r"^```.*?^```$", "", page, flags=re.MULTILINE | re.DOTALL)
+    text = re.sub(r"^ {4,}.*$", "", text, flags=re.MULTILINE)
+    return re.sub(r"`[^`]+`", "", text)
 
 
 def comments_and_texts(source: str) -> str:
@@ -219,7 +223,7 @@ def test_rewritten_classes_have_docstrings_with_a_subject(package: str) -> None:
 @pytest.mark.parametrize("page", REWRITTEN_PAGES)
 def test_rewritten_pages_have_no_stock_phrases(page: str) -> None:
     """A page that was rewritten stays in plain English."""
-    assert not stock_phrases((ROOT / page).read_text())
+    assert not stock_phrases(prose((ROOT / page).read_text()))
 
 
 @pytest.mark.parametrize("package", REWRITTEN_SOURCES)
@@ -266,7 +270,14 @@ def test_classes_without_a_subject_are_found() -> None:
     assert not has_subject("") and not has_subject("Of one rank.") and has_subject("The outbox of one rank.")
 
 
+def test_the_prose_of_a_page_has_neither_code_nor_names() -> None:
+    """Blocks with and without fences, and names; all else stays."""
+    page = "It was `told`.\n\n```sh\ntold\n```\n\n    told\n\n* told\n  the rest\n"
+    assert prose(page).split() == ["It", "was", ".", "*", "told", "the", "rest"]
+
+
 def test_stock_phrases_are_found() -> None:
     """Also across lines, comments and joined texts."""
     assert len(stock_phrases("it has\n# not got one, and goes\n    on")) == 2
-    assert not stock_phrases("it lacks one and continues")
+    assert len(stock_phrases("A hole is no zero. Nor does it end all the same.")) == 4
+    assert not stock_phrases("it lacks one and continues, and there is no other")
