@@ -22,7 +22,7 @@ from jobs import Rank, succeed, two_jobs
 import grafter
 from grafter.core.messages.roster import Roster
 from grafter.core.messages.wire import Seal
-from grafter.core.processes import ProcessIdentity, own_identity
+from grafter.core.process_identity import ProcessIdentity, own_identity
 from grafter.errors import PointTimeoutError
 from grafter.wire.exchange.transfer import choose_way
 from grafter.wire.rendezvous.connecting import Listener, connect_ranks, open_listener, peers_of, signature_of

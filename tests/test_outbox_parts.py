@@ -36,7 +36,8 @@ from grafter.core.messages.states import (
 )
 from grafter.core.messages.wire import Seal, Sealed
 from grafter.core.plan.decision import Decision
-from grafter.core.processes import Abandoned, own_identity
+from grafter.core.process_identity import own_identity
+from grafter.core.processes import Abandoned
 from grafter.errors import ProtocolError
 from grafter.wire.exchange.staging import Staging, new_block
 from grafter.wire.monitor.deadlock import find_stuck

@@ -17,7 +17,7 @@ from point_parts import header
 from grafter.core.messages.roster import Announcement, Roster
 from grafter.core.messages.wire import Seal, Sealed
 from grafter.core.points import PointKey
-from grafter.core.processes import ProcessIdentity
+from grafter.core.process_identity import ProcessIdentity
 from grafter.core.roles import RoleName
 from grafter.wire.pairing.pairing import Pairing
 from grafter.wire.rendezvous import courier

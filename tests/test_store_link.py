@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from grafter.core.processes import ProcessIdentity, own_identity, process_state
+from grafter.core.process_identity import ProcessIdentity, own_identity
+from grafter.core.processes import process_state
 from grafter.errors import PeerLostError, PointTimeoutError
 from grafter.wire.monitor.store_host import StoreHost
 from grafter.wire.monitor.store_link import StoreLink

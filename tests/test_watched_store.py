@@ -10,7 +10,7 @@ import pytest
 
 from grafter.core.messages.roster import ANNOUNCEMENTS, Announcement
 from grafter.core.messages.wire import Seal
-from grafter.core.processes import ProcessIdentity
+from grafter.core.process_identity import ProcessIdentity
 from grafter.core.roles import RoleName
 from grafter.errors import RunError
 from grafter.tools.launch.supervision import WatchedStore, summarize_lines
