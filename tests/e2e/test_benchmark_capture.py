@@ -1,4 +1,4 @@
-"""The benchmark of hooks, which is about a model of transformers. The others: tests/test_benchmarks.py."""
+"""The benchmark of hooks, which is about a model of transformers. The others: tests/project/test_benchmarks.py."""
 
 from __future__ import annotations
 
