@@ -8,6 +8,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "architecture.md").read_text()
 PACKAGE = ROOT / "grafter"
+TESTS = ROOT / "tests"
+# Folders of tests/ that are about no folder of the package.
+OTHER_TESTS = {"e2e", "parts", "project"}
 
 
 def listed_files() -> dict[str, set[str]]:
@@ -52,3 +55,12 @@ def test_the_layers_are_those_of_the_contract() -> None:
     assert named[: len(drawn)] == drawn
     assert set(named[len(drawn) :]) == {"_process", "version", "errors"}
     assert "ignore_imports" not in contracts
+
+
+def test_tests_are_laid_out_like_the_package() -> None:
+    """Each folder of tests is a folder of the package, and no test lies outside of a folder."""
+    folders = {path.parent.relative_to(TESTS) for path in TESTS.rglob("test_*.py")}
+    of_package = {folder for folder in folders if folder.parts[:1] not in {(name,) for name in OTHER_TESTS}}
+    strange = sorted(folder.as_posix() for folder in of_package if not (PACKAGE / folder / "__init__.py").is_file())
+    assert of_package and not strange
+    assert not list(TESTS.glob("test_*.py"))

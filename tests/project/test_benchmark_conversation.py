@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
-# It is no part of the installed package, and `pytest` alone does not look in the directory where it starts.
-sys.path.append(str(Path(__file__).parents[2]))
-
 from benchmarks.conversation import (
     EVERYTHING,
     GATHERED,

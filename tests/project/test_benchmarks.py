@@ -14,26 +14,23 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks import soak
+from benchmarks.calls import CallResult
+from benchmarks.dumping import measure_dumping
+from benchmarks.dumping_table import dumping_table, dumping_targets
+from benchmarks.footprint import measure_import
+from benchmarks.growth import ALLOWED, PartResult, Samples, sample_process
+from benchmarks.planning import PlanningResult, measure_planning
+from benchmarks.resharding import ReshardingResult, shape_of
+from benchmarks.rounds import Spread, interleaved, ratio, spread
+from benchmarks.sglang_grafter import load_dumper_module
+from benchmarks.sharding import DIMS, Crossing
+from benchmarks.targets import call_targets, planning_targets, resharding_targets, transfer_targets
+from benchmarks.transfers import CaseResult
+from benchmarks.units import parse_size, size_text, time_text
+from benchmarks.ways import AllGatherObject, Ranks
+
 ROOT = Path(__file__).parents[2]
-# They are no part of the installed package, and `pytest` alone does not look in the directory where it starts.
-sys.path.append(str(ROOT))
-
-from benchmarks import soak  # noqa: E402
-from benchmarks.calls import CallResult  # noqa: E402
-from benchmarks.dumping import measure_dumping  # noqa: E402
-from benchmarks.dumping_table import dumping_table, dumping_targets  # noqa: E402
-from benchmarks.footprint import measure_import  # noqa: E402
-from benchmarks.growth import ALLOWED, PartResult, Samples, sample_process  # noqa: E402
-from benchmarks.planning import PlanningResult, measure_planning  # noqa: E402
-from benchmarks.resharding import ReshardingResult, shape_of  # noqa: E402
-from benchmarks.rounds import Spread, interleaved, ratio, spread  # noqa: E402
-from benchmarks.sglang_grafter import load_dumper_module  # noqa: E402
-from benchmarks.sharding import DIMS, Crossing  # noqa: E402
-from benchmarks.targets import call_targets, planning_targets, resharding_targets, transfer_targets  # noqa: E402
-from benchmarks.transfers import CaseResult  # noqa: E402
-from benchmarks.units import parse_size, size_text, time_text  # noqa: E402
-from benchmarks.ways import AllGatherObject, Ranks  # noqa: E402
-
 TIMES = st.floats(1e-9, 1e3)
 
 

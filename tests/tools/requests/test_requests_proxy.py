@@ -10,7 +10,6 @@ import multiprocessing
 import os
 import signal
 import socket
-import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -31,9 +30,6 @@ from grafter.tools.requests.proxy import Kept, Room
 from grafter.tools.requests.reading import Recording
 from grafter.tools.requests.recorder import RequestRecorder
 from grafter.tools.requests.serving import make_config, serve
-
-# Benchmarks are no part of the installed package, and `pytest` alone does not look in the directory where it starts.
-sys.path.append(str(Path(__file__).parents[3]))
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(PRELOAD)
