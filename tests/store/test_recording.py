@@ -333,7 +333,7 @@ def test_the_player_has_the_jobs_settings_and_no_hooks() -> None:
         {**inherited, "PYTHONPATH": f"{STARTUP_DIRECTORY}:/mine"}, "baseline", {"timeout": "9", "attach": "*"},
         master=("127.0.0.1", 5), directory="/d", run_name=None,
     )  # fmt: skip
-    assert environment["PYTHONPATH"].split(":") == ["/mine", str(Path(__file__).parents[3])]
+    assert environment["PYTHONPATH"].split(":") == ["/mine", str(Path(__file__).parents[2])]
     assert environment["GRAFTER_TIMEOUT"] == "9"
     assert not environment.get("GRAFTER_ATTACH")
     assert not {"GRAFTER_PEER", "GRAFTER_RECORD", "RANK"} & environment.keys()
