@@ -322,7 +322,7 @@ def _has_gradient(value: Any) -> bool:
 
 
 def _gradients_are_on() -> bool:
-    return _active().has_gradients
+    return _active().context.rules.has_gradients
 
 
 _gradients_are_on._dynamo_marked_constant = True  # type: ignore[attr-defined]

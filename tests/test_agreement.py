@@ -60,7 +60,7 @@ def graft_with_fault(rank: Rank) -> list[list[float]]:
 
 def wait_until_heard(rank: Rank, seconds: float = 250) -> None:
     """Until this sender's ledger says that a point has failed."""
-    path = grafter._process.grafter.entry.session.ledger.path  # type: ignore[union-attr]
+    path = grafter._process.grafter.lifecycle.session.ledger.path  # type: ignore[union-attr]
     deadline = time.monotonic() + seconds
     while '"outcome":"failed"' not in path.read_text() and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -100,7 +100,7 @@ def send(name: str) -> None:
 
 def wait_until_told(rank: Rank) -> None:
     """Until this receiver has told the senders of all that has failed."""
-    failed = grafter._process.grafter.entry.session._failed  # type: ignore[union-attr]
+    failed = grafter._process.grafter.lifecycle.session.ledger._failed  # type: ignore[union-attr]
     deadline = time.monotonic() + 15
     while not failed.has_told_all and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -110,8 +110,8 @@ def wait_until_told(rank: Rank) -> None:
 def hear_all(rank: Rank) -> None:
     """Until this sender has heard of every failure that receivers have told."""
     rank.wait_for("told")
-    session = grafter._process.grafter.entry.session  # type: ignore[union-attr]
-    failed, told = session._failed, 0
+    session = grafter._process.grafter.lifecycle.session  # type: ignore[union-attr]
+    failed, told = session.ledger._failed, 0
     while session.client.peek(failed._place(told)) is not None:
         told += 1
     deadline = time.monotonic() + 15

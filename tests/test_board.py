@@ -30,7 +30,7 @@ def hold_at(rank: Rank, stage: str) -> None:
     from grafter.wire.exchange.incoming import IncomingLeaf, Reception
     from grafter.wire.pairing.host_votes import HostVotes
 
-    session: Any = grafter._process.grafter.entry.session  # type: ignore[union-attr]
+    session: Any = grafter._process.grafter.lifecycle.session  # type: ignore[union-attr]
     places: dict[str, tuple[Any, str]] = {
         "sending": (session.transfer, "send"),
         "receiving": (session.transfer, "receive"),

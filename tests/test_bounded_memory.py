@@ -45,7 +45,7 @@ def test_a_pytree_whose_shapes_are_others_in_each_step_is_not_remembered_for_eve
 def test_headers_of_large_pytrees_are_bounded_in_bytes() -> None:
     """The same where a rank describes its own values; small ones are all remembered."""
     grafter = Grafter(GrafterConfig(enable=True, role="baseline", master_port=1, b2t_filter="True"))
-    offers, options = grafter.offers, grafter.options.options_of("h", {})
+    offers, options = grafter.tools.offers, grafter.context.rules.options.options_of("h", {})
     for length in range(1, 130):
         value = [torch.empty(length, 0) for _ in range(1000)]
         offers.describe(None, offers.take_up(value, options), options, "b2t", "x")

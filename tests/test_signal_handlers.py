@@ -20,12 +20,12 @@ from vote_log_parts import Courier, Post, Roster
 
 import grafter
 from grafter.core.messages.wire import Seal
+from grafter.core.place import Place
 from grafter.core.signal_handlers import is_from_signal_handler
 from grafter.core.user_transform import GraftTransformInput, transform_of
 from grafter.runtime import meeting
 from grafter.runtime.meeting import Meeting
-from grafter.runtime.session import Session
-from grafter.store.ledger import LedgerWriter
+from grafter.runtime.point_ledger import PointLedger
 from grafter.store.written_files import LineFile
 from grafter.wire.pairing import shared_ballots
 from grafter.wire.pairing.host_votes import HostLogs
@@ -170,8 +170,8 @@ def test_of_a_transform_it_is_not_called_the_transforms(alarm: Callable[..., Any
 def test_the_ledger_has_its_line_once_and_the_program_its_exception(
     arrives: str, alarm: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ledger = LedgerWriter(tmp_path, 0)
-    session: Any = SimpleNamespace(ledger=ledger)
+    housekeeping: Any = SimpleNamespace(aborted=None)
+    ledger = PointLedger(Place("baseline", 0, 1), tmp_path, "run", housekeeping)
     write = os.write
 
     def interrupted(descriptor: int, line: bytes) -> int:
@@ -185,9 +185,9 @@ def test_the_ledger_has_its_line_once_and_the_program_its_exception(
 
     monkeypatch.setattr(os, "write", interrupted)
     with pytest.raises(OwnError) as raised:
-        Session._write(session, {"name": "a"})
+        ledger.record({"name": "a"})  # type: ignore[typeddict-item]
     assert raised.value.filename is None, "the exception says something of the ledger"
-    Session._write(session, {"name": "b"})
+    ledger.record({"name": "b"})  # type: ignore[typeddict-item]
     assert ledger.path.read_text() == '{"name":"a"}\n{"name":"b"}\n'
 
 
@@ -278,7 +278,7 @@ ELSEWHERE = {
     ("saver.py", "_write"), ("saver.py", "_write_point"), ("taken.py", "leaf_of"),
     # Before the first point, or after the last.
     ("expression.py", "_parse_expression"), ("module_tree.py", "read_trees"), ("attached_models.py", "write_trees"),
-    ("entry.py", "write_last"), ("entry.py", "_write_facts"),
+    ("lifecycle.py", "_write_last"), ("lifecycle.py", "_write_facts"),
     # It holds whatever comes, which is raised afterwards.
     ("critical_section.py", "_attempt"),
 }  # fmt: skip

@@ -20,15 +20,14 @@ from grafter.core.messages.counts import Pending
 from grafter.core.messages.manifest import Header
 from grafter.core.messages.offer import Offer
 from grafter.core.messages.participants import own_participants
-from grafter.core.place import Place
 from grafter.core.points import PHASE, PointKey
 from grafter.core.records import Outcome
 from grafter.core.signal_handlers import is_from_signal_handler
 from grafter.core.unobserved import unobserved
 from grafter.runtime.meeting import Meeting
-from grafter.runtime.offer import OfferMaker
+from grafter.runtime.offer import PointTools
 from grafter.runtime.posting import Posting
-from grafter.runtime.recompute.recompute import Recomputations
+from grafter.runtime.rank_context import RankContext
 from grafter.runtime.session import Session
 from grafter.wire.outbox.keeping import keep
 from grafter.wire.outbox.memory import Memory, Slot
@@ -71,9 +70,10 @@ class EarlyPoint:
 class EarlyPoints:
     """One rank's. Used under the lock of its points."""
 
-    def __init__(self, place: Place, offers: OfferMaker, recomputations: Recomputations, memory: Memory) -> None:
+    def __init__(self, context: RankContext, tools: PointTools, memory: Memory) -> None:
         """memory: the outbox's, which has it to itself once both jobs have joined."""
-        self._place, self._offers, self._recomputations, self.memory = place, offers, recomputations, memory
+        self._place, self._offers, self._recomputations = context.place, tools.offers, tools.recomputations
+        self.memory = memory
         # Oldest first: all of them, and those of which a value is kept.
         self.points: deque[EarlyPoint] = deque()
         self._kept: deque[EarlyPoint] = deque()

@@ -15,47 +15,35 @@ from typing import Any
 
 import torch
 
-from grafter.config.options import OptionChooser, PointOptions
-from grafter.config.settings.config import GrafterConfig
+from grafter.config.options import PointOptions
 from grafter.core.direction import Direction
 from grafter.core.messages.offer import Offer
-from grafter.core.points import PointKey, StepCounter, call_site, check_tags, split_options
+from grafter.core.points import PointKey, call_site, check_tags, split_options
 from grafter.errors import GrafterError, RunError
 from grafter.runtime.early_points import EarlyPoints
-from grafter.runtime.entry import Entry
+from grafter.runtime.lifecycle import Lifecycle
 from grafter.runtime.meetings import Meetings, among_holders
-from grafter.runtime.offer import OfferMaker
-from grafter.runtime.rank_status import RankStatus
-from grafter.runtime.recompute.recompute import Recomputations
+from grafter.runtime.offer import PointTools
+from grafter.runtime.rank_context import RankContext
 from grafter.runtime.session import Session
 from grafter.runtime.windows import ends_of
-from grafter.store.dumps.rank_dumps import RankDumps
 from grafter.store.dumps.taken import Taken
 from grafter.store.recordings.recorded_part import RecordedPart
+from grafter.wire.monitor.step_ends import LEFT
 
 logger = logging.getLogger("grafter")
 
 
 class MatchedPoints:
-    """Those of one rank. All but `make_up_in_background` is called under their lock."""
+    """The matched points of one rank. All but `make_up_in_background` is called under their lock."""
 
     def __init__(
-        self,
-        config: GrafterConfig,
-        lock: contextlib.AbstractContextManager[Any],
-        steps: StepCounter,
-        options: OptionChooser,
-        offers: OfferMaker,
-        dumps: RankDumps,
-        recomputations: Recomputations,
-        entry: Entry,
-        early: EarlyPoints,
-        meetings: Meetings,
-        rank_status: RankStatus,
+        self, context: RankContext, tools: PointTools, lifecycle: Lifecycle, early: EarlyPoints, meetings: Meetings
     ) -> None:
-        self._config, self._steps, self._options, self._offers, self._dumps = config, steps, options, offers, dumps
-        self._recomputations, self._entry, self._early = recomputations, entry, early
-        self._meetings, self._rank_status, self._lock = meetings, rank_status, lock
+        self._config, self._steps, self._options = context.config, context.steps, context.rules.options
+        self._rank_status, self._lock, self._tally = context.status, context.lock, context.tally
+        self._offers, self._dumps, self._recomputations = tools.offers, tools.dumps, tools.recomputations
+        self.lifecycle, self.early, self.meetings = lifecycle, early, meetings
 
     def take(
         self,
@@ -84,7 +72,7 @@ class MatchedPoints:
                 return self._save(name, value, tags, options, site, module)
             if self._config.records_alone:
                 return self._record(name, value, tags, options, site, direction, module)
-            is_early = options.wait == "job" and self._entry.is_waiting
+            is_early = self.lifecycle.is_too_early(options)
             session = self.joined() if not is_early else None
             key = self._steps.next_key({**tags, "name": name}, self._config.key_tags)
             if module is not None and session is not None:
@@ -96,12 +84,12 @@ class MatchedPoints:
             taken = self._keep(key, offer, options, tags, site, direction, module) if saves else None
             if session is None:
                 grafted = offer.value
-                self._dumps.finish(taken, self._early.add(key, direction, offer, options, tags, site, module))
+                self._dumps.finish(taken, self.early.add(key, direction, offer, options, tags, site, module))
             else:
-                grafted = self._meetings.meet(session, key, direction, offer, options, tags, site, taken)
+                grafted = self.meetings.meet(session, key, direction, offer, options, tags, site, taken)
         except RunError as error:
-            self._rank_status.end_run(error, value, self._entry.session)
-            self._early.give_up_all()
+            self._rank_status.end_run(error, self.lifecycle.session)
+            self.early.give_up_all()
             return value
         except BaseException as error:
             self._rank_status.fault = error
@@ -113,31 +101,45 @@ class MatchedPoints:
     def joined(self) -> Session:
         """Waits until both jobs have joined. Raises what kept them from it, and what ended the run."""
         try:
-            session = self._entry.session or self._entry.joined()
+            session = self.lifecycle.session or self.lifecycle.joined()
         except GrafterError:
-            self._early.give_up_all()
+            self.early.give_up_all()
             raise
-        if self._early.points:
-            self._meetings.make_up(session, self._early)
-        self._meetings.say_step(session, self._steps.step)
+        if self.early.points:
+            self.meetings.make_up(session, self.early)
+        self.meetings.say_step(session, self._steps.step)
         return session
 
     def make_up_in_background(self) -> None:
         """As soon as both jobs have joined: this rank may have no further point for long."""
         rank_status = self._rank_status
         with self._lock:
-            if rank_status.is_closed or not self._early.points:
+            if rank_status.is_closed or not self.early.points:
                 return
             try:
                 self.joined()
             except BaseException as error:
                 # The next point raises it, too; so do those of all other ranks.
-                self._early.give_up_all()
+                self.early.give_up_all()
                 if not isinstance(error, RunError):
                     logger.exception("grafter: %s could not make up for its first points", rank_status.who)
                     error = RunError(f"{rank_status.who} could not make up for its first points: {error}")
                 with contextlib.suppress(RunError):
-                    rank_status.end_run(error, None, self._entry.session)
+                    rank_status.end_run(error, self.lifecycle.session)
+
+    def leave(self, session: Session | None, *, is_orderly: bool) -> None:
+        """This rank reaches no further point. What was deferred until both jobs had joined is exchanged now, or never.
+
+        is_orderly: the program has not ended with an error.
+        """
+        if session is not None and is_orderly:
+            with contextlib.suppress(RunError):
+                self.meetings.make_up(session, self.early)
+        self.early.give_up_all()
+        self._tally.outcomes.update(self.early.forgotten)
+        if session is not None and is_orderly:
+            with contextlib.suppress(RunError):
+                self.meetings.say_step(session, LEFT)
 
     def _save(
         self, name: str, value: Any, tags: dict[str, Any], options: PointOptions, site: str, module: str | None
@@ -146,7 +148,7 @@ class MatchedPoints:
         key = self._steps.next_key({**tags, "name": name}, self._config.key_tags)
         if callable(value) and not isinstance(value, torch.Tensor):
             value = value()
-        is_early = options.wait == "job" and self._entry.is_waiting
+        is_early = self.lifecycle.is_too_early(options)
         if module is not None and not self._config.only_dumps and not is_early:
             options, _ = among_holders(self.joined(), module, options)
         starts: tuple[int, ...] = ()
@@ -192,7 +194,7 @@ class MatchedPoints:
         missing: str,
     ) -> None:
         """A point that cannot meet anybody. missing: why."""
-        self._meetings.record_skipped(session, key, direction, tags, site, missing)
+        self.meetings.record_skipped(session, key, direction, tags, site, missing)
         if saves:
             offer = self._offers.take_up(value, options, key)
             part = self.recorded_part(offer, options, direction, site, module)

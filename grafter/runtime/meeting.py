@@ -129,7 +129,7 @@ class Meeting:
             sides = ((), header.participants)
         session.finished(sides, session.pairing.keys_to_delete(self._key, header))
         only_in = header.role if not_met.outcome == "skipped" else None
-        session.record({**self._line(sides, not_met.outcome, not_met.reason), "only_in": only_in})
+        session.ledger.record({**self._line(sides, not_met.outcome, not_met.reason), "only_in": only_in})
         return not_met.outcome
 
     def _hold(
@@ -194,7 +194,7 @@ class Meeting:
     ) -> tuple[Outcome, str | None]:
         session = self._session
         self.stage = "sending"
-        session.expect_failures()
+        session.ledger.expect_failures()
         outcome_key = store_keys(session.client.run_prefix, self._key.digest).outcome
         try:
             with without_gradient():
@@ -419,14 +419,14 @@ class Meeting:
         self.stage = "finishing"
         sent = not self._is_receiver and outcome in ("sent", "compared")
         # First, since the store, which the rest may need, can be lost.
-        session.record(self._line(course.sides, outcome, reason), self._key if sent else None)
+        session.ledger.record(self._line(course.sides, outcome, reason), self._key if sent else None)
         if outcome == "failed":
             self._log_failure(receivers if self._is_receiver else (), reason or "")
         deletable = session.pairing.keys_to_delete(self._key, self._header)
         if self._is_receiver and receivers:
             deletable += session.agreement.keys_to_delete(self._key, receivers, has_failed=outcome == "failed")
             if outcome == "failed" and not course.is_posted:
-                session.tell_failure(self._key, reason or "")
+                session.ledger.report_failure(self._key, reason or "")
         if course.is_posted:
             state = "taken" if outcome in ("grafted", "compared") else outcome
             session.pairing.claims.settle(self._key.digest, state, reason)
@@ -435,7 +435,7 @@ class Meeting:
     def _log_failure(self, receivers: Sequence[int], reason: str) -> None:
         """By one rank of each job. receivers: of this side, where there are any."""
         if self._session.place.role_rank == min(receivers or self._header.participants):
-            self._session.failures.add(self._key.name, self._key, reason)
+            self._session.ledger.failures.add(self._key.name, self._key, reason)
 
     def _line(self, sides: Sides, outcome: Outcome, reason: str | None) -> LedgerLine:
         key, place = self._key, self._session.place

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 from grafter.config.options import PointOptions
 from grafter.core.direction import Direction
@@ -18,38 +18,26 @@ from grafter.core.messages.offer import Offer
 from grafter.core.messages.participants import own_participants
 from grafter.core.messages.roster import other_role
 from grafter.core.messages.states import OutboxPlace
-from grafter.core.place import Place
 from grafter.core.points import PHASE, PointKey
 from grafter.core.records import LedgerRecord
 from grafter.core.unobserved import unobserved
 from grafter.runtime.early_points import EarlyPoints
 from grafter.runtime.meeting import Meeting
-from grafter.runtime.offer import OfferMaker
+from grafter.runtime.offer import PointTools
 from grafter.runtime.posting import Posting
-from grafter.runtime.rank_summary import Tally
-from grafter.runtime.recompute.recompute import Recomputations
+from grafter.runtime.rank_context import RankContext
 from grafter.runtime.session import Session
-from grafter.store.dumps.rank_dumps import RankDumps
 from grafter.store.dumps.taken import Taken
 
 
 class Meetings:
-    """Of one rank. Used under the lock of its points."""
+    """The meetings of one rank. Used under the lock of its points."""
 
-    def __init__(
-        self,
-        place: Place,
-        offers: OfferMaker,
-        dumps: RankDumps,
-        recomputations: Recomputations,
-        tally: Tally,
-        stats: Literal["full", "light", "off"],
-        says_steps: bool,
-    ) -> None:
-        """stats: how much is measured of each. says_steps: whether points may be one-sided."""
-        self.says_steps = says_steps
-        self._place, self._offers, self._dumps, self._recomputations = place, offers, dumps, recomputations
-        self._tally, self.stats = tally, stats
+    def __init__(self, context: RankContext, tools: PointTools) -> None:
+        # Whether points may be one-sided.
+        self.says_steps = bool(context.config.one_sided_settings)
+        self._place, self._tally, self._rules = context.place, context.tally, context.rules
+        self._offers, self._dumps, self._recomputations = tools.offers, tools.dumps, tools.recomputations
         self._sequence = 0
 
     def meet(
@@ -76,7 +64,7 @@ class Meetings:
         meeting = Meeting(session, key, direction, header, options, named)
         try:
             with unobserved():
-                grafted, outcome = meeting.hold(offer.leaves, offer.extras, self.stats, self._sequence)
+                grafted, outcome = meeting.hold(offer.leaves, offer.extras, self._rules.stats, self._sequence)
         except BaseException as error:
             self._dumps.finish_failed(taken, error)
             raise
@@ -135,7 +123,7 @@ class Meetings:
         """A point that cannot meet anybody is in the ledger, too."""
         self._sequence += 1
         self._tally.outcomes["skipped"] += 1
-        session.write_line(
+        session.ledger.write_line(
             LedgerRecord(
                 sequence=self._sequence, time=time.time(), name=key.name, tags=tags, step=key.step, phase=key.phase,
                 occurrence=key.occurrence, direction=direction, role=session.place.role,

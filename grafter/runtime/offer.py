@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,8 +24,10 @@ from grafter.core.place import Place
 from grafter.core.points import PointKey
 from grafter.core.signal_handlers import is_from_signal_handler
 from grafter.errors import LayoutError
+from grafter.runtime.recompute.recompute import Recomputations
 from grafter.runtime.session import Session
 from grafter.runtime.windows import Windows
+from grafter.store.dumps.rank_dumps import RankDumps
 
 # The rendezvous store takes texts of 8 MiB and drops the connection at a longer one. Each side's headers are one text.
 MOST_DESCRIBED_BYTES = 7 << 20
@@ -45,8 +48,17 @@ class PointTooLarge(Exception):
     """The other ranks cannot be told of so many leaves; the text says how many there are, and the limit."""
 
 
+@dataclass(frozen=True)
+class PointTools:
+    """What handles the values of one rank's points: it prepares them, saves them, keeps them for a recomputation."""
+
+    offers: OfferMaker
+    dumps: RankDumps
+    recomputations: Recomputations
+
+
 class OfferMaker:
-    """One per rank."""
+    """What prepares the values of one rank's points, and describes them to the other ranks."""
 
     def __init__(self, config: GrafterConfig, place: Place) -> None:
         self._config, self._place = config, place

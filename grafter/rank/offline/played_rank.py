@@ -18,18 +18,18 @@ from typing import Any, cast
 
 import torch
 
-from grafter.config.direction_filters import DirectionFilters
 from grafter.config.options import PointOptions
 from grafter.config.settings.config import GrafterConfig
 from grafter.core.direction import Direction, receiver_role, sender_role
 from grafter.core.messages.announced_models import AnnouncedHooks
 from grafter.core.messages.offer import Offer
 from grafter.core.messages.roster import PlayedFrom, other_role
+from grafter.core.point_fate import fate_of
 from grafter.core.points import PointKey, identify, traced_call_site
 from grafter.errors import GrafterError, RunError, UsageError
 from grafter.rank.grafter import Grafter
-from grafter.runtime.gradients.gradients import PHASE as BACKWARD
-from grafter.runtime.gradients.gradients import WatchedGradient
+from grafter.runtime.gradients.watched import PHASE as BACKWARD
+from grafter.runtime.gradients.watched import WatchedGradient
 from grafter.runtime.meetings import Meetings
 from grafter.runtime.offer import OfferMaker
 from grafter.runtime.session import Session
@@ -105,7 +105,6 @@ class PlayedGrafter(Grafter):
         config = config.model_copy(update=patient)
         super().__init__(config)
         self._rank = rank
-        self.filters = DirectionFilters(config.filters)
         self._live_job_left = False
 
     def play(self) -> None:
@@ -114,14 +113,14 @@ class PlayedGrafter(Grafter):
         """
         try:
             # It joins even if nothing matches, because the live job waits for every rank.
-            session = self._begin()
+            session = self._begin_to_play()
             for step, of_step in groupby(self._rank.points, key=lambda one: one.record.step):
                 self._play_step(session, step, list(of_step))
             self._end_gradients(session)
         except RunError as error:
             if not self._has_live_job_left():
                 raise
-            self.rank_status.fault = None
+            self.context.status.fault = None
             logger.info("grafter: %s: %s", self._who, self._left_early(error))
 
     # What a Grafter asks for.
@@ -136,9 +135,9 @@ class PlayedGrafter(Grafter):
 
     @property
     def _who(self) -> str:
-        return f"{self._place.who}, {self._rank.played_from}"
+        return f"{self.context.place.who}, {self._rank.played_from}"
 
-    def _begin(self) -> Session:
+    def _begin_to_play(self) -> Session:
         self.begin()
         session = self.session
         hear = session.housekeeping.on_second
@@ -191,9 +190,10 @@ class PlayedGrafter(Grafter):
             return None
         record, tags = one.record, one.tags
         full = {**tags, "name": record.name, "step": record.step, "phase": BACKWARD}
-        direction = self.filters.direction_of(full)
-        options = self.options.options_of(record.name, one.given)
-        if direction is None or not options.gradients:
+        rules = self.context.rules
+        direction, options = rules.filters.direction_of(full), rules.options.options_of(record.name, one.given)
+        fate = fate_of(self.lifecycle.situation_of(direction, options, is_saved=False))
+        if direction is None or fate == "ignore" or not options.gradients:
             return None
         key = PointKey(record.name, identify(tags, self.config.key_tags), record.step, BACKWARD, record.occurrence)
         options = replace(options, write="return", gradient="straight_through", wait="both")
@@ -210,10 +210,12 @@ class PlayedGrafter(Grafter):
                     # A Grafter passes it on to `take_up` without looking at it.
                     value = cast(torch.Tensor, one)
                     if is_parameter:
-                        gradients.meet(session, watched, value)
+                        gradients.outcomes.exchange(session, watched, value)
                     elif one.never_came:
                         continue
-                    elif self._place.role == sender_role(watched.direction) and watched.options.one_sided == "raise":
+                    elif self.context.place.role == sender_role(watched.direction) and (
+                        watched.options.one_sided == "raise"
+                    ):
                         gradients.pending.offer(watched, value)
                     else:
                         gradients.pending.came(watched, value)
@@ -222,7 +224,7 @@ class PlayedGrafter(Grafter):
     def _end_gradients(self, session: Session) -> None:
         if self.gradients is not None:
             with self.lock, torch.no_grad():
-                self.gradients.pending.end_step(session)
+                self.gradients.end_step(session)
 
     # The live job's end.
 
@@ -234,7 +236,7 @@ class PlayedGrafter(Grafter):
         if wait.one_sided:
             # What is left of the recording is in it alone.
             return
-        live = other_role(self._place.role)
+        live = other_role(self.context.place.role)
         ranks = [session.roster.graft_rank(live, member.role_rank) for member in session.roster.side(live)]
         lines = session.housekeeping.read_board(client, ranks)
         # Waits for gradients are not checked anywhere else.
@@ -251,11 +253,11 @@ class PlayedGrafter(Grafter):
 
     def _has_live_job_left(self) -> bool:
         """Whether the live job has left normally, whichever rank of this job noticed it first."""
-        if self._live_job_left or self.entry.session is None:
+        if self._live_job_left or self.lifecycle.session is None:
             return self._live_job_left
-        lines = self.entry.session.housekeeping.last_seen(other_role(self._place.role))
+        lines = self.lifecycle.session.housekeeping.last_seen(other_role(self.context.place.role))
         return bool(lines) and all(line.state == "left" and not line.note for line in lines)
 
     def _left_early(self, error: RunError) -> str:
-        met = sum(self._tally.outcomes.values())
+        met = sum(self.context.tally.outcomes.values())
         return f"the live job has left; it reached {met} of {len(self._rank.points)} recorded points"
