@@ -227,6 +227,8 @@ class Meeting:
         return outcome, settled.refusal
 
     def _error_of(self, settled: Settled, receiving: _Receiving) -> BaseException | None:
+        if settled.fault is None and not settled.held:
+            return None
         error = settled.error
         if settled.refusal is not None or settled.fault is None:
             return error

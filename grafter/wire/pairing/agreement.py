@@ -46,7 +46,8 @@ class Agreement:
         log = self._log(key, receivers)
         settled = CriticalSection(log, self._role_rank, receivers, work, self._who).run()
         log.close()
-        self._tell(key, settled)
+        if settled.is_refused_here:
+            self._tell(key, settled)
         return settled
 
     def leave(self, key: PointKey, receivers: tuple[int, ...], error: BaseException) -> None:
