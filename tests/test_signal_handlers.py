@@ -219,9 +219,9 @@ def test_while_a_value_is_made_it_refuses_no_point_by_itself(alarm: Callable[...
 def test_while_a_checksum_is_taken(alarm: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(meeting, "checksum_of_values", alarm)
     resharding = SimpleNamespace(copies_with=lambda rank: (0, 1))
-    stub, decision = SimpleNamespace(_header=SimpleNamespace(role_rank=0)), SimpleNamespace(reshardings=[resharding])
+    stub = SimpleNamespace(_header=SimpleNamespace(role_rank=0))
     with pytest.raises(OwnError):
-        Meeting._copy(stub, decision, 0, torch.zeros(1))  # type: ignore[arg-type]
+        Meeting._copy(stub, resharding, torch.zeros(1))  # type: ignore[arg-type]
 
 
 def test_while_a_vote_log_is_made_nobody_hears_that_there_is_none(

@@ -22,6 +22,7 @@ from grafter.core.messages.manifest import Header, Pair, store_keys
 from grafter.core.messages.states import NotMet
 from grafter.core.plan.decision import Decision, decide
 from grafter.core.plan.paired_rows import PairedRows
+from grafter.core.plan.resharding import Resharding
 from grafter.core.plan.transfer_plan import TransferPlan, make_plan
 from grafter.core.points import PointKey
 from grafter.core.processes.watch import Abandoned, PeerGone
@@ -216,7 +217,7 @@ class Meeting:
             outcome: Outcome = "failed"
         else:
             outcome = "compared" if self._direction == "compare" else "grafted"
-        arrived = self._error_of(settled, receiving)
+        arrived = self._error_of(settled, receiving) if settled.held or settled.fault is not None else None
         if arrived is not None:
             with contextlib.suppress(RunError):
                 self._finish(course, outcome, settled.refusal)
@@ -227,8 +228,6 @@ class Meeting:
         return outcome, settled.refusal
 
     def _error_of(self, settled: Settled, receiving: _Receiving) -> BaseException | None:
-        if settled.fault is None and not settled.held:
-            return None
         error = settled.error
         if settled.refusal is not None or settled.fault is None:
             return error
@@ -359,8 +358,10 @@ class Meeting:
                     logger.warning("grafter: no statistics of %s: %s: %s", self._key, type(error).__name__, error)
             if incoming and incoming[index].replicas is not None:
                 figures["replicas"] = incoming[index].replicas
-            if incoming and (copy := self._copy(decision, index, incoming[index].target)) is not None:
-                figures["copy_of"] = copy
+            if incoming and decision.reshardings is not None:
+                copy = self._copy(decision.reshardings[index], incoming[index].target)
+                if copy is not None:
+                    figures["copy_of"] = copy
             records.append(record.model_copy(update=figures) if figures else record)
         self._leaf_records = records
 
@@ -373,10 +374,9 @@ class Meeting:
             return "GRAFTER_STATS=off: no figures were taken"
         return self._no_figures or f"no figures of {missing or 'the tensor'} were taken"
 
-    def _copy(self, decision: Decision, leaf: int, target: torch.Tensor) -> CopyRecord | None:
+    def _copy(self, resharding: Resharding, target: torch.Tensor) -> CopyRecord | None:
         """This rank's copy, where other receivers have copies that are to be compared with it, by all ledgers."""
-        reshardings = decision.reshardings
-        ranks = reshardings[leaf].copies_with(self._header.role_rank) if reshardings is not None else ()
+        ranks = resharding.copies_with(self._header.role_rank)
         if not ranks:
             return None
         try:
