@@ -107,7 +107,8 @@ class MatchedPoints:
             raise
         if self.early.points:
             self.meetings.make_up(session, self.early)
-        self.meetings.say_step(session, self._steps.step)
+        if self.meetings.says_steps:
+            self.meetings.say_step(session, self._steps.step)
         return session
 
     def make_up_in_background(self) -> None:
