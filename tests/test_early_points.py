@@ -13,7 +13,7 @@ from outbox_parts import join, outcomes, point_keys, until_nothing_is_pending
 
 import grafter
 from grafter.core.points import PointKey
-from grafter.runtime import early_points
+from grafter.runtime import deferred_points
 from grafter.runtime.lifecycle import Lifecycle
 from grafter.store.dumps.reader import open_dumps
 
@@ -105,7 +105,7 @@ def come_early(rank: Rank) -> Any:
         Lifecycle.is_waiting = property(lambda self: True)  # type: ignore[method-assign, assignment]
     got = grafter.dump("h", torch.full((2,), float(rank.is_baseline)))
     Lifecycle.is_waiting = is_waiting  # type: ignore[method-assign]
-    grafter._calls._active().matched.make_up_in_background()
+    grafter._calls._active().dispatch.catch_up_in_background()
     if rank.is_baseline:
         rank.tell(f"posted {rank.role_rank}")
     assert until_nothing_is_pending() == 0
@@ -317,7 +317,7 @@ def test_dumps_of_a_run_that_gets_another_name_are_told(tmp_path: Path) -> None:
 
 
 def come_to_points_of_ones_own(rank: Rank) -> int:
-    early_points._MOST_KEPT = 4
+    deferred_points._MOST_KEPT = 4
     (which,) = rank.arguments
     for number in range(6):
         grafter.dump("h", torch.ones(2), number=number)
@@ -358,7 +358,7 @@ def post_many_and_ask(rank: Rank) -> int:
         grafter.dump("h", torch.ones(2), number=number)
     rank.tell("went on")
     highest = 0
-    while grafter._calls._active().matched.early.points:
+    while grafter._calls._active().dispatch.deferred.points:
         highest = max(highest, grafter.pending().entries)
     rank.tell("made up")
     assert highest > 0

@@ -23,9 +23,9 @@ from grafter.core.messages.wire import Seal
 from grafter.core.place import Place
 from grafter.core.signal_handlers import is_from_signal_handler
 from grafter.core.user_transform import GraftTransformInput, transform_of
-from grafter.runtime import meeting
-from grafter.runtime.meeting import Meeting
+from grafter.runtime import leaf_figures
 from grafter.runtime.point_ledger import PointLedger
+from grafter.runtime.point_receiver import ReceivedPoint
 from grafter.store.written_files import LineFile
 from grafter.wire.pairing import shared_ballots
 from grafter.wire.pairing.host_votes import HostLogs
@@ -208,20 +208,22 @@ def test_a_line_whose_end_a_handler_kept_from_being_noted_is_taken_back(
 def test_while_a_value_is_made_it_refuses_no_point_by_itself(alarm: Callable[..., Any]) -> None:
     """`write="return"`: the critical section holds it and leaves the point; the reason is not a failed transform."""
     stub = SimpleNamespace(
-        _take_in=lambda *_: ([], None), _measure=lambda *_: None, end_stage=lambda *_: None, _write=alarm,
-        _options=SimpleNamespace(write="return"), _explain=str, _direction="b2t",
-        _at_hand=(None, SimpleNamespace(decision=None), None, None, "off"),
+        _take_in=lambda *_: None, _figures=SimpleNamespace(measure=lambda *_: None), _end_stage=lambda *_: None,
+        _paired=SimpleNamespace(leaves=None), _incoming=[], _write_all=alarm, _writes=True,
+        _options=SimpleNamespace(write="return"), _explain=str,
     )  # fmt: skip
     with pytest.raises(OwnError):
-        Meeting.prepare(stub)  # type: ignore[arg-type]
+        ReceivedPoint.prepare(stub)  # type: ignore[arg-type]
 
 
 def test_while_a_checksum_is_taken(alarm: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(meeting, "checksum_of_values", alarm)
+    monkeypatch.setattr(leaf_figures, "checksum_of_values", alarm)
     resharding = SimpleNamespace(copies_with=lambda rank: (0, 1))
-    stub = SimpleNamespace(_header=SimpleNamespace(role_rank=0))
+    unused: Any = None
+    header: Any = SimpleNamespace(role_rank=0)
+    figures = leaf_figures.LeafFigures(unused, header, unused, "full")
     with pytest.raises(OwnError):
-        Meeting._copy(stub, resharding, torch.zeros(1))  # type: ignore[arg-type]
+        figures._copy(resharding, torch.zeros(1))  # type: ignore[arg-type]
 
 
 def test_while_a_vote_log_is_made_nobody_hears_that_there_is_none(

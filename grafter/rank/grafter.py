@@ -1,7 +1,7 @@
 """The story of one tensor begins here: what users call, and which calls are points that a filter matches.
 
 dump        tags, direction  ->  no filter matches: its value is returned
-            one that matches (matched_points)  ->  key  ->  offer  ->  meetings  ->  meeting
+            one that matches (dispatch)  ->  its fate, key and local value  ->  point_exchange
             in a recomputation (repeated_points)  ->  what the forward pass wrote, again
 begin       joins, at the first call, on a thread of its own (lifecycle)
 step        counts up, and changes the settings that are to change (rank_control)
@@ -32,12 +32,11 @@ from grafter.core.points import LOOKED_AT, PHASE, call_site, split_options, surr
 from grafter.core.sizes import read_size
 from grafter.errors import GrafterError, JoinError, RunError
 from grafter.rank.peer import Peer, start_peer
-from grafter.runtime.early_points import EarlyPoints
+from grafter.runtime.deferred_points import DeferredPoints
+from grafter.runtime.dispatch import Dispatch
 from grafter.runtime.gradients.gradients import GradientPoints
 from grafter.runtime.lifecycle import Introduction, JoinAttempt, Lifecycle
-from grafter.runtime.matched_points import MatchedPoints
-from grafter.runtime.meetings import Meetings
-from grafter.runtime.offer import OfferMaker, PointTools
+from grafter.runtime.local_value import LocalValues, PointTools
 from grafter.runtime.point_rules import SettingsChange
 from grafter.runtime.rank_context import RankContext
 from grafter.runtime.rank_control import RankControl
@@ -67,8 +66,8 @@ class Grafter:
     # Whether what the filters choose is saved here.
     saves_points = True
     # What prepares a point's value, and what exchanges it with the other job.
-    offer_maker = OfferMaker
-    meeting_maker = Meetings
+    values_class = LocalValues
+    dispatch_class = Dispatch
     # Whether this process has had one.
     is_made = False
 
@@ -86,17 +85,16 @@ class Grafter:
         self.control = RankControl(context)
         before = BeforeJoining(Memory(read_size(config.outbox_bytes)), self.control)
         self.lifecycle = Lifecycle(context, self.models, before)
-        offers = self.offer_maker(config, context.place)
-        dumps = RankDumps(config, context.place, offers.axes, self.lifecycle.run_directory)
+        values = self.values_class(config, context.place)
+        dumps = RankDumps(config, context.place, values.axes, self.lifecycle.run_directory)
         self.recomputations = Recomputations(self.steps)
-        self.tools = PointTools(offers, dumps, self.recomputations)
-        early = EarlyPoints(context, self.tools, before.outbox)
-        self.meetings = self.meeting_maker(context, self.tools)
-        self.matched = MatchedPoints(context, self.tools, self.lifecycle, early, self.meetings)
+        self.tools = PointTools(values, dumps, self.recomputations)
+        deferred = DeferredPoints(context, self.tools, before.outbox)
+        self.dispatch = self.dispatch_class(context, self.tools, self.lifecycle, deferred)
         self._repeated = RepeatedPoints(context, self.recomputations)
         self.gradients: GradientPoints | None = None
         if self._rules.has_gradients:
-            self.gradients = GradientPoints(context, self.tools, self.matched)
+            self.gradients = GradientPoints(context, self.tools, self.dispatch)
             self.dump_point = self._dump_with_gradients  # type: ignore[method-assign]
         if config.warm_up:
             self._begin_warm_up()
@@ -158,7 +156,7 @@ class Grafter:
                 # Before the lock, which may belong to a thread that does not exist here.
                 self.context.status.refuse_where_impossible(name, call_site())
             with self.lock:
-                return self.matched.take(name, value, tags, {**around.options}, direction, saves, module)
+                return self.dispatch.take(name, value, tags, {**around.options}, direction, saves, module)
         except GrafterError as error:
             # The way through our own files says nothing to the user, unless they debug us.
             if logger.isEnabledFor(logging.DEBUG):
@@ -205,7 +203,7 @@ class Grafter:
             for change in self.control.end_step():
                 self._change_settings(change)
                 self.control.has_taken_over(change)
-            if self.meetings.says_steps:
+            if self.dispatch.says_steps:
                 self._say_step()
 
     def _say_step(self) -> None:
@@ -213,9 +211,9 @@ class Grafter:
         lifecycle = self.lifecycle
         if lifecycle.session is None and lifecycle.join_attempt is not None and lifecycle.join_attempt.is_over:
             with contextlib.suppress(GrafterError):
-                self.matched.joined()
+                self.dispatch.joined()
         if lifecycle.session is not None:
-            self.meetings.say_step(lifecycle.session, self.steps.step)
+            self.dispatch.say_step(lifecycle.session, self.steps.step)
 
     def _change_settings(self, change: SettingsChange) -> None:
         """In the first step in which a change of the run is in force. May be done twice."""
@@ -243,7 +241,7 @@ class Grafter:
     @property
     def axes(self) -> tuple[tuple[str, int, int], ...]:
         """The place of this rank on its job's mesh: (axis, coordinate, size)."""
-        return self.tools.offers.axes(None)
+        return self.tools.values.axes(None)
 
     def dump_model(self, model: torch.nn.Module) -> int:
         """All weights as points. See `grafter.dump_model`."""
@@ -269,7 +267,7 @@ class Grafter:
 
     def pending(self) -> Pending:
         """What lies in this rank's outbox. See `grafter.pending`."""
-        early, session = self.matched.early.pending, self.lifecycle.session
+        early, session = self.dispatch.deferred.pending, self.lifecycle.session
         posted = session.outbox.pending if session is not None else Pending()
         return Pending(*map(sum, zip(astuple(early), astuple(posted), strict=True)))
 
@@ -312,7 +310,7 @@ class Grafter:
                 self.gradients.close()
             tally.dumps.update(dumps.close())
             tally.left_out.update(dumps.limits.left_out)
-        self.matched.leave(session, is_orderly=error is None)
+        self.dispatch.leave(session, is_orderly=error is None)
         directory = self.lifecycle.leave(session, filters, error)
         if self._peer is not None:
             self._peer.close()
@@ -357,7 +355,7 @@ class Grafter:
         attempt.conclude()
         if error is None:
             # This rank may have no further point for long.
-            self.matched.make_up_in_background()
+            self.dispatch.catch_up_in_background()
 
     def announced_hooks(self) -> AnnouncedHooks:
         """The modules that this rank has hooks on, and their models."""
@@ -380,4 +378,4 @@ class Grafter:
     def session(self) -> Session:
         """Waits until both jobs have joined."""
         with self.lock:
-            return self.matched.joined()
+            return self.dispatch.joined()

@@ -22,12 +22,12 @@ from torch.utils import _pytree as pytree
 from grafter.config.names import PointName
 from grafter.core.point_fate import fate_of
 from grafter.core.points import call_site, check_tags, split_options, surroundings
+from grafter.runtime.dispatch import Dispatch
 from grafter.runtime.gradients.outcomes import GradientOutcomes
 from grafter.runtime.gradients.parameters import ParameterGradients
 from grafter.runtime.gradients.pending import PendingGradients
 from grafter.runtime.gradients.watched import PHASE, SavedGradient, WatchedGradient
-from grafter.runtime.matched_points import MatchedPoints
-from grafter.runtime.offer import PointTools
+from grafter.runtime.local_value import Point, PointTools
 from grafter.runtime.rank_context import RankContext
 from grafter.runtime.recompute.regions import current_recomputation
 from grafter.runtime.session import Session
@@ -38,9 +38,9 @@ Register = Callable[[str], WatchedGradient | SavedGradient | None]
 class GradientPoints:
     """The gradients of one rank's points, and of its parameters."""
 
-    def __init__(self, context: RankContext, tools: PointTools, matched: MatchedPoints) -> None:
-        self._context, self._tools, self._lifecycle = context, tools, matched.lifecycle
-        self.outcomes = GradientOutcomes(context, tools, matched)
+    def __init__(self, context: RankContext, tools: PointTools, dispatch: Dispatch) -> None:
+        self._context, self._tools, self._lifecycle = context, tools, dispatch.lifecycle
+        self.outcomes = GradientOutcomes(context, tools, dispatch)
         self.pending = PendingGradients(self.outcomes)
         self._parameters = ParameterGradients(context, tools, self.outcomes)
         self._end_is_queued = self._parameters_are_queued = False
@@ -93,9 +93,10 @@ class GradientPoints:
             check_tags(tags)
             key = steps.next_key({**tags, "name": point}, key_tags, PHASE)
             options = replace(options, write="return", gradient="straight_through")
-            if direction is None or fate in ("save", "record"):
-                return SavedGradient(key, dict(tags), options, call_site(), module, direction)
-            return WatchedGradient(key, direction, dict(tags), options, call_site(), module, saves)
+            gradient = Point(key, direction, options, dict(tags), call_site(), module)
+            if fate in ("save", "record"):
+                return SavedGradient(gradient)
+            return WatchedGradient(gradient, saves)
 
         return register
 

@@ -17,7 +17,7 @@ from grafter.core.untraced import untraced
 from grafter.errors import UsageError
 from grafter.runtime.gradients.outcomes import GradientOutcomes
 from grafter.runtime.gradients.watched import PHASE, SavedGradient, WatchedGradient
-from grafter.runtime.offer import PointTools
+from grafter.runtime.local_value import Point, PointTools
 from grafter.runtime.rank_context import RankContext
 
 logger = logging.getLogger("grafter")
@@ -27,7 +27,7 @@ class ParameterGradients:
     """The gradients of one rank's parameters, which each backward pass adds to. Both sides reach them by name order."""
 
     def __init__(self, context: RankContext, tools: PointTools, outcomes: GradientOutcomes) -> None:
-        self._context, self._tools, self._outcomes = context, tools, outcomes
+        self._context, self._dumps, self._outcomes = context, tools.dumps, outcomes
         # Whether they are points when an optimizer steps, and not before.
         self.waits_for_optimizer = context.config.weight_gradients == "optimizer_step"
         self._arrived: dict[str, tuple[PointName, torch.Tensor]] = {}
@@ -95,7 +95,7 @@ class ParameterGradients:
         rules, step = self._context.rules, self._context.steps.step
         full = {**name.tags, "name": name.name, "step": step, "phase": PHASE}
         direction = rules.filters.direction_of(full)
-        saves = self._tools.dumps.accepts(direction, step, is_chosen=rules.filters.saves(full))
+        saves = self._dumps.accepts(direction, step, is_chosen=rules.filters.saves(full))
         return direction, saves, rules.options.options_of(name.name, {})
 
     def _dump(self, name: PointName, gradient: torch.Tensor, *, is_used: bool) -> None:
@@ -110,11 +110,12 @@ class ParameterGradients:
         key = context.steps.next_key({**name.tags, "name": name.name}, context.config.key_tags, PHASE)
         options = replace(options, write="in_place", gradient="straight_through")
         site = f"the parameter {name.name}"
-        saved = SavedGradient(key, dict(name.tags), options, site, direction=direction, is_parameter=True)
+        point = Point(key, direction, options, dict(name.tags), site, is_parameter=True)
+        saved = SavedGradient(point)
         if direction is None or outcomes.fate_of(saved) in ("save", "record"):
             outcomes.save(saved, gradient)
             return
-        watched = WatchedGradient(key, direction, dict(name.tags), options, site, saves=saves, is_parameter=True)
+        watched = WatchedGradient(point, saves)
         outcomes.snapshot(watched, gradient)
         if outcomes.fate_of(watched) == "defer":
             outcomes.defer(watched, gradient)

@@ -41,7 +41,7 @@ class PendingGradients:
         """A gradient is to arrive in this step."""
         if isinstance(point, WatchedGradient):
             self.watched[point.key.digest] = point
-        elif point is not None and point.direction is not None:
+        elif point is not None and point.point.direction is not None:
             self.recorded.append(point)
 
     # In the backward pass.
@@ -62,7 +62,7 @@ class PendingGradients:
             return None
         session = self.outcomes.session
         if session.place.role == sender_role(watched.direction):
-            if watched.options.is_posted(session.place.role, watched.direction):
+            if watched.point.options.is_posted(session.place.role, watched.direction):
                 # It lies in the outbox from here on, and no receiver has to ask for it.
                 self._settle(watched)
                 self.outcomes.exchange(session, watched, gradient)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from grafter.config.options import PointOptions
 from grafter.core.direction import Direction
 from grafter.core.points import PointKey
+from grafter.runtime.local_value import Point
 
 if TYPE_CHECKING:
     import torch
@@ -22,30 +22,34 @@ NO_GRADIENT = "no gradient came to this point"
 class WatchedGradient:
     """A gradient that is expected, and exchanged. taken: as it arrived, where it is saved, until it is exchanged."""
 
-    key: PointKey
-    direction: Direction
-    tags: dict[str, Any]
-    options: PointOptions
-    call_site: str
-    module: str | None = None
+    point: Point
     saves: bool = False
-    is_parameter: bool = False
     gradient: torch.Tensor | None = None
     met: bool = False
     # Its step is over, and it had not arrived by then.
     ended: bool = False
     taken: Taken | None = None
 
+    @property
+    def key(self) -> PointKey:
+        """What identifies it in both jobs."""
+        return self.point.key
+
+    @property
+    def direction(self) -> Direction:
+        """Which way it goes."""
+        assert self.point.direction is not None
+        return self.point.direction
+
 
 @dataclass
 class SavedGradient:
-    """A gradient that is only saved when it arrives. direction: where it is recorded for a later graft."""
+    """A gradient that is only saved when it arrives. Its point has a direction if it is recorded for a later graft."""
 
-    key: PointKey
-    tags: dict[str, Any]
-    options: PointOptions
-    call_site: str
-    module: str | None = None
-    direction: Direction | None = None
-    is_parameter: bool = False
+    point: Point
     came: bool = False
+
+    @property
+    def key(self) -> PointKey:
+        """What identifies it in the job."""
+        return self.point.key
