@@ -13,6 +13,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import logging
+import os
 import threading
 from dataclasses import astuple
 from typing import Any
@@ -80,6 +81,7 @@ class Grafter:
         # From the first call on there is a run: joining has begun, or, where points are only saved, its directory is
         # there.
         self.has_begun = False
+        self._is_recorded = config.record
         self._peer: Peer | None = None
         self.models = AttachedModels(self, context)
         self.control = RankControl(context)
@@ -141,15 +143,16 @@ class Grafter:
         if direction is None and not saves:
             self._unmatched[name] += 1
             return value
-        saves = self.tools.dumps.accepts(direction, self.steps.step, is_chosen=saves)
-        if direction is None and not saves:
-            return value
+        if saves or self._is_recorded:
+            saves = self.tools.dumps.accepts(direction, self.steps.step, is_chosen=saves)
+            if direction is None and not saves:
+                return value
         for own in ("name", "step", "phase"):
             del tags[own]
         if is_being_traced():
             return value
         try:
-            if self.context.status.is_forked:
+            if os.getpid() != self.context.status.process_id:
                 if direction is None:
                     self.tools.dumps.tell_fork(name, call_site())
                     return value

@@ -78,7 +78,7 @@ class PointPosting:
         place, roster = session.place, session.roster
         key, options = self._point.key, self._point.options
         participants = tuple(roster.graft_rank(place.role, rank) for rank in header.participants)
-        keys = store_keys(session.client.run_prefix, key.digest)
+        keys = store_keys(session.run_prefix, key.digest)
         posted = open_state(place.role, min(header.participants))
         step = key.step if self._is_kept else None
         entry = Entry(keys, posted, self._direction, participants, slot, nbytes, step)

@@ -201,7 +201,8 @@ class Dispatch:
         except BaseException as error:
             self._dumps.finish_failed(taken, error)
             raise
-        self._dumps.finish(taken, outcome, grafted)
+        if taken is not None:
+            self._dumps.finish(taken, outcome, grafted)
         if options.new_rows_only and exchange.rows is not None and outcome in ("grafted", "compared", "sent"):
             self._values.windows.advance(point.key, exchange.rows.reached(header))
         if point.key.phase == PHASE:

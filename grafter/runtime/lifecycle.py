@@ -179,6 +179,7 @@ class Lifecycle:
 
     def __init__(self, context: RankContext, models: HookedModels, before: BeforeJoining) -> None:
         self._context, self._models, self._before = context, models, before
+        self._records_alone = context.config.records_alone
         self._alone_directory: Path | None = None
         self.join_attempt: JoinAttempt | None = None
         # None until both jobs have joined, and where this one is alone.
@@ -203,8 +204,8 @@ class Lifecycle:
     def situation_of(self, direction: Direction | None, options: PointOptions, *, is_saved: bool) -> PointSituation:
         """What the fate of a point depends on, as long as nothing is known of the other job's modules."""
         context = self._context
-        is_detached, records_alone = context.status.detached is not None, context.config.records_alone
-        return PointSituation(direction, is_saved, is_detached, records_alone, self.is_too_early(options))
+        is_detached, is_too_early = context.status.detached is not None, options.wait == "job" and self.is_waiting
+        return PointSituation(direction, is_saved, is_detached, self._records_alone, is_too_early)
 
     def is_too_early(self, options: PointOptions) -> bool:
         """Whether both jobs have not joined yet, and a point with these options does not wait for that."""

@@ -227,7 +227,7 @@ class SentPoint(PointExchange):
             tensors = [own.of(tensor) for own, tensor in zip(rows, tensors, strict=True)]
         self.stage = "sending"
         session.ledger.expect_failures()
-        outcome_key = store_keys(session.client.run_prefix, self._key.digest).outcome
+        outcome_key = store_keys(session.run_prefix, self._key.digest).outcome
         try:
             with without_gradient():
                 self._bytes_sent = session.transfer.send(

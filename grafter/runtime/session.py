@@ -76,6 +76,8 @@ class Session:
         """
         self.place, self.roster, self.graft_rank = membership.place, membership.roster, membership.graft_rank
         self.client, self.housekeeping = membership.client, membership.housekeeping
+        # What the keys of this run begin with in the store.
+        self.run_prefix = self.client.run_prefix
         self._server, self._channels, self._control = membership.server, channels, before.control
         self.run_directory = Path(config.dir) / membership.run_name
         self.timeout = timeout = config.timeout
@@ -88,11 +90,9 @@ class Session:
         self.agreement = Agreement(self.client, courier, self.roster, self.place.role, self.place.role_rank, timeout)
         before.check(self.run_directory)
         before.refuse_earlier_dumps(self.run_directory, membership)
-        self.ledger = PointLedger(self.place, self.run_directory, self.client.run_prefix, self.housekeeping)
+        self.ledger = PointLedger(self.place, self.run_directory, self.run_prefix, self.housekeeping)
         self.outbox = self._make_outbox(config, before)
-        self.puller = Puller(
-            self.roster, self.graft_rank, self.transfer.staging, self.client.seal, self.client.run_prefix
-        )
+        self.puller = Puller(self.roster, self.graft_rank, self.transfer.staging, self.client.seal, self.run_prefix)
         self.delivery: Delivery | None = None
         if not all(self.roster.share_memory(self.graft_rank, other) for other in range(len(self.roster.all))):
             own_address = local_address_towards(config.master_address, config.master_port or 0)
@@ -118,7 +118,7 @@ class Session:
             self.housekeeping,
             self.timeout,
             shared_memory,
-            self.client.run_prefix,
+            self.run_prefix,
             lambda: connect(address, port, timeout=30, keep_trying=lambda: True),
             lambda: local_address_towards(address, port),
         )
