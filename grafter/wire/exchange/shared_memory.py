@@ -117,7 +117,7 @@ class SharedMemoryExchange(Exchange):
         notified: each gets one last message, even if an exception of the program, such as Ctrl-C, ends this call.
         """
         failure: Abandoned | None = None
-        receivers = list(dict.fromkeys(item.piece.receiver for item in outgoing))
+        receivers = list({item.piece.receiver: None for item in outgoing})
         key = _word_key(plan.digest, self._graft_rank)
         try:
             while receivers:
