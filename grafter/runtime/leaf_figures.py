@@ -111,7 +111,8 @@ class LeafFigures:
     @property
     def worst(self) -> LeafRecord | None:
         """The leaf that differs most; None before `measure`."""
-        return max(self.records, key=_badness, default=None)
+        records = self.records
+        return max(records, key=_badness) if len(records) > 1 else records[0] if records else None
 
 
 @lru_cache(maxsize=4096)

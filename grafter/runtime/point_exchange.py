@@ -138,8 +138,8 @@ class PointExchange(ABC):
 
     def _end_stage(self, stage: str) -> None:
         """All time since the end of the stage before belongs to this one."""
-        now = time.perf_counter()
-        self._seconds[stage] = self._seconds.get(stage, 0.0) + now - self._stage_since
+        now, seconds = time.perf_counter(), self._seconds
+        seconds[stage] = seconds.get(stage, 0.0) + now - self._stage_since
         self._stage_since = now
 
     # The end.

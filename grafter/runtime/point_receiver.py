@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from functools import lru_cache
 from typing import Any
 
+from grafter.config.options import PointOptions
 from grafter.core.messages.manifest import Header, Pair
 from grafter.core.plan.assembly import Values
 from grafter.core.plan.point_plan import PointPlan
@@ -137,7 +139,7 @@ class ReceivedPoint(PointExchange, Work):
 
     def _write_all(self, paired: PairedPoint) -> None:
         """Continues with the first leaf that is not known to be written."""
-        mode, written, incoming = WriteMode(self._options.write, self._options.gradient), self._written, self._incoming
+        mode, written, incoming = _write_mode(self._options), self._written, self._incoming
         originals = paired.leaves.originals
         while (index := len(written)) < len(incoming):
             written.append(incoming[index].write(originals[index], mode))
@@ -189,7 +191,7 @@ class ReceivedPoint(PointExchange, Work):
 
     def _check(self, paired: PairedPoint, incoming: list[IncomingLeaf]) -> None:
         """Raises WriteRefused where a leaf cannot be compared, or may not be written."""
-        mode, originals = WriteMode(self._options.write, self._options.gradient), paired.leaves.originals
+        mode, originals = _write_mode(self._options), paired.leaves.originals
         for original, one in zip(originals, incoming, strict=True):
             if one.target.shape != one.value.shape and (one.is_padded or not self._writes):
                 raise WriteRefused(
@@ -216,3 +218,11 @@ class ReceivedPoint(PointExchange, Work):
         transform = self._options.transform
         name = f"the transform {transform.path}" if transform is not None else "reading what came"
         return f"{who}: {name} failed with {type(error).__name__}: {error}{where}"
+
+
+# There are few, and making one takes as long as three calls.
+_known_mode = lru_cache(maxsize=16)(WriteMode)
+
+
+def _write_mode(options: PointOptions) -> WriteMode:
+    return _known_mode(options.write, options.gradient)
