@@ -20,9 +20,10 @@ from grafter.core.plan.paired_rows import PairedRows
 from grafter.core.plan.point_plan import PointPlan, Sides, plan_point
 from grafter.core.plan.transfer_plan import TransferPlan
 from grafter.core.processes.watch import Abandoned, PeerGone
-from grafter.core.records import SCHEMA_VERSION, Difference, LeafRecord, LedgerLine, Outcome
+from grafter.core.records import SCHEMA_VERSION, Difference, LedgerLine, Outcome
 from grafter.core.tensor_access import without_gradient
 from grafter.errors import PeerLostError, PointFailed, RunError
+from grafter.runtime.leaf_figures import LeafFigures
 from grafter.runtime.local_value import Point
 from grafter.runtime.session import Session
 from grafter.wire.monitor.stages import Stage
@@ -63,6 +64,8 @@ class PointExchange(ABC):
         self._stage_since = time.perf_counter()
         # Where rows are addressed by token: how they paired.
         self.rows: PairedRows | None = None
+        # Of a receiver, from when both sides have met: what it measures.
+        self._figures: LeafFigures | None = None
         # Of values without tensors, which are compared by their headers.
         self._plain_difference: Difference | None = None
 
@@ -87,7 +90,6 @@ class PointExchange(ABC):
                 raise
         finally:
             housekeeping.underway = None
-            self._release()
 
     def _plan_of(self, pair: Pair) -> PointPlan:
         known: PointPlan | None = pair.memo.get(self._direction)
@@ -121,9 +123,6 @@ class PointExchange(ABC):
 
     def _leave(self, pair: Pair, error: BaseException) -> None:  # noqa: B027 a sender does nothing
         """An exception has ended this rank's part."""
-
-    def _release(self) -> None:  # noqa: B027 a sender holds nothing
-        """The housekeeping thread may hold this object for a little longer: the memory of its values is free now."""
 
     def _end_of_run(self, gone: PeerGone) -> RunError:
         """A process is gone in the middle of the point: what all ranks raise."""
@@ -177,18 +176,9 @@ class PointExchange(ABC):
         if self._session.place.role_rank == failure_reporter_rank:
             self._session.ledger.failures.add(self._key.name, self._key, reason)
 
-    @property
-    def _leaf_records(self) -> list[LeafRecord]:
-        """What a receiver has measured of each leaf."""
-        return []
-
-    @property
-    def _worst(self) -> LeafRecord | None:
-        """The leaf that differs most, where leaves were measured."""
-        return None
-
     def _line(self, sides: Sides, outcome: Outcome, reason: str | None) -> LedgerLine:
-        key, place, worst = self._key, self._session.place, self._worst
+        key, place, figures = self._key, self._session.place, self._figures
+        worst = figures.worst if figures is not None else None
         return {
             "schema_version": SCHEMA_VERSION,
             "sequence": self._sequence,
@@ -211,7 +201,7 @@ class PointExchange(ABC):
             "before": worst.before if worst else None,
             "incoming": worst.incoming if worst else None,
             "difference": worst.difference if worst else self._plain_difference,
-            "leaves": self._leaf_records,
+            "leaves": figures.records if figures is not None else [],
             "tokens": self.rows.counts(self._header) if self.rows is not None else None,
             "only_in": None,
         }

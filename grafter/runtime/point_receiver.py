@@ -12,7 +12,7 @@ from grafter.core.messages.manifest import Header, Pair
 from grafter.core.plan.assembly import Values
 from grafter.core.plan.point_plan import PointPlan
 from grafter.core.processes.watch import Abandoned, PeerGone
-from grafter.core.records import LeafRecord, Outcome
+from grafter.core.records import Outcome
 from grafter.core.signal_handlers import is_from_signal_handler
 from grafter.core.tensor_access import without_gradient
 from grafter.core.writing.write_back import WriteMode, Written
@@ -33,7 +33,6 @@ class ReceivedPoint(PointExchange, Work):
     is_receiver = True
     # From when both sides have met until the point is over.
     _paired: PairedPoint | None = None
-    _figures: LeafFigures | None = None
 
     def __init__(self, session: Session, point: Point, header: Header, sequence: int, stats: Stats) -> None:
         """stats: how much is measured of each leaf."""
@@ -47,9 +46,17 @@ class ReceivedPoint(PointExchange, Work):
         self._written: list[Written] = []
 
     def _transfer(self, paired: PairedPoint) -> tuple[Any, Outcome, str | None]:
-        plan, leaves = paired.plan, paired.leaves
         self._paired = paired
-        figures = self._figures = LeafFigures(self._key, self._header, plan.decision, self._stats)
+        self._figures = LeafFigures(self._key, self._header, paired.plan.decision, self._stats)
+        try:
+            return self._agree(paired, self._figures)
+        finally:
+            # The housekeeping thread may hold this object for a little longer, and the values' memory is needed again.
+            self._paired, self._incoming, self._written = None, [], []
+
+    def _agree(self, paired: PairedPoint, figures: LeafFigures) -> tuple[Any, Outcome, str | None]:
+        """Vote with the other receivers, and write if all agree."""
+        plan, leaves = paired.plan, paired.leaves
         settled = self._session.agreement.settle(self._key, plan.receivers, self)
         self._is_settled = True
         outcome: Outcome
@@ -58,7 +65,7 @@ class ReceivedPoint(PointExchange, Work):
             outcome = "failed"
         else:
             outcome = "grafted" if self._writes else "compared"
-        arrived = self._error_of(settled) if settled.held or settled.fault is not None else None
+        arrived = self._error_of(settled, figures) if settled.held or settled.fault is not None else None
         if arrived is not None:
             with contextlib.suppress(RunError):
                 self._finish(plan, outcome, settled.refusal)
@@ -75,15 +82,12 @@ class ReceivedPoint(PointExchange, Work):
         if plan is not None and not self._is_settled and self._header.role_rank in plan.receivers:
             self._session.agreement.leave(self._key, plan.receivers, error)
 
-    def _release(self) -> None:
-        self._paired, self._incoming, self._written = None, [], []
-
-    def _error_of(self, settled: Settled) -> BaseException | None:
+    def _error_of(self, settled: Settled, figures: LeafFigures) -> BaseException | None:
         """What the program's call raises; None if nothing."""
         error = settled.error
         if settled.refusal is not None or settled.fault is None:
             return error
-        done, paths = self.progress, [record.path for record in self._leaf_records]
+        done, paths = self.progress, [record.path for record in figures.records]
         failed = PointFailed(
             f"all receivers of the point {self._key} had agreed to write, and {self._header.who} could not: "
             f"{type(settled.fault).__name__}: {settled.fault}. It has written the leaves {paths[:done]}, and not, or "
@@ -92,14 +96,6 @@ class ReceivedPoint(PointExchange, Work):
         )
         failed.__cause__ = settled.fault
         return failed
-
-    @property
-    def _leaf_records(self) -> list[LeafRecord]:
-        return self._figures.records if self._figures is not None else []
-
-    @property
-    def _worst(self) -> LeafRecord | None:
-        return self._figures.worst if self._figures is not None else None
 
     # What the critical section asks for.
 
