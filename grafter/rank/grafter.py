@@ -11,11 +11,9 @@ close       leaves
 from __future__ import annotations
 
 import atexit
-import contextlib
 import logging
 import os
 import threading
-from dataclasses import astuple
 from typing import Any
 
 import torch
@@ -206,17 +204,7 @@ class Grafter:
             for change in self.control.end_step():
                 self._change_settings(change)
                 self.control.has_taken_over(change)
-            if self.dispatch.says_steps:
-                self._say_step()
-
-    def _say_step(self) -> None:
-        """Also where no point of this rank has met anybody yet: others may wait for it."""
-        lifecycle = self.lifecycle
-        if lifecycle.session is None and lifecycle.join_attempt is not None and lifecycle.join_attempt.is_over:
-            with contextlib.suppress(GrafterError):
-                self.dispatch.joined()
-        if lifecycle.session is not None:
-            self.dispatch.say_step(lifecycle.session, self.steps.step)
+            self.dispatch.end_step()
 
     def _change_settings(self, change: SettingsChange) -> None:
         """In the first step in which a change of the run is in force. May be done twice."""
@@ -270,9 +258,7 @@ class Grafter:
 
     def pending(self) -> Pending:
         """What lies in this rank's outbox. See `grafter.pending`."""
-        early, session = self.dispatch.deferred.pending, self.lifecycle.session
-        posted = session.outbox.pending if session is not None else Pending()
-        return Pending(*map(sum, zip(astuple(early), astuple(posted), strict=True)))
+        return self.dispatch.pending
 
     def close(self) -> None:
         """Leave the run: say so, delete what is ours, write the summary. Later matched points are refused."""
@@ -354,7 +340,7 @@ class Grafter:
         """On a thread of its own."""
         error = attempt.run()
         if isinstance(error, JoinError):
-            self._refuse_all(error)
+            self.context.refuse_all(error)
         attempt.conclude()
         if error is None:
             # This rank may have no further point for long.
@@ -367,15 +353,6 @@ class Grafter:
     def announced_recording(self) -> PlayedFrom | None:
         """The recording that this rank is played from; None for a live rank."""
         return None
-
-    def _refuse_all(self, error: JoinError) -> None:
-        """The two jobs do not fit. Ranks whose points match no filter must learn it, too: at their next call."""
-
-        def refuse(tags: Any) -> bool:
-            self.context.status.fault = error
-            raise error.with_traceback(None)
-
-        self._rules.filters.matchers = (refuse,)
 
     @property
     def session(self) -> Session:

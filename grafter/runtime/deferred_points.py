@@ -190,8 +190,8 @@ class DeferredPoints:
         assert oldest is not None
         if not self.forgotten:
             logger.warning(
-                "grafter: %s comes to more than %d points before the other job has joined; the oldest are counted in "
-                "its summary, and nobody will hear of them, of %s first",
+                "grafter: %s reaches more than %d points before the other job has joined; the oldest are counted in "
+                "its summary, and the other job does not learn of them, of %s first",
                 self._place.who, _MOST_POINTS, oldest.point.key,
             )  # fmt: skip
         self._forget(oldest, "displaced")

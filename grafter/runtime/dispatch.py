@@ -14,13 +14,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from dataclasses import replace
+from dataclasses import astuple, replace
 from typing import Any
 
 import torch
 
 from grafter.config.options import PointOptions
 from grafter.core.direction import Direction, receiver_role
+from grafter.core.messages.counts import Pending
 from grafter.core.messages.offer import Offer
 from grafter.core.messages.participants import own_participants
 from grafter.core.messages.roster import other_role
@@ -52,7 +53,7 @@ class Dispatch:
         self._values, self._dumps, self._recomputations = tools.values, tools.dumps, tools.recomputations
         self.lifecycle, self.deferred = lifecycle, deferred
         # Whether points may be one-sided, so that the other job must know which steps this rank has ended.
-        self.says_steps = bool(context.config.one_sided_settings)
+        self._says_steps = bool(context.config.one_sided_settings)
         self._place = context.place
         # The number of the last line in the ledger.
         self._sequence = 0
@@ -125,8 +126,8 @@ class Dispatch:
             raise
         if self.deferred.points:
             self._catch_up(session)
-        if self.says_steps:
-            self.say_step(session, self._steps.step)
+        if self._says_steps:
+            self._say_step(session, self._steps.step)
         return session
 
     def catch_up_in_background(self) -> None:
@@ -162,9 +163,27 @@ class Dispatch:
                 outcome = deferred.run(session, own_participants(self._place, options.ranks), self._sequence)
             self._count(session, point.key, outcome)
 
-    def say_step(self, session: Session, step: int) -> None:
+    @property
+    def pending(self) -> Pending:
+        """What lies in this rank's outbox. Called on any thread."""
+        deferred, session = self.deferred.pending, self.lifecycle.session
+        posted = session.outbox.pending if session is not None else Pending()
+        return Pending(*map(sum, zip(astuple(deferred), astuple(posted), strict=True)))
+
+    def end_step(self) -> None:
+        """A step has ended: tell the other ranks, also where no point of this rank has been exchanged yet."""
+        if not self._says_steps:
+            return
+        attempt = self.lifecycle.join_attempt
+        if self.lifecycle.session is None and attempt is not None and attempt.is_over:
+            with contextlib.suppress(GrafterError):
+                self.joined()
+        if self.lifecycle.session is not None:
+            self._say_step(self.lifecycle.session, self._steps.step)
+
+    def _say_step(self, session: Session, step: int) -> None:
         """This rank has reached all points of the steps before `step`. Said only where points may be one-sided."""
-        if self.says_steps:
+        if self._says_steps:
             session.housekeeping.step_ends.say(session.client, step)
 
     def leave(self, session: Session | None, *, is_orderly: bool) -> None:
@@ -179,7 +198,7 @@ class Dispatch:
         self._tally.outcomes.update(self.deferred.forgotten)
         if session is not None and is_orderly:
             with contextlib.suppress(RunError):
-                self.say_step(session, LEFT)
+                self._say_step(session, LEFT)
 
     # The fates.
 

@@ -33,7 +33,7 @@ from grafter.store.dumps.rank_dumps import RankDumps
 MOST_DESCRIBED_BYTES = 7 << 20
 _MOST_REMEMBERED = 4096
 _MOST_REMEMBERED_WITH_TOKENS = 64
-# Of long headers' texts; the headers take up to ten times as much.
+# For the texts of long headers; the headers take ten times as much at most.
 _MOST_REMEMBERED_BYTES = 1 << 22
 _Headers = BoundedMemory[tuple[Any, ...], Header]
 # The fields of a header besides whose it is, in the order in which `_describe` gathers them.
@@ -45,7 +45,7 @@ _DESCRIPTION = (
 
 
 class PointTooLarge(Exception):
-    """The other ranks cannot be told of so many leaves; the text says how many there are, and the limit."""
+    """So many leaves cannot be described to the other ranks; the text says how many there are, and the limit."""
 
 
 class Point(NamedTuple):

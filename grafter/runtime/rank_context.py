@@ -16,7 +16,7 @@ import torch.distributed as dist
 from grafter.config.settings.config import GrafterConfig
 from grafter.core.place import Place
 from grafter.core.points import StepCounter
-from grafter.errors import ConfigError, GrafterError, PeerLostError, RunError, UsageError
+from grafter.errors import ConfigError, GrafterError, JoinError, PeerLostError, RunError, UsageError
 from grafter.runtime.point_rules import PointRules
 
 if TYPE_CHECKING:
@@ -51,6 +51,15 @@ class RankContext:
         return cls(
             config, place, PointRules(config, saves_points=saves_points), RankStatus(config, place), saves_points
         )
+
+    def refuse_all(self, error: JoinError) -> None:
+        """The two jobs do not fit: this rank's next call raises, also one that no filter matches."""
+
+        def refuse(tags: object) -> bool:
+            self.status.fault = error
+            raise error.with_traceback(None)
+
+        self.rules.filters.matchers = (refuse,)
 
 
 @dataclass
@@ -145,7 +154,7 @@ class RankStatus:
         if not isinstance(error, PeerLostError) or self._config.on_peer_loss == "raise":
             raise error
         self.detached = str(error)
-        logger.warning("grafter: %s goes on ungrafted from here (on_peer_loss=detach): %s", self.who, error)
+        logger.warning("grafter: %s continues ungrafted from here (on_peer_loss=detach): %s", self.who, error)
 
 
 def find_place(config: GrafterConfig) -> Place:

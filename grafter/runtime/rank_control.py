@@ -106,7 +106,7 @@ class RankControl:
             return [one for one in self._to_come if one.step <= self._steps.step]
 
     def has_taken_over(self, one: SettingsChange) -> None:
-        """This rank's points go by it from here on: so do its recorders, and then everybody is told."""
+        """Points of this rank follow the change from here on. Its recorders follow it now, and it is logged."""
         try:
             with self._lock:
                 try:
@@ -289,14 +289,15 @@ class RankControl:
         if decision.step is not None and in_hand.accepted is None:
             raise ProtocolError(
                 f"change {in_hand.number} of the run was put into force from step {decision.step} on, and "
-                f"{self._place.who} had refused it. Both jobs need the same grafter, and nobody else may write there."
+                f"{self._place.who} had refused it. Both jobs need the same grafter, and no other program may write "
+                "there."
             )
         coming = self._taking_over(in_hand, decision.step) if decision.step is not None else []
         with self._changed:
             self._in_hand, self._is_held = None, False
             self._number += 1
             if coming:
-                # Steps to dump, as far as they go on, are in what comes.
+                # If steps to dump continue, they are part of what comes.
                 self._to_come = [one for one in self._to_come if one.number is not None] + coming
                 self._last_decided = coming[0].in_force
             self._changed.notify_all()

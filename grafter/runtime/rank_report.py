@@ -51,7 +51,7 @@ def summarise(
 
 
 def log_summary(context: RankContext, filters: DirectionFilters, directory: Path | None) -> None:
-    """Log what became of this rank's points. directory: that of its role, where the rank has written into one."""
+    """Log the results of this rank's points. directory: that of its role, where the rank has written into one."""
     place, tally = context.place, context.tally
     only_dumps = context.config.only_dumps or not filters.have_directions
     counts = ", ".join(f"{count} {outcome}" for outcome, count in (tally.outcomes + tally.dumps).items())

@@ -54,7 +54,7 @@ class PendingGradients:
         if watched.met:
             raise UsageError(
                 f"the gradient of {watched.key} came twice (backward through one graph twice, with retain_graph). The "
-                "other job does not come to it a second time; call grafter.step() between the two, and dump again."
+                "other job does not reach it a second time; call grafter.step() between the two, and dump again."
             )
         if self.outcomes.fate_of(watched) == "defer":
             self._settle(watched)
@@ -170,7 +170,7 @@ class PendingGradients:
         for watched in unmet:
             watched.ended = True
             if not watched.met:
-                self.outcomes.skip(session, watched, "no gradient came to it in this step")
+                self.outcomes.skip(session, watched, "no gradient arrived in this step")
         self.watched.clear()
 
     def _unmet(self) -> list[WatchedGradient]:
