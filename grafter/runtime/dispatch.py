@@ -25,7 +25,7 @@ from grafter.core.messages.counts import Pending
 from grafter.core.messages.offer import Offer
 from grafter.core.messages.participants import own_participants
 from grafter.core.messages.roster import other_role
-from grafter.core.point_fate import fate_of
+from grafter.core.point_fate import PointSituation, fate_of
 from grafter.core.points import PHASE, PointKey, call_site, check_tags, split_options
 from grafter.core.records import LedgerRecord, Outcome
 from grafter.core.unobserved import unobserved
@@ -85,25 +85,12 @@ class Dispatch:
         try:
             session = self.joined() if fate == "exchange" else None
             key = self._steps.next_key({**tags, "name": name}, self._context.config.key_tags)
-            if session is not None and module is not None:
-                options, missing = among_holders(session, module, options)
-                point = Point(key, direction, options, tags, site, module)
-                if fate_of(situation._replace(has_counterpart=missing is None)) == "skip":
-                    self._skip_value(session, point, value, missing or "", saves=saves)
-                    return value
-            else:
-                point = Point(key, direction, options, tags, site, module)
+            point = Point(key, direction, options, tags, site, module)
             if fate == "save":
                 return self._save(point._replace(direction=None), value)
             if fate == "record":
                 return self._record(point, value)
-            local = self._values.prepare(value, options, key)
-            taken = self.save_part(point, local) if saves else None
-            if session is None:
-                grafted = local.value
-                self.defer(point, local, taken)
-            else:
-                grafted = self.exchange(session, point, local, taken)
+            returned, failure = self._defer_or_exchange(session, point, situation, value)
         except RunError as error:
             status.end_run(error, self.lifecycle.session)
             self.deferred.give_up_all()
@@ -111,9 +98,28 @@ class Dispatch:
         except BaseException as error:
             status.fault = error
             raise
-        if local.failure is not None:
-            raise local.failure
-        return grafted if local.leaves is not None else local.value
+        if failure is not None:
+            raise failure
+        return returned
+
+    def _defer_or_exchange(
+        self, session: Session | None, point: Point, situation: PointSituation, value: Any
+    ) -> tuple[Any, Exception | None]:
+        """(what `dump` returns, why the value could not be prepared). session: None where the point is deferred."""
+        if session is not None and point.module is not None:
+            options, missing = among_holders(session, point.module, point.options)
+            point = point._replace(options=options)
+            if fate_of(situation._replace(has_counterpart=missing is None)) == "skip":
+                self._skip_value(session, point, value, missing or "", saves=situation.is_saved)
+                return value, None
+        local = self._values.prepare(value, point.options, point.key)
+        taken = self.save_part(point, local) if situation.is_saved else None
+        if session is not None:
+            grafted = self.exchange(session, point, local, taken)
+        else:
+            grafted = local.value
+            self.defer(point, local, taken)
+        return grafted if local.leaves is not None else local.value, local.failure
 
     # The other job.
 

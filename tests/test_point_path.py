@@ -1,4 +1,4 @@
-"""The layers that one point passes through, in order: `python -m tests.point_path` prints them, for both ends.
+"""The layers that one point passes through, in order. `pytest -s` prints them, for both ends.
 
 One rank of each job; the point is the last of a few, so that nothing is done for the first time. Each call of a
 function of grafter, and each return into one, is one sample; consecutive samples of one layer are one visit.
@@ -7,8 +7,6 @@ function of grafter, and each return into one, is one sample; consecutive sample
 from __future__ import annotations
 
 import sys
-import tempfile
-from collections import Counter
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -16,7 +14,7 @@ from typing import Any
 import torch
 
 import grafter
-from tests.jobs import Rank, two_jobs
+from tests.jobs import Rank, succeed, two_jobs
 
 _PACKAGE = str(Path(grafter.__file__).parent) + "/"
 _WARM_UP_POINTS = 5
@@ -57,20 +55,20 @@ def visits_of_one_point(rank: Rank) -> list[str]:
     return path
 
 
-def main() -> None:
-    """Print the visits of one small point, of the rank that sends and of the one that writes."""
-    with (
-        tempfile.TemporaryDirectory() as directory,
-        two_jobs(Path(directory), visits_of_one_point, visits_of_one_point, b2t_filter="name == 'h'") as jobs,
-    ):
-        results = jobs.wait()
-    for end, result in zip(("sender", "receiver"), results, strict=True):
-        assert result.error is None, result.error
-        upper = [layer for layer in result.value if layer != "core"]
-        collapsed = [one for one, before in zip(upper, [None, *upper], strict=False) if one != before]
-        print(f"{end}: {len(result.value)} visits, {len(collapsed)} without core: {Counter(collapsed)}")
-        print("   ", " ".join(collapsed))
+def without_core(path: list[str]) -> list[str]:
+    """The visits of the layers above `core`, whose pure functions every layer calls."""
+    upper = [layer for layer in path if layer != "core"]
+    return [layer for layer, before in zip(upper, [None, *upper], strict=False) if layer != before]
 
 
-if __name__ == "__main__":
-    main()
+def test_a_point_goes_down_through_the_layers_and_comes_back_once(tmp_path: Path) -> None:
+    """On both ends. The counts are those of today: a change that raises one should say why."""
+    with two_jobs(tmp_path, visits_of_one_point, visits_of_one_point, b2t_filter="name == 'h'") as jobs:
+        paths = succeed(jobs.wait())
+    for end, path, most in zip(("sender", "receiver"), paths, (33, 47), strict=True):
+        upper = without_core(path)
+        print(f"{end}: {len(path)} visits, {len(upper)} without core: {' '.join(upper)}")
+        assert upper[:2] == ["_calls", "rank"] and upper[-3:] == ["runtime", "rank", "_calls"]
+        first, last = upper.index("runtime"), len(upper) - 3
+        assert set(upper[first:last]) <= {"runtime", "wire", "store", "config"}, upper
+        assert len(upper) <= most, upper
