@@ -114,7 +114,7 @@ class Dumped:
         self.grafter = Grafter(config)
         # Opens what the first point opens.
         self.grafter.dump("first", torch.ones(1))
-        self.grafter.dumps.flush()
+        self.grafter.tools.dumps.flush()
 
     def dump(self, tensors: Sequence[torch.Tensor]) -> Stopped:
         """The time in `dump`. All is on disk when it returns."""
@@ -122,7 +122,7 @@ class Dumped:
         for tensor in tensors:
             self.grafter.dump("x", tensor)
         stalled = watch.stop()
-        self.grafter.dumps.flush()
+        self.grafter.tools.dumps.flush()
         return stalled
 
     def remove_files(self) -> None:

@@ -225,7 +225,7 @@ class Actor:
         for number in range(first, first + count):
             self._grafter.dump(f"saved{number % 8}", self._small, number=number)
             self._end_step(number)
-        self._grafter.dumps.flush()
+        self._grafter.tools.dumps.flush()
 
     def _end_step(self, number: int) -> None:
         # What is counted of a step's points is kept until it ends.

@@ -7,16 +7,15 @@ and runs between the two parts.
 from __future__ import annotations
 
 import functools
-import inspect
 import sys
 from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from grafter import _process
-from grafter._process import IN_GRAPHS, hint_once
+from grafter._process import IN_GRAPHS, hint_once, is_traced
 from grafter.config.switch import enabled
-from grafter.core.points import CONTEXT_OPTIONS, NO_SURROUNDINGS, Surroundings, check_tags, split_options, surroundings
+from grafter.core.points import enter_context, enter_context_of, leave_context, why_not_decorated
 from grafter.errors import UsageError
 
 if TYPE_CHECKING:
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
 
 Wrapped = TypeVar("Wrapped", bound=Callable[..., Any])
 
-# None: no eager code has asked yet whether grafting is on, or it is on and no compiler has been imported so far.
+# None: no eager code has asked yet whether grafting is on, or it is on and no compiler has been imported until now.
 _off: bool | None = None
 _on: bool | None = None
 _compiler_is_here = False
@@ -74,7 +73,7 @@ def dump(name: str, value: Any, /, **arguments: Any) -> Any:
     """
     if _off or (_off is None and _decide()):
         return value
-    if _compiler_is_here and _is_traced():
+    if _compiler_is_here and is_traced():
         return _dump_traced(name, value, arguments)
     return _dump_on(name, value, arguments)
 
@@ -191,7 +190,7 @@ class context:
 
     def __call__(self, function: Wrapped) -> Wrapped:
         arguments, of_self = self._arguments, self._of_self
-        why_not = _why_not_decorated(function)
+        why_not = why_not_decorated(function)
         if why_not is not None:
             raise UsageError(f"context cannot decorate {function!r}: {why_not}")
 
@@ -209,18 +208,6 @@ class context:
                 _leave()
 
         return inside  # type: ignore[return-value]
-
-
-def _why_not_decorated(function: Any) -> str | None:
-    if isinstance(function, (type, classmethod)):
-        return "it is no function. Decorate a method, or put @classmethod above @grafter.context."
-    if (
-        inspect.isgeneratorfunction(function)
-        or inspect.iscoroutinefunction(function)
-        or inspect.isasyncgenfunction(function)
-    ):
-        return "a generator or coroutine would leave it before it runs. Use `with grafter.context(...)` inside."
-    return None
 
 
 def _untraced(function: Wrapped) -> Wrapped:
@@ -253,7 +240,7 @@ def _call_apart(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     return _disabled[function](*args)
 
 
-# Tells whether the frame that runs was called by compiled code; None before a compiler was imported.
+# Returns whether the frame that runs was called by compiled code; None before a compiler was imported.
 _compiled_caller: Callable[[], Any] | None = None
 _apart_codes = {_call_apart.__code__}
 _disabled: dict[Callable[..., Any], Callable[..., Any]] = {}
@@ -277,7 +264,7 @@ def _decide() -> bool:
         for code in _apart_codes:
             compiler.eval_frame.skip_code(code)
         _compiled_caller = sys.modules["torch"]._C._dynamo.eval_frame.get_eval_frame_callback
-    if not _is_being_traced():
+    if not _process.is_being_traced():
         _off = not _on
     return not _on
 
@@ -286,23 +273,10 @@ def _decide() -> bool:
 _decide._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _is_being_traced() -> bool:
-    guards = sys.modules.get("torch._guards")
-    return guards is not None and guards.CompileContext.try_get() is not None
-
-
-def _is_traced() -> bool:
-    """True, as a constant, in code that is being compiled."""
-    return _is_being_traced()
-
-
-_is_traced._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
 def _dump_traced(name: str, value: Any, arguments: dict[str, Any]) -> Any:
     """`dump` as the compiler traces it: an operator where that can be, else as in eager code, with a break."""
-    for told in arguments.values():
-        if not (told is None or isinstance(told, (str, int, float, bool))):
+    for argument in arguments.values():
+        if not (argument is None or isinstance(argument, (str, int, float, bool))):
             return _dump_on(name, value, arguments)
     if not _is_tensor(value):
         return _dump_on(name, value, arguments)
@@ -322,7 +296,7 @@ def _has_gradient(value: Any) -> bool:
 
 
 def _gradients_are_on() -> bool:
-    return _active().has_gradients
+    return _active().context.rules.has_gradients
 
 
 _gradients_are_on._dynamo_marked_constant = True  # type: ignore[attr-defined]
@@ -351,35 +325,9 @@ def _site_of(name: str, arguments: tuple[tuple[str, Any], ...], has_gradient: bo
 _site_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-@_untraced
-def _enter_with_self(
-    arguments: dict[str, Any], of_self: Callable[[Any], Any], args: tuple[Any, ...], function: Callable[..., Any]
-) -> None:
-    if not args:
-        raise UsageError(f"context(function of self) around {function!r}: it was called without a positional argument.")
-    tags = of_self(args[0])
-    if not isinstance(tags, dict) or not all(isinstance(tag, str) for tag in tags):
-        raise UsageError(f"context(function of self) around {function!r}: that function must return a dict of tags.")
-    _enter({**tags, **arguments})
-
-
-@_untraced
-def _enter(arguments: dict[str, Any]) -> None:
-    tags, options = split_options(arguments)
-    unfit = [option for option in options if option not in CONTEXT_OPTIONS]
-    if unfit:
-        raise UsageError(
-            f"context takes tags, `ranks=`, `axes=` and `tokens=` (with `start=`, `new_rows_only=`); `{unfit[0]}=` "
-            "belongs to a single dump."
-        )
-    check_tags(tags)
-    around = surroundings.get()
-    surroundings.set(Surroundings({**around.tags, **tags}, {**around.options, **options}, around))
-
-
-@_untraced
-def _leave() -> None:
-    surroundings.set(surroundings.get().outer or NO_SURROUNDINGS)
+_enter = _untraced(enter_context)
+_enter_with_self = _untraced(enter_context_of)
+_leave = _untraced(leave_context)
 
 
 @_left_alone

@@ -26,12 +26,12 @@ from grafter.core.layout.axes import axes_of_job, set_axes
 from grafter.core.messages.announced_models import AnnouncedHooks, AnnouncedModel
 from grafter.core.messages.roster import Roster
 from grafter.core.patterns import read_patterns
-from grafter.core.roles import Place
 from grafter.errors import UsageError
 from grafter.wire.monitor.status_board import HookFacts
 
 if TYPE_CHECKING:
     from grafter.runtime.point_host import PointHost
+    from grafter.runtime.rank_context import RankContext
 
 
 logger = logging.getLogger("grafter")
@@ -42,11 +42,11 @@ _MOST_BYPASSED = 100
 
 
 class AttachedModels:
-    """Of one rank, in the order in which they were attached."""
+    """The attached models of one rank, in the order in which they were attached."""
 
-    def __init__(self, grafter: PointHost, place: Place) -> None:
-        config = grafter.config
-        self._grafter, self._place = grafter, place
+    def __init__(self, host: PointHost, context: RankContext) -> None:
+        config = context.config
+        self._host, self._config, self._place, self._rules = host, config, context.place, context.rules
         self.naming = Naming(config.names, config.role)
         # Told of each model that the program attaches by itself.
         self.before_attach: list[Callable[[torch.nn.Module], None]] = []
@@ -75,7 +75,7 @@ class AttachedModels:
 
         naming, facts: of a model that is attached without a line in the program, whose own `attach` takes its place.
         """
-        grafter, config = self._grafter, self._grafter.config
+        host, config = self._host, self._config
         if name is not None and not _NAME.fullmatch(str(name)):
             raise UsageError(f"attach(name={name!r}): the name of a model is a word, such as 'policy'.")
         is_programs_own = naming is None
@@ -89,11 +89,11 @@ class AttachedModels:
         attachment = Attachment(model, selected, naming, self._offer, self._find_site, inputs=inputs, outputs=outputs)
         if not attachment.points:
             logger.warning("grafter: %s: %s", self._place.who, _why_no_module(model, texts))
-        if grafter.gradients is not None:
+        if host.gradients is not None:
             paths = [points.path for points in attachment.points]
-            attachment.keep(watch_gradients(model, paths, naming, grafter.gradients.pending.parameter_came))
+            attachment.keep(watch_gradients(model, paths, naming, self._gradient_came))
         is_announced = set(attachment.keys) <= self._keys_at_join
-        if grafter.has_begun and not config.only_dumps and not is_announced:
+        if host.has_begun and not config.only_dumps and not is_announced:
             logger.warning(
                 "grafter: %s: this attach comes after the first point, so the names of its modules are not compared",
                 self._place.who,
@@ -102,7 +102,7 @@ class AttachedModels:
             set_axes(**mesh_axes(model))
         if is_programs_own and self.passes.is_warming_up:
             self.passes.wrap(model)
-        if any(axis == "cp" and size > 1 for axis, _, size in grafter.offers.axes(None)):
+        if any(axis == "cp" and size > 1 for axis, _, size in host.axes):
             attachment.keep(self._packed.follow(model))
         # What is attached until the first point is announced together, so that is when joining begins.
         if is_programs_own:
@@ -119,7 +119,7 @@ class AttachedModels:
 
     def facts_of(self, model: torch.nn.Module, first_call: str) -> ModelFacts:
         """What tells this model from others. Called where the program holds it."""
-        given, class_name = self._grafter.config.model_names, class_name_of(model)
+        given, class_name = self._config.model_names, class_name_of(model)
         variables, arguments = variables_of(model)
         words = (*variables, *arguments, class_name)
         name = next((given[word] for word in words if word in given), None)
@@ -175,7 +175,7 @@ class AttachedModels:
 
     def _tell_unused_names(self) -> None:
         """Of `models` that the user named, those that nothing was held by."""
-        unused = [word for word in self._grafter.config.model_names if word not in self._names_found]
+        unused = [word for word in self._config.model_names if word not in self._names_found]
         if unused:
             role = self._place.role
             logger.warning(
@@ -199,20 +199,25 @@ class AttachedModels:
         except OSError as failure:
             logger.error("grafter: the modules of %s cannot be written: %s", self._place.who, failure)
 
+    def _gradient_came(self, name: PointName, parameter: torch.Tensor) -> None:
+        gradients = self._host.gradients
+        if gradients is not None and not self.passes.is_warming_up:
+            gradients.parameter_came(name, parameter)
+
     def _offer(self, name: PointName, module: str, tensor: torch.Tensor) -> torch.Tensor:
         given = {**self._hook_write, **name.tags}
         if self._packed.lengths is not None and self._has_zigzag(name):
             given["seq_lens"] = self._packed.lengths
-        value: torch.Tensor = self._grafter.dump_point(name.name, tensor, given, module)
+        value: torch.Tensor = self._host.dump_point(name.name, tensor, given, module)
         return value
 
     def _has_zigzag(self, name: PointName) -> bool:
-        return "zigzag" in str(self._grafter.options.options_of(name.name, {}).dims)
+        return "zigzag" in str(self._rules.options.options_of(name.name, {}).dims)
 
     def _find_site(self, name: str, suffix: str, is_differentiated: bool) -> int:
-        has_gradient = is_differentiated and self._grafter.has_gradients
+        has_gradient = is_differentiated and self._rules.has_gradients
         given = tuple(self._hook_write.items())
-        return find_site(self._grafter, name, given, has_gradient=has_gradient, suffix=suffix)
+        return find_site(self._host, name, given, has_gradient=has_gradient, suffix=suffix)
 
 
 def _why_no_module(model: torch.nn.Module, texts: Sequence[str]) -> str:

@@ -24,7 +24,7 @@ import torch
 from grafter.capture.operators import define
 from grafter.core.points import PointKey, is_passed_over, split_options, traced_call_site
 from grafter.errors import UsageError
-from grafter.runtime.gradients.gradients import SavedGradient, WatchedGradient
+from grafter.runtime.gradients.watched import SavedGradient, WatchedGradient
 from grafter.runtime.recompute.regions import current_recomputation
 
 if TYPE_CHECKING:
@@ -249,7 +249,8 @@ def _number_of_gradient(call: _Call) -> int:
     if recomputation is not None and not recomputation.region.is_differentiated:
         # The graph of the forward pass is differentiated, with the number that it had there.
         own, _ = split_options(call.arguments)
-        kept: _KeptNumber | None = recomputation.next_kept(grafter.steps, name, own, grafter.config.key_tags, _NUMBERS)
+        steps, key_tags = grafter.context.steps, grafter.context.config.key_tags
+        kept: _KeptNumber | None = recomputation.next_kept(steps, name, own, key_tags, _NUMBERS)
         return _NO_GRADIENT if kept is None else kept.number
     reset = traced_call_site.set(call.site.call_site)
     try:

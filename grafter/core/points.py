@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -258,3 +259,47 @@ class Surroundings:
 NO_SURROUNDINGS = Surroundings({}, {})
 # A thread of its own starts without context, as contextvars do; so does an autograd thread.
 surroundings: ContextVar[Surroundings] = ContextVar("grafter_surroundings", default=NO_SURROUNDINGS)
+
+
+def enter_context(arguments: dict[str, Any]) -> None:
+    """Begin a `context` block with these tags and options. Raises UsageError where one is not possible there."""
+    tags, options = split_options(arguments)
+    unfit = [option for option in options if option not in CONTEXT_OPTIONS]
+    if unfit:
+        raise UsageError(
+            f"context takes tags, `ranks=`, `axes=` and `tokens=` (with `start=`, `new_rows_only=`); `{unfit[0]}=` "
+            "belongs to a single dump."
+        )
+    check_tags(tags)
+    around = surroundings.get()
+    surroundings.set(Surroundings({**around.tags, **tags}, {**around.options, **options}, around))
+
+
+def enter_context_of(
+    arguments: dict[str, Any], of_self: Callable[[Any], Any], args: tuple[Any, ...], function: Callable[..., Any]
+) -> None:
+    """The same around a call `function(*args)`, with the tags that `of_self` returns for its first argument."""
+    if not args:
+        raise UsageError(f"context(function of self) around {function!r}: it was called without a positional argument.")
+    tags = of_self(args[0])
+    if not isinstance(tags, dict) or not all(isinstance(tag, str) for tag in tags):
+        raise UsageError(f"context(function of self) around {function!r}: that function must return a dict of tags.")
+    enter_context({**tags, **arguments})
+
+
+def leave_context() -> None:
+    """End the innermost `context` block of this thread."""
+    surroundings.set(surroundings.get().outer or NO_SURROUNDINGS)
+
+
+def why_not_decorated(function: Any) -> str | None:
+    """Why `context` cannot decorate a function; None if it can."""
+    if isinstance(function, (type, classmethod)):
+        return "it is no function. Decorate a method, or put @classmethod above @grafter.context."
+    if (
+        inspect.isgeneratorfunction(function)
+        or inspect.iscoroutinefunction(function)
+        or inspect.isasyncgenfunction(function)
+    ):
+        return "a generator or coroutine would leave it before it runs. Use `with grafter.context(...)` inside."
+    return None

@@ -1,21 +1,19 @@
-"""The story of one tensor begins here: what users call, and which calls are points that meet anybody.
+"""The story of one tensor begins here: what users call, and which calls are points that a filter matches.
 
 dump        tags, direction  ->  no filter matches: its value is returned
-            one that matches (matched_points)  ->  key  ->  offer  ->  meetings  ->  meeting
-            in a recomputation (backward.repeated_points)  ->  what the forward pass wrote, again
-begin       joining, at the first call  ->  entry; early points are made up for once both jobs are there
-step        counts up, and takes over what has been changed meanwhile (control)
-close       departure
+            one that matches (dispatch)  ->  its fate, key and local value  ->  point_exchange
+            in a recomputation (repeated_points)  ->  what the forward pass wrote, again
+begin       joins, at the first call, on a thread of its own (lifecycle)
+step        counts up, and changes the settings that are to change (rank_control)
+close       leaves
 """
 
 from __future__ import annotations
 
 import atexit
-import contextlib
 import logging
 import os
 import threading
-from dataclasses import astuple
 from typing import Any
 
 import torch
@@ -25,40 +23,36 @@ from grafter.capture.attachment import Attachment
 from grafter.capture.parameters import dump_weights
 from grafter.capture.traced import is_being_traced
 from grafter.config.control.in_force import Verdict
-from grafter.config.direction_filters import DirectionFilters
-from grafter.config.options import OptionChooser
 from grafter.config.settings.config import GrafterConfig
 from grafter.core.messages.announced_models import AnnouncedHooks
 from grafter.core.messages.counts import Pending
 from grafter.core.messages.roster import PlayedFrom
-from grafter.core.points import LOOKED_AT, PHASE, StepCounter, call_site, split_options, surroundings
+from grafter.core.points import LOOKED_AT, PHASE, call_site, split_options, surroundings
 from grafter.core.sizes import read_size
 from grafter.errors import GrafterError, JoinError, RunError
-from grafter.rank.peer import start_peer
-from grafter.runtime.departure import Departure
-from grafter.runtime.early_points import EarlyPoints
-from grafter.runtime.entry import Entry
-from grafter.runtime.gradients.points import BackwardPoints
-from grafter.runtime.matched_points import MatchedPoints
-from grafter.runtime.meetings import Meetings
-from grafter.runtime.offer import OfferMaker
-from grafter.runtime.rank_control import RankControl, TakingOver
-from grafter.runtime.rank_status import RankStatus
-from grafter.runtime.rank_summary import Tally, set_up_logging
+from grafter.rank.peer import Peer, start_peer
+from grafter.runtime.deferred_points import DeferredPoints
+from grafter.runtime.dispatch import Dispatch
+from grafter.runtime.gradients.gradients import GradientPoints
+from grafter.runtime.lifecycle import Introduction, JoinAttempt, Lifecycle
+from grafter.runtime.local_value import LocalValues, PointTools
+from grafter.runtime.point_rules import SettingsChange
+from grafter.runtime.rank_context import RankContext
+from grafter.runtime.rank_control import RankControl
+from grafter.runtime.rank_report import log_summary, set_up_logging
 from grafter.runtime.recompute.recompute import Recomputations
 from grafter.runtime.recompute.regions import current_recomputation, is_graph_differentiated, scopes
 from grafter.runtime.recompute.repeated_points import RepeatedPoints
-from grafter.runtime.session import Begun, Session, find_place
-from grafter.runtime.trace_judge import TraceJudge
+from grafter.runtime.session import BeforeJoining, Session
 from grafter.store.dumps.rank_dumps import RankDumps
 from grafter.wire.outbox.memory import Memory
 
 logger = logging.getLogger("grafter")
 
-# Bound once: each look-up would be a fiftieth of a call that no filter matches.
+# Bound once: each look-up would take a fiftieth of the time of a call that no filter matches.
 _graph_task, _scopes = torch._C._current_graph_task_id, scopes.get
 _surroundings, _is_plain = surroundings.get, LOOKED_AT.isdisjoint
-# So long another thread may be at a point when this rank leaves, before it is asked whether it leaves with an error.
+# How long a rank that leaves waits for another thread at a point, before it checks whether it leaves with an error.
 _PATIENCE_SECONDS = 2.0
 
 
@@ -68,58 +62,42 @@ class Grafter:
     Called by every rank that takes part; `dump` may be called from any thread, one point at a time.
     """
 
-    entry: Entry
-    matched: MatchedPoints
     # Whether what the filters choose is saved here.
     saves_points = True
-    # What a point's value is taken up with, and what meets the other side.
-    offer_maker = OfferMaker
-    meeting_maker = Meetings
+    # What prepares a point's value, and what exchanges it with the other job.
+    values_class = LocalValues
+    dispatch_class = Dispatch
     # Whether this process has had one.
     is_made = False
 
     def __init__(self, config: GrafterConfig) -> None:
         Grafter.is_made = True
-        self.config = config
-        self.steps = StepCounter()
-        self.lock = threading.RLock()
-        self._tally = Tally()
-        self._unmatched = self._tally.unmatched
-        # Whether gradients of any point are points.
-        self.has_gradients = config.gradients or any(rule.gradients for rule in config.own_rules)
-        self.gradients = BackwardPoints(self) if self.has_gradients else None
-        if self.has_gradients:
-            self.dump_point = self._dump_with_gradients  # type: ignore[method-assign]
-        # From the first call on there is a run: joining has begun, or, where points are only dumped, its directory is
+        # Each part is built from those before it.
+        self.context = context = RankContext.of(config, saves_points=self.saves_points)
+        self.config, self.steps, self.lock = config, context.steps, context.lock
+        self._rules, self._unmatched = context.rules, context.tally.unmatched
+        # From the first call on there is a run: joining has begun, or, where points are only saved, its directory is
         # there.
         self.has_begun = False
-        self.options = OptionChooser(config)
-        self._place = find_place(config)
-        self.rank_status = RankStatus(config, self._place)
-        self.offers = self.offer_maker(config, self._place)
-        self.models = AttachedModels(self, self._place)
+        self._is_recorded = config.record
+        self._peer: Peer | None = None
+        self.models = AttachedModels(self, context)
+        self.control = RankControl(context)
+        before = BeforeJoining(Memory(read_size(config.outbox_bytes)), self.control)
+        self.lifecycle = Lifecycle(context, self.models, before)
+        values = self.values_class(config, context.place)
+        dumps = RankDumps(config, context.place, values.axes, self.lifecycle.run_directory)
+        self.recomputations = Recomputations(self.steps)
+        self.tools = PointTools(values, dumps, self.recomputations)
+        deferred = DeferredPoints(context, self.tools, before.outbox)
+        self.dispatch = self.dispatch_class(context, self.tools, self.lifecycle, deferred)
+        self._repeated = RepeatedPoints(context, self.recomputations)
+        self.gradients: GradientPoints | None = None
+        if self._rules.has_gradients:
+            self.gradients = GradientPoints(context, self.tools, self.dispatch)
+            self.dump_point = self._dump_with_gradients  # type: ignore[method-assign]
         if config.warm_up:
             self._begin_warm_up()
-        self.dumps = RankDumps(config, self._place, self.offers.axes, lambda: self.entry.run_directory())
-        self.filters = DirectionFilters(config.filters, self.dumps.choice)
-        judge = TraceJudge(self.options, has_gradients=self.has_gradients).judge
-        self.control = RankControl(config, self._place, self.steps, judge, saves=self.saves_points)
-        begun = Begun(Memory(read_size(config.outbox_bytes)))
-        self.entry = Entry(
-            config, self._place, self.models, self.control, self.announced_hooks, self._refuse_all,
-            lambda: self.matched.make_up_in_background(), begun, start_peer,
-        )  # fmt: skip
-        self.recomputations = Recomputations(self.steps)
-        self.early = EarlyPoints(self._place, self.offers, self.recomputations, begun.outbox)
-        self.meetings = self.meeting_maker(
-            self._place, self.offers, self.dumps, self.recomputations, self._tally, config.stats,
-            bool(config.one_sided_settings),
-        )  # fmt: skip
-        self.matched = MatchedPoints(
-            config, self.lock, self.steps, self.options, self.offers, self.dumps, self.recomputations, self.entry,
-            self.early, self.meetings, self.rank_status,
-        )  # fmt: skip
-        self._repeated = RepeatedPoints(config, self.steps, self.recomputations, self.rank_status)
         set_up_logging(config.log_level)
         atexit.register(self.close)
 
@@ -143,13 +121,13 @@ class Grafter:
             split_options(arguments)
         # Asked here, since a call costs as much as the answer: nearly every `dump` is in a plain forward pass.
         if (_graph_task() != -1 or _scopes()) and (recomputation := current_recomputation()) is not None:
-            return self._repeated.take(recomputation, name, value, arguments, self.filters)
+            return self._repeated.take(recomputation, name, value, arguments)
         around = _surroundings()
         tags = {**around.tags, **arguments} if around.tags else arguments
         tags["name"] = name
         tags["step"] = self.steps.step
         tags["phase"] = PHASE
-        filters = self.filters
+        filters = self._rules.filters
         if filters.unseen_tags:
             filters.unseen_tags -= tags.keys()
         for matches in filters.matchers:
@@ -163,22 +141,23 @@ class Grafter:
         if direction is None and not saves:
             self._unmatched[name] += 1
             return value
-        is_recorded = self.config.record and direction is not None
-        saves = is_recorded or (saves and self.dumps.limits.allows_step(self.steps.step))
-        if direction is None and not saves:
-            return value
+        if saves or self._is_recorded:
+            saves = self.tools.dumps.accepts(direction, self.steps.step, is_chosen=saves)
+            if direction is None and not saves:
+                return value
         for own in ("name", "step", "phase"):
             del tags[own]
         if is_being_traced():
             return value
         try:
-            if os.getpid() != self.rank_status.process_id:
+            if os.getpid() != self.context.status.process_id:
                 if direction is None:
-                    self.dumps.tell_fork(name, call_site())
+                    self.tools.dumps.tell_fork(name, call_site())
                     return value
-                self.rank_status.refuse_where_impossible(name, call_site())
+                # Before the lock, which may belong to a thread that does not exist here.
+                self.context.status.refuse_where_impossible(name, call_site())
             with self.lock:
-                return self.matched.take(name, value, tags, {**around.options}, direction, saves, module)
+                return self.dispatch.take(name, value, tags, {**around.options}, direction, saves, module)
         except GrafterError as error:
             # The way through our own files says nothing to the user, unless they debug us.
             if logger.isEnabledFor(logging.DEBUG):
@@ -188,7 +167,7 @@ class Grafter:
             raise error.with_traceback(None) from error.__cause__
 
     def _begin_warm_up(self) -> None:
-        """Points are left out until the models are warm: in place of `dump_point`, so that nobody pays for it later."""
+        """Points are left out until the models are warm. Replaces `dump_point`, which is not to ask at each call."""
         self._dump_when_warm = self.dump_point
         self.dump_point = self._dump_in_warm_up  # type: ignore[method-assign]
         self.models.passes.on_warm = self._end_warm_up
@@ -202,7 +181,7 @@ class Grafter:
         return value
 
     def _dump_with_gradients(self, name: str, value: Any, arguments: dict[str, Any], module: str | None = None) -> Any:
-        """`dump_point` where gradients are points, too. In its place, so that nobody else pays for the question."""
+        """`dump_point` where gradients are points, too. It replaces that one, which is not to ask at each call."""
         given = dict(arguments)
         value = Grafter.dump_point(self, name, value, arguments, module)
         if is_being_traced():
@@ -216,36 +195,22 @@ class Grafter:
         """The end of an iteration: the step counts up, occurrences start at 0 again."""
         if not self.has_begun:
             self.begin()
-        if os.getpid() != self.rank_status.process_id or self.is_warming_up:
+        if self.context.status.is_forked or self.is_warming_up:
             return
         with self.lock:
             if self.gradients is not None:
-                self.gradients.pending.end_step(self.entry.session)
-            self.dumps.end_step()
-            for taking_over in self.control.end_step():
-                self._take_over(taking_over)
-                self.control.has_taken_over(taking_over)
-            if self.meetings.says_steps:
-                self._say_step()
+                self.gradients.end_step(self.lifecycle.session)
+            self.tools.dumps.end_step()
+            for change in self.control.end_step():
+                self._change_settings(change)
+                self.control.has_taken_over(change)
+            self.dispatch.end_step()
 
-    def _say_step(self) -> None:
-        """Also where no point of this rank has met anybody yet: others may wait for it."""
-        if self.entry.session is None and self.entry.joining is not None and self.entry.joining.is_over:
-            with contextlib.suppress(GrafterError):
-                self.matched.joined()
-        if self.entry.session is not None:
-            self.meetings.say_step(self.entry.session, self.steps.step)
-
-    def _take_over(self, coming: TakingOver) -> None:
-        """What a change of the run brings, in the first step in which it is in force. May be done twice."""
-        if self.filters is not coming.filters:
-            coming.filters.continue_from(self.filters)
-            self._repeated.remember(self.filters, coming.step)
-            self.filters = coming.filters
-        self.meetings.stats = coming.in_force.stats
-        self.options.take_over(coming.config)
-        dumped = coming.in_force.dumped_steps
-        self.dumps.take_over(coming.config, coming.choice, (dumped.first, dumped.end) if dumped is not None else None)
+    def _change_settings(self, change: SettingsChange) -> None:
+        """In the first step in which a change of the run is in force. May be done twice."""
+        self._rules.change(change)
+        dumped = change.in_force.dumped_steps
+        self.tools.dumps.take_over(change.config, (dumped.first, dumped.end) if dumped is not None else None)
 
     def attach(
         self,
@@ -262,7 +227,12 @@ class Grafter:
     @property
     def who(self) -> str:
         """This rank, as messages name it."""
-        return self._place.who
+        return self.context.place.who
+
+    @property
+    def axes(self) -> tuple[tuple[str, int, int], ...]:
+        """The place of this rank on its job's mesh: (axis, coordinate, size)."""
+        return self.tools.values.axes(None)
 
     def dump_model(self, model: torch.nn.Module) -> int:
         """All weights as points. See `grafter.dump_model`."""
@@ -281,84 +251,111 @@ class Grafter:
         An operator where nothing needs to be written into the value's memory; else the call breaks the graph. Nothing,
         where no filter can ever match.
         """
-        verdict = self.control.trace(self.filters, name, arguments)
+        verdict = self.control.trace(self._rules.filters, name, arguments)
         if verdict.kind == "nothing":
             self._unmatched.setdefault(name, 0)
         return verdict
 
     def pending(self) -> Pending:
         """What lies in this rank's outbox. See `grafter.pending`."""
-        early, session = self.early.pending, self.entry.session
-        posted = session.outbox.pending if session is not None else Pending()
-        return Pending(*map(sum, zip(astuple(early), astuple(posted), strict=True)))
+        return self.dispatch.pending
 
     def close(self) -> None:
         """Leave the run: say so, delete what is ours, write the summary. Later matched points are refused."""
-        rank_status = self.rank_status
+        status = self.context.status
         # Before the lock: in a forked child it may belong to a thread that does not exist there.
-        if os.getpid() != rank_status.process_id:
+        if status.is_forked:
             return
-        if (
-            not self.has_begun
-            and rank_status.fault is None
-            and not self.config.only_dumps
-            and not rank_status.is_closed
-        ):
-            # No call came: the others wait for this rank to join, and must hear that it leaves.
+        if not (self.has_begun or status.fault is not None or self.config.only_dumps or status.is_closed):
+            # There was no call: the others wait for this rank to join, and must learn that it leaves.
             self.begin()
         if not self.lock.acquire(timeout=_PATIENCE_SECONDS):
             # Another thread is at a point, which waits for other ranks; Ctrl-C must not.
-            rank_status.end_where_interrupted(self.entry.session)
+            status.end_where_interrupted(self.lifecycle.session)
             self.lock.acquire()
         try:
-            if rank_status.is_closed:
+            if status.is_closed:
                 return
-            rank_status.is_closed = True
+            status.is_closed = True
             atexit.unregister(self.close)
             self.recomputations.close()
             if self.has_begun:
-                Departure(
-                    self.config, self._place, rank_status, self.entry, self.models, self.filters, self.dumps,
-                    self.gradients, self.early, self.meetings, self._tally,
-                ).leave()  # fmt: skip
+                self._leave()
         finally:
             self.lock.release()
+
+    def _leave(self) -> None:
+        """Called once, under the lock: end the step, tell the other ranks, delete what is this rank's, sum up."""
+        tally, dumps, filters = self.context.tally, self.tools.dumps, self._rules.filters
+        error = self.context.status.last_error()
+        # First: whatever keeps this rank from leaving, what it saved is on disk.
+        dumps.flush()
+        session = self.lifecycle.finish(patient=error is None)
+        try:
+            if self.gradients is not None and error is None and (session is not None or self.config.only_dumps):
+                self.gradients.end_step(session)
+        finally:
+            if self.gradients is not None:
+                self.gradients.close()
+            tally.dumps.update(dumps.close())
+            tally.left_out.update(dumps.limits.left_out)
+        self.dispatch.leave(session, is_orderly=error is None)
+        directory = self.lifecycle.leave(session, filters, error)
+        if self._peer is not None:
+            self._peer.close()
+        self.models.tell_at_end()
+        log_summary(self.context, filters, directory)
 
     # The other job.
 
     def begin(self) -> None:
-        """Join the run, where no point has done it yet: what is attached by now is announced."""
-        if self.has_begun or os.getpid() != self.rank_status.process_id:
+        """Join the run, if no point has done it yet: what is attached by now is announced."""
+        status = self.context.status
+        if self.has_begun or status.is_forked:
             return
         with self.lock:
-            if self.has_begun or self.rank_status.is_closed:
+            if self.has_begun or status.is_closed:
                 return
             try:
-                self.entry.begin(self.announced_recording())
+                self._begin()
             except GrafterError as error:
-                self.rank_status.fault = error
+                status.fault = error
                 raise
             self.has_begun = True
+
+    def _begin(self) -> None:
+        config, served = self.config, None
+        if config.only_dumps:
+            self.lifecycle.begin_alone()
+            return
+        if config.peer is not None:
+            self._peer = start_peer(config, self.context.place)
+            if self._peer is not None:
+                config, served = self._peer.config, self._peer.store
+        introduction = Introduction(config, self.announced_hooks(), self.announced_recording(), served)
+        attempt = self.lifecycle.begin(introduction)
+        threading.Thread(target=self._join, args=(attempt,), name="grafter-join", daemon=True).start()
+
+    def _join(self, attempt: JoinAttempt) -> None:
+        """On a thread of its own."""
+        error = attempt.run()
+        if isinstance(error, JoinError):
+            self.context.refuse_all(error)
+        attempt.conclude()
+        if error is None:
+            # This rank may have no further point for long.
+            self.dispatch.catch_up_in_background()
 
     def announced_hooks(self) -> AnnouncedHooks:
         """The modules that this rank has hooks on, and their models."""
         return self.models.announced()
 
     def announced_recording(self) -> PlayedFrom | None:
-        """What this rank is played from, where it is no live one."""
+        """The recording that this rank is played from; None for a live rank."""
         return None
-
-    def _refuse_all(self, error: JoinError) -> None:
-        """The two jobs do not fit. Ranks whose points match no filter must learn it, too: at their next call."""
-
-        def refuse(tags: Any) -> bool:
-            self.rank_status.fault = error
-            raise error.with_traceback(None)
-
-        self.filters.matchers = (refuse,)
 
     @property
     def session(self) -> Session:
         """Waits until both jobs have joined."""
         with self.lock:
-            return self.matched.joined()
+            return self.dispatch.joined()

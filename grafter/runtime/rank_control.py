@@ -26,17 +26,15 @@ from grafter.config.control.change import (
     question_place,
     state_place,
 )
-from grafter.config.control.in_force import InForce, Judge, TracedPoints, Verdict
+from grafter.config.control.in_force import InForce, TracedPoints, Verdict
 from grafter.config.control.recorders import recorder_states, why_none
 from grafter.config.direction_filters import DirectionFilters
-from grafter.config.options import DumpChoice
-from grafter.config.settings.config import GrafterConfig
 from grafter.core.messages.roster import Roster
 from grafter.core.messages.wire import read_message
-from grafter.core.points import StepCounter
 from grafter.core.processes import is_from_signal_handler
-from grafter.core.roles import Place
 from grafter.errors import GrafterError, ProtocolError, RunError, UsageError
+from grafter.runtime.point_rules import SettingsChange
+from grafter.runtime.rank_context import RankContext
 from grafter.store.run_files import HistoryLine, append_history
 from grafter.wire.control.decision import put_decision, read_decision, try_to_decide
 from grafter.wire.monitor.housekeeping import Housekeeping
@@ -46,20 +44,6 @@ from grafter.wire.store_client import StoreClient
 logger = logging.getLogger("grafter")
 
 _LOOK_SECONDS = 0.25
-
-
-@dataclass(frozen=True)
-class TakingOver:
-    """What comes into force in a step. config: the configuration that one would have begun with. number: of the change;
-    None where steps to dump are over by themselves."""
-
-    step: int
-    in_force: InForce
-    config: GrafterConfig
-    filters: DirectionFilters
-    choice: DumpChoice | None
-    number: int | None = None
-    proposal: Proposal | None = None
 
 
 @dataclass(frozen=True)
@@ -75,17 +59,17 @@ class _InHand:
 
 
 class RankControl:
-    """One rank's. There from the start; before the jobs have joined nothing comes, and nothing is held."""
+    """One rank's part in changes of the run. Before the jobs have joined there is no change."""
 
-    def __init__(self, config: GrafterConfig, place: Place, steps: StepCounter, judge: Judge, *, saves: bool) -> None:
-        """saves: whether this rank saves points at all."""
-        self._config, self._place, self._steps, self._saves = config, place, steps, saves
-        self._traced = TracedPoints(judge)
+    def __init__(self, context: RankContext) -> None:
+        self._config, self._place, self._steps = context.config, context.place, context.steps
+        self._saves = context.saves_points
+        self._traced = TracedPoints(context.rules.judge)
         # Guards all below. Held for no round trip and no wait but that of `end_step` for the decision.
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
-        self._in_force = self._last_decided = InForce.at_start(config)
-        self._to_come: list[TakingOver] = []
+        self._in_force = self._last_decided = InForce.at_start(self._config)
+        self._to_come: list[SettingsChange] = []
         self._number, self._changes = 0, 0
         self._in_hand: _InHand | None = None
         self._is_held = False
@@ -104,7 +88,7 @@ class RankControl:
 
     # On the program's thread.
 
-    def end_step(self) -> Sequence[TakingOver]:
+    def end_step(self) -> Sequence[SettingsChange]:
         """Count the step up; what is to be in force from here on, in its order, where that changes here.
 
         Each is handed out again at the next step unless `has_taken_over` is called for it: an interrupt in between
@@ -120,8 +104,8 @@ class RankControl:
                 return ()
             return [one for one in self._to_come if one.step <= self._steps.step]
 
-    def has_taken_over(self, one: TakingOver) -> None:
-        """This rank's points go by it from here on: so do its recorders, and then everybody is told."""
+    def has_taken_over(self, one: SettingsChange) -> None:
+        """Points of this rank follow the change from here on. Its recorders follow it now, and it is logged."""
         try:
             with self._lock:
                 try:
@@ -133,7 +117,7 @@ class RankControl:
         finally:
             self._tell(one)
 
-    def _apply_recorders(self, one: TakingOver) -> None:
+    def _apply_recorders(self, one: SettingsChange) -> None:
         if one.proposal is None or one.proposal.change.action != "record":
             return
         try:
@@ -155,7 +139,7 @@ class RankControl:
             while self._is_held and keeper.aborted is None:
                 self._changed.wait(_LOOK_SECONDS)
 
-    def _tell(self, one: TakingOver) -> None:
+    def _tell(self, one: SettingsChange) -> None:
         level = logging.INFO if self._place.role_rank == 0 else logging.DEBUG
         why = "the steps to dump are over" if one.proposal is None else f"change {one.number}"
         logger.log(level, "grafter: %s: from step %d on (%s): %s", self._place.who, one.step, why, one.in_force.text)
@@ -275,7 +259,7 @@ class RankControl:
                     f"{self._place.who} is played from a recording, whose windows are in its points already; record it "
                     "again with other ones, or change anything else"
                 )
-            filters, _ = accepted.filters(self._config, saves=self._saves, in_any_step=True)
+            filters = accepted.filters(self._config, saves=self._saves, in_any_step=True)
             why_not = None if accepted.is_off else self._traced.why_not(filters)
         except GrafterError as error:
             why_not = str(error)
@@ -304,14 +288,15 @@ class RankControl:
         if decision.step is not None and in_hand.accepted is None:
             raise ProtocolError(
                 f"change {in_hand.number} of the run was put into force from step {decision.step} on, and "
-                f"{self._place.who} had refused it. Both jobs need the same grafter, and nobody else may write there."
+                f"{self._place.who} had refused it. Both jobs need the same grafter, and no other program may write "
+                "there."
             )
         coming = self._taking_over(in_hand, decision.step) if decision.step is not None else []
         with self._changed:
             self._in_hand, self._is_held = None, False
             self._number += 1
             if coming:
-                # Steps to dump, as far as they go on, are in what comes.
+                # If steps to dump continue, they are part of what comes.
                 self._to_come = [one for one in self._to_come if one.number is not None] + coming
                 self._last_decided = coming[0].in_force
             self._changed.notify_all()
@@ -323,7 +308,7 @@ class RankControl:
                 logger.info("grafter: change %d of the run is refused: %s", in_hand.number, decision.refused)
         return True
 
-    def _taking_over(self, in_hand: _InHand, step: int) -> list[TakingOver]:
+    def _taking_over(self, in_hand: _InHand, step: int) -> list[SettingsChange]:
         """What comes from `step` on, and what once the steps to dump are over."""
         in_force = self._last_decided.after(in_hand.proposal.change, step)
         coming = [self._made_ready(step, in_force, in_hand.number, in_hand.proposal)]
@@ -331,7 +316,9 @@ class RankControl:
             coming.append(self._made_ready(in_force.dumped_steps.end, in_force.at_end_of_dump(), None, None))
         return coming
 
-    def _made_ready(self, step: int, in_force: InForce, number: int | None, proposal: Proposal | None) -> TakingOver:
+    def _made_ready(
+        self, step: int, in_force: InForce, number: int | None, proposal: Proposal | None
+    ) -> SettingsChange:
         config = in_force.configured(self._config)
-        filters, choice = in_force.filters(self._config, saves=self._saves)
-        return TakingOver(step, in_force, config, filters, choice, number, proposal)
+        filters = in_force.filters(self._config, saves=self._saves)
+        return SettingsChange(step, in_force, config, filters, number, proposal)

@@ -15,7 +15,7 @@ import grafter
 from grafter.config.settings.config import GrafterConfig
 from grafter.core.roles import Place
 from grafter.errors import ConfigError
-from grafter.runtime.session import find_place
+from grafter.runtime.rank_context import find_place
 
 
 def config(**settings: Any) -> GrafterConfig:

@@ -21,11 +21,11 @@ from vote_log_parts import Courier, Post, Roster
 import grafter
 from grafter.core.messages.wire import Seal
 from grafter.core.processes import is_from_signal_handler
+from grafter.core.roles import Place
 from grafter.core.user_transform import GraftTransformInput, transform_of
-from grafter.runtime import meeting
-from grafter.runtime.meeting import Meeting
-from grafter.runtime.session import Session
-from grafter.store.ledger import LedgerWriter
+from grafter.runtime import leaf_figures
+from grafter.runtime.point_ledger import PointLedger
+from grafter.runtime.point_receiver import ReceivedPoint
 from grafter.store.written_files import LineFile
 from grafter.wire.pairing import shared_ballots
 from grafter.wire.pairing.host_votes import HostLogs
@@ -170,8 +170,8 @@ def test_of_a_transform_it_is_not_called_the_transforms(alarm: Callable[..., Any
 def test_the_ledger_has_its_line_once_and_the_program_its_exception(
     arrives: str, alarm: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ledger = LedgerWriter(tmp_path, 0)
-    session: Any = SimpleNamespace(ledger=ledger)
+    housekeeping: Any = SimpleNamespace(aborted=None)
+    ledger = PointLedger(Place("baseline", 0, 1), tmp_path, "run", housekeeping)
     write = os.write
 
     def interrupted(descriptor: int, line: bytes) -> int:
@@ -185,9 +185,9 @@ def test_the_ledger_has_its_line_once_and_the_program_its_exception(
 
     monkeypatch.setattr(os, "write", interrupted)
     with pytest.raises(OwnError) as raised:
-        Session._write(session, {"name": "a"})
+        ledger.record({"name": "a"})  # type: ignore[typeddict-item]
     assert raised.value.filename is None, "the exception says something of the ledger"
-    Session._write(session, {"name": "b"})
+    ledger.record({"name": "b"})  # type: ignore[typeddict-item]
     assert ledger.path.read_text() == '{"name":"a"}\n{"name":"b"}\n'
 
 
@@ -208,20 +208,22 @@ def test_a_line_whose_end_a_handler_kept_from_being_noted_is_taken_back(
 def test_while_a_value_is_made_it_refuses_no_point_by_itself(alarm: Callable[..., Any]) -> None:
     """`write="return"`: the critical section holds it and leaves the point; the reason is not a failed transform."""
     stub = SimpleNamespace(
-        _take_in=lambda *_: ([], None), _measure=lambda *_: None, end_stage=lambda *_: None, writes=True, write=alarm,
+        _take_in=lambda *_: None, _figures=SimpleNamespace(measure=lambda *_: None), _end_stage=lambda *_: None,
+        _paired=SimpleNamespace(leaves=None), _incoming=[], _write_all=alarm, _writes=True,
         _options=SimpleNamespace(write="return"), _explain=str,
     )  # fmt: skip
-    nothing: Any = SimpleNamespace(decision=None)
     with pytest.raises(OwnError):
-        Meeting.prepare(stub, nothing, nothing, nothing, nothing, nothing, "off")  # type: ignore[arg-type]
+        ReceivedPoint.prepare(stub)  # type: ignore[arg-type]
 
 
 def test_while_a_checksum_is_taken(alarm: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(meeting, "checksum_of_values", alarm)
+    monkeypatch.setattr(leaf_figures, "checksum_of_values", alarm)
     resharding = SimpleNamespace(copies_with=lambda rank: (0, 1))
-    stub, decision = SimpleNamespace(_header=SimpleNamespace(role_rank=0)), SimpleNamespace(reshardings=[resharding])
+    unused: Any = None
+    header: Any = SimpleNamespace(role_rank=0)
+    figures = leaf_figures.LeafFigures(unused, header, unused, "full")
     with pytest.raises(OwnError):
-        Meeting._copy(stub, decision, 0, torch.zeros(1))  # type: ignore[arg-type]
+        figures._copy(resharding, torch.zeros(1))  # type: ignore[arg-type]
 
 
 def test_while_a_vote_log_is_made_nobody_hears_that_there_is_none(
@@ -278,7 +280,7 @@ ELSEWHERE = {
     ("saver.py", "_write"), ("saver.py", "_write_point"), ("taken.py", "leaf_of"),
     # Before the first point, or after the last.
     ("expression.py", "_parse_expression"), ("module_tree.py", "read_trees"), ("attached_models.py", "write_trees"),
-    ("entry.py", "write_last"), ("entry.py", "_write_facts"),
+    ("lifecycle.py", "_write_last"), ("lifecycle.py", "_write_facts"),
     # It holds whatever comes, which is raised afterwards.
     ("critical_section.py", "_attempt"),
 }  # fmt: skip

@@ -70,7 +70,7 @@ def found() -> dict[str, Any]:
         "armed": watcher is not None and watcher.armed,
         "step": own and own.steps.step,
         "points": own and own._unmatched,
-        "rank": own and own._place.role_rank,
+        "rank": own and own.context.place.role_rank,
     }
 
 

@@ -19,7 +19,7 @@ FAR = 1000.0
 
 
 def store_keys() -> int:
-    return int(grafter._process.grafter.entry.session.client.raw.num_keys())  # type: ignore[union-attr]
+    return int(grafter._process.grafter.lifecycle.session.client.raw.num_keys())  # type: ignore[union-attr]
 
 
 def settled_store_keys(bound: int) -> int:
@@ -92,9 +92,9 @@ def graft_and_close(rank: Rank) -> list[str]:
     directory, victim = rank.arguments
     value = torch.ones(1 << 16)
     grafter.dump("h", value, number=0)
-    roster = grafter._process.grafter.entry.session.roster  # type: ignore[union-attr]
+    roster = grafter._process.grafter.lifecycle.session.roster  # type: ignore[union-attr]
     marks = [member.socket_name for member in roster.all]
-    marks.append(grafter._process.grafter.entry.session.client.seal.run_id)  # type: ignore[union-attr]
+    marks.append(grafter._process.grafter.lifecycle.session.client.seal.run_id)  # type: ignore[union-attr]
     if rank.is_baseline and rank.role_rank == 0:
         (directory / "marks").write_text("\n".join(marks))
     del roster

@@ -13,8 +13,8 @@ from outbox_parts import join, outcomes, point_keys, until_nothing_is_pending
 
 import grafter
 from grafter.core.points import PointKey
-from grafter.runtime import early_points
-from grafter.runtime.entry import Entry
+from grafter.runtime import deferred_points
+from grafter.runtime.lifecycle import Lifecycle
 from grafter.store.dumps.reader import open_dumps
 
 KIB = 1024
@@ -99,13 +99,13 @@ def come_early(rank: Rank) -> Any:
     if not rank.is_baseline:
         rank.wait_for("posted 0")
         rank.wait_for("posted 1")
-    is_waiting = Entry.is_waiting
+    is_waiting = Lifecycle.is_waiting
     if (rank.role, rank.role_rank) in early:
         # As if the word that both jobs are there had not come yet.
-        Entry.is_waiting = property(lambda self: True)  # type: ignore[method-assign, assignment]
+        Lifecycle.is_waiting = property(lambda self: True)  # type: ignore[method-assign, assignment]
     got = grafter.dump("h", torch.full((2,), float(rank.is_baseline)))
-    Entry.is_waiting = is_waiting  # type: ignore[method-assign]
-    grafter._calls._active().matched.make_up_in_background()
+    Lifecycle.is_waiting = is_waiting  # type: ignore[method-assign]
+    grafter._calls._active().dispatch.catch_up_in_background()
     if rank.is_baseline:
         rank.tell(f"posted {rank.role_rank}")
     assert until_nothing_is_pending() == 0
@@ -317,7 +317,7 @@ def test_dumps_of_a_run_that_gets_another_name_are_told(tmp_path: Path) -> None:
 
 
 def come_to_points_of_ones_own(rank: Rank) -> int:
-    early_points._MOST_KEPT = 4
+    deferred_points._MOST_KEPT = 4
     (which,) = rank.arguments
     for number in range(6):
         grafter.dump("h", torch.ones(2), number=number)
@@ -358,7 +358,7 @@ def post_many_and_ask(rank: Rank) -> int:
         grafter.dump("h", torch.ones(2), number=number)
     rank.tell("went on")
     highest = 0
-    while grafter._calls._active().early.points:
+    while grafter._calls._active().dispatch.deferred.points:
         highest = max(highest, grafter.pending().entries)
     rank.tell("made up")
     assert highest > 0
@@ -433,7 +433,7 @@ def test_a_process_group_that_is_gone_by_then_has_said_whose_the_point_was(tmp_p
 def have_no_backward_pass(rank: Rank) -> None:
     (has_joined,) = rank.arguments
     grafter._calls._active().begin()
-    while has_joined and grafter._calls._active().entry.is_waiting:
+    while has_joined and grafter._calls._active().lifecycle.is_waiting:
         time.sleep(0.01)
     grafter.dump("h", torch.nn.Parameter(torch.ones(2)) * 2.0)
     grafter.step()
@@ -492,7 +492,7 @@ def leave_by_an_interrupt(rank: Rank) -> None:
     grafter.dump("h", torch.ones(2))
     rank.tell("went on")
     rank.wait_for("joined")
-    while not grafter._calls._active().entry.joining.is_over:  # type: ignore[union-attr]
+    while not grafter._calls._active().lifecycle.join_attempt.is_over:  # type: ignore[union-attr]
         time.sleep(0.01)
     time.sleep(0.2)
     raise KeyboardInterrupt
@@ -500,7 +500,7 @@ def leave_by_an_interrupt(rank: Rank) -> None:
 
 def stay_without_the_point(rank: Rank) -> None:
     grafter._calls._active().begin()
-    assert grafter._calls._active().entry.joining is not None
+    assert grafter._calls._active().lifecycle.join_attempt is not None
     if rank.is_baseline:
         join()
         rank.tell("joined")

@@ -12,7 +12,7 @@ import torch
 from jobs import Jobs, Rank, succeed
 
 import grafter
-from grafter.runtime.failure_log import FailureLog
+from grafter.runtime.point_ledger import FailureLog
 
 
 def messages(caplog: pytest.LogCaptureFixture) -> list[str]:

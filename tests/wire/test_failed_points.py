@@ -212,7 +212,7 @@ def fail_often(rank: Rank) -> tuple[int, int]:
     counter, names, seen = StepCounter(), [], 0
     for number in range(points):
         grafter.dump("h", torch.ones(2), number=number, transform=None if rank.is_baseline else refuse)
-        client = grafter._process.grafter.entry.session.client  # type: ignore[union-attr]
+        client = grafter._process.grafter.lifecycle.session.client  # type: ignore[union-attr]
         digest = counter.next_key({"name": "h", "number": number}, None).digest
         names.append(store_keys(client.run_prefix, digest).outcome)
         if not rank.is_baseline:

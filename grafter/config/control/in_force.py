@@ -133,18 +133,15 @@ class InForce(BaseModel):
                     "decided. Unset one of them (an empty text)"
                 )
 
-    def filters(
-        self, start: GrafterConfig, *, saves: bool, in_any_step: bool = False
-    ) -> tuple[DirectionFilters, DumpChoice | None]:
-        """The filters, compiled, and what decides which points are saved. saves: whether this rank saves any.
+    def filters(self, start: GrafterConfig, *, saves: bool, in_any_step: bool = False) -> DirectionFilters:
+        """The filters, compiled. saves: whether this rank saves any points.
 
         Raises as `configured` does.
         """
         if self.is_off:
-            return DirectionFilters({}), None
+            return DirectionFilters({})
         config = self.configured(start, in_any_step=in_any_step)
-        choice = DumpChoice(config) if saves else None
-        return DirectionFilters(config.filters, choice), choice
+        return DirectionFilters(config.filters, DumpChoice(config) if saves else None)
 
     @property
     def window(self) -> tuple[Any, ...]:

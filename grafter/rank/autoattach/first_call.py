@@ -2,8 +2,8 @@
 
 watching    hooks on what registers a submodule or parameter, and on what copies or unpickles a module: a call of a
             model costs nothing more
-armed       a module was made that nobody has looked at: `Module.__call__` is ours until a model is called
-attached    that call attaches all models that the program has, and watching goes on
+armed       a module was made, and no model called since: `Module.__call__` is ours until one is called
+attached    that call attaches all models that the program has, and watching continues
 
 A program that makes no module is never armed. A process that has joined leaves a mark for those that it starts, and a
 forked child of it is left alone: they are helpers. Imported while torch is being imported, so without torch itself.

@@ -71,7 +71,7 @@ class Roots:
     def extend(self, called: torch.nn.Module, made: list[torch.nn.Module]) -> None:
         """Attach what is new: other models, or new modules of one that is attached."""
         if {root.class_name for root in self._roots} & {class_name_of(module) for module in made}:
-            # The program may hold one model after the other: what nobody refers to any more is no model of it.
+            # The program may hold one model after the other: one that is not referred to any more is not a model of it.
             gc.collect()
         known = {id(model): root for root in self._roots if (model := root.model) is not None}
         parents = _parents_of([*made, *(model for root in self._roots if (model := root.model) is not None)])

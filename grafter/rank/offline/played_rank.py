@@ -18,21 +18,22 @@ from typing import Any, cast
 
 import torch
 
-from grafter.config.direction_filters import DirectionFilters
 from grafter.config.options import PointOptions
 from grafter.config.settings.config import GrafterConfig
 from grafter.core.messages.announced_models import AnnouncedHooks
 from grafter.core.messages.offer import Offer
 from grafter.core.messages.roster import PlayedFrom, other_role
+from grafter.core.point_fate import fate_of
 from grafter.core.points import PointKey, identify, traced_call_site
-from grafter.core.roles import Direction, receiver_role, sender_role
+from grafter.core.roles import receiver_role, sender_role
 from grafter.errors import GrafterError, RunError, UsageError
 from grafter.rank.grafter import Grafter
-from grafter.runtime.gradients.gradients import PHASE as BACKWARD
-from grafter.runtime.gradients.gradients import WatchedGradient
-from grafter.runtime.meetings import Meetings
-from grafter.runtime.offer import OfferMaker
+from grafter.runtime.dispatch import Dispatch
+from grafter.runtime.gradients.watched import PHASE as BACKWARD
+from grafter.runtime.gradients.watched import WatchedGradient
+from grafter.runtime.local_value import LocalValues, Point
 from grafter.runtime.session import Session
+from grafter.store.dumps.taken import Taken
 from grafter.store.recording import RecordedFailure, RecordedPoint, RecordedRank
 from grafter.wire.store_client import StoreClient
 
@@ -43,51 +44,50 @@ _LONGEST_STEP_SECONDS = 7 * 24 * 3600.0
 _PATIENCE_SECONDS = 0.5
 
 
-class RecordedOffers(OfferMaker):
-    """Offers what a recorded rank recorded."""
+class RecordedValues(LocalValues):
+    """The values that a recorded rank recorded."""
 
-    def take_up(self, value: Any, options: PointOptions, key: PointKey | None = None) -> Offer:
+    def prepare(self, value: Any, options: PointOptions, key: PointKey | None = None) -> Offer:
         if not isinstance(value, RecordedPoint):
-            return super().take_up(value, options, key)
-        offer = value.offer()
-        if offer.tokens is None or not value.part.new_rows_only:
-            return offer
+            return super().prepare(value, options, key)
+        recorded = value.offer()
+        if recorded.tokens is None or not value.part.new_rows_only:
+            return recorded
         try:
-            windowed = offer.tokens.read()
+            windowed = recorded.tokens.read()
             options = replace(options, tokens=windowed.tokens, start=list(windowed.starts) or None, new_rows_only=True)
-            return replace(offer, tokens=self.windows.announce(options, key))
+            return replace(recorded, tokens=self.windows.announce(options, key))
         except GrafterError as error:
             return Offer(value, nothing=f"the recording cannot be used here: {error}")
 
 
-class RecordedMeetings(Meetings):
-    """The meetings of a recorded rank with the live job."""
+class RecordedDispatch(Dispatch):
+    """The dispatch of a recorded rank's points to the live job."""
 
-    def meet(
-        self, session: Session, key: PointKey, direction: Direction, offer: Offer, options: PointOptions, *rest: Any
-    ) -> Any:
-        recorded = offer.value
+    def exchange(self, session: Session, point: Point, local: Offer, taken: Taken | None = None) -> Any:
+        recorded = local.value
         # It has nothing else to do, whatever the live job waits for.
-        options = replace(options, wait="both")
+        options = replace(point.options, wait="both")
         if isinstance(recorded, RecordedPoint):
             options = replace(options, new_rows_only=options.new_rows_only or recorded.part.new_rows_only)
-            if receiver_role(direction) == self._place.role:
-                offer = self._with_its_transform(recorded, offer, options)
-        return super().meet(session, key, direction, offer, options, *rest)
+            if point.direction is not None and receiver_role(point.direction) == session.place.role:
+                local = _with_its_transform(recorded, local, options)
+        return super().exchange(session, point._replace(options=options), local, taken)
 
-    def _with_its_transform(self, recorded: RecordedPoint, offer: Offer, options: PointOptions) -> Offer:
-        """The offer. A receiver without the transform that it was recorded with would get other tensors than it asks
-        for.
-        """
-        if recorded.part.header.needs == "identity" or options.transform is not None:
-            return offer
-        return replace(
-            offer,
-            failure=UsageError(
-                "the recorded call was given a transform. A function cannot be part of a recording. Name it by "
-                "path: GRAFTER_TRANSFORM_PATH, or `transform` in a rule of the plan file"
-            ),
-        )
+
+def _with_its_transform(recorded: RecordedPoint, local: Offer, options: PointOptions) -> Offer:
+    """The local value. A receiver without the transform that it was recorded with would get other tensors than it asks
+    for.
+    """
+    if recorded.part.header.needs == "identity" or options.transform is not None:
+        return local
+    return replace(
+        local,
+        failure=UsageError(
+            "the recorded call was given a transform. A function cannot be part of a recording. Name it by "
+            "path: GRAFTER_TRANSFORM_PATH, or `transform` in a rule of the plan file"
+        ),
+    )
 
 
 class PlayedGrafter(Grafter):
@@ -95,8 +95,8 @@ class PlayedGrafter(Grafter):
 
     # What is played is on disk already.
     saves_points = False
-    offer_maker = RecordedOffers
-    meeting_maker = RecordedMeetings
+    values_class = RecordedValues
+    dispatch_class = RecordedDispatch
 
     def __init__(self, config: GrafterConfig, rank: RecordedRank) -> None:
         # It reaches its next point immediately, and the live job may need long for it, because it computes. A live job
@@ -105,7 +105,6 @@ class PlayedGrafter(Grafter):
         config = config.model_copy(update=patient)
         super().__init__(config)
         self._rank = rank
-        self.filters = DirectionFilters(config.filters)
         self._live_job_left = False
 
     def play(self) -> None:
@@ -114,14 +113,14 @@ class PlayedGrafter(Grafter):
         """
         try:
             # It joins even if nothing matches, because the live job waits for every rank.
-            session = self._begin()
+            session = self._begin_to_play()
             for step, of_step in groupby(self._rank.points, key=lambda one: one.record.step):
                 self._play_step(session, step, list(of_step))
             self._end_gradients(session)
         except RunError as error:
             if not self._has_live_job_left():
                 raise
-            self.rank_status.fault = None
+            self.context.status.fault = None
             logger.info("grafter: %s: %s", self._who, self._left_early(error))
 
     # What a Grafter asks for.
@@ -136,9 +135,9 @@ class PlayedGrafter(Grafter):
 
     @property
     def _who(self) -> str:
-        return f"{self._place.who}, {self._rank.played_from}"
+        return f"{self.context.place.who}, {self._rank.played_from}"
 
-    def _begin(self) -> Session:
+    def _begin_to_play(self) -> Session:
         self.begin()
         session = self.session
         hear = session.housekeeping.on_second
@@ -159,7 +158,7 @@ class PlayedGrafter(Grafter):
         gradients = {id(one): watched for one in points if (watched := self._watched(one)) is not None}
         if self.gradients is not None:
             # A live rank knows them from its forward pass on, including those that never arrive.
-            in_any_order = {w.key.digest: w for w in gradients.values() if not w.is_parameter}
+            in_any_order = {w.key.digest: w for w in gradients.values() if not w.point.is_parameter}
             self.gradients.pending.watched.update(in_any_order)
         for is_gradient, stretch in groupby(points, key=lambda one: one.is_gradient):
             if is_gradient:
@@ -191,29 +190,31 @@ class PlayedGrafter(Grafter):
             return None
         record, tags = one.record, one.tags
         full = {**tags, "name": record.name, "step": record.step, "phase": BACKWARD}
-        direction = self.filters.direction_of(full)
-        options = self.options.options_of(record.name, one.given)
-        if direction is None or not options.gradients:
+        rules = self.context.rules
+        direction, options = rules.filters.direction_of(full), rules.options.options_of(record.name, one.given)
+        fate = fate_of(self.lifecycle.situation_of(direction, options, is_saved=False))
+        if direction is None or fate == "ignore" or not options.gradients:
             return None
         key = PointKey(record.name, identify(tags, self.config.key_tags), record.step, BACKWARD, record.occurrence)
         options = replace(options, write="return", gradient="straight_through", wait="both")
-        return WatchedGradient(
-            key, direction, tags, options, record.call_site, one.part.module, is_parameter=one.part.is_parameter
-        )
+        part = one.part
+        return WatchedGradient(Point(key, direction, options, tags, record.call_site, part.module, part.is_parameter))
 
     def _play_gradients(self, session: Session, found: Sequence[tuple[RecordedPoint, WatchedGradient]]) -> None:
         gradients = self.gradients
         assert gradients is not None
         with self.lock, torch.no_grad():
-            for is_parameter, stretch in groupby(found, key=lambda pair: pair[1].is_parameter):
+            for is_parameter, stretch in groupby(found, key=lambda pair: pair[1].point.is_parameter):
                 for one, watched in stretch:
-                    # A Grafter passes it on to `take_up` without looking at it.
+                    # A Grafter passes it on to `prepare` without looking at it.
                     value = cast(torch.Tensor, one)
                     if is_parameter:
-                        gradients.meet(session, watched, value)
+                        gradients.outcomes.exchange(session, watched, value)
                     elif one.never_came:
                         continue
-                    elif self._place.role == sender_role(watched.direction) and watched.options.one_sided == "raise":
+                    elif self.context.place.role == sender_role(watched.direction) and (
+                        watched.point.options.one_sided == "raise"
+                    ):
                         gradients.pending.offer(watched, value)
                     else:
                         gradients.pending.came(watched, value)
@@ -222,7 +223,7 @@ class PlayedGrafter(Grafter):
     def _end_gradients(self, session: Session) -> None:
         if self.gradients is not None:
             with self.lock, torch.no_grad():
-                self.gradients.pending.end_step(session)
+                self.gradients.end_step(session)
 
     # The live job's end.
 
@@ -234,7 +235,7 @@ class PlayedGrafter(Grafter):
         if wait.one_sided:
             # What is left of the recording is in it alone.
             return
-        live = other_role(self._place.role)
+        live = other_role(self.context.place.role)
         ranks = [session.roster.graft_rank(live, member.role_rank) for member in session.roster.side(live)]
         lines = session.housekeeping.read_board(client, ranks)
         # Waits for gradients are not checked anywhere else.
@@ -251,11 +252,11 @@ class PlayedGrafter(Grafter):
 
     def _has_live_job_left(self) -> bool:
         """Whether the live job has left normally, whichever rank of this job noticed it first."""
-        if self._live_job_left or self.entry.session is None:
+        if self._live_job_left or self.lifecycle.session is None:
             return self._live_job_left
-        lines = self.entry.session.housekeeping.last_seen(other_role(self._place.role))
+        lines = self.lifecycle.session.housekeeping.last_seen(other_role(self.context.place.role))
         return bool(lines) and all(line.state == "left" and not line.note for line in lines)
 
     def _left_early(self, error: RunError) -> str:
-        met = sum(self._tally.outcomes.values())
+        met = sum(self.context.tally.outcomes.values())
         return f"the live job has left; it reached {met} of {len(self._rank.points)} recorded points"

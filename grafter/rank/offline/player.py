@@ -25,7 +25,7 @@ from grafter.config.settings.config import GrafterConfig
 from grafter.core.roles import RoleName
 from grafter.errors import ConfigError, DumpError, GrafterError
 from grafter.rank.offline.played_rank import PlayedGrafter
-from grafter.runtime.rank_summary import set_up_logging
+from grafter.runtime.rank_report import set_up_logging
 from grafter.store.recording import Recording, open_recording, settings_of
 
 logger = logging.getLogger("grafter")

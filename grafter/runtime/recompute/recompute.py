@@ -1,4 +1,4 @@
-"""Recomputation: a point that fires again during backward meets nobody, and writes again what it wrote before.
+"""Recomputation: a point that fires again during backward is not exchanged, and writes again what it wrote before.
 
 Activation checkpointing drops what a part of the model computed, a region, and computes it again in the backward pass:
 in another order, often on another thread, outside of the `with` blocks that were around it.
@@ -67,7 +67,7 @@ class Recomputations:
                 region.keep(self._counter, kept)
 
     def keep_nothing(self, key: PointKey) -> None:
-        """A matched point has met nobody."""
+        """A matched point was not exchanged."""
         self.keep_entry(Kept(key))
 
     def keep_entry(self, entry: Any) -> None:
@@ -197,7 +197,7 @@ class _TorchWraps:
         own = owner.__dict__.get(name)
 
         def restore() -> None:
-            # What somebody else has wrapped since then stays: it calls ours, which goes on working.
+            # A wrap that another library has put around ours since then stays: it calls ours, which still works.
             if owner.__dict__.get(name) is wrap:
                 if own is None:
                     delattr(owner, name)

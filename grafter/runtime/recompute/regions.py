@@ -1,7 +1,7 @@
 """Regions: parts of the program that backward computes again, and where in them this thread is.
 
 A region begins with its forward pass. What its points do there is kept on it, in the order of their firing; its step
-and context are those of its start. A recomputation goes through the points again and counts their firings anew.
+and context are those of its start. A recomputation goes through the points again and counts their firings again.
 """
 
 from __future__ import annotations
@@ -112,13 +112,13 @@ class Recomputation:
         if known:
             return (
                 f"the point {name!r} at {site} fires in a recomputation, and did not fire (so often) in the forward "
-                f"pass of this region, where these did: {', '.join(known[:8])}. The other job does not come to it "
+                f"pass of this region, where these did: {', '.join(known[:8])}. The other job does not reach it "
                 "again. A recomputed region must do the same both times, with the same tags."
             )
         return (
             f"the point {name!r} at {site} is in a recomputation (code that runs with grad enabled during backward) "
-            "of which grafter has not seen the forward pass, or nothing of it matched; the other job does not come "
-            "to it again. Known are regions of torch.utils.checkpoint, and a torch.autograd.Function whose "
+            "of which grafter has not seen the forward pass, or nothing of it matched; the other job does not "
+            "reach it again. Known are regions of torch.utils.checkpoint, and a torch.autograd.Function whose "
             "`forward(ctx, ...)` ran the point and whose `backward` runs it again. Dump outside of the recomputed "
             "part, or switch recomputation off."
         )
@@ -169,7 +169,7 @@ def regions_in_forward() -> list[Region]:
     return regions
 
 
-# Adopted regions. Nobody tells us when they end, so the stack is searched for them.
+# Adopted regions. There is no call when they end, so the stack is searched for them.
 
 
 def _look_after_adopted() -> None:

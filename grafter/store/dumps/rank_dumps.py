@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from grafter.config.options import DumpChoice, PointOptions
+from grafter.config.options import PointOptions
 from grafter.config.settings.config import GrafterConfig
 from grafter.core.messages.participants import own_participants
 from grafter.core.points import PointKey
@@ -42,19 +42,25 @@ class RankDumps:
         begin."""
         self._config, self._place = config, place
         self._axes_of, self._find_run_directory = axes_of, find_run_directory
-        self.choice = DumpChoice(config)
         self.limits = Limits(config.dump_steps, config.dump_max_bytes, config.dump_max_points, place.who)
         self._saver: Saver | None = None
         self._has_told_fork = False
 
-    def take_over(self, config: GrafterConfig, choice: DumpChoice | None, also: tuple[int, int] | None) -> None:
-        """From now on by this configuration's limits. choice: None where nothing is saved. also: steps from the one on
-        and before the other, whose points are saved whatever the limit of steps."""
-        if choice is not None:
-            self.choice = choice
+    def take_over(self, config: GrafterConfig, also: tuple[int, int] | None) -> None:
+        """From now on by this configuration's limits. also: steps from the one on and before the other, whose points
+        are saved whatever the limit of steps."""
         self.limits.change(config.dump_steps, config.dump_max_bytes, config.dump_max_points)
         if also is not None:
             self.limits.also_allow(*also)
+
+    def accepts(self, direction: Direction | None, step: int, *, is_chosen: bool) -> bool:
+        """Whether a point is saved. is_chosen: a filter, a rule or the call says so; what is recorded is saved anyway.
+
+        Counts a point that a limit of steps leaves out.
+        """
+        if self._config.record and direction is not None:
+            return True
+        return is_chosen and self.limits.allows_step(step)
 
     def open(self) -> Saver:
         """Raises ConfigError where the directory holds an earlier run's dumps."""

@@ -16,16 +16,17 @@ from typer.testing import CliRunner
 from grafter.cli.control_table import recorder_lines
 from grafter.cli.main import app
 from grafter.config.control.change import OPTION_OF, Answer, Change, Decision, Proposal, State
-from grafter.config.control.in_force import InForce, Verdict
+from grafter.config.control.in_force import InForce
 from grafter.config.control.recorders import NONE_HERE, RecorderChange, RecorderState, recorder_states, why_none
 from grafter.config.direction_filters import DirectionFilters
 from grafter.config.options import OptionChooser
 from grafter.config.settings.config import GrafterConfig
-from grafter.core.points import PointKey, StepCounter
-from grafter.core.roles import Place
+from grafter.core.points import PointKey
 from grafter.core.rows.tokens import Tokens
 from grafter.errors import ConfigError, UsageError
-from grafter.runtime.rank_control import RankControl, TakingOver
+from grafter.runtime.point_rules import SettingsChange
+from grafter.runtime.rank_context import RankContext
+from grafter.runtime.rank_control import RankControl
 from grafter.runtime.windows import Windows
 from grafter.store.dumps.limits import Limits
 from grafter.tools.requests.recorder import RequestRecorder
@@ -287,14 +288,13 @@ def test_wrong_usage_is_told_before_anything_is_asked(arguments: list[str], told
 
 
 def make_control(*, saves: bool = True) -> RankControl:
-    place = Place("baseline", 0, 1)
-    return RankControl(START, place, StepCounter(), lambda *_: Verdict("operator", only_compares=True), saves=saves)
+    return RankControl(RankContext.of(START, saves_points=saves))
 
 
 def test_what_an_interrupt_keeps_from_being_taken_over_comes_again() -> None:
     """Until the points of this rank go by it, it is not in force."""
     control = make_control()
-    coming = TakingOver(1, AT_START.after(setting(stats="off"), 1), START, DirectionFilters({}), None, number=0)
+    coming = SettingsChange(1, AT_START.after(setting(stats="off"), 1), START, DirectionFilters({}), number=0)
     control._to_come.append(coming)
     assert list(control.end_step()) == [coming] == list(control.end_step())
     assert control._in_force == AT_START
@@ -313,7 +313,7 @@ def test_a_recorder_that_fails_does_not_fail_the_step(caplog: pytest.LogCaptureF
     change = Change(action="record", recorders=RecorderChange(enabled=True))
     object.__setattr__(change, "recorders", Broken(enabled=True))
     proposal = Proposal.model_construct(change=change, seconds=1.0, by="a test", time=0.0)
-    coming = TakingOver(1, AT_START, START, DirectionFilters({}), None, number=4, proposal=proposal)
+    coming = SettingsChange(1, AT_START, START, DirectionFilters({}), number=4, proposal=proposal)
     control._to_come.append(coming)
     control.end_step()
     with caplog.at_level(logging.WARNING):

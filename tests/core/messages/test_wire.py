@@ -73,7 +73,7 @@ def test_a_signed_value_with_one_byte_changed_is_refused(position: int, byte: in
 def join_only(rank: Rank, directory: Path) -> Any:
     """Join without a point, and leave this rank's socket name and run id for the test."""
     grafter.step()
-    session = grafter._process.grafter.entry.joining.wait()  # type: ignore[union-attr]
+    session = grafter._process.grafter.lifecycle.join_attempt.wait()  # type: ignore[union-attr]
     name = session.roster.all[session.graft_rank].socket_name
     path = directory / f"{rank.role}.name"
     path.with_suffix(".tmp").write_text(f"{name} {session.client.seal.run_id} {session.client.run_prefix}")
@@ -213,7 +213,7 @@ def test_one_secret_on_both_sides_grafts_and_stays_out_of_the_files(tmp_path: Pa
 def claim_a_petabyte(rank: Rank) -> tuple[list[float], int]:
     """The baseline's header says 2**50 bytes where there are 12."""
     if rank.is_baseline:
-        from grafter.runtime import offer as module
+        from grafter.runtime import local_value as module
 
         real_take_apart = module.take_apart
 
@@ -231,7 +231,7 @@ def claim_a_petabyte(rank: Rank) -> tuple[list[float], int]:
     grafter.dump("lie", value, transform=transform)
     honest = torch.full((4,), 1.0 if rank.is_baseline else 2.0)
     grafter.dump("honest", honest, transform=None if rank.is_baseline else whole)
-    return [*value.tolist(), *honest.tolist()], grafter._process.grafter.entry.session.transfer.staging.capacity  # type: ignore[union-attr]
+    return [*value.tolist(), *honest.tolist()], grafter._process.grafter.lifecycle.session.transfer.staging.capacity  # type: ignore[union-attr]
 
 
 def first_three(graft_input: Any) -> torch.Tensor:

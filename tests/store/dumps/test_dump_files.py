@@ -384,7 +384,7 @@ def test_inference_mode_and_default_device_do_not_matter(tmp_path: Path) -> None
     with run(tmp_path) as only:
         with torch.inference_mode():
             only.grafter.dump("x", torch.ones(1 << 18))
-        only.grafter.dumps.flush()
+        only.grafter.tools.dumps.flush()
         only.grafter.dump("x", torch.ones(1 << 18, requires_grad=True))
         with torch.device("meta"):
             only.grafter.dump("x", torch.ones(1 << 18, device="cpu"))
@@ -409,7 +409,7 @@ def test_a_full_disk_costs_the_dump_and_not_the_run(tmp_path: Path, caplog: pyte
         with caplog.at_level(logging.ERROR, "grafter"), small_files(40_000):
             for size in (10, 20_000, 30_000, 20):
                 only.grafter.dump("x", torch.ones(size))
-            only.grafter.dumps.flush()
+            only.grafter.tools.dumps.flush()
         only.grafter.dump("x", torch.ones(20_000))
     assert [record.file is not None for record in only.records()] == [True, False, False, True, True]
     assert "could not be written" in str(only.records()[1].reason)
@@ -469,7 +469,7 @@ def test_a_slow_disk_slows_the_run_instead_of_eating_memory(tmp_path: Path, monk
     monkeypatch.setattr(saver, "write_tensors", slow)
     with run(tmp_path, dump_queue_bytes="1MiB") as only:
         only.grafter.step()
-        backlog = only.grafter.dumps.open()._backlog
+        backlog = only.grafter.tools.dumps.open()._backlog
         done = threading.Event()
 
         def program() -> None:
@@ -599,7 +599,7 @@ def test_a_signal_in_the_middle_of_handing_over_loses_no_point(tmp_path: Path, m
     found: list[int] = []
     with run(tmp_path) as only:
         only.grafter.dump("first", torch.ones(2))
-        saver = only.grafter.dumps.open()
+        saver = only.grafter.tools.dumps.open()
         backlog = saver._backlog
 
         def handler() -> None:

@@ -208,7 +208,7 @@ def dump_sizes(rank: Rank) -> tuple[bool, int, int]:
         sent = torch.arange(numel, dtype=torch.float32) + number
         got = grafter.dump("sized", sent if rank.is_baseline else torch.zeros(numel), number=number)
         right = right and torch.equal(got, sent)
-    staging = grafter._process.grafter.entry.session.transfer.staging  # type: ignore[union-attr]
+    staging = grafter._process.grafter.lifecycle.session.transfer.staging  # type: ignore[union-attr]
     return right, staging.generation, staging.capacity
 
 

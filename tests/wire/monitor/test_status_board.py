@@ -26,16 +26,16 @@ STAGES = {
 
 def hold_at(rank: Rank, stage: str) -> None:
     """Make this rank's next point last in this stage until the test has seen it."""
-    from grafter.runtime import meeting
+    from grafter.runtime import leaf_figures
     from grafter.wire.exchange.incoming import IncomingLeaf, Reception
     from grafter.wire.pairing.host_votes import HostVotes
 
-    session: Any = grafter._process.grafter.entry.session  # type: ignore[union-attr]
+    session: Any = grafter._process.grafter.lifecycle.session  # type: ignore[union-attr]
     places: dict[str, tuple[Any, str]] = {
         "sending": (session.transfer, "send"),
         "receiving": (session.transfer, "receive"),
         "transforming": (Reception, "incoming"),
-        "measuring": (meeting, "compare"),
+        "measuring": (leaf_figures, "compare"),
         "voting": (HostVotes, "append"),
         "deciding": (HostVotes, "await_news"),
         "writing": (IncomingLeaf, "write"),

@@ -58,7 +58,7 @@ def meet_then_wait(rank: Rank) -> float:
     grafter.dump("first", torch.ones(1))
     if not rank.is_baseline:
         # The board is read once a second: its last reading must have the first point in it.
-        housekeeping = grafter._process.grafter.entry.session.housekeeping  # type: ignore[union-attr]
+        housekeeping = grafter._process.grafter.lifecycle.session.housekeeping  # type: ignore[union-attr]
         while not any(line.last_points for line in housekeeping.last_seen("baseline")):
             time.sleep(0.05)
     rank.tell(f"{rank.role} met")

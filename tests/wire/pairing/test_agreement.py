@@ -60,7 +60,7 @@ def graft_with_fault(rank: Rank) -> list[list[float]]:
 
 def wait_until_heard(rank: Rank, seconds: float = 250) -> None:
     """Until this sender's ledger says that a point has failed."""
-    path = grafter._process.grafter.entry.session.ledger.path  # type: ignore[union-attr]
+    path = grafter._process.grafter.lifecycle.session.ledger.path  # type: ignore[union-attr]
     deadline = time.monotonic() + seconds
     while '"outcome":"failed"' not in path.read_text() and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -185,13 +185,13 @@ def test_without_mail_a_killed_rank_is_named_to_all(tmp_path: Path) -> None:
 
 def lose_statistics(rank: Rank) -> list[float]:
     """One receiver runs out of memory while it measures: that costs its figures, not the point."""
-    from grafter.runtime import meeting
+    from grafter.runtime import leaf_figures
 
     def out_of_memory(*_: Any) -> Any:
         raise MemoryError("no room for a chunk")
 
     if not rank.is_baseline and rank.role_rank == 1:
-        meeting.compare = out_of_memory  # type: ignore[assignment]
+        leaf_figures.compare = out_of_memory  # type: ignore[assignment]
     value = torch.full((2,), 1.0 if rank.is_baseline else 2.0)
     return grafter.dump("h", value).tolist()
 

@@ -31,7 +31,7 @@ def first_of(graft_input: Any) -> torch.Tensor:
 def at(phase: str, act: Callable[[], None]) -> Iterator[Callable[[Any], torch.Tensor]]:
     """Inside, this process does `act` once, at that place of its next point; yields the transform of the point."""
     from grafter.core.commit_protocol import YES
-    from grafter.runtime.meeting import _Receiving
+    from grafter.runtime.point_receiver import ReceivedPoint
     from grafter.wire.exchange.incoming import IncomingLeaf
     from grafter.wire.pairing.host_votes import HostVotes
     from grafter.wire.pairing.store_votes import StoreVotes
@@ -71,7 +71,7 @@ def at(phase: str, act: Callable[[], None]) -> Iterator[Callable[[Any], torch.Te
         for votes in (HostVotes, StoreVotes):
             around(votes, "append", phase == "before vote", lambda kind, reason: kind == YES)
     elif phase == "before write":
-        around(_Receiving, "write", True, lambda: True)
+        around(ReceivedPoint, "write", True, lambda: True)
     elif phase == "inside write":
         around(IncomingLeaf, "write", True, is_second)
     try:
@@ -100,7 +100,7 @@ def send(name: str) -> None:
 
 def wait_until_told(rank: Rank) -> None:
     """Until this receiver has told the senders of all that has failed."""
-    failed = grafter._process.grafter.entry.session._failed  # type: ignore[union-attr]
+    failed = grafter._process.grafter.lifecycle.session.ledger._failed  # type: ignore[union-attr]
     deadline = time.monotonic() + 15
     while not failed.has_told_all and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -110,8 +110,8 @@ def wait_until_told(rank: Rank) -> None:
 def hear_all(rank: Rank) -> None:
     """Until this sender has heard of every failure that receivers have told."""
     rank.wait_for("told")
-    session = grafter._process.grafter.entry.session  # type: ignore[union-attr]
-    failed, told = session._failed, 0
+    session = grafter._process.grafter.lifecycle.session  # type: ignore[union-attr]
+    failed, told = session.ledger._failed, 0
     while session.client.peek(failed._place(told)) is not None:
         told += 1
     deadline = time.monotonic() + 15

@@ -337,7 +337,7 @@ def graft_from_another_namespace(rank: Rank) -> list[float]:
     for number in range(2):
         grafter.dump(f"h{number}", value)
     assert grafter._process.grafter is not None
-    session = grafter._process.grafter.entry.session
+    session = grafter._process.grafter.lifecycle.session
     assert session is not None
     assert not session.agreement._courier.mail_inside or rank.is_baseline
     return value.tolist()

@@ -141,9 +141,9 @@ def test_a_stranger_that_connects_during_the_join_is_dropped(tmp_path: Path, use
 def die_during_the_join(rank: Rank) -> list[float]:
     """Target rank 1 dies once the roster is known, before it has connected to anybody."""
     if rank.role == "target" and rank.role_rank == 1:
-        from grafter.runtime import session
+        from grafter.runtime import lifecycle
 
-        session.connect_ranks = lambda *_: os._exit(1)  # type: ignore[assignment]
+        lifecycle.connect_ranks = lambda *_: os._exit(1)  # type: ignore[assignment]
     return graft_at_once(rank)
 
 
@@ -160,16 +160,16 @@ def test_a_rank_that_dies_before_it_has_connected_is_named_at_the_first_point(tm
 
 def stop_during_the_join(rank: Rank) -> list[float]:
     if rank.role == "target":
-        from grafter.runtime import session
+        from grafter.runtime import lifecycle
 
-        real = session.connect_ranks
+        real = lifecycle.connect_ranks
 
         def connect_late(*arguments: object) -> object:
             rank.tell("joined")
             rank.wait_for("go on", 90)
             return real(*arguments)  # type: ignore[arg-type]
 
-        session.connect_ranks = connect_late  # type: ignore[assignment]
+        lifecycle.connect_ranks = connect_late  # type: ignore[assignment]
     return graft_at_once(rank)
 
 

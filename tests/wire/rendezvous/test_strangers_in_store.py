@@ -143,7 +143,7 @@ def meet_often(rank: Rank) -> tuple[list[float], list[str]]:
         grafter.dump("h", value, number=number)
         values.append(float(value[0]))
         if number == 0:
-            session = grafter._process.grafter.entry.session  # type: ignore[union-attr]
+            session = grafter._process.grafter.lifecycle.session  # type: ignore[union-attr]
             path = Path(os.environ["GRAFTER_DIR"]) / f"{rank.role}.hall"
             path.with_suffix(".tmp").write_text(session.client.run_prefix)
             path.with_suffix(".tmp").rename(path)

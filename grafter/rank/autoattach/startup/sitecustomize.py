@@ -50,7 +50,7 @@ def _call_after(loader: Any, function: Any) -> None:
 
 
 def _watch(module: Any) -> None:
-    """A program must not fail for want of a debugger's part: what keeps us from it is told, and nothing is attached."""
+    """A program must not fail because a debugger does: what keeps us from it is logged, and nothing is attached."""
     try:
         _find_grafter()
         if not _is_set("ATTACH") and not _plan_attaches():

@@ -1,62 +1,34 @@
-"""What a rank says when it leaves: the summary beside its ledger, and what it did in a few lines of log."""
+"""The report of a rank that leaves: the summary beside its ledger, and what it did, in a few lines of log."""
 
 from __future__ import annotations
 
 import logging
-import sys
-from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from grafter.config.direction_filters import DirectionFilters
 from grafter.core.messages.roster import Roster
 from grafter.core.records import RankSummary
-from grafter.core.roles import Place
-from grafter.errors import GrafterError, RunError
-from grafter.runtime.hooked_models import HookedModel
+from grafter.runtime.point_host import HookedModel
+from grafter.runtime.rank_context import RankContext, Tally
 
 logger = logging.getLogger("grafter")
 
 _NAMES_SHOWN = 8
 
 
-@dataclass
-class Tally:
-    """What became of one rank's points: matched ones by outcome, the others by name."""
-
-    outcomes: Counter[str] = field(default_factory=Counter)
-    # Counting in it costs a third of what it costs in a Counter.
-    unmatched: defaultdict[str, int] = field(default_factory=lambda: defaultdict(int))
-    # Points saved and lost, and those that a limit left out, by limit.
-    dumps: Counter[str] = field(default_factory=Counter)
-    left_out: Counter[str] = field(default_factory=Counter)
-    # Gradients of weights that were gone when they were to be taken, by name.
-    gradients_lost: Counter[str] = field(default_factory=Counter)
-    # Gradients that came when their step was over, by name.
-    gradients_late: Counter[str] = field(default_factory=Counter)
-
-    def replace_posted(self, settled: Counter[str]) -> None:
-        """Points that were posted, by what became of them."""
-        self.outcomes.update(settled)
-        self.outcomes["posted"] -= sum(settled.values())
-        # Without those that are none.
-        self.outcomes = +self.outcomes
-
-
 def summarise(
-    place: Place,
+    context: RankContext,
     roster: Roster | None,
-    tally: Tally,
     filters: DirectionFilters,
     attachments: Sequence[HookedModel],
-    detached: str | None,
     error: BaseException | None,
-    *,
-    only_dumps: bool = False,
 ) -> RankSummary:
-    """roster: None in a run that only dumps. detached: why this rank went on ungrafted, if it did. error: that with
-    which it ends."""
+    """The summary of one rank. roster: None in a run that only saves points. filters: those in force at the end.
+
+    error: the one with which the rank ends.
+    """
+    place, tally, detached = context.place, context.tally, context.status.detached
     return RankSummary(
         role=place.role,
         role_rank=place.role_rank,
@@ -67,7 +39,7 @@ def summarise(
         hooks_never_fired=[path for attachment in attachments for path in attachment.never_fired()],
         modules_bypassed=[path for attachment in attachments for path in attachment.bypassed()],
         modules_only_here=roster.only_at(place.role) if roster is not None else [],
-        only_dumps=only_dumps or not filters.have_directions,
+        only_dumps=context.config.only_dumps or not filters.have_directions,
         dumped=tally.dumps["saved"],
         dumps_lost=tally.dumps["lost"],
         dumps_left_out=dict(tally.left_out),
@@ -78,11 +50,10 @@ def summarise(
     )
 
 
-def say_goodbye(
-    place: Place, tally: Tally, filters: DirectionFilters, directory: Path | None, *, only_dumps: bool = False
-) -> None:
-    """directory: that of this rank's role, where the rank has written into one."""
-    only_dumps = only_dumps or not filters.have_directions
+def log_summary(context: RankContext, filters: DirectionFilters, directory: Path | None) -> None:
+    """Log the results of this rank's points. directory: that of its role, where the rank has written into one."""
+    place, tally = context.place, context.tally
+    only_dumps = context.config.only_dumps or not filters.have_directions
     counts = ", ".join(f"{count} {outcome}" for outcome, count in (tally.outcomes + tally.dumps).items())
     unmatched = sum(tally.unmatched.values())
     where = f", in {directory}" if directory is not None else ""
@@ -103,18 +74,10 @@ def say_goodbye(
 
 
 def _seen(tally: Tally) -> str:
-    """The names of points that no filter matched, to be compared with what a filter asks for."""
+    """The names of points that no filter matched, which a reader compares with those in a filter."""
     names = sorted(tally.unmatched)
     more = ", ..." if len(names) > _NAMES_SHOWN else ""
     return f" (points seen: {', '.join(names[:_NAMES_SHOWN])}{more})" if names else ""
-
-
-def last_error(fault: BaseException | None) -> BaseException | None:
-    """The error with which this process ends: what nobody caught, else what ended the run at a point."""
-    unhandled = getattr(sys, "last_value", None)
-    if isinstance(unhandled, BaseException) and not isinstance(unhandled, SystemExit):
-        return unhandled
-    return fault if isinstance(fault, (RunError, GrafterError)) else None
 
 
 def set_up_logging(level: str) -> None:

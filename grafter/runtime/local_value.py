@@ -1,10 +1,11 @@
-"""Offers: what this rank brings to a point, and the header that says so to the other ranks."""
+"""The local value of a point: what this rank brings to it, and the header that describes it to the other ranks."""
 
 from __future__ import annotations
 
 import json
 import os
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 
@@ -22,14 +23,16 @@ from grafter.core.points import PointKey
 from grafter.core.processes import is_from_signal_handler
 from grafter.core.roles import Direction, Place
 from grafter.errors import LayoutError
+from grafter.runtime.recompute.recompute import Recomputations
 from grafter.runtime.session import Session
 from grafter.runtime.windows import Windows
+from grafter.store.dumps.rank_dumps import RankDumps
 
 # The rendezvous store takes texts of 8 MiB and drops the connection at a longer one. Each side's headers are one text.
 MOST_DESCRIBED_BYTES = 7 << 20
 _MOST_REMEMBERED = 4096
 _MOST_REMEMBERED_WITH_TOKENS = 64
-# Of long headers' texts; the headers take up to ten times as much.
+# For the texts of long headers; the headers take ten times as much at most.
 _MOST_REMEMBERED_BYTES = 1 << 22
 _Headers = BoundedMemory[tuple[Any, ...], Header]
 # The fields of a header besides whose it is, in the order in which `_describe` gathers them.
@@ -41,11 +44,36 @@ _DESCRIPTION = (
 
 
 class PointTooLarge(Exception):
-    """The other ranks cannot be told of so many leaves; the text says how many there are, and the limit."""
+    """So many leaves cannot be described to the other ranks; the text says how many there are, and the limit."""
 
 
-class OfferMaker:
-    """One per rank."""
+class Point(NamedTuple):
+    """One point of this rank that a filter has matched: what it is, and how it is treated. Made at each call.
+
+    direction: None where it is only saved. tags: without its own name, step and phase. module: the announced module
+    that it belongs to, if a hook has read it. is_parameter: the gradient of a parameter.
+    """
+
+    key: PointKey
+    direction: Direction | None
+    options: PointOptions
+    tags: dict[str, Any]
+    call_site: str
+    module: str | None = None
+    is_parameter: bool = False
+
+
+@dataclass(frozen=True)
+class PointTools:
+    """What handles the values of one rank's points: it prepares them, saves them, keeps them for a recomputation."""
+
+    values: LocalValues
+    dumps: RankDumps
+    recomputations: Recomputations
+
+
+class LocalValues:
+    """What prepares the values of one rank's points, and describes them to the other ranks."""
 
     def __init__(self, config: GrafterConfig, place: Place) -> None:
         self._config, self._place = config, place
@@ -53,8 +81,8 @@ class OfferMaker:
         self._headers_of_tokens: _Headers = BoundedMemory(_MOST_REMEMBERED_WITH_TOKENS, _MOST_REMEMBERED_BYTES)
         self.windows = Windows()
 
-    def take_up(self, value: Any, options: PointOptions, key: PointKey | None = None) -> Offer:
-        """The value, made if it is a function, taken apart. A failure is an offer, too: the other side must hear it.
+    def prepare(self, value: Any, options: PointOptions, key: PointKey | None = None) -> Offer:
+        """The value, made if it is a function, taken apart. A failure is described, too: the other side must learn it.
 
         key: of the point, where it may count new rows only.
         """
@@ -85,13 +113,11 @@ class OfferMaker:
         axes = {**settled, **axes_of_job(), **(read_axes(given) if given is not None else {})}
         return tuple((axis, coordinate, size) for axis, (coordinate, size) in sorted(axes.items()))
 
-    def describe(
+    def build_header(
         self,
         session: Session | None,
-        offer: Offer,
-        options: PointOptions,
-        direction: Direction,
-        site: str,
+        point: Point,
+        local: Offer,
         outbox: OutboxPlace | None = None,
         *,
         early: bool = False,
@@ -102,33 +128,34 @@ class OfferMaker:
         session: None where nothing is transferred, in a recording or before both jobs have joined. outbox: where the
         snapshot lies. early: this rank has nothing for the point any more. recorded: another rank will wait.
         """
-        leaves, failure = offer.leaves, offer.failure
+        options = point.options
+        leaves, failure = local.leaves, local.failure
         description = (
             own_participants(self._place, options.ranks),
-            direction,
-            site,
+            point.direction,
+            point.call_site,
             options.transform.receives if options.transform is not None else "identity",
             session.transfer.generation if session is not None else 0,
             session.transfer.staging.prepare() if session is not None else (0, 0),
             leaves.specs if leaves is not None else (),
             leaves.structure if leaves is not None else "",
-            tuple(sorted((leaves.others if leaves is not None else offer.plain).items())),
-            offer.extras_text,
-            offer.extras_specs if offer.extras else (),
-            offer.nothing,
+            tuple(sorted((leaves.others if leaves is not None else local.plain).items())),
+            local.extras_text,
+            local.extras_specs if local.extras else (),
+            local.nothing,
             f"{type(failure).__name__}: {failure}" if failure is not None else None,
             self._nccl_device(leaves),
-            offer.layouts,
-            offer.axes,
-            bool(offer.layouts) and self._config.check_replicas,
+            local.layouts,
+            local.axes,
+            bool(local.layouts) and self._config.check_replicas,
             options.partial_target,
-            offer.tokens,
+            local.tokens,
             options.wait if not recorded else "both",
             outbox,
             early,
         )
         # Tokens are others in each step, and long; the same ones come again from layer to layer.
-        known = self._headers_of_tokens if offer.tokens is not None else self._headers
+        known = self._headers_of_tokens if local.tokens is not None else self._headers
         header = known.get(description)
         if header is None:
             fields: dict[str, Any] = dict(zip(_DESCRIPTION, description, strict=True))
