@@ -16,9 +16,8 @@ from grafter.config.options import OptionChooser
 from grafter.config.settings.config import GrafterConfig
 from grafter.config.settings.rules import Rule
 from grafter.errors import ConfigError, GrafterError
-from grafter.wire.monitor.absence import Absence, choose_passed_over, explain_passed_over
+from grafter.wire.monitor.absence import LEFT, Absence, StepEnds, choose_passed_over, explain_passed_over
 from grafter.wire.monitor.status_board import BoardLine
-from grafter.wire.monitor.step_ends import LEFT, StepEnds
 from grafter.wire.monitor.waits import GivenUp, Wait, WaitWatch
 from grafter.wire.outbox.receivers import Receivers
 

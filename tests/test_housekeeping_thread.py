@@ -11,8 +11,8 @@ import pytest
 
 from grafter.core.messages.wire import Seal
 from grafter.wire.monitor.housekeeping import Housekeeping
+from grafter.wire.monitor.members import StoreHost
 from grafter.wire.monitor.status_board import BoardWriter
-from grafter.wire.monitor.store_host import StoreHost
 from grafter.wire.store_client import HostedStore, StoreClient, connect
 
 

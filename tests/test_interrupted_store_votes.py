@@ -19,7 +19,7 @@ from grafter.core.commit_protocol import YES, Outcome, outcome_of
 from grafter.core.messages.manifest import StoreKeys
 from grafter.core.messages.wire import Seal
 from grafter.errors import PeerLostError, RunError
-from grafter.wire.monitor.store_patience import StorePatience
+from grafter.wire.monitor.store_silence import StorePatience
 from grafter.wire.monitor.waits import Wait, Watched
 from grafter.wire.pairing.critical_section import CriticalSection, Settled, Work
 from grafter.wire.pairing.store_votes import StoreVotes

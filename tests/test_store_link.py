@@ -15,8 +15,8 @@ import pytest
 
 from grafter.core.processes.liveness import ProcessIdentity, own_identity, process_state
 from grafter.errors import PeerLostError, PointTimeoutError
-from grafter.wire.monitor.store_host import StoreHost
-from grafter.wire.monitor.store_link import StoreLink
+from grafter.wire.monitor.members import StoreHost
+from grafter.wire.monitor.store_silence import StoreLink
 from grafter.wire.monitor.waits import Wait
 
 THE_BOARD = "baseline rank 0 is running and at no point"

@@ -18,7 +18,7 @@ from grafter.runtime.rank_status import RankStatus
 from grafter.runtime.rank_summary import Tally, last_error, say_goodbye, summarise
 from grafter.runtime.session import Session
 from grafter.store.dumps.rank_dumps import RankDumps
-from grafter.wire.monitor.step_ends import LEFT
+from grafter.wire.monitor.absence import LEFT
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from grafter.core.writing.write_back import WriteMode, Written
 from grafter.errors import PeerLostError, PointFailed, RunError, TransformError, WriteRefused
 from grafter.runtime.session import Session
 from grafter.wire.exchange.incoming import IncomingLeaf, Reception
-from grafter.wire.monitor.stages import Stage
+from grafter.wire.monitor.status_board import Stage
 from grafter.wire.pairing.critical_section import Settled, Work
 
 logger = logging.getLogger("grafter")

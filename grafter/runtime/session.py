@@ -33,7 +33,7 @@ from grafter.wire.exchange.shared_memory import SharedMemoryExchange
 from grafter.wire.exchange.transfer import Transfer
 from grafter.wire.failed_points import FailedPoints
 from grafter.wire.monitor.housekeeping import Housekeeping
-from grafter.wire.monitor.store_patience import StorePatience
+from grafter.wire.monitor.store_silence import StorePatience
 from grafter.wire.outbox.delivery import Delivery
 from grafter.wire.outbox.entries import Outbox
 from grafter.wire.outbox.memory import Memory

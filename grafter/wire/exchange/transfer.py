@@ -18,8 +18,7 @@ from grafter.wire.exchange.nccl import NcclExchange
 from grafter.wire.exchange.shared_memory import SharedMemoryExchange
 from grafter.wire.exchange.staging import Staging, StagingRefused
 from grafter.wire.monitor.housekeeping import Housekeeping
-from grafter.wire.monitor.lasting_wait import LastingWait
-from grafter.wire.monitor.waits import Wait
+from grafter.wire.monitor.waits import LastingWait, Wait
 
 Way = Literal["shared memory", "gloo", "nccl"]
 Backend = Literal["auto", "gloo", "nccl"]

@@ -6,16 +6,22 @@ job's collectives looks as if it ran, and then only the timeout tells.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
+from grafter.core.direction import RoleName
+from grafter.core.messages.roster import Announcement, Roster
 from grafter.errors import PairingError, PeerLostError, RunError
-from grafter.wire.monitor.hints import find_hints
 from grafter.wire.monitor.status_board import BoardLine
+from grafter.wire.monitor.waits import Wait
+from grafter.wire.store_client import StoreClient
 
 _SKIP_THEM = (
     "Where it is right that one job comes to points that the other does not (another routing of experts, say), set "
     "GRAFTER_ONE_SIDED=skip in both jobs (`grafter run --set one_sided=skip`): such points are then skipped and listed."
 )
+_NAMES_SHOWN = 8
+
+_ROLES: tuple[RoleName, ...] = ("baseline", "target")
 
 
 def find_stuck(lines: Sequence[BoardLine], gone: Collection[int] = ()) -> list[BoardLine]:
@@ -54,9 +60,69 @@ def find_stuck(lines: Sequence[BoardLine], gone: Collection[int] = ()) -> list[B
         may_run |= freed
 
 
-def same_state(first: Sequence[BoardLine], second: Sequence[BoardLine]) -> bool:
-    """Whether nothing moved between two readings of the board."""
-    return [line.sequence for line in first] == [line.sequence for line in second]
+def find_conflict(stuck: Sequence[BoardLine]) -> str | None:
+    """Whether ranks of one job wait at one point with other participants in mind; the sentence says so."""
+    for first in stuck:
+        for second in stuck:
+            if (first.role, first.digest) == (second.role, second.digest) and first.participants != second.participants:
+                return (
+                    f"ranks of one job declare different participants for {first.point}: {first.who} (at "
+                    f"{first.call_site}) and {second.who} (at {second.call_site}). Give the same `ranks=` on all ranks "
+                    "that share a point, and another tag (such as `pp_stage=...`) to ranks that do not share it."
+                )
+    return None
+
+
+class DeadlockConfirmation:
+    """One per rank, used by its housekeeping thread.
+
+    Each waiting rank confirms, about twice a second, that it still waits and that nothing has come which could end its
+    wait. A rank is called stuck once it, and all that are stuck with it, have confirmed twice since being suspected.
+    The second confirmation began after the suspicion. Whatever could end one of these waits would have to come from
+    another of them, or was sent before, and then it has arrived and would have been seen.
+    """
+
+    def __init__(self, roster: Roster, graft_rank: int) -> None:
+        self._roster, self._own = roster, roster.all[graft_rank]
+        self._confirmations = 0
+        # Graft rank -> (sequence of its line, its confirmations) when it was suspected.
+        self._suspected: dict[int, tuple[int, int]] = {}
+
+    def confirm_idle(self, client: StoreClient, wait: Wait, sequence: int) -> None:
+        """For this rank's own wait, whose line on the board has this sequence."""
+        if wait.has_news is not None and wait.has_news():
+            return
+        if any(client.exists(key) for key in wait.awaits):
+            return
+        if not wait.over:
+            self._confirmations += 1
+            client.set(_idle_key(client, self._own), "idle", f"{sequence} {self._confirmations}")
+
+    def find_stuck(self, client: StoreClient, lines: Sequence[BoardLine], gone: Mapping[int, str]) -> list[BoardLine]:
+        """The ranks that are stuck beyond doubt; empty while there is none, or while it is not yet sure."""
+        stuck = find_stuck(lines, gone)
+        confirmed = {line.graft_rank: self._confirmation(client, line) for line in stuck}
+        if not stuck or None in confirmed.values():
+            self._suspected = {}
+            return []
+        known = {rank: found for rank, found in confirmed.items() if found is not None}
+        suspected = self._suspected
+        if {rank: sequence for rank, (sequence, _) in suspected.items()} != {r: s for r, (s, _) in known.items()}:
+            self._suspected = known
+            return []
+        return stuck if all(count >= suspected[rank][1] + 2 for rank, (_, count) in known.items()) else []
+
+    def _confirmation(self, client: StoreClient, line: BoardLine) -> tuple[int, int] | None:
+        """(sequence of the rank's line, how often it has confirmed this very wait); None if it has not yet."""
+        sealed = client.peek(_idle_key(client, self._roster.all[line.graft_rank]))
+        if sealed is None:
+            return None
+        sequence, _, count = sealed.payload.partition(" ")
+        return (line.sequence, int(count)) if int(sequence) == line.sequence else None
+
+
+def _idle_key(client: StoreClient, member: Announcement) -> str:
+    return f"{client.run_prefix}/idle/{member.role}/{member.role_rank}"
 
 
 def explain_stuck(
@@ -74,10 +140,12 @@ def explain_stuck(
     conflict = find_conflict(stuck)
     if conflict is not None:
         return PairingError(f"{conflict}\n{board}")
+    waits = f"{'; '.join(points[:4])}{'; ...' if len(points) > 4 else ''}"
     has_points = any(line.last_points for line in (*lines, *stuck))
     recorded = [line for line in lines if line.played_from is not None]
     if recorded:
-        return _explain_recording(recorded, points, board, has_points)
+        return _explain_recording(recorded, waits, board, has_points)
+    hints = "".join(f"{hint}\n" for hint in find_hints(lines))
     compare = (
         "Compare the two lists of last points. Where they first differ, one job dumps a point that the other does not "
         "(another name, another tag, another count, one more step). "
@@ -86,23 +154,15 @@ def explain_stuck(
     )
     return PairingError(
         "the two jobs ask for different points. Every rank is now waiting, so these points can never be paired: "
-        f"{'; '.join(points[:4])}{'; ...' if len(points) > 4 else ''}.\n"
-        f"{board}\n"
-        f"{_hints(lines)}{compare}Make the two programs dump the same points in the same order, or narrow the filters "
+        f"{waits}.\n{board}\n"
+        f"{hints}{compare}Make the two programs dump the same points in the same order, or narrow the filters "
         f"to points that both have. {_SKIP_THEM}"
     )
 
 
-def _hints(lines: Sequence[BoardLine]) -> str:
-    return "".join(f"{hint}\n" for hint in find_hints(lines))
-
-
-def _explain_recording(
-    recorded: Sequence[BoardLine], points: Sequence[str], board: str, has_points: bool
-) -> PairingError:
+def _explain_recording(recorded: Sequence[BoardLine], waits: str, board: str, has_points: bool) -> PairingError:
     """One of the two jobs cannot be changed: it is a recording."""
     first = max(recorded, key=lambda line: (line.played_from and line.played_from.last_step) or 0)
-    waits = f"{'; '.join(points[:4])}{'; ...' if len(points) > 4 else ''}"
     if all(line.state == "left" for line in recorded) and first.played_from is not None:
         head = f"the {first.role} is a recording, and {first.played_from.end}: {waits}."
     else:
@@ -123,14 +183,78 @@ def _explain_recording(
     )
 
 
-def find_conflict(stuck: Sequence[BoardLine]) -> str | None:
-    """Whether ranks of one job wait at one point with other participants in mind; the sentence says so."""
-    for first in stuck:
-        for second in stuck:
-            if (first.role, first.digest) == (second.role, second.digest) and first.participants != second.participants:
-                return (
-                    f"ranks of one job declare different participants for {first.point}: {first.who} (at "
-                    f"{first.call_site}) and {second.who} (at {second.call_site}). Give the same `ranks=` on all ranks "
-                    "that share a point, and another tag (such as `pp_stage=...`) to ranks that do not share it."
-                )
-    return None
+def find_hints(lines: Sequence[BoardLine]) -> list[str]:
+    """lines: those of the board, of both jobs."""
+    hints = [*_of_models(lines), *_of_passes(lines), *_of_gradients(lines)]
+    return [*hints, *(hint for role in _ROLES if (hint := _of_bypassed(role, lines)))]
+
+
+def _of_models(lines: Sequence[BoardLine]) -> list[str]:
+    """Both wait, at points of different models."""
+    waiting = [next((ln for ln in lines if ln.role == role and ln.state == "waiting"), None) for role in _ROLES]
+    own, other = waiting
+    if own is None or other is None:
+        return []
+    names = [_model_of(line) for line in (own, other)]
+    if names[0] == names[1] or not all(name in line.hooks.models for name in names for line in (own, other)):
+        return []
+    shown = [f"the model {name!r}" if name else "the model with plain names" for name in names]
+    return [
+        f"Both jobs have several models, and call them in another order: the baseline is in {shown[0]}, and the target "
+        f"in {shown[1]}. Points of both cannot meet in one run then. Compare one model in a run: "
+        f'--compare "{_filter_for(names[0], names)}" --set step=manual, and then the other: '
+        f'--compare "{_filter_for(names[1], names)}" --set step=manual.'
+    ]
+
+
+def _model_of(line: BoardLine) -> str:
+    """`point` begins with its name, in quotes."""
+    named = (model for model in line.hooks.models if model and line.point[1:].startswith(f"{model}."))
+    return max(named, key=len, default="")
+
+
+def _filter_for(name: str, names: Sequence[str]) -> str:
+    if name:
+        return f"name.startswith('{name}.')"
+    return f"not name.startswith('{next(other for other in names if other)}.')"
+
+
+def _of_passes(lines: Sequence[BoardLine]) -> list[str]:
+    """One job's models have been called more often."""
+    passes = {role: max((line.hooks.passes for line in lines if line.role == role), default=0) for role in _ROLES}
+    if not all(passes.values()) or passes["baseline"] == passes["target"]:
+        return []
+    more, less = sorted(_ROLES, key=lambda role: passes[role], reverse=True)
+    return [
+        f"The {more} has begun {_counted(passes[more])} of its models, the {less} {passes[less]}. If the first ones of "
+        f"the {more} only warm it up (profiling, dummy tokens), leave them out: --set {more}_warm_up=N "
+        f"(GRAFTER_{more.upper()}_WARM_UP), where N is how many they are."
+    ]
+
+
+def _counted(passes: int) -> str:
+    return f"{passes} forward pass{'es' * (passes != 1)}"
+
+
+def _of_gradients(lines: Sequence[BoardLine]) -> list[str]:
+    """A job waits at the gradient of a weight."""
+    if not any(line.state == "waiting" and line.call_site.startswith("the parameter ") for line in lines):
+        return []
+    return [
+        "A weight's gradient is a point at each backward pass. If one job accumulates gradients over more backward "
+        "passes than the other, take them when the optimizer steps: --set weight_gradients=optimizer_step "
+        "(GRAFTER_WEIGHT_GRADIENTS)."
+    ]
+
+
+def _of_bypassed(role: RoleName, lines: Sequence[BoardLine]) -> str | None:
+    """Modules of one job whose hooks were passed by."""
+    names = list(dict.fromkeys(name for line in lines if line.role == role for name in line.hooks.bypassed))
+    if not names:
+        return None
+    more = f", and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
+    return (
+        f"These modules of the {role} have no points, though parts of them were called: "
+        f"{', '.join(names[:_NAMES_SHOWN])}{more}. A module that is called as module.forward(...) runs no hooks; "
+        "call module(...), or leave these names out of the filters."
+    )

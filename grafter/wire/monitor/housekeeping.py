@@ -18,12 +18,10 @@ from collections.abc import Callable, Sequence
 
 from grafter.core.messages.roster import Roster
 from grafter.errors import PeerLostError, RunError
-from grafter.wire.monitor.members import Members
-from grafter.wire.monitor.stages import Underway
-from grafter.wire.monitor.status_board import BoardLine, BoardWriter
-from grafter.wire.monitor.step_ends import StepEnds
-from grafter.wire.monitor.store_host import StoreHost
-from grafter.wire.monitor.store_link import StoreLink
+from grafter.wire.monitor.absence import StepEnds
+from grafter.wire.monitor.members import Members, StoreHost
+from grafter.wire.monitor.status_board import BoardLine, BoardWriter, Underway
+from grafter.wire.monitor.store_silence import StoreLink
 from grafter.wire.monitor.wait_monitor import LOOK_EVERY_SECONDS, WaitMonitor
 from grafter.wire.monitor.waits import ABSENT, GivenUp, Wait, Watched
 from grafter.wire.store_client import ABORT, StoreClient, decode_abort

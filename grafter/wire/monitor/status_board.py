@@ -1,9 +1,4 @@
-"""The state board: one line per rank that says what it does, so that a wait can explain itself.
-
-A line is written only for what lasts, by the rank's housekeeping thread, so that a point that meets at once costs
-none. A rank that moves bytes or votes counts as running, and its line says which of it: whoever it needs there is
-watched directly.
-"""
+"""What a rank does at a point, for the board: the dump thread says it by one assignment, and nobody waits for that."""
 
 from __future__ import annotations
 
@@ -11,7 +6,7 @@ import json
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
@@ -20,6 +15,48 @@ from grafter.core.messages.roster import PlayedFrom, Roster
 from grafter.core.messages.wire import read_message
 from grafter.core.points import PointKey
 from grafter.wire.store_client import StoreClient
+
+Stage = Literal[
+    "pairing", "sending", "receiving", "transforming", "measuring", "voting", "deciding", "writing", "finishing"
+]
+
+_TEXTS: dict[str, str] = {
+    "pairing": "describes its part of {}",
+    "sending": "sends {}",
+    "receiving": "receives {}",
+    "transforming": "transforms and checks what it has received for {}",
+    "measuring": "computes statistics of {}",
+    "voting": "votes on {}",
+    "deciding": "waits for the outcome of {}",
+    "writing": "copies what it has received into {}",
+    "finishing": "finishes {}",
+}
+# Of waits that are shown before the dump thread has said more.
+_WAITS = {"exchange": "waits for the bytes of {}", "agreement": "waits for the outcome of {}"}
+
+
+class Underway(Protocol):
+    """A point that this rank is at. Read on the housekeeping thread, while the dump thread changes `stage`."""
+
+    @property
+    def stage(self) -> Stage: ...
+
+    @property
+    def point(self) -> object: ...
+
+    @property
+    def call_site(self) -> str: ...
+
+
+def text_of_stage(stage: Stage, point: object) -> str:
+    """What follows the rank's name on the board."""
+    return _TEXTS[stage].format(point)
+
+
+def text_of_wait(stage: str, what: object) -> str:
+    """The same, of a wait."""
+    return _WAITS.get(stage, "waits for {}").format(what)
+
 
 _LONGEST_BOARD = 8
 

@@ -11,13 +11,10 @@ from collections.abc import Callable
 
 from grafter.core.messages.roster import Roster
 from grafter.errors import PeerLostError, PointTimeoutError, RunError
-from grafter.wire.monitor.absence import Absence, choose_passed_over, explain_passed_over
-from grafter.wire.monitor.deadlock import explain_stuck, find_conflict
-from grafter.wire.monitor.deadlock_confirmation import DeadlockConfirmation
+from grafter.wire.monitor.absence import Absence, StepEnds, choose_passed_over, explain_passed_over
+from grafter.wire.monitor.deadlock import DeadlockConfirmation, explain_stuck, find_conflict
 from grafter.wire.monitor.members import Members
-from grafter.wire.monitor.stages import Stage, Underway, text_of_stage, text_of_wait
-from grafter.wire.monitor.status_board import BoardWriter, describe_board
-from grafter.wire.monitor.step_ends import StepEnds
+from grafter.wire.monitor.status_board import BoardWriter, Stage, Underway, describe_board, text_of_stage, text_of_wait
 from grafter.wire.monitor.waits import Wait
 from grafter.wire.store_client import StoreClient
 

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from grafter.core.processes.watch import Abandoned, Watch
+
 
 @dataclass
 class Wait:
@@ -98,3 +100,34 @@ class Watched:
 
     def __exit__(self, *_: object) -> None:
         self._keeper.end(self._wait)
+
+
+class LastingWait:
+    """A wait that begins only once it lasts, as most small ones never do: with the first `check`.
+
+    Put around what may have to wait for another rank.
+    """
+
+    __slots__ = ("_keeper", "_make_wait", "_wait")
+
+    def __init__(self, keeper: Keeper, make_wait: Callable[[], Wait]) -> None:
+        self._keeper, self._make_wait = keeper, make_wait
+        self._wait: Wait | None = None
+
+    def check(self) -> None:
+        """Raises what ended the run, or Abandoned if the other side has given the point up."""
+        self._keeper.check()
+        if self._wait is None:
+            wait = self._make_wait()
+            self._keeper.begin(wait)
+            self._wait = wait
+        elif self._wait.abandoned is not None:
+            raise Abandoned(self._wait.abandoned)
+
+    def __enter__(self) -> Watch:
+        self._keeper.check()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._wait is not None:
+            self._keeper.end(self._wait)

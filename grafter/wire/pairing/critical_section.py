@@ -29,7 +29,7 @@ from grafter.core.commit_protocol import (  # fmt: skip
     take_part,
 )
 from grafter.errors import RunError
-from grafter.wire.monitor.stages import Stage
+from grafter.wire.monitor.status_board import Stage
 from grafter.wire.pairing.vote_log import VoteLog
 
 # So often a step may fail with one error before that is taken for its own, and not for one that a signal brought.

@@ -14,8 +14,7 @@ from grafter.core.messages.roster import Announcement, Roster
 from grafter.core.messages.wire import Sealed
 from grafter.core.processes.watch import PeerGone
 from grafter.wire.monitor.housekeeping import Housekeeping
-from grafter.wire.monitor.lasting_wait import LastingWait
-from grafter.wire.monitor.waits import ABSENT, GivenUp, Wait, WaitWatch
+from grafter.wire.monitor.waits import ABSENT, GivenUp, LastingWait, Wait, WaitWatch
 from grafter.wire.rendezvous.channels import LONGEST_MAIL_BYTES, Channels
 from grafter.wire.rendezvous.unread_letters import RECALL
 from grafter.wire.store_client import ABORT, StoreClient, decode_abort

@@ -22,9 +22,9 @@ from grafter.core.processes.liveness import ProcessIdentity, own_identity
 from grafter.errors import JoinError, RunError
 from grafter.version import VERSION
 from grafter.wire.monitor.housekeeping import Housekeeping
+from grafter.wire.monitor.members import StoreHost
 from grafter.wire.monitor.status_board import BoardWriter
-from grafter.wire.monitor.store_host import StoreHost
-from grafter.wire.monitor.store_patience import StorePatience
+from grafter.wire.monitor.store_silence import StorePatience
 from grafter.wire.monitor.waits import Wait
 from grafter.wire.rendezvous.secret_check import SecretCheck
 from grafter.wire.store_client import HostedStore, StoreClient, connect, host_place, serve

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from typing import Protocol
 
 from grafter.core.processes.liveness import SILENT_AFTER_SECONDS
 from grafter.errors import PeerLostError, PointTimeoutError, RunError
 from grafter.wire.monitor.members import Members
-from grafter.wire.monitor.waits import Wait
+from grafter.wire.monitor.status_board import Underway
+from grafter.wire.monitor.waits import Keeper, Wait
 from grafter.wire.store_client import StoreClient
 
 # A store that is merely slow answers sooner.
@@ -79,3 +82,57 @@ class StoreLink:
             "Continue that process (kill -CONT) before you start the run again, or raise GRAFTER_TIMEOUT if it is "
             "stopped for longer on purpose."
         )
+
+
+class DumpThreadKeeper(Keeper, Protocol):
+    """The keeper of the dump thread's waits, as far as a silent store concerns it: the housekeeping."""
+
+    @property
+    def underway(self) -> Underway | None: ...
+
+    @property
+    def current_wait(self) -> Wait | None: ...
+
+    @property
+    def store_is_silent(self) -> bool: ...
+
+    def interrupted(self, wait: Wait, error: BaseException) -> None: ...
+
+
+class StorePatience:
+    """Of the dump thread's client. See `grafter.wire.bounded_calls.Patience`."""
+
+    def __init__(self, keeper: DumpThreadKeeper, timeout: float) -> None:
+        """timeout: how long a point waits, in seconds."""
+        self._keeper, self._timeout = keeper, timeout
+        self._wait: Wait | None = None
+
+    @property
+    def is_hopeless(self) -> bool:
+        """Whether the store is silent for the housekeeping as well."""
+        return self._keeper.store_is_silent
+
+    def look(self, seconds: float) -> None:
+        """Raises what ended the run. An answer that is not there yet is a wait, unless the rank is in one already."""
+        keeper = self._keeper
+        keeper.check()
+        if seconds and keeper.current_wait is None:
+            underway = keeper.underway
+            what = underway.point if underway is not None else "an answer of the rendezvous store"
+            site = underway.call_site if underway is not None else ""
+            wait = Wait("store", what, self._timeout, call_site=site, since=time.monotonic() - seconds)
+            keeper.begin(wait)
+            self._wait = wait
+
+    def interrupted(self, error: BaseException) -> None:
+        """Where the call waits for another rank's value, it would block on for ever, and keep all others from being
+        made: the run ends, and that wakes it."""
+        wait = self._keeper.current_wait
+        if wait is not None and wait.awaits and not wait.is_polled:
+            self._keeper.interrupted(wait, error)
+
+    def over(self) -> None:
+        """The answer has come, or is not waited for any more."""
+        if self._wait is not None:
+            self._keeper.end(self._wait)
+            self._wait = None
