@@ -19,7 +19,7 @@ from grafter.errors import ConfigError, GrafterError
 from grafter.wire.monitor.absence import LEFT, Absence, StepEnds, choose_passed_over, explain_passed_over
 from grafter.wire.monitor.status_board import BoardLine
 from grafter.wire.monitor.waits import GivenUp, Wait, WaitWatch
-from grafter.wire.outbox.receivers import Receivers
+from grafter.wire.outbox.one_sided import Receivers
 
 STEP = 3
 
@@ -291,13 +291,13 @@ def receivers_with(board: list[BoardLine], timeout: float = 100.0) -> tuple[Rece
 
 def is_over_by(patience: Any, store: Any, monkeypatch: pytest.MonkeyPatch, seconds: Sequence[float]) -> list[bool]:
     """What it says so many seconds after it began; nothing is waited for."""
-    from grafter.wire.outbox import receivers
+    from grafter.wire.outbox import one_sided
 
     begun = patience._since
     found = []
     for after in seconds:
         clock = SimpleNamespace(monotonic=lambda after=after: begun + after, sleep=lambda _: None)
-        monkeypatch.setattr(receivers, "time", clock)
+        monkeypatch.setattr(one_sided, "time", clock)
         found.append(patience.is_over(store))
     return found
 

@@ -28,11 +28,11 @@ from grafter.core.records import LedgerRecord
 from grafter.errors import ProtocolError
 from grafter.store.dumps.record import DumpRecord
 from grafter.store.history import read_history
-from grafter.wire.control.decision import read_decision
-from grafter.wire.control.run_access import RankView, RunAccess
+from grafter.wire.control import RankView, RunAccess, read_decision
 from grafter.wire.monitor import housekeeping
 from grafter.wire.monitor import wait_monitor as wait_monitor
-from grafter.wire.store_client import StoreClient, connect
+from grafter.wire.store_client import StoreClient
+from grafter.wire.store_server import connect
 
 FAR = 250.0
 SECRET = "a secret"

@@ -26,7 +26,8 @@ from grafter.wire.pairing.critical_section import CriticalSection, Settled, Work
 from grafter.wire.pairing.host_votes import HostLogs, HostVotes
 from grafter.wire.pairing.store_votes import StoreVotes
 from grafter.wire.pairing.vote_log import OwnVotes, VoteLog
-from grafter.wire.store_client import HostedStore, StoreClient, connect
+from grafter.wire.store_client import StoreClient
+from grafter.wire.store_server import HostedStore, connect
 
 RECEIVERS = (0, 1)
 

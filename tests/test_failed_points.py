@@ -18,7 +18,8 @@ from grafter.core.messages.wire import Seal
 from grafter.core.points import StepCounter
 from grafter.wire import failed_points
 from grafter.wire.failed_points import FailedPoints
-from grafter.wire.store_client import StoreClient, connect, serve
+from grafter.wire.store_client import StoreClient
+from grafter.wire.store_server import connect, serve
 
 
 @pytest.fixture

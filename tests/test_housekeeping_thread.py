@@ -13,7 +13,8 @@ from grafter.core.messages.wire import Seal
 from grafter.wire.monitor.housekeeping import Housekeeping
 from grafter.wire.monitor.members import StoreHost
 from grafter.wire.monitor.status_board import BoardWriter
-from grafter.wire.store_client import HostedStore, StoreClient, connect
+from grafter.wire.store_client import StoreClient
+from grafter.wire.store_server import HostedStore, connect
 
 
 @pytest.fixture

@@ -24,7 +24,8 @@ from grafter.wire.monitor.waits import Wait, Watched
 from grafter.wire.pairing.critical_section import CriticalSection, Settled, Work
 from grafter.wire.pairing.store_votes import StoreVotes
 from grafter.wire.rendezvous.courier import Courier
-from grafter.wire.store_client import HostedStore, StoreClient, connect
+from grafter.wire.store_client import StoreClient
+from grafter.wire.store_server import HostedStore, connect
 
 RECEIVERS = (0, 1)
 KEYS = StoreKeys("hall", DIGEST)

@@ -42,13 +42,13 @@ from grafter.errors import ProtocolError
 from grafter.wire.exchange.staging import Staging, new_block
 from grafter.wire.monitor.deadlock import find_stuck
 from grafter.wire.monitor.status_board import BoardLine
-from grafter.wire.outbox.claims import Claims
 from grafter.wire.outbox.delivery import Delivery, Fetcher
-from grafter.wire.outbox.entries import Entry, Outbox
-from grafter.wire.outbox.memory import Memory, Slot, offsets_of, snapshot, tensor_at
+from grafter.wire.outbox.entries import Claims, Entry, Tombstones
+from grafter.wire.outbox.outbox import Outbox
 from grafter.wire.outbox.pull import Puller
-from grafter.wire.outbox.tombstones import Tombstones
-from grafter.wire.store_client import StoreClient, serve
+from grafter.wire.outbox.snapshots import Memory, Slot, offsets_of, snapshot, tensor_at
+from grafter.wire.store_client import StoreClient
+from grafter.wire.store_server import serve
 
 # Memory.
 

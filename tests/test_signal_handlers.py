@@ -271,7 +271,6 @@ BROAD = {"OSError", "Exception", "RuntimeError", "ValueError", "TimeoutError", "
 ELSEWHERE = {
     # The thread of the exchange, or that of the join.
     ("gloo.py", "_group"), ("gloo.py", "_readable_chunks"), ("gloo.py", "_read_into"),
-    ("store_client.py", "listening_socket"), ("store_client.py", "connect"),
     # The housekeeping's thread.
     ("rank_control.py", "_judge"),
     # The thread that writes dumps.

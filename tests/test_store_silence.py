@@ -20,7 +20,8 @@ from jobs import Jobs, Rank
 import grafter
 from grafter.core.messages.wire import Seal
 from grafter.errors import PeerLostError
-from grafter.wire.store_client import StoreClient, connect, serve
+from grafter.wire.store_client import StoreClient
+from grafter.wire.store_server import connect, serve
 
 FAR = 100.0
 TIMEOUT = 6
@@ -105,7 +106,7 @@ def test_a_stopped_host_of_jobs_started_by_hand_fails_the_point_at_the_timeout(
 
 HOST = """
 import sys, time
-from grafter.wire.store_client import HostedStore
+from grafter.wire.store_server import HostedStore
 store = HostedStore(secret=sys.argv[1] or None)
 print(store.port, flush=True)
 time.sleep(300)

@@ -16,7 +16,8 @@ from torch.distributed import TCPStore
 import grafter
 from grafter.core.messages.wire import Seal
 from grafter.errors import ProtocolError, RunError
-from grafter.wire.store_client import StoreClient, connect, serve
+from grafter.wire.store_client import StoreClient
+from grafter.wire.store_server import connect, serve
 
 SECRET = "between us"
 FAR = 100.0

@@ -22,7 +22,8 @@ from grafter.wire.pairing.host_votes import HostLogs, HostVotes
 from grafter.wire.pairing.shared_ballots import SharedBallots
 from grafter.wire.pairing.store_votes import StoreVotes
 from grafter.wire.pairing.vote_log import VoteLog
-from grafter.wire.store_client import HostedStore, StoreClient, connect
+from grafter.wire.store_client import StoreClient
+from grafter.wire.store_server import HostedStore, connect
 
 
 @pytest.fixture

@@ -15,7 +15,8 @@ from grafter.core.processes.liveness import ProcessIdentity
 from grafter.errors import RunError
 from grafter.tools.launch.watched_store import WatchedStore, summarize_lines
 from grafter.wire.monitor.status_board import BoardLine, BoardWriter
-from grafter.wire.store_client import StoreClient, connect
+from grafter.wire.store_client import StoreClient
+from grafter.wire.store_server import connect
 
 PROCESS = ProcessIdentity(host="h", hostname="h", uid=0, pid=1, start_time=1)
 

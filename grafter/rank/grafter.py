@@ -51,7 +51,7 @@ from grafter.runtime.recompute.repeated_points import RepeatedPoints
 from grafter.runtime.session import Begun, Session, find_place
 from grafter.runtime.trace_judge import TraceJudge
 from grafter.store.dumps.rank_dumps import RankDumps
-from grafter.wire.outbox.memory import Memory
+from grafter.wire.outbox.snapshots import Memory
 
 logger = logging.getLogger("grafter")
 

@@ -17,7 +17,7 @@ from grafter.errors import ConfigError, DumpError
 from grafter.rank.job_environment import player_environment
 from grafter.store.recordings.recorded_part import settings_of
 from grafter.store.recordings.recording import find_recording
-from grafter.wire.store_client import HostedStore
+from grafter.wire.store_server import HostedStore
 
 logger = logging.getLogger("grafter")
 

@@ -30,8 +30,7 @@ from grafter.runtime.offer import OfferMaker
 from grafter.runtime.posting import Posting
 from grafter.runtime.recompute.recompute import Recomputations
 from grafter.runtime.session import Session
-from grafter.wire.outbox.keeping import keep
-from grafter.wire.outbox.memory import Memory, Slot
+from grafter.wire.outbox.snapshots import Memory, Slot, keep
 
 logger = logging.getLogger("grafter")
 

@@ -24,7 +24,7 @@ from grafter.runtime.session import Begun, Joining, Session
 from grafter.store.dumps.alone import open_run
 from grafter.store.ledger import write_summary
 from grafter.store.recordings.recorded_part import write_rank_facts
-from grafter.wire.store_client import HostedStore
+from grafter.wire.store_server import HostedStore
 
 logger = logging.getLogger("grafter")
 

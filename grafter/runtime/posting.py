@@ -14,8 +14,7 @@ from grafter.core.points import PointKey
 from grafter.core.records import LedgerRecord, Outcome
 from grafter.runtime.session import Session
 from grafter.wire.outbox.entries import Entry
-from grafter.wire.outbox.keeping import keep
-from grafter.wire.outbox.memory import Slot
+from grafter.wire.outbox.snapshots import Slot, keep
 
 Describe = Callable[[Offer, OutboxPlace | None], Header]
 

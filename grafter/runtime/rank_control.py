@@ -39,7 +39,7 @@ from grafter.core.points import StepCounter
 from grafter.core.signal_handlers import is_from_signal_handler
 from grafter.errors import GrafterError, ProtocolError, RunError, UsageError
 from grafter.store.history import HistoryLine, append_history
-from grafter.wire.control.decision import put_decision, read_decision, try_to_decide
+from grafter.wire.control import put_decision, read_decision, try_to_decide
 from grafter.wire.monitor.housekeeping import Housekeeping
 from grafter.wire.monitor.waits import Wait
 from grafter.wire.store_client import StoreClient

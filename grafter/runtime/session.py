@@ -35,17 +35,18 @@ from grafter.wire.failed_points import FailedPoints
 from grafter.wire.monitor.housekeeping import Housekeeping
 from grafter.wire.monitor.store_silence import StorePatience
 from grafter.wire.outbox.delivery import Delivery
-from grafter.wire.outbox.entries import Outbox
-from grafter.wire.outbox.memory import Memory
+from grafter.wire.outbox.one_sided import Receivers
+from grafter.wire.outbox.outbox import Outbox
 from grafter.wire.outbox.pull import Puller
-from grafter.wire.outbox.receivers import Receivers
+from grafter.wire.outbox.snapshots import Memory
 from grafter.wire.pairing.agreement import Agreement
 from grafter.wire.pairing.pairing import Pairing
 from grafter.wire.rendezvous.channels import Channels
 from grafter.wire.rendezvous.connecting import Listener, connect_ranks, open_listener
 from grafter.wire.rendezvous.courier import Courier
 from grafter.wire.rendezvous.join import LINGER_SECONDS, Membership, StoreServer, join, store_place
-from grafter.wire.store_client import StoreClient, connect
+from grafter.wire.store_client import StoreClient
+from grafter.wire.store_server import connect
 
 logger = logging.getLogger("grafter")
 

@@ -18,9 +18,7 @@ change         what travels: proposal, answer, decision, state
 in_force       the settings that can be changed, before and after a change (pure)
 recorders      recorders of requests in a rank's process: changed, and told
 traced         points in compiled code, whose treatment is settled already
-decision       answers become one decision
 rank_control   a rank's part: it answers, is held, and takes over
 history        control.jsonl beside the ledgers: what was in force from which step on
-run_access     the part of `grafter ctl`
 table, command what it prints, and its options
 """

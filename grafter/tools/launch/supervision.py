@@ -24,7 +24,7 @@ _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class RendezvousStore(Protocol):
-    """What the launcher needs from `grafter.wire.store_client.HostedStore`."""
+    """What the launcher needs from `grafter.wire.store_server.HostedStore`."""
 
     @property
     def address(self) -> str: ...

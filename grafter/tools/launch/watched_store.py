@@ -8,7 +8,8 @@ from grafter.core.direction import RoleName
 from grafter.core.messages.roster import ANNOUNCEMENTS, Announcement
 from grafter.errors import RunError
 from grafter.wire.monitor.status_board import BoardLine, board_key
-from grafter.wire.store_client import ABORT, HostedStore, StoreClient
+from grafter.wire.store_client import ABORT, StoreClient
+from grafter.wire.store_server import HostedStore
 
 _ROLES: tuple[RoleName, ...] = ("baseline", "target")
 _RANKS_NAMED = 8

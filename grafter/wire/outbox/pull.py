@@ -27,7 +27,7 @@ from grafter.core.processes.watch import Abandoned
 from grafter.core.signal_handlers import is_from_signal_handler
 from grafter.wire.exchange.staging import Staging, StagingRefused, as_tensor, is_sealed_block
 from grafter.wire.outbox.delivery import Fetcher
-from grafter.wire.outbox.memory import offsets_of, tensor_at
+from grafter.wire.outbox.snapshots import offsets_of, tensor_at
 
 _MOST_MAPPED = 64
 

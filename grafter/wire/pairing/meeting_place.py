@@ -25,8 +25,7 @@ from grafter.core.messages.wire import Sealed
 from grafter.core.points import PointKey
 from grafter.errors import ProtocolError
 from grafter.wire.monitor.housekeeping import Housekeeping
-from grafter.wire.outbox.claims import Claims
-from grafter.wire.outbox.tombstones import Tombstones
+from grafter.wire.outbox.entries import Claims, Tombstones
 from grafter.wire.pairing.known_texts import KnownTexts, read_header
 from grafter.wire.pairing.refusals import Refusals
 from grafter.wire.rendezvous.courier import Courier

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import time
@@ -16,18 +17,18 @@ from grafter.config.settings.config import GrafterConfig
 from grafter.core.direction import RoleName
 from grafter.core.messages.announced_models import NO_HOOKS, AnnouncedHooks
 from grafter.core.messages.roster import ANNOUNCEMENTS, Announcement, PlayedFrom, Roster, find_disagreement, other_role
-from grafter.core.messages.wire import PROTOCOL_VERSION, Seal, read_message
+from grafter.core.messages.wire import PROTOCOL_VERSION, Seal, Sealed, read_message
 from grafter.core.place import SHARED_SETTINGS, Place
 from grafter.core.processes.liveness import ProcessIdentity, own_identity
-from grafter.errors import JoinError, RunError
+from grafter.errors import JoinError, ProtocolError, RunError
 from grafter.version import VERSION
 from grafter.wire.monitor.housekeeping import Housekeeping
 from grafter.wire.monitor.members import StoreHost
 from grafter.wire.monitor.status_board import BoardWriter
 from grafter.wire.monitor.store_silence import StorePatience
 from grafter.wire.monitor.waits import Wait
-from grafter.wire.rendezvous.secret_check import SecretCheck
-from grafter.wire.store_client import HostedStore, StoreClient, connect, host_place, serve
+from grafter.wire.store_client import StoreClient
+from grafter.wire.store_server import HostedStore, connect, host_place, serve
 
 logger = logging.getLogger("grafter")
 
@@ -240,3 +241,55 @@ class _Handshake:
 
 def _read_announcement(text: str) -> Announcement:
     return read_message(Announcement.model_validate_json, text, "an announcement")
+
+
+_LONGEST = 200
+
+
+class SecretCheck:
+    """Of one rank, while it joins. `look` is called on one thread at a time."""
+
+    def __init__(self, role: RoleName, role_rank: int) -> None:
+        self._role, self._leads = role, role_rank == 0
+        self._number = os.urandom(16).hex()
+        self._repeated = ""
+
+    def hail(self, client: StoreClient) -> None:
+        """Before anything that the other job could fail to read."""
+        if self._leads:
+            client.set(_place(client, self._role), "hail", json.dumps([self._number, self._repeated]))
+
+    def look(self, client: StoreClient) -> RunError | None:
+        """The error where the secrets differ. A few round trips; never waits."""
+        theirs = client.peek_at_other(_place(client, other_role(self._role)))
+        if theirs is None:
+            return None
+        number, repeated = _read(theirs)
+        if self._leads and number != self._repeated:
+            self._repeated = number
+            self.hail(client)
+        own = self._number
+        if not self._leads:
+            first = client.peek(_place(client, self._role))
+            own = _read(first)[0] if first is not None else ""
+        if not own or repeated != own:
+            return None
+        return ProtocolError(
+            f"the {other_role(self._role)} job has another secret than this one, or only one of the two has any: "
+            "neither can read the other's messages. Set GRAFTER_SECRET to the same value in both jobs."
+        )
+
+
+def _place(client: StoreClient, role: RoleName) -> str:
+    return f"{client.job_prefix}/hail/{role}"
+
+
+def _read(message: Sealed) -> tuple[str, str]:
+    """(its number, the one that it repeats); empty where it says something else."""
+    try:
+        number, repeated = json.loads(message.payload)
+    except ValueError:
+        return "", ""
+    if not isinstance(number, str) or not isinstance(repeated, str) or len(number + repeated) > _LONGEST:
+        return "", ""
+    return number, repeated

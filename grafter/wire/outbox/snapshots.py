@@ -11,15 +11,17 @@ from __future__ import annotations
 import math
 import mmap
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from grafter.core.copying import copy
 from grafter.core.leaves import TensorSpec
+from grafter.core.messages.offer import Offer
 from grafter.core.messages.states import OutboxPlace
 from grafter.core.plan.transfer_plan import ALIGNMENT_BYTES
+from grafter.core.signal_handlers import is_from_signal_handler
 from grafter.wire.exchange.staging import new_block
 
 _PAGE_BYTES = 4096
@@ -169,3 +171,44 @@ def snapshot(slot: Slot, specs: Sequence[TensorSpec], tensors: Sequence[torch.Te
     for offset, spec, tensor in zip(offsets_of(specs)[0], specs, tensors, strict=True):
         if spec.numel:
             copy(tensor_at(slot.block.mapped, first + offset, spec), tensor.detach())
+
+
+class OutboxFull(Exception):
+    """There is no memory for a snapshot; the text says how much was asked for and how much there is."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """An offer, and where its snapshot lies: nowhere, if it has no bytes, or could not be kept, as it then says."""
+
+    offer: Offer
+    slot: Slot | None = None
+    nbytes: int = 0
+
+
+def keep(
+    offer: Offer, make_room: Callable[[int], tuple[Slot | None, str | None]], give_back: Callable[[Slot | None], None]
+) -> Kept:
+    """Copy all tensors of an offer, which may be changed once this returns. make_room: memory for so many bytes, or why
+    there is none."""
+    if offer.leaves is None:
+        return Kept(offer)
+    tensors, specs = offer.leaves.tensors + offer.extras, offer.specs
+    slot, why_not = make_room(offsets_of(specs)[1])
+    if why_not is not None:
+        return Kept(_failed(offer, OutboxFull(why_not)))
+    try:
+        if slot is not None:
+            with torch.no_grad():
+                snapshot(slot, specs, tensors)
+    except BaseException as error:
+        give_back(slot)
+        if not isinstance(error, Exception) or is_from_signal_handler(error):
+            raise
+        # The device's, say: it costs the point, and all ranks must hear of it.
+        return Kept(_failed(offer, error))
+    return Kept(offer, slot, sum(spec.nbytes for spec in specs))
+
+
+def _failed(offer: Offer, error: Exception) -> Offer:
+    return replace(offer, leaves=None, extras_text=None, extras=[], failure=error)

@@ -1,4 +1,4 @@
-"""The part of `grafter ctl`: a client of the run's store that is no rank. It proposes, asks, and waits for answers."""
+"""Answers become one decision, which is put once and is the same for everybody, whoever puts it."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ import json
 import os
 import socket
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from grafter.config.control.change import (
+    Answer,
     Change,
     Decision,
     Proposal,
     State,
+    answer_place,
     decision_place,
     proposal_place,
     question_place,
@@ -23,9 +26,72 @@ from grafter.core.direction import RoleName
 from grafter.core.messages.roster import ANNOUNCEMENTS, Announcement, Roster
 from grafter.core.messages.wire import PROTOCOL_VERSION, Seal, read_message
 from grafter.errors import JoinError, ProtocolError, RunError, UsageError
-from grafter.wire.control.decision import put_decision, read_decision, try_to_decide
 from grafter.wire.monitor.status_board import BoardLine, board_key, read_line
-from grafter.wire.store_client import StoreClient, connect, decode_abort
+from grafter.wire.store_client import StoreClient, decode_abort
+from grafter.wire.store_server import connect
+
+
+def decide(answers: Mapping[str, Answer], silent: list[str], *, seconds: float) -> Decision:
+    """answers: of all who gave one, by their name. silent: who has not left and has not answered in `seconds`."""
+    refusals: dict[str, list[str]] = {}
+    for who, answer in answers.items():
+        if answer.refused is not None:
+            refusals.setdefault(answer.refused, []).append(who)
+    if refusals:
+        told = "; ".join(f"{', '.join(ranks)}: {reason}" for reason, ranks in refusals.items())
+        return Decision(refused=told)
+    if silent:
+        return Decision(
+            refused=f"no answer from {', '.join(silent)} within {seconds:.0f} s: a process that is stopped, gone, or "
+            "without a reply from the store. Nothing was changed anywhere"
+        )
+    steps = [answer.step for answer in answers.values() if answer.step is not None]
+    if not steps:
+        return Decision(refused="all ranks have left the run")
+    idle = {answer.idle for answer in answers.values()}
+    if None not in idle:
+        return Decision(refused=f"it would change nothing on any rank: {'; '.join(sorted(filter(None, idle)))}")
+    return Decision(step=max(steps) + 1)
+
+
+def read_decision(client: StoreClient, number: int) -> Decision | None:
+    """What was decided; None where nothing is yet. Never waits."""
+    sealed = client.peek(decision_place(client.run_prefix, number))
+    if sealed is None:
+        return None
+    return read_message(Decision.model_validate_json, sealed.payload, "a decision")
+
+
+def try_to_decide(
+    client: StoreClient, roster: Roster, number: int, *, is_late: bool, seconds: float
+) -> Decision | None:
+    """Decide what can be decided: once all have answered, or the time is up. None while answers may still come.
+
+    A few round trips for each rank; never waits. Raises RunError where the store is lost.
+    """
+    answers: dict[str, Answer] = {}
+    silent: list[str] = []
+    for graft_rank, member in enumerate(roster.all):
+        sealed = client.peek(answer_place(client.run_prefix, number, graft_rank))
+        if sealed is not None:
+            answers[roster.who(graft_rank)] = read_message(Answer.model_validate_json, sealed.payload, "an answer")
+            continue
+        line = client.peek(board_key(client, member.role, member.role_rank))
+        # Who has left has no more points, whatever is in force.
+        if line is None or read_line(line.payload, roster).state != "left":
+            if not is_late:
+                return None
+            silent.append(roster.who(graft_rank))
+    return put_decision(client, number, decide(answers, silent, seconds=seconds))
+
+
+def put_decision(client: StoreClient, number: int, decision: Decision) -> Decision:
+    """What stands: this decision, or the one that was put first."""
+    found = client.put_if_absent(decision_place(client.run_prefix, number), "decision", decision.model_dump_json())
+    if found is None:
+        return decision
+    return read_message(Decision.model_validate_json, found.payload, "a decision")
+
 
 _LOOK_SECONDS = 0.05
 # Ranks look once a second for what is asked of them.
