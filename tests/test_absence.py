@@ -280,13 +280,13 @@ def receivers_with(board: list[BoardLine], timeout: float = 100.0) -> tuple[Rece
         def __exit__(self, *_: object) -> None: ...
 
     store: Any = OneStore()
-    housekeeping: Any = SimpleNamespace(
+    monitor: Any = SimpleNamespace(
         check=lambda: None,
         waiting=lambda _: Waiting(),
         read_board=lambda *_: board,
         step_ends=StepEnds(roster(1, 1), 0),
     )
-    return Receivers(housekeeping, roster(1, 1), "baseline", timeout), store
+    return Receivers(monitor, roster(1, 1), "baseline", timeout), store
 
 
 def is_over_by(patience: Any, store: Any, monkeypatch: pytest.MonkeyPatch, seconds: Sequence[float]) -> list[bool]:

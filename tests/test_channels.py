@@ -235,7 +235,7 @@ def test_a_rank_that_leaves_while_another_waits_for_room_is_gone(narrow: tuple[C
 
 
 class Keeper:
-    """A housekeeping that notes the waits that it is given, and ends them at once."""
+    """A monitor thread that notes the waits that it is given, and ends them at once."""
 
     def __init__(self) -> None:
         self.waits: list[Any] = []
@@ -256,12 +256,12 @@ class Keeper:
 
 def courier_of(one: Channels, keeper: Keeper) -> Courier:
     client: Any = None
-    housekeeping: Any = keeper
-    return Courier(client, housekeeping, one._roster, 0, one, 7.0)
+    monitor: Any = keeper
+    return Courier(client, monitor, one._roster, 0, one, 7.0)
 
 
 def test_a_wait_for_room_explains_itself_and_has_a_deadline(narrow: tuple[Channels, Channels]) -> None:
-    """The housekeeping thread is told whose channel is full, and by when it must have room."""
+    """The monitor thread is told whose channel is full, and by when it must have room."""
     first, _ = narrow
     keeper = Keeper()
     courier = courier_of(first, keeper)
@@ -464,7 +464,7 @@ def test_a_message_with_several_descriptors_ends_the_run_and_leaves_none_open(
     assert open_descriptors() == before
 
 
-# The housekeeping thread, and handlers of signals.
+# The monitor thread, and handlers of signals.
 
 
 def test_another_thread_sees_what_has_come(pair: tuple[Channels, Channels]) -> None:

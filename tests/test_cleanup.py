@@ -23,7 +23,7 @@ def store_keys() -> int:
 
 
 def settled_store_keys(bound: int) -> int:
-    """The store's keys once the housekeeping threads have tidied, at most 20 s later."""
+    """The store's keys once the monitor threads have tidied, at most 20 s later."""
     deadline = time.monotonic() + 250
     while (count := store_keys()) > bound and time.monotonic() < deadline:
         time.sleep(0.05)

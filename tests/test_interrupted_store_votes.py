@@ -32,7 +32,7 @@ KEYS = StoreKeys("hall", DIGEST)
 
 
 class Keeper:
-    """Looks after the waits of one receiver, as the housekeeping does, and notes what it is told."""
+    """Looks after the waits of one receiver, as the monitor thread does, and notes what it is told."""
 
     underway = None
     store_is_silent = False

@@ -189,10 +189,10 @@ class Simulation:
         seal = Seal(f"{member.role}/{member.role_rank}", None)
         store: Any = CountedStore(self._store, traffic, waits)
         client = StoreClient(store, seal, "graft", is_server=True)
-        housekeeping: Any = Watchman()
+        monitor: Any = Watchman()
         channels: Any = CountedChannels(self._mail[number], self._mail, seal, traffic, waits)
-        own = courier.Courier(client, housekeeping, self._roster, number, channels, PATIENCE_SECONDS)
-        pairing = Pairing(client, own, housekeeping, self._roster, PATIENCE_SECONDS)
+        own = courier.Courier(client, monitor, self._roster, number, channels, PATIENCE_SECONDS)
+        pairing = Pairing(client, own, monitor, self._roster, PATIENCE_SECONDS)
         pairing._known.pairs = self._pairs
         return pairing
 

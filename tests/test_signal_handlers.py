@@ -271,7 +271,7 @@ BROAD = {"OSError", "Exception", "RuntimeError", "ValueError", "TimeoutError", "
 ELSEWHERE = {
     # The thread of the exchange, or that of the join.
     ("gloo.py", "_group"), ("gloo.py", "_readable_chunks"), ("gloo.py", "_read_into"),
-    # The housekeeping's thread.
+    # The monitor thread's thread.
     ("rank_control.py", "_judge"),
     # The thread that writes dumps.
     ("saver.py", "_write"), ("saver.py", "_write_point"), ("taken.py", "leaf_of"),

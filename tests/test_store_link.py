@@ -44,7 +44,7 @@ def wait_of(seconds: float, timeout: float = 20.0) -> Wait:
     return Wait("pairing", "'h' (step=0)", timeout, since=time.monotonic() - seconds)
 
 
-def test_a_stopped_host_on_this_machine_is_not_waited_for_by_the_housekeeping_and_ends_the_run_at_the_timeout(
+def test_a_stopped_host_on_this_machine_is_not_waited_for_by_the_monitor_thread_and_ends_the_run_at_the_timeout(
     process: subprocess.Popen[bytes],
 ) -> None:
     warned: list[int] = []

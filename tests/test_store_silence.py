@@ -59,8 +59,8 @@ def meet_then_wait(rank: Rank) -> float:
     grafter.dump("first", torch.ones(1))
     if not rank.is_baseline:
         # The board is read once a second: its last reading must have the first point in it.
-        housekeeping = grafter._process.grafter.entry.session.housekeeping  # type: ignore[union-attr]
-        while not any(line.last_points for line in housekeeping.last_seen("baseline")):
+        monitor = grafter._process.grafter.entry.session.monitor  # type: ignore[union-attr]
+        while not any(line.last_points for line in monitor.last_seen("baseline")):
             time.sleep(0.05)
     rank.tell(f"{rank.role} met")
     if rank.is_baseline:
@@ -197,7 +197,7 @@ class Handler(Exception):
 
 
 def test_an_exception_of_a_signal_handler_ends_a_wait_and_the_client_serves_again() -> None:
-    """The call in hand is given a second to end: the housekeeping wakes it. Then what the handler raised is raised."""
+    """The call in hand has a second to end: the monitor thread wakes it. Then what the handler raised is raised."""
     store = serve("127.0.0.1", 0)
     raw = connect("127.0.0.1", store.port, timeout=30, keep_trying=lambda: True)
     client, other = (

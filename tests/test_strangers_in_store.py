@@ -150,7 +150,7 @@ def meet_often(rank: Rank) -> tuple[list[float], list[str]]:
             path.with_suffix(".tmp").rename(path)
             rank.tell(f"{rank.role} met")
             rank.wait_for("go on")
-            # The housekeeping threads look once a second.
+            # The monitor threads look once a second.
             deadline = time.monotonic() + 60
             while session.client.seal.ignored.count < 2 and time.monotonic() < deadline:
                 time.sleep(0.02)

@@ -99,7 +99,7 @@ class Entry:
             self._begun.check(session.run_directory)
             self.session = session
             self._write_facts(self.session.run_directory, self.session.roster)
-            session.housekeeping.board.hook_facts = self._models.hook_facts
+            session.monitor.board.hook_facts = self._models.hook_facts
             self._models.tell_which_are_only_here(self.session.roster)
         return self.session
 

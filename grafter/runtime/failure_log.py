@@ -13,7 +13,7 @@ _LONGEST_REASON = 600
 
 
 class FailureLog:
-    """Of one rank. Called on its dump thread, and on its housekeeping thread where a sender hears of a failure."""
+    """Of one rank. Called on its dump thread, and on its monitor thread where a sender hears of a failure."""
 
     def __init__(self, who: str) -> None:
         self._who = who

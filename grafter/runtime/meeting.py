@@ -93,8 +93,8 @@ class Meeting:
     ) -> tuple[Any, Outcome]:
         """(what `dump` returns, outcome). Raises what ended the run, or PointFailed where the options say so."""
         self._sequence = sequence
-        housekeeping = self._session.housekeeping
-        housekeeping.underway = self
+        monitor = self._session.monitor
+        monitor.underway = self
         try:
             pair = self._session.pairing.meet(self._key, self._header, one_sided=self._options.one_sided == "skip")
             if isinstance(pair, NotMet):
@@ -111,7 +111,7 @@ class Meeting:
                     self._session.pairing.claims.settle(self._key.digest, "failed", why)
                 raise
         finally:
-            housekeeping.underway = None
+            monitor.underway = None
 
     def _leave(self, pair: Pair, error: BaseException) -> None:
         """An exception ended this rank's part. Where that was before anything could hold it, no receiver must wait."""
@@ -404,7 +404,7 @@ class Meeting:
             f"{self._key}: {gone}. Nothing of this point was written where it was not complete. Look at the end of its "
             f"output first."
         )
-        return self._session.housekeeping.abort(error, self._session.client)
+        return self._session.monitor.abort(error, self._session.client)
 
     def end_stage(self, stage: str) -> None:
         """All time since the end of the stage before is this one's."""

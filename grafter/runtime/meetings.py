@@ -86,7 +86,7 @@ class Meetings:
         if key.phase == PHASE:
             self._recomputations.keep(key, options, offer.leaves if outcome == "grafted" else None, grafted)
         self._tally.outcomes[outcome] += 1
-        session.housekeeping.board.last_points.append((key, outcome))
+        session.monitor.board.last_points.append((key, outcome))
         return grafted
 
     def _post(self, posting: Posting, offer: Offer, options: PointOptions, site: str, taken: Taken | None) -> Any:
@@ -105,13 +105,13 @@ class Meetings:
         if posting.key.phase == PHASE:
             self._recomputations.keep(posting.key, options, None, None)
         self._tally.outcomes[outcome] += 1
-        posting.session.housekeeping.board.last_points.append((posting.key, outcome))
+        posting.session.monitor.board.last_points.append((posting.key, outcome))
         return offer.value
 
     def say_step(self, session: Session, step: int) -> None:
         """This rank has come to all points of the steps before `step`. Said only where points may be one-sided."""
         if self.says_steps:
-            session.housekeeping.step_ends.say(session.client, step)
+            session.monitor.step_ends.say(session.client, step)
 
     def make_up(self, session: Session, early: EarlyPoints) -> None:
         """The points that came before both jobs had joined, in their order."""
@@ -127,7 +127,7 @@ class Meetings:
             with unobserved():
                 outcome = point.hold(session, own_participants(self._place, options.ranks), self._sequence)
             self._tally.outcomes[outcome] += 1
-            session.housekeeping.board.last_points.append((point.key, outcome))
+            session.monitor.board.last_points.append((point.key, outcome))
 
     def record_skipped(
         self, session: Session, key: PointKey, direction: Direction, tags: dict[str, Any], site: str, reason: str

@@ -47,7 +47,7 @@ class Posting:
         """
         session, started = self.session, time.perf_counter()
         # Before memory is taken, which may be a receiver's to read until the run is over.
-        session.housekeeping.check()
+        session.monitor.check()
         outbox = session.outbox
 
         def make_room(nbytes: int) -> tuple[Slot | None, str | None]:

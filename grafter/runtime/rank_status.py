@@ -50,16 +50,16 @@ class RankStatus:
         """This rank leaves with an error while another thread of it is at a point: no rank shall wait there."""
         error = last_error(self.fault)
         if error is not None and session is not None:
-            session.housekeeping.abort(PeerLostError(f"{self.who} has left with {type(error).__name__}: {error}"))
+            session.monitor.abort(PeerLostError(f"{self.who} has left with {type(error).__name__}: {error}"))
 
     def end_run(self, error: RunError, value: Any, session: Session | None) -> Any:
         """The run is over: every rank of both jobs must hear of it, and raise the same."""
         if session is not None:
-            housekeeping = session.housekeeping
+            monitor = session.monitor
             if isinstance(error, PeerLostError):
-                error = housekeeping.fuller_story(error)
-            elif housekeeping.aborted is None:
-                error = housekeeping.abort(error, session.client)
+                error = monitor.fuller_story(error)
+            elif monitor.aborted is None:
+                error = monitor.abort(error, session.client)
         self.fault = error
         if not isinstance(error, PeerLostError) or self._config.on_peer_loss == "raise":
             raise error

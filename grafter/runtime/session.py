@@ -32,7 +32,7 @@ from grafter.wire.exchange.group import local_address_towards
 from grafter.wire.exchange.shared_memory import SharedMemoryExchange
 from grafter.wire.exchange.transfer import Transfer
 from grafter.wire.failed_points import FailedPoints
-from grafter.wire.monitor.housekeeping import Housekeeping
+from grafter.wire.monitor.monitor_thread import MonitorThread
 from grafter.wire.monitor.store_silence import StorePatience
 from grafter.wire.outbox.delivery import Delivery
 from grafter.wire.outbox.one_sided import Receivers
@@ -130,16 +130,16 @@ class Session:
         control: RankControl | None = None,
     ) -> None:
         self.place, self.roster, self.graft_rank = membership.place, membership.roster, membership.graft_rank
-        self.client, self.housekeeping = membership.client, membership.housekeeping
+        self.client, self.monitor = membership.client, membership.monitor
         self._server = membership.server
         self.run_directory = Path(config.dir) / membership.run_name
         self.timeout = timeout = config.timeout
         share_long_copies(self.roster.has_core_each)
         self.client.set_timeout(timeout + 5)
-        self.client.patience = StorePatience(self.housekeeping, timeout)
+        self.client.patience = StorePatience(self.monitor, timeout)
         self._channels = channels
-        courier = Courier(self.client, self.housekeeping, self.roster, self.graft_rank, channels, timeout)
-        self.pairing = Pairing(self.client, courier, self.housekeeping, self.roster, timeout)
+        courier = Courier(self.client, self.monitor, self.roster, self.graft_rank, channels, timeout)
+        self.pairing = Pairing(self.client, courier, self.monitor, self.roster, timeout)
         self.transfer = self._make_transfer(config)
         self.agreement = Agreement(self.client, courier, self.roster, self.place.role, self.place.role_rank, timeout)
         begun.check(self.run_directory)
@@ -150,11 +150,11 @@ class Session:
             begun.outbox,
             config.outbox_seconds,
             self.graft_rank,
-            self.housekeeping,
+            self.monitor,
             self.pairing.words,
             self._find_gone,
             self.write_line,
-            Receivers(self.housekeeping, self.roster, self.place.role, timeout),
+            Receivers(self.monitor, self.roster, self.place.role, timeout),
         )
         self.puller = Puller(
             self.roster, self.graft_rank, self.transfer.staging, self.client.seal, self.client.run_prefix
@@ -173,8 +173,8 @@ class Session:
             write_run_facts(directory, config, self.place, membership.run_name, membership.run_id, sizes)
         self._control = control
         if control is not None:
-            control.joined(self.housekeeping, self.roster, self.graft_rank, self.run_directory / self.place.role)
-        self.housekeeping.on_second = self._each_second
+            control.joined(self.monitor, self.roster, self.graft_rank, self.run_directory / self.place.role)
+        self.monitor.on_second = self._each_second
 
     def _make_transfer(self, config: GrafterConfig) -> Transfer:
         address, port = config.master_address, config.master_port or 0
@@ -185,7 +185,7 @@ class Session:
             config.backend,
             self.roster,
             self.graft_rank,
-            self.housekeeping,
+            self.monitor,
             self.timeout,
             shared_memory,
             self.client.run_prefix,
@@ -209,8 +209,8 @@ class Session:
             self._control.poll(client)
 
     def _find_gone(self) -> dict[int, str]:
-        """Called on the housekeeping thread."""
-        return self.housekeeping.gone() if self.roster.several_hosts else self.housekeeping.gone_here()
+        """Called on the monitor thread."""
+        return self.monitor.gone() if self.roster.several_hosts else self.monitor.gone_here()
 
     # The ledger.
 
@@ -225,7 +225,7 @@ class Session:
 
     def write_line(self, record: LedgerRecord) -> None:
         """Write one line; called on any thread."""
-        if record.outcome == "failed" and self.housekeeping.aborted is None:
+        if record.outcome == "failed" and self.monitor.aborted is None:
             self.failures.add(record.name, f"{record.name!r} (step={record.step})", record.reason or "")
         with self._ledger_lock:
             self._write(record)
@@ -275,7 +275,7 @@ class Session:
         """A point of these participants is over. All of them reached it, so they are done with the previous one."""
         done = self._deletable.pop(members, None)
         if done:
-            self.housekeeping.delete_later(done)
+            self.monitor.delete_later(done)
         self._deletable[members] = keys
 
     # Leaving.
@@ -284,7 +284,7 @@ class Session:
         """Leave: say so on the board, and, where this rank hosts the store, linger until the others can do without."""
         self._failed.leave(self.client, _LAST_WORDS_SECONDS)
         try:
-            self.housekeeping.close(note)
+            self.monitor.close(note)
             if self._server is not None:
                 self._linger()
         except RunError as error:
@@ -305,8 +305,8 @@ class Session:
     def _linger(self) -> None:
         deadline = time.monotonic() + LINGER_SECONDS
         while time.monotonic() < deadline:
-            lines = self.housekeeping.read_board(self.client)
-            gone = self.housekeeping.gone_here()
+            lines = self.monitor.read_board(self.client)
+            gone = self.monitor.gone_here()
             if all(line.state == "left" or line.graft_rank in gone for line in lines):
                 return
             time.sleep(0.05)
@@ -337,7 +337,7 @@ class Joining:
         self._cancelled = False
         self._session: Session | None = None
         # From when the store is reached.
-        self._housekeeping: Housekeeping | None = None
+        self._monitor: MonitorThread | None = None
         self._error: BaseException | None = None
         self._place = find_place(config)
         threading.Thread(target=self._run, name="grafter-join", daemon=True).start()
@@ -354,7 +354,7 @@ class Joining:
                 hooks=self._hooks, played_from=self._played_from, served=self._served,
             )  # fmt: skip
             host = store_place(config, self._place)
-            membership.housekeeping.joined(
+            membership.monitor.joined(
                 membership.roster, membership.graft_rank, membership.roster.graft_rank(*host) if host else None
             )
             self._session = self._begin(membership, listener)
@@ -390,8 +390,8 @@ class Joining:
     def _leave_at_once(self, membership: Membership, error: BaseException) -> None:
         text = f"{self._place.who} has joined, and cannot take part: {type(error).__name__}: {error}"
         with contextlib.suppress(RunError):
-            membership.housekeeping.abort(RunError(text), membership.client)
-        membership.housekeeping.close(f"{type(error).__name__}: {error}")
+            membership.monitor.abort(RunError(text), membership.client)
+        membership.monitor.close(f"{type(error).__name__}: {error}")
 
     def wait(self) -> Session:
         """The session, once both jobs are there. Raises what kept them from joining."""
@@ -428,20 +428,20 @@ class Joining:
             self._call_off("an error")
         return self._session
 
-    def _connected(self, housekeeping: Housekeeping) -> None:
-        self._housekeeping = housekeeping
+    def _connected(self, monitor: MonitorThread) -> None:
+        self._monitor = monitor
 
     def _call_off(self, why: str) -> None:
         """This rank ends before all have joined, and the others would wait for it until the join times out."""
         self._cancelled = True
-        if self._housekeeping is not None:
+        if self._monitor is not None:
             text = f"{self._place.who} has left with {why}, before all ranks of both jobs had joined"
-            self._housekeeping.abort_soon(PeerLostError(f"{text}. Look at the end of its output first."))
+            self._monitor.abort_soon(PeerLostError(f"{text}. Look at the end of its output first."))
         # A rank that hosts the store lingers, so that the others can read it there.
         self._done.wait(LINGER_SECONDS + 1)
 
 
 def _open_channels(membership: Membership, listener: Listener, timeout: float) -> Channels:
     roster, graft_rank, seal = membership.roster, membership.graft_rank, membership.client.seal
-    connections = connect_ranks(listener, roster, graft_rank, seal, timeout, membership.housekeeping.check)
+    connections = connect_ranks(listener, roster, graft_rank, seal, timeout, membership.monitor.check)
     return Channels(graft_rank, roster, seal, connections)

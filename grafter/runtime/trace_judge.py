@@ -12,7 +12,7 @@ from grafter.core.points import PHASE, split_options
 
 
 class TraceJudge:
-    """Of one rank. Also asked on the housekeeping thread, where filters are about to change."""
+    """Of one rank. Also asked on the monitor thread, where filters are about to change."""
 
     def __init__(self, options: OptionChooser, *, has_gradients: bool) -> None:
         """has_gradients: whether gradients of any point are points."""

@@ -17,7 +17,7 @@ from grafter.errors import RunError
 Value = TypeVar("Value")
 
 _LOOK_SECONDS = 0.25
-# A wait that an exception ends (Ctrl-C, or the run is over) lasts for so long yet: the housekeeping ends the call, too.
+# How long a wait lasts after an exception (Ctrl-C, or the end of the run), which lets the monitor thread end the call.
 _LAST_SECONDS = 2.0
 
 

@@ -181,7 +181,7 @@ class StoreClient:
         return None if there == text.encode() else self._taken(key, there)
 
     def get(self, key: str) -> Sealed:
-        """Wait for a value. Ended early only by what the housekeeping thread puts there, or by `patience`."""
+        """Wait for a value. Ended early only by what the monitor thread puts there, or by `patience`."""
         return self._awaited(key, self._guard(lambda: self.raw.get(key)))
 
     def get_all(self, keys: Sequence[str]) -> list[Sealed]:

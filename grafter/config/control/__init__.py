@@ -7,7 +7,7 @@ at the same step boundary.
     <n>/decision                        the first     in force from step S on; or refused, and why
 
 A rank that has accepted ends no step before it knows the decision, so S, one more than the last step that any rank was
-in, is ahead of all of them, in both jobs. Only housekeeping threads answer and decide, and those never wait for a
+in, is ahead of all of them, in both jobs. Only monitor threads answer and decide, and those never wait for a
 point: a rank that waits for the other job, or is held at the end of its step, keeps nobody from the decision.
 
 The decision is put once, by whoever can: `grafter ctl`, graft rank 0, and, when its time is up, every rank; it then

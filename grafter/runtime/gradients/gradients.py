@@ -268,7 +268,7 @@ class PendingGradients:
         if word == _ASKED:
             self.points.meet(session, watched, gradient)
             # All of this side's ranks have met, so all have read what they were told before.
-            session.housekeeping.delete_later(self._told)
+            session.monitor.delete_later(self._told)
             self._told = []
         else:
             self.points.skip(session, watched, "no gradient reached this point in the other job")
@@ -284,7 +284,7 @@ class PendingGradients:
         }
         wait = Wait("gradients", f"the other job to ask for one of {len(known)} gradients", session.timeout)
         pause, next_look_in_store = _POLL_SECONDS, time.monotonic() + _PATIENCE_SECONDS
-        with session.housekeeping.waiting(wait):
+        with session.monitor.waiting(wait):
             while True:
                 for digest in known:
                     if session.pairing.is_asked_by_mail(digest):
@@ -296,9 +296,9 @@ class PendingGradients:
                             return digest, _ASKED
                         if digest in self._offered and self._is_declined(session, watched):
                             return digest, _DECLINED
-                session.housekeeping.check()
+                session.monitor.check()
                 if wait.seconds > session.timeout:
-                    raise session.housekeeping.abort(_too_late(wait, known), session.client)
+                    raise session.monitor.abort(_too_late(wait, known), session.client)
                 time.sleep(pause)
                 pause = min(2 * pause, _SLOWEST_POLL_SECONDS)
 
@@ -313,7 +313,7 @@ class PendingGradients:
         self._served += 1
         place = self._place(session, participants)
         what = "this job's first rank to say which gradient is next"
-        with session.housekeeping.waiting(Wait("gradients", what, session.timeout, awaits=(place,))):
+        with session.monitor.waiting(Wait("gradients", what, session.timeout, awaits=(place,))):
             digest, _, word = session.client.get(place).payload.partition(" ")
         return digest, word
 

@@ -17,7 +17,7 @@ from grafter.wire.exchange.gloo import GlooExchange
 from grafter.wire.exchange.nccl import NcclExchange
 from grafter.wire.exchange.shared_memory import SharedMemoryExchange
 from grafter.wire.exchange.staging import Staging, StagingRefused
-from grafter.wire.monitor.housekeeping import Housekeeping
+from grafter.wire.monitor.monitor_thread import MonitorThread
 from grafter.wire.monitor.waits import LastingWait, Wait
 
 Way = Literal["shared memory", "gloo", "nccl"]
@@ -60,7 +60,7 @@ class Transfer:
         backend: Backend,
         roster: Roster,
         graft_rank: int,
-        housekeeping: Housekeeping,
+        monitor: MonitorThread,
         timeout: float,
         shared_memory: SharedMemoryExchange | None,
         run_prefix: str,
@@ -68,7 +68,7 @@ class Transfer:
         local_address: Callable[[], str],
     ) -> None:
         self._backend, self._roster, self._graft_rank = backend, roster, graft_rank
-        self._housekeeping, self._timeout = housekeeping, timeout
+        self._monitor, self._timeout = monitor, timeout
         self._shared_memory = shared_memory
         self._run_prefix = run_prefix
         self._gloo = GlooExchange(graft_rank, run_prefix, new_store, local_address, timeout)
@@ -97,7 +97,7 @@ class Transfer:
         def make_wait() -> Wait:
             return Wait("exchange", what, self._timeout, needs=needs, outcome_key=outcome_key)
 
-        with LastingWait(self._housekeeping, make_wait) as watch:
+        with LastingWait(self._monitor, make_wait) as watch:
             for way, part in by_way.items():
                 outgoing = [Outgoing(piece, piece.taken_from(tensors[piece.index])) for piece in part]
                 try:
@@ -126,7 +126,7 @@ class Transfer:
             outcome_key = store_keys(self._run_prefix, plan.digest).outcome
             return Wait("exchange", what, self._timeout, needs=needs, outcome_key=outcome_key)
 
-        with LastingWait(self._housekeeping, make_wait) as watch:
+        with LastingWait(self._monitor, make_wait) as watch:
             room = self._make_room(plan, known, watch)
             for way, part in by_way.items():
                 incoming = [Incoming(piece, piece.landing(room[piece.value])) for piece in part]

@@ -4,7 +4,7 @@ watch         what an exchange asks while it waits
 waits         what each thread of this rank waits for
 stages        what this rank does at a point: sending, voting, copying
 board         a line per rank, in the store: running and at which stage, waiting for what, left; its last points
-housekeeping  the thread that looks after waits, ends the run, and tidies the store
+monitor_thread  the thread that looks after waits, ends the run, and tidies the store
 lookout       one wait: put on the board once it lasts, and what must end it
 members       all ranks of the run: their lines on the board, and who is gone
 store_host    the process that hosts the store: stopped, gone, or on another host

@@ -58,7 +58,7 @@ ReadBoard = Callable[[StoreClient, Sequence[int]], list[BoardLine]]
 
 
 class Absence:
-    """One per rank, used by its housekeeping thread."""
+    """One per rank, used by its monitor thread."""
 
     def __init__(self, roster: Roster, graft_rank: int, step_ends: StepEnds, read_board: ReadBoard) -> None:
         self._roster, self._step_ends, self._read_board = roster, step_ends, read_board

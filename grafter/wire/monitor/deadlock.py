@@ -74,7 +74,7 @@ def find_conflict(stuck: Sequence[BoardLine]) -> str | None:
 
 
 class DeadlockConfirmation:
-    """One per rank, used by its housekeeping thread.
+    """One per rank, used by its monitor thread.
 
     Each waiting rank confirms, about twice a second, that it still waits and that nothing has come which could end its
     wait. A rank is called stuck once it, and all that are stuck with it, have confirmed twice since being suspected.

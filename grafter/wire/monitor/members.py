@@ -21,7 +21,7 @@ from grafter.wire.store_client import StoreClient
 
 
 class ProcessWatch:
-    """One per rank, used by its housekeeping thread. Ranks are graft ranks."""
+    """One per rank, used by its monitor thread. Ranks are graft ranks."""
 
     def __init__(self, roster: Roster, graft_rank: int) -> None:
         self._roster, self._graft_rank = roster, graft_rank
@@ -116,7 +116,7 @@ _LINES_A_SECOND = 32
 
 
 class Members:
-    """One per rank, used by its housekeeping thread. It knows nobody before `joined`. Ranks are graft ranks."""
+    """One per rank, used by its monitor thread. It knows nobody before `joined`. Ranks are graft ranks."""
 
     def __init__(self, host: StoreHost) -> None:
         """host: of the store."""

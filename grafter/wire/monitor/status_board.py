@@ -36,7 +36,7 @@ _WAITS = {"exchange": "waits for the bytes of {}", "agreement": "waits for the o
 
 
 class Underway(Protocol):
-    """A point that this rank is at. Read on the housekeeping thread, while the dump thread changes `stage`."""
+    """A point that this rank is at. Read on the monitor thread, while the dump thread changes `stage`."""
 
     @property
     def stage(self) -> Stage: ...

@@ -1,4 +1,4 @@
-"""The housekeeping's way to the store, which can be lost, or fall silent: where its process is stopped, say."""
+"""The monitor thread's way to the store, which can be lost, or fall silent: where its process is stopped, say."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SILENT_SECONDS = 5.0
 
 
 class StoreLink:
-    """One per rank, used by its housekeeping thread.
+    """One per rank, used by its monitor thread.
 
     A store that does not answer is not lost yet: the thread goes on without it, and with it once the answer has come.
     """
@@ -85,7 +85,7 @@ class StoreLink:
 
 
 class DumpThreadKeeper(Keeper, Protocol):
-    """The keeper of the dump thread's waits, as far as a silent store concerns it: the housekeeping."""
+    """The keeper of the dump thread's waits, as far as a silent store concerns it: the monitor thread."""
 
     @property
     def underway(self) -> Underway | None: ...
@@ -109,7 +109,7 @@ class StorePatience:
 
     @property
     def is_hopeless(self) -> bool:
-        """Whether the store is silent for the housekeeping as well."""
+        """Whether the store is silent for the monitor thread as well."""
         return self._keeper.store_is_silent
 
     def look(self, seconds: float) -> None:

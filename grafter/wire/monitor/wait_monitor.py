@@ -1,6 +1,6 @@
 """The lookout of a rank: it shows a wait that lasts on the board, and finds what must end it.
 
-What it finds is an error; whether the run ends with it is the housekeeping's to decide.
+What it finds is an error; whether the run ends with it is the monitor thread's to decide.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _SHOWN_AFTER_SECONDS = 0.25
 
 
 class WaitMonitor:
-    """One per rank, used by its housekeeping thread."""
+    """One per rank, used by its monitor thread."""
 
     def __init__(self, board: BoardWriter, members: Members, who: str) -> None:
         self._board, self._members, self._who = board, members, who

@@ -1,4 +1,4 @@
-"""A wait of the dump thread: what it waits for, and what the housekeeping thread needs to know to look after it."""
+"""A wait of the dump thread: what it waits for, and what the monitor thread needs to know to look after it."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class GivenUp(Exception):
 
 
 class Keeper(Protocol):
-    """Who looks after waits: the housekeeping."""
+    """Who looks after waits: the monitor thread."""
 
     def begin(self, wait: Wait) -> None: ...
 

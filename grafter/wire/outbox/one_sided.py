@@ -12,7 +12,7 @@ from grafter.core.direction import RoleName
 from grafter.core.messages.roster import Roster, other_role
 from grafter.core.messages.states import CLAIMED, EXPIRED, ONE_SIDED, WITHDRAWN
 from grafter.wire.monitor.absence import only_one_job_came
-from grafter.wire.monitor.housekeeping import Housekeeping
+from grafter.wire.monitor.monitor_thread import MonitorThread
 from grafter.wire.monitor.status_board import BoardLine
 from grafter.wire.monitor.waits import Wait
 from grafter.wire.store_client import StoreClient
@@ -29,8 +29,8 @@ _BEYOND_PATIENCE_SECONDS = 60.0
 class Receivers:
     """One per rank; used by its dump thread. `sender` is the own job."""
 
-    def __init__(self, housekeeping: Housekeeping, roster: Roster, sender: RoleName, timeout: float) -> None:
-        self._housekeeping, self._timeout = housekeeping, timeout
+    def __init__(self, monitor: MonitorThread, roster: Roster, sender: RoleName, timeout: float) -> None:
+        self._monitor, self._timeout = monitor, timeout
         self.sender, self.role = sender, other_role(sender)
         self.graft_ranks = [roster.graft_rank(self.role, rank) for rank in range(len(roster.side(self.role)))]
         # Whether nothing has been taken since this rank waited for it in vain.
@@ -38,7 +38,7 @@ class Receivers:
 
     def passed_step(self, client: StoreClient) -> int:
         """The step that all of them have reached: they come to no point of the steps before."""
-        return min(self._housekeeping.step_ends.reached(client, self.role))
+        return min(self._monitor.step_ends.reached(client, self.role))
 
     @contextlib.contextmanager
     def waited_for(self, *, posts_more: bool) -> Iterator[Patience]:
@@ -48,15 +48,15 @@ class Receivers:
         # At its end this rank does not end the run for a receiver that is gone: what it was to take has failed.
         needs = frozenset(self.graft_ranks if posts_more else ())
         wait = Wait("outbox", what, timeout, leader=True, needs=needs)
-        with self._housekeeping.waiting(wait):
-            yield Patience(self, self._housekeeping, self._timeout, posts_more=posts_more)
+        with self._monitor.waiting(wait):
+            yield Patience(self, self._monitor, self._timeout, posts_more=posts_more)
 
 
 class Patience:
     """Of one wait for the receivers. `story`: why it is over."""
 
-    def __init__(self, receivers: Receivers, housekeeping: Housekeeping, timeout: float, *, posts_more: bool) -> None:
-        self._receivers, self._housekeeping, self._timeout = receivers, housekeeping, timeout
+    def __init__(self, receivers: Receivers, monitor: MonitorThread, timeout: float, *, posts_more: bool) -> None:
+        self._receivers, self._monitor, self._timeout = receivers, monitor, timeout
         self._posts_more = posts_more
         self._since = time.monotonic()
         self._next_look = self._since + _LOOK_SECONDS
@@ -68,7 +68,7 @@ class Patience:
 
     def is_over(self, client: StoreClient) -> bool:
         """Asked again and again; pauses for a moment where it is not. Raises what ended the run."""
-        self._housekeeping.check()
+        self._monitor.check()
         if self._posts_more and self._receivers.are_given_up:
             return True
         now = time.monotonic()
@@ -76,7 +76,7 @@ class Patience:
             self.story = f"nobody took it within {self._timeout:g} s (GRAFTER_TIMEOUT)"
         elif now >= self._next_look:
             self._next_look = now + _LOOK_SECONDS
-            self._look(self._housekeeping.read_board(client, self._receivers.graft_ranks), now)
+            self._look(self._monitor.read_board(client, self._receivers.graft_ranks), now)
         if self.story:
             self._receivers.are_given_up = self._posts_more
             return True
@@ -156,7 +156,7 @@ class KeptEntries:
 
     def _sweep(self, client: StoreClient, count: int) -> bool:
         """End those whose step the receivers have passed, and drop what has been taken. Whether fewer than `count`
-        entries are left: the housekeeping thread drops them as well."""
+        entries are left: the monitor thread drops them as well."""
         passed = self.passed_step(client)
         for entry in self._kept():
             if entry.step is not None and entry.step < passed:

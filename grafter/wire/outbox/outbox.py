@@ -1,6 +1,6 @@
 """The outbox of one rank: snapshots that wait to be taken, and what became of each.
 
-The dump thread adds entries, the housekeeping thread looks up their states once a second, and either may find that one
+The dump thread adds entries, the monitor thread looks up their states once a second, and either may find that one
 has ended. An entry's state is the same on all ranks of its side, since it changes by an exchange in the store alone;
 each rank drops its own snapshot when it hears of a final one.
 """
@@ -44,7 +44,7 @@ _CLOSING_POLL_SECONDS = 0.02
 
 
 class Watchers(Protocol):
-    """What the outbox asks about the run: the housekeeping."""
+    """What the outbox asks about the run: the monitor thread."""
 
     aborted: RunError | None
 
@@ -181,7 +181,7 @@ class Outbox:
     def end(self, entry: Entry, client: StoreClient, state: str, reason: str, *, later: bool = False) -> None:
         """Give an entry this final state, unless it has been claimed, or has another already.
 
-        later: its memory is free at once, by one round trip; the rest is the housekeeping thread's to do.
+        later: its memory is free at once, by one round trip; the rest is the monitor thread's to do.
         """
         found = entry.change_state(client, state, reason)
         if found is not None and found.kind not in FINAL:
@@ -265,7 +265,7 @@ class Outbox:
         # Words for the other side stay until it comes.
         self._watchers.delete_later(done if state in UNSEEN | {MISSED} else [*done, keys.first])
 
-    # What the housekeeping thread calls.
+    # What the monitor thread calls.
 
     def look_after(self, client: StoreClient) -> None:
         """Once a second: drop what has ended, end what is too old, or whose other ranks are gone."""

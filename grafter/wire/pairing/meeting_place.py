@@ -24,7 +24,7 @@ from grafter.core.messages.states import (
 from grafter.core.messages.wire import Sealed
 from grafter.core.points import PointKey
 from grafter.errors import ProtocolError
-from grafter.wire.monitor.housekeeping import Housekeeping
+from grafter.wire.monitor.monitor_thread import MonitorThread
 from grafter.wire.outbox.entries import Claims, Tombstones
 from grafter.wire.pairing.known_texts import KnownTexts, read_header
 from grafter.wire.pairing.refusals import Refusals
@@ -42,15 +42,15 @@ class MeetingPlace:
         self,
         client: StoreClient,
         courier: Courier,
-        housekeeping: Housekeeping,
+        monitor: MonitorThread,
         roster: Roster,
         known: KnownTexts,
         refusals: Refusals,
     ) -> None:
-        self._client, self._courier, self._housekeeping, self._roster = client, courier, housekeeping, roster
+        self._client, self._courier, self._monitor, self._roster = client, courier, monitor, roster
         self._known, self._refusals = known, refusals
         self.claims = Claims(client)
-        self.words = Tombstones(housekeeping.delete_later)
+        self.words = Tombstones(monitor.delete_later)
 
     def post(self, key: PointKey, header: Header, keys: StoreKeys, mine: str) -> tuple[str, str] | None:
         """The senders' part. (state, reason) where the entry has ended already."""
@@ -93,7 +93,7 @@ class MeetingPlace:
             return None
         self._refusals.check_found(key, header, found)
         if found.kind == MISSED:
-            self._housekeeping.delete_later([keys.first])
+            self._monitor.delete_later([keys.first])
             receivers = read_header(found.payload)
             return MISSED, f"{receivers.who} had been here before, found nothing, and went on ({receivers.call_site})"
         if found.kind == MANIFEST:
@@ -120,7 +120,7 @@ class MeetingPlace:
                 self._client.exchange(keys.state, open_state(sender.role, sender.role_rank), MISSED, reason)
             if found.kind != MANIFEST:
                 # Whoever comes second removes what was left for it.
-                self._housekeeping.delete_later([keys.first])
+                self._monitor.delete_later([keys.first])
         return NotMet("missed", reason)
 
     def give_up(self, header: Header, keys: StoreKeys, mine: str) -> None:
@@ -159,7 +159,7 @@ class MeetingPlace:
         if theirs.kind == MISSED and not theirs.payload:
             return NotMet("missed", f"the {sender_role(header.direction)} had posted nothing when this side came")
         # Whoever comes second removes the word that was left for it.
-        self._housekeeping.delete_later([keys.first])
+        self._monitor.delete_later([keys.first])
         if theirs.kind == MISSED:
             came = read_header(theirs.payload)
             return NotMet("missed", f"{came.who} was here before, found nothing posted, and went on ({came.call_site})")

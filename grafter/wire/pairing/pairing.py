@@ -17,7 +17,7 @@ from grafter.core.messages.states import NOT_MET, ONE_SIDED, NotMet, read_not_me
 from grafter.core.messages.wire import Sealed
 from grafter.core.points import PointKey
 from grafter.wire.monitor.absence import only_one_job_came
-from grafter.wire.monitor.housekeeping import Housekeeping
+from grafter.wire.monitor.monitor_thread import MonitorThread
 from grafter.wire.monitor.waits import ABSENT, GivenUp, Wait
 from grafter.wire.pairing.known_texts import KnownTexts
 from grafter.wire.pairing.meeting_place import MANIFEST, MeetingPlace
@@ -30,14 +30,14 @@ class Pairing:
     """Meets the other side at one point after another. Called by the dump thread of every participant."""
 
     def __init__(
-        self, client: StoreClient, courier: Courier, housekeeping: Housekeeping, roster: Roster, timeout: float
+        self, client: StoreClient, courier: Courier, monitor: MonitorThread, roster: Roster, timeout: float
     ) -> None:
-        self._client, self._courier, self._housekeeping = client, courier, housekeeping
+        self._client, self._courier, self._monitor = client, courier, monitor
         self._roster, self._timeout = roster, timeout
         self._run_prefix = client.run_prefix
         self._known = KnownTexts()
-        self._refusals = Refusals(client, housekeeping, self._known)
-        self._place = MeetingPlace(client, courier, housekeeping, roster, self._known, self._refusals)
+        self._refusals = Refusals(client, monitor, self._known)
+        self._place = MeetingPlace(client, courier, monitor, roster, self._known, self._refusals)
         self.claims, self.words = self._place.claims, self._place.words
         # By own participants: the graft rank of the leader that they met.
         self._last_other_leader: dict[tuple[int, ...], int] = {}
@@ -55,7 +55,7 @@ class Pairing:
         Raises what ended the run, if something does.
         """
         # Before anything is offered: once the run is over, the other side must not take this for a point to come.
-        self._housekeeping.check()
+        self._monitor.check()
         self._one_sided = one_sided
         keys = store_keys(self._run_prefix, key.digest)
         leader = min(header.participants)
@@ -83,7 +83,7 @@ class Pairing:
                 self._left_in_store = [place for place in self._left_in_store if place != keys.first]
                 self._place.give_up(header, keys, mine)
             # Those that have passed the step would keep the letter for ever.
-            reached = self._housekeeping.step_ends.reached(self._client, header.role)
+            reached = self._monitor.step_ends.reached(self._client, header.role)
             here = [r for r in header.participants if r != header.role_rank and reached[r] <= key.step]
             others = [self._roster.graft_rank(header.role, r) for r in here]
             return self._hand_on(NotMet("skipped", str(given_up)), "", header, others, keys)
@@ -101,12 +101,12 @@ class Pairing:
         """This follower has gone on: a leader that still comes must not count it among those that are there."""
         first, place = min(header.participants), keys.header(header.role, header.role_rank)
         leader = self._roster.graft_rank(header.role, first)
-        if self._housekeeping.step_ends.reached(self._client, header.role)[first] <= key.step:
+        if self._monitor.step_ends.reached(self._client, header.role)[first] <= key.step:
             self._bring([leader], place, ABSENT, _gave_up_before(header))
         elif self._courier.mail_inside:
             self._courier.recall(leader, place)
         else:
-            self._housekeeping.delete_later([place])
+            self._monitor.delete_later([place])
 
     def post(self, key: PointKey, header: Header, *, one_sided: bool = False) -> tuple[str, str] | None:
         """The senders' part where they do not wait: say that the entry is in this rank's outbox.
@@ -114,7 +114,7 @@ class Pairing:
         The leader waits for the other ranks of its own job, and posts for all. (state, reason) where the entry has
         ended already: then all ranks of this side find that state. Raises what ended the run, if something does.
         """
-        self._housekeeping.check()
+        self._monitor.check()
         self._one_sided = one_sided
         keys = store_keys(self._run_prefix, key.digest)
         if header.role_rank != min(header.participants):
@@ -123,12 +123,12 @@ class Pairing:
         try:
             mine = self._collect(key, header, keys)
         except GivenUp as given_up:
-            self._housekeeping.delete_later(self._courier.take_left_in_store())
+            self._monitor.delete_later(self._courier.take_left_in_store())
             found = self._client.put_if_absent(keys.state, ONE_SIDED, str(given_up))
             return (ONE_SIDED, str(given_up)) if found is None else (found.kind, found.payload)
         if len(header.participants) > 1 and not self._courier.mail_inside:
             others = [rank for rank in header.participants if rank != header.role_rank]
-            self._housekeeping.delete_later([keys.header(header.role, rank) for rank in others])
+            self._monitor.delete_later([keys.header(header.role, rank) for rank in others])
         return self._place.post(key, header, keys, mine)
 
     def _collect(self, key: PointKey, header: Header, keys: StoreKeys) -> str:
@@ -244,7 +244,7 @@ class Pairing:
                 raise GivenUp(only_one_job_came(header.role))
 
     def _have_passed(self, key: PointKey, header: Header) -> bool:
-        return self._housekeeping.step_ends.have_passed(self._client, other_role(header.role), key.step)
+        return self._monitor.step_ends.have_passed(self._client, other_role(header.role), key.step)
 
     def _wait_for(self, key: PointKey, header: Header, places: Sequence[str], *, by_mail: bool) -> list[Sealed]:
         return self._courier.fetch(lambda: self._make_wait(key, header), places, by_mail=by_mail)

@@ -8,7 +8,7 @@ from grafter.core.messages.states import GONE, MISSED
 from grafter.core.messages.wire import Sealed
 from grafter.core.points import PointKey
 from grafter.errors import PairingError, ProtocolError
-from grafter.wire.monitor.housekeeping import Housekeeping
+from grafter.wire.monitor.monitor_thread import MonitorThread
 from grafter.wire.pairing.known_texts import KnownTexts, read_header
 from grafter.wire.store_client import StoreClient
 
@@ -16,8 +16,8 @@ from grafter.wire.store_client import StoreClient
 class Refusals:
     """One per rank, used by its dump thread. Each check raises what has ended the run, once it has ended it."""
 
-    def __init__(self, client: StoreClient, housekeeping: Housekeeping, known: KnownTexts) -> None:
-        self._client, self._housekeeping, self._known = client, housekeeping, known
+    def __init__(self, client: StoreClient, monitor: MonitorThread, known: KnownTexts) -> None:
+        self._client, self._monitor, self._known = client, monitor, known
 
     def check_pair(self, key: PointKey, pair: Pair) -> None:
         conflict = pair.baseline.conflict or pair.target.conflict
@@ -28,7 +28,7 @@ class Refusals:
         directions = {header.direction for header in pair.headers}
         if len(directions) != 1:
             error_text = f"the point {key} came with the directions {sorted(directions)}; the two jobs' filters differ."
-            raise self._housekeeping.abort(ProtocolError(error_text), self._client)
+            raise self._monitor.abort(ProtocolError(error_text), self._client)
         pair.memo["checked"] = True
 
     def check_own(self, key: PointKey, own: Manifest) -> None:
@@ -46,4 +46,4 @@ class Refusals:
         self._refuse(key, two_leaders(other, header))
 
     def _refuse(self, key: PointKey, conflict: str) -> None:
-        raise self._housekeeping.abort(PairingError(f"at the point {key}: {conflict}"), self._client)
+        raise self._monitor.abort(PairingError(f"at the point {key}: {conflict}"), self._client)

@@ -1,7 +1,7 @@
 """Channels: how ranks of one host talk. A connected Unix socket for each pair carries letters and file descriptors.
 
 A letter is sealed text under a key (wire), written by the rank at the other end and read in the order in which it was
-sent. What was sent has arrived: nothing is under way that the receiver's housekeeping thread could not see. It takes
+sent. What was sent has arrived: nothing is under way that the receiver's monitor thread could not see. It takes
 20 us, where the store takes 110. A closed channel is a rank that has left or died.
 
 A letter may bring a file descriptor, as the blocks of shared memory do.
@@ -65,7 +65,7 @@ class _Channel:
 
 
 class Channels:
-    """Those of one rank. The dump thread sends and receives; the housekeeping thread only asks `has_news`."""
+    """Those of one rank. The dump thread sends and receives; the monitor thread only asks `has_news`."""
 
     def __init__(self, graft_rank: int, roster: Roster, seal: Seal, connections: Mapping[int, socket.socket]) -> None:
         """connections: connected sockets by graft rank, which are closed with this object."""

@@ -13,7 +13,7 @@ from functools import partial
 from grafter.core.messages.roster import Announcement, Roster
 from grafter.core.messages.wire import Sealed
 from grafter.core.processes.watch import PeerGone
-from grafter.wire.monitor.housekeeping import Housekeeping
+from grafter.wire.monitor.monitor_thread import MonitorThread
 from grafter.wire.monitor.waits import ABSENT, GivenUp, LastingWait, Wait, WaitWatch
 from grafter.wire.rendezvous.channels import LONGEST_MAIL_BYTES, Channels
 from grafter.wire.rendezvous.unread_letters import RECALL
@@ -34,14 +34,14 @@ class Courier:
     def __init__(
         self,
         client: StoreClient,
-        housekeeping: Housekeeping,
+        monitor: MonitorThread,
         roster: Roster,
         graft_rank: int,
         channels: Channels | None,
         timeout: float,
     ) -> None:
         """channels: None where this rank can have none. timeout: of one message, in seconds."""
-        self._client, self._housekeeping, self._channels = client, housekeeping, channels
+        self._client, self._monitor, self._channels = client, monitor, channels
         self._roster, self._graft_rank, self._timeout = roster, graft_rank, timeout
         self._left_in_store: list[str] = []
         own_role = roster.side(roster.all[graft_rank].role)
@@ -65,7 +65,7 @@ class Courier:
             try:
                 # If the run is over, what has room is sent all the same.
                 if not self._channels.try_to_send(receiver, key, kind, payload):
-                    with LastingWait(self._housekeeping, partial(self._wait_for_room, receiver)) as watch:
+                    with LastingWait(self._monitor, partial(self._wait_for_room, receiver)) as watch:
                         self._channels.send(receiver, key, kind, payload, watch)
             except PeerGone:
                 # Whoever needs it finds out by itself, with a better story: its process is watched.
@@ -80,7 +80,7 @@ class Courier:
     ) -> list[Sealed]:
         """Wait for what was brought under these keys, by the graft ranks `writers` where these are known.
 
-        The wait that `make_wait` makes is looked after by the housekeeping thread. It is not made where the letters
+        The wait that `make_wait` makes is looked after by the monitor thread. It is not made where the letters
         come shortly, as most do. Raises GivenUp where the wait is of a one-sided point, and is in vain.
         """
         channels = self._channels if by_mail else None
@@ -91,16 +91,16 @@ class Courier:
         wait = make_wait()
         if channels is None:
             wait.awaits = tuple(keys)
-            self._housekeeping.look_for_absent(wait, self._client)
-            with self._housekeeping.waiting(wait):
+            self._monitor.look_for_absent(wait, self._client)
+            with self._monitor.waiting(wait):
                 found = self._client.get_all(keys)
             if any(sealed.kind == ABSENT for sealed in found):
                 self._left_in_store += keys
             return _none_absent(found)
         wait.has_news = lambda: channels.has_news(keys)
-        self._housekeeping.look_for_absent(wait, self._client)
-        with self._housekeeping.waiting(wait):
-            letters = channels.wait(keys, WaitWatch(self._housekeeping, wait))
+        self._monitor.look_for_absent(wait, self._client)
+        with self._monitor.waiting(wait):
+            letters = channels.wait(keys, WaitWatch(self._monitor, wait))
         return self._opened(letters, make_wait)
 
     def fetch_first(self, make_wait: Callable[[], Wait], keys: Sequence[str]) -> tuple[str, Sealed]:
@@ -114,8 +114,8 @@ class Courier:
             return keys[0], letters[0]
         wait = make_wait()
         wait.has_news = lambda: any(channels.has_news([key]) for key in keys)
-        with self._housekeeping.waiting(wait):
-            key, letter = channels.wait_for_any(keys, WaitWatch(self._housekeeping, wait))
+        with self._monitor.waiting(wait):
+            key, letter = channels.wait_for_any(keys, WaitWatch(self._monitor, wait))
         return key, self._opened([letter], make_wait)[0]
 
     def await_stored(self, make_wait: Callable[[], Wait], key: str) -> None:
@@ -123,9 +123,9 @@ class Courier:
         ends this wait, such as what a signal's handler raises, leaves none behind. Raises what ended the run."""
         wait = make_wait()
         wait.awaits, wait.is_polled = (key,), True
-        with self._housekeeping.waiting(wait):
+        with self._monitor.waiting(wait):
             while (found := self._client.peek(key)) is None:
-                self._housekeeping.check()
+                self._monitor.check()
                 time.sleep(min(max(wait.seconds / 8, _SHORTEST_POLL_SECONDS), _LONGEST_POLL_SECONDS))
         if found.kind == ABORT:
             raise decode_abort(found.payload)
@@ -135,8 +135,8 @@ class Courier:
     ) -> list[Sealed] | None:
         """What came by mail under these keys; None if that has not come within about 10 ms."""
         assert self._channels is not None
-        if self._housekeeping.aborted is not None:
-            self._housekeeping.check()
+        if self._monitor.aborted is not None:
+            self._monitor.check()
         letters = self._channels.await_shortly(keys, writers)
         if letters is None:
             return None
@@ -153,7 +153,7 @@ class Courier:
             return letters
         wait = make_wait()
         wait.awaits = stored
-        with self._housekeeping.waiting(wait):
+        with self._monitor.waiting(wait):
             return [self._client.get(letter.payload) if letter.kind == _STORED else letter for letter in letters]
 
     def discard(self, key: str) -> None:

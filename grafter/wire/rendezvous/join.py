@@ -22,8 +22,8 @@ from grafter.core.place import SHARED_SETTINGS, Place
 from grafter.core.processes.liveness import ProcessIdentity, own_identity
 from grafter.errors import JoinError, ProtocolError, RunError
 from grafter.version import VERSION
-from grafter.wire.monitor.housekeeping import Housekeeping
 from grafter.wire.monitor.members import StoreHost
+from grafter.wire.monitor.monitor_thread import MonitorThread
 from grafter.wire.monitor.status_board import BoardWriter
 from grafter.wire.monitor.store_silence import StorePatience
 from grafter.wire.monitor.waits import Wait
@@ -42,7 +42,7 @@ class Membership:
 
     place: Place
     client: StoreClient
-    housekeeping: Housekeeping
+    monitor: MonitorThread
     roster: Roster
     graft_rank: int
     run_id: str
@@ -66,7 +66,7 @@ def join(
     run_name: str,
     socket_name: str,
     keep_trying: Callable[[], bool],
-    on_connected: Callable[[Housekeeping], None],
+    on_connected: Callable[[MonitorThread], None],
     hooks: AnnouncedHooks = NO_HOOKS,
     played_from: PlayedFrom | None = None,
     served: StoreServer | None = None,
@@ -93,28 +93,28 @@ def join(
 
     client = new_client()
     client.set_timeout(config.join_timeout + 30)
-    housekeeping = Housekeeping(
+    monitor = MonitorThread(
         new_client(), BoardWriter(place.role, place.role_rank), place.who, _find_host(client, hosted_by)
     )
-    client.patience = StorePatience(housekeeping, config.join_timeout)
+    client.patience = StorePatience(monitor, config.join_timeout)
     check = SecretCheck(place.role, place.role_rank)
-    housekeeping.ask_while_joining(check.look)
-    on_connected(housekeeping)
+    monitor.ask_while_joining(check.look)
+    on_connected(monitor)
     try:
         check.hail(client)
-        handshake = _Handshake(config, place, client, housekeeping, hooks, played_from)
+        handshake = _Handshake(config, place, client, monitor, hooks, played_from)
         return handshake.run(run_name, socket_name, server)
     except BaseException as error:
         # Also what could not be read: whoever has another secret cannot read this either, and learns it so.
         with contextlib.suppress(RunError):
             check.look(client)
-        if isinstance(error, RunError) and housekeeping.aborted is None:
+        if isinstance(error, RunError) and monitor.aborted is None:
             with contextlib.suppress(RunError):
-                housekeeping.abort(error, client)
+                monitor.abort(error, client)
         if server is not None and isinstance(error, RunError):
             # The store goes with this process: the others get the time to read there why.
             time.sleep(LINGER_SECONDS)
-        housekeeping.close()
+        monitor.close()
         client.close()
         raise
 
@@ -137,23 +137,23 @@ class _Handshake:
         config: GrafterConfig,
         place: Place,
         client: StoreClient,
-        housekeeping: Housekeeping,
+        monitor: MonitorThread,
         hooks: AnnouncedHooks,
         played_from: PlayedFrom | None,
     ) -> None:
-        self._config, self._place, self._client, self._housekeeping = config, place, client, housekeeping
+        self._config, self._place, self._client, self._monitor = config, place, client, monitor
         self._hooks, self._played_from = hooks, played_from
 
     def run(self, run_name: str, socket_name: str, server: StoreServer | None) -> Membership:
         run_id, run_name = self._learn_run(run_name)
         self._client.seal.run_id = run_id
         # Before the claim, so that whoever reads the roster finds a line for each of its ranks.
-        self._housekeeping.board.running(self._client)
+        self._monitor.board.running(self._client)
         announcement = self._announce(socket_name)
         self._post_roster(announcement)
         roster = self._read_rosters()
         graft_rank = roster.graft_rank(self._place.role, self._place.role_rank)
-        return Membership(self._place, self._client, self._housekeeping, roster, graft_rank, run_id, run_name, server)
+        return Membership(self._place, self._client, self._monitor, roster, graft_rank, run_id, run_name, server)
 
     def _wait(self, what: str, *awaits: str) -> Wait:
         return Wait("join", what, self._config.join_timeout, awaits=awaits)
@@ -163,7 +163,7 @@ class _Handshake:
         key = f"{self._client.job_prefix}/run"
         if self._place.role == "baseline" and self._place.role_rank == 0:
             self._client.put_if_absent(key, "run", f"{uuid.uuid4().hex[:16]} {run_name}")
-        with self._housekeeping.waiting(self._wait("baseline rank 0 to open the run", key)):
+        with self._monitor.waiting(self._wait("baseline rank 0 to open the run", key)):
             run_id, _, name = self._client.get(key).payload.partition(" ")
         return run_id, name
 
@@ -211,7 +211,7 @@ class _Handshake:
 
     def _refuse(self, text: str) -> JoinError:
         error = JoinError(text)
-        self._housekeeping.abort(error, self._client)
+        self._monitor.abort(error, self._client)
         return error
 
     def _post_roster(self, announcement: Announcement) -> None:
@@ -219,7 +219,7 @@ class _Handshake:
         if self._place.role_rank != 0:
             return
         others = [self._hello(rank) for rank in range(1, self._place.role_world_size)]
-        with self._housekeeping.waiting(self._wait(f"the other ranks of the {self._place.role} to join", *others)):
+        with self._monitor.waiting(self._wait(f"the other ranks of the {self._place.role} to join", *others)):
             members = [_read_announcement(sealed.payload) for sealed in self._client.get_all(others)]
         roster = ANNOUNCEMENTS.dump_json([announcement, *members]).decode()
         self._client.put_if_absent(f"{self._client.job_prefix}/roster/{self._place.role}", "roster", roster)
@@ -228,7 +228,7 @@ class _Handshake:
         other = other_role(self._place.role)
         keys = [f"{self._client.job_prefix}/roster/{role}" for role in ("baseline", "target")]
         logger.info("grafter: %s has joined and waits for the %s job", self._place.who, other)
-        with self._housekeeping.waiting(self._wait(f"the {other} job to join", *keys)):
+        with self._monitor.waiting(self._wait(f"the {other} job to join", *keys)):
             baseline, target = (
                 read_message(ANNOUNCEMENTS.validate_json, sealed.payload, "a roster")
                 for sealed in self._client.get_all(keys)

@@ -1,4 +1,4 @@
-"""The housekeeping thread of a rank: it diagnoses waits, wakes the waiter, watches processes, and tidies the store.
+"""The monitor thread of a rank: it diagnoses waits, wakes the waiter, watches processes, and tidies the store.
 
 The dump thread blocks in one place at a time: in the store, in its channels, or in a transfer. Everything that could
 end that wait early happens here, on a store client of its own: an abort is put under the awaited key, or `aborted` is
@@ -35,7 +35,7 @@ _CHORES_EVERY_SECONDS = 1.0
 _DELETIONS_PER_TICK, _PART_PER_TICK = 256, 8
 
 
-class Housekeeping:
+class MonitorThread:
     """One thread per rank; started when the store is reached, stopped by `close`."""
 
     def __init__(self, client: StoreClient, board: BoardWriter, who: str, host: StoreHost) -> None:
@@ -58,7 +58,7 @@ class Housekeeping:
         # At every look between two seconds, too, while something is due soon.
         self.on_tick: Callable[[StoreClient], None] | None = None
         self.aborted: RunError | None = None
-        self._thread = threading.Thread(target=self._run, name="grafter-housekeeping", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="grafter-monitor", daemon=True)
         self._thread.start()
 
     # What the dump thread calls.
@@ -194,7 +194,7 @@ class Housekeeping:
         if type(error) not in self._faults:
             self._faults.add(type(error))
             logger.error(
-                "grafter: the housekeeping thread of %s met an unexpected error and continues. It says so once for "
+                "grafter: the monitor thread of %s met an unexpected error and continues. It says so once for "
                 "each kind of error",
                 self._who,
                 exc_info=error,
