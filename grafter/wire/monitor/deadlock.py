@@ -1,7 +1,7 @@
-"""Who can never go on: the check for mutual waits, as a pure function over the state board.
+"""Deadlock: which ranks wait for each other without end, how sure of it one must be, and the error that says so.
 
-Sound: a rank is called stuck only if no order of events could free it. Not complete: a rank that hangs in its own
-job's collectives looks as if it ran, and then only the timeout tells.
+The check is sound: a rank is called stuck only if no order of events could free it. It is not complete: a rank that
+hangs in its own job's collectives looks like one that runs, and then only the timeout ends the wait.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ _ROLES: tuple[RoleName, ...] = ("baseline", "target")
 
 
 def find_stuck(lines: Sequence[BoardLine], gone: Collection[int] = ()) -> list[BoardLine]:
-    """The waiting ranks that can never go on. `gone`: graft ranks whose process has ended.
+    """The lines of the waiting ranks that can never continue. Pure. gone: graft ranks whose process has ended.
 
-    A waiting rank may run once every participant that is still missing may: on its own side, and on the other side,
-    where those who have come to the same point say who must still come; where nobody has, anyone there still may. A
-    point that does not wait for the other side needs its own alone.
+    A waiting rank may run again once every participant that is missing may run: those of its own side, and those of the
+    other side. Ranks of the other side that wait at the same point name their participants; if none waits there, any
+    rank of the other side may still arrive. A point that does not wait for the other side needs only its own.
     """
     gone_ranks = set(gone) | {line.graft_rank for line in lines if line.state == "left"}
     waiting = [line for line in lines if line.state == "waiting" and line.graft_rank not in gone_ranks]
@@ -42,7 +42,7 @@ def find_stuck(lines: Sequence[BoardLine], gone: Collection[int] = ()) -> list[B
 
     def can_come(line: BoardLine) -> bool:
         here = at_point[line.digest]
-        # A rank of the own side that is here with other participants in mind does not wait for this rank.
+        # A rank of the own side that waits here but declares other participants does not wait for this rank.
         for rank in line.participants:
             if rank not in may_run and not (rank in here and declared[rank] == line.participants):
                 return False
@@ -61,7 +61,7 @@ def find_stuck(lines: Sequence[BoardLine], gone: Collection[int] = ()) -> list[B
 
 
 def find_conflict(stuck: Sequence[BoardLine]) -> str | None:
-    """Whether ranks of one job wait at one point with other participants in mind; the sentence says so."""
+    """The sentence that says that ranks of one job declare different participants for one point; None if none do."""
     for first in stuck:
         for second in stuck:
             if (first.role, first.digest) == (second.role, second.digest) and first.participants != second.participants:
@@ -74,22 +74,22 @@ def find_conflict(stuck: Sequence[BoardLine]) -> str | None:
 
 
 class DeadlockConfirmation:
-    """One per rank, used by its monitor thread.
+    """Confirms that ranks that look stuck are stuck. One per rank, used by its monitor thread.
 
-    Each waiting rank confirms, about twice a second, that it still waits and that nothing has come which could end its
-    wait. A rank is called stuck once it, and all that are stuck with it, have confirmed twice since being suspected.
-    The second confirmation began after the suspicion. Whatever could end one of these waits would have to come from
-    another of them, or was sent before, and then it has arrived and would have been seen.
+    Each waiting rank confirms, about twice a second, that it still waits and that nothing has arrived that could end
+    its wait. A rank is called stuck once it, and all that are stuck with it, have confirmed twice since this rank
+    suspected them. The second confirmation began after the suspicion. What could end one of these waits would have to
+    be sent by another of these ranks. If one had sent it before, it would have arrived and been seen.
     """
 
     def __init__(self, roster: Roster, graft_rank: int) -> None:
         self._roster, self._own = roster, roster.all[graft_rank]
         self._confirmations = 0
-        # Graft rank -> (sequence of its line, its confirmations) when it was suspected.
+        # Graft rank -> (sequence of its line, number of its confirmations) when it was suspected.
         self._suspected: dict[int, tuple[int, int]] = {}
 
     def confirm_idle(self, client: StoreClient, wait: Wait, sequence: int) -> None:
-        """For this rank's own wait, whose line on the board has this sequence."""
+        """Confirm this rank's own wait, whose line on the board has this sequence, unless something has arrived."""
         if wait.has_news is not None and wait.has_news():
             return
         if any(client.exists(key) for key in wait.awaits):
@@ -99,7 +99,7 @@ class DeadlockConfirmation:
             client.set(_idle_key(client, self._own), "idle", f"{sequence} {self._confirmations}")
 
     def find_stuck(self, client: StoreClient, lines: Sequence[BoardLine], gone: Mapping[int, str]) -> list[BoardLine]:
-        """The ranks that are stuck beyond doubt; empty while there is none, or while it is not yet sure."""
+        """The lines of the ranks that are certainly stuck; empty if there are none, or while it is not certain."""
         stuck = find_stuck(lines, gone)
         confirmed = {line.graft_rank: self._confirmation(client, line) for line in stuck}
         if not stuck or None in confirmed.values():
@@ -113,7 +113,7 @@ class DeadlockConfirmation:
         return stuck if all(count >= suspected[rank][1] + 2 for rank, (_, count) in known.items()) else []
 
     def _confirmation(self, client: StoreClient, line: BoardLine) -> tuple[int, int] | None:
-        """(sequence of the rank's line, how often it has confirmed this very wait); None if it has not yet."""
+        """(sequence of the rank's line, how often it has confirmed that wait); None if it has not yet."""
         sealed = client.peek(_idle_key(client, self._roster.all[line.graft_rank]))
         if sealed is None:
             return None
@@ -128,8 +128,11 @@ def _idle_key(client: StoreClient, member: Announcement) -> str:
 def explain_stuck(
     stuck: Sequence[BoardLine], gone: dict[int, str], board: str, lines: Sequence[BoardLine] = ()
 ) -> RunError:
-    """The error that every rank raises. `gone`: graft rank -> how its process ended, without those that left in good
-    order. lines: the whole board."""
+    """The error that every rank raises. Pure.
+
+    stuck: the lines of at least one rank. gone: graft rank -> how its process ended, without those that left normally.
+    board: the board as text. lines: the whole board.
+    """
     points = sorted({f"{line.role} waits for {line.point}" for line in stuck})
     if gone:
         return PeerLostError(
@@ -161,7 +164,7 @@ def explain_stuck(
 
 
 def _explain_recording(recorded: Sequence[BoardLine], waits: str, board: str, has_points: bool) -> PairingError:
-    """One of the two jobs cannot be changed: it is a recording."""
+    """The same where one of the two jobs is a recording, which cannot be changed."""
     first = max(recorded, key=lambda line: (line.played_from and line.played_from.last_step) or 0)
     if all(line.state == "left" for line in recorded) and first.played_from is not None:
         head = f"the {first.role} is a recording, and {first.played_from.end}: {waits}."
@@ -184,13 +187,13 @@ def _explain_recording(recorded: Sequence[BoardLine], waits: str, board: str, ha
 
 
 def find_hints(lines: Sequence[BoardLine]) -> list[str]:
-    """lines: those of the board, of both jobs."""
+    """Why the points of both jobs differ, as far as their models say so: sentences. lines: the board, of both jobs."""
     hints = [*_of_models(lines), *_of_passes(lines), *_of_gradients(lines)]
     return [*hints, *(hint for role in _ROLES if (hint := _of_bypassed(role, lines)))]
 
 
 def _of_models(lines: Sequence[BoardLine]) -> list[str]:
-    """Both wait, at points of different models."""
+    """Both jobs wait, at points of different models."""
     waiting = [next((ln for ln in lines if ln.role == role and ln.state == "waiting"), None) for role in _ROLES]
     own, other = waiting
     if own is None or other is None:
@@ -208,7 +211,7 @@ def _of_models(lines: Sequence[BoardLine]) -> list[str]:
 
 
 def _model_of(line: BoardLine) -> str:
-    """`point` begins with its name, in quotes."""
+    """The model that the line's point belongs to: the text of a point begins with its name, in quotes."""
     named = (model for model in line.hooks.models if model and line.point[1:].startswith(f"{model}."))
     return max(named, key=len, default="")
 
@@ -220,7 +223,7 @@ def _filter_for(name: str, names: Sequence[str]) -> str:
 
 
 def _of_passes(lines: Sequence[BoardLine]) -> list[str]:
-    """One job's models have been called more often."""
+    """The models of one job have begun more forward passes."""
     passes = {role: max((line.hooks.passes for line in lines if line.role == role), default=0) for role in _ROLES}
     if not all(passes.values()) or passes["baseline"] == passes["target"]:
         return []
@@ -248,7 +251,7 @@ def _of_gradients(lines: Sequence[BoardLine]) -> list[str]:
 
 
 def _of_bypassed(role: RoleName, lines: Sequence[BoardLine]) -> str | None:
-    """Modules of one job whose hooks were passed by."""
+    """Modules of one job whose hooks did not run."""
     names = list(dict.fromkeys(name for line in lines if line.role == role for name in line.hooks.bypassed))
     if not names:
         return None

@@ -1,4 +1,7 @@
-"""The processes of the run, as one rank watches them: which are gone, silent or stopped."""
+"""All ranks of the run as one of them sees them: their lines on the board, and what has become of their processes.
+
+Also the process that hosts the rendezvous store, which may be a rank or `grafter run`.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,10 @@ from grafter.wire.store_client import StoreClient
 
 
 class ProcessWatch:
-    """One per rank, used by its monitor thread. Ranks are graft ranks."""
+    """The processes of all ranks: which are gone, silent or stopped. One per rank, used by its monitor thread.
+
+    Ranks are graft ranks.
+    """
 
     def __init__(self, roster: Roster, graft_rank: int) -> None:
         self._roster, self._graft_rank = roster, graft_rank
@@ -31,14 +37,15 @@ class ProcessWatch:
         self._beat_count = 0
 
     def beat(self, client: StoreClient) -> None:
-        """Say once a second that this process lives: other hosts cannot see it, and all want to know until when."""
+        """Publish once a second that this process lives: other hosts cannot look, and all report when it lived last."""
         self._beat_count += 1
         client.set(self._beat_key(client, self._graft_rank), "beat", f"{self._beat_count} {time.time():.1f}")
 
     def gone(self, client: StoreClient, *, all_hosts: bool) -> dict[int, str]:
-        """Rank -> how its process went, as a phrase that follows its name; also ranks that closed before they ended.
+        """Rank -> how its process ended, as a phrase that follows its name; also of ranks that left normally before.
 
-        Every waiting rank looks at its own host, and at the leaders elsewhere; `all_hosts` is for leaders.
+        Every waiting rank looks at its own host, and at the leaders elsewhere; `all_hosts` is for leaders. A few round
+        trips; never waits.
         """
         exits = {role: client.peek(f"{client.job_prefix}/exit/{role}") for role in ("baseline", "target")}
         gone: dict[int, str] = {}
@@ -84,7 +91,10 @@ class ProcessWatch:
 
 @dataclass(frozen=True)
 class StoreHost:
-    """name: as messages name it. process: None where it is not known. graft_rank: where it is a rank."""
+    """The process that hosts the rendezvous store.
+
+    name: as messages name it. process: None if it is not known. graft_rank: None if it is not a rank.
+    """
 
     name: str
     process: ProcessIdentity | None = None
@@ -97,29 +107,32 @@ class StoreHost:
 
     @property
     def is_here(self) -> bool:
-        """Whether it runs where this process can look it up."""
+        """Whether it runs on this host, so that this process can look at it."""
         return self.process is not None and self.process.host == host_identity()
 
     @property
     def is_stopped(self) -> bool:
-        """False also where it runs on another host."""
+        """Whether it is stopped; False if it runs on another host."""
         return self.process is not None and self.is_here and is_stopped(self.process)
 
     @property
     def is_gone(self) -> bool:
-        """False also where it runs on another host."""
+        """Whether it has ended; False if it runs on another host."""
         return self.process is not None and self.is_here and how_gone(self.process) is not None
 
 
-# So many lines a second are read in turn: what is known of the board when the store falls silent.
+# How many lines of the board are read per second, in turn, for when the store does not answer any more.
 _LINES_A_SECOND = 32
 
 
 class Members:
-    """One per rank, used by its monitor thread. It knows nobody before `joined`. Ranks are graft ranks."""
+    """All ranks of the run, known from `joined` on. One per rank, used by its monitor thread. Ranks are graft ranks.
+
+    What asks the store takes a client of the calling thread, and raises PeerLostError if the store is lost.
+    """
 
     def __init__(self, host: StoreHost) -> None:
-        """host: of the store."""
+        """host: the process that hosts the store."""
         self.host = host
         self.roster: Roster | None = None
         self._processes: ProcessWatch | None = None
@@ -137,7 +150,10 @@ class Members:
             self._processes.beat(client)
 
     def read_board(self, client: StoreClient, ranks: Sequence[int] | None = None) -> list[BoardLine]:
-        """One that is not there, since a stranger has deleted or overwritten it, is as this rank read it last."""
+        """The lines of these ranks (None: of all), in their order. Two round trips.
+
+        A line that is missing, because another program has deleted or overwritten it, is as this rank read it last.
+        """
         assert self.roster is not None
         wanted = range(len(self.roster.all)) if ranks is None else ranks
         members = [self.roster.all[rank] for rank in wanted]
@@ -148,7 +164,7 @@ class Members:
         return [self._last_lines.get(rank) or unknown_line(self.roster, rank) for rank in wanted]
 
     def keep_up(self, client: StoreClient) -> None:
-        """Read some of the board, for when the store falls silent, or is gone with its host. Once a second."""
+        """Read a part of the board, for when the store does not answer, or ends with its host. Called once a second."""
         if self.roster is None:
             return
         count = len(self.roster.all)
@@ -167,7 +183,7 @@ class Members:
                         client.wake(awaited, error)
 
     def gone(self, client: StoreClient, *, all_hosts: bool) -> dict[int, str]:
-        """Graft rank -> how its process went, without those that left in good order."""
+        """Graft rank -> how its process ended, without those that left normally."""
         assert self._processes is not None
         gone = self._processes.gone(client, all_hosts=all_hosts)
         for line in self.read_board(client, list(gone)):
@@ -197,7 +213,7 @@ class Members:
         return lines if len(lines) == len(side) else []
 
     def describe_last_board(self, remarks: dict[int, str] | None = None) -> str:
-        """Of the lines that this rank has read last, without asking the store; empty before it has joined."""
+        """The board as this rank has read it last, without asking the store; empty before it has joined."""
         if self.roster is None:
             return ""
         lines = [self._last_lines.get(rank) or unknown_line(self.roster, rank) for rank in range(len(self.roster.all))]
