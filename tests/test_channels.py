@@ -234,7 +234,7 @@ def test_a_rank_that_leaves_while_another_waits_for_room_is_gone(narrow: tuple[C
         first.send(1, "one more", "x", LETTER, Leave())
 
 
-class Keeper:
+class WaitKeeper:
     """A monitor thread that notes the waits that it is given, and ends them at once."""
 
     def __init__(self) -> None:
@@ -254,7 +254,7 @@ class Keeper:
             raise self.aborted
 
 
-def courier_of(one: Channels, keeper: Keeper) -> Courier:
+def courier_of(one: Channels, keeper: WaitKeeper) -> Courier:
     client: Any = None
     monitor: Any = keeper
     return Courier(client, monitor, one._roster, 0, one, 7.0)
@@ -263,7 +263,7 @@ def courier_of(one: Channels, keeper: Keeper) -> Courier:
 def test_a_wait_for_room_explains_itself_and_has_a_deadline(narrow: tuple[Channels, Channels]) -> None:
     """The monitor thread is told whose channel is full, and by when it must have room."""
     first, _ = narrow
-    keeper = Keeper()
+    keeper = WaitKeeper()
     courier = courier_of(first, keeper)
     fill(first, 1)
     with pytest.raises(RunError, match="waited in vain for room in the channel to target rank 0"):
@@ -275,7 +275,7 @@ def test_a_wait_for_room_explains_itself_and_has_a_deadline(narrow: tuple[Channe
 
 def test_a_letter_that_has_room_begins_no_wait(pair: tuple[Channels, Channels]) -> None:
     first, second = pair
-    keeper = Keeper()
+    keeper = WaitKeeper()
     courier_of(first, keeper).bring([1], "point", "x", "y", by_mail=True)
     assert second.look("point") is not None
     assert not keeper.waits

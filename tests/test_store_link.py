@@ -35,7 +35,7 @@ def identity_of(pid: int, **changes: Any) -> ProcessIdentity:
 
 
 def link_to(host: StoreHost, warned: list[int] | None = None) -> tuple[StoreLink, Any]:
-    client: Any = SimpleNamespace(silent_seconds=0.0, patience=None)
+    client: Any = SimpleNamespace(silent_seconds=0.0, call_monitor=None)
     members: Any = SimpleNamespace(host=host, describe_last_board=lambda remarks=None: THE_BOARD, stopped=dict)
     return StoreLink(client, members, "target rank 0", lambda: (warned if warned is not None else []).append(1)), client
 

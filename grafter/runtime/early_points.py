@@ -30,7 +30,7 @@ from grafter.runtime.offer import OfferMaker
 from grafter.runtime.posting import Posting
 from grafter.runtime.recompute.recompute import Recomputations
 from grafter.runtime.session import Session
-from grafter.wire.outbox.snapshots import Memory, Slot, keep
+from grafter.wire.outbox.snapshots import Memory, Slot, take_snapshot
 
 logger = logging.getLogger("grafter")
 
@@ -101,7 +101,7 @@ class EarlyPoints:
             options = replace(options, ranks=own_participants(self._place, options.ranks))
         is_sent = self._place.role == sender_role(direction)
         with unobserved():
-            kept = keep(offer if is_sent else Offer(None), self._make_room, self._give_back)
+            kept = take_snapshot(offer if is_sent else Offer(None), self._make_room, self._give_back)
         header = self._offers.describe(
             None, kept.offer, options, direction, site, kept.slot.place if kept.slot is not None else None,
             early=not is_sent,

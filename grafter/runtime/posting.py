@@ -13,8 +13,8 @@ from grafter.core.messages.states import OutboxPlace, open_state
 from grafter.core.points import PointKey
 from grafter.core.records import LedgerRecord, Outcome
 from grafter.runtime.session import Session
-from grafter.wire.outbox.entries import Entry
-from grafter.wire.outbox.snapshots import Slot, keep
+from grafter.wire.outbox.entries import OutboxEntry
+from grafter.wire.outbox.snapshots import Slot, take_snapshot
 
 Describe = Callable[[Offer, OutboxPlace | None], Header]
 
@@ -53,7 +53,7 @@ class Posting:
         def make_room(nbytes: int) -> tuple[Slot | None, str | None]:
             return outbox.make_room(nbytes, session.client, patient=self._is_kept)
 
-        kept = keep(offer, make_room, outbox.give_back)
+        kept = take_snapshot(offer, make_room, outbox.give_back)
         self._seconds["snapshot"] = time.perf_counter() - started
         header = describe(kept.offer, self.place_of(kept.slot))
         return self.post(header, kept.slot, kept.nbytes, sequence)
@@ -66,7 +66,7 @@ class Posting:
         keys = store_keys(session.client.run_prefix, self.key.digest)
         posted = open_state(place.role, min(header.participants))
         step = self.key.step if self._is_kept else None
-        entry = Entry(keys, posted, self.direction, participants, slot, nbytes, step)
+        entry = OutboxEntry(keys, posted, self.direction, participants, slot, nbytes, step)
         session.outbox.add(entry)
         try:
             ended = session.pairing.post(self.key, header, one_sided=self._one_sided)

@@ -33,7 +33,7 @@ from grafter.wire.exchange.shared_memory import SharedMemoryExchange
 from grafter.wire.exchange.transfer import Transfer
 from grafter.wire.failed_points import FailedPoints
 from grafter.wire.monitor.monitor_thread import MonitorThread
-from grafter.wire.monitor.store_silence import StorePatience
+from grafter.wire.monitor.store_silence import StoreWait
 from grafter.wire.outbox.delivery import Delivery
 from grafter.wire.outbox.one_sided import Receivers
 from grafter.wire.outbox.outbox import Outbox
@@ -136,7 +136,7 @@ class Session:
         self.timeout = timeout = config.timeout
         share_long_copies(self.roster.has_core_each)
         self.client.set_timeout(timeout + 5)
-        self.client.patience = StorePatience(self.monitor, timeout)
+        self.client.call_monitor = StoreWait(self.monitor, timeout)
         self._channels = channels
         courier = Courier(self.client, self.monitor, self.roster, self.graft_rank, channels, timeout)
         self.pairing = Pairing(self.client, courier, self.monitor, self.roster, timeout)

@@ -18,7 +18,7 @@ from grafter import errors
 from grafter.core.messages.wire import PROTOCOL_VERSION, Seal, Sealed, read_unproven
 from grafter.core.signal_handlers import is_from_signal_handler
 from grafter.errors import GrafterError, PeerLostError, ProtocolError, RunError
-from grafter.wire.bounded_calls import BoundedCalls, Patience, Unanswered
+from grafter.wire.bounded_calls import BoundedCalls, CallMonitor, Unanswered
 
 ABORT = "abort"
 # Known of this version on; a `set` more costs little where it is not needed.
@@ -71,7 +71,7 @@ class StoreClient:
         self.seal = seal
         self.hosted_by = hosted_by
         # What else the waiting thread looks after while the store does not answer.
-        self.patience: Patience | None = None
+        self.call_monitor: CallMonitor | None = None
         # Unversioned, so that a peer of another protocol version is told apart instead of waited for.
         self.job_prefix = f"grafter/{group_name}"
         self._calls = None if is_server else BoundedCalls()
@@ -181,7 +181,7 @@ class StoreClient:
         return None if there == text.encode() else self._taken(key, there)
 
     def get(self, key: str) -> Sealed:
-        """Wait for a value. Ended early only by what the monitor thread puts there, or by `patience`."""
+        """Wait for a value. Ended early only by what the monitor thread puts there, or by `call_monitor`."""
         return self._awaited(key, self._guard(lambda: self.raw.get(key)))
 
     def get_all(self, keys: Sequence[str]) -> list[Sealed]:
@@ -198,8 +198,8 @@ class StoreClient:
         while found is None:
             # The store wakes nobody for a key that has a value.
             time.sleep(_POLL_SECONDS)
-            if self.patience is not None:
-                self.patience.look(0.0)
+            if self.call_monitor is not None:
+                self.call_monitor.look(0.0)
             if time.monotonic() > until:
                 raise ProtocolError(f"{key!r} got no value within {self._seconds:.0f} s. {self.seal.ignored.note}")
             found = self.peek(key)
@@ -285,7 +285,7 @@ class StoreClient:
         try:
             if self._calls is None or not waits:
                 return operation()
-            value = self._calls.call(operation, self._seconds, self.patience, insists=insists)
+            value = self._calls.call(operation, self._seconds, self.call_monitor, insists=insists)
             self._underway_bytes = 0
             return value
         except Unanswered:

@@ -23,7 +23,7 @@ from grafter.wire.monitor.members import Members, StoreHost
 from grafter.wire.monitor.status_board import BoardLine, BoardWriter, Underway
 from grafter.wire.monitor.store_silence import StoreLink
 from grafter.wire.monitor.wait_monitor import LOOK_EVERY_SECONDS, WaitMonitor
-from grafter.wire.monitor.waits import ABSENT, GivenUp, Wait, Watched
+from grafter.wire.monitor.waits import ABSENT, GivenUp, Wait, WatchedWait
 from grafter.wire.store_client import ABORT, StoreClient, decode_abort
 
 logger = logging.getLogger("grafter")
@@ -72,9 +72,9 @@ class MonitorThread:
         """question: why the others will not join; asked on this thread, about twice a second."""
         self._wait_monitor.check_join = question
 
-    def waiting(self, wait: Wait) -> Watched:
+    def waiting(self, wait: Wait) -> WatchedWait:
         """Around a blocking `get` or transfer: while the `with` block lasts, this thread looks after it."""
-        return Watched(self, wait)
+        return WatchedWait(self, wait)
 
     def begin(self, wait: Wait) -> None:
         if self.aborted is not None:

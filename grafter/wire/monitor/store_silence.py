@@ -10,7 +10,7 @@ from grafter.core.processes.liveness import SILENT_AFTER_SECONDS
 from grafter.errors import PeerLostError, PointTimeoutError, RunError
 from grafter.wire.monitor.members import Members
 from grafter.wire.monitor.status_board import Underway
-from grafter.wire.monitor.waits import Keeper, Wait
+from grafter.wire.monitor.waits import Wait, WaitKeeper
 from grafter.wire.store_client import StoreClient
 
 # A store that is merely slow answers sooner.
@@ -28,7 +28,7 @@ class StoreLink:
         self.client = client
         self._members, self._who, self._warn = members, who, warn
         self.is_down = False
-        client.patience = self
+        client.call_monitor = self
 
     @property
     def is_hopeless(self) -> bool:
@@ -84,7 +84,7 @@ class StoreLink:
         )
 
 
-class DumpThreadKeeper(Keeper, Protocol):
+class DumpThreadWaitKeeper(WaitKeeper, Protocol):
     """The keeper of the dump thread's waits, as far as a silent store concerns it: the monitor thread."""
 
     @property
@@ -99,10 +99,10 @@ class DumpThreadKeeper(Keeper, Protocol):
     def interrupted(self, wait: Wait, error: BaseException) -> None: ...
 
 
-class StorePatience:
-    """Of the dump thread's client. See `grafter.wire.bounded_calls.Patience`."""
+class StoreWait:
+    """Of the dump thread's client. See `grafter.wire.bounded_calls.CallMonitor`."""
 
-    def __init__(self, keeper: DumpThreadKeeper, timeout: float) -> None:
+    def __init__(self, keeper: DumpThreadWaitKeeper, timeout: float) -> None:
         """timeout: how long a point waits, in seconds."""
         self._keeper, self._timeout = keeper, timeout
         self._wait: Wait | None = None

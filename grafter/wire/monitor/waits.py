@@ -66,7 +66,7 @@ class GivenUp(Exception):
     """The ranks that a one-sided point waits for will not reach it; the text says why. The run continues."""
 
 
-class Keeper(Protocol):
+class WaitKeeper(Protocol):
     """What looks after the waits of the dump thread: `MonitorThread`, and stand-ins of it in tests."""
 
     def begin(self, wait: Wait) -> None:
@@ -82,7 +82,7 @@ class Keeper(Protocol):
 class WaitWatch:
     """The check of a waiting loop: it ends the loop with the run, or once the other ranks will not reach the point."""
 
-    def __init__(self, keeper: Keeper, wait: Wait) -> None:
+    def __init__(self, keeper: WaitKeeper, wait: Wait) -> None:
         self._keeper, self._wait = keeper, wait
 
     def check(self) -> None:
@@ -92,13 +92,13 @@ class WaitWatch:
             raise GivenUp(self._wait.given_up)
 
 
-class Watched:
+class WatchedWait:
     """A context manager that begins and ends a wait. Every point uses it, and a generator would take four times as
     long."""
 
     __slots__ = ("_keeper", "_wait")
 
-    def __init__(self, keeper: Keeper, wait: Wait) -> None:
+    def __init__(self, keeper: WaitKeeper, wait: Wait) -> None:
         self._keeper, self._wait = keeper, wait
 
     def __enter__(self) -> None:
@@ -113,7 +113,7 @@ class LastingWait:
 
     __slots__ = ("_keeper", "_make_wait", "_wait")
 
-    def __init__(self, keeper: Keeper, make_wait: Callable[[], Wait]) -> None:
+    def __init__(self, keeper: WaitKeeper, make_wait: Callable[[], Wait]) -> None:
         self._keeper, self._make_wait = keeper, make_wait
         self._wait: Wait | None = None
 

@@ -25,7 +25,7 @@ from grafter.core.messages.wire import Seal, read_message
 from grafter.core.processes.watch import Abandoned
 from grafter.core.signal_handlers import is_from_signal_handler
 from grafter.errors import ProtocolError
-from grafter.wire.outbox.entries import Entry
+from grafter.wire.outbox.entries import OutboxEntry
 
 _LENGTH = struct.Struct(">I")
 _LONGEST_REQUEST_BYTES = 4096
@@ -48,7 +48,7 @@ class _Request(BaseModel):
 class Delivery:
     """One per rank. Listens on `address` alone, on a port that the headers of what it posts name."""
 
-    def __init__(self, address: str, seal: Seal, find_entry: Callable[[str], Entry | None]) -> None:
+    def __init__(self, address: str, seal: Seal, find_entry: Callable[[str], OutboxEntry | None]) -> None:
         """find_entry: by the base of its store keys. Raises OSError where it cannot listen there."""
         self.address = address
         self._seal, self._find_entry = seal, find_entry

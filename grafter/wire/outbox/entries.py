@@ -25,7 +25,7 @@ _GRAFT_RANKS = TypeAdapter(list[int])
 
 
 @dataclass(eq=False)
-class Entry:
+class OutboxEntry:
     """One point in this rank's outbox. participants: graft ranks of the senders, this one among them.
 
     posted: its state as its leader posts it; the state is absent before. is_told: whether the other ranks of this side

@@ -41,7 +41,7 @@ class Receivers:
         return min(self._monitor.step_ends.reached(client, self.role))
 
     @contextlib.contextmanager
-    def waited_for(self, *, posts_more: bool) -> Iterator[Patience]:
+    def waited_for(self, *, posts_more: bool) -> Iterator[ReceiverWait]:
         """While this rank waits until they take something. posts_more: it posts more points after that."""
         what = f"the {self.role} to take points out of the outbox"
         timeout = self._timeout + _BEYOND_PATIENCE_SECONDS
@@ -49,10 +49,10 @@ class Receivers:
         needs = frozenset(self.graft_ranks if posts_more else ())
         wait = Wait("outbox", what, timeout, leader=True, needs=needs)
         with self._monitor.waiting(wait):
-            yield Patience(self, self._monitor, self._timeout, posts_more=posts_more)
+            yield ReceiverWait(self, self._monitor, self._timeout, posts_more=posts_more)
 
 
-class Patience:
+class ReceiverWait:
     """Of one wait for the receivers. `story`: why it is over."""
 
     def __init__(self, receivers: Receivers, monitor: MonitorThread, timeout: float, *, posts_more: bool) -> None:
@@ -99,7 +99,7 @@ class Patience:
 
 
 if TYPE_CHECKING:
-    from grafter.wire.outbox.entries import Entry
+    from grafter.wire.outbox.entries import OutboxEntry
     from grafter.wire.outbox.outbox import Outbox
 
 # So many of the oldest are looked up at a time: receivers take them in about this order.
@@ -118,8 +118,8 @@ class KeptEntries:
         if self._sweep(client, count):
             self._receivers.are_given_up = False
             return True
-        with self._receivers.waited_for(posts_more=True) as patience:
-            while not patience.is_over(client):
+        with self._receivers.waited_for(posts_more=True) as receiver_wait:
+            while not receiver_wait.is_over(client):
                 if self._sweep(client, count):
                     return True
         return False
@@ -128,12 +128,12 @@ class KeptEntries:
         """Until none is left; what the receivers do not take any more ends. Raises what ended the run."""
         while self._kept():
             count = self._outbox.count
-            with self._receivers.waited_for(posts_more=False) as patience:
+            with self._receivers.waited_for(posts_more=False) as receiver_wait:
                 while not self._sweep(client, count):
-                    if patience.is_over(client):
-                        state = WITHDRAWN if patience.has_failed else EXPIRED
+                    if receiver_wait.is_over(client):
+                        state = WITHDRAWN if receiver_wait.has_failed else EXPIRED
                         for entry in self._kept():
-                            self._outbox.end(entry, client, state, patience.story)
+                            self._outbox.end(entry, client, state, receiver_wait.story)
                         return
 
     def passed_step(self, client: StoreClient) -> int:
@@ -141,7 +141,7 @@ class KeptEntries:
         then is claimed."""
         return self._receivers.passed_step(client)
 
-    def look_after_open(self, entry: Entry, client: StoreClient, gone: dict[int, str], passed: int) -> None:
+    def look_after_open(self, entry: OutboxEntry, client: StoreClient, gone: dict[int, str], passed: int) -> None:
         """End an entry that nobody will take. gone: graft rank -> how its process went."""
         assert entry.step is not None
         lost = next((gone[rank] for rank in self._receivers.graft_ranks if rank in gone), None)
@@ -150,7 +150,7 @@ class KeptEntries:
         elif lost is not None:
             self._outbox.end(entry, client, WITHDRAWN, f"a rank of the {self._receivers.role} {lost}")
 
-    def _kept(self) -> list[Entry]:
+    def _kept(self) -> list[OutboxEntry]:
         """Those that nobody is taking."""
         return [entry for entry in self._outbox.told_entries() if entry.step is not None and entry.state != CLAIMED]
 

@@ -30,7 +30,7 @@ from grafter.core.messages.wire import Sealed
 from grafter.core.records import LedgerRecord, Outcome
 from grafter.core.signal_handlers import is_from_signal_handler
 from grafter.errors import RunError
-from grafter.wire.outbox.entries import Entry, Tombstones, claimers, put_tombstone
+from grafter.wire.outbox.entries import OutboxEntry, Tombstones, claimers, put_tombstone
 from grafter.wire.outbox.one_sided import KeptEntries, Receivers
 from grafter.wire.outbox.snapshots import Memory, Slot
 from grafter.wire.store_client import StoreClient
@@ -72,12 +72,12 @@ class Outbox:
         self._watchers, self._words, self._find_gone, self._write = watchers, words, find_gone, write
         self._memory = memory
         # Oldest first.
-        self._entries: OrderedDict[str, Entry] = OrderedDict()
+        self._entries: OrderedDict[str, OutboxEntry] = OrderedDict()
         self._lock = threading.RLock()
         # Outcomes that have taken the place of `posted`.
         self.settled: Counter[str] = Counter()
         # Entries that have ended, whose end is not in the store in full; and what to leave for receivers, if anything.
-        self._chores: deque[tuple[Entry, str, str | None]] = deque()
+        self._chores: deque[tuple[OutboxEntry, str, str | None]] = deque()
 
     @property
     def pending(self) -> Pending:
@@ -90,12 +90,12 @@ class Outbox:
     def count(self) -> int:
         return len(self._entries)
 
-    def told_entries(self) -> list[Entry]:
+    def told_entries(self) -> list[OutboxEntry]:
         """Those that the other ranks of this side know of, about the oldest first."""
         with self._lock:
             return [entry for entry in self._entries.values() if entry.is_told]
 
-    def find(self, base: str) -> Entry | None:
+    def find(self, base: str) -> OutboxEntry | None:
         """By the base of its store keys. Called on any thread."""
         with self._lock:
             return self._entries.get(base)
@@ -143,10 +143,10 @@ class Outbox:
         # What was being taken a second ago may have been taken by now.
         return any(self.has_been_taken(entry, client) for entry in self._claimed())
 
-    def _claimed(self) -> list[Entry]:
+    def _claimed(self) -> list[OutboxEntry]:
         return [entry for entry in self.told_entries() if entry.state == CLAIMED]
 
-    def has_been_taken(self, entry: Entry, client: StoreClient) -> bool:
+    def has_been_taken(self, entry: OutboxEntry, client: StoreClient) -> bool:
         """Drop an entry that has ended by itself; whether it has."""
         found = client.find_other(entry.keys.state, entry.posted)
         if found is not None and found.kind in FINAL and self._settle(entry, found.kind, found.payload):
@@ -159,11 +159,11 @@ class Outbox:
             with self._lock:
                 self._memory.give_back(slot)
 
-    def add(self, entry: Entry) -> None:
+    def add(self, entry: OutboxEntry) -> None:
         with self._lock:
             self._entries[entry.keys.base] = entry
 
-    def recorded(self, entry: Entry, record: LedgerRecord) -> Outcome:
+    def recorded(self, entry: OutboxEntry, record: LedgerRecord) -> Outcome:
         """The line of an entry, written; the outcome is `posted`, or what became of it already."""
         with self._lock:
             entry.record = record
@@ -178,7 +178,7 @@ class Outbox:
 
     # Ending.
 
-    def end(self, entry: Entry, client: StoreClient, state: str, reason: str, *, later: bool = False) -> None:
+    def end(self, entry: OutboxEntry, client: StoreClient, state: str, reason: str, *, later: bool = False) -> None:
         """Give an entry this final state, unless it has been claimed, or has another already.
 
         later: its memory is free at once, by one round trip; the rest is the monitor thread's to do.
@@ -197,12 +197,12 @@ class Outbox:
         else:
             self._finish(client, entry, state, to_leave)
 
-    def ended(self, entry: Entry, client: StoreClient, state: str, reason: str) -> None:
+    def ended(self, entry: OutboxEntry, client: StoreClient, state: str, reason: str) -> None:
         """An entry has ended as it was posted: the store says so, and the receivers know. Called by its leader."""
         if self._settle(entry, state, reason):
             self._finish(client, entry, state, None)
 
-    def _finish(self, client: StoreClient, entry: Entry, state: str, reason: str | None) -> None:
+    def _finish(self, client: StoreClient, entry: OutboxEntry, state: str, reason: str | None) -> None:
         """What is in the store of an entry that has ended. reason: to be left for receivers that come later.
 
         In this order: once the state is deleted, an entry that looks posted would look open. By whoever has settled it.
@@ -219,7 +219,7 @@ class Outbox:
                 return
             self._finish(client, entry, state, reason)
 
-    def drop(self, entry: Entry, reason: str) -> None:
+    def drop(self, entry: OutboxEntry, reason: str) -> None:
         """The run is over, or this rank could not say that it has the entry: nothing is left to agree on.
 
         Its memory is not used again, since a receiver may be reading it.
@@ -227,14 +227,14 @@ class Outbox:
         entry.slot = None
         self._settle(entry, FAILED, reason)
 
-    def _heard(self, entry: Entry, client: StoreClient, state: Sealed) -> None:
+    def _heard(self, entry: OutboxEntry, client: StoreClient, state: Sealed) -> None:
         if state.kind in FINAL:
             if self._settle(entry, state.kind, state.payload):
                 self._finish(client, entry, state.kind, None)
         else:
             entry.state = state.kind
 
-    def _settle(self, entry: Entry, state: str, reason: str) -> bool:
+    def _settle(self, entry: OutboxEntry, state: str, reason: str) -> bool:
         """Drop the snapshot, and say in the ledger what became of it. False where another thread has done it."""
         outcome = senders_outcome(state, entry.direction)
         with self._lock:
@@ -253,7 +253,7 @@ class Outbox:
             self._write(record.model_copy(update=update))
         return True
 
-    def _tidy(self, entry: Entry, client: StoreClient, state: str) -> None:
+    def _tidy(self, entry: OutboxEntry, client: StoreClient, state: str) -> None:
         """The last of the senders to hear of the end deletes what is in the store."""
         keys, done = entry.keys, [entry.keys.state]
         if len(entry.participants) > 1:
@@ -291,7 +291,7 @@ class Outbox:
                 if len(entries) == _MOST_LOOKED_UP and not entry.is_over:
                     self._entries.move_to_end(entry.keys.base)
 
-    def _look_after_open(self, entry: Entry, client: StoreClient, gone: dict[int, str], passed: int) -> None:
+    def _look_after_open(self, entry: OutboxEntry, client: StoreClient, gone: dict[int, str], passed: int) -> None:
         """passed: the step that all receivers have reached."""
         lost = next((gone[rank] for rank in entry.participants if rank in gone), None)
         if lost is not None:
@@ -302,7 +302,7 @@ class Outbox:
             seconds = f"{self._keep_seconds:g} s (GRAFTER_OUTBOX_SECONDS)"
             self.end(entry, client, EXPIRED, f"nobody took it for {seconds}")
 
-    def _look_after_claimed(self, entry: Entry, client: StoreClient, claim: Sealed, gone: dict[int, str]) -> None:
+    def _look_after_claimed(self, entry: OutboxEntry, client: StoreClient, claim: Sealed, gone: dict[int, str]) -> None:
         entry.state = CLAIMED
         # The leader alone: if another receiver is gone, it is the leader that finds out, and until it does, those that
         # are left may read this memory, and write what they have read.

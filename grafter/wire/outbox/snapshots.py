@@ -34,7 +34,7 @@ _MOST_SLACK = 2
 
 
 @dataclass(eq=False)
-class Block:
+class MemoryBlock:
     """One memfd. `free` are the slots that hold nothing."""
 
     mapped: mmap.mmap
@@ -58,7 +58,7 @@ class Block:
 class Slot:
     """The memory of one snapshot."""
 
-    block: Block
+    block: MemoryBlock
     number: int
     nbytes: int
 
@@ -77,7 +77,7 @@ class Memory:
     def __init__(self, limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
         self.held_bytes = 0
-        self._blocks: dict[int, list[Block]] = {}
+        self._blocks: dict[int, list[MemoryBlock]] = {}
 
     def take(self, nbytes: int) -> Slot | None:
         """Memory for one snapshot; None where it would go beyond the limit as long as all that is in use is kept."""
@@ -101,7 +101,7 @@ class Memory:
         for block in [block for blocks in self._blocks.values() for block in blocks]:
             self._remove(block, keep_content=keep_content or not block.is_idle)
 
-    def _find_free(self, slot_bytes: int) -> Block | None:
+    def _find_free(self, slot_bytes: int) -> MemoryBlock | None:
         wanted = [slot_bytes]
         if slot_bytes > _LARGE_BYTES:
             wanted += sorted(size for size in self._blocks if slot_bytes < size <= _MOST_SLACK * slot_bytes)
@@ -119,16 +119,16 @@ class Memory:
             self._remove(idle.pop(0))
         return self.held_bytes + nbytes <= self.limit_bytes
 
-    def _add_block(self, slot_bytes: int, slots: int) -> Block:
+    def _add_block(self, slot_bytes: int, slots: int) -> MemoryBlock:
         mapped, fd = new_block(slot_bytes * slots)
         status = os.fstat(fd) if fd >= 0 else None
         inode, device = (status.st_ino, status.st_dev) if status is not None else (0, 0)
-        block = Block(mapped, fd, inode, device, slot_bytes, list(range(slots)), slots)
+        block = MemoryBlock(mapped, fd, inode, device, slot_bytes, list(range(slots)), slots)
         self._blocks.setdefault(slot_bytes, []).append(block)
         self.held_bytes += block.capacity
         return block
 
-    def _remove(self, block: Block, *, keep_content: bool = False) -> None:
+    def _remove(self, block: MemoryBlock, *, keep_content: bool = False) -> None:
         """keep_content: a receiver may be reading it, and has it mapped."""
         blocks = self._blocks[block.slot_bytes]
         blocks.remove(block)
@@ -178,7 +178,7 @@ class OutboxFull(Exception):
 
 
 @dataclass(frozen=True)
-class Kept:
+class OfferSnapshot:
     """An offer, and where its snapshot lies: nowhere, if it has no bytes, or could not be kept, as it then says."""
 
     offer: Offer
@@ -186,17 +186,17 @@ class Kept:
     nbytes: int = 0
 
 
-def keep(
+def take_snapshot(
     offer: Offer, make_room: Callable[[int], tuple[Slot | None, str | None]], give_back: Callable[[Slot | None], None]
-) -> Kept:
+) -> OfferSnapshot:
     """Copy all tensors of an offer, which may be changed once this returns. make_room: memory for so many bytes, or why
     there is none."""
     if offer.leaves is None:
-        return Kept(offer)
+        return OfferSnapshot(offer)
     tensors, specs = offer.leaves.tensors + offer.extras, offer.specs
     slot, why_not = make_room(offsets_of(specs)[1])
     if why_not is not None:
-        return Kept(_failed(offer, OutboxFull(why_not)))
+        return OfferSnapshot(_failed(offer, OutboxFull(why_not)))
     try:
         if slot is not None:
             with torch.no_grad():
@@ -206,8 +206,8 @@ def keep(
         if not isinstance(error, Exception) or is_from_signal_handler(error):
             raise
         # The device's, say: it costs the point, and all ranks must hear of it.
-        return Kept(_failed(offer, error))
-    return Kept(offer, slot, sum(spec.nbytes for spec in specs))
+        return OfferSnapshot(_failed(offer, error))
+    return OfferSnapshot(offer, slot, sum(spec.nbytes for spec in specs))
 
 
 def _failed(offer: Offer, error: Exception) -> Offer:

@@ -25,7 +25,7 @@ from grafter.version import VERSION
 from grafter.wire.monitor.members import StoreHost
 from grafter.wire.monitor.monitor_thread import MonitorThread
 from grafter.wire.monitor.status_board import BoardWriter
-from grafter.wire.monitor.store_silence import StorePatience
+from grafter.wire.monitor.store_silence import StoreWait
 from grafter.wire.monitor.waits import Wait
 from grafter.wire.store_client import StoreClient
 from grafter.wire.store_server import HostedStore, connect, host_place, serve
@@ -96,7 +96,7 @@ def join(
     monitor = MonitorThread(
         new_client(), BoardWriter(place.role, place.role_rank), place.who, _find_host(client, hosted_by)
     )
-    client.patience = StorePatience(monitor, config.join_timeout)
+    client.call_monitor = StoreWait(monitor, config.join_timeout)
     check = SecretCheck(place.role, place.role_rank)
     monitor.ask_while_joining(check.look)
     on_connected(monitor)
