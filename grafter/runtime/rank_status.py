@@ -57,7 +57,7 @@ class RankStatus:
         if session is not None:
             monitor = session.monitor
             if isinstance(error, PeerLostError):
-                error = monitor.fuller_story(error)
+                error = monitor.explain(error)
             elif monitor.aborted is None:
                 error = monitor.abort(error, session.client)
         self.fault = error

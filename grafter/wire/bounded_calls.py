@@ -36,8 +36,8 @@ class CallMonitor(Protocol):
         """seconds: how long the call has blocked. Raises what ends the wait for it."""
 
     def interrupted(self, error: BaseException) -> None:
-        """A signal handler has raised this, so the caller does not need the result any more. The call has two seconds to
-        end, and this may make it end. Never waits."""
+        """A signal handler has raised this, so the caller does not need the result any more. The call has two more
+        seconds, and this may make it end. Never waits."""
 
     def over(self) -> None:
         """The caller has stopped waiting."""

@@ -1,4 +1,4 @@
-"""The monitor thread's way to the store, which can be lost, or fall silent: where its process is stopped, say."""
+"""A store that does not answer, because its process is stopped, say: what each thread of a rank does meanwhile."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from grafter.wire.monitor.status_board import Underway
 from grafter.wire.monitor.waits import Wait, WaitKeeper
 from grafter.wire.store_client import StoreClient
 
-# A store that is merely slow answers sooner.
+# How long the monitor thread waits for an answer. A store that is only slow answers sooner.
 _SILENT_SECONDS = 5.0
 
 
 class StoreLink:
-    """One per rank, used by its monitor thread.
+    """The monitor thread's client of the store, which may not answer. One per rank; the `CallMonitor` of that client.
 
-    A store that does not answer is not lost yet: the thread goes on without it, and with it once the answer has come.
+    A store that does not answer is not lost: the thread continues without it, and uses it again once it has answered.
     """
 
     def __init__(self, client: StoreClient, members: Members, who: str, warn: Callable[[], None]) -> None:
-        """warn: called while the store owes an answer, to say of whoever is stopped that it is."""
+        """warn: called while an answer is awaited, to log which processes are stopped."""
         self.client = client
         self._members, self._who, self._warn = members, who, warn
         self.is_down = False
@@ -32,28 +32,32 @@ class StoreLink:
 
     @property
     def is_hopeless(self) -> bool:
-        """The thread has other things to do."""
+        """Always: the thread has other things to do than to wait for an answer."""
         return True
 
     def look(self, seconds: float) -> None:
-        """While an answer is owed. Raises PeerLostError where this thread has better things to do than to wait."""
+        """Raises PeerLostError, which ends the wait, if the store's process is stopped or has not answered for 5 s."""
         self._warn()
         if self._members.host.is_stopped or seconds > _SILENT_SECONDS:
             raise PeerLostError(f"the rendezvous store, hosted by {self._members.host}, does not answer")
 
     def interrupted(self, error: BaseException) -> None:
-        """Signals' handlers run on the main thread."""
+        """Never called: signal handlers run on the main thread."""
 
     def over(self) -> None:
-        """Nothing is to be done."""
+        """Nothing to do."""
 
     def lose(self, error: RunError) -> RunError | None:
-        """A call of the store has failed. Why the run is over; None while the store is only silent."""
+        """A call of the store has failed with this error. Why the run is over; None if the store only does not
+        answer."""
         self.is_down = True
         return None if self.client.silent_seconds else self._lost(str(error))
 
     def look_again(self, wait: Wait | None) -> RunError | None:
-        """While the store is silent: why the run is over, if it is. wait: what the dump thread waits for meanwhile."""
+        """Why the run is over; None if it is not. Asked while the store does not answer.
+
+        wait: what the dump thread waits for meanwhile.
+        """
         silent, host = self.client.silent_seconds, self._members.host
         if not silent:
             self.is_down = False
@@ -85,7 +89,7 @@ class StoreLink:
 
 
 class DumpThreadWaitKeeper(WaitKeeper, Protocol):
-    """The keeper of the dump thread's waits, as far as a silent store concerns it: the monitor thread."""
+    """What `StoreWait` needs of the monitor thread."""
 
     @property
     def underway(self) -> Underway | None: ...
@@ -100,7 +104,8 @@ class DumpThreadWaitKeeper(WaitKeeper, Protocol):
 
 
 class StoreWait:
-    """Of the dump thread's client. See `grafter.wire.bounded_calls.CallMonitor`."""
+    """The dump thread's wait for an answer of the store: it is shown and ends like any other wait. The `CallMonitor` of
+    the dump thread's client."""
 
     def __init__(self, keeper: DumpThreadWaitKeeper, timeout: float) -> None:
         """timeout: how long a point waits, in seconds."""
@@ -109,11 +114,11 @@ class StoreWait:
 
     @property
     def is_hopeless(self) -> bool:
-        """Whether the store is silent for the monitor thread as well."""
+        """Whether the store does not answer the monitor thread either."""
         return self._keeper.store_is_silent
 
     def look(self, seconds: float) -> None:
-        """Raises what ended the run. An answer that is not there yet is a wait, unless the rank is in one already."""
+        """Begins a wait, unless this rank is in one already. Raises what ended the run."""
         keeper = self._keeper
         keeper.check()
         if seconds and keeper.current_wait is None:
@@ -125,14 +130,14 @@ class StoreWait:
             self._wait = wait
 
     def interrupted(self, error: BaseException) -> None:
-        """Where the call waits for another rank's value, it would block on for ever, and keep all others from being
-        made: the run ends, and that wakes it."""
+        """End the run if the call waits for another rank's value: it would block for ever, and no other call could be
+        made. The end of the run wakes it."""
         wait = self._keeper.current_wait
         if wait is not None and wait.awaits and not wait.is_polled:
             self._keeper.interrupted(wait, error)
 
     def over(self) -> None:
-        """The answer has come, or is not waited for any more."""
+        """The answer has arrived, or is not awaited any more."""
         if self._wait is not None:
             self._keeper.end(self._wait)
             self._wait = None
