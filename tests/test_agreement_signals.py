@@ -102,7 +102,7 @@ def wait_until_told(rank: Rank) -> None:
     """Until this receiver has told the senders of all that has failed."""
     failed = grafter._process.grafter.entry.session._failed  # type: ignore[union-attr]
     deadline = time.monotonic() + 15
-    while not failed.has_told_all and time.monotonic() < deadline:
+    while not failed.has_reported_all and time.monotonic() < deadline:
         time.sleep(0.05)
     rank.tell("told")
 

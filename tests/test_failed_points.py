@@ -46,11 +46,11 @@ class Member:
     def tell(self, *digests: int) -> None:
         for digest in digests:
             self.points.add(str(digest), "the reason")
-        self.points.tell(self.client)
-        assert self.points.has_told_all
+        self.points.report(self.client)
+        assert self.points.has_reported_all
 
     def hear(self) -> list[str]:
-        self.points.hear(self.client)
+        self.points.read(self.client)
         return self.heard
 
 
@@ -76,7 +76,7 @@ def test_a_place_that_another_program_deletes_stalls_neither_side(
     server.delete_key("run/failure/2")
     server.delete_key("run/failure/4")
     assert sender.hear() == ["0", "1", "3"]
-    assert len([line for line in caplog.messages if "cannot hear of some points" in line]) == 1
+    assert len([line for line in caplog.messages if "cannot learn of some points" in line]) == 1
     second.tell(10)
     first.tell(11)
     assert {"10", "11"} <= set(sender.hear())
@@ -159,7 +159,7 @@ def test_one_look_reads_a_bounded_part_and_the_last_one_all(server: TCPStore, mo
 def test_a_reason_is_bounded(server: TCPStore) -> None:
     first = Member(server, "target/0")
     first.points.add("d", "x" * 100_000)
-    first.points.tell(first.client)
+    first.points.report(first.client)
     assert len(server.get("run/failure/0")) < 3000
 
 

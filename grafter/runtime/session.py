@@ -203,8 +203,8 @@ class Session:
 
     def _each_second(self, client: StoreClient) -> None:
         self.outbox.look_after(client)
-        self._failed.tell(client)
-        self._failed.hear(client)
+        self._failed.report(client)
+        self._failed.read(client)
         if self._control is not None:
             self._control.poll(client)
 

@@ -1,8 +1,4 @@
-"""The server of the rendezvous store: hosted by a process of the run, and how its clients connect.
-
-Each job runs the same handshake, so whichever process hosts the store is its server, and each thread that uses it has
-a client of its own (`grafter.wire.store_client`).
-"""
+"""The server of the rendezvous store, hosted by `grafter run` or by one rank, and the connection of a client to it."""
 
 from __future__ import annotations
 
@@ -25,12 +21,15 @@ _REASONABLE_BACKLOG = 4096
 
 
 def listening_socket(address: str, port: int) -> socket.socket:
-    """A socket bound to `address` alone: given none, TCPStore would bind every interface."""
+    """A listening socket that is bound to `address` alone: TCPStore itself would bind every interface.
+
+    Raises JoinError if it cannot listen there.
+    """
     host = "127.0.0.1" if address in _LOOPBACK else address
     try:
         family, kind, proto, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, proto)
-        # A port that a finished run left in TIME_WAIT may be taken at once; one that is listened on may not.
+        # Reuses a port that a finished run has left in TIME_WAIT, but not one on which a process listens.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(place)
         listener.listen(_REASONABLE_BACKLOG)
@@ -44,13 +43,16 @@ def listening_socket(address: str, port: int) -> socket.socket:
 
 
 def serve(address: str, port: int) -> TCPStore:
-    """Host a store; the returned object is also its first client. Port 0 takes a free one (`.port` tells)."""
+    """Host a store; the returned object is also its first client. Port 0 takes a free port, which is in `.port`.
+
+    Raises JoinError if it cannot listen there.
+    """
     with listening_socket(address, port) as listener:
         real_port = listener.getsockname()[1]
         try:
             return _serve_on(listener, address, real_port)
         except NotImplementedError:
-            # torch before 2.7: only its older server takes a socket that is bound already.
+            # In torch before 2.7 only the older server takes a socket that is bound already.
             return _serve_on(listener, address, real_port, use_libuv=False)
 
 
@@ -67,9 +69,10 @@ def _serve_on(listener: socket.socket, address: str, port: int, **backend: bool)
 
 
 def connect(address: str, port: int, *, timeout: float, keep_trying: Callable[[], bool]) -> TCPStore:
-    """A client of a store that may not be there yet. `timeout` in seconds; `keep_trying` is asked between tries.
+    """Connect to a store that may not be there yet. timeout: in seconds. keep_trying: asked between two tries.
 
-    The waiting is done here with plain connects, since a waiting TCPStore logs a warning with a DNS lookup per try.
+    Raises JoinError if there is none. It waits with plain connects, since a waiting TCPStore logs a warning and makes a
+    DNS lookup at every try.
     """
     deadline = time.monotonic() + timeout
     while True:
@@ -80,15 +83,14 @@ def connect(address: str, port: int, *, timeout: float, keep_trying: Callable[[]
             if time.monotonic() > deadline or not keep_trying():
                 raise JoinError(
                     f"no rendezvous store at {address}:{port} after {timeout:.0f} s ({error}). It is hosted by "
-                    "`grafter "
-                    f"run`, else by baseline rank 0. Check that the baseline job has started, that both jobs have the "
-                    f"same GRAFTER_MASTER_ADDRESS and GRAFTER_MASTER_PORT, and that no firewall lies between."
+                    "`grafter run`, else by baseline rank 0. Check that the baseline job has started, that both jobs "
+                    "have the same GRAFTER_MASTER_ADDRESS and GRAFTER_MASTER_PORT, and that no firewall lies between."
                 ) from error
             time.sleep(0.1)
 
 
 class HostedStore:
-    """The store of a whole run, hosted by the process that starts both jobs. Its calls may come from any thread."""
+    """The store of a whole run, hosted by this process. Its methods may be called from any thread."""
 
     def __init__(
         self, address: str = "127.0.0.1", port: int = 0, *, group_name: str = "graft", secret: str | None = None
@@ -97,12 +99,12 @@ class HostedStore:
         self._store = serve(address, port)
         self.address, self.port = address, self._store.port
         self._client = StoreClient(self._store, Seal("launcher", secret), group_name, "this process", is_server=True)
-        # Who it is that every rank depends on.
+        # Every rank watches the process that it depends on.
         self._client.set(host_place(self._client), "host", own_identity().model_dump_json())
         self._lock = threading.Lock()
 
     def report_job_exit(self, role: str, text: str) -> None:
-        """Tell the ranks that wait that a job has ended. `text` follows its name, as in `exited with code 1`."""
+        """Report to the waiting ranks that a job has ended. text: follows its name, such as `exited with code 1`."""
         with self._lock:
             self._client.put_if_absent(f"{self._client.job_prefix}/exit/{role}", "exit", text)
 
@@ -113,5 +115,5 @@ class HostedStore:
 
 
 def host_place(client: StoreClient) -> str:
-    """Where the process that hosts the store for both jobs says which one it is."""
+    """The key under which the process that hosts the store publishes its identity."""
     return f"{client.job_prefix}/host"

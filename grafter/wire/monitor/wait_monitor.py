@@ -28,7 +28,7 @@ class WaitMonitor:
     """What lasts on one rank: its wait, or a stage of its point. One per rank, used by its monitor thread.
 
     What asks the store takes a client of the calling thread, never waits, and raises PeerLostError if the store is
-    lost. """
+    lost."""
 
     def __init__(self, board: BoardWriter, members: Members, who: str) -> None:
         self._board, self._members, self._who = board, members, who

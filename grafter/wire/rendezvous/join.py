@@ -1,4 +1,8 @@
-"""Join: each rank announces itself, both jobs' rosters are read, and every rank checks alike that they fit."""
+"""Join: each rank announces itself, reads the rosters of both jobs, and applies the same check whether they fit.
+
+Two jobs with different secrets cannot read each other's messages, and would wait until the join times out. So while
+ranks join, they also look for signs that the other job has another secret (`SecretCheck`).
+"""
 
 from __future__ import annotations
 
@@ -38,7 +42,11 @@ StoreServer = TCPStore | HostedStore
 
 @dataclass(frozen=True)
 class Membership:
-    """What joining gives: the clients, the roster, and this rank's number in it."""
+    """What a rank has once it has joined.
+
+    client: the dump thread's. graft_rank: this rank's place in the roster. server: the store's server, if this rank
+    hosts it; the store lives as long as this object.
+    """
 
     place: Place
     client: StoreClient
@@ -47,12 +55,11 @@ class Membership:
     graft_rank: int
     run_id: str
     run_name: str
-    # The store's server, where this rank hosts it: it lives as long as this object.
     server: StoreServer | None
 
 
 def store_place(config: GrafterConfig, place: Place) -> tuple[RoleName, int] | None:
-    """(role, role rank) of the rank that hosts the store; None where `grafter run` does."""
+    """(role, role rank) of the rank that hosts the store; None if `grafter run` does."""
     if config.store_host == "launcher":
         return None
     if config.peer is not None:
@@ -71,13 +78,13 @@ def join(
     played_from: PlayedFrom | None = None,
     served: StoreServer | None = None,
 ) -> Membership:
-    """Called once by every rank of both jobs, in the background. Waits up to `join_timeout` seconds.
+    """Join the run. Called once by every rank of both jobs, on a thread in the background.
 
-    on_connected: called once the store is reached.
-    hooks: what this rank announces of its hooks. played_from: where it is no live rank. served: the store, where this
-    rank hosts it already.
+    Waits up to `join_timeout` seconds for each step. keep_trying: asked while the store cannot be reached yet.
+    on_connected: called once it is. hooks: what this rank announces of its hooks. played_from: the recording that it is
+    played from, if it is not a live rank. served: the store, if this rank hosts it already.
 
-    Raises JoinError where the jobs do not fit, and what ended the run where something did.
+    Raises JoinError if the jobs do not fit, and what ended the run if it has ended.
     """
     address, port = config.master_address, config.master_port or 0
     host = store_place(config, place)
@@ -105,14 +112,14 @@ def join(
         handshake = _Handshake(config, place, client, monitor, hooks, played_from)
         return handshake.run(run_name, socket_name, server)
     except BaseException as error:
-        # Also what could not be read: whoever has another secret cannot read this either, and learns it so.
+        # Also if a message could not be read, which another secret explains best.
         with contextlib.suppress(RunError):
             check.look(client)
         if isinstance(error, RunError) and monitor.aborted is None:
             with contextlib.suppress(RunError):
                 monitor.abort(error, client)
         if server is not None and isinstance(error, RunError):
-            # The store goes with this process: the others get the time to read there why.
+            # The store ends with this process: the other ranks have this long to read the error there.
             time.sleep(LINGER_SECONDS)
         monitor.close()
         client.close()
@@ -120,17 +127,17 @@ def join(
 
 
 def _find_host(client: StoreClient, name: str) -> StoreHost:
-    """Who hosts the store, as far as that is known before the roster is."""
-    said = client.peek(host_place(client))
-    if said is None:
+    """The process that hosts the store, as far as it is known before the roster is."""
+    published = client.peek(host_place(client))
+    if published is None:
         return StoreHost(name)
-    host = StoreHost(name, read_message(ProcessIdentity.model_validate_json, said.payload, "the store's host"))
+    host = StoreHost(name, read_message(ProcessIdentity.model_validate_json, published.payload, "the store's host"))
     client.hosted_by = str(host)
     return host
 
 
 class _Handshake:
-    """The steps of joining, in the order in which they happen."""
+    """The steps of joining, in their order. Used once."""
 
     def __init__(
         self,
@@ -147,7 +154,7 @@ class _Handshake:
     def run(self, run_name: str, socket_name: str, server: StoreServer | None) -> Membership:
         run_id, run_name = self._learn_run(run_name)
         self._client.seal.run_id = run_id
-        # Before the claim, so that whoever reads the roster finds a line for each of its ranks.
+        # Before the announcement, so that there is a line for each rank of a roster.
         self._monitor.board.running(self._client)
         announcement = self._announce(socket_name)
         self._post_roster(announcement)
@@ -159,7 +166,7 @@ class _Handshake:
         return Wait("join", what, self._config.join_timeout, awaits=awaits)
 
     def _learn_run(self, run_name: str) -> tuple[str, str]:
-        """The run's id and name, which baseline rank 0 gives."""
+        """The run's id and name, which baseline rank 0 chooses."""
         key = f"{self._client.job_prefix}/run"
         if self._place.role == "baseline" and self._place.role_rank == 0:
             self._client.put_if_absent(key, "run", f"{uuid.uuid4().hex[:16]} {run_name}")
@@ -215,7 +222,7 @@ class _Handshake:
         return error
 
     def _post_roster(self, announcement: Announcement) -> None:
-        """The job's rank 0 collects its own ranks and posts them together."""
+        """The job's rank 0 collects the announcements of its job and posts them together."""
         if self._place.role_rank != 0:
             return
         others = [self._hello(rank) for rank in range(1, self._place.role_world_size)]
@@ -247,7 +254,15 @@ _LONGEST = 200
 
 
 class SecretCheck:
-    """Of one rank, while it joins. `look` is called on one thread at a time."""
+    """Finds out, while a rank joins, whether the other job has another secret, or none. One per rank.
+
+    A message that is not signed with this job's secret is ignored, since any program may have written it. So the first
+    ranks of both jobs each publish a random number, and repeat the other's, which anyone can read. A rank that finds
+    its job's number repeated in a message that it cannot verify knows that the message is written now: by the other
+    job, or by a program that could keep the jobs apart anyway, by overwriting the messages of the join.
+
+    `look` is called on one thread at a time.
+    """
 
     def __init__(self, role: RoleName, role_rank: int) -> None:
         self._role, self._leads = role, role_rank == 0
@@ -255,12 +270,12 @@ class SecretCheck:
         self._repeated = ""
 
     def hail(self, client: StoreClient) -> None:
-        """Before anything that the other job could fail to read."""
+        """Publish this job's number, before any message that the other job could fail to read."""
         if self._leads:
             client.set(_place(client, self._role), "hail", json.dumps([self._number, self._repeated]))
 
     def look(self, client: StoreClient) -> RunError | None:
-        """The error where the secrets differ. A few round trips; never waits."""
+        """The error to raise if the secrets differ, else None. A few round trips; never waits."""
         theirs = client.peek_at_other(_place(client, other_role(self._role)))
         if theirs is None:
             return None
@@ -285,7 +300,7 @@ def _place(client: StoreClient, role: RoleName) -> str:
 
 
 def _read(message: Sealed) -> tuple[str, str]:
-    """(its number, the one that it repeats); empty where it says something else."""
+    """(its number, the one that it repeats); empty texts if the message is something else."""
     try:
         number, repeated = json.loads(message.payload)
     except ValueError:
