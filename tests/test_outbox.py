@@ -227,7 +227,7 @@ def test_an_entry_that_nobody_takes_expires_without_any_traffic(tmp_path: Path, 
         assert succeed(jobs.wait()) == [0, 0]
         (sent,), (came,) = jobs.ledgers().values()
         assert (sent.outcome, came.outcome) == ("expired", "missed")
-        assert "nobody took it for 0.2 s" in sent.reason and "nobody took it" in came.reason
+        assert "no receiver took it for 0.2 s" in sent.reason and "no receiver took it" in came.reason
 
 
 def post_at_the_end(rank: Rank) -> None:

@@ -265,9 +265,9 @@ def test_a_leader_tells_its_followers_why_there_is_no_pair() -> None:
 def test_words_for_a_side_that_never_comes_do_not_fill_the_store() -> None:
     """Of the last 16,384 they are kept; each more removes the oldest."""
     deleted: list[str] = []
-    words = Tombstones(deleted.extend)
+    tombstones = Tombstones(deleted.extend)
     for number in range(16_384 + 500):
-        words.left_at(f"place {number}")
+        tombstones.add(f"place {number}")
     assert deleted == [f"place {number}" for number in range(500)]
 
 
@@ -323,20 +323,20 @@ def make_outbox(
         waited_for=lambda *, posts_more: contextlib.nullcontext(patience),
     )  # fmt: skip
     receivers.passed_step = lambda _: receivers.passed
-    watchers: Any = SimpleNamespace(aborted=None, delete_later=deleted.extend)
+    monitor: Any = SimpleNamespace(aborted=None, delete_later=deleted.extend)
     lines: list[Any] = []
     outbox = Outbox(
         Memory(limit),
         keep_seconds,
         0,
-        watchers,
+        monitor,
         Tombstones(deleted.extend),
         lambda: gone or {},
         lines.append,
         receivers,
     )
     return SimpleNamespace(
-        outbox=outbox, store=OneStore(), deleted=deleted, lines=lines, watchers=watchers, receivers=receivers
+        outbox=outbox, store=OneStore(), deleted=deleted, lines=lines, monitor=monitor, receivers=receivers
     )
 
 
@@ -346,7 +346,7 @@ def add_entry(
     slot, why_not = parts.outbox.make_room(nbytes, parts.store)
     assert why_not is None
     posted = open_state("baseline", 0)
-    entry = OutboxEntry(StoreKeys("hall", name), posted, "b2t", participants, slot, nbytes, step, is_told=True)
+    entry = OutboxEntry(StoreKeys("hall", name), posted, "b2t", participants, slot, nbytes, step, is_announced=True)
     parts.store.values[entry.keys.state] = posted
     parts.outbox.add(entry)
     return entry

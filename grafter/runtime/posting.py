@@ -73,7 +73,7 @@ class Posting:
         except BaseException as error:
             session.outbox.drop(entry, f"{header.who} left with {type(error).__name__}")
             raise
-        entry.is_told = True
+        entry.is_announced = True
         if ended is not None:
             state, reason = ended
             session.outbox.ended(entry, session.client, state, reason)

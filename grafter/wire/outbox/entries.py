@@ -1,4 +1,8 @@
-"""Claims: the receivers' leader takes an entry up, and says how it ended. Whoever changes its state first decides."""
+"""One entry of an outbox: its state in the store, the receivers' claim, and the tombstone of an entry that has ended.
+
+The state is one key of the store. It is changed only by a compare-and-exchange, so the first rank that changes it
+decides.
+"""
 
 from __future__ import annotations
 
@@ -26,11 +30,12 @@ _GRAFT_RANKS = TypeAdapter(list[int])
 
 @dataclass(eq=False)
 class OutboxEntry:
-    """One point in this rank's outbox. participants: graft ranks of the senders, this one among them.
+    """One point in this rank's outbox.
 
-    posted: its state as its leader posts it; the state is absent before. is_told: whether the other ranks of this side
-    have this rank's word for it; before, its state is not looked up. step: of a one-sided point, which is kept until it
-    is taken, or until all receivers have passed the end of that step.
+    posted: the state as the senders' leader posts it; until then the key is absent. participants: graft ranks of the
+    senders, this one among them. nbytes: of the tensors. step: set for a one-sided point, which is kept until it is
+    taken, or until all receivers have passed the end of that step. since: on `time.monotonic`'s clock. is_announced:
+    whether this rank has announced it to its leader; before, its state is not looked up.
     """
 
     keys: StoreKeys
@@ -42,14 +47,15 @@ class OutboxEntry:
     step: int | None = None
     since: float = field(default_factory=time.monotonic)
     state: str = "open"
-    is_told: bool = False
+    is_announced: bool = False
     is_over: bool = False
     record: LedgerRecord | None = None
-    # Where it ended before its line was in the ledger.
+    # Set if it ended before its line was in the ledger.
     ended: tuple[Outcome, str] | None = None
 
     def change_state(self, client: StoreClient, state: str, reason: str) -> Sealed | None:
-        """Change it in the store from open to this state: None if that is done, else the state that it has."""
+        """Change the state from open to this one: None if that is done, else the state that it has. Two round trips at
+        most, as a rule. Raises PeerLostError if the store is lost."""
         while True:
             found = client.exchange(self.keys.state, self.posted, state, reason)
             if found != self.posted:
@@ -61,21 +67,24 @@ class OutboxEntry:
 
 
 class Claims:
-    """One per rank; used by its dump thread, where it leads the receivers of a point."""
+    """The entries that this rank has claimed, as the leader of their receivers. One per rank, used by its dump thread.
+
+    Its methods take one round trip, and raise PeerLostError if the store is lost.
+    """
 
     def __init__(self, client: StoreClient) -> None:
         self._client = client
         self._held: dict[str, Sealed] = {}
 
     def claim(self, keys: StoreKeys, digest: str, posted: Sealed, receivers: Sequence[int]) -> NotMet | None:
-        """None: the entry stays where it is until `settle`. Else what became of it.
+        """Claim an entry for these receivers (graft ranks). None: it keeps its snapshots until `settle`. Else why not.
 
-        posted: its state as it was posted (`open_state`). receivers: graft ranks.
+        posted: the state as it was posted (`open_state`).
         """
         text = json.dumps(list(receivers))
         found = self._client.exchange(keys.state, posted, CLAIMED, text)
         if found == posted:
-            # The state is deleted once all senders have dropped the entry: this rank was held up since it looked.
+            # The state is deleted once all senders have dropped the entry: this rank was slow since it looked.
             return NotMet("missed", "the sender's entry went while the receivers were held up")
         if found is not None:
             return receivers_account(found.kind, found.payload)
@@ -83,7 +92,7 @@ class Claims:
         return None
 
     def settle(self, digest: str, state: str, reason: str | None) -> None:
-        """All receivers are done with an entry that this rank has claimed; of any other, nothing happens."""
+        """Give an entry its final state, if this rank has claimed it: all receivers are done with it."""
         mine = self._held.pop(digest, None)
         if mine is None:
             return
@@ -98,32 +107,33 @@ def claimers(payload: str) -> list[int]:
     return read_message(_GRAFT_RANKS.validate_json, payload, "a claim")
 
 
-# Words for a side that may never come are kept for so many points, at half a kilobyte of the store each.
-_MOST_WORDS = 16384
+# How many are kept, at half a kilobyte of the store each.
+_MOST_TOMBSTONES = 16384
 
 
 class Tombstones:
-    """Words that this rank has left at meeting places, for whoever comes: `missed`, `gone`.
+    """The tombstones of one rank: `missed` and `gone`, under the keys of points that the other side has not reached.
 
-    Whoever comes removes the word. One that nobody comes for is removed once so many more have been left, so that
-    the store does not grow.
+    The other side deletes a tombstone when it reaches the point. One that it does not reach is deleted once 16384 more
+    have been put, so that the store does not grow.
     """
 
     def __init__(self, delete_later: Callable[[Sequence[str]], None]) -> None:
         self._delete_later = delete_later
         self._places: deque[str] = deque()
 
-    def left_at(self, place: str) -> None:
-        """Called on any thread."""
+    def add(self, place: str) -> None:
+        """A tombstone has been put under this key. Called on any thread."""
         self._places.append(place)
-        if len(self._places) > _MOST_WORDS:
+        if len(self._places) > _MOST_TOMBSTONES:
             self._delete_later([self._places.popleft()])
 
 
-def put_tombstone(client: StoreClient, keys: StoreKeys, words: Tombstones, state: str, reason: str) -> None:
-    """An entry is no more: say so to receivers that still come. One that waits there already is told by the leader."""
+def put_tombstone(client: StoreClient, keys: StoreKeys, tombstones: Tombstones, state: str, reason: str) -> None:
+    """Leave the final state of an entry for receivers that have not reached the point. If they wait there already, the
+    senders' leader has sent it to them. Two round trips at most. Raises PeerLostError if the store is lost."""
     text = gone_text(state, reason)
     found = client.put_if_absent(keys.first, GONE, text)
     if found is not None and (found.kind != POSTED or client.exchange(keys.first, found, GONE, text) is not None):
         return
-    words.left_at(keys.first)
+    tombstones.add(keys.first)

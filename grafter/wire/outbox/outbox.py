@@ -1,8 +1,8 @@
-"""The outbox of one rank: snapshots that wait to be taken, and what became of each.
+"""The outbox of one rank: snapshots that wait for their receivers, and how each entry ends.
 
 The dump thread adds entries, the monitor thread looks up their states once a second, and either may find that one
-has ended. An entry's state is the same on all ranks of its side, since it changes by an exchange in the store alone;
-each rank drops its own snapshot when it hears of a final one.
+has ended. An entry's state is the same on all ranks of its side, since only an exchange in the store changes it; each
+rank frees its own snapshot when it reads a final state.
 """
 
 from __future__ import annotations
@@ -35,52 +35,57 @@ from grafter.wire.outbox.one_sided import KeptEntries, Receivers
 from grafter.wire.outbox.snapshots import Memory, Slot
 from grafter.wire.store_client import StoreClient
 
-# So many states are looked up in one second, at 60 us each.
+# How many states are looked up per second, at 60 us each.
 _MOST_LOOKED_UP = 512
 _MOST_ENTRIES = 16384
-# At the end of the run, for receivers that are in the middle of it.
+# How long the end of the run waits for receivers that have claimed an entry.
 _CLOSING_SECONDS = 5.0
 _CLOSING_POLL_SECONDS = 0.02
 
 
-class Watchers(Protocol):
-    """What the outbox asks about the run: the monitor thread."""
+class RunMonitor(Protocol):
+    """What the outbox needs of the monitor thread."""
 
+    # What ended the run.
     aborted: RunError | None
 
-    def delete_later(self, keys: list[str]) -> None: ...
+    def delete_later(self, keys: list[str]) -> None:
+        """Delete these keys of the store soon."""
 
 
 class Outbox:
-    """One per rank."""
+    """The outbox of one rank. Methods that ask the store take a client of the calling thread, and raise PeerLostError
+    if the store is lost."""
 
     def __init__(
         self,
         memory: Memory,
         keep_seconds: float,
         graft_rank: int,
-        watchers: Watchers,
-        words: Tombstones,
+        monitor: RunMonitor,
+        tombstones: Tombstones,
         find_gone: Callable[[], dict[int, str]],
         write: Callable[[LedgerRecord], None],
         receivers: Receivers,
     ) -> None:
-        """find_gone: graft rank -> how its process went. write: puts a line into the ledger; called on any thread."""
+        """keep_seconds: how long an entry is kept that is not taken. find_gone: graft rank -> how its process ended.
+        write: writes a line of the ledger; called on any thread."""
         self._sender, self._kept = receivers.sender, KeptEntries(self, receivers)
         self._keep_seconds, self._graft_rank = keep_seconds, graft_rank
         self._gone: dict[int, str] = {}
-        self._watchers, self._words, self._find_gone, self._write = watchers, words, find_gone, write
+        self._monitor, self._tombstones, self._find_gone, self._write = monitor, tombstones, find_gone, write
         self._memory = memory
         # Oldest first.
         self._entries: OrderedDict[str, OutboxEntry] = OrderedDict()
         self._lock = threading.RLock()
-        # Outcomes that have taken the place of `posted`.
+        # How often each outcome has replaced `posted`.
         self.settled: Counter[str] = Counter()
-        # Entries that have ended, whose end is not in the store in full; and what to leave for receivers, if anything.
+        # Entries that have ended but still have keys in the store: with their state, and the reason for a tombstone.
         self._chores: deque[tuple[OutboxEntry, str, str | None]] = deque()
 
     @property
     def pending(self) -> Pending:
+        """How many entries have not ended, and their bytes. Asked on any thread."""
         with self._lock:
             entries = list(self._entries.values())
         claimed = sum(entry.state == CLAIMED for entry in entries)
@@ -88,24 +93,26 @@ class Outbox:
 
     @property
     def count(self) -> int:
+        """How many entries have not ended. Asked on any thread."""
         return len(self._entries)
 
-    def told_entries(self) -> list[OutboxEntry]:
-        """Those that the other ranks of this side know of, about the oldest first."""
+    def announced_entries(self) -> list[OutboxEntry]:
+        """Those that the other ranks of this side can know of, roughly from the oldest on."""
         with self._lock:
-            return [entry for entry in self._entries.values() if entry.is_told]
+            return [entry for entry in self._entries.values() if entry.is_announced]
 
     def find(self, base: str) -> OutboxEntry | None:
-        """By the base of its store keys. Called on any thread."""
+        """The entry with this base of its store keys. Called on any thread."""
         with self._lock:
             return self._entries.get(base)
 
     # What the dump thread calls.
 
     def make_room(self, nbytes: int, client: StoreClient, *, patient: bool = False) -> tuple[Slot | None, str | None]:
-        """(memory for one snapshot, None), or why there is none. The oldest open entries make room; claimed ones stay.
+        """(memory for one snapshot, None), or (None, why there is none). The oldest open entries make room, not claimed
+        ones.
 
-        patient: what the receivers may still take is given the time for it first. A value of no bytes needs no memory.
+        patient: waits first for the receivers to take entries. A value of no bytes needs no memory: (None, None).
         """
         free_one = self._wait_for_room if patient else self._displace_one
         limit = self._memory.limit_bytes
@@ -120,7 +127,7 @@ class Outbox:
             except (OSError, ValueError, OverflowError) as error:
                 if is_from_signal_handler(error):
                     raise
-                return None, f"{nbytes} bytes cannot be had for the outbox: {error}"
+                return None, f"{nbytes} bytes cannot be allocated for the outbox: {error}"
             if slot is not None:
                 return slot, None
             if not free_one(client):
@@ -135,42 +142,43 @@ class Outbox:
         return self._kept.wait_for_room(client) or self._displace_one(client)
 
     def _displace_one(self, client: StoreClient) -> bool:
-        """End the oldest open entry; False where there is none. One that has ended by itself makes room as well."""
-        for entry in [entry for entry in self.told_entries() if entry.state != CLAIMED]:
+        """End the oldest open entry; False if there is none. An entry that has ended by itself makes room as well."""
+        for entry in [entry for entry in self.announced_entries() if entry.state != CLAIMED]:
             self.end(entry, client, DISPLACED, "newer points needed its room (GRAFTER_OUTBOX_BYTES)", later=True)
             if entry.is_over:
                 return True
-        # What was being taken a second ago may have been taken by now.
+        # Entries that were claimed a second ago may have been taken by now.
         return any(self.has_been_taken(entry, client) for entry in self._claimed())
 
     def _claimed(self) -> list[OutboxEntry]:
-        return [entry for entry in self.told_entries() if entry.state == CLAIMED]
+        return [entry for entry in self.announced_entries() if entry.state == CLAIMED]
 
     def has_been_taken(self, entry: OutboxEntry, client: StoreClient) -> bool:
-        """Drop an entry that has ended by itself; whether it has."""
+        """Free an entry that has ended by itself; returns whether it has. One round trip."""
         found = client.find_other(entry.keys.state, entry.posted)
         if found is not None and found.kind in FINAL and self._settle(entry, found.kind, found.payload):
             self._chores.append((entry, found.kind, None))
         return entry.is_over
 
     def give_back(self, slot: Slot | None) -> None:
-        """Memory for a snapshot that never became an entry."""
+        """Free the memory of a snapshot that has not become an entry."""
         if slot is not None:
             with self._lock:
                 self._memory.give_back(slot)
 
     def add(self, entry: OutboxEntry) -> None:
+        """Take in an entry, which `recorded` or `drop` must follow."""
         with self._lock:
             self._entries[entry.keys.base] = entry
 
     def recorded(self, entry: OutboxEntry, record: LedgerRecord) -> Outcome:
-        """The line of an entry, written; the outcome is `posted`, or what became of it already."""
+        """Write the line of an entry; returns its outcome: `posted`, or its final one if it has ended already."""
         with self._lock:
             entry.record = record
             outcome, reason = entry.ended or (record.outcome, record.reason)
             if entry.ended is not None:
                 self.settled[outcome] -= 1
-            # Here, so that the line of its end comes after it.
+            # Under the lock, so that the line of its end follows.
             only_in = self._sender if entry.state == ONE_SIDED else None
             update = {"outcome": outcome, "reason": reason or None, "only_in": only_in}
             self._write(record.model_copy(update=update))
@@ -179,9 +187,9 @@ class Outbox:
     # Ending.
 
     def end(self, entry: OutboxEntry, client: StoreClient, state: str, reason: str, *, later: bool = False) -> None:
-        """Give an entry this final state, unless it has been claimed, or has another already.
+        """Give an entry this final state, unless it is claimed or has a final state already.
 
-        later: its memory is free at once, by one round trip; the rest is the monitor thread's to do.
+        later: one round trip frees its memory, and the monitor thread does the rest.
         """
         found = entry.change_state(client, state, reason)
         if found is not None and found.kind not in FINAL:
@@ -198,17 +206,17 @@ class Outbox:
             self._finish(client, entry, state, to_leave)
 
     def ended(self, entry: OutboxEntry, client: StoreClient, state: str, reason: str) -> None:
-        """An entry has ended as it was posted: the store says so, and the receivers know. Called by its leader."""
+        """An entry ended while it was posted; the store and the receivers have this state. Called by its leader."""
         if self._settle(entry, state, reason):
             self._finish(client, entry, state, None)
 
     def _finish(self, client: StoreClient, entry: OutboxEntry, state: str, reason: str | None) -> None:
-        """What is in the store of an entry that has ended. reason: to be left for receivers that come later.
+        """Replace the keys of an entry that has ended by a tombstone, if a reason is given, and delete them.
 
-        In this order: once the state is deleted, an entry that looks posted would look open. By whoever has settled it.
+        In this order: once its state is deleted, a posted entry would look open. Called by the thread that settled it.
         """
         if reason is not None:
-            put_tombstone(client, entry.keys, self._words, state, reason)
+            put_tombstone(client, entry.keys, self._tombstones, state, reason)
         self._tidy(entry, client, state)
 
     def _do_chores(self, client: StoreClient) -> None:
@@ -220,14 +228,14 @@ class Outbox:
             self._finish(client, entry, state, reason)
 
     def drop(self, entry: OutboxEntry, reason: str) -> None:
-        """The run is over, or this rank could not say that it has the entry: nothing is left to agree on.
+        """End an entry without the store: the run is over, or this rank could not announce it.
 
         Its memory is not used again, since a receiver may be reading it.
         """
         entry.slot = None
         self._settle(entry, FAILED, reason)
 
-    def _heard(self, entry: OutboxEntry, client: StoreClient, state: Sealed) -> None:
+    def _read_state(self, entry: OutboxEntry, client: StoreClient, state: Sealed) -> None:
         if state.kind in FINAL:
             if self._settle(entry, state.kind, state.payload):
                 self._finish(client, entry, state.kind, None)
@@ -235,7 +243,7 @@ class Outbox:
             entry.state = state.kind
 
     def _settle(self, entry: OutboxEntry, state: str, reason: str) -> bool:
-        """Drop the snapshot, and say in the ledger what became of it. False where another thread has done it."""
+        """Free the snapshot, and write the outcome to the ledger. False if another thread has done it already."""
         outcome = senders_outcome(state, entry.direction)
         with self._lock:
             if entry.is_over:
@@ -254,7 +262,7 @@ class Outbox:
         return True
 
     def _tidy(self, entry: OutboxEntry, client: StoreClient, state: str) -> None:
-        """The last of the senders to hear of the end deletes what is in the store."""
+        """Delete the entry's keys, if this rank is the last of the senders that reads of its end."""
         keys, done = entry.keys, [entry.keys.state]
         if len(entry.participants) > 1:
             client.set(keys.drained(self._graft_rank), "drained", "")
@@ -262,18 +270,18 @@ class Outbox:
             if not client.all_exist(living):
                 return
             done += [keys.drained(rank) for rank in entry.participants]
-        # Words for the other side stay until it comes.
-        self._watchers.delete_later(done if state in UNSEEN | {MISSED} else [*done, keys.first])
+        # A tombstone stays until the other side reaches the point.
+        self._monitor.delete_later(done if state in UNSEEN | {MISSED} else [*done, keys.first])
 
     # What the monitor thread calls.
 
     def look_after(self, client: StoreClient) -> None:
-        """Once a second: drop what has ended, end what is too old, or whose other ranks are gone."""
+        """Called once a second: free entries that have ended; end those that are too old, or whose ranks are gone."""
         self._do_chores(client)
-        entries = self.told_entries()[:_MOST_LOOKED_UP]
+        entries = self.announced_entries()[:_MOST_LOOKED_UP]
         if not entries:
             return
-        if self._watchers.aborted is not None:
+        if self._monitor.aborted is not None:
             self._drop_all()
             return
         gone = self._gone = self._find_gone()
@@ -285,14 +293,14 @@ class Outbox:
             elif found.kind == CLAIMED:
                 self._look_after_claimed(entry, client, found, gone)
             else:
-                self._heard(entry, client, found)
+                self._read_state(entry, client, found)
             with self._lock:
-                # Behind those that have not been looked up in this second.
+                # Move it behind those that have not been looked up in this second.
                 if len(entries) == _MOST_LOOKED_UP and not entry.is_over:
                     self._entries.move_to_end(entry.keys.base)
 
     def _look_after_open(self, entry: OutboxEntry, client: StoreClient, gone: dict[int, str], passed: int) -> None:
-        """passed: the step that all receivers have reached."""
+        """End an open entry if it will not be taken. passed: the step that all receivers have reached."""
         lost = next((gone[rank] for rank in entry.participants if rank in gone), None)
         if lost is not None:
             self.end(entry, client, WITHDRAWN, f"a rank that holds a part of it {lost}")
@@ -300,23 +308,23 @@ class Outbox:
             self._kept.look_after_open(entry, client, gone, passed)
         elif time.monotonic() - entry.since > self._keep_seconds:
             seconds = f"{self._keep_seconds:g} s (GRAFTER_OUTBOX_SECONDS)"
-            self.end(entry, client, EXPIRED, f"nobody took it for {seconds}")
+            self.end(entry, client, EXPIRED, f"no receiver took it for {seconds}")
 
     def _look_after_claimed(self, entry: OutboxEntry, client: StoreClient, claim: Sealed, gone: dict[int, str]) -> None:
         entry.state = CLAIMED
-        # The leader alone: if another receiver is gone, it is the leader that finds out, and until it does, those that
-        # are left may read this memory, and write what they have read.
+        # Only if the receivers' leader is gone. If another receiver is, their leader finds out. Until then the rest may
+        # read this memory, and write what they have read.
         lost = gone.get(min(claimers(claim.payload), default=-1))
         if lost is None:
             return
         reason = f"a rank that was taking it {lost}"
         found = client.exchange(entry.keys.state, claim, FAILED, reason)
-        self._heard(entry, client, found or Sealed(FAILED, "", reason))
+        self._read_state(entry, client, found or Sealed(FAILED, "", reason))
 
     def _drop_all(self) -> None:
         with self._lock:
             entries = list(self._entries.values())
-        head = str(self._watchers.aborted).splitlines()[0] if self._watchers.aborted is not None else ""
+        head = str(self._monitor.aborted).splitlines()[0] if self._monitor.aborted is not None else ""
         for entry in entries:
             self.drop(entry, f"the run is over: {head}")
         with self._lock:
@@ -325,15 +333,15 @@ class Outbox:
     # The end of the run.
 
     def close(self, client: StoreClient, *, patient: bool = False) -> None:
-        """End what is left; wait a moment for what is being taken. Called by the dump thread, which adds no more.
+        """End what is left; wait up to 5 s for claimed entries. Called by the dump thread, which adds no more.
 
-        patient: entries of one-sided points are given the time to be taken, as long as the receivers take any.
+        patient: wait first until one-sided entries are taken, as long as the receivers take any.
         """
         try:
             if patient:
                 self._kept.wait_until_taken(client)
             deadline = time.monotonic() + _CLOSING_SECONDS
-            while self._entries and self._watchers.aborted is None:
+            while self._entries and self._monitor.aborted is None:
                 for entry in list(self._entries.values()):
                     self.end(entry, client, EXPIRED, "the run ended")
                 if not self._entries or time.monotonic() > deadline:
@@ -341,7 +349,7 @@ class Outbox:
                 time.sleep(_CLOSING_POLL_SECONDS)
             self._do_chores(client)
         except RunError:
-            # The run is over, or the store is gone, and with it all who could take something.
+            # The run is over, or the store is lost: no receiver can take anything any more.
             pass
         with self._lock:
             left = list(self._entries.values())

@@ -89,7 +89,7 @@ class MeetingPlace:
         found = self._client.put_if_absent(keys.first, kind, text)
         if found is None:
             if kind == GONE:
-                self.words.left_at(keys.first)
+                self.words.add(keys.first)
             return None
         self._refusals.check_found(key, header, found)
         if found.kind == MISSED:
@@ -127,7 +127,7 @@ class MeetingPlace:
         """The receivers do not wait here any more: in the place of their manifest is a word, for senders that come."""
         manifest = Sealed(MANIFEST, self._client.seal.writer, mine)
         if self._client.exchange(keys.first, manifest, MISSED, _word_of(header)) is None:
-            self.words.left_at(keys.first)
+            self.words.add(keys.first)
 
     def look(self, header: Header, keys: StoreKeys) -> Sealed | None:
         """What the senders have left. Nothing: leave word. None: they wait here, or write now."""
@@ -173,7 +173,7 @@ class MeetingPlace:
         """That the receivers were here and have gone on, unless something lies there: then that."""
         found = self._client.put_if_absent(keys.first, MISSED, _word_of(header))
         if found is None:
-            self.words.left_at(keys.first)
+            self.words.add(keys.first)
         return found
 
     def _tell_who_waits(self, manifest: str, keys: StoreKeys, kind: str, text: str) -> None:
