@@ -31,7 +31,7 @@ def first_of(graft_input: Any) -> torch.Tensor:
 def at(phase: str, act: Callable[[], None]) -> Iterator[Callable[[Any], torch.Tensor]]:
     """Inside, this process does `act` once, at that place of its next point; yields the transform of the point."""
     from grafter.core.commit_protocol import YES
-    from grafter.runtime.meeting import _Receiving
+    from grafter.runtime.meeting import Meeting
     from grafter.wire.exchange.incoming import IncomingLeaf
     from grafter.wire.pairing.host_votes import HostVotes
     from grafter.wire.pairing.store_votes import StoreVotes
@@ -71,7 +71,7 @@ def at(phase: str, act: Callable[[], None]) -> Iterator[Callable[[Any], torch.Te
         for votes in (HostVotes, StoreVotes):
             around(votes, "append", phase == "before vote", lambda kind, reason: kind == YES)
     elif phase == "before write":
-        around(_Receiving, "write", True, lambda: True)
+        around(Meeting, "write", True, lambda: True)
     elif phase == "inside write":
         around(IncomingLeaf, "write", True, is_second)
     try:

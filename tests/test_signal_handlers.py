@@ -208,20 +208,20 @@ def test_a_line_whose_end_a_handler_kept_from_being_noted_is_taken_back(
 def test_while_a_value_is_made_it_refuses_no_point_by_itself(alarm: Callable[..., Any]) -> None:
     """`write="return"`: the critical section holds it and leaves the point; the reason is not a failed transform."""
     stub = SimpleNamespace(
-        _take_in=lambda *_: ([], None), _measure=lambda *_: None, end_stage=lambda *_: None, writes=True, write=alarm,
-        _options=SimpleNamespace(write="return"), _explain=str,
+        _take_in=lambda *_: ([], None), _measure=lambda *_: None, end_stage=lambda *_: None, _write=alarm,
+        _options=SimpleNamespace(write="return"), _explain=str, _direction="b2t",
+        _at_hand=(None, SimpleNamespace(decision=None), None, None, "off"),
     )  # fmt: skip
-    nothing: Any = SimpleNamespace(decision=None)
     with pytest.raises(OwnError):
-        Meeting.prepare(stub, nothing, nothing, nothing, nothing, nothing, "off")  # type: ignore[arg-type]
+        Meeting.prepare(stub)  # type: ignore[arg-type]
 
 
 def test_while_a_checksum_is_taken(alarm: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(meeting, "checksum_of_values", alarm)
     resharding = SimpleNamespace(copies_with=lambda rank: (0, 1))
-    stub, decision = SimpleNamespace(_header=SimpleNamespace(role_rank=0)), SimpleNamespace(reshardings=[resharding])
+    stub = SimpleNamespace(_header=SimpleNamespace(role_rank=0))
     with pytest.raises(OwnError):
-        Meeting._copy(stub, decision, 0, torch.zeros(1))  # type: ignore[arg-type]
+        Meeting._copy(stub, resharding, torch.zeros(1))  # type: ignore[arg-type]
 
 
 def test_while_a_vote_log_is_made_nobody_hears_that_there_is_none(

@@ -46,7 +46,7 @@ class PointOptions:
 
     def is_posted(self, role: RoleName, direction: Direction) -> bool:
         """Whether this job sends the point, and goes on without waiting for the other."""
-        return role == sender_role(direction) and (self.wait == "job" or self.one_sided == "skip")
+        return (self.wait == "job" or self.one_sided == "skip") and role == sender_role(direction)
 
     @property
     def has_window(self) -> bool:

@@ -119,7 +119,8 @@ class MatchedPoints:
             raise
         if self._early.points:
             self._meetings.make_up(session, self._early)
-        self._meetings.say_step(session, self._steps.step)
+        if self._meetings.says_steps:
+            self._meetings.say_step(session, self._steps.step)
         return session
 
     def make_up_in_background(self) -> None:

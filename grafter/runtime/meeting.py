@@ -22,6 +22,7 @@ from grafter.core.messages.manifest import Header, Pair, store_keys
 from grafter.core.messages.states import NotMet
 from grafter.core.plan.decision import Decision, decide
 from grafter.core.plan.paired_rows import PairedRows
+from grafter.core.plan.resharding import Resharding
 from grafter.core.plan.transfer_plan import TransferPlan, make_plan
 from grafter.core.points import PointKey
 from grafter.core.processes.watch import Abandoned, PeerGone
@@ -56,8 +57,9 @@ class _Course:
     is_posted: bool
 
 
-class Meeting:
-    """One point on one participant, from its header to its line in the ledger."""
+class Meeting(Work):
+    """One point on one participant, from its header to its line in the ledger. On a receiver it is also what the
+    critical section carries out."""
 
     def __init__(
         self,
@@ -76,8 +78,11 @@ class Meeting:
         self._bytes_sent = self._bytes_received = 0
         self._sequence = 0
         self._is_receiver = session.place.role == receiver_role(direction)
-        self.writes = direction != "compare"
         self._is_settled = False
+        # Of a receiver: what it works with, what has come in for each leaf, and what was written.
+        self._at_hand: tuple[Pair, _Course, TransferPlan, Leaves, Stats]
+        self._incoming: list[IncomingLeaf] = []
+        self._written: list[Written] = []
         # For the board, while it lasts.
         self.stage: Stage = "pairing"
         self.point, self.call_site = key, header.call_site
@@ -147,10 +152,9 @@ class Meeting:
         elif not self._is_receiver:
             outcome, reason = self._send(pair, course, plan, self._outgoing(decision, leaves) + extras)
         else:
-            reception = _Receiving(self, pair, course, plan, leaves, stats)
-            outcome, reason = self._receive(course, reception)
+            outcome, reason = self._receive(pair, course, plan, leaves, stats)
             if outcome == "grafted":
-                value = leaves.rebuilt([w.value for w in reception.written])
+                value = leaves.rebuilt([w.value for w in self._written])
         self._finish(course, outcome, reason)
         if outcome == "failed" and self._is_receiver and self._options.on_transform_error == "raise":
             raise PointFailed(f"the point {self._key} failed on every receiver, and nothing was written: {reason}")
@@ -208,29 +212,32 @@ class Meeting:
             self.end_stage("exchange")
         return ("compared" if self._direction == "compare" else "sent"), None
 
-    def _receive(self, course: _Course, receiving: _Receiving) -> tuple[Outcome, str | None]:
-        settled = self._session.agreement.settle(self._key, course.receivers, receiving)
+    def _receive(
+        self, pair: Pair, course: _Course, plan: TransferPlan, leaves: Leaves, stats: Stats
+    ) -> tuple[Outcome, str | None]:
+        self._at_hand = pair, course, plan, leaves, stats
+        settled = self._session.agreement.settle(self._key, course.receivers, self)
         self._is_settled = True
         if settled.refusal is not None:
             self.end_stage("agreement")
             outcome: Outcome = "failed"
         else:
             outcome = "compared" if self._direction == "compare" else "grafted"
-        arrived = self._error_of(settled, receiving)
+        arrived = self._error_of(settled) if settled.held or settled.fault is not None else None
         if arrived is not None:
             with contextlib.suppress(RunError):
                 self._finish(course, outcome, settled.refusal)
             raise arrived
-        self._note_saturated(receiving)
+        self._note_saturated()
         if outcome == "compared":
-            return outcome, self._why_unmeasured(receiving.stats)
+            return outcome, self._why_unmeasured(stats)
         return outcome, settled.refusal
 
-    def _error_of(self, settled: Settled, receiving: _Receiving) -> BaseException | None:
+    def _error_of(self, settled: Settled) -> BaseException | None:
         error = settled.error
         if settled.refusal is not None or settled.fault is None:
             return error
-        done, paths = receiving.progress, [record.path for record in self._leaf_records]
+        done, paths = self.progress, [record.path for record in self._leaf_records]
         failed = PointFailed(
             f"all receivers of the point {self._key} had agreed to write, and {self._header.who} could not: "
             f"{type(settled.fault).__name__}: {settled.fault}. It has written the leaves {paths[:done]}, and not, or "
@@ -240,36 +247,45 @@ class Meeting:
         failed.__cause__ = settled.fault
         return failed
 
-    def _note_saturated(self, receiving: _Receiving) -> None:
-        for index, (one, done) in enumerate(zip(receiving.incoming, receiving.written, strict=False)):
+    def _note_saturated(self) -> None:
+        for index, (one, done) in enumerate(zip(self._incoming, self._written, strict=False)):
             count = one.saturated if one.saturated is not None else done.saturated
             if count is not None:
                 self._leaf_records[index] = self._leaf_records[index].model_copy(update={"saturated": count})
 
-    def prepare(
-        self, receiving: _Receiving, pair: Pair, course: _Course, plan: TransferPlan, leaves: Leaves, stats: Stats
-    ) -> str | None:
+    def prepare(self) -> str | None:
         """The value, complete, checked and measured; else why there is none."""
-        receiving.incoming, refusal = self._take_in(pair, course, plan, leaves)
+        pair, course, plan, leaves, stats = self._at_hand
+        self._incoming, refusal = self._take_in(pair, course, plan, leaves)
         self.stage = "measuring"
-        self._measure(course.decision, leaves, receiving.incoming, stats)
+        self._measure(course.decision, leaves, self._incoming, stats)
         self.end_stage("statistics")
-        if refusal is None and self.writes and self._options.write == "return":
+        if refusal is None and self._direction != "compare" and self._options.write == "return":
             # Touches no memory of the program. So what could fail here fails before the vote.
             try:
-                self.write(receiving, leaves)
+                self._write(leaves)
             except Exception as error:
                 if is_from_signal_handler(error):
                     raise
                 return self._explain(error)
         return refusal
 
-    def write(self, receiving: _Receiving, leaves: Leaves) -> None:
+    def write(self) -> None:
+        self.stage = "writing"
+        self.end_stage("agreement")
+        if self._direction != "compare":
+            self._write(self._at_hand[3])
+            self.end_stage("write")
+
+    def _write(self, leaves: Leaves) -> None:
         """Goes on with the first leaf that is not known to be written."""
-        mode, written = WriteMode(self._options.write, self._options.gradient), receiving.written
-        while len(written) < len(receiving.incoming):
-            index = len(written)
-            written.append(receiving.incoming[index].write(leaves.originals[index], mode))
+        mode, written, incoming = WriteMode(self._options.write, self._options.gradient), self._written, self._incoming
+        while (index := len(written)) < len(incoming):
+            written.append(incoming[index].write(leaves.originals[index], mode))
+
+    @property
+    def progress(self) -> int:
+        return len(self._written)
 
     def _take_in(
         self, pair: Pair, course: _Course, plan: TransferPlan, leaves: Leaves
@@ -357,8 +373,10 @@ class Meeting:
                     logger.warning("grafter: no statistics of %s: %s: %s", self._key, type(error).__name__, error)
             if incoming and incoming[index].replicas is not None:
                 figures["replicas"] = incoming[index].replicas
-            if incoming and (copy := self._copy(decision, index, incoming[index].target)) is not None:
-                figures["copy_of"] = copy
+            if incoming and decision.reshardings is not None:
+                copy = self._copy(decision.reshardings[index], incoming[index].target)
+                if copy is not None:
+                    figures["copy_of"] = copy
             records.append(record.model_copy(update=figures) if figures else record)
         self._leaf_records = records
 
@@ -371,10 +389,9 @@ class Meeting:
             return "GRAFTER_STATS=off: no figures were taken"
         return self._no_figures or f"no figures of {missing or 'the tensor'} were taken"
 
-    def _copy(self, decision: Decision, leaf: int, target: torch.Tensor) -> CopyRecord | None:
+    def _copy(self, resharding: Resharding, target: torch.Tensor) -> CopyRecord | None:
         """This rank's copy, where other receivers have copies that are to be compared with it, by all ledgers."""
-        reshardings = decision.reshardings
-        ranks = reshardings[leaf].copies_with(self._header.role_rank) if reshardings is not None else ()
+        ranks = resharding.copies_with(self._header.role_rank)
         if not ranks:
             return None
         try:
@@ -466,35 +483,6 @@ class Meeting:
             "tokens": self.rows.counts(self._header) if self.rows is not None else None,
             "only_in": None,
         }
-
-
-class _Receiving(Work):
-    """What one receiver does with a point, once both sides have met."""
-
-    def __init__(
-        self, meeting: Meeting, pair: Pair, course: _Course, plan: TransferPlan, leaves: Leaves, stats: Stats
-    ) -> None:
-        self._meeting, self._pair, self._course, self._plan = meeting, pair, course, plan
-        self._leaves, self.stats = leaves, stats
-        self.incoming: list[IncomingLeaf] = []
-        self.written: list[Written] = []
-
-    def prepare(self) -> str | None:
-        return self._meeting.prepare(self, self._pair, self._course, self._plan, self._leaves, self.stats)
-
-    def write(self) -> None:
-        self._meeting.stage = "writing"
-        self._meeting.end_stage("agreement")
-        if self._meeting.writes:
-            self._meeting.write(self, self._leaves)
-            self._meeting.end_stage("write")
-
-    @property
-    def progress(self) -> int:
-        return len(self.written)
-
-    def at(self, stage: Stage) -> None:
-        self._meeting.stage = stage
 
 
 @lru_cache(maxsize=4096)

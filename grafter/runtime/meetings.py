@@ -66,7 +66,7 @@ class Meetings:
         """Meet the other side at one point; what `dump` returns. taken: the point as it is saved, where it is."""
         named = {**tags, "name": key.name, "step": key.step, "phase": key.phase}
         self._sequence += 1
-        if options.is_posted(session.place.role, direction):
+        if options.is_posted(self._place.role, direction):
             one_sided = options.one_sided == "skip"
             posting = Posting(
                 session, key, direction, named, one_sided=one_sided, is_kept=one_sided and options.wait == "both"

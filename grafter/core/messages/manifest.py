@@ -96,7 +96,8 @@ class Manifest(BaseModel):
 
 def manifest_text(role: RoleName, header_texts: Sequence[str], conflict: str | None) -> str:
     """A manifest as it travels, made of headers as they travelled."""
-    return f'{{"role":"{role}","headers":[{",".join(header_texts)}],"conflict":{json.dumps(conflict)}}}'
+    said = "null" if conflict is None else json.dumps(conflict)
+    return f'{{"role":"{role}","headers":[{",".join(header_texts)}],"conflict":{said}}}'
 
 
 def with_tokens_told_once(headers: Sequence[Header]) -> list[Header]:

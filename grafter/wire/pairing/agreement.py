@@ -33,9 +33,10 @@ class Agreement:
         self, client: StoreClient, courier: Courier, roster: Roster, role: RoleName, role_rank: int, timeout: float
     ) -> None:
         self._client, self._courier, self._roster = client, courier, roster
+        self._run_prefix = client.run_prefix
         self._role, self._role_rank, self._timeout = role, role_rank, timeout
         self._who = f"{role} rank {role_rank}"
-        self._logs = HostLogs(courier, roster, role, role_rank, client.run_prefix)
+        self._logs = HostLogs(courier, roster, role, role_rank, self._run_prefix)
 
     def settle(self, key: PointKey, receivers: tuple[int, ...], work: Work) -> Settled:
         """Exchange, vote, and write if all receivers have voted yes. receivers: role ranks, this one among them.
@@ -46,7 +47,8 @@ class Agreement:
         log = self._log(key, receivers)
         settled = CriticalSection(log, self._role_rank, receivers, work, self._who).run()
         log.close()
-        self._tell(key, settled)
+        if settled.is_refused_here:
+            self._tell(key, settled)
         return settled
 
     def leave(self, key: PointKey, receivers: tuple[int, ...], error: BaseException) -> None:
@@ -62,12 +64,12 @@ class Agreement:
 
     def refuse(self, key: PointKey, reason: str) -> None:
         """Give a point up: all ranks that still move its bytes, senders and receivers, hear it in about a second."""
-        self._client.set(store_keys(self._client.run_prefix, key.digest).outcome, REFUSE, reason)
+        self._client.set(store_keys(self._run_prefix, key.digest).outcome, REFUSE, reason)
 
     def _log(self, key: PointKey, receivers: tuple[int, ...]) -> VoteLog:
         if len(receivers) == 1:
             return OwnVotes(self._role_rank)
-        keys = store_keys(self._client.run_prefix, key.digest)
+        keys = store_keys(self._run_prefix, key.digest)
 
         def make_wait(has_grown: Callable[[], bool] | None = None) -> Wait:
             needs = frozenset(self._roster.graft_rank(self._role, r) for r in receivers if r != self._role_rank)
@@ -84,7 +86,7 @@ class Agreement:
         """What the receivers' lowest rank deletes of a point, once all participants are past it."""
         if self._role_rank != min(receivers):
             return []
-        keys = store_keys(self._client.run_prefix, key.digest)
+        keys = store_keys(self._run_prefix, key.digest)
         deletable = [keys.outcome] if has_failed else []
         if len(receivers) > 1 and not self._courier.mail_inside:
             deletable += [keys.log, keys.decided]

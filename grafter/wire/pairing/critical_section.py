@@ -55,8 +55,8 @@ class Work(ABC):
     def progress(self) -> int:
         """How many leaves are written."""
 
-    def at(self, stage: Stage) -> None:  # noqa: B027 only a live point is on the board
-        """What this rank does now, for the board."""
+    # What this rank does now, for the board; the section says when it votes and when it waits for the others.
+    stage: Stage
 
 
 @dataclass
@@ -115,15 +115,27 @@ class CriticalSection:
     def _attempt(self) -> Settled:
         is_leaving, self._is_leaving = self._is_leaving or bool(self.held), True
         course = self._leave() if is_leaving else take_part(self._role_rank, self._receivers)
-        step, result = _BEGIN, None
+        send, log, step = course.send, self._log, _BEGIN
+        result: object = None
         while True:
             try:
                 try:
-                    step = course.send(result)
+                    step = send(result)
                 except StopIteration as end:
                     step = _END
                     return self._settled(end.value, is_leaving)
-                result = self._perform(step)
+                # By identity, in the order of a common point, and not in a function of its own: this is done eight
+                # times at each point.
+                if step is READ:
+                    result = log.read()
+                elif step is PREPARE:
+                    result = self._prepare()
+                elif step is OPEN:
+                    result = log.open()
+                elif step is WRITE:
+                    result = self._work.write()
+                else:
+                    result = self._perform(step)
             except Exception as error:
                 if not self._is_hopeless(step, error):
                     raise
@@ -140,21 +152,16 @@ class CriticalSection:
         name = type(self.held[0]).__name__ if self.held else "an exception"
         return f"{self._who} left with {name}"
 
+    def _prepare(self) -> str | None:
+        self._log.offer()
+        self._reason = self._work.prepare() or ""
+        return self._reason or None
+
     def _perform(self, step: Step) -> object:
-        # By identity, and in the order of a common point: this costs as much as the rest of the section.
+        """All other steps."""
         log = self._log
-        if step is READ:
-            return log.read()
-        if step is WRITE:
-            return self._work.write()
-        if step is PREPARE:
-            log.offer()
-            self._reason = self._work.prepare() or ""
-            return self._reason or None
-        if step is OPEN:
-            return log.open()
         if step is AWAIT:
-            self._work.at("deciding")
+            self._work.stage = "deciding"
             return log.await_news()
         if step.name is WAKE:
             assert step.outcome is not None
@@ -162,7 +169,7 @@ class CriticalSection:
         if step.kind != YES:
             self._reason = step.reason
         if step.name is APPEND:
-            self._work.at("voting")
+            self._work.stage = "voting"
             return log.append(step.kind, step.reason)
         assert step.name is EXCUSE
         return log.excuse(step.reason)

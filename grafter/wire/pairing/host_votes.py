@@ -6,7 +6,6 @@ the others look for it among that process's open files when they first vote.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import time
@@ -39,31 +38,29 @@ class HostLogs:
     def __init__(self, courier: Courier, roster: Roster, role: RoleName, role_rank: int, run_prefix: str) -> None:
         self._courier, self._roster, self._role, self._role_rank = courier, roster, role, role_rank
         self._run_prefix = run_prefix
-        self._logs: dict[tuple[int, ...], SharedBallots] = {}
-        # Those that this rank made and has told the others of.
-        self._offered: set[tuple[int, ...]] = set()
+        # Those that this rank has made, since it is the lowest.
+        self._made: dict[tuple[int, ...], SharedBallots] = {}
+        # Those that may be used: opened, or made and offered to the others.
+        self.usable: dict[tuple[int, ...], SharedBallots] = {}
         # Those of which the lowest rank has told this one, which it does once.
         self._heard: set[tuple[int, ...]] = set()
         # How often the lowest rank could not make a set's log. The next point tries again, under another name.
         self._failures: dict[tuple[int, ...], int] = {}
 
-    def find(self, receivers: tuple[int, ...]) -> SharedBallots | None:
-        return self._logs.get(receivers)
-
     def offer(self, receivers: tuple[int, ...]) -> str | None:
         """The lowest rank makes the log, and tells the others. Returns why it could not; then the others hear that."""
-        if receivers in self._offered or self._role_rank != receivers[0]:
+        if receivers in self.usable or self._role_rank != receivers[0]:
             return None
         place = self._place(receivers)
         try:
-            if receivers not in self._logs:
+            if receivers not in self._made:
                 # There is one, unregistered, where an exception arrived right after it was made. Never make two: some
                 # receivers would open the one, and some the other.
                 name = self._name(receivers)
                 fd = shared_ballots.find(os.getpid(), name)
                 if fd is None:
                     fd = shared_ballots.create(name)
-                self._logs[receivers] = SharedBallots(fd, self._role_rank, receivers, reclaims=True)
+                self._made[receivers] = SharedBallots(fd, self._role_rank, receivers, reclaims=True)
             self._bring(receivers, place, _HERE, "")
         except OSError as error:
             if is_from_signal_handler(error):
@@ -72,7 +69,7 @@ class HostLogs:
             self._bring(receivers, place, _NONE, problem)
             self._failures[receivers] = self._failures.get(receivers, 0) + 1
             return problem
-        self._offered.add(receivers)
+        self.usable[receivers] = self._made[receivers]
         return None
 
     def _bring(self, receivers: tuple[int, ...], place: str, kind: str, text: str) -> None:
@@ -87,7 +84,7 @@ class HostLogs:
 
     def open(self, receivers: tuple[int, ...], make_wait: MakeWait) -> str | None:
         """Why this rank has no log of these receivers; None if it has one from now on. May wait for the lowest rank."""
-        if receivers in self._offered or (receivers in self._logs and self._role_rank != receivers[0]):
+        if receivers in self.usable:
             return None
         place = self._place(receivers)
         try:
@@ -124,7 +121,7 @@ class HostLogs:
             )
         if fd is None:
             return f"{self._role} rank {receivers[0]} (pid {lowest.pid}) has no vote log open"
-        self._logs[receivers] = SharedBallots(fd, self._role_rank, receivers, reclaims=False)
+        self.usable[receivers] = SharedBallots(fd, self._role_rank, receivers, reclaims=False)
         return None
 
     def graft_ranks(self, receivers: Sequence[int]) -> list[int]:
@@ -132,9 +129,10 @@ class HostLogs:
         return [self._roster.graft_rank(self._role, rank) for rank in receivers if rank != self._role_rank]
 
     def close(self) -> None:
-        for log in self._logs.values():
+        for log in (self._made | self.usable).values():
             log.close()
-        self._logs.clear()
+        self._made.clear()
+        self.usable.clear()
 
 
 class HostVotes(VoteLog):
@@ -150,35 +148,41 @@ class HostVotes(VoteLog):
         role_rank: int,
         make_wait: MakeWait,
     ) -> None:
-        self._logs, self._courier, self._keys, self._receivers = logs, courier, keys, receivers
+        self._logs, self._courier, self._receivers = logs, courier, receivers
         self._digest, self._role_rank, self._make_wait = bytes.fromhex(digest), role_rank, make_wait
+        self._key = keys.outcome
         # Its own: a letter replaces an earlier one under its key.
-        self._excuse_key = f"{keys.outcome}/{_GIVE_UP}"
+        self._excuse_key = f"{self._key}/{_GIVE_UP}"
+        # Looked up once for each point, though it serves all of them.
+        self._log = logs.usable.get(receivers)
         self._letter: Sealed | None = None
         self._has_woken = False
 
     def offer(self) -> None:
-        self._logs.offer(self._receivers)
+        if self._log is None:
+            self._logs.offer(self._receivers)
+            self._log = self._logs.usable.get(self._receivers)
 
     def open(self) -> str | None:
-        return self._logs.open(self._receivers, self._make_wait)
-
-    @property
-    def _log(self) -> SharedBallots:
-        log = self._logs.find(self._receivers)
-        assert log is not None
-        return log
+        if self._log is None:
+            problem = self._logs.open(self._receivers, self._make_wait)
+            if problem is not None:
+                return problem
+            self._log = self._logs.usable[self._receivers]
+        return None
 
     def append(self, kind: int, reason: str) -> None:
+        assert self._log is not None
         self._log.append(self._digest, kind)
 
     def read(self) -> Sequence[Ballot]:
+        assert self._log is not None
         return self._log.read(self._digest)
 
     def await_news(self) -> str | None:
+        assert self._log is not None
         has_grown = self._log.has_grown
-        keys = [self._keys.outcome, self._excuse_key]
-        key, letter = self._courier.fetch_first(lambda: self._make_wait(has_grown), keys)
+        key, letter = self._courier.fetch_first(lambda: self._make_wait(has_grown), (self._key, self._excuse_key))
         if key == self._excuse_key:
             return letter.payload
         self._letter = letter
@@ -192,24 +196,25 @@ class HostVotes(VoteLog):
             if outcome.is_committed and self._letter is None:
                 # It read the log before the letter came.
                 self._letter = Sealed(_DECIDED, "", "")
-                self._courier.discard(self._keys.outcome)
+                self._courier.discard(self._key)
         elif not self._has_woken:
-            self._bring(self._keys.outcome, _DECIDED, reason)
+            self._bring(self._key, _DECIDED, reason)
             self._has_woken = True
 
     def excuse(self, reason: str) -> None:
         self._bring(self._excuse_key, _GIVE_UP, reason)
-        for key in (self._keys.outcome, self._excuse_key):
+        for key in (self._key, self._excuse_key):
             self._courier.discard(key)
 
     def _bring(self, key: str, kind: str, reason: str) -> None:
-        # Where the run is over, all others hear that, and read the log by themselves.
-        with contextlib.suppress(RunError):
-            others = self._logs.graft_ranks(self._receivers)
-            self._courier.bring(others, key, kind, reason, by_mail=True)
+        try:
+            self._courier.bring(self._logs.graft_ranks(self._receivers), key, kind, reason, by_mail=True)
+        except RunError:
+            # Where the run is over, all others hear that, and read the log by themselves.
+            return
 
     def reason_of(self, outcome: Outcome, *, is_leaving: bool) -> str:
-        began, key = time.monotonic(), self._keys.outcome
+        began, key = time.monotonic(), self._key
         while self._letter is None:
             if not is_leaving:
                 try:
@@ -226,6 +231,5 @@ class HostVotes(VoteLog):
         return self._letter.payload
 
     def close(self) -> None:
-        log = self._logs.find(self._receivers)
-        if log is not None:
-            log.forget(self._digest)
+        if self._log is not None:
+            self._log.forget(self._digest)

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import NamedTuple
 
+from grafter.core.direction import RoleName
 from grafter.core.messages.manifest import Header, Manifest, Pair, StoreKeys, manifest_text, store_keys
 from grafter.core.messages.roster import Roster, other_role
 from grafter.core.messages.states import NOT_MET, ONE_SIDED, NotMet, read_not_met
@@ -26,6 +28,18 @@ from grafter.wire.rendezvous.courier import Courier
 from grafter.wire.store_client import StoreClient
 
 
+class _OwnSide(NamedTuple):
+    """One set of participants of this rank's job, as this rank sees it. The same ones come again at every point.
+
+    leader: a role rank. others: all but this rank. `..._graft` are the same as graft ranks.
+    """
+
+    leader: int
+    leader_graft: int
+    others: tuple[int, ...]
+    others_graft: tuple[int, ...]
+
+
 class Pairing:
     """Meets the other side at one point after another. Called by the dump thread of every participant."""
 
@@ -39,6 +53,8 @@ class Pairing:
         self._refusals = Refusals(client, monitor, self._known)
         self._place = MeetingPlace(client, courier, monitor, roster, self._known, self._refusals)
         self.claims, self.words = self._place.claims, self._place.words
+        # By own role, rank and participants.
+        self._own_sides: dict[tuple[RoleName, int, tuple[int, ...]], _OwnSide] = {}
         # By own participants: the graft rank of the leader that they met.
         self._last_other_leader: dict[tuple[int, ...], int] = {}
         # What this rank has put into the store for the point under way.
@@ -57,22 +73,30 @@ class Pairing:
         # Before anything is offered: once the run is over, the other side must not take this for a point to come.
         self._monitor.check()
         self._one_sided = one_sided
-        keys = store_keys(self._run_prefix, key.digest)
-        leader = min(header.participants)
-        if header.role_rank == leader:
-            met = self._lead(key, header, keys)
+        keys, own = store_keys(self._run_prefix, key.digest), self._own_side(header)
+        if header.role_rank == own.leader:
+            met = self._lead(key, header, own, keys)
         else:
-            self._bring_header(header, keys)
-            met = self._follow(key, header, keys)
+            self._bring_header(header, own, keys)
+            met = self._follow(key, header, own, keys)
         if isinstance(met, Pair) and "checked" not in met.memo:
             self._refusals.check_pair(key, met)
         return met
 
-    def _lead(self, key: PointKey, header: Header, keys: StoreKeys) -> Pair | NotMet:
+    def _own_side(self, header: Header) -> _OwnSide:
+        known = (header.role, header.role_rank, header.participants)
+        own = self._own_sides.get(known)
+        if own is None:
+            leader, others = min(header.participants), tuple(r for r in header.participants if r != header.role_rank)
+            leader_graft, *others_graft = (self._roster.graft_rank(header.role, r) for r in (leader, *others))
+            own = self._own_sides[known] = _OwnSide(leader, leader_graft, others, tuple(others_graft))
+        return own
+
+    def _lead(self, key: PointKey, header: Header, own: _OwnSide, keys: StoreKeys) -> Pair | NotMet:
         mine = None
         try:
-            mine = self._collect(key, header, keys)
-            return self._meet_other_leader(key, header, mine, keys)
+            mine = self._collect(key, header, own, keys)
+            return self._meet_other_leader(key, header, own, mine, keys)
         except GivenUp as given_up:
             told = self._last_other_leader.pop(header.participants, None)
             if told is not None:
@@ -88,23 +112,21 @@ class Pairing:
             others = [self._roster.graft_rank(header.role, r) for r in here]
             return self._hand_on(NotMet("skipped", str(given_up)), "", header, others, keys)
 
-    def _follow(self, key: PointKey, header: Header, keys: StoreKeys) -> Pair | NotMet:
+    def _follow(self, key: PointKey, header: Header, own: _OwnSide, keys: StoreKeys) -> Pair | NotMet:
         try:
-            leader = min(header.participants)
-            told = self._wait_for_own_side(key, header, [keys.pair(header.role)], [leader])[0]
+            told = self._wait_for_own_side(key, header, [keys.pair(header.role)], [own.leader_graft])[0]
         except GivenUp as given_up:
-            self._take_back_header(key, header, keys)
+            self._take_back_header(key, header, own, keys)
             return NotMet("skipped", str(given_up))
         return read_not_met(told.payload) if told.kind == NOT_MET else self._known.pair(told.payload)
 
-    def _take_back_header(self, key: PointKey, header: Header, keys: StoreKeys) -> None:
+    def _take_back_header(self, key: PointKey, header: Header, own: _OwnSide, keys: StoreKeys) -> None:
         """This follower has gone on: a leader that still comes must not count it among those that are there."""
-        first, place = min(header.participants), keys.header(header.role, header.role_rank)
-        leader = self._roster.graft_rank(header.role, first)
-        if self._monitor.step_ends.reached(self._client, header.role)[first] <= key.step:
-            self._bring([leader], place, ABSENT, _gave_up_before(header))
+        place = keys.header(header.role, header.role_rank)
+        if self._monitor.step_ends.reached(self._client, header.role)[own.leader] <= key.step:
+            self._bring([own.leader_graft], place, ABSENT, _gave_up_before(header))
         elif self._courier.mail_inside:
-            self._courier.recall(leader, place)
+            self._courier.recall(own.leader_graft, place)
         else:
             self._monitor.delete_later([place])
 
@@ -116,39 +138,38 @@ class Pairing:
         """
         self._monitor.check()
         self._one_sided = one_sided
-        keys = store_keys(self._run_prefix, key.digest)
-        if header.role_rank != min(header.participants):
-            self._bring_header(header, keys)
+        keys, own = store_keys(self._run_prefix, key.digest), self._own_side(header)
+        if header.role_rank != own.leader:
+            self._bring_header(header, own, keys)
             return None
         try:
-            mine = self._collect(key, header, keys)
+            mine = self._collect(key, header, own, keys)
         except GivenUp as given_up:
             self._monitor.delete_later(self._courier.take_left_in_store())
             found = self._client.put_if_absent(keys.state, ONE_SIDED, str(given_up))
             return (ONE_SIDED, str(given_up)) if found is None else (found.kind, found.payload)
-        if len(header.participants) > 1 and not self._courier.mail_inside:
-            others = [rank for rank in header.participants if rank != header.role_rank]
-            self._monitor.delete_later([keys.header(header.role, rank) for rank in others])
+        if own.others and not self._courier.mail_inside:
+            self._monitor.delete_later([keys.header(header.role, rank) for rank in own.others])
         return self._place.post(key, header, keys, mine)
 
-    def _collect(self, key: PointKey, header: Header, keys: StoreKeys) -> str:
+    def _collect(self, key: PointKey, header: Header, own: _OwnSide, keys: StoreKeys) -> str:
         """The leader's part: its own role's headers, checked against each other, as the text of a manifest."""
-        others = [rank for rank in header.participants if rank != header.role_rank]
-        if not others:
+        if not own.others:
             return manifest_text(header.role, [header.text], None)
-        places = [keys.header(header.role, rank) for rank in others]
-        came = self._wait_for_own_side(key, header, places, others, collects=True)
+        places = [keys.header(header.role, rank) for rank in own.others]
+        came = self._wait_for_own_side(key, header, places, own.others_graft, collects=True)
         return self._known.collected(header, [sealed.payload for sealed in came])
 
-    def _bring_header(self, header: Header, keys: StoreKeys) -> None:
-        leader = self._roster.graft_rank(header.role, min(header.participants))
-        self._bring([leader], keys.header(header.role, header.role_rank), "header", header.text)
+    def _bring_header(self, header: Header, own: _OwnSide, keys: StoreKeys) -> None:
+        self._bring([own.leader_graft], keys.header(header.role, header.role_rank), "header", header.text)
 
-    def _meet_other_leader(self, key: PointKey, header: Header, mine: str, keys: StoreKeys) -> Pair | NotMet:
+    def _meet_other_leader(
+        self, key: PointKey, header: Header, own: _OwnSide, mine: str, keys: StoreKeys
+    ) -> Pair | NotMet:
         """The leaders' part: each gets the other's manifest, and hands both to its own side."""
         theirs: Sealed | None = None
         told: int | None = None
-        others = [self._roster.graft_rank(header.role, r) for r in header.participants if r != header.role_rank]
+        others = own.others_graft
         if header.wait == "job":
             early = self._place.find_early(mine)
             if early is not None:
@@ -250,10 +271,9 @@ class Pairing:
         return self._courier.fetch(lambda: self._make_wait(key, header), places, by_mail=by_mail)
 
     def _wait_for_own_side(
-        self, key: PointKey, header: Header, places: Sequence[str], role_ranks: Sequence[int], *, collects: bool = False
+        self, key: PointKey, header: Header, places: Sequence[str], writers: Sequence[int], *, collects: bool = False
     ) -> list[Sealed]:
-        """What these ranks of this job, one for each place, bring there."""
-        writers = [self._roster.graft_rank(header.role, rank) for rank in role_ranks]
+        """What these ranks of this job, one for each place, bring there. writers: graft ranks."""
         by_mail = self._courier.mail_inside
         make_wait = partial(self._make_wait, key, header, collects=collects)
         return self._courier.fetch(make_wait, places, by_mail=by_mail, writers=writers)

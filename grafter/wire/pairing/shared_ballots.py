@@ -14,6 +14,7 @@ import mmap
 import os
 import struct
 from collections.abc import Sequence
+from functools import lru_cache
 
 from grafter.core.commit_protocol import Ballot
 from grafter.core.signal_handlers import is_from_signal_handler
@@ -23,6 +24,10 @@ _LOOK_BYTES = 64 * _RECORD.size
 RECLAIMED_BYTES = 1 << 20
 # Points that are over, of which a late ballot may still come.
 _REMEMBERED = 64
+
+
+# The same ones come again at every point.
+_ballot = lru_cache(maxsize=4096)(Ballot)
 
 
 def create(name: str) -> int:
@@ -98,7 +103,7 @@ class SharedBallots:
         while True:
             records = os.pread(self.fd, _LOOK_BYTES, self._position)
             for point, role_rank, kind in _RECORD.iter_unpack(records):
-                self._take(point, Ballot(role_rank, kind))
+                self._take(point, _ballot(role_rank, kind))
                 # One by one: whatever interrupts this, a record is taken twice at most, which changes no outcome.
                 self._position += _RECORD.size
             if len(records) < _LOOK_BYTES:

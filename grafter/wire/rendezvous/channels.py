@@ -139,7 +139,8 @@ class Channels:
         writers: the graft rank that writes to each, where that is known: then this looks there first.
         """
         unread = self._unread
-        self.spin(self._spinning, keys)
+        if self._spinning.is_worthwhile:
+            self.spin(self._spinning, keys)
         deadline = time.monotonic() + _SHORTLY_SECONDS
         while not all(map(unread.__contains__, keys)):
             # By the clock, whatever has come: letters for other points must not keep this rank here.
@@ -193,7 +194,7 @@ class Channels:
 
     def spin(self, spinning: Spinning, keys: Sequence[str]) -> None:
         """Look for these letters again and again, for as long as `spinning` says."""
-        if not spinning.is_worthwhile or not (until := spinning.until()):
+        if not (until := spinning.until()):
             return
         while not all(map(self._unread.__contains__, keys)):
             if not self._fetch(0) and time.monotonic() > until:
@@ -248,28 +249,31 @@ class Channels:
         if self._is_reading:
             self._go_on_reading()
         ready = self._ready.poll(seconds, _READY_AT_ONCE)
-        if not ready:
-            return False
-        self._is_reading = True
         for descriptor, _ in ready:
-            channel = self._by_descriptor[descriptor]
-            if _take_in(channel, _RECEIVE):
-                self._read(channel)
-        self._is_reading = False
-        return True
+            self._take(self._by_descriptor[descriptor], _RECEIVE)
+        return bool(ready)
 
     def _fetch_from(self, channel: _Channel) -> bool:
         """Take a letter from this channel; False if it has none within some 10 ms."""
+        return self._fetch(_SHORTLY_SECONDS) if channel.is_closed else self._take(channel, _RECEIVE_SHORTLY)
+
+    def _take(self, channel: _Channel, how: tuple[tuple[int], tuple[int], tuple[int]]) -> bool:
+        """Take a letter from this channel, whether there was one. By one call into `arrived`, so that no signal's
+        handler can lose it in between."""
         if self._is_reading:
             self._go_on_reading()
-        if channel.is_closed:
-            return self._fetch(_SHORTLY_SECONDS)
         self._is_reading = True
-        is_there = _take_in(channel, _RECEIVE_SHORTLY)
-        if is_there:
-            self._read(channel)
+        try:
+            channel.arrived.extend(map(channel.receive, *how))
+        except (BlockingIOError, ConnectionResetError) as error:
+            # Reset: the peer has left with something of ours unread. What it sent before is still there.
+            if is_from_signal_handler(error):
+                raise
+            self._is_reading = False
+            return False
+        self._read(channel)
         self._is_reading = False
-        return is_there
+        return True
 
     def _go_on_reading(self) -> None:
         """A signal's handler has raised in the middle of it."""
@@ -348,18 +352,3 @@ def _raise_unless_full(error: OSError, graft_rank: int) -> None:
         time.sleep(0.001)
     elif not isinstance(error, BlockingIOError):
         raise PeerGone(graft_rank, f"its channel is closed ({error.strerror or error})") from error
-
-
-def _take_in(channel: _Channel, how: tuple[tuple[int], tuple[int], tuple[int]]) -> bool:
-    """Move a letter from the socket to `arrived`, by one call, so that no signal's handler can lose it in between.
-
-    Whether there was one.
-    """
-    try:
-        channel.arrived.extend(map(channel.receive, *how))
-        return True
-    except (BlockingIOError, ConnectionResetError) as error:
-        # Reset: the peer has left with something of ours unread. What it sent before is still there.
-        if is_from_signal_handler(error):
-            raise
-        return False
