@@ -126,7 +126,7 @@ def in_shared_memory(*, is_first: bool) -> HostVotes:
 
 
 class VotesMeanwhile(Courier):
-    """Whoever waits for a letter gives the other receiver time to vote."""
+    """Whoever waits for a message gives the other receiver time to vote."""
 
     other: HostVotes
 
@@ -440,11 +440,11 @@ def test_where_the_log_is_lost_this_rank_has_written_nothing_and_says_that_other
     assert "cannot know whether the other receivers have" in settled.refusal
 
 
-def test_letters_that_cannot_be_sent_keep_nobody_from_writing() -> None:
+def test_messages_that_cannot_be_sent_keep_nobody_from_writing() -> None:
     class Mute(Votes):
         def wake(self, outcome: Outcome, reason: str) -> None:
             self.woken += 1
-            raise OSError("no letter")
+            raise OSError("no message")
 
     work, log = TwoLeaves(), Mute([Ballot(1, YES)])
     settled = CriticalSection(log, 0, RECEIVERS, work, "target rank 0").run()

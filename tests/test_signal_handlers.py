@@ -234,7 +234,7 @@ def test_while_a_vote_log_is_made_nobody_hears_that_there_is_none(
         logs.offer((0, 1))
     assert not post.boxes[1]
     assert logs.offer((0, 1)) is None
-    assert [letter.kind for letter in post.boxes[1].values()] == ["here"]
+    assert [message.kind for message in post.boxes[1].values()] == ["here"]
     logs.close()
 
 

@@ -172,7 +172,8 @@ def test_a_process_that_cannot_be_looked_into_is_an_error_that_names_it() -> Non
 
 
 def test_who_may_not_open_the_log_refuses_each_point_until_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Too many open files, say, or a process that is undumpable. It waits for no second letter, which does not come."""
+    """Too many open files, say, or a process that is undumpable. It does not wait for a second message, which never
+    comes."""
     post, run = Post(), f"denied{os.getpid()}"
     hosts = [HostLogs(Courier(post, rank), Roster(), "target", rank, run) for rank in (0, 1)]  # type: ignore[arg-type]
 

@@ -1,4 +1,4 @@
-"""What vote logs need of a rank, in one process: letters that have arrived once they are sent, and a roster."""
+"""What vote logs need of a rank, in one process: messages that have arrived once they are sent, and a roster."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ DIGEST = "0123456789abcdef01234567"
 
 
 class Post:
-    """Letters of all ranks of a host: what was brought has arrived."""
+    """Messages of all ranks of a host: what was brought has arrived."""
 
     def __init__(self) -> None:
         self.boxes: dict[int, dict[str, Sealed]] = defaultdict(dict)
-        # (rank, key) of letters that are dropped when they come.
+        # (rank, key) of messages that are dropped when they come.
         self.unwanted: set[tuple[int, str]] = set()
 
 
 class Courier:
-    """As one rank sees it. A letter that is waited for must be there."""
+    """As one rank sees it. A message that is waited for must be there."""
 
     def __init__(self, post: Post, rank: int, client: StoreClient | None = None) -> None:
         self._post, self._rank, self._client = post, rank, client

@@ -204,16 +204,16 @@ class SharedMemoryExchange(Exchange):
     def _read_answer(self, plan: TransferPlan, receiver: int, sending: _Sending, watch: Watch) -> None:
         """Take a block, or hear a refusal. One of a point that was given up before is passed over."""
         keys = (_refusal_key(receiver), _block_key(receiver))
-        key, letter = self._channels.wait_for_any(keys, watch, receiver)
+        key, message = self._channels.wait_for_any(keys, watch, receiver)
         if key == _refusal_key(receiver):
-            digest, _, reason = letter.payload.partition(" ")
+            digest, _, reason = message.payload.partition(" ")
             if digest == plan.digest:
                 raise Abandoned(reason)
             return
-        self._take_block(receiver, sending, letter)
+        self._take_block(receiver, sending, message)
 
-    def _take_block(self, receiver: int, sending: _Sending, letter: Sealed) -> None:
-        descriptor, numbers = letter.descriptor, letter.payload.split(" ")
+    def _take_block(self, receiver: int, sending: _Sending, message: Sealed) -> None:
+        descriptor, numbers = message.descriptor, message.payload.split(" ")
         if descriptor is None or len(numbers) != 2 or not all(number.isdecimal() for number in numbers):
             raise ProtocolError(
                 f"{self._roster.who(receiver)} offers a block in a way that the protocol does not have."

@@ -86,7 +86,7 @@ class Delivery:
             (length,) = _LENGTH.unpack(_read_exactly(connection, _LENGTH.size))
             if length > _LONGEST_REQUEST_BYTES:
                 return
-            base, sealed = self._seal.open_letter(_read_exactly(connection, length))
+            base, sealed = self._seal.unseal(_read_exactly(connection, length))
             entry = self._find_entry(base)
             if sealed.kind != _PULL or entry is None or entry.slot is None:
                 return

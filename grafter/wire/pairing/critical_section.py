@@ -141,7 +141,7 @@ class CriticalSection:
                     raise
                 if step.name != WAKE:
                     return self._settled_by(step, error)
-                # The others wait for a letter in vain, until their time is up; then they read the log.
+                # The others wait for a message in vain, until their time is up; then they read the log.
                 result = None
 
     def _leave(self) -> Course:

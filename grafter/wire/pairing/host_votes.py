@@ -1,4 +1,4 @@
-"""The vote log of receivers that share a host: shared ballots, and a letter to wake those who wait.
+"""The vote log of receivers that share a host: shared ballots, and a message to wake those who wait.
 
 One log serves one set of receivers for the whole run. Its lowest rank makes it at the set's first point and says so;
 the others look for it among that process's open files when they first vote.
@@ -24,7 +24,7 @@ from grafter.wire.pairing.shared_ballots import SharedBallots
 from grafter.wire.pairing.vote_log import VoteLog
 from grafter.wire.rendezvous.courier import Courier
 
-# What a letter says: the log is here; there is no log; the point is decided; give the point up, please.
+# What a message says: the log is here; there is no log; the point is decided; give the point up, please.
 _HERE, _NONE, _DECIDED, _GIVE_UP = "here", "none", "decided", "give-up"
 # So long a receiver waits for the reason of another's refusal, which follows its ballot; the second where it leaves.
 _REASON_SECONDS, _LEAVING_SECONDS = 10.0, 1.0
@@ -90,19 +90,19 @@ class HostLogs:
         try:
             if self._role_rank == receivers[0]:
                 return self.offer(receivers)
-            # Looked for first: an exception may have taken the letter with it.
+            # Looked for first: an exception may have taken the message with it.
             problem = self._find(receivers)
             if problem is None and receivers not in self._heard:
                 self._courier.discard(place)
             if problem is None or receivers in self._heard:
                 # What keeps this rank from opening a log that is there may be over at the next point.
                 return problem
-            letter = self._courier.fetch(lambda: make_wait(None), [place], by_mail=True)[0]
+            message = self._courier.fetch(lambda: make_wait(None), [place], by_mail=True)[0]
         except RunError as error:
             return f"the run was over before {self._role} rank {self._role_rank} could vote ({error})"
-        if letter.kind == _NONE:
+        if message.kind == _NONE:
             self._failures[receivers] = self._failures.get(receivers, 0) + 1
-            return letter.payload
+            return message.payload
         self._heard.add(receivers)
         return self._find(receivers)
 
@@ -151,11 +151,11 @@ class HostVotes(VoteLog):
         self._logs, self._courier, self._receivers = logs, courier, receivers
         self._digest, self._role_rank, self._make_wait = bytes.fromhex(digest), role_rank, make_wait
         self._key = keys.outcome
-        # Its own: a letter replaces an earlier one under its key.
+        # Its own: a message replaces an earlier one under its key.
         self._excuse_key = f"{self._key}/{_GIVE_UP}"
         # Looked up once for each point, though it serves all of them.
         self._log = logs.usable.get(receivers)
-        self._letter: Sealed | None = None
+        self._message: Sealed | None = None
         self._has_woken = False
 
     def offer(self) -> None:
@@ -182,10 +182,10 @@ class HostVotes(VoteLog):
     def await_news(self) -> str | None:
         assert self._log is not None
         has_grown = self._log.has_grown
-        key, letter = self._courier.fetch_first(lambda: self._make_wait(has_grown), (self._key, self._excuse_key))
+        key, message = self._courier.fetch_first(lambda: self._make_wait(has_grown), (self._key, self._excuse_key))
         if key == self._excuse_key:
-            return letter.payload
-        self._letter = letter
+            return message.payload
+        self._message = message
         return None
 
     def wake(self, outcome: Outcome, reason: str) -> None:
@@ -193,9 +193,9 @@ class HostVotes(VoteLog):
             # Nothing has to be asked for any more.
             self._courier.discard(self._excuse_key)
         if outcome.decided_by != self._role_rank:
-            if outcome.is_committed and self._letter is None:
-                # It read the log before the letter came.
-                self._letter = Sealed(_DECIDED, "", "")
+            if outcome.is_committed and self._message is None:
+                # It read the log before the message came.
+                self._message = Sealed(_DECIDED, "", "")
                 self._courier.discard(self._key)
         elif not self._has_woken:
             self._bring(self._key, _DECIDED, reason)
@@ -215,20 +215,20 @@ class HostVotes(VoteLog):
 
     def reason_of(self, outcome: Outcome, *, is_leaving: bool) -> str:
         began, key = time.monotonic(), self._key
-        while self._letter is None:
+        while self._message is None:
             if not is_leaving:
                 try:
-                    letters = self._courier.fetch_shortly(lambda: self._make_wait(None), [key])
-                    self._letter = letters[0] if letters is not None else None
+                    messages = self._courier.fetch_shortly(lambda: self._make_wait(None), [key])
+                    self._message = messages[0] if messages is not None else None
                 except RunError:
                     is_leaving = True
             else:
-                self._letter = self._courier.look(key)
-                time.sleep(0 if self._letter is not None else 0.001)
+                self._message = self._courier.look(key)
+                time.sleep(0 if self._message is not None else 0.001)
             seconds = _LEAVING_SECONDS if is_leaving else _REASON_SECONDS
-            if self._letter is None and time.monotonic() > began + seconds:
+            if self._message is None and time.monotonic() > began + seconds:
                 return f"rank {outcome.decided_by} of the receivers has given the point up"
-        return self._letter.payload
+        return self._message.payload
 
     def close(self) -> None:
         if self._log is not None:

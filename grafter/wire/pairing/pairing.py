@@ -106,7 +106,7 @@ class Pairing:
                 # They may still come, and must not post what nobody waits for.
                 self._left_in_store = [place for place in self._left_in_store if place != keys.first]
                 self._place.give_up(header, keys, mine)
-            # Those that have passed the step would keep the letter for ever.
+            # Those that have passed the step would keep the message for ever.
             reached = self._monitor.step_ends.reached(self._client, header.role)
             here = [r for r in header.participants if r != header.role_rank and reached[r] <= key.step]
             others = [self._roster.graft_rank(header.role, r) for r in here]

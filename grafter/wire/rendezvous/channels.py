@@ -1,10 +1,10 @@
-"""Channels: how ranks of one host talk. A connected Unix socket for each pair carries letters and file descriptors.
+"""Channels: how ranks of one host talk. A connected Unix socket for each pair carries messages and file descriptors.
 
-A letter is sealed text under a key (wire), written by the rank at the other end and read in the order in which it was
+A message is sealed text under a key (wire), written by the rank at the other end and read in the order in which it was
 sent. What was sent has arrived: nothing is under way that the receiver's monitor thread could not see. It takes
 20 us, where the store takes 110. A closed channel is a rank that has left or died.
 
-A letter may bring a file descriptor, as the blocks of shared memory do.
+A message may bring a file descriptor, as the blocks of shared memory do.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from grafter.core.signal_handlers import is_from_signal_handler
 from grafter.errors import ProtocolError
 from grafter.wire.rendezvous.connecting import signature_of
 from grafter.wire.rendezvous.spinning import Spinning
-from grafter.wire.rendezvous.unread_letters import UnreadLetters
+from grafter.wire.rendezvous.unread_messages import UnreadMessages
 
 # As plain numbers: arithmetic with the enum costs more than the system call.
 _TRUNCATED = int(socket.MSG_TRUNC) | int(socket.MSG_CTRUNC)
@@ -37,10 +37,10 @@ _POLL_SECONDS = 0.25
 _SHORTLY_SECONDS = 0.01
 # Well under the kernel's limit for a message; what is larger goes through the store.
 LONGEST_MAIL_BYTES = 64 << 10
-_LONGEST_LETTER_BYTES = LONGEST_MAIL_BYTES + (8 << 10)
-# Of recvmsg: the letter, room for two descriptors (one is legal), flags.
+_LONGEST_SEALED_BYTES = LONGEST_MAIL_BYTES + (8 << 10)
+# Of recvmsg: the message, room for two descriptors (one is legal), flags.
 _CLOSE_ON_EXEC = int(getattr(socket, "MSG_CMSG_CLOEXEC", 0))
-_RECEIVE_SHORTLY = ((_LONGEST_LETTER_BYTES,), (socket.CMSG_SPACE(2 * _DESCRIPTOR_BYTES),), (_CLOSE_ON_EXEC,))
+_RECEIVE_SHORTLY = ((_LONGEST_SEALED_BYTES,), (socket.CMSG_SPACE(2 * _DESCRIPTOR_BYTES),), (_CLOSE_ON_EXEC,))
 _RECEIVE = (*_RECEIVE_SHORTLY[:2], (int(socket.MSG_DONTWAIT) | _CLOSE_ON_EXEC,))
 _TIMEVAL = struct.Struct("ll")
 _READY_AT_ONCE = 16
@@ -83,9 +83,9 @@ class Channels:
             channel.connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
             self._ready.register(descriptor, select.EPOLLIN)
         self._spinning = Spinning(roster.has_core_each)
-        self._letters = UnreadLetters(self._who)
-        self._unread = self._letters.by_key
-        # Set while a letter may be neither in its socket nor among the unread ones.
+        self._messages = UnreadMessages(self._who)
+        self._unread = self._messages.by_key
+        # Set while a message may be neither in its socket nor among the unread ones.
         self._is_reading = False
         self._process_id = os.getpid()
 
@@ -94,7 +94,7 @@ class Channels:
     def send(
         self, graft_rank: int, key: str, kind: str, payload: str, watch: Watch, descriptor: int | None = None
     ) -> None:
-        """Send a letter, with a copy of a file descriptor if one is given.
+        """Send a message, with a copy of a file descriptor if one is given.
 
         Waits only while the channel is full, reads what arrives meanwhile, and asks `watch` whether to go on. Raises
         PeerGone if the channel is closed.
@@ -103,17 +103,17 @@ class Channels:
             self._await_room(self._channels[graft_rank], watch)
 
     def try_to_send(self, graft_rank: int, key: str, kind: str, payload: str, descriptor: int | None = None) -> bool:
-        """Send a letter if the channel has room for it; whether it had. Never waits."""
+        """Send a message if the channel has room for it; whether it had. Never waits."""
         channel = self._channels.get(graft_rank)
         if channel is None or channel.is_closed:
             raise PeerGone(graft_rank, "its channel is closed")
-        letter = self._seal.seal(key, kind, payload).encode()
+        message = self._seal.seal(key, kind, payload).encode()
         try:
             if descriptor is None:
-                channel.connection.send(letter, _SEND_FLAGS)
+                channel.connection.send(message, _SEND_FLAGS)
             else:
                 rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [descriptor]))]
-                channel.connection.sendmsg([letter], rights, _SEND_FLAGS)
+                channel.connection.sendmsg([message], rights, _SEND_FLAGS)
         except OSError as error:
             _raise_unless_full(error, graft_rank)
             return False
@@ -134,7 +134,7 @@ class Channels:
     # Receiving.
 
     def await_shortly(self, keys: Sequence[str], writers: Sequence[int] = ()) -> list[Sealed] | None:
-        """The letters for these keys; None where one is still missing after some 10 ms.
+        """The messages for these keys; None where one is still missing after some 10 ms.
 
         writers: the graft rank that writes to each, where that is known: then this looks there first.
         """
@@ -143,7 +143,7 @@ class Channels:
             self.spin(self._spinning, keys)
         deadline = time.monotonic() + _SHORTLY_SECONDS
         while not all(map(unread.__contains__, keys)):
-            # By the clock, whatever has come: letters for other points must not keep this rank here.
+            # By the clock, whatever has come: messages for other points must not keep this rank here.
             left = deadline - time.monotonic()
             if left <= 0:
                 return None
@@ -154,7 +154,7 @@ class Channels:
         return list(map(unread.pop, keys))
 
     def _fetch_missing(self, keys: Sequence[str], writers: Sequence[int]) -> bool:
-        """Take a letter from the first rank whose letter is missing; False if it has none within some 10 ms."""
+        """Take a message from the first rank whose message is missing; False if it has none within some 10 ms."""
         for key, writer in zip(keys, writers, strict=True):
             if key not in self._unread:
                 channel = self._channels.get(writer)
@@ -162,7 +162,7 @@ class Channels:
         return True
 
     def wait(self, keys: Sequence[str], watch: Watch, writers: Sequence[int] = ()) -> list[Sealed]:
-        """The letters for these keys, once all have come.
+        """The messages for these keys, once all have come.
 
         writers: for each key, the graft rank that writes to it. Raises PeerGone once one of them has closed its channel
         and has not written.
@@ -182,7 +182,7 @@ class Channels:
         return list(map(unread.pop, keys))
 
     def wait_for_any(self, keys: Sequence[str], watch: Watch, writer: int | None = None) -> tuple[str, Sealed]:
-        """The first of these letters that is there, with its key. writer: of them all, where it is one rank."""
+        """The first of these messages that is there, with its key. writer: of them all, where it is one rank."""
         while True:
             for key in keys:
                 if key in self._unread:
@@ -193,7 +193,7 @@ class Channels:
                 watch.check()
 
     def spin(self, spinning: Spinning, keys: Sequence[str]) -> None:
-        """Look for these letters again and again, for as long as `spinning` says."""
+        """Look for these messages again and again, for as long as `spinning` says."""
         if not (until := spinning.until()):
             return
         while not all(map(self._unread.__contains__, keys)):
@@ -203,26 +203,26 @@ class Channels:
         spinning.tell(paid=True)
 
     def look(self, key: str) -> Sealed | None:
-        """The letter for a key if it is there. What was sent has arrived, so this never waits."""
+        """The message for a key if it is there. What was sent has arrived, so this never waits."""
         self._fetch_all()
         return self._unread.pop(key, None)
 
     def has(self, key: str) -> bool:
-        """Whether the letter for a key has come; it stays where it is."""
+        """Whether the message for a key has come; it stays where it is."""
         self._fetch_all()
         return key in self._unread
 
     def discard(self, key: str) -> None:
-        """Throw away the letter for this key, now or when it comes."""
-        self._letters.discard(key)
+        """Throw away the message for this key, now or when it comes."""
+        self._messages.discard(key)
 
     def has_news(self, keys: Sequence[str]) -> bool:
-        """Whether a letter lies there that could end a wait for these keys. May be asked from any thread."""
+        """Whether a message lies there that could end a wait for these keys. May be asked from any thread."""
         poller = select.poll()
         for channel in self._channels.values():
             if not channel.is_closed:
                 poller.register(channel.descriptor, select.POLLIN)
-        # In this order: a letter goes from its socket to the unread ones, and must not slip by in between.
+        # In this order: a message goes from its socket to the unread ones, and must not slip by in between.
         if poller.poll(0) or self._is_reading:
             return True
         return all(key in self._unread for key in keys)
@@ -239,13 +239,13 @@ class Channels:
         self.check_open(graft_rank)
 
     def _fetch_all(self) -> None:
-        """Every letter that was there at the call."""
+        """Every message that was there at the call."""
         for _ in range(_LONGEST_QUEUE):
             if not self._fetch(0):
                 return
 
     def _fetch(self, seconds: float) -> bool:
-        """Take a letter from each channel that has one; False if none has within this time."""
+        """Take a message from each channel that has one; False if none has within this time."""
         if self._is_reading:
             self._go_on_reading()
         ready = self._ready.poll(seconds, _READY_AT_ONCE)
@@ -254,11 +254,11 @@ class Channels:
         return bool(ready)
 
     def _fetch_from(self, channel: _Channel) -> bool:
-        """Take a letter from this channel; False if it has none within some 10 ms."""
+        """Take a message from this channel; False if it has none within some 10 ms."""
         return self._fetch(_SHORTLY_SECONDS) if channel.is_closed else self._take(channel, _RECEIVE_SHORTLY)
 
     def _take(self, channel: _Channel, how: tuple[tuple[int], tuple[int], tuple[int]]) -> bool:
-        """Take a letter from this channel, whether there was one. By one call into `arrived`, so that no signal's
+        """Take a message from this channel, whether there was one. By one call into `arrived`, so that no signal's
         handler can lose it in between."""
         if self._is_reading:
             self._go_on_reading()
@@ -282,11 +282,11 @@ class Channels:
         self._is_reading = False
 
     def _read(self, channel: _Channel) -> None:
-        """Put what has arrived among the unread letters."""
+        """Put what has arrived among the unread messages."""
         arrived = channel.arrived
         while arrived:
-            letter, ancillary, flags, _ = arrived[0]
-            if not letter:
+            message, ancillary, flags, _ = arrived[0]
+            if not message:
                 channel.is_closed = True
                 self._ready.unregister(channel.descriptor)
                 arrived.clear()
@@ -295,10 +295,10 @@ class Channels:
                 self._read_with_descriptor(channel)
                 continue
             try:
-                key, sealed = self._seal.open_letter(letter)
+                key, sealed = self._seal.unseal(message)
                 if sealed.writer != channel.writer:
                     self._refuse_signature(channel, sealed)
-                self._letters.put(key, sealed, len(letter))
+                self._messages.put(key, sealed, len(message))
             except ProtocolError:
                 arrived.popleft()
                 raise
@@ -310,8 +310,8 @@ class Channels:
         )
 
     def _read_with_descriptor(self, channel: _Channel) -> None:
-        """The next letter, which has brought a descriptor, or is none of ours. Nothing of it stays open otherwise."""
-        letter, ancillary, flags, _ = channel.arrived.popleft()
+        """The next message, which has brought a descriptor, or is none of ours. Nothing of it stays open otherwise."""
+        message, ancillary, flags, _ = channel.arrived.popleft()
         descriptors = array.array("i")
         for level, kind, content in ancillary:
             if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
@@ -322,11 +322,11 @@ class Channels:
                     f"{self._roster.who(channel.graft_rank)} sent a message to {self._who} that is too long, or more "
                     f"file descriptors than this process can take (see ulimit -n)."
                 )
-            key, sealed = self._seal.open_letter(letter)
+            key, sealed = self._seal.unseal(message)
             if sealed.writer != channel.writer:
                 self._refuse_signature(channel, sealed)
             descriptor = descriptors.pop() if descriptors else None
-            self._letters.put(key, sealed._replace(descriptor=descriptor), len(letter))
+            self._messages.put(key, sealed._replace(descriptor=descriptor), len(message))
         finally:
             for descriptor in descriptors:
                 os.close(descriptor)
@@ -340,7 +340,7 @@ class Channels:
                     channel.connection.shutdown(socket.SHUT_RDWR)
             channel.connection.close()
             channel.is_closed = True
-        self._letters.close()
+        self._messages.close()
         self._ready.close()
 
 

@@ -223,7 +223,7 @@ class _Connecting:
     def _rank_in(self, hello: bytes) -> int:
         """The graft rank that a hello names; -1 if it is not a valid hello of that rank."""
         try:
-            key, sealed = self._seal.open_letter(hello)
+            key, sealed = self._seal.unseal(hello)
         except ProtocolError:
             return -1
         if key != _HELLO or sealed.kind != _HELLO or not sealed.payload.isdecimal():

@@ -16,10 +16,10 @@ from grafter.core.processes.watch import PeerGone
 from grafter.wire.monitor.monitor_thread import MonitorThread
 from grafter.wire.monitor.waits import ABSENT, GivenUp, LastingWait, Wait, WaitWatch
 from grafter.wire.rendezvous.channels import LONGEST_MAIL_BYTES, Channels
-from grafter.wire.rendezvous.unread_letters import RECALL
+from grafter.wire.rendezvous.unread_messages import RECALL
 from grafter.wire.store_client import ABORT, StoreClient, decode_abort
 
-# A letter that says: too long for mail, look into the store.
+# A message that says: too long for mail, look into the store.
 _STORED = "stored"
 _SHORTEST_POLL_SECONDS, _LONGEST_POLL_SECONDS = 0.0002, 0.05
 
@@ -80,14 +80,14 @@ class Courier:
     ) -> list[Sealed]:
         """Wait for what was brought under these keys, by the graft ranks `writers` where these are known.
 
-        The wait that `make_wait` makes is looked after by the monitor thread. It is not made where the letters
+        The wait that `make_wait` makes is looked after by the monitor thread. It is not made where the messages
         come shortly, as most do. Raises GivenUp where the wait is of a one-sided point, and is in vain.
         """
         channels = self._channels if by_mail else None
         if channels is not None:
-            letters = self.fetch_shortly(make_wait, keys, writers)
-            if letters is not None:
-                return letters
+            messages = self.fetch_shortly(make_wait, keys, writers)
+            if messages is not None:
+                return messages
         wait = make_wait()
         if channels is None:
             wait.awaits = tuple(keys)
@@ -100,23 +100,23 @@ class Courier:
         wait.has_news = lambda: channels.has_news(keys)
         self._monitor.look_for_absent(wait, self._client)
         with self._monitor.waiting(wait):
-            letters = channels.wait(keys, WaitWatch(self._monitor, wait))
-        return self._opened(letters, make_wait)
+            messages = channels.wait(keys, WaitWatch(self._monitor, wait))
+        return self._opened(messages, make_wait)
 
     def fetch_first(self, make_wait: Callable[[], Wait], keys: Sequence[str]) -> tuple[str, Sealed]:
-        """Wait for the first letter that comes by mail under any of these keys, with its key; as `fetch` otherwise.
+        """Wait for the first message that comes by mail under any of these keys, with its key; as `fetch` otherwise.
 
-        keys: that of the letter which comes as a rule stands first.
+        keys: that of the message which comes as a rule stands first.
         """
         channels = self._channels
         assert channels is not None
-        if (letters := self.fetch_shortly(make_wait, keys[:1])) is not None:
-            return keys[0], letters[0]
+        if (messages := self.fetch_shortly(make_wait, keys[:1])) is not None:
+            return keys[0], messages[0]
         wait = make_wait()
         wait.has_news = lambda: any(channels.has_news([key]) for key in keys)
         with self._monitor.waiting(wait):
-            key, letter = channels.wait_for_any(keys, WaitWatch(self._monitor, wait))
-        return key, self._opened([letter], make_wait)[0]
+            key, message = channels.wait_for_any(keys, WaitWatch(self._monitor, wait))
+        return key, self._opened([message], make_wait)[0]
 
     def await_stored(self, make_wait: Callable[[], Wait], key: str) -> None:
         """Wait until something lies under a key of the store. No call of the store blocks meanwhile, so that whatever
@@ -137,24 +137,24 @@ class Courier:
         assert self._channels is not None
         if self._monitor.aborted is not None:
             self._monitor.check()
-        letters = self._channels.await_shortly(keys, writers)
-        if letters is None:
+        messages = self._channels.await_shortly(keys, writers)
+        if messages is None:
             return None
-        for letter in letters:
-            if letter.kind in (_STORED, ABSENT):
-                return self._opened(letters, make_wait)
-        return letters
+        for message in messages:
+            if message.kind in (_STORED, ABSENT):
+                return self._opened(messages, make_wait)
+        return messages
 
-    def _opened(self, letters: list[Sealed], make_wait: Callable[[], Wait]) -> list[Sealed]:
-        """The letters, those too long for mail read from the store."""
-        _none_absent(letters)
-        stored = tuple(letter.payload for letter in letters if letter.kind == _STORED)
+    def _opened(self, messages: list[Sealed], make_wait: Callable[[], Wait]) -> list[Sealed]:
+        """The messages, those too long for mail read from the store."""
+        _none_absent(messages)
+        stored = tuple(message.payload for message in messages if message.kind == _STORED)
         if not stored:
-            return letters
+            return messages
         wait = make_wait()
         wait.awaits = stored
         with self._monitor.waiting(wait):
-            return [self._client.get(letter.payload) if letter.kind == _STORED else letter for letter in letters]
+            return [self._client.get(message.payload) if message.kind == _STORED else message for message in messages]
 
     def discard(self, key: str) -> None:
         """What came by another way already need not come by mail again."""
@@ -162,26 +162,26 @@ class Courier:
             self._channels.discard(key)
 
     def has(self, key: str) -> bool:
-        """Whether a letter has come; it stays where it is."""
+        """Whether a message has come; it stays where it is."""
         return self._channels is not None and self._channels.has(key)
 
     def look(self, key: str) -> Sealed | None:
-        """A letter that has come, without waiting for one."""
+        """A message that has come, without waiting for one."""
         return self._channels.look(key) if self._channels is not None else None
 
     def recall(self, receiver: int, key: str) -> None:
-        """Take back a letter that was written to the wrong rank, which would keep it for ever."""
+        """Take back a message that was written to the wrong rank, which would keep it for ever."""
         self.bring([receiver], key, RECALL, "", by_mail=True)
 
     def take_left_in_store(self) -> list[str]:
-        """The store keys of letters that were too long, since this was last asked: to be deleted with their point."""
+        """The store keys of messages that were too long, since this was last asked: to be deleted with their point."""
         left, self._left_in_store = self._left_in_store, []
         return left
 
 
-def _none_absent(letters: list[Sealed]) -> list[Sealed]:
+def _none_absent(messages: list[Sealed]) -> list[Sealed]:
     """Raises GivenUp where one says that the rank which is waited for does not come to a one-sided point."""
-    absent = next((letter for letter in letters if letter.kind == ABSENT), None)
+    absent = next((message for message in messages if message.kind == ABSENT), None)
     if absent is not None:
         raise GivenUp(absent.payload)
-    return letters
+    return messages

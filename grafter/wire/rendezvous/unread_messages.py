@@ -8,30 +8,30 @@ from grafter.core.messages.wire import Sealed
 from grafter.errors import ProtocolError
 
 RECALL = "recall"
-_MOST_LETTERS = 100_000
+_MOST_MESSAGES = 100_000
 _MOST_BYTES = 256 << 20
 # Of one writer, which sends its block again only when it has a larger one, under the same key.
 _MOST_DESCRIPTORS = 4
 _MOST_UNWANTED = 4096
-_LONG_LETTER_BYTES = 8 << 10
+_LONG_MESSAGE_BYTES = 8 << 10
 
 
-class UnreadLetters:
+class UnreadMessages:
     """Those of one rank. Changed by its dump thread alone; each change is one step, so that another thread may look."""
 
     def __init__(self, who: str) -> None:
         self._who = who
         self.by_key: dict[str, Sealed] = {}
-        # Keys whose letters are dropped when they come.
+        # Keys whose messages are dropped when they come.
         self._unwanted: dict[str, None] = {}
 
     def put(self, key: str, sealed: Sealed, nbytes: int) -> None:
-        """Take in a letter that has come; it replaces an earlier one under its key.
+        """Take in a message that has come; it replaces an earlier one under its key.
 
-        nbytes: of the letter as it came. Raises ProtocolError where more waits than a run can have.
+        nbytes: of the message as it came. Raises ProtocolError where more waits than a run can have.
         """
         if sealed.kind == RECALL:
-            # Written to the wrong rank; letters of one writer come in order, so it is here.
+            # Written to the wrong rank; messages of one writer come in order, so it is here.
             _close_descriptor(sealed)
             if (recalled := self.by_key.pop(key, None)) is not None:
                 _close_descriptor(recalled)
@@ -40,7 +40,7 @@ class UnreadLetters:
             del self._unwanted[key]
             _close_descriptor(sealed)
             return
-        if nbytes > _LONG_LETTER_BYTES or sealed.descriptor is not None or len(self.by_key) >= _MOST_LETTERS:
+        if nbytes > _LONG_MESSAGE_BYTES or sealed.descriptor is not None or len(self.by_key) >= _MOST_MESSAGES:
             self._check_room(sealed)
         earlier = self.by_key.get(key)
         self.by_key[key] = sealed
@@ -49,10 +49,10 @@ class UnreadLetters:
 
     def _check_room(self, sealed: Sealed) -> None:
         waiting = self.by_key.values()
-        nbytes = sum(len(letter.payload) for letter in waiting)
+        nbytes = sum(len(message.payload) for message in waiting)
         # Each of many receivers may have sent its block to one sender.
-        descriptors = sum(letter.descriptor is not None and letter.writer == sealed.writer for letter in waiting)
-        if len(waiting) < _MOST_LETTERS and nbytes <= _MOST_BYTES and descriptors < _MOST_DESCRIPTORS:
+        descriptors = sum(message.descriptor is not None and message.writer == sealed.writer for message in waiting)
+        if len(waiting) < _MOST_MESSAGES and nbytes <= _MOST_BYTES and descriptors < _MOST_DESCRIPTORS:
             return
         _close_descriptor(sealed)
         raise ProtocolError(
@@ -61,21 +61,21 @@ class UnreadLetters:
         )
 
     def discard(self, key: str) -> None:
-        """Throw away the letter for this key, now or when it comes."""
-        letter = self.by_key.pop(key, None)
-        if letter is not None:
-            _close_descriptor(letter)
+        """Throw away the message for this key, now or when it comes."""
+        message = self.by_key.pop(key, None)
+        if message is not None:
+            _close_descriptor(message)
             return
         self._unwanted[key] = None
         if len(self._unwanted) > _MOST_UNWANTED:
             del self._unwanted[next(iter(self._unwanted))]
 
     def close(self) -> None:
-        for letter in self.by_key.values():
-            _close_descriptor(letter)
+        for message in self.by_key.values():
+            _close_descriptor(message)
         self.by_key.clear()
 
 
-def _close_descriptor(letter: Sealed) -> None:
-    if letter.descriptor is not None:
-        os.close(letter.descriptor)
+def _close_descriptor(message: Sealed) -> None:
+    if message.descriptor is not None:
+        os.close(message.descriptor)
