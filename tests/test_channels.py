@@ -18,8 +18,8 @@ from grafter.core.messages.wire import Seal, Sealed
 from grafter.core.processes.watch import PeerGone
 from grafter.errors import ProtocolError, RunError
 from grafter.wire.rendezvous import unread_messages as module
-from grafter.wire.rendezvous.channels import LONGEST_MAIL_BYTES, Channels
-from grafter.wire.rendezvous.courier import Courier
+from grafter.wire.rendezvous.channels import LONGEST_MESSAGE_BYTES, Channels
+from grafter.wire.rendezvous.message_router import MessageRouter
 from grafter.wire.rendezvous.unread_messages import RECALL, UnreadMessages
 
 SMALL = 4608  # the least that Linux gives
@@ -137,8 +137,8 @@ def test_a_message_that_is_discarded_before_it_comes_is_dropped_once(pair: tuple
 
 def test_the_longest_message_fits(pair: tuple[Channels, Channels]) -> None:
     first, second = pair
-    first.send(1, "long", "x", "y" * LONGEST_MAIL_BYTES, NoEnd())
-    assert len(second.wait(["long"], NoEnd())[0].payload) == LONGEST_MAIL_BYTES
+    first.send(1, "long", "x", "y" * LONGEST_MESSAGE_BYTES, NoEnd())
+    assert len(second.wait(["long"], NoEnd())[0].payload) == LONGEST_MESSAGE_BYTES
 
 
 def test_a_rank_that_signs_as_another_ends_the_run(pair: tuple[Channels, Channels]) -> None:
@@ -158,7 +158,7 @@ def test_an_invalid_message_ends_the_run(pair: tuple[Channels, Channels]) -> Non
 
 def test_a_message_that_is_too_long_ends_the_run(pair: tuple[Channels, Channels]) -> None:
     first, second = pair
-    first._channels[1].connection.send(b"x" * (LONGEST_MAIL_BYTES * 2))
+    first._channels[1].connection.send(b"x" * (LONGEST_MESSAGE_BYTES * 2))
     with pytest.raises(ProtocolError, match="too long"):
         second.look("point")
 
@@ -254,20 +254,20 @@ class WaitKeeper:
             raise self.aborted
 
 
-def courier_of(one: Channels, keeper: WaitKeeper) -> Courier:
+def router_of(one: Channels, keeper: WaitKeeper) -> MessageRouter:
     client: Any = None
     monitor: Any = keeper
-    return Courier(client, monitor, one._roster, 0, one, 7.0)
+    return MessageRouter(client, monitor, one._roster, 0, one, 7.0)
 
 
 def test_a_wait_for_room_explains_itself_and_has_a_deadline(narrow: tuple[Channels, Channels]) -> None:
     """The monitor thread is told whose channel is full, and by when it must have room."""
     first, _ = narrow
     keeper = WaitKeeper()
-    courier = courier_of(first, keeper)
+    router = router_of(first, keeper)
     fill(first, 1)
     with pytest.raises(RunError, match="waited in vain for room in the channel to target rank 0"):
-        courier.bring([1], "one more", "x", MESSAGE, by_mail=True)
+        router.send([1], "one more", "x", MESSAGE, by_channel=True)
     (wait,) = keeper.waits
     assert (wait.stage, wait.timeout, wait.needs) == ("sending", 7.0, frozenset([1]))
     assert keeper.ended == keeper.waits
@@ -276,7 +276,7 @@ def test_a_wait_for_room_explains_itself_and_has_a_deadline(narrow: tuple[Channe
 def test_a_message_that_has_room_begins_no_wait(pair: tuple[Channels, Channels]) -> None:
     first, second = pair
     keeper = WaitKeeper()
-    courier_of(first, keeper).bring([1], "point", "x", "y", by_mail=True)
+    router_of(first, keeper).send([1], "point", "x", "y", by_channel=True)
     assert second.look("point") is not None
     assert not keeper.waits
 

@@ -36,9 +36,9 @@ MOST_KEYS = 60
 def graft_often(rank: Rank) -> int:
     carrier, points, width = rank.arguments
     if carrier == "store":
-        from grafter.wire.rendezvous import courier
+        from grafter.wire.rendezvous import message_router
 
-        courier._one_host = lambda members: False
+        message_router._one_host = lambda members: False
     value = torch.ones(2)
     for number in range(points):
         # Wide: a header that is too long for a message.

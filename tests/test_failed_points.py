@@ -174,9 +174,9 @@ def fail_often(rank: Rank) -> tuple[int, int]:
     """How many reasons of refused points were in the store once, and how many are there in the end."""
     points, through_the_store = rank.arguments
     if through_the_store:
-        from grafter.wire.rendezvous import courier
+        from grafter.wire.rendezvous import message_router
 
-        courier._one_host = lambda members: False
+        message_router._one_host = lambda members: False
     counter, names, seen = StepCounter(), [], 0
     for number in range(points):
         grafter.dump("h", torch.ones(2), number=number, transform=None if rank.is_baseline else refuse)

@@ -23,7 +23,7 @@ from grafter.wire.monitor.store_silence import StoreWait
 from grafter.wire.monitor.waits import Wait, WatchedWait
 from grafter.wire.pairing.critical_section import CriticalSection, Settled, Work
 from grafter.wire.pairing.store_votes import StoreVotes
-from grafter.wire.rendezvous.courier import Courier
+from grafter.wire.rendezvous.message_router import MessageRouter
 from grafter.wire.store_client import StoreClient
 from grafter.wire.store_server import HostedStore, connect
 
@@ -105,9 +105,9 @@ class Receiver:
         self.client.call_monitor = StoreWait(self.keeper, 60.0)
         member = SimpleNamespace(role="target", socket_name="")
         roster: Any = SimpleNamespace(all=[member] * 2, side=lambda role: [member] * 2)
-        courier = Courier(self.client, self.keeper, roster, role_rank, None, 60.0)
+        router = MessageRouter(self.client, self.keeper, roster, role_rank, None, 60.0)
         writers = {f"target/{rank}": rank for rank in RECEIVERS}
-        self.log = StoreVotes(self.client, courier, KEYS, writers, lambda: Wait("agreement", "'h'", 60.0))
+        self.log = StoreVotes(self.client, router, KEYS, writers, lambda: Wait("agreement", "'h'", 60.0))
         self.work = Value()
         self.section = CriticalSection(self.log, role_rank, RECEIVERS, self.work, f"target rank {role_rank}")
 

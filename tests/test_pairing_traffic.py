@@ -20,7 +20,7 @@ from grafter.core.messages.wire import Seal, Sealed
 from grafter.core.points import PointKey
 from grafter.core.processes.liveness import ProcessIdentity
 from grafter.wire.pairing.pairing import Pairing
-from grafter.wire.rendezvous import courier
+from grafter.wire.rendezvous import message_router
 from grafter.wire.rendezvous.channels import Channels
 from grafter.wire.store_client import StoreClient
 
@@ -176,9 +176,11 @@ class Simulation:
         everyone = self._roster.all
         self._headers = [header(member.role, member.role_rank, size) for member in everyone]
         # Each rank works it out for itself, in time linear in the ranks; here once for all of them.
-        known = {id(side): courier._one_host(side) for side in (self._roster.baseline, self._roster.target, everyone)}
+        known = {
+            id(side): message_router._one_host(side) for side in (self._roster.baseline, self._roster.target, everyone)
+        }
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(courier, "_one_host", lambda side: known[id(side)])
+            patch.setattr(message_router, "_one_host", lambda side: known[id(side)])
             self._ranks = [self._make_rank(number) for number in range(2 * size)]
 
     def _watched(self, number: int) -> bool:
@@ -191,7 +193,7 @@ class Simulation:
         client = StoreClient(store, seal, "graft", is_server=True)
         monitor: Any = Watchman()
         channels: Any = CountedChannels(self._mail[number], self._mail, seal, traffic, waits)
-        own = courier.Courier(client, monitor, self._roster, number, channels, PATIENCE_SECONDS)
+        own = message_router.MessageRouter(client, monitor, self._roster, number, channels, PATIENCE_SECONDS)
         pairing = Pairing(client, own, monitor, self._roster, PATIENCE_SECONDS)
         pairing._known.pairs = self._pairs
         return pairing

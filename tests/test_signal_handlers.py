@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from vote_log_parts import Courier, Post, Roster
+from vote_log_parts import MessageRouter, Post, Roster
 
 import grafter
 from grafter.core.messages.wire import Seal
@@ -228,7 +228,7 @@ def test_while_a_vote_log_is_made_nobody_hears_that_there_is_none(
     alarm: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     post = Post()
-    logs = HostLogs(Courier(post, 0), Roster(), "target", 0, f"run{os.getpid()}")  # type: ignore[arg-type]
+    logs = HostLogs(MessageRouter(post, 0), Roster(), "target", 0, f"run{os.getpid()}")  # type: ignore[arg-type]
     with monkeypatch.context() as patch, pytest.raises(OwnError):
         patch.setattr(shared_ballots, "create", alarm)
         logs.offer((0, 1))
@@ -243,7 +243,7 @@ def test_while_a_vote_log_is_looked_for(
     function: str, alarm: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     post, run = Post(), f"look{os.getpid()}"
-    first, second = (HostLogs(Courier(post, rank), Roster(), "target", rank, run) for rank in (0, 1))  # type: ignore[arg-type]
+    first, second = (HostLogs(MessageRouter(post, rank), Roster(), "target", rank, run) for rank in (0, 1))  # type: ignore[arg-type]
     first.offer((0, 1))
     with monkeypatch.context() as patch, pytest.raises(OwnError):
         patch.setattr(fcntl if function == "fcntl" else os, function, alarm)

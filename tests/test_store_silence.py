@@ -52,9 +52,9 @@ def meet_then_wait(rank: Rank) -> float:
     """The second point starts once the test has stopped the host. How long it took to fail."""
     through_the_store, directory = rank.arguments
     if through_the_store:
-        from grafter.wire.rendezvous import courier
+        from grafter.wire.rendezvous import message_router
 
-        courier._one_host = lambda members: False
+        message_router._one_host = lambda members: False
     print_into(directory / f"{rank.role}.stderr")
     grafter.dump("first", torch.ones(1))
     if not rank.is_baseline:

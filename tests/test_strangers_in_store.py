@@ -135,9 +135,9 @@ def meet_often(rank: Rank) -> tuple[list[float], list[str]]:
     """Every value that this rank held after each point, and where it ignored what a stranger had written."""
     through_the_store, points = rank.arguments
     if through_the_store:
-        from grafter.wire.rendezvous import courier
+        from grafter.wire.rendezvous import message_router
 
-        courier._one_host = lambda members: False
+        message_router._one_host = lambda members: False
     values = []
     for number in range(points):
         value = torch.full((3,), float(number) if rank.is_baseline else -1.0)

@@ -43,8 +43,8 @@ from grafter.wire.pairing.agreement import Agreement
 from grafter.wire.pairing.pairing import Pairing
 from grafter.wire.rendezvous.channels import Channels
 from grafter.wire.rendezvous.connecting import Listener, connect_ranks, open_listener
-from grafter.wire.rendezvous.courier import Courier
 from grafter.wire.rendezvous.join import LINGER_SECONDS, Membership, StoreServer, join, store_place
+from grafter.wire.rendezvous.message_router import MessageRouter
 from grafter.wire.store_client import StoreClient
 from grafter.wire.store_server import connect
 
@@ -138,10 +138,10 @@ class Session:
         self.client.set_timeout(timeout + 5)
         self.client.call_monitor = StoreWait(self.monitor, timeout)
         self._channels = channels
-        courier = Courier(self.client, self.monitor, self.roster, self.graft_rank, channels, timeout)
-        self.pairing = Pairing(self.client, courier, self.monitor, self.roster, timeout)
+        router = MessageRouter(self.client, self.monitor, self.roster, self.graft_rank, channels, timeout)
+        self.pairing = Pairing(self.client, router, self.monitor, self.roster, timeout)
         self.transfer = self._make_transfer(config)
-        self.agreement = Agreement(self.client, courier, self.roster, self.place.role, self.place.role_rank, timeout)
+        self.agreement = Agreement(self.client, router, self.roster, self.place.role, self.place.role_rank, timeout)
         begun.check(self.run_directory)
         self._refuse_earlier_dumps(begun)
         self.failures = FailureLog(self.place.who)

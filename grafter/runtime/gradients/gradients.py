@@ -287,7 +287,7 @@ class PendingGradients:
         with session.monitor.waiting(wait):
             while True:
                 for digest in known:
-                    if session.pairing.is_asked_by_mail(digest):
+                    if session.pairing.is_asked_by_channel(digest):
                         return digest, _ASKED
                 if time.monotonic() >= next_look_in_store:
                     next_look_in_store = time.monotonic() + _STORE_SECONDS
@@ -386,7 +386,7 @@ class PendingGradients:
             participants = self.points.participants_of(session, watched)
             digest = watched.key.digest
             if session.place.role_rank == min(participants):
-                asked = session.pairing.is_asked_by_mail(digest) or session.pairing.is_asked_in_store(digest)
+                asked = session.pairing.is_asked_by_channel(digest) or session.pairing.is_asked_in_store(digest)
                 self._tell(session, participants, digest, _ASKED if asked else _DECLINED)
             else:
                 asked = self._told_by_leader(session, participants)[1] == _ASKED

@@ -19,7 +19,7 @@ from grafter.wire.pairing.critical_section import CriticalSection, Settled, Work
 from grafter.wire.pairing.host_votes import HostLogs, HostVotes
 from grafter.wire.pairing.store_votes import StoreVotes
 from grafter.wire.pairing.vote_log import OwnVotes, VoteLog
-from grafter.wire.rendezvous.courier import Courier
+from grafter.wire.rendezvous.message_router import MessageRouter
 from grafter.wire.store_client import StoreClient
 
 # Of an outcome key: the receivers have refused the point.
@@ -30,13 +30,13 @@ class Agreement:
     """Settles points among the receivers of each. Called by the dump thread of every receiver."""
 
     def __init__(
-        self, client: StoreClient, courier: Courier, roster: Roster, role: RoleName, role_rank: int, timeout: float
+        self, client: StoreClient, router: MessageRouter, roster: Roster, role: RoleName, role_rank: int, timeout: float
     ) -> None:
-        self._client, self._courier, self._roster = client, courier, roster
+        self._client, self._router, self._roster = client, router, roster
         self._run_prefix = client.run_prefix
         self._role, self._role_rank, self._timeout = role, role_rank, timeout
         self._who = f"{role} rank {role_rank}"
-        self._logs = HostLogs(courier, roster, role, role_rank, self._run_prefix)
+        self._logs = HostLogs(router, roster, role, role_rank, self._run_prefix)
 
     def settle(self, key: PointKey, receivers: tuple[int, ...], work: Work) -> Settled:
         """Exchange, vote, and write if all receivers have voted yes. receivers: role ranks, this one among them.
@@ -77,10 +77,10 @@ class Agreement:
             wait.has_grown = has_grown
             return wait
 
-        if self._courier.mail_inside:
-            return HostVotes(self._logs, self._courier, keys, key.digest, receivers, self._role_rank, make_wait)
+        if self._router.channels_within_job:
+            return HostVotes(self._logs, self._router, keys, key.digest, receivers, self._role_rank, make_wait)
         writers = {f"{self._role}/{rank}": rank for rank in receivers}
-        return StoreVotes(self._client, self._courier, keys, writers, make_wait)
+        return StoreVotes(self._client, self._router, keys, writers, make_wait)
 
     def keys_to_delete(self, key: PointKey, receivers: tuple[int, ...], *, has_failed: bool) -> list[str]:
         """What the receivers' lowest rank deletes of a point, once all participants are past it."""
@@ -88,7 +88,7 @@ class Agreement:
             return []
         keys = store_keys(self._run_prefix, key.digest)
         deletable = [keys.outcome] if has_failed else []
-        if len(receivers) > 1 and not self._courier.mail_inside:
+        if len(receivers) > 1 and not self._router.channels_within_job:
             deletable += [keys.log, keys.decided]
         return deletable
 

@@ -22,7 +22,7 @@ from grafter.wire.monitor.waits import Wait
 from grafter.wire.pairing import shared_ballots
 from grafter.wire.pairing.shared_ballots import SharedBallots
 from grafter.wire.pairing.vote_log import VoteLog
-from grafter.wire.rendezvous.courier import Courier
+from grafter.wire.rendezvous.message_router import MessageRouter
 
 # What a message says: the log is here; there is no log; the point is decided; give the point up, please.
 _HERE, _NONE, _DECIDED, _GIVE_UP = "here", "none", "decided", "give-up"
@@ -35,8 +35,8 @@ MakeWait = Callable[[Callable[[], bool] | None], Wait]
 class HostLogs:
     """The logs of this rank's sets of receivers."""
 
-    def __init__(self, courier: Courier, roster: Roster, role: RoleName, role_rank: int, run_prefix: str) -> None:
-        self._courier, self._roster, self._role, self._role_rank = courier, roster, role, role_rank
+    def __init__(self, router: MessageRouter, roster: Roster, role: RoleName, role_rank: int, run_prefix: str) -> None:
+        self._router, self._roster, self._role, self._role_rank = router, roster, role, role_rank
         self._run_prefix = run_prefix
         # Those that this rank has made, since it is the lowest.
         self._made: dict[tuple[int, ...], SharedBallots] = {}
@@ -61,19 +61,19 @@ class HostLogs:
                 if fd is None:
                     fd = shared_ballots.create(name)
                 self._made[receivers] = SharedBallots(fd, self._role_rank, receivers, reclaims=True)
-            self._bring(receivers, place, _HERE, "")
+            self._send(receivers, place, _HERE, "")
         except OSError as error:
             if is_from_signal_handler(error):
                 raise
             problem = f"{self._role} rank {self._role_rank} cannot make a vote log in shared memory: {error}"
-            self._bring(receivers, place, _NONE, problem)
+            self._send(receivers, place, _NONE, problem)
             self._failures[receivers] = self._failures.get(receivers, 0) + 1
             return problem
         self.usable[receivers] = self._made[receivers]
         return None
 
-    def _bring(self, receivers: tuple[int, ...], place: str, kind: str, text: str) -> None:
-        self._courier.bring(self.graft_ranks(receivers), place, kind, text, by_mail=True)
+    def _send(self, receivers: tuple[int, ...], place: str, kind: str, text: str) -> None:
+        self._router.send(self.graft_ranks(receivers), place, kind, text, by_channel=True)
 
     def _name(self, receivers: tuple[int, ...]) -> str:
         text = f"{self._run_prefix} {self._role} {receivers}"
@@ -93,11 +93,11 @@ class HostLogs:
             # Looked for first: an exception may have taken the message with it.
             problem = self._find(receivers)
             if problem is None and receivers not in self._heard:
-                self._courier.discard(place)
+                self._router.discard(place)
             if problem is None or receivers in self._heard:
                 # What keeps this rank from opening a log that is there may be over at the next point.
                 return problem
-            message = self._courier.fetch(lambda: make_wait(None), [place], by_mail=True)[0]
+            message = self._router.receive(lambda: make_wait(None), [place], by_channel=True)[0]
         except RunError as error:
             return f"the run was over before {self._role} rank {self._role_rank} could vote ({error})"
         if message.kind == _NONE:
@@ -141,14 +141,14 @@ class HostVotes(VoteLog):
     def __init__(
         self,
         logs: HostLogs,
-        courier: Courier,
+        router: MessageRouter,
         keys: StoreKeys,
         digest: str,
         receivers: tuple[int, ...],
         role_rank: int,
         make_wait: MakeWait,
     ) -> None:
-        self._logs, self._courier, self._receivers = logs, courier, receivers
+        self._logs, self._router, self._receivers = logs, router, receivers
         self._digest, self._role_rank, self._make_wait = bytes.fromhex(digest), role_rank, make_wait
         self._key = keys.outcome
         # Its own: a message replaces an earlier one under its key.
@@ -182,7 +182,7 @@ class HostVotes(VoteLog):
     def await_news(self) -> str | None:
         assert self._log is not None
         has_grown = self._log.has_grown
-        key, message = self._courier.fetch_first(lambda: self._make_wait(has_grown), (self._key, self._excuse_key))
+        key, message = self._router.receive_first(lambda: self._make_wait(has_grown), (self._key, self._excuse_key))
         if key == self._excuse_key:
             return message.payload
         self._message = message
@@ -191,24 +191,24 @@ class HostVotes(VoteLog):
     def wake(self, outcome: Outcome, reason: str) -> None:
         if not outcome.is_committed:
             # Nothing has to be asked for any more.
-            self._courier.discard(self._excuse_key)
+            self._router.discard(self._excuse_key)
         if outcome.decided_by != self._role_rank:
             if outcome.is_committed and self._message is None:
                 # It read the log before the message came.
                 self._message = Sealed(_DECIDED, "", "")
-                self._courier.discard(self._key)
+                self._router.discard(self._key)
         elif not self._has_woken:
-            self._bring(self._key, _DECIDED, reason)
+            self._send(self._key, _DECIDED, reason)
             self._has_woken = True
 
     def excuse(self, reason: str) -> None:
-        self._bring(self._excuse_key, _GIVE_UP, reason)
+        self._send(self._excuse_key, _GIVE_UP, reason)
         for key in (self._key, self._excuse_key):
-            self._courier.discard(key)
+            self._router.discard(key)
 
-    def _bring(self, key: str, kind: str, reason: str) -> None:
+    def _send(self, key: str, kind: str, reason: str) -> None:
         try:
-            self._courier.bring(self._logs.graft_ranks(self._receivers), key, kind, reason, by_mail=True)
+            self._router.send(self._logs.graft_ranks(self._receivers), key, kind, reason, by_channel=True)
         except RunError:
             # Where the run is over, all others hear that, and read the log by themselves.
             return
@@ -218,12 +218,12 @@ class HostVotes(VoteLog):
         while self._message is None:
             if not is_leaving:
                 try:
-                    messages = self._courier.fetch_shortly(lambda: self._make_wait(None), [key])
+                    messages = self._router.receive_shortly(lambda: self._make_wait(None), [key])
                     self._message = messages[0] if messages is not None else None
                 except RunError:
                     is_leaving = True
             else:
-                self._message = self._courier.look(key)
+                self._message = self._router.look(key)
                 time.sleep(0 if self._message is not None else 0.001)
             seconds = _LEAVING_SECONDS if is_leaving else _REASON_SECONDS
             if self._message is None and time.monotonic() > began + seconds:

@@ -28,7 +28,7 @@ from grafter.wire.monitor.monitor_thread import MonitorThread
 from grafter.wire.outbox.entries import Claims, Tombstones
 from grafter.wire.pairing.known_texts import KnownTexts, read_header
 from grafter.wire.pairing.refusals import Refusals
-from grafter.wire.rendezvous.courier import Courier
+from grafter.wire.rendezvous.message_router import MessageRouter
 from grafter.wire.store_client import StoreClient
 
 # What a leader that waits leaves there.
@@ -41,13 +41,13 @@ class MeetingPlace:
     def __init__(
         self,
         client: StoreClient,
-        courier: Courier,
+        router: MessageRouter,
         monitor: MonitorThread,
         roster: Roster,
         known: KnownTexts,
         refusals: Refusals,
     ) -> None:
-        self._client, self._courier, self._monitor, self._roster = client, courier, monitor, roster
+        self._client, self._router, self._monitor, self._roster = client, router, monitor, roster
         self._known, self._refusals = known, refusals
         self.claims = Claims(client)
         self.words = Tombstones(monitor.delete_later)
@@ -131,7 +131,7 @@ class MeetingPlace:
 
     def look(self, header: Header, keys: StoreKeys) -> Sealed | None:
         """What the senders have left. Nothing: leave word. None: they wait here, or write now."""
-        if self._courier.mail_across and self._courier.has(keys.second):
+        if self._router.channels_between_jobs and self._router.has(keys.second):
             return None
         found = self._leave_word(header, keys)
         if found is None:
@@ -180,10 +180,10 @@ class MeetingPlace:
         """The other side waits here, with this manifest."""
         waiting = self._known.manifest(manifest).headers[0]
         leader = self._roster.graft_rank(waiting.role, waiting.role_rank)
-        if self._courier.mail_across:
+        if self._router.channels_between_jobs:
             # It may have written here before it looked in the store.
-            self._courier.look(keys.second)
-        self._courier.bring([leader], keys.second, kind, text, by_mail=self._courier.mail_across)
+            self._router.look(keys.second)
+        self._router.send([leader], keys.second, kind, text, by_channel=self._router.channels_between_jobs)
 
 
 def _word_of(header: Header) -> str:

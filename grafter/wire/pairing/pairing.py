@@ -24,7 +24,7 @@ from grafter.wire.monitor.waits import ABSENT, GivenUp, Wait
 from grafter.wire.pairing.known_texts import KnownTexts
 from grafter.wire.pairing.meeting_place import MANIFEST, MeetingPlace
 from grafter.wire.pairing.refusals import Refusals
-from grafter.wire.rendezvous.courier import Courier
+from grafter.wire.rendezvous.message_router import MessageRouter
 from grafter.wire.store_client import StoreClient
 
 
@@ -44,14 +44,14 @@ class Pairing:
     """Meets the other side at one point after another. Called by the dump thread of every participant."""
 
     def __init__(
-        self, client: StoreClient, courier: Courier, monitor: MonitorThread, roster: Roster, timeout: float
+        self, client: StoreClient, router: MessageRouter, monitor: MonitorThread, roster: Roster, timeout: float
     ) -> None:
-        self._client, self._courier, self._monitor = client, courier, monitor
+        self._client, self._router, self._monitor = client, router, monitor
         self._roster, self._timeout = roster, timeout
         self._run_prefix = client.run_prefix
         self._known = KnownTexts()
         self._refusals = Refusals(client, monitor, self._known)
-        self._place = MeetingPlace(client, courier, monitor, roster, self._known, self._refusals)
+        self._place = MeetingPlace(client, router, monitor, roster, self._known, self._refusals)
         self.claims, self.words = self._place.claims, self._place.words
         # By own role, rank and participants.
         self._own_sides: dict[tuple[RoleName, int, tuple[int, ...]], _OwnSide] = {}
@@ -101,7 +101,7 @@ class Pairing:
             told = self._last_other_leader.pop(header.participants, None)
             if told is not None:
                 # It may never look into its mail for this point.
-                self._courier.recall(told, keys.second)
+                self._router.recall(told, keys.second)
             if mine is not None and not self._have_passed(key, header):
                 # They may still come, and must not post what nobody waits for.
                 self._left_in_store = [place for place in self._left_in_store if place != keys.first]
@@ -124,9 +124,9 @@ class Pairing:
         """This follower has gone on: a leader that still comes must not count it among those that are there."""
         place = keys.header(header.role, header.role_rank)
         if self._monitor.step_ends.reached(self._client, header.role)[own.leader] <= key.step:
-            self._bring([own.leader_graft], place, ABSENT, _gave_up_before(header))
-        elif self._courier.mail_inside:
-            self._courier.recall(own.leader_graft, place)
+            self._send([own.leader_graft], place, ABSENT, _gave_up_before(header))
+        elif self._router.channels_within_job:
+            self._router.recall(own.leader_graft, place)
         else:
             self._monitor.delete_later([place])
 
@@ -145,10 +145,10 @@ class Pairing:
         try:
             mine = self._collect(key, header, own, keys)
         except GivenUp as given_up:
-            self._monitor.delete_later(self._courier.take_left_in_store())
+            self._monitor.delete_later(self._router.take_left_in_store())
             found = self._client.put_if_absent(keys.state, ONE_SIDED, str(given_up))
             return (ONE_SIDED, str(given_up)) if found is None else (found.kind, found.payload)
-        if own.others and not self._courier.mail_inside:
+        if own.others and not self._router.channels_within_job:
             self._monitor.delete_later([keys.header(header.role, rank) for rank in own.others])
         return self._place.post(key, header, keys, mine)
 
@@ -161,7 +161,7 @@ class Pairing:
         return self._known.collected(header, [sealed.payload for sealed in came])
 
     def _bring_header(self, header: Header, own: _OwnSide, keys: StoreKeys) -> None:
-        self._bring([own.leader_graft], keys.header(header.role, header.role_rank), "header", header.text)
+        self._send([own.leader_graft], keys.header(header.role, header.role_rank), "header", header.text)
 
     def _meet_other_leader(
         self, key: PointKey, header: Header, own: _OwnSide, mine: str, keys: StoreKeys
@@ -176,17 +176,17 @@ class Pairing:
                 return self._hand_on(self._place.pass_by(key, header, keys, early), "", header, others, keys)
             theirs = self._place.look(header, keys)
         if theirs is None:
-            if self._courier.mail_across:
-                theirs, told = self._swap_by_mail(key, header, mine, keys)
+            if self._router.channels_between_jobs:
+                theirs, told = self._swap_by_channel(key, header, mine, keys)
             else:
                 theirs = self._swap_in_store(key, header, mine, keys)
         text = f"[{mine},{theirs.payload}]" if header.role == "baseline" else f"[{theirs.payload},{mine}]"
         if theirs.kind != MANIFEST:
             return self._hand_on(self._place.meet(key, header, keys, theirs, text), text, header, others, keys)
         if others:
-            self._bring(others, keys.pair(header.role), "pair", text)
+            self._send(others, keys.pair(header.role), "pair", text)
         pair = self._known.pair(text) if others else self._known.pair_with(header, theirs.payload, text)
-        if self._courier.mail_across:
+        if self._router.channels_between_jobs:
             self._answer(header, pair.target if header.role == "baseline" else pair.baseline, mine, keys, told)
         return pair
 
@@ -195,12 +195,12 @@ class Pairing:
     ) -> Pair | NotMet:
         """Tell the own side what came of it where one side does not wait. text: of the pair."""
         if others and isinstance(met, NotMet):
-            self._bring(others, keys.pair(header.role), NOT_MET, met.text)
+            self._send(others, keys.pair(header.role), NOT_MET, met.text)
         elif others:
-            self._bring(others, keys.pair(header.role), "pair", text)
+            self._send(others, keys.pair(header.role), "pair", text)
         return met
 
-    def _swap_by_mail(self, key: PointKey, header: Header, mine: str, keys: StoreKeys) -> tuple[Sealed, int | None]:
+    def _swap_by_channel(self, key: PointKey, header: Header, mine: str, keys: StoreKeys) -> tuple[Sealed, int | None]:
         """(their manifest, the graft rank that was written to).
 
         Write to the leader that these participants met last time; it has usually written, too.
@@ -211,22 +211,22 @@ class Pairing:
         told = self._last_other_leader.get(header.participants)
         other = None
         if told is not None:
-            self._courier.bring([told], keys.second, MANIFEST, mine, by_mail=True)
+            self._router.send([told], keys.second, MANIFEST, mine, by_channel=True)
             # A wait in the store costs more, but finds any leader.
-            other = self._courier.fetch_shortly(lambda: self._make_wait(key, header), [keys.second])
+            other = self._router.receive_shortly(lambda: self._make_wait(key, header), [keys.second])
         if other is None:
             found = self._client.put_if_absent(keys.first, MANIFEST, mine)
             if found is not None:
                 other = [found]
                 if found.kind == MANIFEST:
-                    self._courier.discard(keys.second)
+                    self._router.discard(keys.second)
             else:
                 self._left_in_store.append(keys.first)
                 self._check_whether_alone(key, header, keys)
-                other = self._wait_for(key, header, [keys.second], by_mail=True)
+                other = self._wait_for(key, header, [keys.second], by_channel=True)
         if other[0].kind != MANIFEST and told is not None:
             # The other side does not wait, and may never look into its mail.
-            self._courier.recall(told, keys.second)
+            self._router.recall(told, keys.second)
             del self._last_other_leader[header.participants]
         return other[0], told
 
@@ -235,8 +235,8 @@ class Pairing:
         leader = self._roster.graft_rank(other.role, other.headers[0].role_rank)
         if leader != told:
             if told is not None:
-                self._courier.recall(told, keys.second)
-            self._courier.bring([leader], keys.second, MANIFEST, mine, by_mail=True)
+                self._router.recall(told, keys.second)
+            self._router.send([leader], keys.second, MANIFEST, mine, by_channel=True)
             self._last_other_leader[header.participants] = leader
 
     def _swap_in_store(self, key: PointKey, header: Header, mine: str, keys: StoreKeys) -> Sealed:
@@ -248,7 +248,7 @@ class Pairing:
             return found
         self._left_in_store.append(keys.first)
         self._check_whether_alone(key, header, keys)
-        theirs = self._wait_for(key, header, [keys.second], by_mail=False)[0]
+        theirs = self._wait_for(key, header, [keys.second], by_channel=False)[0]
         if theirs.kind != MANIFEST:
             # Its sender has gone on.
             self._left_in_store.append(keys.second)
@@ -260,23 +260,23 @@ class Pairing:
         Else it finds this rank's manifest when it comes.
         """
         if self._one_sided and self._have_passed(key, header):
-            is_answered = self._courier.has(keys.second) or self._client.exists(keys.second)
+            is_answered = self._router.has(keys.second) or self._client.exists(keys.second)
             if not is_answered:
                 raise GivenUp(only_one_job_came(header.role))
 
     def _have_passed(self, key: PointKey, header: Header) -> bool:
         return self._monitor.step_ends.have_passed(self._client, other_role(header.role), key.step)
 
-    def _wait_for(self, key: PointKey, header: Header, places: Sequence[str], *, by_mail: bool) -> list[Sealed]:
-        return self._courier.fetch(lambda: self._make_wait(key, header), places, by_mail=by_mail)
+    def _wait_for(self, key: PointKey, header: Header, places: Sequence[str], *, by_channel: bool) -> list[Sealed]:
+        return self._router.receive(lambda: self._make_wait(key, header), places, by_channel=by_channel)
 
     def _wait_for_own_side(
         self, key: PointKey, header: Header, places: Sequence[str], writers: Sequence[int], *, collects: bool = False
     ) -> list[Sealed]:
         """What these ranks of this job, one for each place, bring there. writers: graft ranks."""
-        by_mail = self._courier.mail_inside
+        by_channel = self._router.channels_within_job
         make_wait = partial(self._make_wait, key, header, collects=collects)
-        return self._courier.fetch(make_wait, places, by_mail=by_mail, writers=writers)
+        return self._router.receive(make_wait, places, by_channel=by_channel, writers=writers)
 
     def _make_wait(self, key: PointKey, header: Header, *, collects: bool = False) -> Wait:
         return Wait(
@@ -293,12 +293,12 @@ class Pairing:
             collects=collects,
         )
 
-    def _bring(self, receivers: Sequence[int], place: str, kind: str, payload: str) -> None:
-        self._courier.bring(receivers, place, kind, payload, by_mail=self._courier.mail_inside)
+    def _send(self, receivers: Sequence[int], place: str, kind: str, payload: str) -> None:
+        self._router.send(receivers, place, kind, payload, by_channel=self._router.channels_within_job)
 
-    def is_asked_by_mail(self, digest: str) -> bool:
+    def is_asked_by_channel(self, digest: str) -> bool:
         """Whether the other side's leader has come to a point that this one has not. Never waits."""
-        return self._courier.mail_across and self._courier.has(store_keys(self._run_prefix, digest).second)
+        return self._router.channels_between_jobs and self._router.has(store_keys(self._run_prefix, digest).second)
 
     def is_asked_in_store(self, digest: str) -> bool:
         """The same, of a leader that does not know yet whom to write to. One round trip."""
@@ -307,10 +307,10 @@ class Pairing:
     def keys_to_delete(self, key: PointKey, header: Header) -> list[str]:
         """What this rank deletes of a point, once a later point proves that all participants are done with it."""
         if header.role_rank != min(header.participants):
-            return self._courier.take_left_in_store()
+            return self._router.take_left_in_store()
         keys = store_keys(self._run_prefix, key.digest)
-        mine, self._left_in_store = self._left_in_store + self._courier.take_left_in_store(), []
-        if not self._courier.mail_inside and len(header.participants) > 1:
+        mine, self._left_in_store = self._left_in_store + self._router.take_left_in_store(), []
+        if not self._router.channels_within_job and len(header.participants) > 1:
             mine += [keys.header(header.role, rank) for rank in header.participants if rank != header.role_rank]
             mine.append(keys.pair(header.role))
         return mine

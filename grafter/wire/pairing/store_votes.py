@@ -16,7 +16,7 @@ from grafter.core.messages.wire import Sealed
 from grafter.errors import RunError
 from grafter.wire.monitor.waits import Wait
 from grafter.wire.pairing.vote_log import VoteLog
-from grafter.wire.rendezvous.courier import Courier
+from grafter.wire.rendezvous.message_router import MessageRouter
 from grafter.wire.store_client import StoreClient
 
 _KINDS = {"yes": YES, "no": NO, "given-up": GIVEN_UP}
@@ -30,13 +30,13 @@ class StoreVotes(VoteLog):
     def __init__(
         self,
         client: StoreClient,
-        courier: Courier,
+        router: MessageRouter,
         keys: StoreKeys,
         writers: dict[str, int],
         make_wait: Callable[[], Wait],
     ) -> None:
         """writers: who signs for which receiver, such as `target/0` for role rank 0."""
-        self._client, self._courier, self._keys = client, courier, keys
+        self._client, self._router, self._keys = client, router, keys
         self._writers, self._make_wait = writers, make_wait
         self._reasons: dict[int, str] = {}
 
@@ -61,7 +61,7 @@ class StoreVotes(VoteLog):
         return Ballot(role_rank, kind) if role_rank is not None and kind is not None else None
 
     def await_news(self) -> str | None:
-        self._courier.await_stored(self._make_wait, self._keys.decided)
+        self._router.await_stored(self._make_wait, self._keys.decided)
         return None
 
     def wake(self, outcome: Outcome, reason: str) -> None:

@@ -36,8 +36,8 @@ _DESCRIPTOR_BYTES = array.array("i").itemsize
 _POLL_SECONDS = 0.25
 _SHORTLY_SECONDS = 0.01
 # Well under the kernel's limit for a message; what is larger goes through the store.
-LONGEST_MAIL_BYTES = 64 << 10
-_LONGEST_SEALED_BYTES = LONGEST_MAIL_BYTES + (8 << 10)
+LONGEST_MESSAGE_BYTES = 64 << 10
+_LONGEST_SEALED_BYTES = LONGEST_MESSAGE_BYTES + (8 << 10)
 # Of recvmsg: the message, room for two descriptors (one is legal), flags.
 _CLOSE_ON_EXEC = int(getattr(socket, "MSG_CMSG_CLOEXEC", 0))
 _RECEIVE_SHORTLY = ((_LONGEST_SEALED_BYTES,), (socket.CMSG_SPACE(2 * _DESCRIPTOR_BYTES),), (_CLOSE_ON_EXEC,))

@@ -15,7 +15,7 @@ from grafter.core.messages.wire import Sealed
 from grafter.core.processes.watch import PeerGone
 from grafter.wire.monitor.monitor_thread import MonitorThread
 from grafter.wire.monitor.waits import ABSENT, GivenUp, LastingWait, Wait, WaitWatch
-from grafter.wire.rendezvous.channels import LONGEST_MAIL_BYTES, Channels
+from grafter.wire.rendezvous.channels import LONGEST_MESSAGE_BYTES, Channels
 from grafter.wire.rendezvous.unread_messages import RECALL
 from grafter.wire.store_client import ABORT, StoreClient, decode_abort
 
@@ -28,7 +28,7 @@ def _one_host(members: Sequence[Announcement]) -> bool:
     return all(m.socket_name for m in members) and len({m.process.memory_domain for m in members}) == 1
 
 
-class Courier:
+class MessageRouter:
     """One per rank; used by the dump thread."""
 
     def __init__(
@@ -45,17 +45,17 @@ class Courier:
         self._roster, self._graft_rank, self._timeout = roster, graft_rank, timeout
         self._left_in_store: list[str] = []
         own_role = roster.side(roster.all[graft_rank].role)
-        self.mail_inside = channels is not None and _one_host(own_role)
-        self.mail_across = channels is not None and _one_host(roster.all)
+        self.channels_within_job = channels is not None and _one_host(own_role)
+        self.channels_between_jobs = channels is not None and _one_host(roster.all)
 
-    def bring(self, receivers: Sequence[int], key: str, kind: str, payload: str, *, by_mail: bool) -> None:
+    def send(self, receivers: Sequence[int], key: str, kind: str, payload: str, *, by_channel: bool) -> None:
         """To these graft ranks. Waits for them only where a channel is full, and then no longer than the timeout."""
-        if not by_mail or self._channels is None:
+        if not by_channel or self._channels is None:
             if receivers:
                 self._client.set(key, kind, payload)
             return
         # A character takes four bytes at most.
-        if len(payload) * 4 > LONGEST_MAIL_BYTES and len(payload.encode()) > LONGEST_MAIL_BYTES:
+        if len(payload) * 4 > LONGEST_MESSAGE_BYTES and len(payload.encode()) > LONGEST_MESSAGE_BYTES:
             # Under a key of this rank's own: the other leader's manifest may be as long, and goes by the same name.
             place = f"{key}/{self._graft_rank}"
             self._client.set(place, kind, payload)
@@ -75,17 +75,17 @@ class Courier:
         what = f"room in the channel to {self._roster.who(receiver)}"
         return Wait("sending", what, self._timeout, needs=frozenset([receiver]))
 
-    def fetch(
-        self, make_wait: Callable[[], Wait], keys: Sequence[str], *, by_mail: bool, writers: Sequence[int] = ()
+    def receive(
+        self, make_wait: Callable[[], Wait], keys: Sequence[str], *, by_channel: bool, writers: Sequence[int] = ()
     ) -> list[Sealed]:
         """Wait for what was brought under these keys, by the graft ranks `writers` where these are known.
 
         The wait that `make_wait` makes is looked after by the monitor thread. It is not made where the messages
         come shortly, as most do. Raises GivenUp where the wait is of a one-sided point, and is in vain.
         """
-        channels = self._channels if by_mail else None
+        channels = self._channels if by_channel else None
         if channels is not None:
-            messages = self.fetch_shortly(make_wait, keys, writers)
+            messages = self.receive_shortly(make_wait, keys, writers)
             if messages is not None:
                 return messages
         wait = make_wait()
@@ -103,14 +103,14 @@ class Courier:
             messages = channels.wait(keys, WaitWatch(self._monitor, wait))
         return self._opened(messages, make_wait)
 
-    def fetch_first(self, make_wait: Callable[[], Wait], keys: Sequence[str]) -> tuple[str, Sealed]:
-        """Wait for the first message that comes by mail under any of these keys, with its key; as `fetch` otherwise.
+    def receive_first(self, make_wait: Callable[[], Wait], keys: Sequence[str]) -> tuple[str, Sealed]:
+        """Wait for the first message that comes by mail under any of these keys, with its key; as `receive` otherwise.
 
         keys: that of the message which comes as a rule stands first.
         """
         channels = self._channels
         assert channels is not None
-        if (messages := self.fetch_shortly(make_wait, keys[:1])) is not None:
+        if (messages := self.receive_shortly(make_wait, keys[:1])) is not None:
             return keys[0], messages[0]
         wait = make_wait()
         wait.has_news = lambda: any(channels.has_news([key]) for key in keys)
@@ -130,7 +130,7 @@ class Courier:
         if found.kind == ABORT:
             raise decode_abort(found.payload)
 
-    def fetch_shortly(
+    def receive_shortly(
         self, make_wait: Callable[[], Wait], keys: Sequence[str], writers: Sequence[int] = ()
     ) -> list[Sealed] | None:
         """What came by mail under these keys; None if that has not come within about 10 ms."""
@@ -171,7 +171,7 @@ class Courier:
 
     def recall(self, receiver: int, key: str) -> None:
         """Take back a message that was written to the wrong rank, which would keep it for ever."""
-        self.bring([receiver], key, RECALL, "", by_mail=True)
+        self.send([receiver], key, RECALL, "", by_channel=True)
 
     def take_left_in_store(self) -> list[str]:
         """The store keys of messages that were too long, since this was last asked: to be deleted with their point."""
