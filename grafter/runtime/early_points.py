@@ -56,14 +56,12 @@ class EarlyPoint:
 
     def hold(self, session: Session, participants: Sequence[int], sequence: int) -> Outcome:
         """Post it, or say that it is missed. Waits for ranks of the own job alone. Raises what ended the run."""
-        named = {**self.tags, "name": self.key.name, "step": self.key.step, "phase": self.key.phase}
         header = self.header.changed(participants=tuple(participants))
         if not self.is_sent:
-            return Meeting(session, self.key, self.direction, header, self.options, named).hold(
-                None, [], "off", sequence
-            )[1]
+            meeting = Meeting(session, self.key, self.direction, header, self.options, self.tags)
+            return meeting.hold(None, [], "off", sequence)[1]
         one_sided = self.options.one_sided == "skip"
-        posting = Posting(session, self.key, self.direction, named, one_sided=one_sided)
+        posting = Posting(session, self.key, self.direction, self.tags, one_sided=one_sided)
         return posting.post(header.changed(outbox=posting.place_of(self.slot)), self.slot, self.nbytes, sequence)
 
 

@@ -70,8 +70,9 @@ class Meeting(Work):
         options: PointOptions,
         tags: dict[str, Any],
     ) -> None:
+        """tags: without name, step and phase."""
         self._session, self._key, self._direction = session, key, direction
-        self._header, self._options, self._tags = header, options, tags
+        self._header, self._options, self._own_tags = header, options, tags
         self._seconds: dict[str, float] = {}
         self._stage_since = time.perf_counter()
         self._leaf_records: list[LeafRecord] = []
@@ -80,7 +81,7 @@ class Meeting(Work):
         self._is_receiver = session.place.role == receiver_role(direction)
         self._is_settled = False
         # Of a receiver: what it works with, what has come in for each leaf, and what was written.
-        self._at_hand: tuple[Pair, _Course, TransferPlan, Leaves, Stats]
+        self._at_hand: tuple[Pair, _Course, TransferPlan, Leaves, Stats] | None = None
         self._incoming: list[IncomingLeaf] = []
         self._written: list[Written] = []
         # For the board, while it lasts.
@@ -117,6 +118,8 @@ class Meeting(Work):
                 raise
         finally:
             monitor.underway = None
+            # Its thread may have this object for a little longer, which must not keep the memory of the values in use.
+            self._at_hand, self._incoming, self._written = None, [], []
 
     def _leave(self, pair: Pair, error: BaseException) -> None:
         """An exception ended this rank's part. Where that was before anything could hold it, no receiver must wait."""
@@ -255,6 +258,7 @@ class Meeting(Work):
 
     def prepare(self) -> str | None:
         """The value, complete, checked and measured; else why there is none."""
+        assert self._at_hand is not None
         pair, course, plan, leaves, stats = self._at_hand
         self._incoming, refusal = self._take_in(pair, course, plan, leaves)
         self.stage = "measuring"
@@ -274,6 +278,7 @@ class Meeting(Work):
         self.stage = "writing"
         self.end_stage("agreement")
         if self._direction != "compare":
+            assert self._at_hand is not None
             self._write(self._at_hand[3])
             self.end_stage("write")
 
@@ -309,7 +314,7 @@ class Meeting(Work):
         try:
             place, roster, transform = self._session.place, self._session.roster, self._options.transform
             reception = Reception(
-                self._key, self._tags, self._direction, place, roster, pair, decision, self._header, transform
+                self._key, self._own_tags, self._direction, place, roster, pair, decision, self._header, transform
             )
             with without_gradient():
                 incoming = reception.incoming(values, leaves)
@@ -462,7 +467,7 @@ class Meeting(Work):
             "sequence": self._sequence,
             "time": time.time(),
             "name": key.name,
-            "tags": {tag: value for tag, value in self._tags.items() if tag not in ("name", "step", "phase")},
+            "tags": self._own_tags,
             "step": key.step,
             "phase": key.phase,
             "occurrence": key.occurrence,

@@ -64,16 +64,15 @@ class Meetings:
         taken: Taken | None = None,
     ) -> Any:
         """Meet the other side at one point; what `dump` returns. taken: the point as it is saved, where it is."""
-        named = {**tags, "name": key.name, "step": key.step, "phase": key.phase}
         self._sequence += 1
         if options.is_posted(self._place.role, direction):
             one_sided = options.one_sided == "skip"
             posting = Posting(
-                session, key, direction, named, one_sided=one_sided, is_kept=one_sided and options.wait == "both"
+                session, key, direction, tags, one_sided=one_sided, is_kept=one_sided and options.wait == "both"
             )
             return self._post(posting, offer, replace(options, wait="job"), site, taken)
         header = self._offers.describe(session, offer, options, direction, site)
-        meeting = Meeting(session, key, direction, header, options, named)
+        meeting = Meeting(session, key, direction, header, options, tags)
         try:
             with unobserved():
                 grafted, outcome = meeting.hold(offer.leaves, offer.extras, self.stats, self._sequence)

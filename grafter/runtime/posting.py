@@ -91,7 +91,7 @@ class Posting:
         key, place = self.key, self.session.place
         return LedgerRecord(
             sequence=sequence, time=time.time(), name=key.name,
-            tags={tag: value for tag, value in self._tags.items() if tag not in ("name", "step", "phase")},
+            tags=self._tags,
             step=key.step, phase=key.phase, occurrence=key.occurrence, direction=self.direction, role=place.role,
             role_rank=place.role_rank, outcome="posted", call_site=header.call_site,
             participants={"baseline": [], "target": [], place.role: list(header.participants)},

@@ -119,7 +119,7 @@ class IncomingLeaf:
 # Not frozen: made at every point, and freezing triples what that costs.
 @dataclass
 class Reception:
-    """One point on one receiver, once its bytes have come."""
+    """One point on one receiver, once its bytes have come. tags: without name, step and phase."""
 
     key: PointKey
     tags: dict[str, Any]
@@ -182,7 +182,7 @@ class Reception:
         sender_layouts, target_layout = self._layouts(leaf)
         return self.transform(
             GraftTransformInput(
-                tags=dict(self.tags),
+                tags={**self.tags, "name": self.key.name, "step": self.key.step, "phase": self.key.phase},
                 received_list=tensors,
                 received_extras_list=extras,
                 target=target.detach(),
