@@ -12,7 +12,7 @@ from point_parts import roster
 
 from grafter.core.messages.roster import Roster
 from grafter.core.messages.wire import Seal
-from grafter.core.processes.liveness import own_identity
+from grafter.core.processes import own_identity
 from grafter.wire.rendezvous.channels import Channels
 from grafter.wire.rendezvous.connecting import signature_of
 

@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 from grafter.capture.attachment import Attachment
 from grafter.capture.compiled import find_site, offer_traced
 from grafter.capture.naming import Naming
-from grafter.config.control.traced import Verdict
+from grafter.config.control.in_force import Verdict
 from grafter.config.names import NameRule, PointName
 from grafter.core.patterns import read_patterns
 

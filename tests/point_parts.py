@@ -9,7 +9,7 @@ import torch
 from grafter.core.leaves import TensorSpec
 from grafter.core.messages.manifest import Header, Manifest, Pair
 from grafter.core.messages.roster import Announcement, Roster
-from grafter.core.processes.liveness import ProcessIdentity
+from grafter.core.processes import ProcessIdentity
 
 
 def spec(*shape: int, dtype: torch.dtype = torch.float32, path: str = "") -> TensorSpec:

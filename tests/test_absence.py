@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from grafter.config.options import OptionChooser
 from grafter.config.settings.config import GrafterConfig
-from grafter.config.settings.rules import Rule
+from grafter.config.settings.plan_file import Rule
 from grafter.errors import ConfigError, GrafterError
 from grafter.wire.monitor.absence import LEFT, Absence, StepEnds, choose_passed_over, explain_passed_over
 from grafter.wire.monitor.status_board import BoardLine

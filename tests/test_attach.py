@@ -17,7 +17,7 @@ from attach_parts import Block, Recorder, Tower, attach, facts_of, some_input
 from torch import nn
 
 from grafter.capture.naming import Naming
-from grafter.capture.parameter_gradients import watch_gradients
+from grafter.capture.parameters import watch_gradients
 from grafter.config.names import NameRule
 from grafter.config.settings.config import GrafterConfig
 from grafter.rank.grafter import Grafter

@@ -11,7 +11,7 @@ from layout_parts import role_headers
 
 import grafter
 from grafter.core.layout.axes import axes_from_text, axes_of_job, read_axes, read_axis_sizes
-from grafter.core.plan.header_shares import find_shares
+from grafter.core.plan.token_shares import find_shares
 from grafter.errors import LayoutError
 
 

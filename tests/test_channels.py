@@ -15,7 +15,7 @@ import pytest
 from channel_parts import Ended, EndedError, NoEnd, connected_channels, in_a_child
 
 from grafter.core.messages.wire import Seal, Sealed
-from grafter.core.processes.watch import PeerGone
+from grafter.core.processes import PeerGone
 from grafter.errors import ProtocolError, RunError
 from grafter.wire.rendezvous import unread_messages as module
 from grafter.wire.rendezvous.channels import LONGEST_MESSAGE_BYTES, Channels

@@ -22,7 +22,7 @@ from jobs import Rank, succeed, two_jobs
 import grafter
 from grafter.core.messages.roster import Roster
 from grafter.core.messages.wire import Seal
-from grafter.core.processes.liveness import ProcessIdentity, own_identity
+from grafter.core.processes import ProcessIdentity, own_identity
 from grafter.errors import PointTimeoutError
 from grafter.wire.exchange.transfer import choose_way
 from grafter.wire.rendezvous.connecting import Listener, connect_ranks, open_listener, peers_of, signature_of
@@ -274,7 +274,7 @@ def test_a_stopped_rank_is_said_to_be_stopped(listeners: list[Listener]) -> None
 
 def of_another_process(everyone: Roster, pid: int) -> Roster:
     """Where target rank 1 is the process with this pid."""
-    from grafter.core.processes.liveness import process_state
+    from grafter.core.processes import process_state
 
     own = own_identity()
     other = ProcessIdentity(**{**own.model_dump(), "pid": pid, "start_time": process_state(pid)[1]})

@@ -15,13 +15,12 @@ from typer.testing import CliRunner
 from grafter.cli.control_table import describe_effect
 from grafter.cli.main import app
 from grafter.config.control.change import Answer, Change, Decision, State
-from grafter.config.control.in_force import DumpedSteps, InForce
-from grafter.config.control.traced import TracedPoints, Verdict
+from grafter.config.control.in_force import DumpedSteps, InForce, TracedPoints, Verdict
 from grafter.config.direction_filters import DirectionFilters
 from grafter.config.settings.config import GrafterConfig
 from grafter.errors import ConfigError, FilterError, GrafterError, UsageError
 from grafter.store.dumps.limits import Limits
-from grafter.store.history import HistoryLine, append_history, history_notes
+from grafter.store.run_files import HistoryLine, append_history, history_notes
 from grafter.wire.control import Agreed, RankView, decide, place_of_run
 from grafter.wire.monitor.status_board import BoardLine
 

@@ -27,7 +27,7 @@ from grafter.core.messages.wire import Seal
 from grafter.core.records import LedgerRecord
 from grafter.errors import ProtocolError
 from grafter.store.dumps.record import DumpRecord
-from grafter.store.history import read_history
+from grafter.store.run_files import read_history
 from grafter.wire.control import RankView, RunAccess, read_decision
 from grafter.wire.monitor import monitor_thread, wait_monitor
 from grafter.wire.store_client import StoreClient

@@ -16,14 +16,13 @@ from typer.testing import CliRunner
 from grafter.cli.control_table import recorder_lines
 from grafter.cli.main import app
 from grafter.config.control.change import OPTION_OF, Answer, Change, Decision, Proposal, State
-from grafter.config.control.in_force import InForce
+from grafter.config.control.in_force import InForce, Verdict
 from grafter.config.control.recorders import NONE_HERE, RecorderChange, RecorderState, recorder_states, why_none
-from grafter.config.control.traced import Verdict
 from grafter.config.direction_filters import DirectionFilters
 from grafter.config.options import OptionChooser
 from grafter.config.settings.config import GrafterConfig
-from grafter.core.place import Place
 from grafter.core.points import PointKey, StepCounter
+from grafter.core.roles import Place
 from grafter.core.rows.tokens import Tokens
 from grafter.errors import ConfigError, UsageError
 from grafter.runtime.rank_control import RankControl, TakingOver

@@ -12,8 +12,8 @@ from jobs import Jobs, Rank, succeed, two_jobs
 import grafter
 from grafter.config.direction_filters import DirectionFilters
 from grafter.config.settings.config import GrafterConfig
-from grafter.core.direction import receiver_role, sender_role
 from grafter.core.points import PHASE, PointKey
+from grafter.core.roles import receiver_role, sender_role
 from grafter.errors import DirectionConflict, UsageError
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 import pytest
 
 from grafter.config.settings.config import SETTING_FIELDS, GrafterConfig
-from grafter.config.settings.rules import RULE_FIELDS
+from grafter.config.settings.plan_file import RULE_FIELDS
 from grafter.config.switch import FALSE_WORDS, TRUE_WORDS
 
 CONFIGURATION = (Path(__file__).parent.parent / "docs" / "configuration.md").read_text()

@@ -19,10 +19,10 @@ from typer.testing import CliRunner
 from grafter.cli.doctor_page import Page, as_json, describe
 from grafter.cli.main import app
 from grafter.errors import JoinError
-from grafter.tools.doctor import machine, network, software, system
-from grafter.tools.doctor.environment import check_environment
+from grafter.tools.doctor import machine, network
 from grafter.tools.doctor.finding import Finding, fault, has_fault, ok, warning
-from grafter.tools.doctor.sharing import check_sharing
+from grafter.tools.doctor.machine import check_environment
+from grafter.tools.doctor.network import check_sharing
 from grafter.wire.store_server import HostedStore
 
 
@@ -58,13 +58,13 @@ def test_what_these_tests_use_is_found_well(healthy: dict[str, Finding], check: 
 
 def test_the_machine_is_left_as_it_was(tmp_path: Path) -> None:
     """The trial of the disk leaves neither a file nor the directory that it is about."""
-    assert system.check_disk(tmp_path / "out").level == "ok"
+    assert machine.check_disk(tmp_path / "out").level == "ok"
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_check_that_falls_over_is_a_finding(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """What a check did not foresee ends neither the others nor the program."""
-    monkeypatch.setattr(system, "check_memory", lambda free: 1 / 0)
+    monkeypatch.setattr(machine, "check_memory", lambda free: 1 / 0)
     monkeypatch.setattr(network, "check_network", lambda master: iter([ok("network", "reached")]))
     findings = list(machine.check_machine(tmp_path))
     assert any("ZeroDivisionError" in finding.text and finding.level == "fault" for finding in findings)
@@ -79,7 +79,7 @@ def test_a_check_that_falls_over_is_a_finding(monkeypatch: pytest.MonkeyPatch, t
 )
 def test_python_by_its_version(version: tuple[int, ...], level: str) -> None:
     """Older than the package asks for is a fault."""
-    assert software.check_python(version).level == level
+    assert machine.check_python(version).level == level
 
 
 @pytest.mark.parametrize(
@@ -88,19 +88,19 @@ def test_python_by_its_version(version: tuple[int, ...], level: str) -> None:
 )
 def test_torch_by_its_version(version: str, level: str) -> None:
     """Tested ones are well, newer ones unknown, older ones refused."""
-    assert software.check_torch(version).level == level
+    assert machine.check_torch(version).level == level
 
 
 def test_a_package_that_is_missing_is_named() -> None:
     """The fault names what is not installed."""
-    found = software.check_packages(["typer", "no-such-package-of-grafter"])
+    found = machine.check_packages(["typer", "no-such-package-of-grafter"])
     assert (found.level, found.text) == ("fault", "not installed: no-such-package-of-grafter")
 
 
 @pytest.mark.parametrize("option", ["-I", "-E", "-S"])
 def test_a_python_that_ignores_the_path_is_told(option: str) -> None:
     """The start-up module is asked for in a real Python, and its absence is what `--attach` would suffer from."""
-    found = software.check_startup([sys.executable, option], os.environ)
+    found = machine.check_startup([sys.executable, option], os.environ)
     assert found.level == "warning"
     assert "-I, -E or -S" in found.advice
 
@@ -109,18 +109,18 @@ def test_a_start_up_module_that_is_hidden_runs_all_the_same(tmp_path: Path) -> N
     """One of the user's is named; one that fails is told with its last line."""
     (tmp_path / "sitecustomize.py").write_text("")
     inherited = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    found = software.check_startup([sys.executable], inherited)
+    found = machine.check_startup([sys.executable], inherited)
     assert found.level == "ok"
     assert str(tmp_path / "sitecustomize.py") in found.text
     (tmp_path / "sitecustomize.py").write_text("import no_such_module_of_mine")
-    found = software.check_startup([sys.executable], inherited)
+    found = machine.check_startup([sys.executable], inherited)
     assert found.level == "warning"
     assert "no_such_module_of_mine" in found.text
 
 
 def test_a_python_that_is_not_there_is_a_fault() -> None:
     """The start itself may fail."""
-    assert software.check_startup(["/no/such/python"], os.environ).level == "fault"
+    assert machine.check_startup(["/no/such/python"], os.environ).level == "fault"
 
 
 # The system.
@@ -130,9 +130,9 @@ def test_a_disk_that_takes_nothing_is_a_fault(tmp_path: Path) -> None:
     """Under a real limit of 4 KiB a file, neither the trial of the disk nor a shared block of memory can be made."""
     code = (
         "import resource, sys, pathlib\n"
-        "from grafter.tools.doctor import system, sharing\n"
+        "from grafter.tools.doctor import machine, network\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
-        "for found in (system.check_disk(pathlib.Path(sys.argv[1])), sharing.check_sharing()):\n"
+        "for found in (machine.check_disk(pathlib.Path(sys.argv[1])), network.check_sharing()):\n"
         "    print(found.level, found.text)\n"
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
@@ -144,30 +144,30 @@ def test_a_disk_that_takes_nothing_is_a_fault(tmp_path: Path) -> None:
 def test_an_output_directory_that_is_a_file_is_a_fault(tmp_path: Path) -> None:
     """It is told before a run would end with it."""
     (tmp_path / "out").write_text("")
-    assert system.check_disk(tmp_path / "out").level == "fault"
+    assert machine.check_disk(tmp_path / "out").level == "fault"
 
 
 def test_little_disk_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The bound is what this machine has, and a byte."""
-    monkeypatch.setattr(system, "_LEAST_FREE_DISK_BYTES", 1 << 62)
-    assert system.check_disk(tmp_path).level == "warning"
+    monkeypatch.setattr(machine, "_LEAST_FREE_DISK_BYTES", 1 << 62)
+    assert machine.check_disk(tmp_path).level == "warning"
 
 
 @pytest.mark.parametrize(
     ("found", "level"),
     [
-        (system.check_platform("linux"), "ok"),
-        (system.check_platform("darwin"), "fault"),
-        (system.check_cores(1), "warning"),
-        (system.check_cores(2), "ok"),
-        (system.check_memory(1 << 20), "warning"),
-        (system.check_memory(None), "warning"),
-        (system.check_memory(1 << 36), "ok"),
-        (system.check_open_files(256), "warning"),
-        (system.check_open_files(1024), "ok"),
-        (system.check_open_files(-1), "ok"),
-        (system.check_clock(time.time(), system.package_time()), "ok"),
-        (system.check_clock(0.0, system.package_time()), "warning"),
+        (machine.check_platform("linux"), "ok"),
+        (machine.check_platform("darwin"), "fault"),
+        (machine.check_cores(1), "warning"),
+        (machine.check_cores(2), "ok"),
+        (machine.check_memory(1 << 20), "warning"),
+        (machine.check_memory(None), "warning"),
+        (machine.check_memory(1 << 36), "ok"),
+        (machine.check_open_files(256), "warning"),
+        (machine.check_open_files(1024), "ok"),
+        (machine.check_open_files(-1), "ok"),
+        (machine.check_clock(time.time(), machine.package_time()), "ok"),
+        (machine.check_clock(0.0, machine.package_time()), "warning"),
     ],
 )
 def test_what_is_judged_by_a_number(found: Finding, level: str) -> None:
@@ -177,8 +177,8 @@ def test_what_is_judged_by_a_number(found: Finding, level: str) -> None:
 
 def test_proc_that_is_not_mounted_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a container that hides it."""
-    monkeypatch.setattr(system, "process_state", lambda pid: ("", 0))
-    found = system.check_proc()
+    monkeypatch.setattr(machine, "process_state", lambda pid: ("", 0))
+    found = machine.check_proc()
     assert found.level == "warning"
     assert "60 s" in found.advice
 

@@ -9,10 +9,8 @@ from typing import Any
 import pytest
 
 from grafter.tools.doctor.finding import Finding
-from grafter.tools.doctor.likeness import judge_likeness
-from grafter.tools.doctor.notes import JobNotes, ProcessNotes, first_change, read_notes
-from grafter.tools.doctor.observer import judge_observer
-from grafter.tools.doctor.repeats import hint
+from grafter.tools.doctor.notes import JobNotes, ProcessNotes, first_change, judge_likeness, read_notes
+from grafter.tools.doctor.repeats import hint, judge_observer
 
 EQUAL_STATES = {"torch": "t", "python": "p"}
 

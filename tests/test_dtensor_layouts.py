@@ -24,8 +24,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from grafter.core.layout.declared import DeclaredLayout, declare
 from grafter.core.layout.dtensor import DTensorLayout, read_dtensor
-from grafter.core.plan.header_shares import find_shares
 from grafter.core.plan.resharding import Resharding
+from grafter.core.plan.token_shares import find_shares
 from grafter.errors import LayoutError
 
 

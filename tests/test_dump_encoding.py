@@ -14,8 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grafter.store.dumps.encoding import MAX_REPR, TENSOR_MARK, MetadataEncoder, safe_repr
-from grafter.store.dumps.record import DumpRecord
+from grafter.store.dumps.record import MAX_REPR, TENSOR_MARK, DumpRecord, MetadataEncoder, safe_repr
 
 
 class Hostile:

@@ -25,12 +25,11 @@ from grafter.config.options import PointOptions
 from grafter.config.settings.config import GrafterConfig
 from grafter.core.points import PointKey
 from grafter.core.records import RankSummary
-from grafter.core.token_runs import TokenRuns
+from grafter.core.rows.tokens import TokenRuns
 from grafter.errors import ConfigError, UsageError
 from grafter.rank.grafter import Grafter
-from grafter.store.dumps.buffers import SMALL_BYTES, Buffers, SharedBuffer, capacity_of
 from grafter.store.dumps.record import DumpRecord
-from grafter.store.dumps.snapshot import held_bytes
+from grafter.store.dumps.snapshot import SMALL_BYTES, Buffers, SharedBuffer, capacity_of, held_bytes
 from grafter.store.dumps.writer import file_name, write_tensors
 
 

@@ -11,14 +11,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grafter.config.choice import DumpChoice
+from grafter.config.options import DumpChoice
 from grafter.config.settings.config import GrafterConfig
-from grafter.core.place import Place
+from grafter.core.roles import Place
 from grafter.core.sizes import read_size, read_steps
 from grafter.errors import ConfigError, LayoutError
 from grafter.rank.grafter import Grafter
-from grafter.store.dumps.alone import find_run_name, open_run
 from grafter.store.dumps.limits import Limits
+from grafter.store.dumps.rank_dumps import find_run_name, open_run
 
 
 @pytest.mark.parametrize(

@@ -21,12 +21,11 @@ from layout_parts import HeldSide, two_sides
 import grafter
 from grafter.core.layout.declared import Layout, declare
 from grafter.core.layout.shares import boxes_of
-from grafter.core.plan.header_shares import find_shares
+from grafter.core.plan.token_shares import find_shares
 from grafter.errors import DumpError, FilterError, LayoutError, UsageError
-from grafter.store.dumps.execution_order import in_execution_order
 from grafter.store.dumps.lazy_tensor import LazyTensor
 from grafter.store.dumps.pieces import LocalPart, find_pieces
-from grafter.store.dumps.reader import Dumps
+from grafter.store.dumps.reader import Dumps, in_execution_order
 
 WEIGHT = torch.arange(4 * 8 * 6, dtype=torch.float32).view(4, 8, 6)
 

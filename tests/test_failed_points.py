@@ -17,7 +17,7 @@ from grafter.core.messages.manifest import store_keys
 from grafter.core.messages.wire import Seal
 from grafter.core.points import StepCounter
 from grafter.wire import failed_points
-from grafter.wire.failed_points import FailedPoints
+from grafter.wire.failed_points import FailedPoints, SentPoints
 from grafter.wire.store_client import StoreClient
 from grafter.wire.store_server import connect, serve
 
@@ -154,6 +154,39 @@ def test_one_look_reads_a_bounded_part_and_the_last_one_all(server: TCPStore, mo
     assert len(sender.hear()) == 6
     sender.points.leave(sender.client, 10.0)
     assert len(sender.heard) == 16
+
+
+def test_a_place_that_is_filled_between_two_looks_is_heard(server: TCPStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The look at the place finds nothing, then a receiver fills it, then the look at the end finds it filled."""
+    receiver, sender = Member(server, "target/0"), Member(server, "baseline/0")
+    find_last, told = sender.points._find_last, iter(range(2))
+
+    def tell_first(client: StoreClient) -> int:
+        for number in told:
+            receiver.tell(number)
+        return find_last(client)
+
+    monkeypatch.setattr(sender.points, "_find_last", tell_first)
+    assert sender.hear() == ["0", "1"]
+
+
+def test_a_failure_that_is_heard_before_the_point_is_recorded_is_not_lost() -> None:
+    """Whichever comes first, the line is marked as failed once."""
+    sent: SentPoints[str] = SentPoints()
+    assert sent.add("sent first", "line") is None
+    assert sent.take_failed("sent first", "why") == "line"
+    assert sent.take_failed("heard first", "why") is None
+    assert sent.add("heard first", "line") == "why"
+    assert sent.take_failed("heard first", "why") == "line"
+    assert sent.take_failed("heard first", "why") is None
+
+
+def test_what_a_sender_remembers_is_bounded(kept: int) -> None:
+    sent: SentPoints[int] = SentPoints()
+    for number in range(3 * kept):
+        sent.take_failed(f"failed {number}", "why")
+        sent.add(f"sent {number}", number)
+    assert len(sent._sent) == len(sent._failed) == kept
 
 
 def test_a_reason_is_bounded(server: TCPStore) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from grafter import errors
 from grafter.rank.job_environment import job_environment, parse_settings
-from grafter.tools.launch.job_command import keep_off_shared_port, split_command
+from grafter.tools.launch.job import keep_off_shared_port, split_command
 
 
 @pytest.mark.parametrize(

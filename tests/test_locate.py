@@ -16,8 +16,7 @@ from typer.testing import CliRunner
 
 from grafter.analysis.locate.judgement import FLOOR_FACTOR, PEER_FACTOR, judge, peer_limit
 from grafter.analysis.locate.measure import measure_run
-from grafter.analysis.locate.verdict import Verdict
-from grafter.analysis.locate.verdict_json import verdict_as_json
+from grafter.analysis.locate.verdict import Verdict, verdict_as_json
 from grafter.cli.locate_table import BAR_WIDTH, draw_bar, print_verdict
 from grafter.cli.main import app
 from grafter.core.records import Difference

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grafter.core.measures.kl import Divergence
+from grafter.core.measures.rows import Divergence
 
 
 def brute(a: list[float], b: list[float]) -> float:

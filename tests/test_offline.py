@@ -14,7 +14,7 @@ import torch
 from jobs import Jobs, Rank, Result, succeed, two_jobs
 
 import grafter
-from grafter.core.processes.liveness import process_state
+from grafter.core.processes import process_state
 from grafter.core.records import LedgerRecord
 from grafter.store.ledger import read_ledger, read_summaries
 from grafter.tools.launch.job_keeper import descendants, parents_by_pid
@@ -35,7 +35,7 @@ def play(rank: Rank) -> None:
     """One rank of the player, in a process that the test has already."""
     from grafter.config.settings.config import GrafterConfig
     from grafter.rank.offline.played_rank import PlayedGrafter
-    from grafter.store.recordings.recording import open_recording
+    from grafter.store.recording import open_recording
 
     recording = open_recording(rank.arguments[0], "baseline" if rank.is_baseline else "target")
     played = PlayedGrafter(GrafterConfig.from_environment(), recording.ranks[rank.role_rank])

@@ -15,14 +15,13 @@ from hypothesis import strategies as st
 from grafter.config.settings.config import GrafterConfig
 from grafter.core.leaves import decode_extras
 from grafter.core.messages.roster import PlayedFrom
-from grafter.core.place import Place
+from grafter.core.roles import Place
 from grafter.errors import ConfigError, DumpError, UsageError
 from grafter.rank.grafter import Grafter
 from grafter.rank.job_environment import STARTUP_DIRECTORY, player_environment
 from grafter.rank.peer import start_peer
 from grafter.store.dumps.record import DumpRecord
-from grafter.store.recordings.recorded_part import RecordedPart
-from grafter.store.recordings.recording import Recording, open_recording
+from grafter.store.recording import RecordedPart, Recording, open_recording
 from grafter.wire.monitor.deadlock import explain_stuck
 from grafter.wire.monitor.status_board import BoardLine, describe_board
 from grafter.wire.rendezvous.join import store_place

@@ -12,8 +12,7 @@ from jobs import Jobs, Rank, succeed, two_jobs
 from outbox_parts import join, outcomes, point_keys, until_nothing_is_pending
 
 import grafter
-from grafter.analysis.run.counts import describe_counts
-from grafter.analysis.run.run_summary import read_run_summary
+from grafter.analysis.run.run_summary import describe_counts, read_run_summary
 from grafter.core.points import PointKey
 from grafter.wire.rendezvous import message_router
 

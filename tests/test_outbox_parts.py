@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 import grafter
 from grafter.config.options import OptionChooser
 from grafter.config.settings.config import GrafterConfig
-from grafter.config.settings.rules import Rule
+from grafter.config.settings.plan_file import Rule
 from grafter.core.leaves import spec_of
 from grafter.core.messages.counts import Pending
 from grafter.core.messages.manifest import Header, StoreKeys, manifest_text
@@ -36,8 +36,7 @@ from grafter.core.messages.states import (
 )
 from grafter.core.messages.wire import Seal, Sealed
 from grafter.core.plan.decision import Decision
-from grafter.core.processes.liveness import own_identity
-from grafter.core.processes.watch import Abandoned
+from grafter.core.processes import Abandoned, own_identity
 from grafter.errors import ProtocolError
 from grafter.wire.exchange.staging import Staging, new_block
 from grafter.wire.monitor.deadlock import find_stuck

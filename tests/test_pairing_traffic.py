@@ -14,11 +14,11 @@ import pytest
 from jobs import Jobs, Rank, succeed
 from point_parts import header
 
-from grafter.core.direction import RoleName
 from grafter.core.messages.roster import Announcement, Roster
 from grafter.core.messages.wire import Seal, Sealed
 from grafter.core.points import PointKey
-from grafter.core.processes.liveness import ProcessIdentity
+from grafter.core.processes import ProcessIdentity
+from grafter.core.roles import RoleName
 from grafter.wire.pairing.pairing import Pairing
 from grafter.wire.rendezvous import message_router
 from grafter.wire.rendezvous.channels import Channels

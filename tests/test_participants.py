@@ -12,7 +12,7 @@ from jobs import Jobs, Rank, succeed, two_jobs
 
 import grafter
 from grafter.core.messages.participants import own_participants
-from grafter.core.place import Place
+from grafter.core.roles import Place
 from grafter.errors import UsageError
 
 CONCATENATE = f"{Path(__file__).parent.parent / 'transforms' / 'concatenate.py'}:transform"

@@ -13,7 +13,7 @@ from jobs import Jobs, Rank
 
 import grafter
 from grafter.config.settings.config import GrafterConfig
-from grafter.core.place import Place
+from grafter.core.roles import Place
 from grafter.errors import ConfigError
 from grafter.runtime.session import find_place
 

@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from grafter.config.settings.config import SETTING_FIELDS
-from grafter.config.settings.plan_file import MAX_BYTES, PlanFile, read_plan_file
-from grafter.config.settings.rules import Rule
-from grafter.core.match import compile_match
+from grafter.config.settings.plan_file import MAX_BYTES, PlanFile, Rule, read_plan_file
+from grafter.core.patterns import compile_match
 from grafter.errors import ConfigError
 
 

@@ -22,19 +22,18 @@ from hypothesis import strategies as st
 from report_parts import ADDED, ALONE, FLOOR, LAYERS, layers, record, summary, write_dumps, write_locate, write_run
 from typer.testing import CliRunner
 
-from grafter.analysis.report import encoding
-from grafter.analysis.report.encoding import encode_page
-from grafter.analysis.report.html import MissingExtra, render_page
+from grafter.analysis.report import html
+from grafter.analysis.report.html import MissingExtra, encode_page, render_page
 from grafter.analysis.report.page_data import Finding, PageData, PagePoint
 from grafter.analysis.report.run_page import describe_divergence, find_layer, flatten_facts
 from grafter.analysis.report.writing import can_show, make_page, page_directory, write_page
 from grafter.cli.main import app
 from grafter.config.settings.config import GrafterConfig
-from grafter.core.place import Place
 from grafter.core.records import Difference, LedgerRecord
+from grafter.core.roles import Place
 from grafter.errors import GrafterError, UsageError
 from grafter.store.ledger import LedgerWriter
-from grafter.store.run_facts import write_run_facts
+from grafter.store.run_files import write_run_facts
 
 
 def page(**changes: Any) -> PageData:
@@ -335,13 +334,13 @@ def test_no_text_can_leave_its_element_and_every_value_comes_back(text: str, val
 
 def test_too_many_points_keep_those_in_trouble_and_the_worst(monkeypatch: pytest.MonkeyPatch) -> None:
     """A page stays usable: it has at most so many points, in their order, and says what it leaves out."""
-    monkeypatch.setattr(encoding, "MOST_POINTS", 3)
+    monkeypatch.setattr(html, "MOST_POINTS", 3)
     points = [point(n, difference={"rel": n / 10}) for n in range(6)] + [point(6, outcome="failed")]
-    bounded = encoding.bound_page(page(points=tuple(points)))
+    bounded = html.bound_page(page(points=tuple(points)))
     assert [one.order for one in bounded.points] == [4, 5, 6]
     assert "3 of 7 points" in bounded.findings[0].text
     many = tuple(Finding("note", str(n)) for n in range(1000))
-    assert len(encoding.bound_page(page(findings=many)).findings) == encoding.MOST_FINDINGS + 1
+    assert len(html.bound_page(page(findings=many)).findings) == html.MOST_FINDINGS + 1
 
 
 # The page itself.

@@ -10,15 +10,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grafter.store.dumps.buffers import Buffers
+from grafter.store.dumps.snapshot import Buffers
+from grafter.tools.requests.batch_file import encode_json, encode_part
 from grafter.tools.requests.credentials import (
+    is_secret_header,
     names_a_secret,
+    safe_value,
     without_secrets_in_path,
     without_secrets_in_query,
     without_secrets_in_value,
 )
-from grafter.tools.requests.encoding import encode_json, encode_part
-from grafter.tools.requests.headers import is_secret_header, safe_value
 from grafter.tools.requests.proxy import _recorded
 
 SECRETS = st.text("abcdefghijkmnopqrstuvwxyz0123456789", min_size=8, max_size=20).map(lambda text: f"Zq{text}")

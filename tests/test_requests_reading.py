@@ -16,9 +16,8 @@ from grafter.cli.requests import read_headers
 from grafter.errors import DumpError, GrafterError, UsageError
 from grafter.tools.requests import reading
 from grafter.tools.requests.answers import read_answer
-from grafter.tools.requests.bodies import body_bytes, body_fields, read_events
-from grafter.tools.requests.call import NoCall, api_of, make_call
-from grafter.tools.requests.forcing import Forcing, recorded_length
+from grafter.tools.requests.call import Forcing, NoCall, api_of, make_call, recorded_length
+from grafter.tools.requests.entry import body_bytes, body_fields, read_events
 from grafter.tools.requests.judgement import Outcome, judge, recorded_reply, summarise
 from grafter.tools.requests.reading import Place, Recorded, Recording
 from grafter.tools.requests.recorder import RequestRecorder

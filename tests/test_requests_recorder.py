@@ -27,9 +27,9 @@ from request_files import lines_in, wait_until
 
 import grafter
 from grafter.errors import UsageError
-from grafter.store.dumps.buffers import Buffers
+from grafter.store.dumps.snapshot import Buffers
 from grafter.tools.requests import recorder as recorder_module
-from grafter.tools.requests.encoding import encode_part
+from grafter.tools.requests.batch_file import encode_part
 from grafter.tools.requests.reading import Recording
 from grafter.tools.requests.recorder import RequestRecorder
 

@@ -251,7 +251,7 @@ def test_a_recording_that_was_replayed_through_the_proxy_is_the_same_again(recor
 
 
 def _not_forced() -> Any:
-    from grafter.tools.requests.forcing import Forcing
+    from grafter.tools.requests.call import Forcing
 
     return Forcing(is_on=False)
 

@@ -14,8 +14,8 @@ from layout_parts import HeldSide, role_headers, two_sides
 
 from grafter.core.layout.declared import DeclaredLayout
 from grafter.core.layout.shares import RoleShares
-from grafter.core.plan.header_shares import find_shares
 from grafter.core.plan.resharding import CopyItem, Near, Resharding
+from grafter.core.plan.token_shares import find_shares
 
 UNTOUCHED = -7
 

@@ -17,7 +17,7 @@ from grafter.core.layout.declared import DeclaredLayout, Layout, by_path
 from grafter.core.layout.runs import cut, from_parts, split_in_order
 from grafter.core.layout.shares import RoleShares, boxes_of
 from grafter.core.messages.manifest import Header
-from grafter.core.plan.header_shares import find_shares, layouts_of
+from grafter.core.plan.token_shares import find_shares, layouts_of
 from grafter.errors import LayoutError
 
 

@@ -20,7 +20,7 @@ from vote_log_parts import MessageRouter, Post, Roster
 
 import grafter
 from grafter.core.messages.wire import Seal
-from grafter.core.signal_handlers import is_from_signal_handler
+from grafter.core.processes import is_from_signal_handler
 from grafter.core.user_transform import GraftTransformInput, transform_of
 from grafter.runtime import meeting
 from grafter.runtime.meeting import Meeting

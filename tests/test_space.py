@@ -16,8 +16,8 @@ from grafter.core.layout.declared import DeclaredLayout
 from grafter.core.layout.overlap import find_overlap, share_a_place
 from grafter.core.layout.space import rectangles
 from grafter.core.messages.manifest import Header
-from grafter.core.plan.header_shares import find_shares, whole_tensor
 from grafter.core.plan.resharding import Resharding
+from grafter.core.plan.token_shares import find_shares, whole_tensor
 from grafter.errors import LayoutError
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from grafter.core.processes.liveness import ProcessIdentity, own_identity, process_state
+from grafter.core.processes import ProcessIdentity, own_identity, process_state
 from grafter.errors import PeerLostError, PointTimeoutError
 from grafter.wire.monitor.members import StoreHost
 from grafter.wire.monitor.store_silence import StoreLink

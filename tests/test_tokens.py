@@ -12,9 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import grafter
-from grafter.core.rows.hashes import as_text, from_text
-from grafter.core.rows.tokens import Tokens, match
-from grafter.core.token_runs import TokenRuns
+from grafter.core.rows.sequences import as_text, from_text
+from grafter.core.rows.tokens import TokenRuns, Tokens, match
 from grafter.errors import UsageError
 
 Row = tuple[Any, int] | None

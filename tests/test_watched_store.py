@@ -8,12 +8,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from grafter.core.direction import RoleName
 from grafter.core.messages.roster import ANNOUNCEMENTS, Announcement
 from grafter.core.messages.wire import Seal
-from grafter.core.processes.liveness import ProcessIdentity
+from grafter.core.processes import ProcessIdentity
+from grafter.core.roles import RoleName
 from grafter.errors import RunError
-from grafter.tools.launch.watched_store import WatchedStore, summarize_lines
+from grafter.tools.launch.supervision import WatchedStore, summarize_lines
 from grafter.wire.monitor.status_board import BoardLine, BoardWriter
 from grafter.wire.store_client import StoreClient
 from grafter.wire.store_server import connect

@@ -40,7 +40,7 @@ REWRITTEN_SOURCES = [
     "grafter/rank/offline",
     "grafter/rank/peer.py",
     "grafter/rank/job_environment.py",
-    "grafter/store/recordings",
+    "grafter/store/recording.py",
     "grafter/tools/doctor",
     "grafter/tools/launch",
     *(f"grafter/tools/requests/{name}.py" for name in ("__init__", "answers", "batch_file", "entry", "forcing")),

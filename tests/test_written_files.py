@@ -21,12 +21,11 @@ from grafter.cli import plan_suggest as plan_suggest
 from grafter.config.control.in_force import InForce
 from grafter.config.settings.config import GrafterConfig
 from grafter.core.messages.announced_models import AnnouncedHooks
-from grafter.core.place import Place
+from grafter.core.roles import Place
 from grafter.store.dumps.writer import write_tensors
-from grafter.store.history import HistoryLine, append_history, read_history
 from grafter.store.ledger import LedgerWriter, read_ledger, write_summary
-from grafter.store.recordings.recorded_part import write_rank_facts
-from grafter.store.run_facts import write_run_facts
+from grafter.store.recording import write_rank_facts
+from grafter.store.run_files import HistoryLine, append_history, read_history, write_run_facts
 from grafter.store.written_files import LineFile, whole_file, write_whole
 from grafter.tools.requests.batch_file import BatchWriter
 from grafter.tools.requests.entry import Entry, Part

@@ -124,7 +124,7 @@ def replay_command(
         _need_extra("grafter replay")
         from grafter.cli.requests_table import json_lines, print_replay
         from grafter.cli.show import make_console
-        from grafter.tools.requests.forcing import Forcing
+        from grafter.tools.requests.call import Forcing
         from grafter.tools.requests.judgement import summarise
         from grafter.tools.requests.reading import Recording
         from grafter.tools.requests.replay import ReplayOptions, choose

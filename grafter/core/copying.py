@@ -16,7 +16,7 @@ from concurrent.futures import Future
 
 import torch
 
-from grafter.core.signal_handlers import is_from_signal_handler
+from grafter.core.processes import is_from_signal_handler
 
 # Waking the other thread costs 50 us, in which one thread copies half a megabyte.
 _LONG_BYTES = 8 << 20

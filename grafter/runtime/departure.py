@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from grafter.config.direction_filters import DirectionFilters
 from grafter.config.settings.config import GrafterConfig
-from grafter.core.place import Place
+from grafter.core.roles import Place
 from grafter.errors import RunError
 from grafter.runtime.early_points import EarlyPoints
 from grafter.runtime.entry import Entry

@@ -15,16 +15,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from grafter.config.options import PointOptions
-from grafter.core.direction import Direction, sender_role
 from grafter.core.messages.counts import Pending
 from grafter.core.messages.manifest import Header
 from grafter.core.messages.offer import Offer
 from grafter.core.messages.participants import own_participants
-from grafter.core.place import Place
 from grafter.core.points import PHASE, PointKey
+from grafter.core.processes import is_from_signal_handler
 from grafter.core.records import Outcome
-from grafter.core.signal_handlers import is_from_signal_handler
-from grafter.core.unobserved import unobserved
+from grafter.core.roles import Direction, Place, sender_role
+from grafter.core.untraced import unobserved
 from grafter.runtime.meeting import Meeting
 from grafter.runtime.offer import OfferMaker
 from grafter.runtime.posting import Posting

@@ -15,15 +15,15 @@ from typing import Protocol
 from grafter.config.settings.config import GrafterConfig
 from grafter.core.messages.announced_models import AnnouncedHooks
 from grafter.core.messages.roster import PlayedFrom, Roster
-from grafter.core.place import Place
 from grafter.core.records import RankSummary
+from grafter.core.roles import Place
 from grafter.errors import JoinError
 from grafter.runtime.hooked_models import HookedModels
 from grafter.runtime.rank_control import RankControl
 from grafter.runtime.session import Begun, Joining, Session
-from grafter.store.dumps.alone import open_run
+from grafter.store.dumps.rank_dumps import open_run
 from grafter.store.ledger import write_summary
-from grafter.store.recordings.recorded_part import write_rank_facts
+from grafter.store.recording import write_rank_facts
 from grafter.wire.store_server import HostedStore
 
 logger = logging.getLogger("grafter")

@@ -17,9 +17,9 @@ import torch
 
 from grafter.config.options import OptionChooser, PointOptions
 from grafter.config.settings.config import GrafterConfig
-from grafter.core.direction import Direction
 from grafter.core.messages.offer import Offer
 from grafter.core.points import PointKey, StepCounter, call_site, check_tags, split_options
+from grafter.core.roles import Direction
 from grafter.errors import GrafterError, RunError
 from grafter.runtime.early_points import EarlyPoints
 from grafter.runtime.entry import Entry
@@ -31,7 +31,7 @@ from grafter.runtime.session import Session
 from grafter.runtime.windows import ends_of
 from grafter.store.dumps.rank_dumps import RankDumps
 from grafter.store.dumps.taken import Taken
-from grafter.store.recordings.recorded_part import RecordedPart
+from grafter.store.recording import RecordedPart
 
 logger = logging.getLogger("grafter")
 

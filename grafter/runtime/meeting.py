@@ -13,10 +13,9 @@ from typing import Any, Literal
 import torch
 
 from grafter.config.options import PointOptions
-from grafter.core.direction import Direction, receiver_role
 from grafter.core.layout.declared import DeclaredLayout
 from grafter.core.leaves import Leaves
-from grafter.core.measures.copies import checksum_of_values
+from grafter.core.measures.flat_chunks import checksum_of_values
 from grafter.core.measures.stats import NO_DIFFERENCE, compare
 from grafter.core.messages.manifest import Header, Pair, store_keys
 from grafter.core.messages.states import NotMet
@@ -25,9 +24,9 @@ from grafter.core.plan.paired_rows import PairedRows
 from grafter.core.plan.resharding import Resharding
 from grafter.core.plan.transfer_plan import TransferPlan, make_plan
 from grafter.core.points import PointKey
-from grafter.core.processes.watch import Abandoned, PeerGone
+from grafter.core.processes import Abandoned, PeerGone, is_from_signal_handler
 from grafter.core.records import SCHEMA_VERSION, CopyRecord, Difference, LeafRecord, LedgerLine, Outcome
-from grafter.core.signal_handlers import is_from_signal_handler
+from grafter.core.roles import Direction, receiver_role
 from grafter.core.tensor_access import without_gradient
 from grafter.core.writing.write_back import WriteMode, Written
 from grafter.errors import PeerLostError, PointFailed, RunError, TransformError, WriteRefused

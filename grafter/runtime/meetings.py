@@ -12,16 +12,15 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from grafter.config.options import PointOptions
-from grafter.core.direction import Direction
 from grafter.core.messages.manifest import Header
 from grafter.core.messages.offer import Offer
 from grafter.core.messages.participants import own_participants
 from grafter.core.messages.roster import other_role
 from grafter.core.messages.states import OutboxPlace
-from grafter.core.place import Place
 from grafter.core.points import PHASE, PointKey
 from grafter.core.records import LedgerRecord
-from grafter.core.unobserved import unobserved
+from grafter.core.roles import Direction, Place
+from grafter.core.untraced import unobserved
 from grafter.runtime.early_points import EarlyPoints
 from grafter.runtime.meeting import Meeting
 from grafter.runtime.offer import OfferMaker

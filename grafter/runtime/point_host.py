@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     import torch
 
-    from grafter.config.control.traced import Verdict
+    from grafter.config.control.in_force import Verdict
     from grafter.config.direction_filters import DirectionFilters
     from grafter.config.names import PointName
     from grafter.config.options import OptionChooser

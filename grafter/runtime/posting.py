@@ -6,12 +6,12 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from grafter.core.direction import Direction
 from grafter.core.messages.manifest import Header, store_keys
 from grafter.core.messages.offer import Offer
 from grafter.core.messages.states import OutboxPlace, open_state
 from grafter.core.points import PointKey
 from grafter.core.records import LedgerRecord, Outcome
+from grafter.core.roles import Direction
 from grafter.runtime.session import Session
 from grafter.wire.outbox.entries import OutboxEntry
 from grafter.wire.outbox.snapshots import Slot, take_snapshot

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from grafter.config.choice import DumpChoice
 from grafter.config.control.change import (
     Answer,
     Decision,
@@ -27,18 +26,18 @@ from grafter.config.control.change import (
     question_place,
     state_place,
 )
-from grafter.config.control.in_force import InForce
+from grafter.config.control.in_force import InForce, Judge, TracedPoints, Verdict
 from grafter.config.control.recorders import recorder_states, why_none
-from grafter.config.control.traced import Judge, TracedPoints, Verdict
 from grafter.config.direction_filters import DirectionFilters
+from grafter.config.options import DumpChoice
 from grafter.config.settings.config import GrafterConfig
 from grafter.core.messages.roster import Roster
 from grafter.core.messages.wire import read_message
-from grafter.core.place import Place
 from grafter.core.points import StepCounter
-from grafter.core.signal_handlers import is_from_signal_handler
+from grafter.core.processes import is_from_signal_handler
+from grafter.core.roles import Place
 from grafter.errors import GrafterError, ProtocolError, RunError, UsageError
-from grafter.store.history import HistoryLine, append_history
+from grafter.store.run_files import HistoryLine, append_history
 from grafter.wire.control import put_decision, read_decision, try_to_decide
 from grafter.wire.monitor.monitor_thread import MonitorThread
 from grafter.wire.monitor.waits import Wait

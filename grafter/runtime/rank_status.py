@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from grafter.config.settings.config import GrafterConfig
-from grafter.core.place import Place
+from grafter.core.roles import Place
 from grafter.errors import PeerLostError, RunError, UsageError
 from grafter.runtime.rank_summary import last_error
 from grafter.runtime.session import Session

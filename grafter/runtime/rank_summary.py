@@ -11,8 +11,8 @@ from pathlib import Path
 
 from grafter.config.direction_filters import DirectionFilters
 from grafter.core.messages.roster import Roster
-from grafter.core.place import Place
 from grafter.core.records import RankSummary
+from grafter.core.roles import Place
 from grafter.errors import GrafterError, RunError
 from grafter.runtime.hooked_models import HookedModel
 

@@ -7,7 +7,6 @@ import logging
 import os
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,20 +17,20 @@ from grafter.config.settings.config import GrafterConfig
 from grafter.core.copying import share_long_copies
 from grafter.core.messages.announced_models import NO_HOOKS, AnnouncedHooks
 from grafter.core.messages.roster import PlayedFrom
-from grafter.core.place import Place
 from grafter.core.points import PointKey
+from grafter.core.processes import is_from_signal_handler
 from grafter.core.records import LedgerLine, LedgerRecord
-from grafter.core.signal_handlers import is_from_signal_handler
+from grafter.core.roles import Place
 from grafter.errors import ConfigError, GrafterError, JoinError, PeerLostError, RunError
 from grafter.runtime.failure_log import FailureLog
 from grafter.runtime.rank_control import RankControl
 from grafter.store.dumps.writer import refuse_earlier_dumps
 from grafter.store.ledger import LedgerWriter
-from grafter.store.run_facts import write_run_facts
+from grafter.store.run_files import write_run_facts
 from grafter.wire.exchange.group import local_address_towards
 from grafter.wire.exchange.shared_memory import SharedMemoryExchange
 from grafter.wire.exchange.transfer import Transfer
-from grafter.wire.failed_points import FailedPoints
+from grafter.wire.failed_points import FailedPoints, SentPoints
 from grafter.wire.monitor.monitor_thread import MonitorThread
 from grafter.wire.monitor.store_silence import StoreWait
 from grafter.wire.outbox.delivery import Delivery
@@ -52,8 +51,7 @@ logger = logging.getLogger("grafter")
 
 # So often a line is written where a signal's handler raises meanwhile.
 _LEDGER_TRIES = 3
-# Sent points whose failure could still be heard of.
-_REMEMBERED_SENT = 4096
+# How long a rank that leaves waits for the store to take its last failures.
 _LAST_WORDS_SECONDS = 2.0
 
 
@@ -164,7 +162,7 @@ class Session:
             own_address = local_address_towards(config.master_address, config.master_port or 0)
             self.delivery = Delivery(own_address, self.client.seal, self.outbox.find)
         self._deletable: dict[tuple[tuple[int, ...], tuple[int, ...]], list[str]] = {}
-        self._sent: OrderedDict[str, LedgerLine] = OrderedDict()
+        self._sent: SentPoints[LedgerLine] = SentPoints()
         self._failed = FailedPoints(self.client.run_prefix, self._note_failure)
         self._ledger_lock = threading.Lock()
         if self.place.role_rank == 0:
@@ -216,12 +214,13 @@ class Session:
 
     def record(self, line: LedgerLine, key: PointKey | None = None) -> None:
         """Write one line; `key` for a point whose receivers may still tell that it failed."""
+        reason = None
         with self._ledger_lock:
             self._write(line)
             if key is not None:
-                self._sent[key.digest] = line
-                if len(self._sent) > _REMEMBERED_SENT:
-                    self._sent.popitem(last=False)
+                reason = self._sent.add(key.digest, line)
+        if key is not None and reason is not None:
+            self._note_failure(key.digest, reason)
 
     def write_line(self, record: LedgerRecord) -> None:
         """Write one line; called on any thread."""
@@ -263,7 +262,7 @@ class Session:
 
     def _note_failure(self, digest: str, reason: str) -> None:
         with self._ledger_lock:
-            line = self._sent.pop(digest, None)
+            line = self._sent.take_failed(digest, reason)
             if line is not None:
                 self._write({**line, "outcome": "failed", "reason": reason})
         if line is not None and self.place.role_rank == min(line["participants"][self.place.role]):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from grafter.config.control.traced import Verdict
+from grafter.config.control.in_force import Verdict
 from grafter.config.direction_filters import DirectionFilters
 from grafter.config.options import OptionChooser
 from grafter.core.points import PHASE, split_options

@@ -25,9 +25,9 @@ from grafter.config.control.change import (
     question_place,
     state_place,
 )
-from grafter.core.direction import RoleName
 from grafter.core.messages.roster import ANNOUNCEMENTS, Announcement, Roster
 from grafter.core.messages.wire import PROTOCOL_VERSION, Seal, read_message
+from grafter.core.roles import RoleName
 from grafter.errors import JoinError, ProtocolError, RunError, UsageError
 from grafter.wire.monitor.status_board import BoardLine, board_key, read_line
 from grafter.wire.store_client import StoreClient, decode_abort

@@ -17,7 +17,7 @@ from torch.distributed import DistError, TCPStore
 
 from grafter import errors
 from grafter.core.messages.wire import PROTOCOL_VERSION, Seal, Sealed, read_unproven
-from grafter.core.signal_handlers import is_from_signal_handler
+from grafter.core.processes import is_from_signal_handler
 from grafter.errors import GrafterError, PeerLostError, ProtocolError, RunError
 from grafter.wire.bounded_calls import BoundedCalls, CallMonitor, Unanswered
 

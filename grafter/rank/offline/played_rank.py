@@ -21,11 +21,11 @@ import torch
 from grafter.config.direction_filters import DirectionFilters
 from grafter.config.options import PointOptions
 from grafter.config.settings.config import GrafterConfig
-from grafter.core.direction import Direction, receiver_role, sender_role
 from grafter.core.messages.announced_models import AnnouncedHooks
 from grafter.core.messages.offer import Offer
 from grafter.core.messages.roster import PlayedFrom, other_role
 from grafter.core.points import PointKey, identify, traced_call_site
+from grafter.core.roles import Direction, receiver_role, sender_role
 from grafter.errors import GrafterError, RunError, UsageError
 from grafter.rank.grafter import Grafter
 from grafter.runtime.gradients.gradients import PHASE as BACKWARD
@@ -33,7 +33,7 @@ from grafter.runtime.gradients.gradients import WatchedGradient
 from grafter.runtime.meetings import Meetings
 from grafter.runtime.offer import OfferMaker
 from grafter.runtime.session import Session
-from grafter.store.recordings.recording import RecordedFailure, RecordedPoint, RecordedRank
+from grafter.store.recording import RecordedFailure, RecordedPoint, RecordedRank
 from grafter.wire.store_client import StoreClient
 
 logger = logging.getLogger("grafter")

@@ -24,9 +24,9 @@ from torch.utils import _pytree as pytree
 
 from grafter.config.names import PointName
 from grafter.config.options import PointOptions
-from grafter.core.direction import Direction, sender_role
 from grafter.core.messages.manifest import store_keys
 from grafter.core.points import PointKey
+from grafter.core.roles import Direction, sender_role
 from grafter.core.untraced import untraced
 from grafter.errors import PointTimeoutError, UsageError
 from grafter.runtime.session import Session

@@ -13,10 +13,10 @@ import torch
 
 from grafter.config.names import PointName
 from grafter.config.options import PointOptions
-from grafter.core.direction import Direction, receiver_role
 from grafter.core.messages.offer import Offer
 from grafter.core.messages.participants import own_participants
 from grafter.core.points import call_site, check_tags, split_options, surroundings
+from grafter.core.roles import Direction, receiver_role
 from grafter.errors import RunError, UsageError
 from grafter.runtime.gradients.gradients import PHASE, PendingGradients, SavedGradient, WatchedGradient
 from grafter.runtime.meetings import among_holders

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
-from grafter.core.direction import RoleName
 from grafter.core.messages.roster import Announcement, Roster
+from grafter.core.roles import RoleName
 from grafter.errors import PairingError, PeerLostError, RunError
 from grafter.wire.monitor.status_board import BoardLine
 from grafter.wire.monitor.waits import Wait

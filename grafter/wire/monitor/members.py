@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from grafter.core.messages.roster import Roster
-from grafter.core.processes.liveness import (
+from grafter.core.processes import (
     SILENT_AFTER_SECONDS,
     HeartbeatWatch,
     ProcessIdentity,

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
-from grafter.core.processes.liveness import SILENT_AFTER_SECONDS
+from grafter.core.processes import SILENT_AFTER_SECONDS
 from grafter.errors import PeerLostError, PointTimeoutError, RunError
 from grafter.wire.monitor.members import Members
 from grafter.wire.monitor.status_board import Underway

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from grafter.core.processes.watch import Abandoned, Watch
+from grafter.core.processes import Abandoned, Watch
 
 
 @dataclass

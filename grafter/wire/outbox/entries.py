@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 
 from pydantic import TypeAdapter
 
-from grafter.core.direction import Direction
 from grafter.core.messages.manifest import StoreKeys, store_keys
 from grafter.core.messages.states import CLAIMED, GONE, POSTED, NotMet, gone_text, receivers_account
 from grafter.core.messages.wire import Sealed, read_message
 from grafter.core.records import LedgerRecord, Outcome
+from grafter.core.roles import Direction
 from grafter.wire.outbox.snapshots import Slot
 from grafter.wire.store_client import StoreClient
 

@@ -11,9 +11,9 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from grafter.core.direction import RoleName
 from grafter.core.messages.roster import Roster, other_role
 from grafter.core.messages.states import CLAIMED, EXPIRED, ONE_SIDED, WITHDRAWN
+from grafter.core.roles import RoleName
 from grafter.wire.monitor.absence import only_one_job_came
 from grafter.wire.monitor.monitor_thread import MonitorThread
 from grafter.wire.monitor.status_board import BoardLine

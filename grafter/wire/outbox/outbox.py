@@ -27,8 +27,8 @@ from grafter.core.messages.states import (
     senders_outcome,
 )
 from grafter.core.messages.wire import Sealed
+from grafter.core.processes import is_from_signal_handler
 from grafter.core.records import LedgerRecord, Outcome
-from grafter.core.signal_handlers import is_from_signal_handler
 from grafter.errors import RunError
 from grafter.wire.outbox.entries import OutboxEntry, Tombstones, claimers, put_tombstone
 from grafter.wire.outbox.one_sided import KeptEntries, Receivers

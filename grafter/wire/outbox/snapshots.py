@@ -21,7 +21,7 @@ from grafter.core.leaves import TensorSpec
 from grafter.core.messages.offer import Offer
 from grafter.core.messages.states import OutboxPlace
 from grafter.core.plan.transfer_plan import ALIGNMENT_BYTES
-from grafter.core.signal_handlers import is_from_signal_handler
+from grafter.core.processes import is_from_signal_handler
 from grafter.wire.exchange.staging import new_block
 
 _PAGE_BYTES = 4096

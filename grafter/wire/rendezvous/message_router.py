@@ -12,7 +12,7 @@ from functools import partial
 
 from grafter.core.messages.roster import Announcement, Roster
 from grafter.core.messages.wire import Sealed
-from grafter.core.processes.watch import PeerGone
+from grafter.core.processes import PeerGone
 from grafter.wire.monitor.monitor_thread import MonitorThread
 from grafter.wire.monitor.waits import ABSENT, GivenUp, LastingWait, Wait, WaitWatch
 from grafter.wire.rendezvous.channels import LONGEST_MESSAGE_BYTES, Channels

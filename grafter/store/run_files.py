@@ -1,18 +1,59 @@
-"""control.jsonl, beside the ledgers: what was in force from which step on. One line for each change that took effect.
-
-Each role's first rank writes its role's file when it comes to that step, so a change that was agreed and never came to
-anything is in none.
+"""Two files of a run beside its ledgers: run.json (what this run of a role was) and control.jsonl (what was in force
+from which step on).
 """
 
 from __future__ import annotations
 
+import json
+import platform
+import socket
+import sys
+import time
 from pathlib import Path
 
+import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from grafter.config.control.in_force import InForce
+from grafter.config.settings.config import GrafterConfig
+from grafter.core.roles import Place
 from grafter.errors import GrafterError
-from grafter.store.written_files import LineFile
+from grafter.store.written_files import LineFile, write_whole
+
+
+def write_run_facts(
+    role_directory: Path,
+    config: GrafterConfig,
+    place: Place,
+    run_name: str,
+    run_id: str,
+    world_sizes: dict[str, int],
+) -> None:
+    """world_sizes: of the roles that are known; a run that only dumps knows its own. Raises OSError."""
+    facts = {
+        "schema_version": 1,
+        "run_id": run_id,
+        "run_name": run_name,
+        "role": place.role,
+        "time": time.time(),
+        "configuration": config.public_dict(),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "command": _command(),
+        "hostname": socket.gethostname(),
+        **{f"{role}_world_size": size for role, size in world_sizes.items()},
+    }
+    write_whole(role_directory / "run.json", json.dumps(facts, indent=1))
+
+
+def _command() -> list[str]:
+    """As it was typed, interpreter and all: `python -m train` and `python train.py` are two commands."""
+    return sys.orig_argv or sys.argv
+
+
+# control.jsonl, beside the ledgers: what was in force from which step on. One line for each change that took effect.
+#
+# Each role's first rank writes its role's file when it comes to that step, so a change that was agreed and never came
+# to anything is in none.
 
 FILE_NAME = "control.jsonl"
 _LINES_SHOWN = 8

@@ -1,15 +1,16 @@
-"""Whether a process of the run is still there: `/proc` on one host, a heartbeat through the store elsewhere."""
+"""Processes: whether one lives, how one ended, what a wait asks, and which exceptions signal handlers raised."""
 
 from __future__ import annotations
 
+import inspect
 import os
+import signal
 import socket
 import time
 from pathlib import Path
+from typing import Protocol
 
 from pydantic import BaseModel, ConfigDict
-
-from grafter.core.signal_handlers import is_from_signal_handler
 
 SILENT_AFTER_SECONDS = 60.0
 
@@ -107,3 +108,60 @@ class HeartbeatWatch:
             self._last[graft_rank] = (beat, now)
             return 0.0
         return now - last[1]
+
+
+# What a wait for other ranks asks while it lasts, and how it can end early.
+
+
+class Watch(Protocol):
+    """What a transfer asks, at least four times a second, whether to go on."""
+
+    def check(self) -> None:
+        """Raises RunError if the run is over, Abandoned if the other side has given this point up."""
+
+
+class Abandoned(Exception):
+    """The other side has given this point up; the text says why. The run goes on."""
+
+
+class PeerGone(Exception):
+    """The connection to a rank broke in the middle of a transfer."""
+
+    def __init__(self, graft_rank: int, detail: str) -> None:
+        super().__init__(detail)
+        self.graft_rank = graft_rank
+
+
+# How a process ended, in words.
+
+
+def describe_exit(exit_code: int | None) -> str:
+    if exit_code is None:
+        return "was lost: its keeper process was killed from outside"
+    if exit_code < 0:
+        return f"was killed by {signal.Signals(-exit_code).name}"
+    return f"exited with code {exit_code}"
+
+
+# Whether an exception was raised by a signal handler of the program, or by the call that it interrupted.
+
+
+def is_from_signal_handler(error: BaseException) -> bool:
+    """Whether a Python signal handler raised this exception, which the calling function has caught.
+
+    A handler may run, and raise, between any two steps of the main thread. Its `TimeoutError` is then an OSError to
+    whoever catches those around a socket, and is not theirs. Python calls a handler with the frame that it interrupted,
+    which is also the frame that it returns to.
+    """
+    # Not the frame that caught it. To ask that for its variables would make them live on in a cycle with the exception.
+    traceback = error.__traceback__.tb_next if error.__traceback__ is not None else None
+    while traceback is not None:
+        frame, caller = traceback.tb_frame, traceback.tb_frame.f_back
+        if caller is not None:
+            arguments = inspect.getargvalues(frame)
+            given = [arguments.locals.get(name) for name in arguments.args]
+            given += arguments.locals.get(arguments.varargs or "", ())
+            if any(value is caller for value in given):
+                return True
+        traceback = traceback.tb_next
+    return False
