@@ -8,19 +8,31 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 import time
-from collections import deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from pydantic import TypeAdapter
 
+from grafter.core.messages.counts import Pending
 from grafter.core.messages.manifest import StoreKeys, store_keys
-from grafter.core.messages.states import CLAIMED, GONE, POSTED, NotMet, gone_text, receivers_account
+from grafter.core.messages.states import (
+    CLAIMED,
+    FAILED,
+    GONE,
+    ONE_SIDED,
+    POSTED,
+    NotMet,
+    gone_text,
+    receivers_account,
+    senders_outcome,
+)
 from grafter.core.messages.wire import Sealed, read_message
 from grafter.core.records import LedgerRecord, Outcome
-from grafter.core.roles import Direction
-from grafter.wire.outbox.snapshots import Slot
+from grafter.core.roles import Direction, RoleName
+from grafter.wire.outbox.snapshots import Memory, Slot
 from grafter.wire.store_client import StoreClient
 
 logger = logging.getLogger("grafter")
@@ -64,6 +76,123 @@ class OutboxEntry:
             found = client.put_if_absent(self.keys.state, state, reason)
             if found != self.posted:
                 return found
+
+
+class EntryTable:
+    """The entries of one rank that have not ended, with their memory and their lines in the ledger.
+
+    The dump thread adds entries; any thread may look at them and end them.
+    """
+
+    def __init__(self, memory: Memory, sender: RoleName, write: Callable[[LedgerRecord], None]) -> None:
+        """sender: this rank's job. write: writes a line of the ledger."""
+        self._memory, self._sender, self._write = memory, sender, write
+        # Oldest first, but for those that `move_to_end` has moved.
+        self._entries: OrderedDict[str, OutboxEntry] = OrderedDict()
+        self._lock = threading.RLock()
+        # How often each outcome has replaced `posted`.
+        self.settled: Counter[str] = Counter()
+
+    @property
+    def pending(self) -> Pending:
+        """How many entries have not ended, and their bytes. Asked on any thread."""
+        entries = self.all_entries()
+        claimed = sum(entry.state == CLAIMED for entry in entries)
+        return Pending(len(entries), sum(entry.nbytes for entry in entries), len(entries) - claimed, claimed)
+
+    @property
+    def count(self) -> int:
+        """How many entries have not ended. Asked on any thread."""
+        return len(self._entries)
+
+    def all_entries(self) -> list[OutboxEntry]:
+        """Those that have not ended, roughly from the oldest on."""
+        with self._lock:
+            return list(self._entries.values())
+
+    def announced_entries(self) -> list[OutboxEntry]:
+        """Those that the other ranks of this side can know of, roughly from the oldest on."""
+        return [entry for entry in self.all_entries() if entry.is_announced]
+
+    def find(self, base: str) -> OutboxEntry | None:
+        """The entry with this base of its store keys. Called on any thread."""
+        with self._lock:
+            return self._entries.get(base)
+
+    @property
+    def limit_bytes(self) -> int:
+        """How much memory all snapshots may take."""
+        return self._memory.limit_bytes
+
+    def take(self, nbytes: int) -> Slot | None:
+        """Memory for one snapshot; None if there is no room. Raises OSError if the system has none."""
+        with self._lock:
+            return self._memory.take(nbytes)
+
+    def give_back(self, slot: Slot | None) -> None:
+        """Free the memory of a snapshot that has not become an entry."""
+        if slot is not None:
+            with self._lock:
+                self._memory.give_back(slot)
+
+    def add(self, entry: OutboxEntry) -> None:
+        """Take in an entry, which `recorded` or `drop` must follow."""
+        with self._lock:
+            self._entries[entry.keys.base] = entry
+
+    def recorded(self, entry: OutboxEntry, record: LedgerRecord) -> Outcome:
+        """Write the line of an entry; returns its outcome: `posted`, or its final one if it has ended already."""
+        with self._lock:
+            entry.record = record
+            outcome, reason = entry.ended or (record.outcome, record.reason)
+            if entry.ended is not None:
+                self.settled[outcome] -= 1
+            # Under the lock, so that the line of its end follows.
+            only_in = self._sender if entry.state == ONE_SIDED else None
+            update = {"outcome": outcome, "reason": reason or None, "only_in": only_in}
+            self._write(record.model_copy(update=update))
+        return outcome
+
+    def move_to_end(self, entry: OutboxEntry) -> None:
+        """Make it the last one that is looked up."""
+        with self._lock:
+            if not entry.is_over:
+                self._entries.move_to_end(entry.keys.base)
+
+    def _settle(self, entry: OutboxEntry, state: str, reason: str) -> bool:
+        """Free the snapshot, and write the outcome to the ledger. False if another thread has done it already."""
+        outcome = senders_outcome(state, entry.direction)
+        with self._lock:
+            if entry.is_over:
+                return False
+            entry.is_over, entry.state = True, state
+            del self._entries[entry.keys.base]
+            if entry.slot is not None:
+                self._memory.give_back(entry.slot)
+            self.settled[outcome] += 1
+            entry.ended = (outcome, reason)
+            record, only_in = entry.record, self._sender if state == ONE_SIDED else None
+        if record is not None:
+            sent = entry.nbytes if outcome in ("sent", "compared") else 0
+            update = {"outcome": outcome, "reason": reason or None, "bytes_sent": sent, "only_in": only_in}
+            self._write(record.model_copy(update=update))
+        return True
+
+    def drop(self, entry: OutboxEntry, reason: str) -> None:
+        """End an entry without the store: the run is over, or this rank could not announce it.
+
+        Its memory is not used again, since a receiver may be reading it.
+        """
+        entry.slot = None
+        self._settle(entry, FAILED, reason)
+
+    def drop_all(self, reason: str, *, keep_content: bool = False) -> None:
+        """End all entries without the store, and free the memory. keep_content: receivers may be reading it."""
+        left = self.all_entries()
+        for entry in left:
+            self.drop(entry, reason)
+        with self._lock:
+            self._memory.release(keep_content=keep_content or bool(left))
 
 
 class Claims:

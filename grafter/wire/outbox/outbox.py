@@ -7,13 +7,11 @@ rank frees its own snapshot when it reads a final state.
 
 from __future__ import annotations
 
-import threading
 import time
-from collections import Counter, OrderedDict, deque
+from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
-from grafter.core.messages.counts import Pending
 from grafter.core.messages.states import (
     CLAIMED,
     DISPLACED,
@@ -21,16 +19,14 @@ from grafter.core.messages.states import (
     FAILED,
     FINAL,
     MISSED,
-    ONE_SIDED,
     UNSEEN,
     WITHDRAWN,
-    senders_outcome,
 )
 from grafter.core.messages.wire import Sealed
 from grafter.core.processes import is_from_signal_handler
-from grafter.core.records import LedgerRecord, Outcome
+from grafter.core.records import LedgerRecord
 from grafter.errors import RunError
-from grafter.wire.outbox.entries import OutboxEntry, Tombstones, claimers, put_tombstone
+from grafter.wire.outbox.entries import EntryTable, OutboxEntry, Tombstones, claimers, put_tombstone
 from grafter.wire.outbox.one_sided import KeptEntries, Receivers
 from grafter.wire.outbox.snapshots import Memory, Slot
 from grafter.wire.store_client import StoreClient
@@ -53,9 +49,11 @@ class RunMonitor(Protocol):
         """Delete these keys of the store soon."""
 
 
-class Outbox:
-    """The outbox of one rank. Methods that ask the store take a client of the calling thread, and raise PeerLostError
-    if the store is lost."""
+class Outbox(EntryTable):
+    """The outbox of one rank: its entries, and what ends them.
+
+    Methods that ask the store take a client of the calling thread, and raise PeerLostError if the store is lost.
+    """
 
     def __init__(
         self,
@@ -70,41 +68,13 @@ class Outbox:
     ) -> None:
         """keep_seconds: how long an entry is kept that is not taken. find_gone: graft rank -> how its process ended.
         write: writes a line of the ledger; called on any thread."""
-        self._sender, self._kept = receivers.sender, KeptEntries(self, receivers)
+        super().__init__(memory, receivers.sender, write)
+        self._kept = KeptEntries(self, receivers)
         self._keep_seconds, self._graft_rank = keep_seconds, graft_rank
         self._gone: dict[int, str] = {}
-        self._monitor, self._tombstones, self._find_gone, self._write = monitor, tombstones, find_gone, write
-        self._memory = memory
-        # Oldest first.
-        self._entries: OrderedDict[str, OutboxEntry] = OrderedDict()
-        self._lock = threading.RLock()
-        # How often each outcome has replaced `posted`.
-        self.settled: Counter[str] = Counter()
+        self._monitor, self._tombstones, self._find_gone = monitor, tombstones, find_gone
         # Entries that have ended but still have keys in the store: with their state, and the reason for a tombstone.
         self._chores: deque[tuple[OutboxEntry, str, str | None]] = deque()
-
-    @property
-    def pending(self) -> Pending:
-        """How many entries have not ended, and their bytes. Asked on any thread."""
-        with self._lock:
-            entries = list(self._entries.values())
-        claimed = sum(entry.state == CLAIMED for entry in entries)
-        return Pending(len(entries), sum(entry.nbytes for entry in entries), len(entries) - claimed, claimed)
-
-    @property
-    def count(self) -> int:
-        """How many entries have not ended. Asked on any thread."""
-        return len(self._entries)
-
-    def announced_entries(self) -> list[OutboxEntry]:
-        """Those that the other ranks of this side can know of, roughly from the oldest on."""
-        with self._lock:
-            return [entry for entry in self._entries.values() if entry.is_announced]
-
-    def find(self, base: str) -> OutboxEntry | None:
-        """The entry with this base of its store keys. Called on any thread."""
-        with self._lock:
-            return self._entries.get(base)
 
     # What the dump thread calls.
 
@@ -115,15 +85,14 @@ class Outbox:
         patient: waits first for the receivers to take entries. A value of no bytes needs no memory: (None, None).
         """
         free_one = self._wait_for_room if patient else self._displace_one
-        limit = self._memory.limit_bytes
+        limit = self.limit_bytes
         if nbytes > limit:
             return None, f"{nbytes} bytes do not fit into an outbox of {limit} (GRAFTER_OUTBOX_BYTES)"
-        while len(self._entries) >= _MOST_ENTRIES and free_one(client):
+        while self.count >= _MOST_ENTRIES and free_one(client):
             pass
         while nbytes:
             try:
-                with self._lock:
-                    slot = self._memory.take(nbytes)
+                slot = self.take(nbytes)
             except (OSError, ValueError, OverflowError) as error:
                 if is_from_signal_handler(error):
                     raise
@@ -159,30 +128,6 @@ class Outbox:
         if found is not None and found.kind in FINAL and self._settle(entry, found.kind, found.payload):
             self._chores.append((entry, found.kind, None))
         return entry.is_over
-
-    def give_back(self, slot: Slot | None) -> None:
-        """Free the memory of a snapshot that has not become an entry."""
-        if slot is not None:
-            with self._lock:
-                self._memory.give_back(slot)
-
-    def add(self, entry: OutboxEntry) -> None:
-        """Take in an entry, which `recorded` or `drop` must follow."""
-        with self._lock:
-            self._entries[entry.keys.base] = entry
-
-    def recorded(self, entry: OutboxEntry, record: LedgerRecord) -> Outcome:
-        """Write the line of an entry; returns its outcome: `posted`, or its final one if it has ended already."""
-        with self._lock:
-            entry.record = record
-            outcome, reason = entry.ended or (record.outcome, record.reason)
-            if entry.ended is not None:
-                self.settled[outcome] -= 1
-            # Under the lock, so that the line of its end follows.
-            only_in = self._sender if entry.state == ONE_SIDED else None
-            update = {"outcome": outcome, "reason": reason or None, "only_in": only_in}
-            self._write(record.model_copy(update=update))
-        return outcome
 
     # Ending.
 
@@ -227,39 +172,12 @@ class Outbox:
                 return
             self._finish(client, entry, state, reason)
 
-    def drop(self, entry: OutboxEntry, reason: str) -> None:
-        """End an entry without the store: the run is over, or this rank could not announce it.
-
-        Its memory is not used again, since a receiver may be reading it.
-        """
-        entry.slot = None
-        self._settle(entry, FAILED, reason)
-
     def _read_state(self, entry: OutboxEntry, client: StoreClient, state: Sealed) -> None:
         if state.kind in FINAL:
             if self._settle(entry, state.kind, state.payload):
                 self._finish(client, entry, state.kind, None)
         else:
             entry.state = state.kind
-
-    def _settle(self, entry: OutboxEntry, state: str, reason: str) -> bool:
-        """Free the snapshot, and write the outcome to the ledger. False if another thread has done it already."""
-        outcome = senders_outcome(state, entry.direction)
-        with self._lock:
-            if entry.is_over:
-                return False
-            entry.is_over, entry.state = True, state
-            del self._entries[entry.keys.base]
-            if entry.slot is not None:
-                self._memory.give_back(entry.slot)
-            self.settled[outcome] += 1
-            entry.ended = (outcome, reason)
-            record, only_in = entry.record, self._sender if state == ONE_SIDED else None
-        if record is not None:
-            sent = entry.nbytes if outcome in ("sent", "compared") else 0
-            update = {"outcome": outcome, "reason": reason or None, "bytes_sent": sent, "only_in": only_in}
-            self._write(record.model_copy(update=update))
-        return True
 
     def _tidy(self, entry: OutboxEntry, client: StoreClient, state: str) -> None:
         """Delete the entry's keys, if this rank is the last of the senders that reads of its end."""
@@ -282,7 +200,7 @@ class Outbox:
         if not entries:
             return
         if self._monitor.aborted is not None:
-            self._drop_all()
+            self.drop_all(f"the run is over: {str(self._monitor.aborted).splitlines()[0]}", keep_content=True)
             return
         gone = self._gone = self._find_gone()
         passed = self._kept.passed_step(client) if any(entry.step is not None for entry in entries) else 0
@@ -294,10 +212,9 @@ class Outbox:
                 self._look_after_claimed(entry, client, found, gone)
             else:
                 self._read_state(entry, client, found)
-            with self._lock:
-                # Move it behind those that have not been looked up in this second.
-                if len(entries) == _MOST_LOOKED_UP and not entry.is_over:
-                    self._entries.move_to_end(entry.keys.base)
+            if len(entries) == _MOST_LOOKED_UP:
+                # Behind those that have not been looked up in this second.
+                self.move_to_end(entry)
 
     def _look_after_open(self, entry: OutboxEntry, client: StoreClient, gone: dict[int, str], passed: int) -> None:
         """End an open entry if it will not be taken. passed: the step that all receivers have reached."""
@@ -321,15 +238,6 @@ class Outbox:
         found = client.exchange(entry.keys.state, claim, FAILED, reason)
         self._read_state(entry, client, found or Sealed(FAILED, "", reason))
 
-    def _drop_all(self) -> None:
-        with self._lock:
-            entries = list(self._entries.values())
-        head = str(self._monitor.aborted).splitlines()[0] if self._monitor.aborted is not None else ""
-        for entry in entries:
-            self.drop(entry, f"the run is over: {head}")
-        with self._lock:
-            self._memory.release(keep_content=True)
-
     # The end of the run.
 
     def close(self, client: StoreClient, *, patient: bool = False) -> None:
@@ -341,19 +249,14 @@ class Outbox:
             if patient:
                 self._kept.wait_until_taken(client)
             deadline = time.monotonic() + _CLOSING_SECONDS
-            while self._entries and self._monitor.aborted is None:
-                for entry in list(self._entries.values()):
+            while self.count and self._monitor.aborted is None:
+                for entry in self.all_entries():
                     self.end(entry, client, EXPIRED, "the run ended")
-                if not self._entries or time.monotonic() > deadline:
+                if not self.count or time.monotonic() > deadline:
                     break
                 time.sleep(_CLOSING_POLL_SECONDS)
             self._do_chores(client)
         except RunError:
             # The run is over, or the store is lost: no receiver can take anything any more.
             pass
-        with self._lock:
-            left = list(self._entries.values())
-        for entry in left:
-            self.drop(entry, "the run ended before it was taken")
-        with self._lock:
-            self._memory.release(keep_content=bool(left))
+        self.drop_all("the run ended before it was taken")
