@@ -283,7 +283,7 @@ class Meeting(Work):
 
     def _write(self, leaves: Leaves) -> None:
         """Goes on with the first leaf that is not known to be written."""
-        mode, written, incoming = WriteMode(self._options.write, self._options.gradient), self._written, self._incoming
+        mode, written, incoming = _write_mode(self._options), self._written, self._incoming
         while (index := len(written)) < len(incoming):
             written.append(incoming[index].write(leaves.originals[index], mode))
 
@@ -331,7 +331,7 @@ class Meeting(Work):
         return incoming, None
 
     def _check(self, leaves: Leaves, incoming: Sequence[IncomingLeaf]) -> None:
-        mode = WriteMode(self._options.write, self._options.gradient)
+        mode = _write_mode(self._options)
         for original, one in zip(leaves.originals, incoming, strict=True):
             if one.target.shape != one.value.shape and (self._direction == "compare" or one.is_padded):
                 raise WriteRefused(
@@ -429,8 +429,8 @@ class Meeting(Work):
 
     def end_stage(self, stage: str) -> None:
         """All time since the end of the stage before is this one's."""
-        now = time.perf_counter()
-        self._seconds[stage] = self._seconds.get(stage, 0.0) + now - self._stage_since
+        now, seconds = time.perf_counter(), self._seconds
+        seconds[stage] = seconds.get(stage, 0.0) + now - self._stage_since
         self._stage_since = now
 
     # The end.
@@ -460,7 +460,8 @@ class Meeting(Work):
 
     def _line(self, sides: Sides, outcome: Outcome, reason: str | None) -> LedgerLine:
         key, place = self._key, self._session.place
-        worst = max(self._leaf_records, key=_badness, default=None)
+        records = self._leaf_records
+        worst = max(records, key=_badness) if len(records) > 1 else records[0] if records else None
         return {
             "schema_version": SCHEMA_VERSION,
             "sequence": self._sequence,
@@ -483,10 +484,18 @@ class Meeting(Work):
             "before": worst.before if worst else None,
             "incoming": worst.incoming if worst else None,
             "difference": worst.difference if worst else self._plain_difference,
-            "leaves": self._leaf_records,
+            "leaves": records,
             "tokens": self.rows.counts(self._header) if self.rows is not None else None,
             "only_in": None,
         }
+
+
+# There are few, and making one costs as much as three calls.
+_known_mode = lru_cache(maxsize=16)(WriteMode)
+
+
+def _write_mode(options: PointOptions) -> WriteMode:
+    return _known_mode(options.write, options.gradient)
 
 
 @lru_cache(maxsize=4096)

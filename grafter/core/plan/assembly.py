@@ -22,7 +22,8 @@ from grafter.errors import WriteRefused
 Values = dict[Value, torch.Tensor]
 
 
-@dataclass(frozen=True)
+# Not frozen: made at every point, and freezing triples what that costs.
+@dataclass
 class Received:
     """What one sender sent: its leaves in the order of their paths, and its extras."""
 
@@ -50,7 +51,11 @@ class Assembled:
 
 def received_by_sender(values: Values, pair: Pair, role: RoleName, roster: Roster) -> list[Received]:
     """Whole tensors, in the order of the sending role's ranks."""
-    headers = {roster.graft_rank(role, header.role_rank): header for header in pair.side(role).headers}
+    known = f"headers of {role}"
+    headers = pair.memo.get(known)
+    if headers is None:
+        headers = {roster.graft_rank(role, header.role_rank): header for header in pair.side(role).headers}
+        pair.memo[known] = headers
     received = []
     for sender in dict.fromkeys(value.sender for value in values):
         if sender is None:

@@ -116,7 +116,7 @@ class SharedMemoryExchange(Exchange):
         notified: each gets one last message, even if an exception of the program, such as Ctrl-C, ends this call.
         """
         failure: Abandoned | None = None
-        receivers = list(dict.fromkeys(item.piece.receiver for item in outgoing))
+        receivers = list({item.piece.receiver: None for item in outgoing})
         key = _word_key(plan.digest, self._graft_rank)
         try:
             while receivers:
@@ -245,7 +245,8 @@ class SharedMemoryExchange(Exchange):
         """Wait until each sender has put all its pieces in place, or has said why it will not."""
         keys = [_word_key(plan.digest, sender) for sender in senders]
         try:
-            self._channels.spin(self._spinning, keys)
+            if self._spinning.is_worthwhile:
+                self._channels.spin(self._spinning, keys)
             words = self._channels.wait(keys, watch, senders)
         except BaseException:
             # They may still come, and then nobody reads them.

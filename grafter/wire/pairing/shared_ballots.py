@@ -13,6 +13,7 @@ import fcntl
 import mmap
 import os
 import struct
+from collections import defaultdict
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -20,7 +21,8 @@ from grafter.core.commit_protocol import Ballot
 from grafter.core.processes import is_from_signal_handler
 
 _RECORD = struct.Struct("=12sHBx")
-_LOOK_BYTES = 64 * _RECORD.size
+_RECORD_BYTES = _RECORD.size
+_LOOK_BYTES = 64 * _RECORD_BYTES
 RECLAIMED_BYTES = 1 << 20
 # Points that are over, of which a late ballot may still come.
 _REMEMBERED = 64
@@ -86,7 +88,7 @@ class SharedBallots:
         self._role_rank = role_rank
         self._receivers = receivers
         self._position = 0
-        self._ballots: dict[bytes, list[Ballot]] = {}
+        self._ballots: defaultdict[bytes, list[Ballot]] = defaultdict(list)
         # The latest points that this rank is done with; of these a late ballot may come.
         self._over: dict[bytes, list[Ballot]] = {}
         self._history = _History(receivers) if reclaims else None
@@ -95,35 +97,27 @@ class SharedBallots:
     def append(self, digest: bytes, kind: int) -> None:
         """Raises OSError where the system has no memory."""
         written = os.write(self.fd, _RECORD.pack(digest, self._role_rank, kind))
-        if written != _RECORD.size:
-            raise OSError(f"{written} of {_RECORD.size} bytes of a vote were written")
+        if written != _RECORD_BYTES:
+            raise OSError(f"{written} of {_RECORD_BYTES} bytes of a vote were written")
 
     def read(self, digest: bytes) -> Sequence[Ballot]:
         """The ballots of one point, in order. This rank reads each record once."""
         while True:
             records = os.pread(self.fd, _LOOK_BYTES, self._position)
             for point, role_rank, kind in _RECORD.iter_unpack(records):
-                self._take(point, _ballot(role_rank, kind))
+                if self._history is not None:
+                    self._history.add(point, role_rank, self._position)
+                # Kind 0: reclaimed, and so of a point that is over.
+                if kind:
+                    (self._over if point in self._over else self._ballots)[point].append(_ballot(role_rank, kind))
                 # One by one: whatever interrupts this, a record is taken twice at most, which changes no outcome.
-                self._position += _RECORD.size
+                self._position += _RECORD_BYTES
             if len(records) < _LOOK_BYTES:
                 break
         if self._history is not None and self._position - self._reclaimed > 2 * RECLAIMED_BYTES:
             self._reclaim(self._history.unneeded)
         ballots = self._ballots.get(digest)
         return ballots if ballots is not None else self._over.get(digest, [])
-
-    def _take(self, point: bytes, ballot: Ballot) -> None:
-        if self._history is not None:
-            self._history.add(point, ballot.role_rank, self._position)
-        # Kind 0: reclaimed, and so of a point that is over.
-        if not ballot.kind:
-            return
-        over = self._over.get(point)
-        if over is not None:
-            over.append(ballot)
-        else:
-            self._ballots.setdefault(point, []).append(ballot)
 
     def has_grown(self) -> bool:
         """Whether there is something that this rank has not read. May be asked from any thread."""

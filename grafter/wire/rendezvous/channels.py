@@ -140,16 +140,18 @@ class Channels:
         unread = self._unread
         if self._spinning.is_worthwhile:
             self.spin(self._spinning, keys)
-        deadline = time.monotonic() + _SHORTLY_SECONDS
+        deadline = 0.0
         while not all(map(unread.__contains__, keys)):
             # By the clock, whatever has come: messages for other points must not keep this rank here.
-            left = deadline - time.monotonic()
-            if left <= 0:
+            now = time.monotonic()
+            if not deadline:
+                deadline = now + _SHORTLY_SECONDS
+            elif now >= deadline:
                 return None
             if self._only is not None:
                 self._fetch_from(self._only)
             elif not writers or not self._fetch_missing(keys, writers):
-                self._fetch(left)
+                self._fetch(deadline - now)
         return list(map(unread.pop, keys))
 
     def _fetch_missing(self, keys: Sequence[str], writers: Sequence[int]) -> bool:

@@ -30,20 +30,28 @@ class UnreadMessages:
 
         nbytes: of the message as it came. Raises ProtocolError where more waits than a run can have.
         """
+        by_key = self.by_key
+        if (
+            nbytes <= _LONG_MESSAGE_BYTES and key not in by_key and not self._unwanted and sealed.kind != RECALL
+            and sealed.descriptor is None and len(by_key) < _MOST_MESSAGES
+        ):  # fmt: skip
+            # As nearly all.
+            by_key[key] = sealed
+            return
         if sealed.kind == RECALL:
             # Written to the wrong rank; messages of one writer come in order, so it is here.
             _close_descriptor(sealed)
-            if (recalled := self.by_key.pop(key, None)) is not None:
+            if (recalled := by_key.pop(key, None)) is not None:
                 _close_descriptor(recalled)
             return
         if self._unwanted and key in self._unwanted:
             del self._unwanted[key]
             _close_descriptor(sealed)
             return
-        if nbytes > _LONG_MESSAGE_BYTES or sealed.descriptor is not None or len(self.by_key) >= _MOST_MESSAGES:
+        if nbytes > _LONG_MESSAGE_BYTES or sealed.descriptor is not None or len(by_key) >= _MOST_MESSAGES:
             self._check_room(sealed)
-        earlier = self.by_key.get(key)
-        self.by_key[key] = sealed
+        earlier = by_key.get(key)
+        by_key[key] = sealed
         if earlier is not None:
             _close_descriptor(earlier)
 
