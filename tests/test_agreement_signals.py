@@ -115,7 +115,7 @@ def hear_all(rank: Rank) -> None:
     while session.client.peek(failed._place(told)) is not None:
         told += 1
     deadline = time.monotonic() + 15
-    while failed._heard < told and time.monotonic() < deadline:
+    while failed._next_to_read < told and time.monotonic() < deadline:
         time.sleep(0.05)
 
 

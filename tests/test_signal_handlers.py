@@ -265,7 +265,7 @@ def test_during_a_call_of_the_store_it_is_not_the_stores_end(alarm: Callable[...
 DUMP_PATH = [
     "core", "runtime", "wire/exchange", "wire/outbox", "wire/pairing", "wire/store_client.py",
     "wire/rendezvous/channels.py",     "store/ledger.py", "store/written_files.py", "capture",
-    *(f"store/dumps/{name}.py" for name in ("saver", "taken", "rank_dumps", "snapshot", "buffers", "encoding")),
+    *(f"store/dumps/{name}.py" for name in ("saver", "taken", "rank_dumps", "snapshot")),
 ]  # fmt: skip
 BROAD = {"OSError", "Exception", "RuntimeError", "ValueError", "TimeoutError", "FileNotFoundError"}
 ELSEWHERE = {
