@@ -146,7 +146,7 @@ class RunAccess:
         self._client = StoreClient(raw, Seal(f"ctl/{os.getpid()}", secret), group_name)
         self._client.set_timeout(10)
         self._place = f"{address}:{port}"
-        run = self._client.peek(f"{self._client.job_prefix}/run")
+        run = self._client.peek(self._client.job_keys.run)
         if run is None and self._client.seal.ignored.count:
             raise ProtocolError(self._client.seal.ignored.note)
         if run is None:
@@ -159,12 +159,12 @@ class RunAccess:
         self.roster = Roster(tuple(self._read_side("baseline")), tuple(self._read_side("target")))
 
     def _refuse_ended(self) -> None:
-        abort = self._client.peek(f"{self._client.job_prefix}/abort")
+        abort = self._client.peek(self._client.job_keys.abort)
         if abort is not None:
             raise RunError(f"the run {self.run_name} is over: {decode_abort(abort.payload)}")
 
     def _read_side(self, role: RoleName) -> list[Announcement]:
-        sealed = self._client.peek(f"{self._client.job_prefix}/roster/{role}")
+        sealed = self._client.peek(self._client.job_keys.roster(role))
         if sealed is None:
             raise UsageError(
                 f"the {role} job of the run {self.run_name} has not joined yet: a job joins at its first call of "

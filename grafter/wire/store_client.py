@@ -52,6 +52,27 @@ def decode_abort(payload: str) -> RunError:
     return kind(text)
 
 
+class JobKeys:
+    """The keys of one group that do not belong to a run: those of the handshake, and of its end."""
+
+    def __init__(self, prefix: str) -> None:
+        # The run's id and name; the error that ended it; the process that hosts the store.
+        self.run, self.abort, self.host = f"{prefix}/run", f"{prefix}/abort", f"{prefix}/host"
+        self._prefix = prefix
+
+    def hello(self, role: str, role_rank: int) -> str:
+        """The announcement of one rank."""
+        return f"{self._prefix}/hello/{role}/{role_rank}"
+
+    def roster(self, role: str) -> str:
+        """All announcements of one job."""
+        return f"{self._prefix}/roster/{role}"
+
+    def exit(self, role: str) -> str:
+        """How one job has exited, reported by the launcher."""
+        return f"{self._prefix}/exit/{role}"
+
+
 class StoreClient:
     """A client of the store: sealed values under the prefix of one group. One client serves one thread at a time.
 
@@ -77,6 +98,7 @@ class StoreClient:
         self.call_monitor: CallMonitor | None = None
         # Without a version, so that a peer of another protocol version is recognised instead of waited for.
         self.job_prefix = f"grafter/{group_name}"
+        self.job_keys = JobKeys(self.job_prefix)
         self._calls = None if is_server else BoundedCalls()
         self._seconds = 30.0
         # How much was written since the store's last answer.

@@ -100,20 +100,15 @@ class HostedStore:
         self.address, self.port = address, self._store.port
         self._client = StoreClient(self._store, Seal("launcher", secret), group_name, "this process", is_server=True)
         # Every rank watches the process that it depends on.
-        self._client.set(host_place(self._client), "host", own_identity().model_dump_json())
+        self._client.set(self._client.job_keys.host, "host", own_identity().model_dump_json())
         self._lock = threading.Lock()
 
     def report_job_exit(self, role: str, text: str) -> None:
         """Report to the waiting ranks that a job has ended. text: follows its name, such as `exited with code 1`."""
         with self._lock:
-            self._client.put_if_absent(f"{self._client.job_prefix}/exit/{role}", "exit", text)
+            self._client.put_if_absent(self._client.job_keys.exit(role), "exit", text)
 
     def close(self) -> None:
         """Close the port."""
         with self._lock:
             del self._client, self._store
-
-
-def host_place(client: StoreClient) -> str:
-    """The key under which the process that hosts the store publishes its identity."""
-    return f"{client.job_prefix}/host"

@@ -47,7 +47,7 @@ class ProcessWatch:
         Every waiting rank looks at its own host, and at the leaders elsewhere; `all_hosts` is for leaders. A few round
         trips; never waits.
         """
-        exits = {role: client.peek(f"{client.job_prefix}/exit/{role}") for role in ("baseline", "target")}
+        exits = {role: client.peek(client.job_keys.exit(role)) for role in ("baseline", "target")}
         gone: dict[int, str] = {}
         for rank, member in enumerate(self._roster.all):
             how = None

@@ -232,7 +232,7 @@ class MonitorThread:
         self._next_chores = time.monotonic() + _CHORES_EVERY_SECONDS
         self._members.beat(self._link.client)
         if self.aborted is None:
-            record = self._link.client.peek(f"{self._link.client.job_prefix}/abort")
+            record = self._link.client.peek(self._link.client.job_keys.abort)
             if record is not None:
                 self._wake_self(decode_abort(record.payload))
         self._members.keep_up(self._link.client)
@@ -274,7 +274,7 @@ class MonitorThread:
         Returns the error that ended the run: the one that was put first. Raises PeerLostError if the store is lost.
         """
         client = client or self._link.client
-        key = f"{client.job_prefix}/abort"
+        key = client.job_keys.abort
         client.wake(key, error)
         record = client.peek(key)
         first = decode_abort(record.payload) if record is not None and record.kind == ABORT else error

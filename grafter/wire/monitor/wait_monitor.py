@@ -122,7 +122,7 @@ class WaitMonitor:
         """The error that ends this wait of the join: the other ranks will not join, or not in time. None if none
         does."""
         for role in ("baseline", "target"):
-            record = client.peek(f"{client.job_prefix}/exit/{role}")
+            record = client.peek(client.job_keys.exit(role))
             if record is not None:
                 return PeerLostError(
                     f"the {role} job {record.payload}, and {self._who} was still waiting for the two jobs to join. "

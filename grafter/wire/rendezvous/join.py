@@ -31,7 +31,7 @@ from grafter.wire.monitor.status_board import BoardWriter
 from grafter.wire.monitor.store_silence import StoreWait
 from grafter.wire.monitor.waits import Wait
 from grafter.wire.store_client import StoreClient
-from grafter.wire.store_server import HostedStore, connect, host_place, serve
+from grafter.wire.store_server import HostedStore, connect, serve
 
 logger = logging.getLogger("grafter")
 
@@ -127,7 +127,7 @@ def join(
 
 def _find_host(client: StoreClient, name: str) -> StoreHost:
     """The process that hosts the store, as far as it is known before the roster is."""
-    published = client.peek(host_place(client))
+    published = client.peek(client.job_keys.host)
     if published is None:
         return StoreHost(name)
     host = StoreHost(name, read_message(ProcessIdentity.model_validate_json, published.payload, "the store's host"))
@@ -166,7 +166,7 @@ class _Handshake:
 
     def _learn_run(self, run_name: str) -> tuple[str, str]:
         """The run's id and name, which baseline rank 0 chooses."""
-        key = f"{self._client.job_prefix}/run"
+        key = self._client.job_keys.run
         if self._place.role == "baseline" and self._place.role_rank == 0:
             self._client.put_if_absent(key, "run", f"{uuid.uuid4().hex[:16]} {run_name}")
         with self._monitor.waiting(self._wait("baseline rank 0 to open the run", key)):
@@ -194,13 +194,11 @@ class _Handshake:
             models=self._hooks.models,
             played_from=self._played_from,
         )
-        claimed = self._client.put_if_absent(self._hello(place.role_rank), "hello", announcement.model_dump_json())
+        key = self._client.job_keys.hello(place.role, place.role_rank)
+        claimed = self._client.put_if_absent(key, "hello", announcement.model_dump_json())
         if claimed is not None:
             raise self._refuse(self._explain_claim(_read_announcement(claimed.payload), announcement))
         return announcement
-
-    def _hello(self, role_rank: int) -> str:
-        return f"{self._client.job_prefix}/hello/{self._place.role}/{role_rank}"
 
     def _explain_claim(self, holder: Announcement, mine: Announcement) -> str:
         text = f"two processes claim to be {self._place.who}: {holder.who}, and pid {mine.process.pid} on "
@@ -224,15 +222,15 @@ class _Handshake:
         """The job's rank 0 collects the announcements of its job and posts them together."""
         if self._place.role_rank != 0:
             return
-        others = [self._hello(rank) for rank in range(1, self._place.role_world_size)]
+        others = [self._client.job_keys.hello(self._place.role, rank) for rank in range(1, self._place.role_world_size)]
         with self._monitor.waiting(self._wait(f"the other ranks of the {self._place.role} to join", *others)):
             members = [_read_announcement(sealed.payload) for sealed in self._client.get_all(others)]
         roster = ANNOUNCEMENTS.dump_json([announcement, *members]).decode()
-        self._client.put_if_absent(f"{self._client.job_prefix}/roster/{self._place.role}", "roster", roster)
+        self._client.put_if_absent(self._client.job_keys.roster(self._place.role), "roster", roster)
 
     def _read_rosters(self) -> Roster:
         other = other_role(self._place.role)
-        keys = [f"{self._client.job_prefix}/roster/{role}" for role in ("baseline", "target")]
+        keys = [self._client.job_keys.roster(role) for role in ("baseline", "target")]
         logger.info("grafter: %s has joined and waits for the %s job", self._place.who, other)
         with self._monitor.waiting(self._wait(f"the {other} job to join", *keys)):
             baseline, target = (
