@@ -19,6 +19,7 @@ from grafter.core.messages.roster import PlayedFrom, Roster
 from grafter.core.messages.wire import read_message
 from grafter.core.points import PointKey
 from grafter.core.roles import RoleName
+from grafter.wire.monitor.waits import Wait
 from grafter.wire.store_client import StoreClient
 
 Stage = Literal[
@@ -149,13 +150,12 @@ class BoardWriter:
             client, state="running", doing=doing, call_site=call_site, since=time.time() if since is None else since
         )
 
-    def waiting(
-        self, client: StoreClient, *, digest: str, point: str, participants: tuple[int, ...], awaits: tuple[str, ...],
-        call_site: str, since: float, own_side: bool = False, one_sided: bool = False,
-    ) -> None:  # fmt: skip
+    def waiting(self, client: StoreClient, wait: Wait, since: float) -> None:
+        """Write that this rank waits in pairing. since: on `time.time`'s clock."""
         self._write(
-            client, state="waiting", digest=digest, point=point, participants=participants, awaits=awaits,
-            call_site=call_site, since=since, own_side=own_side, one_sided=one_sided, passed_over=self.passed_over,
+            client, state="waiting", digest=wait.digest, point=str(wait.what), participants=wait.participants,
+            awaits=wait.awaits, call_site=wait.call_site, since=since, own_side=wait.own_side, one_sided=wait.one_sided,
+            passed_over=self.passed_over,
         )  # fmt: skip
 
     def left(self, client: StoreClient, note: str) -> None:

@@ -103,17 +103,7 @@ class WaitMonitor:
             doing = text_of_stage(stage, underway.point)
             self._board.running(client, doing, call_site=underway.call_site, since=since)
         elif activity.stage == "pairing":
-            self._board.waiting(
-                client,
-                digest=activity.digest,
-                point=str(activity.what),
-                participants=activity.participants,
-                awaits=activity.awaits,
-                call_site=activity.call_site,
-                since=since,
-                own_side=activity.own_side,
-                one_sided=activity.one_sided,
-            )
+            self._board.waiting(client, activity, since)
         else:
             # Such a wait ends by itself or is watched elsewhere, so for other ranks this one runs.
             self._board.running(client, text_of_wait(activity.stage, activity.what), since=since)
