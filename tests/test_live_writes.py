@@ -10,6 +10,7 @@ import torch
 from jobs import Jobs, Rank, succeed, two_jobs
 
 import grafter
+from grafter.wire.exchange.transfer import Transfer
 
 # Gradients, as docs/write-modes.md has them. The target's weight is 0 and its y = exp(0) = 1, the baseline's y is 5,
 # and the loss is 2 * y * scale with scale = 1.
@@ -322,3 +323,32 @@ def test_a_senders_graph_is_left_alone(tmp_path: Path, direction: str) -> None:
     settings = {f"{direction}_filter": "True"}
     with two_jobs(tmp_path, dump_and_look_at_the_graph, dump_and_look_at_the_graph, **settings) as jobs:
         assert succeed(jobs.wait()) == [[3.0, 3.0]] * 2
+
+
+def test_whoever_still_has_the_point_that_was_under_way_keeps_no_memory_of_it_in_use(tmp_path: Path) -> None:
+    """As the housekeeping thread may, a little longer than the point lasts: the next one is received into the same
+    block."""
+    with Jobs(tmp_path, b2t_filter="True") as jobs:
+        jobs.start("baseline", 1, dump_and_note_the_point)
+        jobs.start("target", 1, dump_and_note_the_point)
+        _, (seen, generations) = succeed(jobs.wait())
+    assert seen == 4
+    assert generations == {1}
+
+
+def dump_and_note_the_point(rank: Rank) -> tuple[int, set[int]]:
+    seen: list[Any] = []
+    generations: set[int] = set()
+    transfer: list[Any] = []
+    receive = Transfer.receive
+
+    def noted(self: Transfer, *arguments: Any) -> Any:
+        seen.append(self._housekeeping.underway)
+        transfer.append(self)
+        return receive(self, *arguments)
+
+    Transfer.receive = noted  # type: ignore[method-assign]
+    for number in range(4):
+        grafter.dump("x", torch.full((1000,), float(number)))
+        generations |= {one.staging.generation for one in transfer}
+    return len(seen), generations

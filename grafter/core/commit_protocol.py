@@ -58,7 +58,7 @@ class Step(NamedTuple):
 # WRITE     write the value; repeating it changes nothing
 PREPARE, OPEN, READ, AWAIT, WRITE = (Step(name) for name in ("prepare", "open", "read", "await", "write"))
 APPEND, WAKE, EXCUSE = "append", "wake", "excuse"
-_VOTE_YES = Step(APPEND, YES)
+VOTE_YES = Step(APPEND, YES)
 
 Course = Generator[Step, Any, Outcome]
 
@@ -88,7 +88,7 @@ def take_part(role_rank: int, receivers: Collection[int]) -> Course:
     refusal = yield PREPARE
     if (problem := (yield OPEN)) is not None:
         return (yield from _excuse_self(role_rank, problem))
-    yield _VOTE_YES if refusal is None else Step(APPEND, NO, refusal)
+    yield VOTE_YES if refusal is None else Step(APPEND, NO, refusal)
     if len(receivers) == 1:
         # Its own vote decides: nothing to read, and nobody to wake.
         if refusal is None:

@@ -19,6 +19,7 @@ from grafter.core.commit_protocol import (  # fmt: skip
     OPEN,
     PREPARE,
     READ,
+    VOTE_YES,
     WAKE,
     WRITE,
     YES,
@@ -99,7 +100,8 @@ class CriticalSection:
         return self._held_back(_LEVELS)
 
     def _held_back(self, level: int) -> Settled:
-        """Each level holds what arrives while the level inside of it holds something."""
+        """Each level holds what arrives while the level inside of it holds something. A frame for each: between loops
+        within one frame there are instructions that no `try` covers."""
         while True:
             try:
                 return self._held_back(level - 1) if level else self._attempt()
@@ -132,6 +134,9 @@ class CriticalSection:
                     result = self._prepare()
                 elif step is OPEN:
                     result = log.open()
+                elif step is VOTE_YES:
+                    self._work.stage = "voting"
+                    result = log.append(YES, "")
                 elif step is WRITE:
                     result = self._work.write()
                 else:
@@ -166,8 +171,7 @@ class CriticalSection:
         if step.name is WAKE:
             assert step.outcome is not None
             return log.wake(step.outcome, self._reason)
-        if step.kind != YES:
-            self._reason = step.reason
+        self._reason = step.reason
         if step.name is APPEND:
             self._work.stage = "voting"
             return log.append(step.kind, step.reason)

@@ -76,7 +76,7 @@ class Channels:
         self._by_descriptor = {channel.descriptor: channel for channel in self._channels.values()}
         self._ready = select.epoll()
         for descriptor, channel in self._by_descriptor.items():
-            # All calls say that they do not wait, but for that of `_fetch_from`, which waits in the kernel.
+            # All calls say that they do not wait, but for those with `_RECEIVE_SHORTLY`, which wait in the kernel.
             channel.connection.setblocking(True)
             timeval = _TIMEVAL.pack(0, int(_SHORTLY_SECONDS * 1e6))
             channel.connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
@@ -148,8 +148,8 @@ class Channels:
                 deadline = now + _SHORTLY_SECONDS
             elif now >= deadline:
                 return None
-            if self._only is not None:
-                self._fetch_from(self._only)
+            if self._only is not None and not self._only.is_closed:
+                self._take(self._only, _RECEIVE_SHORTLY)
             elif not writers or not self._fetch_missing(keys, writers):
                 self._fetch(deadline - now)
         return list(map(unread.pop, keys))
@@ -159,7 +159,9 @@ class Channels:
         for key, writer in zip(keys, writers, strict=True):
             if key not in self._unread:
                 channel = self._channels.get(writer)
-                return channel is not None and self._fetch_from(channel)
+                if channel is None or channel.is_closed:
+                    return False
+                return self._take(channel, _RECEIVE_SHORTLY)
         return True
 
     def wait(self, keys: Sequence[str], watch: Watch, writers: Sequence[int] = ()) -> list[Sealed]:
@@ -253,10 +255,6 @@ class Channels:
         for descriptor, _ in ready:
             self._take(self._by_descriptor[descriptor], _RECEIVE)
         return bool(ready)
-
-    def _fetch_from(self, channel: _Channel) -> bool:
-        """Take a message from this channel; False if it has none within some 10 ms."""
-        return self._fetch(_SHORTLY_SECONDS) if channel.is_closed else self._take(channel, _RECEIVE_SHORTLY)
 
     def _take(self, channel: _Channel, how: tuple[tuple[int], tuple[int], tuple[int]]) -> bool:
         """Take a message from this channel, whether there was one. By one call into `arrived`, so that no signal's
