@@ -34,7 +34,7 @@ def at(phase: str, act: Callable[[], None]) -> Iterator[Callable[[Any], torch.Te
     from grafter.runtime.meeting import Meeting
     from grafter.wire.exchange.incoming import IncomingLeaf
     from grafter.wire.pairing.host_votes import HostVotes
-    from grafter.wire.pairing.store_votes import StoreVotes
+    from grafter.wire.pairing.vote_log import StoreVotes
 
     leaves = 0
 

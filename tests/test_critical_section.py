@@ -21,11 +21,10 @@ from grafter.core.messages.wire import Seal, Sealed
 from grafter.errors import PeerLostError, RunError
 from grafter.wire import bounded_calls, store_client
 from grafter.wire.monitor.waits import Wait
-from grafter.wire.pairing import critical_section, host_votes, shared_ballots, store_votes
+from grafter.wire.pairing import critical_section, host_votes, shared_ballots, vote_log
 from grafter.wire.pairing.critical_section import CriticalSection, Settled, Work
 from grafter.wire.pairing.host_votes import HostLogs, HostVotes
-from grafter.wire.pairing.store_votes import StoreVotes
-from grafter.wire.pairing.vote_log import OwnVotes, VoteLog
+from grafter.wire.pairing.vote_log import OwnVotes, StoreVotes, VoteLog
 from grafter.wire.store_client import StoreClient
 from grafter.wire.store_server import HostedStore, connect
 
@@ -205,7 +204,7 @@ IN_MEMORY = [name for name in make_votes() if "shared" not in name]
 # The code in which exceptions arrive.
 _FILES = {
     critical_section.__file__, commit_protocol.__file__, host_votes.__file__, shared_ballots.__file__, __file__,
-    store_votes.__file__, store_client.__file__, bounded_calls.__file__,
+    vote_log.__file__, store_client.__file__, bounded_calls.__file__,
 }  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from grafter.errors import PeerLostError, RunError
 from grafter.wire.monitor.store_silence import StoreWait
 from grafter.wire.monitor.waits import Wait, WatchedWait
 from grafter.wire.pairing.critical_section import CriticalSection, Settled, Work
-from grafter.wire.pairing.store_votes import StoreVotes
+from grafter.wire.pairing.vote_log import StoreVotes
 from grafter.wire.rendezvous.message_router import MessageRouter
 from grafter.wire.store_client import StoreClient
 from grafter.wire.store_server import HostedStore, connect

@@ -195,7 +195,7 @@ class Simulation:
         channels: Any = CountedChannels(self._mail[number], self._mail, seal, traffic, waits)
         own = message_router.MessageRouter(client, monitor, self._roster, number, channels, PATIENCE_SECONDS)
         pairing = Pairing(client, own, monitor, self._roster, PATIENCE_SECONDS)
-        pairing._known.pairs = self._pairs
+        pairing._cache.pairs = self._pairs
         return pairing
 
     def point(self, step: int) -> list[Traffic]:

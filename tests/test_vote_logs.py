@@ -20,8 +20,7 @@ from grafter.core.messages.wire import Seal, Sealed
 from grafter.wire.pairing import host_votes, shared_ballots
 from grafter.wire.pairing.host_votes import HostLogs, HostVotes
 from grafter.wire.pairing.shared_ballots import SharedBallots
-from grafter.wire.pairing.store_votes import StoreVotes
-from grafter.wire.pairing.vote_log import VoteLog
+from grafter.wire.pairing.vote_log import StoreVotes, VoteLog
 from grafter.wire.store_client import StoreClient
 from grafter.wire.store_server import HostedStore, connect
 

@@ -149,7 +149,7 @@ class Session:
             config.outbox_seconds,
             self.graft_rank,
             self.monitor,
-            self.pairing.words,
+            self.pairing.tombstones,
             self._find_gone,
             self.write_line,
             Receivers(self.monitor, self.roster, self.place.role, timeout),

@@ -17,8 +17,7 @@ from grafter.errors import RunError
 from grafter.wire.monitor.waits import Wait
 from grafter.wire.pairing.critical_section import CriticalSection, Settled, Work
 from grafter.wire.pairing.host_votes import HostLogs, HostVotes
-from grafter.wire.pairing.store_votes import StoreVotes
-from grafter.wire.pairing.vote_log import OwnVotes, VoteLog
+from grafter.wire.pairing.vote_log import OwnVotes, StoreVotes, VoteLog
 from grafter.wire.rendezvous.message_router import MessageRouter
 from grafter.wire.store_client import StoreClient
 

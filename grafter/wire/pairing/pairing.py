@@ -21,9 +21,8 @@ from grafter.core.roles import RoleName
 from grafter.wire.monitor.absence import only_one_job_came
 from grafter.wire.monitor.monitor_thread import MonitorThread
 from grafter.wire.monitor.waits import ABSENT, GivenUp, Wait
-from grafter.wire.pairing.known_texts import KnownTexts
-from grafter.wire.pairing.meeting_place import MANIFEST, MeetingPlace
-from grafter.wire.pairing.refusals import Refusals
+from grafter.wire.pairing.manifest_cache import ManifestCache, ManifestChecks
+from grafter.wire.pairing.nonblocking_rendezvous import MANIFEST, NonblockingRendezvous
 from grafter.wire.rendezvous.message_router import MessageRouter
 from grafter.wire.store_client import StoreClient
 
@@ -49,10 +48,10 @@ class Pairing:
         self._client, self._router, self._monitor = client, router, monitor
         self._roster, self._timeout = roster, timeout
         self._run_prefix = client.run_prefix
-        self._known = KnownTexts()
-        self._refusals = Refusals(client, monitor, self._known)
-        self._place = MeetingPlace(client, router, monitor, roster, self._known, self._refusals)
-        self.claims, self.words = self._place.claims, self._place.words
+        self._cache = ManifestCache()
+        self._checks = ManifestChecks(client, monitor, self._cache)
+        self._nonblocking = NonblockingRendezvous(client, router, monitor, roster, self._cache, self._checks)
+        self.claims, self.tombstones = self._nonblocking.claims, self._nonblocking.tombstones
         # By own role, rank and participants.
         self._own_sides: dict[tuple[RoleName, int, tuple[int, ...]], _OwnSide] = {}
         # By own participants: the graft rank of the leader that they met.
@@ -77,10 +76,10 @@ class Pairing:
         if header.role_rank == own.leader:
             met = self._lead(key, header, own, keys)
         else:
-            self._bring_header(header, own, keys)
+            self._send_header(header, own, keys)
             met = self._follow(key, header, own, keys)
         if isinstance(met, Pair) and "checked" not in met.memo:
-            self._refusals.check_pair(key, met)
+            self._checks.check_pair(key, met)
         return met
 
     def _own_side(self, header: Header) -> _OwnSide:
@@ -105,22 +104,22 @@ class Pairing:
             if mine is not None and not self._have_passed(key, header):
                 # They may still come, and must not post what nobody waits for.
                 self._left_in_store = [place for place in self._left_in_store if place != keys.first]
-                self._place.give_up(header, keys, mine)
+                self._nonblocking.give_up(header, keys, mine)
             # Those that have passed the step would keep the message for ever.
             reached = self._monitor.step_ends.reached(self._client, header.role)
             here = [r for r in header.participants if r != header.role_rank and reached[r] <= key.step]
             others = [self._roster.graft_rank(header.role, r) for r in here]
-            return self._hand_on(NotMet("skipped", str(given_up)), "", header, others, keys)
+            return self._send_to_own_side(NotMet("skipped", str(given_up)), "", header, others, keys)
 
     def _follow(self, key: PointKey, header: Header, own: _OwnSide, keys: StoreKeys) -> Pair | NotMet:
         try:
             told = self._wait_for_own_side(key, header, [keys.pair(header.role)], [own.leader_graft])[0]
         except GivenUp as given_up:
-            self._take_back_header(key, header, own, keys)
+            self._withdraw_header(key, header, own, keys)
             return NotMet("skipped", str(given_up))
-        return read_not_met(told.payload) if told.kind == NOT_MET else self._known.pair(told.payload)
+        return read_not_met(told.payload) if told.kind == NOT_MET else self._cache.pair(told.payload)
 
-    def _take_back_header(self, key: PointKey, header: Header, own: _OwnSide, keys: StoreKeys) -> None:
+    def _withdraw_header(self, key: PointKey, header: Header, own: _OwnSide, keys: StoreKeys) -> None:
         """This follower has gone on: a leader that still comes must not count it among those that are there."""
         place = keys.header(header.role, header.role_rank)
         if self._monitor.step_ends.reached(self._client, header.role)[own.leader] <= key.step:
@@ -140,7 +139,7 @@ class Pairing:
         self._one_sided = one_sided
         keys, own = store_keys(self._run_prefix, key.digest), self._own_side(header)
         if header.role_rank != own.leader:
-            self._bring_header(header, own, keys)
+            self._send_header(header, own, keys)
             return None
         try:
             mine = self._collect(key, header, own, keys)
@@ -150,7 +149,7 @@ class Pairing:
             return (ONE_SIDED, str(given_up)) if found is None else (found.kind, found.payload)
         if own.others and not self._router.channels_within_job:
             self._monitor.delete_later([keys.header(header.role, rank) for rank in own.others])
-        return self._place.post(key, header, keys, mine)
+        return self._nonblocking.post(key, header, keys, mine)
 
     def _collect(self, key: PointKey, header: Header, own: _OwnSide, keys: StoreKeys) -> str:
         """The leader's part: its own role's headers, checked against each other, as the text of a manifest."""
@@ -158,9 +157,9 @@ class Pairing:
             return manifest_text(header.role, [header.text], None)
         places = [keys.header(header.role, rank) for rank in own.others]
         came = self._wait_for_own_side(key, header, places, own.others_graft, collects=True)
-        return self._known.collected(header, [sealed.payload for sealed in came])
+        return self._cache.collected(header, [sealed.payload for sealed in came])
 
-    def _bring_header(self, header: Header, own: _OwnSide, keys: StoreKeys) -> None:
+    def _send_header(self, header: Header, own: _OwnSide, keys: StoreKeys) -> None:
         self._send([own.leader_graft], keys.header(header.role, header.role_rank), "header", header.text)
 
     def _meet_other_leader(
@@ -171,10 +170,12 @@ class Pairing:
         told: int | None = None
         others = own.others_graft
         if header.wait == "job":
-            early = self._place.find_early(mine)
+            early = self._nonblocking.find_early(mine)
             if early is not None:
-                return self._hand_on(self._place.pass_by(key, header, keys, early), "", header, others, keys)
-            theirs = self._place.look(header, keys)
+                return self._send_to_own_side(
+                    self._nonblocking.pass_over(key, header, keys, early), "", header, others, keys
+                )
+            theirs = self._nonblocking.look(header, keys)
         if theirs is None:
             if self._router.channels_between_jobs:
                 theirs, told = self._swap_by_channel(key, header, mine, keys)
@@ -182,15 +183,17 @@ class Pairing:
                 theirs = self._swap_in_store(key, header, mine, keys)
         text = f"[{mine},{theirs.payload}]" if header.role == "baseline" else f"[{theirs.payload},{mine}]"
         if theirs.kind != MANIFEST:
-            return self._hand_on(self._place.meet(key, header, keys, theirs, text), text, header, others, keys)
+            return self._send_to_own_side(
+                self._nonblocking.meet(key, header, keys, theirs, text), text, header, others, keys
+            )
         if others:
             self._send(others, keys.pair(header.role), "pair", text)
-        pair = self._known.pair(text) if others else self._known.pair_with(header, theirs.payload, text)
+        pair = self._cache.pair(text) if others else self._cache.pair_with(header, theirs.payload, text)
         if self._router.channels_between_jobs:
             self._answer(header, pair.target if header.role == "baseline" else pair.baseline, mine, keys, told)
         return pair
 
-    def _hand_on(
+    def _send_to_own_side(
         self, met: Pair | NotMet, text: str, header: Header, others: Sequence[int], keys: StoreKeys
     ) -> Pair | NotMet:
         """Tell the own side what came of it where one side does not wait. text: of the pair."""

@@ -11,8 +11,13 @@ from pydantic import TypeAdapter
 
 from grafter.core.bounded_memory import BoundedMemory, cost
 from grafter.core.messages.manifest import Header, Manifest, Pair, manifest_text, with_tokens_told_once
-from grafter.core.messages.mismatch import find_conflict
-from grafter.core.messages.wire import read_message
+from grafter.core.messages.mismatch import find_conflict, two_leaders
+from grafter.core.messages.states import GONE, MISSED
+from grafter.core.messages.wire import Sealed, read_message
+from grafter.core.points import PointKey
+from grafter.errors import PairingError, ProtocolError
+from grafter.wire.monitor.monitor_thread import MonitorThread
+from grafter.wire.store_client import StoreClient
 
 _MOST_REMEMBERED = 4096
 # Those with tokens are long, and others in each step: few are kept, for the next layers.
@@ -27,7 +32,7 @@ def read_header(text: str) -> Header:
     return read_message(Header.model_validate_json, text, "a header")
 
 
-class KnownTexts:
+class ManifestCache:
     """One per rank, used by its dump thread."""
 
     def __init__(self) -> None:
@@ -85,3 +90,39 @@ class KnownTexts:
         has_tokens = any(header.tokens is not None for header in pair.headers)
         known = self._pairs_of_tokens if has_tokens else self._pairs
         known.remember(text, pair, cost(text, len(pair.headers)))
+
+
+class ManifestChecks:
+    """One per rank, used by its dump thread. Each check raises what has ended the run, once it has ended it."""
+
+    def __init__(self, client: StoreClient, monitor: MonitorThread, cache: ManifestCache) -> None:
+        self._client, self._monitor, self._cache = client, monitor, cache
+
+    def check_pair(self, key: PointKey, pair: Pair) -> None:
+        conflict = pair.baseline.conflict or pair.target.conflict
+        if conflict is None and pair.baseline.role == pair.target.role:
+            conflict = two_leaders(pair.baseline.headers[0], pair.target.headers[0])
+        if conflict is not None:
+            self._refuse(key, conflict)
+        directions = {header.direction for header in pair.headers}
+        if len(directions) != 1:
+            error_text = f"the point {key} came with the directions {sorted(directions)}; the two jobs' filters differ."
+            raise self._monitor.abort(ProtocolError(error_text), self._client)
+        pair.memo["checked"] = True
+
+    def check_own(self, key: PointKey, own: Manifest) -> None:
+        if own.conflict is not None:
+            self._refuse(key, own.conflict)
+
+    def check_found(self, key: PointKey, header: Header, found: Sealed) -> None:
+        """What lies at the meeting place must be the other side's, or tell that an entry of the own side is gone."""
+        if found.kind == GONE or found.writer.partition("/")[0] != header.role:
+            return
+        if found.kind == MISSED:
+            other = read_header(found.payload)
+        else:
+            other = self._cache.manifest(found.payload).headers[0]
+        self._refuse(key, two_leaders(other, header))
+
+    def _refuse(self, key: PointKey, conflict: str) -> None:
+        raise self._monitor.abort(PairingError(f"at the point {key}: {conflict}"), self._client)

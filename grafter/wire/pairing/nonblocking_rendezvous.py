@@ -26,8 +26,7 @@ from grafter.core.roles import sender_role
 from grafter.errors import ProtocolError
 from grafter.wire.monitor.monitor_thread import MonitorThread
 from grafter.wire.outbox.entries import Claims, Tombstones
-from grafter.wire.pairing.known_texts import KnownTexts, read_header
-from grafter.wire.pairing.refusals import Refusals
+from grafter.wire.pairing.manifest_cache import ManifestCache, ManifestChecks, read_header
 from grafter.wire.rendezvous.message_router import MessageRouter
 from grafter.wire.store_client import StoreClient
 
@@ -35,7 +34,7 @@ from grafter.wire.store_client import StoreClient
 MANIFEST = "manifest"
 
 
-class MeetingPlace:
+class NonblockingRendezvous:
     """Used by the leader of a side, once it has its side's manifest."""
 
     def __init__(
@@ -44,18 +43,18 @@ class MeetingPlace:
         router: MessageRouter,
         monitor: MonitorThread,
         roster: Roster,
-        known: KnownTexts,
-        refusals: Refusals,
+        cache: ManifestCache,
+        checks: ManifestChecks,
     ) -> None:
         self._client, self._router, self._monitor, self._roster = client, router, monitor, roster
-        self._known, self._refusals = known, refusals
+        self._cache, self._checks = cache, checks
         self.claims = Claims(client)
-        self.words = Tombstones(monitor.delete_later)
+        self.tombstones = Tombstones(monitor.delete_later)
 
     def post(self, key: PointKey, header: Header, keys: StoreKeys, mine: str) -> tuple[str, str] | None:
         """The senders' part. (state, reason) where the entry has ended already."""
-        own = self._known.manifest(mine)
-        self._refusals.check_own(key, own)
+        own = self._cache.manifest(mine)
+        self._checks.check_own(key, own)
         failed = next((each for each in own.headers if each.failure is not None), None)
         if failed is not None:
             reason = f"{failed.who} failed before the exchange: {failed.failure}"
@@ -89,15 +88,15 @@ class MeetingPlace:
         found = self._client.put_if_absent(keys.first, kind, text)
         if found is None:
             if kind == GONE:
-                self.words.add(keys.first)
+                self.tombstones.add(keys.first)
             return None
-        self._refusals.check_found(key, header, found)
+        self._checks.check_found(key, header, found)
         if found.kind == MISSED:
             self._monitor.delete_later([keys.first])
             receivers = read_header(found.payload)
             return MISSED, f"{receivers.who} had been here before, found nothing, and went on ({receivers.call_site})"
         if found.kind == MANIFEST:
-            self._tell_who_waits(found.payload, keys, kind, text)
+            self._answer_waiting_leader(found.payload, keys, kind, text)
         return None
 
     def find_early(self, mine: str) -> Header | None:
@@ -105,18 +104,18 @@ class MeetingPlace:
         # Within a string of JSON the quotes would be escaped.
         if '"early":true' not in mine:
             return None
-        return next((own for own in self._known.manifest(mine).headers if own.early), None)
+        return next((own for own in self._cache.manifest(mine).headers if own.early), None)
 
-    def pass_by(self, key: PointKey, header: Header, keys: StoreKeys, early: Header) -> NotMet:
+    def pass_over(self, key: PointKey, header: Header, keys: StoreKeys, early: Header) -> NotMet:
         """One rank of this side has gone on, so nobody of it takes the point, whatever was posted."""
         reason = f"{early.who} was here before both jobs had joined, and went on ({early.call_site})"
-        found = self._leave_word(header, keys)
+        found = self._put_missed(header, keys)
         if found is not None:
-            self._refusals.check_found(key, header, found)
+            self._checks.check_found(key, header, found)
             if found.kind == MANIFEST:
-                self._tell_who_waits(found.payload, keys, MISSED, _word_of(header))
+                self._answer_waiting_leader(found.payload, keys, MISSED, _missed_text(header))
             elif found.kind == POSTED:
-                sender = self._known.manifest(found.payload).headers[0]
+                sender = self._cache.manifest(found.payload).headers[0]
                 self._client.exchange(keys.state, open_state(sender.role, sender.role_rank), MISSED, reason)
             if found.kind != MANIFEST:
                 # Whoever comes second removes what was left for it.
@@ -126,14 +125,14 @@ class MeetingPlace:
     def give_up(self, header: Header, keys: StoreKeys, mine: str) -> None:
         """The receivers do not wait here any more: in the place of their manifest is a word, for senders that come."""
         manifest = Sealed(MANIFEST, self._client.seal.writer, mine)
-        if self._client.exchange(keys.first, manifest, MISSED, _word_of(header)) is None:
-            self.words.add(keys.first)
+        if self._client.exchange(keys.first, manifest, MISSED, _missed_text(header)) is None:
+            self.tombstones.add(keys.first)
 
     def look(self, header: Header, keys: StoreKeys) -> Sealed | None:
         """What the senders have left. Nothing: leave word. None: they wait here, or write now."""
         if self._router.channels_between_jobs and self._router.has(keys.second):
             return None
-        found = self._leave_word(header, keys)
+        found = self._put_missed(header, keys)
         if found is None:
             return Sealed(MISSED, self._client.seal.writer, "")
         return None if found.kind == MANIFEST else found
@@ -144,12 +143,12 @@ class MeetingPlace:
         text: of the pair, where `theirs` is what the senders have posted.
         """
         if theirs.payload:
-            self._refusals.check_found(key, header, theirs)
+            self._checks.check_found(key, header, theirs)
         if theirs.kind != POSTED:
             return self._why_not_met(header, keys, theirs)
-        pair = self._known.pair(text)
+        pair = self._cache.pair(text)
         if "checked" not in pair.memo:
-            self._refusals.check_pair(key, pair)
+            self._checks.check_pair(key, pair)
         receivers = [self._roster.graft_rank(header.role, rank) for rank in header.participants]
         sender = pair.side(sender_role(header.direction)).headers[0]
         posted = open_state(sender.role, sender.role_rank)
@@ -169,16 +168,16 @@ class MeetingPlace:
             f"{theirs.kind[:40]!r} lies where the senders' manifest should; both jobs need one grafter."
         )
 
-    def _leave_word(self, header: Header, keys: StoreKeys) -> Sealed | None:
+    def _put_missed(self, header: Header, keys: StoreKeys) -> Sealed | None:
         """That the receivers were here and have gone on, unless something lies there: then that."""
-        found = self._client.put_if_absent(keys.first, MISSED, _word_of(header))
+        found = self._client.put_if_absent(keys.first, MISSED, _missed_text(header))
         if found is None:
-            self.words.add(keys.first)
+            self.tombstones.add(keys.first)
         return found
 
-    def _tell_who_waits(self, manifest: str, keys: StoreKeys, kind: str, text: str) -> None:
+    def _answer_waiting_leader(self, manifest: str, keys: StoreKeys, kind: str, text: str) -> None:
         """The other side waits here, with this manifest."""
-        waiting = self._known.manifest(manifest).headers[0]
+        waiting = self._cache.manifest(manifest).headers[0]
         leader = self._roster.graft_rank(waiting.role, waiting.role_rank)
         if self._router.channels_between_jobs:
             # It may have written here before it looked in the store.
@@ -186,7 +185,7 @@ class MeetingPlace:
         self._router.send([leader], keys.second, kind, text, by_channel=self._router.channels_between_jobs)
 
 
-def _word_of(header: Header) -> str:
+def _missed_text(header: Header) -> str:
     """What receivers leave when they go on."""
     return Header(
         role=header.role, role_rank=header.role_rank, participants=header.participants, direction=header.direction,
