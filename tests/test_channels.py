@@ -171,7 +171,7 @@ def test_what_waits_unread_is_bounded(
 ) -> None:
     first, second = pair
     monkeypatch.setattr(module, limit, value)
-    with pytest.raises(ProtocolError, match=r"wait at target rank 0 for points that it does not come to"):
+    with pytest.raises(ProtocolError, match=r"wait at target rank 0 for points that it does not reach"):
         for number in range(60):
             first.send(1, f"point/{number}", "x", payload, NoEnd())
             assert second.look("other") is None

@@ -270,7 +270,7 @@ DUMP_PATH = [
 BROAD = {"OSError", "Exception", "RuntimeError", "ValueError", "TimeoutError", "FileNotFoundError"}
 ELSEWHERE = {
     # The thread of the exchange, or that of the join.
-    ("gloo.py", "_group"), ("gloo.py", "_readable_chunks"), ("gloo.py", "_read_into"),
+    ("gloo.py", "_group"), ("gloo_messages.py", "_readable_chunks"), ("gloo_messages.py", "_read_into"),
     # The monitor thread's thread.
     ("rank_control.py", "_judge"),
     # The thread that writes dumps.

@@ -22,8 +22,8 @@ def test_spins_that_do_not_pay_become_rare_and_one_that_pays_brings_them_back() 
     assert waits_without_spin(spinning) == 0
     pauses = []
     for _ in range(10):
-        spinning.tell(paid=False)
+        spinning.record(paid=False)
         pauses.append(waits_without_spin(spinning))
     assert pauses == [1, 2, 4, 8, 16, 32, 64, 128, 256, 256]
-    spinning.tell(paid=True)
+    spinning.record(paid=True)
     assert waits_without_spin(spinning) == 0

@@ -44,6 +44,8 @@ class CallMonitor(Protocol):
 
 
 class _BlockingCall:
+    """One call, and its result once it has returned."""
+
     __slots__ = ("error", "is_done", "operation", "since", "value")
 
     def __init__(self, operation: Callable[[], Any]) -> None:

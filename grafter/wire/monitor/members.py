@@ -140,12 +140,14 @@ class Members:
         self._next_line = 0
 
     def joined(self, roster: Roster, graft_rank: int, host_rank: int | None) -> None:
+        """All ranks are known from here on. host_rank: the rank that hosts the store; None if none does."""
         self.roster = roster
         self._processes = ProcessWatch(roster, graft_rank)
         if host_rank is not None:
             self.host = StoreHost(roster.who(host_rank), roster.all[host_rank].process, host_rank)
 
     def beat(self, client: StoreClient) -> None:
+        """Publish that this process lives. Called once a second."""
         if self._processes is not None:
             self._processes.beat(client)
 

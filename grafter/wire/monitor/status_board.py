@@ -120,6 +120,7 @@ class BoardLine(BaseModel):
 
     @property
     def who(self) -> str:
+        """The rank's name, with the recording that it is played from."""
         who = f"{self.role} rank {self.role_rank}"
         return f"{who} ({self.played_from})" if self.played_from is not None else who
 
@@ -180,6 +181,7 @@ class BoardWriter:
 
 
 def board_key(client: StoreClient, role: RoleName, role_rank: int) -> str:
+    """The store key of a rank's line."""
     return f"{client.run_prefix}/board/{role}/{role_rank}"
 
 

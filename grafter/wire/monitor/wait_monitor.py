@@ -46,6 +46,7 @@ class WaitMonitor:
         self.check_join: Callable[[StoreClient], RunError | None] | None = None
 
     def joined(self, roster: Roster, graft_rank: int) -> None:
+        """All ranks are known from here on."""
         self._graft_rank = graft_rank
         self._confirmation = DeadlockConfirmation(roster, graft_rank)
         self.step_ends = StepEnds(roster, graft_rank)
@@ -195,6 +196,7 @@ class WaitMonitor:
         return explain_stuck(stuck, gone | crashed, board, lines)
 
     def time_is_up(self, client: StoreClient, wait: Wait) -> RunError:
+        """The error of a wait that has lasted for its timeout."""
         gone = self._members.gone(client, all_hosts=wait.leader)
         board = describe_board(self._members.read_board(client), gone, self._members.stopped())
         ahead = ""

@@ -47,10 +47,12 @@ class MemoryBlock:
 
     @property
     def capacity(self) -> int:
+        """In bytes."""
         return self.slot_bytes * self.slots
 
     @property
     def is_idle(self) -> bool:
+        """Whether all slots are free."""
         return len(self.free) == self.slots
 
 
@@ -64,6 +66,7 @@ class Slot:
 
     @property
     def place(self) -> OutboxPlace:
+        """Where receivers find it."""
         block = self.block
         return OutboxPlace(
             fd=block.fd, inode=block.inode, device=block.device, offset=self.number * block.slot_bytes,

@@ -1,7 +1,7 @@
-"""The vote log of receivers that share a host: shared ballots, and a message to wake those who wait.
+"""The vote log of receivers that share a host: ballots in shared memory, and a message that wakes waiting receivers.
 
-One log serves one set of receivers for the whole run. Its lowest rank makes it at the set's first point and says so;
-the others look for it among that process's open files when they first vote.
+One log serves one set of receivers for the whole run. Its lowest rank makes it at the set's first point and reports
+that; the others look for it among that process's open files when they first vote.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from grafter.wire.pairing.shared_ballots import SharedBallots
 from grafter.wire.pairing.vote_log import VoteLog
 from grafter.wire.rendezvous.message_router import MessageRouter
 
-# What a message says: the log is here; there is no log; the point is decided; give the point up, please.
+# The kinds of messages: the log exists; there is no log; the point is decided; a request to give the point up.
 _HERE, _NONE, _DECIDED, _GIVE_UP = "here", "none", "decided", "give-up"
-# So long a receiver waits for the reason of another's refusal, which follows its ballot; the second where it leaves.
+# How long a receiver waits for the reason of another's refusal, which follows its ballot; the second if it leaves.
 _REASON_SECONDS, _LEAVING_SECONDS = 10.0, 1.0
 
 MakeWait = Callable[[Callable[[], bool] | None], Wait]
@@ -42,20 +42,20 @@ class HostLogs:
         self._made: dict[tuple[int, ...], SharedBallots] = {}
         # Those that may be used: opened, or made and offered to the others.
         self.usable: dict[tuple[int, ...], SharedBallots] = {}
-        # Those of which the lowest rank has told this one, which it does once.
+        # Those that the lowest rank has reported to this one, which it does once.
         self._heard: set[tuple[int, ...]] = set()
         # How often the lowest rank could not make a set's log. The next point tries again, under another name.
         self._failures: dict[tuple[int, ...], int] = {}
 
     def offer(self, receivers: tuple[int, ...]) -> str | None:
-        """The lowest rank makes the log, and tells the others. Returns why it could not; then the others hear that."""
+        """The lowest rank makes the log, and reports that to the others. Returns why it could not, and reports that."""
         if receivers in self.usable or self._role_rank != receivers[0]:
             return None
         place = self._place(receivers)
         try:
             if receivers not in self._made:
-                # There is one, unregistered, where an exception arrived right after it was made. Never make two: some
-                # receivers would open the one, and some the other.
+                # There is one already if an exception arrived right after it was made. Never make two: some receivers
+                # would open the one, and some the other.
                 name = self._name(receivers)
                 fd = shared_ballots.find(os.getpid(), name)
                 if fd is None:
@@ -83,19 +83,19 @@ class HostLogs:
         return f"{self._run_prefix}/{self._name(receivers)}/{self._failures.get(receivers, 0)}"
 
     def open(self, receivers: tuple[int, ...], make_wait: MakeWait) -> str | None:
-        """Why this rank has no log of these receivers; None if it has one from now on. May wait for the lowest rank."""
+        """Open the log of these receivers. Returns None, or why it cannot be opened. May wait for the lowest rank."""
         if receivers in self.usable:
             return None
         place = self._place(receivers)
         try:
             if self._role_rank == receivers[0]:
                 return self.offer(receivers)
-            # Looked for first: an exception may have taken the message with it.
+            # Looked for first: the message may have been lost with an exception.
             problem = self._find(receivers)
             if problem is None and receivers not in self._heard:
                 self._router.discard(place)
             if problem is None or receivers in self._heard:
-                # What keeps this rank from opening a log that is there may be over at the next point.
+                # What prevents this rank from opening an existing log may be over at the next point.
                 return problem
             message = self._router.receive(lambda: make_wait(None), [place], by_channel=True)[0]
         except RunError as error:
@@ -107,7 +107,7 @@ class HostLogs:
         return self._find(receivers)
 
     def _find(self, receivers: tuple[int, ...]) -> str | None:
-        """Open the log that the lowest rank has made; why not, if that is impossible or it has made none."""
+        """Open the log that the lowest rank has made. Returns None, or why that is impossible."""
         lowest = self._roster.side(self._role)[receivers[0]].process
         try:
             fd = shared_ballots.find(lowest.pid, self._name(receivers))
@@ -125,10 +125,11 @@ class HostLogs:
         return None
 
     def graft_ranks(self, receivers: Sequence[int]) -> list[int]:
-        """Of all but this rank."""
+        """The graft ranks of all receivers but this one."""
         return [self._roster.graft_rank(self._role, rank) for rank in receivers if rank != self._role_rank]
 
     def close(self) -> None:
+        """Close all logs of this rank."""
         for log in (self._made | self.usable).values():
             log.close()
         self._made.clear()
@@ -136,7 +137,7 @@ class HostLogs:
 
 
 class HostVotes(VoteLog):
-    """The log of one point."""
+    """The log of one point whose receivers share a host."""
 
     def __init__(
         self,
@@ -151,9 +152,9 @@ class HostVotes(VoteLog):
         self._logs, self._router, self._receivers = logs, router, receivers
         self._digest, self._role_rank, self._make_wait = bytes.fromhex(digest), role_rank, make_wait
         self._key = keys.outcome
-        # Its own: a message replaces an earlier one under its key.
+        # A key of its own, since a message replaces an earlier one under its key.
         self._excuse_key = f"{self._key}/{_GIVE_UP}"
-        # Looked up once for each point, though it serves all of them.
+        # Looked up once for each point; it serves all points of these receivers.
         self._log = logs.usable.get(receivers)
         self._message: Sealed | None = None
         self._has_woken = False
@@ -190,11 +191,11 @@ class HostVotes(VoteLog):
 
     def wake(self, outcome: Outcome, reason: str) -> None:
         if not outcome.is_committed:
-            # Nothing has to be asked for any more.
+            # No receiver has to ask for anything any more.
             self._router.discard(self._excuse_key)
         if outcome.decided_by != self._role_rank:
             if outcome.is_committed and self._message is None:
-                # It read the log before the message came.
+                # This rank has read the log before the message arrived.
                 self._message = Sealed(_DECIDED, "", "")
                 self._router.discard(self._key)
         elif not self._has_woken:
@@ -210,7 +211,7 @@ class HostVotes(VoteLog):
         try:
             self._router.send(self._logs.graft_ranks(self._receivers), key, kind, reason, by_channel=True)
         except RunError:
-            # Where the run is over, all others hear that, and read the log by themselves.
+            # The run is over, which all others learn, and then they read the log.
             return
 
     def reason_of(self, outcome: Outcome, *, is_leaving: bool) -> str:

@@ -1,6 +1,6 @@
-"""What came again is not worked out again: manifests and pairs, by the texts that they came as.
+"""Manifests and pairs: read once for each text, and checked whether they make a point.
 
-Most points say in every step what they said in the last one.
+Most points have the same manifests in every step.
 """
 
 from __future__ import annotations
@@ -20,20 +20,24 @@ from grafter.wire.monitor.monitor_thread import MonitorThread
 from grafter.wire.store_client import StoreClient
 
 _MOST_REMEMBERED = 4096
-# Those with tokens are long, and others in each step: few are kept, for the next layers.
+# Manifests with tokens are long, and differ in each step: few are kept, for the next layers.
 _MOST_REMEMBERED_WITH_TOKENS = 16
-# Of long texts; what is read from one takes up to ten times as much. They are those of large pytrees, whose shapes may
-# be others in each step.
+# The limit for long texts, such as those of large pytrees, whose shapes may differ in each step. The objects that are
+# read from a text need at most ten times its memory.
 _MOST_REMEMBERED_BYTES = 1 << 22
 _MANIFESTS = TypeAdapter(tuple[Manifest, Manifest])
 
 
 def read_header(text: str) -> Header:
+    """A header from its text. Raises ProtocolError."""
     return read_message(Header.model_validate_json, text, "a header")
 
 
 class ManifestCache:
-    """One per rank, used by its dump thread."""
+    """The manifests and pairs that a rank has read or made, by their texts. One per rank, used by its dump thread.
+
+    Its methods raise ProtocolError for a text that is not valid.
+    """
 
     def __init__(self) -> None:
         few, many = _MOST_REMEMBERED_WITH_TOKENS, _MOST_REMEMBERED
@@ -46,20 +50,21 @@ class ManifestCache:
         self._read_manifests_of_tokens: BoundedMemory[str, Manifest] = BoundedMemory(few, _MOST_REMEMBERED_BYTES)
 
     def collected(self, header: Header, came: Sequence[str]) -> str:
-        """The manifest of one role, as text, from its leader's header and the texts of the others."""
+        """The manifest of one role, as text, from its leader's header and the texts of the other headers."""
         texts = (header.text, *came)
         manifest = self._manifests.get(texts) or self._manifests_of_tokens.get(texts)
         if manifest is None:
-            headers, told = [header, *map(read_header, came)], texts
+            headers, own_texts = [header, *map(read_header, came)], texts
             has_tokens = any(own.tokens is not None for own in headers)
             if has_tokens:
-                told = tuple(own.text for own in with_tokens_told_once(headers))
-            manifest = manifest_text(header.role, told, find_conflict(headers))
+                own_texts = tuple(own.text for own in with_tokens_told_once(headers))
+            manifest = manifest_text(header.role, own_texts, find_conflict(headers))
             known = self._manifests_of_tokens if has_tokens else self._manifests
             known.remember(texts, manifest, cost(manifest, len(texts)))
         return manifest
 
     def manifest(self, text: str) -> Manifest:
+        """A manifest from its text."""
         found = self._read_manifests.get(text) or self._read_manifests_of_tokens.get(text)
         if found is None:
             found = read_message(Manifest.model_validate_json, text, "a manifest")
@@ -69,7 +74,7 @@ class ManifestCache:
         return found
 
     def pair(self, text: str) -> Pair:
-        """Both manifests from `[baseline's,target's]`. The same text gives the same object, with what it remembers."""
+        """Both manifests from `[baseline's,target's]`. The same text gives the same object, with its memo."""
         pair = self._pairs.get(text) or self._pairs_of_tokens.get(text)
         if pair is None:
             pair = Pair(*read_message(_MANIFESTS.validate_json, text, "a pair of manifests"))
@@ -77,7 +82,7 @@ class ManifestCache:
         return pair
 
     def pair_with(self, header: Header, theirs: str, text: str) -> Pair:
-        """The same of a rank that is alone in its manifest, of which it need not read its own part."""
+        """The same for a rank that is alone in its manifest, so that it need not read its own part."""
         pair = self._pairs.get(text) or self._pairs_of_tokens.get(text)
         if pair is None:
             mine = Manifest(role=header.role, headers=(header,))
@@ -93,12 +98,16 @@ class ManifestCache:
 
 
 class ManifestChecks:
-    """One per rank, used by its dump thread. Each check raises what has ended the run, once it has ended it."""
+    """The checks whether manifests make a point. One per rank, used by its dump thread.
+
+    A check that fails ends the run for all ranks of both jobs, and raises the error.
+    """
 
     def __init__(self, client: StoreClient, monitor: MonitorThread, cache: ManifestCache) -> None:
         self._client, self._monitor, self._cache = client, monitor, cache
 
     def check_pair(self, key: PointKey, pair: Pair) -> None:
+        """Both manifests are consistent, and of one direction."""
         conflict = pair.baseline.conflict or pair.target.conflict
         if conflict is None and pair.baseline.role == pair.target.role:
             conflict = two_leaders(pair.baseline.headers[0], pair.target.headers[0])
@@ -111,11 +120,12 @@ class ManifestChecks:
         pair.memo["checked"] = True
 
     def check_own(self, key: PointKey, own: Manifest) -> None:
+        """The headers of this side fit together."""
         if own.conflict is not None:
             self._refuse(key, own.conflict)
 
     def check_found(self, key: PointKey, header: Header, found: Sealed) -> None:
-        """What lies at the meeting place must be the other side's, or tell that an entry of the own side is gone."""
+        """What is under the key of the rendezvous must be of the other side, or the tombstone of an own entry."""
         if found.kind == GONE or found.writer.partition("/")[0] != header.role:
             return
         if found.kind == MISSED:

@@ -1,7 +1,8 @@
-"""The meeting place of a point, for a side that does not wait there (`wait="job"`).
+"""The rendezvous of a point for a side that does not wait for the other (`wait="job"`).
 
-It is the key of the store where the first of two leaders that wait leaves its manifest. Senders that do not wait post
-there and go on; receivers take what is posted, or leave word that they were there (`grafter.wire.outbox`).
+It uses the store key at which the first of two waiting leaders leaves its manifest. Senders that do not wait post their
+manifest there and continue. Receivers that do not wait take what is posted, or leave a tombstone that says that they
+were there (`grafter.wire.outbox`).
 """
 
 from __future__ import annotations
@@ -30,12 +31,16 @@ from grafter.wire.pairing.manifest_cache import ManifestCache, ManifestChecks, r
 from grafter.wire.rendezvous.message_router import MessageRouter
 from grafter.wire.store_client import StoreClient
 
-# What a leader that waits leaves there.
+# The kind of what a waiting leader leaves there.
 MANIFEST = "manifest"
 
 
 class NonblockingRendezvous:
-    """Used by the leader of a side, once it has its side's manifest."""
+    """The steps of a leader whose side does not wait, or whose other side does not. One per rank, used by its dump
+    thread once it has its side's manifest.
+
+    Its methods take a few round trips, and raise what has ended the run if a manifest is not valid.
+    """
 
     def __init__(
         self,
@@ -52,7 +57,7 @@ class NonblockingRendezvous:
         self.tombstones = Tombstones(monitor.delete_later)
 
     def post(self, key: PointKey, header: Header, keys: StoreKeys, mine: str) -> tuple[str, str] | None:
-        """The senders' part. (state, reason) where the entry has ended already."""
+        """Post the senders' manifest. Returns (state, reason) if the entry has ended already."""
         own = self._cache.manifest(mine)
         self._checks.check_own(key, own)
         failed = next((each for each in own.headers if each.failure is not None), None)
@@ -66,7 +71,7 @@ class NonblockingRendezvous:
         if len(header.participants) == 1:
             self._client.set(keys.state, OPEN, "")
         elif (ended := self._client.put_if_absent(keys.state, OPEN, "")) is not None:
-            # Another rank came long before this one, and could not keep it for so long.
+            # Another rank was here long before this one, and could not keep the entry for so long.
             self._post_at(key, header, keys, GONE, gone_text(ended.kind, ended.payload))
             return ended.kind, ended.payload
         missed = self._post_at(key, header, keys, POSTED, mine)
@@ -76,7 +81,7 @@ class NonblockingRendezvous:
         return missed if found is None else (found.kind, found.payload)
 
     def _withdraw(self, key: PointKey, header: Header, keys: StoreKeys, state: str, reason: str) -> tuple[str, str]:
-        """One rank of this side could not: nothing is posted, and all others are told. What the entry's state is."""
+        """One rank of this side has no snapshot: post nothing, and end the entry. Returns its state and the reason."""
         if len(header.participants) > 1:
             found = self._client.put_if_absent(keys.state, state, reason)
             if found is not None:
@@ -94,21 +99,21 @@ class NonblockingRendezvous:
         if found.kind == MISSED:
             self._monitor.delete_later([keys.first])
             receivers = read_header(found.payload)
-            return MISSED, f"{receivers.who} had been here before, found nothing, and went on ({receivers.call_site})"
+            return MISSED, f"{receivers.who} had been here before, found nothing, and continued ({receivers.call_site})"
         if found.kind == MANIFEST:
             self._answer_waiting_leader(found.payload, keys, kind, text)
         return None
 
     def find_early(self, mine: str) -> Header | None:
-        """A rank of this side that came before both jobs had joined, and has gone on."""
+        """The header of a rank of this side that was here before both jobs had joined, and has continued."""
         # Within a string of JSON the quotes would be escaped.
         if '"early":true' not in mine:
             return None
         return next((own for own in self._cache.manifest(mine).headers if own.early), None)
 
     def pass_over(self, key: PointKey, header: Header, keys: StoreKeys, early: Header) -> NotMet:
-        """One rank of this side has gone on, so nobody of it takes the point, whatever was posted."""
-        reason = f"{early.who} was here before both jobs had joined, and went on ({early.call_site})"
+        """One rank of this side has continued, so no rank of it takes the point, whatever was posted."""
+        reason = f"{early.who} was here before both jobs had joined, and continued ({early.call_site})"
         found = self._put_missed(header, keys)
         if found is not None:
             self._checks.check_found(key, header, found)
@@ -118,18 +123,18 @@ class NonblockingRendezvous:
                 sender = self._cache.manifest(found.payload).headers[0]
                 self._client.exchange(keys.state, open_state(sender.role, sender.role_rank), MISSED, reason)
             if found.kind != MANIFEST:
-                # Whoever comes second removes what was left for it.
+                # The second side at a point deletes what the first has left for it.
                 self._monitor.delete_later([keys.first])
         return NotMet("missed", reason)
 
     def give_up(self, header: Header, keys: StoreKeys, mine: str) -> None:
-        """The receivers do not wait here any more: in the place of their manifest is a word, for senders that come."""
+        """The receivers do not wait here any more: replace their manifest by a tombstone for the senders."""
         manifest = Sealed(MANIFEST, self._client.seal.writer, mine)
         if self._client.exchange(keys.first, manifest, MISSED, _missed_text(header)) is None:
             self.tombstones.add(keys.first)
 
     def look(self, header: Header, keys: StoreKeys) -> Sealed | None:
-        """What the senders have left. Nothing: leave word. None: they wait here, or write now."""
+        """What the senders have left, or a tombstone put by this rank. None: they wait here, or write now."""
         if self._router.channels_between_jobs and self._router.has(keys.second):
             return None
         found = self._put_missed(header, keys)
@@ -138,9 +143,9 @@ class NonblockingRendezvous:
         return None if found.kind == MANIFEST else found
 
     def meet(self, key: PointKey, header: Header, keys: StoreKeys, theirs: Sealed, text: str) -> Pair | NotMet:
-        """One side does not wait: the senders' entry is claimed for all receivers, or the two have not met.
+        """One side does not wait: claim the senders' entry for all receivers, or return why there is none.
 
-        text: of the pair, where `theirs` is what the senders have posted.
+        text: of the pair, if `theirs` is what the senders have posted.
         """
         if theirs.payload:
             self._checks.check_found(key, header, theirs)
@@ -157,36 +162,37 @@ class NonblockingRendezvous:
     def _why_not_met(self, header: Header, keys: StoreKeys, theirs: Sealed) -> NotMet:
         if theirs.kind == MISSED and not theirs.payload:
             return NotMet("missed", f"the {sender_role(header.direction)} had posted nothing when this side came")
-        # Whoever comes second removes the word that was left for it.
+        # The second side at a point deletes the tombstone that the first has left for it.
         self._monitor.delete_later([keys.first])
         if theirs.kind == MISSED:
             came = read_header(theirs.payload)
-            return NotMet("missed", f"{came.who} was here before, found nothing posted, and went on ({came.call_site})")
+            reason = f"{came.who} was here before, found nothing posted, and continued ({came.call_site})"
+            return NotMet("missed", reason)
         if theirs.kind == GONE:
             return receivers_account(*theirs.payload.partition("\n")[::2])
         raise ProtocolError(
-            f"{theirs.kind[:40]!r} lies where the senders' manifest should; both jobs need one grafter."
+            f"{theirs.kind[:40]!r} is where the senders' manifest should be; both jobs need the same grafter."
         )
 
     def _put_missed(self, header: Header, keys: StoreKeys) -> Sealed | None:
-        """That the receivers were here and have gone on, unless something lies there: then that."""
+        """Leave a tombstone that says that the receivers were here, or return what is there already."""
         found = self._client.put_if_absent(keys.first, MISSED, _missed_text(header))
         if found is None:
             self.tombstones.add(keys.first)
         return found
 
     def _answer_waiting_leader(self, manifest: str, keys: StoreKeys, kind: str, text: str) -> None:
-        """The other side waits here, with this manifest."""
+        """Send this to the leader of the other side, which waits here with this manifest."""
         waiting = self._cache.manifest(manifest).headers[0]
         leader = self._roster.graft_rank(waiting.role, waiting.role_rank)
         if self._router.channels_between_jobs:
-            # It may have written here before it looked in the store.
+            # Discard what that leader may have written to this rank before it looked in the store.
             self._router.look(keys.second)
         self._router.send([leader], keys.second, kind, text, by_channel=self._router.channels_between_jobs)
 
 
 def _missed_text(header: Header) -> str:
-    """What receivers leave when they go on."""
+    """The payload of the tombstone of receivers that continue."""
     return Header(
         role=header.role, role_rank=header.role_rank, participants=header.participants, direction=header.direction,
         call_site=header.call_site, wait=header.wait,

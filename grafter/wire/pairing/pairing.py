@@ -1,9 +1,9 @@
-"""Pairing: before a byte of payload moves, every participant holds both sides' manifests and decides alike.
+"""Pairing: before any payload moves, every participant has the manifests of both sides, and so makes the same decision.
 
-For one key: each participant describes its part in a `Header`. The lowest participant of each role, its leader,
-collects them into a `Manifest`. The two leaders swap manifests, and hand both to their own sides.
+For one point: each participant describes its part in a `Header`. The lowest participant of each role, its leader,
+collects the headers into a `Manifest`. The two leaders swap manifests, and send both to their own sides.
 
-A side that does not wait for the other (`wait="job"`) uses the same meeting place (`meeting_place`).
+A side that does not wait for the other (`wait="job"`) uses the same store keys (`nonblocking_rendezvous`).
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from grafter.wire.store_client import StoreClient
 
 
 class _OwnSide(NamedTuple):
-    """One set of participants of this rank's job, as this rank sees it. The same ones come again at every point.
+    """One set of participants of this rank's job, as this rank sees it. Most points have the same set.
 
-    leader: a role rank. others: all but this rank. `..._graft` are the same as graft ranks.
+    leader: a role rank. others: all participants but this rank. `..._graft` are the same as graft ranks.
     """
 
     leader: int
@@ -40,7 +40,7 @@ class _OwnSide(NamedTuple):
 
 
 class Pairing:
-    """Meets the other side at one point after another. Called by the dump thread of every participant."""
+    """Pairs one point after another. Called by the dump thread of every participant."""
 
     def __init__(
         self, client: StoreClient, router: MessageRouter, monitor: MonitorThread, roster: Roster, timeout: float
@@ -54,22 +54,21 @@ class Pairing:
         self.claims, self.tombstones = self._nonblocking.claims, self._nonblocking.tombstones
         # By own role, rank and participants.
         self._own_sides: dict[tuple[RoleName, int, tuple[int, ...]], _OwnSide] = {}
-        # By own participants: the graft rank of the leader that they met.
+        # By own participants: the graft rank of the other side's leader at their last point.
         self._last_other_leader: dict[tuple[int, ...], int] = {}
-        # What this rank has put into the store for the point under way.
+        # The keys that this rank has put into the store for the current point.
         self._left_in_store: list[str] = []
-        # Whether the point under way is skipped where not all come to it in its step.
+        # Whether the current point is skipped if not all participants reach it in its step.
         self._one_sided = False
 
     def meet(self, key: PointKey, header: Header, *, one_sided: bool = False) -> Pair | NotMet:
         """Wait for all participants of both sides, or, with `header.wait` "job", for those of the own side.
 
-        one_sided: no longer than it is possible that they come in this step.
-
-        NotMet: a side that does not wait has come here at another time, or not all have come to a one-sided point.
-        Raises what ended the run, if something does.
+        Called by every participant. one_sided: wait only as long as they may reach the point in this step. Returns
+        NotMet if a side that does not wait was here at another time, or not all have reached a one-sided point. Raises
+        what ended the run.
         """
-        # Before anything is offered: once the run is over, the other side must not take this for a point to come.
+        # First: once the run is over, the other side must not find a header of this point.
         self._monitor.check()
         self._one_sided = one_sided
         keys, own = store_keys(self._run_prefix, key.digest), self._own_side(header)
@@ -97,15 +96,15 @@ class Pairing:
             mine = self._collect(key, header, own, keys)
             return self._meet_other_leader(key, header, own, mine, keys)
         except GivenUp as given_up:
-            told = self._last_other_leader.pop(header.participants, None)
-            if told is not None:
-                # It may never look into its mail for this point.
-                self._router.recall(told, keys.second)
+            written_to = self._last_other_leader.pop(header.participants, None)
+            if written_to is not None:
+                # The other leader may never read its messages for this point.
+                self._router.recall(written_to, keys.second)
             if mine is not None and not self._have_passed(key, header):
-                # They may still come, and must not post what nobody waits for.
+                # The other side may still reach the point, and must not post what no rank waits for.
                 self._left_in_store = [place for place in self._left_in_store if place != keys.first]
                 self._nonblocking.give_up(header, keys, mine)
-            # Those that have passed the step would keep the message for ever.
+            # Not to ranks that have passed the step: they would keep the message for ever.
             reached = self._monitor.step_ends.reached(self._client, header.role)
             here = [r for r in header.participants if r != header.role_rank and reached[r] <= key.step]
             others = [self._roster.graft_rank(header.role, r) for r in here]
@@ -113,14 +112,14 @@ class Pairing:
 
     def _follow(self, key: PointKey, header: Header, own: _OwnSide, keys: StoreKeys) -> Pair | NotMet:
         try:
-            told = self._wait_for_own_side(key, header, [keys.pair(header.role)], [own.leader_graft])[0]
+            sealed = self._wait_for_own_side(key, header, [keys.pair(header.role)], [own.leader_graft])[0]
         except GivenUp as given_up:
             self._withdraw_header(key, header, own, keys)
             return NotMet("skipped", str(given_up))
-        return read_not_met(told.payload) if told.kind == NOT_MET else self._cache.pair(told.payload)
+        return read_not_met(sealed.payload) if sealed.kind == NOT_MET else self._cache.pair(sealed.payload)
 
     def _withdraw_header(self, key: PointKey, header: Header, own: _OwnSide, keys: StoreKeys) -> None:
-        """This follower has gone on: a leader that still comes must not count it among those that are there."""
+        """This follower has given the point up: if its leader still reaches it, it must not count this rank."""
         place = keys.header(header.role, header.role_rank)
         if self._monitor.step_ends.reached(self._client, header.role)[own.leader] <= key.step:
             self._send([own.leader_graft], place, ABSENT, _gave_up_before(header))
@@ -130,10 +129,11 @@ class Pairing:
             self._monitor.delete_later([place])
 
     def post(self, key: PointKey, header: Header, *, one_sided: bool = False) -> tuple[str, str] | None:
-        """The senders' part where they do not wait: say that the entry is in this rank's outbox.
+        """Announce that the entry is in this rank's outbox. Called by every sender of a point whose senders do not
+        wait.
 
-        The leader waits for the other ranks of its own job, and posts for all. (state, reason) where the entry has
-        ended already: then all ranks of this side find that state. Raises what ended the run, if something does.
+        The leader waits for the other ranks of its own job, and posts for all. Returns (state, reason) if the entry has
+        ended already; all ranks of this side then find that state. Raises what ended the run.
         """
         self._monitor.check()
         self._one_sided = one_sided
@@ -152,7 +152,7 @@ class Pairing:
         return self._nonblocking.post(key, header, keys, mine)
 
     def _collect(self, key: PointKey, header: Header, own: _OwnSide, keys: StoreKeys) -> str:
-        """The leader's part: its own role's headers, checked against each other, as the text of a manifest."""
+        """The manifest of this side as text: its headers, checked against each other. Called by its leader."""
         if not own.others:
             return manifest_text(header.role, [header.text], None)
         places = [keys.header(header.role, rank) for rank in own.others]
@@ -165,9 +165,9 @@ class Pairing:
     def _meet_other_leader(
         self, key: PointKey, header: Header, own: _OwnSide, mine: str, keys: StoreKeys
     ) -> Pair | NotMet:
-        """The leaders' part: each gets the other's manifest, and hands both to its own side."""
+        """Swap manifests with the other leader, and send both to the own side. Called by each leader."""
         theirs: Sealed | None = None
-        told: int | None = None
+        written_to: int | None = None
         others = own.others_graft
         if header.wait == "job":
             early = self._nonblocking.find_early(mine)
@@ -178,7 +178,7 @@ class Pairing:
             theirs = self._nonblocking.look(header, keys)
         if theirs is None:
             if self._router.channels_between_jobs:
-                theirs, told = self._swap_by_channel(key, header, mine, keys)
+                theirs, written_to = self._swap_by_channel(key, header, mine, keys)
             else:
                 theirs = self._swap_in_store(key, header, mine, keys)
         text = f"[{mine},{theirs.payload}]" if header.role == "baseline" else f"[{theirs.payload},{mine}]"
@@ -190,13 +190,13 @@ class Pairing:
             self._send(others, keys.pair(header.role), "pair", text)
         pair = self._cache.pair(text) if others else self._cache.pair_with(header, theirs.payload, text)
         if self._router.channels_between_jobs:
-            self._answer(header, pair.target if header.role == "baseline" else pair.baseline, mine, keys, told)
+            self._answer(header, pair.target if header.role == "baseline" else pair.baseline, mine, keys, written_to)
         return pair
 
     def _send_to_own_side(
         self, met: Pair | NotMet, text: str, header: Header, others: Sequence[int], keys: StoreKeys
     ) -> Pair | NotMet:
-        """Tell the own side what came of it where one side does not wait. text: of the pair."""
+        """Send the result to the own side, if one side does not wait. text: of the pair."""
         if others and isinstance(met, NotMet):
             self._send(others, keys.pair(header.role), NOT_MET, met.text)
         elif others:
@@ -204,18 +204,17 @@ class Pairing:
         return met
 
     def _swap_by_channel(self, key: PointKey, header: Header, mine: str, keys: StoreKeys) -> tuple[Sealed, int | None]:
-        """(their manifest, the graft rank that was written to).
+        """Returns (their manifest, the graft rank that this leader has written to).
 
-        Write to the leader that these participants met last time; it has usually written, too.
-
-        Where that was the wrong one, or there was no last time, the store brings the two together: whoever comes second
-        there finds the first, and writes to it. A manifest is the same whichever way it comes.
+        It writes to the leader of these participants' last point, which has usually written as well. If that is the
+        wrong leader, or there is none, the two find each other through the store: the second one finds the manifest of
+        the first, and writes to it. A manifest is the same whichever way it arrives.
         """
-        told = self._last_other_leader.get(header.participants)
+        written_to = self._last_other_leader.get(header.participants)
         other = None
-        if told is not None:
-            self._router.send([told], keys.second, MANIFEST, mine, by_channel=True)
-            # A wait in the store costs more, but finds any leader.
+        if written_to is not None:
+            self._router.send([written_to], keys.second, MANIFEST, mine, by_channel=True)
+            # Not for long: a wait in the store takes more time, but finds any leader.
             other = self._router.receive_shortly(lambda: self._make_wait(key, header), [keys.second])
         if other is None:
             found = self._client.put_if_absent(keys.first, MANIFEST, mine)
@@ -227,18 +226,18 @@ class Pairing:
                 self._left_in_store.append(keys.first)
                 self._check_whether_alone(key, header, keys)
                 other = self._wait_for(key, header, [keys.second], by_channel=True)
-        if other[0].kind != MANIFEST and told is not None:
-            # The other side does not wait, and may never look into its mail.
-            self._router.recall(told, keys.second)
+        if other[0].kind != MANIFEST and written_to is not None:
+            # The other side does not wait, and may never read its messages.
+            self._router.recall(written_to, keys.second)
             del self._last_other_leader[header.participants]
-        return other[0], told
+        return other[0], written_to
 
-    def _answer(self, header: Header, other: Manifest, mine: str, keys: StoreKeys, told: int | None) -> None:
-        """Write to the leader that was met, unless that was done already, and write to it first next time."""
+    def _answer(self, header: Header, other: Manifest, mine: str, keys: StoreKeys, written_to: int | None) -> None:
+        """Write to the leader that was found, unless that is done already, and write to it first next time."""
         leader = self._roster.graft_rank(other.role, other.headers[0].role_rank)
-        if leader != told:
-            if told is not None:
-                self._router.recall(told, keys.second)
+        if leader != written_to:
+            if written_to is not None:
+                self._router.recall(written_to, keys.second)
             self._router.send([leader], keys.second, MANIFEST, mine, by_channel=True)
             self._last_other_leader[header.participants] = leader
 
@@ -253,14 +252,14 @@ class Pairing:
         self._check_whether_alone(key, header, keys)
         theirs = self._wait_for(key, header, [keys.second], by_channel=False)[0]
         if theirs.kind != MANIFEST:
-            # Its sender has gone on.
+            # Its sender does not wait for the point any more.
             self._left_in_store.append(keys.second)
         return theirs
 
     def _check_whether_alone(self, key: PointKey, header: Header, keys: StoreKeys) -> None:
-        """Raises GivenUp where the other job has passed the end of a one-sided point's step, and left nothing here.
+        """Raises GivenUp if the other job has passed the end of a one-sided point's step, and has left nothing here.
 
-        Else it finds this rank's manifest when it comes.
+        Else it finds this rank's manifest when it reaches the point.
         """
         if self._one_sided and self._have_passed(key, header):
             is_answered = self._router.has(keys.second) or self._client.exists(keys.second)
@@ -276,7 +275,7 @@ class Pairing:
     def _wait_for_own_side(
         self, key: PointKey, header: Header, places: Sequence[str], writers: Sequence[int], *, collects: bool = False
     ) -> list[Sealed]:
-        """What these ranks of this job, one for each place, bring there. writers: graft ranks."""
+        """The messages of other ranks of this job: one for each place. writers: their graft ranks."""
         by_channel = self._router.channels_within_job
         make_wait = partial(self._make_wait, key, header, collects=collects)
         return self._router.receive(make_wait, places, by_channel=by_channel, writers=writers)
@@ -300,15 +299,16 @@ class Pairing:
         self._router.send(receivers, place, kind, payload, by_channel=self._router.channels_within_job)
 
     def is_asked_by_channel(self, digest: str) -> bool:
-        """Whether the other side's leader has come to a point that this one has not. Never waits."""
+        """Whether the other side's leader has reached a point that this rank has not. Never waits."""
         return self._router.channels_between_jobs and self._router.has(store_keys(self._run_prefix, digest).second)
 
     def is_asked_in_store(self, digest: str) -> bool:
-        """The same, of a leader that does not know yet whom to write to. One round trip."""
+        """The same for a leader that does not know this side's leader yet. One round trip."""
         return self._client.exists(store_keys(self._run_prefix, digest).first)
 
     def keys_to_delete(self, key: PointKey, header: Header) -> list[str]:
-        """What this rank deletes of a point, once a later point proves that all participants are done with it."""
+        """The keys that this rank deletes of a point, once a later point proves that all participants are done with
+        it."""
         if header.role_rank != min(header.participants):
             return self._router.take_left_in_store()
         keys = store_keys(self._run_prefix, key.digest)

@@ -49,6 +49,7 @@ class Listener:
     name: str
 
     def close(self) -> None:
+        """Stop listening."""
         self.socket.close()
 
 

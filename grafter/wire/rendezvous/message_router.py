@@ -1,7 +1,7 @@
-"""The courier: brings a header, a manifest or a vote to other ranks, by channel on one host, else through the store.
+"""The message router: sends headers, manifests and messages about votes by channel on one host, else through the store.
 
-Which way is a matter of the roster alone, so both ends know it: inside a role whose ranks share one host, and between
-the roles where the whole run does.
+The roster alone decides which, so both ends know it: by channel between ranks of a role whose ranks share one host, and
+between the roles if the whole run shares one.
 """
 
 from __future__ import annotations
@@ -19,17 +19,21 @@ from grafter.wire.rendezvous.channels import LONGEST_MESSAGE_BYTES, Channels
 from grafter.wire.rendezvous.unread_messages import RECALL
 from grafter.wire.store_client import ABORT, StoreClient, decode_abort
 
-# A message that says: too long for mail, look into the store.
+# The kind of a message whose text is too long for a channel: its payload is the store key of that text.
 _STORED = "stored"
 _SHORTEST_POLL_SECONDS, _LONGEST_POLL_SECONDS = 0.0002, 0.05
 
 
 def _one_host(members: Sequence[Announcement]) -> bool:
+    """Whether all of these ranks can have channels with each other."""
     return all(m.socket_name for m in members) and len({m.process.memory_domain for m in members}) == 1
 
 
 class MessageRouter:
-    """One per rank; used by the dump thread."""
+    """Sends and receives the messages of one rank. Used by its dump thread.
+
+    Methods that wait, or use the store, raise what ended the run.
+    """
 
     def __init__(
         self,
@@ -40,7 +44,7 @@ class MessageRouter:
         channels: Channels | None,
         timeout: float,
     ) -> None:
-        """channels: None where this rank can have none. timeout: of one message, in seconds."""
+        """channels: None if this rank has none. timeout: of one message, in seconds."""
         self._client, self._monitor, self._channels = client, monitor, channels
         self._roster, self._graft_rank, self._timeout = roster, graft_rank, timeout
         self._left_in_store: list[str] = []
@@ -49,26 +53,29 @@ class MessageRouter:
         self.channels_between_jobs = channels is not None and _one_host(roster.all)
 
     def send(self, receivers: Sequence[int], key: str, kind: str, payload: str, *, by_channel: bool) -> None:
-        """To these graft ranks. Waits for them only where a channel is full, and then no longer than the timeout."""
+        """Send a message to these graft ranks. Waits only if a channel is full, and no longer than the timeout.
+
+        by_channel: `channels_within_job` or `channels_between_jobs`, depending on the receivers.
+        """
         if not by_channel or self._channels is None:
             if receivers:
                 self._client.set(key, kind, payload)
             return
         # A character takes four bytes at most.
         if len(payload) * 4 > LONGEST_MESSAGE_BYTES and len(payload.encode()) > LONGEST_MESSAGE_BYTES:
-            # Under a key of this rank's own: the other leader's manifest may be as long, and goes by the same name.
+            # Under a key of this rank's own: the other leader's manifest may be as long, and has the same key.
             place = f"{key}/{self._graft_rank}"
             self._client.set(place, kind, payload)
             self._left_in_store.append(place)
             kind, payload = _STORED, place
         for receiver in receivers:
             try:
-                # If the run is over, what has room is sent all the same.
+                # Even if the run is over, as long as there is room.
                 if not self._channels.try_to_send(receiver, key, kind, payload):
                     with LastingWait(self._monitor, partial(self._wait_for_room, receiver)) as watch:
                         self._channels.send(receiver, key, kind, payload, watch)
             except PeerGone:
-                # Whoever needs it finds out by itself, with a better story: its process is watched.
+                # The ranks that need it will report that it is gone: its process is watched.
                 continue
 
     def _wait_for_room(self, receiver: int) -> Wait:
@@ -78,10 +85,10 @@ class MessageRouter:
     def receive(
         self, make_wait: Callable[[], Wait], keys: Sequence[str], *, by_channel: bool, writers: Sequence[int] = ()
     ) -> list[Sealed]:
-        """Wait for what was brought under these keys, by the graft ranks `writers` where these are known.
+        """Wait for the messages under these keys. writers: the graft ranks that send them, if these are known.
 
-        The wait that `make_wait` makes is looked after by the monitor thread. It is not made where the messages
-        come shortly, as most do. Raises GivenUp where the wait is of a one-sided point, and is in vain.
+        The monitor thread looks after the wait that `make_wait` makes. It is not made if the messages arrive soon, as
+        most do. Raises GivenUp if the other ranks will not reach a one-sided point.
         """
         channels = self._channels if by_channel else None
         if channels is not None:
@@ -101,12 +108,12 @@ class MessageRouter:
         self._monitor.look_for_absent(wait, self._client)
         with self._monitor.waiting(wait):
             messages = channels.wait(keys, WaitWatch(self._monitor, wait))
-        return self._opened(messages, make_wait)
+        return self._read_stored(messages, make_wait)
 
     def receive_first(self, make_wait: Callable[[], Wait], keys: Sequence[str]) -> tuple[str, Sealed]:
-        """Wait for the first message that comes by mail under any of these keys, with its key; as `receive` otherwise.
+        """Wait for the first message that arrives by channel under one of these keys; return (its key, the message).
 
-        keys: that of the message which comes as a rule stands first.
+        keys: the key of the usual message first. Otherwise as `receive`.
         """
         channels = self._channels
         assert channels is not None
@@ -116,11 +123,11 @@ class MessageRouter:
         wait.has_news = lambda: any(channels.has_news([key]) for key in keys)
         with self._monitor.waiting(wait):
             key, message = channels.wait_for_any(keys, WaitWatch(self._monitor, wait))
-        return key, self._opened([message], make_wait)[0]
+        return key, self._read_stored([message], make_wait)[0]
 
     def await_stored(self, make_wait: Callable[[], Wait], key: str) -> None:
-        """Wait until something lies under a key of the store. No call of the store blocks meanwhile, so that whatever
-        ends this wait, such as what a signal's handler raises, leaves none behind. Raises what ended the run."""
+        """Wait until a key of the store has a value. It polls the key, so that an exception that ends this wait, such
+        as that of a signal handler, leaves no blocked call of the store behind. Raises what ended the run."""
         wait = make_wait()
         wait.awaits, wait.is_polled = (key,), True
         with self._monitor.waiting(wait):
@@ -133,7 +140,7 @@ class MessageRouter:
     def receive_shortly(
         self, make_wait: Callable[[], Wait], keys: Sequence[str], writers: Sequence[int] = ()
     ) -> list[Sealed] | None:
-        """What came by mail under these keys; None if that has not come within about 10 ms."""
+        """The messages that arrive by channel under these keys; None if one has not arrived within about 10 ms."""
         assert self._channels is not None
         if self._monitor.aborted is not None:
             self._monitor.check()
@@ -142,11 +149,11 @@ class MessageRouter:
             return None
         for message in messages:
             if message.kind in (_STORED, ABSENT):
-                return self._opened(messages, make_wait)
+                return self._read_stored(messages, make_wait)
         return messages
 
-    def _opened(self, messages: list[Sealed], make_wait: Callable[[], Wait]) -> list[Sealed]:
-        """The messages, those too long for mail read from the store."""
+    def _read_stored(self, messages: list[Sealed], make_wait: Callable[[], Wait]) -> list[Sealed]:
+        """The messages, after those that are too long for a channel were read from the store."""
         _none_absent(messages)
         stored = tuple(message.payload for message in messages if message.kind == _STORED)
         if not stored:
@@ -157,30 +164,30 @@ class MessageRouter:
             return [self._client.get(message.payload) if message.kind == _STORED else message for message in messages]
 
     def discard(self, key: str) -> None:
-        """What came by another way already need not come by mail again."""
+        """Drop the message under this key, now or when it arrives: its text has arrived through the store already."""
         if self._channels is not None:
             self._channels.discard(key)
 
     def has(self, key: str) -> bool:
-        """Whether a message has come; it stays where it is."""
+        """Whether a message has arrived by channel; it stays unread. Never waits."""
         return self._channels is not None and self._channels.has(key)
 
     def look(self, key: str) -> Sealed | None:
-        """A message that has come, without waiting for one."""
+        """A message that has arrived by channel, or None. Never waits."""
         return self._channels.look(key) if self._channels is not None else None
 
     def recall(self, receiver: int, key: str) -> None:
-        """Take back a message that was written to the wrong rank, which would keep it for ever."""
+        """Withdraw a message that was sent to the wrong rank, which would keep it for ever."""
         self.send([receiver], key, RECALL, "", by_channel=True)
 
     def take_left_in_store(self) -> list[str]:
-        """The store keys of messages that were too long, since this was last asked: to be deleted with their point."""
+        """The store keys of the long messages since the last call of this: to be deleted with their point."""
         left, self._left_in_store = self._left_in_store, []
         return left
 
 
 def _none_absent(messages: list[Sealed]) -> list[Sealed]:
-    """Raises GivenUp where one says that the rank which is waited for does not come to a one-sided point."""
+    """The messages. Raises GivenUp if one says that its sender will not reach a one-sided point."""
     absent = next((message for message in messages if message.kind == ABSENT), None)
     if absent is not None:
         raise GivenUp(absent.payload)

@@ -1,4 +1,4 @@
-"""What has come to a rank over its channels and was not taken yet: bounded in number, in bytes and in descriptors."""
+"""Messages that have arrived over channels and are not used yet: bounded in number, in bytes and in descriptors."""
 
 from __future__ import annotations
 
@@ -7,39 +7,41 @@ import os
 from grafter.core.messages.wire import Sealed
 from grafter.errors import ProtocolError
 
+# The kind of a message that withdraws an earlier one under its key.
 RECALL = "recall"
 _MOST_MESSAGES = 100_000
 _MOST_BYTES = 256 << 20
-# Of one writer, which sends its block again only when it has a larger one, under the same key.
+# Of one writer, which sends its block again, under the same key, only when it has a larger one.
 _MOST_DESCRIPTORS = 4
 _MOST_UNWANTED = 4096
 _LONG_MESSAGE_BYTES = 8 << 10
 
 
 class UnreadMessages:
-    """Those of one rank. Changed by its dump thread alone; each change is one step, so that another thread may look."""
+    """The unread messages of one rank, by key. Only its dump thread changes them, each time in one step, so that
+    another thread may read them."""
 
     def __init__(self, who: str) -> None:
         self._who = who
         self.by_key: dict[str, Sealed] = {}
-        # Keys whose messages are dropped when they come.
+        # Keys whose messages are dropped when they arrive.
         self._unwanted: dict[str, None] = {}
 
     def put(self, key: str, sealed: Sealed, nbytes: int) -> None:
-        """Take in a message that has come; it replaces an earlier one under its key.
+        """Add a message that has arrived; it replaces an earlier one under its key.
 
-        nbytes: of the message as it came. Raises ProtocolError where more waits than a run can have.
+        nbytes: the length of the sealed message. Raises ProtocolError if there are more than a run can have.
         """
         by_key = self.by_key
         if (
             nbytes <= _LONG_MESSAGE_BYTES and key not in by_key and not self._unwanted and sealed.kind != RECALL
             and sealed.descriptor is None and len(by_key) < _MOST_MESSAGES
         ):  # fmt: skip
-            # As nearly all.
+            # Nearly all messages.
             by_key[key] = sealed
             return
         if sealed.kind == RECALL:
-            # Written to the wrong rank; messages of one writer come in order, so it is here.
+            # It was sent to the wrong rank. The messages of one writer arrive in order, so it is here.
             _close_descriptor(sealed)
             if (recalled := by_key.pop(key, None)) is not None:
                 _close_descriptor(recalled)
@@ -64,12 +66,12 @@ class UnreadMessages:
             return
         _close_descriptor(sealed)
         raise ProtocolError(
-            f"{len(waiting)} messages ({nbytes >> 20} MiB) wait at {self._who} for points that it does not come to, "
+            f"{len(waiting)} messages ({nbytes >> 20} MiB) wait at {self._who} for points that it does not reach, "
             f"the last from {sealed.writer}, which has sent {descriptors} file descriptors with its own."
         )
 
     def discard(self, key: str) -> None:
-        """Throw away the message for this key, now or when it comes."""
+        """Drop the message for this key, now or when it arrives."""
         message = self.by_key.pop(key, None)
         if message is not None:
             _close_descriptor(message)
@@ -79,6 +81,7 @@ class UnreadMessages:
             del self._unwanted[next(iter(self._unwanted))]
 
     def close(self) -> None:
+        """Drop all messages, and close their descriptors."""
         for message in self.by_key.values():
             _close_descriptor(message)
         self.by_key.clear()
