@@ -12,7 +12,7 @@ from datetime import timedelta
 from torch.distributed import DistError, TCPStore
 
 from grafter.core.messages.wire import Seal
-from grafter.core.processes import own_identity
+from grafter.core.process_identity import own_identity
 from grafter.errors import JoinError
 from grafter.wire.store_client import StoreClient
 

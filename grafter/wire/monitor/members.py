@@ -10,14 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from grafter.core.messages.roster import Roster
-from grafter.core.processes import (
-    SILENT_AFTER_SECONDS,
-    HeartbeatWatch,
-    ProcessIdentity,
-    host_identity,
-    how_gone,
-    is_stopped,
-)
+from grafter.core.process_identity import ProcessIdentity, how_gone, is_stopped
+from grafter.core.processes import SILENT_AFTER_SECONDS, HeartbeatWatch, host_identity
 from grafter.errors import RunError
 from grafter.wire.monitor.status_board import BoardLine, board_key, describe_board, read_line, unknown_line
 from grafter.wire.store_client import StoreClient
