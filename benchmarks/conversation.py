@@ -37,7 +37,7 @@ import torch.distributed as dist
 from benchmarks.crew import Crew, obey
 from benchmarks.rounds import Spread, interleaved, ratio, spread
 from benchmarks.ways import Ranks
-from grafter.wire.store_client import HostedStore, serve
+from grafter.wire.store_server import HostedStore, serve
 
 ROW = (48, 8)
 EVERYTHING, START, NEW_ROWS, PLAIN, GATHERED = "everything", "start=", "new rows only", "a plain point", "gathered"

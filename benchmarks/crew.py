@@ -21,7 +21,7 @@ import torch
 
 from benchmarks import empty
 from benchmarks.ways import SOLITARY, WAYS, Grafter, Model, Ranks, Seat, Way
-from grafter.wire.store_client import HostedStore, serve
+from grafter.wire.store_server import HostedStore, serve
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _PRELOAD = ["torch", "torch.distributed", "grafter.rank.grafter", "grafter.runtime.session", "benchmarks.ways"]

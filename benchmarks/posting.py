@@ -28,7 +28,7 @@ from benchmarks.rounds import Spread, interleaved, ratio, spread
 from benchmarks.units import MIB, parse_size, size_text, time_text
 from grafter.config.settings.config import GrafterConfig
 from grafter.rank.grafter import Grafter
-from grafter.wire.store_client import HostedStore
+from grafter.wire.store_server import HostedStore
 
 # What must be reached.
 STALL_MEMCPYS = 1.5

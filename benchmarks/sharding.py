@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from benchmarks.crew import Crew, obey
 from benchmarks.ways import Ranks
-from grafter.wire.store_client import HostedStore, serve
+from grafter.wire.store_server import HostedStore, serve
 
 DIMS = ("b", "s", "h")
 RESHARDED, GATHERED = "resharded", "gather, then slice"

@@ -19,7 +19,7 @@ from grafter.config.settings.config import GrafterConfig
 from grafter.core.records import LedgerRecord
 from grafter.rank.grafter import Grafter
 from grafter.store.ledger import read_run
-from grafter.wire.store_client import HostedStore
+from grafter.wire.store_server import HostedStore
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["torch", "grafter.rank.grafter", "grafter.runtime.session", "benchmarks.soak_ranks"])

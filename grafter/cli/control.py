@@ -18,7 +18,7 @@ from grafter.errors import ConfigError, GrafterError, JoinError, UsageError
 
 if TYPE_CHECKING:
     from grafter.config.control.change import ControlField
-    from grafter.wire.control.run_access import RunAccess
+    from grafter.wire.control import RunAccess
 
 _EXIT_REFUSED, _EXIT_USAGE = 1, 2
 
@@ -185,7 +185,7 @@ def record(
 
 
 def _open(context: typer.Context) -> RunAccess:
-    from grafter.wire.control.run_access import RunAccess, place_of_run
+    from grafter.wire.control import RunAccess, place_of_run
 
     target: _Target = context.obj
     group = os.environ.get("GRAFTER_GROUP_NAME") or "graft"

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from grafter.wire.control.run_access import Agreed, RankView, RunAccess, is_in_force
+from grafter.wire.control import Agreed, RankView, RunAccess, is_in_force
 
 _NO_BOUNDARY = (
     "no rank has ended a step since. A change comes into force where a step ends: with grafter.step(), or by itself in "

@@ -8,7 +8,7 @@ decides, read in order (`outcome_of`):
 
 So a receiver that has not voted keeps the point from being committed, and one that has voted YES may only leave after
 it has read the outcome. Whoever has to leave appends GIVEN_UP, reads the log, and carries out what it finds. There is
-no leader. Letters wake receivers up; they decide nothing.
+no leader. Messages wake receivers up; they decide nothing.
 
 A generator yields steps and is sent their results. Its driver (`critical_section`) begins with `take_part`. When an
 exception arrives at any step, the driver drops that generator and begins `leave`, as often as it takes.

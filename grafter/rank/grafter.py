@@ -45,7 +45,7 @@ from grafter.runtime.recompute.regions import current_recomputation, is_graph_di
 from grafter.runtime.recompute.repeated_points import RepeatedPoints
 from grafter.runtime.session import BeforeJoining, Session
 from grafter.store.dumps.rank_dumps import RankDumps
-from grafter.wire.outbox.memory import Memory
+from grafter.wire.outbox.snapshots import Memory
 
 logger = logging.getLogger("grafter")
 

@@ -16,7 +16,7 @@ from grafter.core.roles import Place
 from grafter.errors import ConfigError, DumpError
 from grafter.rank.job_environment import player_environment
 from grafter.store.recording import find_recording, settings_of
-from grafter.wire.store_client import HostedStore
+from grafter.wire.store_server import HostedStore
 
 logger = logging.getLogger("grafter")
 

@@ -30,9 +30,8 @@ from grafter.runtime.local_value import LocalValues, Point, PointTools
 from grafter.runtime.point_receiver import ReceivedPoint
 from grafter.runtime.rank_context import RankContext
 from grafter.runtime.session import Session
-from grafter.wire.outbox.entries import Entry
-from grafter.wire.outbox.keeping import keep
-from grafter.wire.outbox.memory import Memory, Slot
+from grafter.wire.outbox.entries import OutboxEntry
+from grafter.wire.outbox.snapshots import Memory, Slot, take_snapshot
 
 logger = logging.getLogger("grafter")
 
@@ -61,13 +60,13 @@ class PointPosting:
         """
         session, started = self._session, time.perf_counter()
         # Before memory is taken, which may be a receiver's to read until the run is over.
-        session.housekeeping.check()
+        session.monitor.check()
         outbox = session.outbox
 
         def make_room(nbytes: int) -> tuple[Slot | None, str | None]:
             return outbox.make_room(nbytes, session.client, patient=self._is_kept)
 
-        kept = keep(local, make_room, outbox.give_back)
+        kept = take_snapshot(local, make_room, outbox.give_back)
         self._seconds["snapshot"] = time.perf_counter() - started
         header = values.build_header(session, self._point, kept.offer, self.place_of(kept.slot))
         return self.post(header, kept.slot, kept.nbytes)
@@ -81,14 +80,14 @@ class PointPosting:
         keys = store_keys(session.run_prefix, key.digest)
         posted = open_state(place.role, min(header.participants))
         step = key.step if self._is_kept else None
-        entry = Entry(keys, posted, self._direction, participants, slot, nbytes, step)
+        entry = OutboxEntry(keys, posted, self._direction, participants, slot, nbytes, step)
         session.outbox.add(entry)
         try:
             ended = session.pairing.post(key, header, one_sided=options.one_sided == "skip")
         except BaseException as error:
             session.outbox.drop(entry, f"{header.who} left with {type(error).__name__}")
             raise
-        entry.is_told = True
+        entry.is_announced = True
         if ended is not None:
             state, reason = ended
             session.outbox.ended(entry, session.client, state, reason)
@@ -160,7 +159,7 @@ class DeferredPoints:
             options = replace(options, ranks=own_participants(self._place, options.ranks))
         is_sent = self._place.role == sender_role(point.direction)
         with unobserved():
-            kept = keep(local if is_sent else Offer(None), self._make_room, self._give_back)
+            kept = take_snapshot(local if is_sent else Offer(None), self._make_room, self._give_back)
         place = kept.slot.place if kept.slot is not None else None
         header = self._values.build_header(None, point._replace(options=options), kept.offer, place, early=not is_sent)
         if point.key.phase == PHASE:

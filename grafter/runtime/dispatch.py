@@ -40,7 +40,7 @@ from grafter.runtime.session import Session
 from grafter.runtime.windows import ends_of
 from grafter.store.dumps.taken import Taken
 from grafter.store.recording import RecordedPart
-from grafter.wire.monitor.step_ends import LEFT
+from grafter.wire.monitor.absence import LEFT
 
 logger = logging.getLogger("grafter")
 
@@ -190,7 +190,7 @@ class Dispatch:
     def _say_step(self, session: Session, step: int) -> None:
         """This rank has reached all points of the steps before `step`. Said only where points may be one-sided."""
         if self._says_steps:
-            session.housekeeping.step_ends.say(session.client, step)
+            session.monitor.step_ends.say(session.client, step)
 
     def leave(self, session: Session | None, *, is_orderly: bool) -> None:
         """This rank reaches no further point. What is deferred is exchanged now, or never.
@@ -253,7 +253,7 @@ class Dispatch:
 
     def _count(self, session: Session, key: PointKey, outcome: Outcome) -> None:
         self._tally.outcomes[outcome] += 1
-        session.housekeeping.board.last_points.append((key, outcome))
+        session.monitor.board.last_points.append((key, outcome))
 
     def defer(self, point: Point, local: Offer, taken: Taken | None) -> None:
         """Keep a point until both jobs have joined. taken: the point as it is saved, if it is."""

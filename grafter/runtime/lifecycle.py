@@ -30,7 +30,7 @@ from grafter.runtime.session import BeforeJoining, Session
 from grafter.store.dumps.rank_dumps import open_run
 from grafter.store.ledger import write_summary
 from grafter.store.recording import write_rank_facts
-from grafter.wire.monitor.housekeeping import Housekeeping
+from grafter.wire.monitor.monitor_thread import MonitorThread
 from grafter.wire.rendezvous.channels import Channels
 from grafter.wire.rendezvous.connecting import Listener, connect_ranks, open_listener
 from grafter.wire.rendezvous.join import LINGER_SECONDS, Membership, StoreServer, join, store_place
@@ -61,7 +61,7 @@ class JoinAttempt:
         self._cancelled = False
         self._session: Session | None = None
         # From when the store is reached.
-        self._housekeeping: Housekeeping | None = None
+        self._monitor: MonitorThread | None = None
         self._error: BaseException | None = None
 
     def run(self) -> BaseException | None:
@@ -89,7 +89,7 @@ class JoinAttempt:
             hooks=introduction.hooks, played_from=introduction.played_from, served=introduction.served,
         )  # fmt: skip
         host = store_place(config, self._place)
-        membership.housekeeping.joined(
+        membership.monitor.joined(
             membership.roster, membership.graft_rank, membership.roster.graft_rank(*host) if host else None
         )
         return membership
@@ -117,8 +117,8 @@ class JoinAttempt:
     def _leave_at_once(self, membership: Membership, error: BaseException) -> None:
         text = f"{self._place.who} has joined, and cannot take part: {type(error).__name__}: {error}"
         with contextlib.suppress(RunError):
-            membership.housekeeping.abort(RunError(text), membership.client)
-        membership.housekeeping.close(f"{type(error).__name__}: {error}")
+            membership.monitor.abort(RunError(text), membership.client)
+        membership.monitor.close(f"{type(error).__name__}: {error}")
 
     def wait(self) -> Session:
         """The session, once both jobs have joined. Raises what kept them from joining."""
@@ -155,22 +155,22 @@ class JoinAttempt:
             self._call_off("an error")
         return self._session
 
-    def _connected(self, housekeeping: Housekeeping) -> None:
-        self._housekeeping = housekeeping
+    def _connected(self, monitor: MonitorThread) -> None:
+        self._monitor = monitor
 
     def _call_off(self, why: str) -> None:
         """This rank ends before all have joined, and the others would wait for it until the join times out."""
         self._cancelled = True
-        if self._housekeeping is not None:
+        if self._monitor is not None:
             text = f"{self._place.who} has left with {why}, before all ranks of both jobs had joined"
-            self._housekeeping.abort_soon(PeerLostError(f"{text}. Look at the end of its output first."))
+            self._monitor.abort_soon(PeerLostError(f"{text}. Look at the end of its output first."))
         # A rank that hosts the store lingers, so that the others can read it there.
         self._done.wait(LINGER_SECONDS + 1)
 
 
 def _open_channels(membership: Membership, listener: Listener, timeout: float) -> Channels:
     roster, graft_rank, seal = membership.roster, membership.graft_rank, membership.client.seal
-    connections = connect_ranks(listener, roster, graft_rank, seal, timeout, membership.housekeeping.check)
+    connections = connect_ranks(listener, roster, graft_rank, seal, timeout, membership.monitor.check)
     return Channels(graft_rank, roster, seal, connections)
 
 
@@ -219,7 +219,7 @@ class Lifecycle:
             self._before.check(session.run_directory)
             self.session = session
             self._write_facts(session.run_directory, session.roster)
-            session.housekeeping.board.hook_facts = self._models.hook_facts
+            session.monitor.board.hook_facts = self._models.hook_facts
             self._models.tell_which_are_only_here(session.roster)
         return self.session
 

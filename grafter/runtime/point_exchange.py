@@ -26,7 +26,7 @@ from grafter.errors import PeerLostError, PointFailed, RunError
 from grafter.runtime.leaf_figures import LeafFigures
 from grafter.runtime.local_value import Point
 from grafter.runtime.session import Session
-from grafter.wire.monitor.stages import Stage
+from grafter.wire.monitor.status_board import Stage
 
 
 # Not frozen: one is made at every point, and freezing triples the time that takes.
@@ -71,8 +71,8 @@ class PointExchange(ABC):
 
     def run(self, leaves: Leaves | None, extras: list[torch.Tensor]) -> tuple[Any, Outcome]:
         """(what `dump` returns, outcome). Raises what ended the run, or PointFailed where the options say so."""
-        session, housekeeping = self._session, self._session.housekeeping
-        housekeeping.underway = self
+        session, monitor = self._session, self._session.monitor
+        monitor.underway = self
         try:
             pair = session.pairing.meet(self._key, self._header, one_sided=self._options.one_sided == "skip")
             if isinstance(pair, NotMet):
@@ -89,7 +89,7 @@ class PointExchange(ABC):
                     session.pairing.claims.settle(self._key.digest, "failed", why)
                 raise
         finally:
-            housekeeping.underway = None
+            monitor.underway = None
 
     def _plan_of(self, pair: Pair) -> PointPlan:
         known: PointPlan | None = pair.memo.get(self._direction)
@@ -133,7 +133,7 @@ class PointExchange(ABC):
             f"the point {self._key}: {gone}. Nothing of this point was written where it was not complete. Look at the "
             "end of its output first."
         )
-        return session.housekeeping.abort(error, session.client)
+        return session.monitor.abort(error, session.client)
 
     def _end_stage(self, stage: str) -> None:
         """All time since the end of the stage before belongs to this one."""

@@ -18,7 +18,7 @@ from grafter.core.records import LedgerLine, LedgerRecord, RankSummary
 from grafter.core.roles import Place
 from grafter.store.ledger import LedgerWriter
 from grafter.wire.failed_points import FailedPoints, SentPoints
-from grafter.wire.monitor.housekeeping import Housekeeping
+from grafter.wire.monitor.monitor_thread import MonitorThread
 from grafter.wire.store_client import StoreClient
 
 logger = logging.getLogger("grafter")
@@ -33,8 +33,8 @@ _LONGEST_REASON = 600
 class PointLedger:
     """The ledger of one rank. `record` and `report_failure` are called on the dump thread, `poll` on housekeeping's."""
 
-    def __init__(self, place: Place, run_directory: Path, run_prefix: str, housekeeping: Housekeeping) -> None:
-        self._place, self._housekeeping = place, housekeeping
+    def __init__(self, place: Place, run_directory: Path, run_prefix: str, monitor: MonitorThread) -> None:
+        self._place, self._monitor = place, monitor
         self._writer = LedgerWriter(run_directory / place.role, place.role_rank)
         self.failures = FailureLog(place.who)
         self._failed = FailedPoints(run_prefix, self._note_failure)
@@ -58,7 +58,7 @@ class PointLedger:
 
     def write_line(self, record: LedgerRecord) -> None:
         """Write one line; called on any thread."""
-        if record.outcome == "failed" and self._housekeeping.aborted is None:
+        if record.outcome == "failed" and self._monitor.aborted is None:
             self.failures.add(record.name, f"{record.name!r} (step={record.step})", record.reason or "")
         with self._lock:
             self._write(record)
@@ -97,9 +97,9 @@ class PointLedger:
         self._failed.is_listening = True
 
     def poll(self, client: StoreClient) -> None:
-        """Called on the housekeeping thread, once a second."""
-        self._failed.tell(client)
-        self._failed.hear(client)
+        """Called on the monitor thread, once a second."""
+        self._failed.report(client)
+        self._failed.read(client)
 
     def _note_failure(self, digest: str, reason: str) -> None:
         with self._lock:
@@ -128,7 +128,7 @@ class PointLedger:
 class FailureLog:
     """The failures of one rank's points in the job's log: one line for each name and reason, and then a count.
 
-    Called on the dump thread, and on the housekeeping thread where a sender learns of a failure.
+    Called on the dump thread, and on the monitor thread where a sender learns of a failure.
     """
 
     def __init__(self, who: str) -> None:

@@ -50,7 +50,7 @@ class ReceivedPoint(PointExchange, Work):
         try:
             return self._agree(paired, self._figures)
         finally:
-            # The housekeeping thread may hold this object for a little longer, and the values' memory is needed again.
+            # The monitor thread may hold this object for a little longer, and the values' memory is needed again.
             self._paired, self._incoming, self._written = None, [], []
 
     def _agree(self, paired: PairedPoint, figures: LeafFigures) -> tuple[Any, Outcome, str | None]:

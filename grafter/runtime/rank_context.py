@@ -20,7 +20,7 @@ from grafter.errors import ConfigError, GrafterError, JoinError, PeerLostError, 
 from grafter.runtime.point_rules import PointRules
 
 if TYPE_CHECKING:
-    from grafter.wire.monitor.housekeeping import Housekeeping
+    from grafter.wire.monitor.monitor_thread import MonitorThread
     from grafter.wire.store_client import StoreClient
 
 logger = logging.getLogger("grafter")
@@ -88,7 +88,7 @@ class Tally:
 class Connection(Protocol):
     """How a rank that has joined reaches the others: `grafter.runtime.session.Session`."""
 
-    housekeeping: Housekeeping
+    monitor: MonitorThread
     client: StoreClient
 
 
@@ -137,7 +137,7 @@ class RankStatus:
         """This rank leaves with an error while another thread of it is at a point: no rank shall wait there."""
         error = self.last_error()
         if error is not None and session is not None:
-            session.housekeeping.abort(PeerLostError(f"{self.who} has left with {type(error).__name__}: {error}"))
+            session.monitor.abort(PeerLostError(f"{self.who} has left with {type(error).__name__}: {error}"))
 
     def end_run(self, error: RunError, session: Connection | None) -> None:
         """The run is over: every rank of both jobs is notified, and raises the same error.
@@ -145,11 +145,11 @@ class RankStatus:
         session: None before both jobs have joined. Returns only where the rank continues ungrafted.
         """
         if session is not None:
-            housekeeping = session.housekeeping
+            monitor = session.monitor
             if isinstance(error, PeerLostError):
-                error = housekeeping.fuller_story(error)
-            elif housekeeping.aborted is None:
-                error = housekeeping.abort(error, session.client)
+                error = monitor.explain(error)
+            elif monitor.aborted is None:
+                error = monitor.abort(error, session.client)
         self.fault = error
         if not isinstance(error, PeerLostError) or self._config.on_peer_loss == "raise":
             raise error

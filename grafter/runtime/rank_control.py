@@ -1,6 +1,6 @@
 """A rank's part in changes of the run: it answers each proposal, is held until it is decided, and takes over in step.
 
-housekeeping thread   `poll`: once a second, and four times a second while something is undecided
+monitor thread   `poll`: once a second, and four times a second while something is undecided
 program's thread      `end_step`: counts the step up, after the decision where one is due
 compiler              `trace`: what is traced now must fit what comes into force later
 """
@@ -36,8 +36,8 @@ from grafter.errors import GrafterError, ProtocolError, RunError, UsageError
 from grafter.runtime.point_rules import SettingsChange
 from grafter.runtime.rank_context import RankContext
 from grafter.store.run_files import HistoryLine, append_history
-from grafter.wire.control.decision import put_decision, read_decision, try_to_decide
-from grafter.wire.monitor.housekeeping import Housekeeping
+from grafter.wire.control import put_decision, read_decision, try_to_decide
+from grafter.wire.monitor.monitor_thread import MonitorThread
 from grafter.wire.monitor.waits import Wait
 from grafter.wire.store_client import StoreClient
 
@@ -73,15 +73,15 @@ class RankControl:
         self._number, self._changes = 0, 0
         self._in_hand: _InHand | None = None
         self._is_held = False
-        # Of the housekeeping thread alone.
+        # Of the monitor thread alone.
         self._question, self._states_told = "", 0
         # From joining on.
-        self._keeper: Housekeeping | None = None
+        self._keeper: MonitorThread | None = None
         self._roster: Roster | None = None
         self._graft_rank = 0
         self._directory: Path | None = None
 
-    def joined(self, keeper: Housekeeping, roster: Roster, graft_rank: int, role_directory: Path) -> None:
+    def joined(self, keeper: MonitorThread, roster: Roster, graft_rank: int, role_directory: Path) -> None:
         """From here on changes may come."""
         self._roster, self._graft_rank, self._directory = roster, graft_rank, role_directory
         self._keeper = keeper
@@ -157,7 +157,7 @@ class RankControl:
             logger.error("grafter: change %s cannot be written beside the ledger: %s", one.number, error)
 
     def leave(self) -> None:
-        """The run is over for this rank, and its housekeeping: nothing comes any more, and nothing is held."""
+        """The run is over for this rank, and its monitor thread: nothing comes any more, and nothing is held."""
         with self._changed:
             self._is_held = False
             never = [one for one in self._to_come if one.proposal is not None]
@@ -180,7 +180,7 @@ class RankControl:
         ahead = [filters, *(one.filters for one in self._to_come)]
         return ahead if in_hand is None or in_hand.filters is None else [*ahead, in_hand.filters]
 
-    # On the housekeeping thread.
+    # On the monitor thread.
 
     def poll(self, client: StoreClient) -> None:
         """Answer what is asked, and learn what is decided. Two round trips where there is nothing.

@@ -17,18 +17,19 @@ from grafter.store.run_files import write_run_facts
 from grafter.wire.exchange.group import local_address_towards
 from grafter.wire.exchange.shared_memory import SharedMemoryExchange
 from grafter.wire.exchange.transfer import Transfer
-from grafter.wire.monitor.store_patience import StorePatience
+from grafter.wire.monitor.store_silence import StoreWait
 from grafter.wire.outbox.delivery import Delivery
-from grafter.wire.outbox.entries import Outbox
-from grafter.wire.outbox.memory import Memory
+from grafter.wire.outbox.one_sided import Receivers
+from grafter.wire.outbox.outbox import Outbox
 from grafter.wire.outbox.pull import Puller
-from grafter.wire.outbox.receivers import Receivers
+from grafter.wire.outbox.snapshots import Memory
 from grafter.wire.pairing.agreement import Agreement
 from grafter.wire.pairing.pairing import Pairing
 from grafter.wire.rendezvous.channels import Channels
-from grafter.wire.rendezvous.courier import Courier
 from grafter.wire.rendezvous.join import LINGER_SECONDS, Membership
-from grafter.wire.store_client import StoreClient, connect
+from grafter.wire.rendezvous.message_router import MessageRouter
+from grafter.wire.store_client import StoreClient
+from grafter.wire.store_server import connect
 
 logger = logging.getLogger("grafter")
 
@@ -75,7 +76,7 @@ class Session:
         written.
         """
         self.place, self.roster, self.graft_rank = membership.place, membership.roster, membership.graft_rank
-        self.client, self.housekeeping = membership.client, membership.housekeeping
+        self.client, self.monitor = membership.client, membership.monitor
         # What the keys of this run begin with in the store.
         self.run_prefix = self.client.run_prefix
         self._server, self._channels, self._control = membership.server, channels, before.control
@@ -83,14 +84,14 @@ class Session:
         self.timeout = timeout = config.timeout
         share_long_copies(self.roster.has_core_each)
         self.client.set_timeout(timeout + 5)
-        self.client.patience = StorePatience(self.housekeeping, timeout)
-        courier = Courier(self.client, self.housekeeping, self.roster, self.graft_rank, channels, timeout)
-        self.pairing = Pairing(self.client, courier, self.housekeeping, self.roster, timeout)
+        self.client.call_monitor = StoreWait(self.monitor, timeout)
+        router = MessageRouter(self.client, self.monitor, self.roster, self.graft_rank, channels, timeout)
+        self.pairing = Pairing(self.client, router, self.monitor, self.roster, timeout)
         self.transfer = self._make_transfer(config)
-        self.agreement = Agreement(self.client, courier, self.roster, self.place.role, self.place.role_rank, timeout)
+        self.agreement = Agreement(self.client, router, self.roster, self.place.role, self.place.role_rank, timeout)
         before.check(self.run_directory)
         before.refuse_earlier_dumps(self.run_directory, membership)
-        self.ledger = PointLedger(self.place, self.run_directory, self.run_prefix, self.housekeeping)
+        self.ledger = PointLedger(self.place, self.run_directory, self.run_prefix, self.monitor)
         self.outbox = self._make_outbox(config, before)
         self.puller = Puller(self.roster, self.graft_rank, self.transfer.staging, self.client.seal, self.run_prefix)
         self.delivery: Delivery | None = None
@@ -103,8 +104,8 @@ class Session:
             sizes = {"baseline": len(self.roster.baseline), "target": len(self.roster.target)}
             directory = self.run_directory / self.place.role
             write_run_facts(directory, config, self.place, membership.run_name, membership.run_id, sizes)
-        before.control.joined(self.housekeeping, self.roster, self.graft_rank, self.run_directory / self.place.role)
-        self.housekeeping.on_second = self._each_second
+        before.control.joined(self.monitor, self.roster, self.graft_rank, self.run_directory / self.place.role)
+        self.monitor.on_second = self._each_second
 
     def _make_transfer(self, config: GrafterConfig) -> Transfer:
         address, port = config.master_address, config.master_port or 0
@@ -115,7 +116,7 @@ class Session:
             config.backend,
             self.roster,
             self.graft_rank,
-            self.housekeeping,
+            self.monitor,
             self.timeout,
             shared_memory,
             self.run_prefix,
@@ -128,14 +129,14 @@ class Session:
             before.outbox,
             config.outbox_seconds,
             self.graft_rank,
-            self.housekeeping,
-            self.pairing.words,
+            self.monitor,
+            self.pairing.tombstones,
             self._find_gone,
             self.ledger.write_line,
-            Receivers(self.housekeeping, self.roster, self.place.role, self.timeout),
+            Receivers(self.monitor, self.roster, self.place.role, self.timeout),
         )
 
-    # On the housekeeping thread.
+    # On the monitor thread.
 
     def _each_second(self, client: StoreClient) -> None:
         self.outbox.look_after(client)
@@ -143,7 +144,7 @@ class Session:
         self._control.poll(client)
 
     def _find_gone(self) -> dict[int, str]:
-        return self.housekeeping.gone() if self.roster.several_hosts else self.housekeeping.gone_here()
+        return self.monitor.gone() if self.roster.several_hosts else self.monitor.gone_here()
 
     # On the thread of the points.
 
@@ -154,7 +155,7 @@ class Session:
         """
         done = self._deletable.pop(members, None)
         if done:
-            self.housekeeping.delete_later(done)
+            self.monitor.delete_later(done)
         self._deletable[members] = keys
 
     def close(self, note: str) -> None:
@@ -164,7 +165,7 @@ class Session:
         """
         self.ledger.leave(self.client)
         try:
-            self.housekeeping.close(note)
+            self.monitor.close(note)
             if self._server is not None:
                 self._linger()
         except RunError as error:
@@ -184,8 +185,8 @@ class Session:
     def _linger(self) -> None:
         deadline = time.monotonic() + LINGER_SECONDS
         while time.monotonic() < deadline:
-            lines = self.housekeeping.read_board(self.client)
-            gone = self.housekeeping.gone_here()
+            lines = self.monitor.read_board(self.client)
+            gone = self.monitor.gone_here()
             if all(line.state == "left" or line.graft_rank in gone for line in lines):
                 return
             time.sleep(0.05)

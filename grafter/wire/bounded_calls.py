@@ -1,7 +1,7 @@
-"""Calls that may block for ever, such as one of a store whose process is stopped.
+"""Calls that may block for ever, such as a call of a store whose process is stopped.
 
-A thread of its own makes them, so that the caller can look up while a call lasts, and can stop waiting for it. The call
-itself cannot be ended: until it has, no other can be made.
+A helper thread makes them, so that the caller can do other things while a call lasts, and can stop waiting for it. The
+call itself cannot be ended: until it has returned, no other call can be made.
 """
 
 from __future__ import annotations
@@ -17,33 +17,35 @@ from grafter.errors import RunError
 Value = TypeVar("Value")
 
 _LOOK_SECONDS = 0.25
-# A wait that an exception ends (Ctrl-C, or the run is over) lasts for so long yet: the housekeeping ends the call, too.
+# How long a wait lasts after an exception (Ctrl-C, or the end of the run): the monitor thread may end the call.
 _LAST_SECONDS = 2.0
 
 
 class Unanswered(Exception):
-    """The call still blocks, and its caller waits no longer."""
+    """The call still blocks, and its caller has stopped waiting for it."""
 
 
-class Patience(Protocol):
-    """Asked four times a second while a call blocks."""
+class CallMonitor(Protocol):
+    """What the caller does, four times a second, while a call blocks."""
 
     @property
     def is_hopeless(self) -> bool:
-        """Whether a call that the caller does not want any more will go on blocking."""
+        """Whether nothing will end a call whose result the caller does not need any more."""
 
     def look(self, seconds: float) -> None:
-        """The call has blocked for so long. Raises what ends the wait for it."""
+        """seconds: how long the call has blocked. Raises what ends the wait for it."""
 
     def interrupted(self, error: BaseException) -> None:
-        """A signal's handler has raised this, so the caller wants the answer no more. The call is given two seconds to
-        end, and this may help it to. Never waits."""
+        """A signal handler has raised this, so the caller does not need the result any more. The call has two more
+        seconds, and this may make it end. Never waits."""
 
     def over(self) -> None:
-        """The caller does not wait any more."""
+        """The caller has stopped waiting."""
 
 
-class _Call:
+class _BlockingCall:
+    """One call, and its result once it has returned."""
+
     __slots__ = ("error", "is_done", "operation", "since", "value")
 
     def __init__(self, operation: Callable[[], Any]) -> None:
@@ -55,17 +57,20 @@ class _Call:
 
 
 class BoundedCalls:
-    """Used by one thread at a time. Its own thread ends with it; one that blocks then does not keep the process."""
+    """The blocking calls of one client, made one after the other by a helper thread. Used by one thread at a time.
+
+    The helper thread ends with this object. If it blocks then, it does not keep the process from ending.
+    """
 
     def __init__(self) -> None:
-        self._requests: SimpleQueue[_Call | None] = SimpleQueue()
-        self._answers: SimpleQueue[_Call] = SimpleQueue()
-        self._last: _Call | None = None
+        self._requests: SimpleQueue[_BlockingCall | None] = SimpleQueue()
+        self._answers: SimpleQueue[_BlockingCall] = SimpleQueue()
+        self._last: _BlockingCall | None = None
         self._thread: threading.Thread | None = None
 
     @property
     def blocked_since(self) -> float | None:
-        """When the call that still blocks began, on `time.monotonic`'s clock; None where none does."""
+        """When the call that still blocks began, on `time.monotonic`'s clock; None if none does."""
         last = self._last
         return None if last is None or last.is_done else last.since
 
@@ -73,14 +78,17 @@ class BoundedCalls:
         self,
         operation: Callable[[], Value],
         seconds: float,
-        patience: Patience | None = None,
+        call_monitor: CallMonitor | None = None,
         *,
         insists: bool = False,
     ) -> Value:
-        """What the operation returns or raises. Raises Unanswered after `seconds`, or at once while an earlier call
-        still blocks; and what `patience` raises, unless the answer comes all the same. insists: the end of the run does
-        not end the call, and an earlier one that blocks, for which nobody waits any more, is waited for first, until
-        its own `seconds` are up."""
+        """Make a call; return what it returns, or raise what it raises.
+
+        seconds: after that it raises Unanswered, as it does at once while an earlier call still blocks. call_monitor:
+        what its `look` raises ends the wait, unless the call returns within two seconds. insists: the end of the run
+        does not end the wait; and if an earlier call still blocks, it is waited for first, until its own `seconds` are
+        up.
+        """
         if self._thread is None:
             run, queues = _run, (self._requests, self._answers)
             self._thread = threading.Thread(target=run, args=queues, name="grafter-store", daemon=True)
@@ -90,21 +98,21 @@ class BoundedCalls:
                 if not insists:
                     raise Unanswered
                 assert self._last is not None
-                self._await(self._last, seconds, patience, insists)
-            call = _Call(operation)
-            # In this order: an interrupt in between leaves a call behind which the next one waits, and nothing worse.
+                self._await(self._last, seconds, call_monitor, insists)
+            call = _BlockingCall(operation)
+            # In this order: after an interrupt in between, the next call waits for this one, and nothing worse happens.
             self._requests.put(call)
             self._last = call
-            self._await(call, seconds, patience, insists)
+            self._await(call, seconds, call_monitor, insists)
         finally:
-            if patience is not None:
-                patience.over()
+            if call_monitor is not None:
+                call_monitor.over()
         if call.error is not None:
             raise call.error
         value: Value = call.value
         return value
 
-    def _await(self, call: _Call, seconds: float, patience: Patience | None, insists: bool) -> None:
+    def _await(self, call: _BlockingCall, seconds: float, call_monitor: CallMonitor | None, insists: bool) -> None:
         held: BaseException | None = None
         is_interrupted = False
         until = call.since + seconds
@@ -112,34 +120,34 @@ class BoundedCalls:
             if held is not None and time.monotonic() >= until:
                 break
             try:
-                # That of an earlier call, perhaps, for which nobody waited any more.
+                # It may be that of an earlier call, whose caller had stopped waiting.
                 self._answers.get(timeout=_LOOK_SECONDS)
                 continue
             except Empty:
                 if held is None and time.monotonic() > until:
                     raise Unanswered from None
             except BaseException as error:
-                # A signal's handler: Ctrl-C, say.
+                # A signal handler has raised it, for Ctrl-C, say.
                 if held is not None:
                     raise
-                held, until, is_interrupted = error, min(until, _last_moment(patience)), True
-                if patience is not None:
-                    patience.interrupted(error)
-            if patience is not None and held is None:
+                held, until, is_interrupted = error, min(until, _last_moment(call_monitor)), True
+                if call_monitor is not None:
+                    call_monitor.interrupted(error)
+            if call_monitor is not None and held is None:
                 try:
-                    patience.look(time.monotonic() - call.since)
+                    call_monitor.look(time.monotonic() - call.since)
                 except RunError as error:
                     if not insists:
-                        held, until = error, min(until, _last_moment(patience))
+                        held, until = error, min(until, _last_moment(call_monitor))
                 except BaseException as error:
-                    held, until, is_interrupted = error, min(until, _last_moment(patience)), True
-                    patience.interrupted(error)
-        # An answer that came stands, also where the run has ended meanwhile.
+                    held, until, is_interrupted = error, min(until, _last_moment(call_monitor)), True
+                    call_monitor.interrupted(error)
+        # A result that has arrived is valid, even if the run has ended meanwhile.
         if held is not None and (is_interrupted or not call.is_done):
             raise held
 
     def close(self) -> None:
-        """End the thread, once the call that blocks, if one does, has ended. Another call would start another."""
+        """End the helper thread once a call that blocks has ended. A later call starts another one."""
         if self._thread is not None:
             self._requests.put(None)
             self._thread = None
@@ -148,24 +156,24 @@ class BoundedCalls:
         self.close()
 
 
-def _last_moment(patience: Patience | None) -> float:
+def _last_moment(call_monitor: CallMonitor | None) -> float:
     now = time.monotonic()
-    return now if patience is not None and patience.is_hopeless else now + _LAST_SECONDS
+    return now if call_monitor is not None and call_monitor.is_hopeless else now + _LAST_SECONDS
 
 
 def _nothing() -> None:
-    """What a call that is over still has to do."""
+    """The operation of a call that is over."""
 
 
-def _run(requests: SimpleQueue[_Call | None], answers: SimpleQueue[_Call]) -> None:
+def _run(requests: SimpleQueue[_BlockingCall | None], answers: SimpleQueue[_BlockingCall]) -> None:
     while (call := requests.get()) is not None:
         try:
             call.value = call.operation()
         except BaseException as error:
             call.error = error
-        # It may hold whoever holds the calls.
+        # It may refer to the owner of this object, which would then never be freed.
         call.operation = _nothing
         call.is_done = True
         answers.put(call)
-        # Or the last one would be kept, with what it returned.
+        # Else the last call would be kept, with its result.
         del call

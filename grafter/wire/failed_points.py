@@ -1,12 +1,12 @@
-"""Failed points: one list in the store, which receivers add to and senders read.
+"""Failed points: one list in the store, which receivers append to and senders read.
 
-A sender has recorded a point as sent, and gone on, before the receivers have voted. Every receiver that finds a point
-refused tells the senders, so that it does not matter which of them is stopped or gone; the first to do so adds it.
+A sender has recorded a point as sent, and continued, before the receivers have voted. Every receiver that finds a point
+refused reports it to the senders, so that it does not matter which of them is stopped or gone; the first report is
+appended.
 
-The list fills the places 0, 1, 2, ... in their order, and keeps the last `KEPT` of them: whoever fills another one
-deletes the one that falls out. `failure/last` holds the highest place that is known to be filled, and never a lower one
-than before. A place that is empty although it is not behind that one was deleted, so senders skip it, and whoever puts
-something there puts it at the end as well.
+The list fills the places 0, 1, 2, ... in order, and keeps the last `KEPT` of them: a rank that fills a place deletes
+the place that falls out. `failure/last` holds the highest place that is known to be filled; it never decreases. A place
+up to that one that is empty was deleted, so senders skip it, and a rank that fills it appends its report again.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ logger = logging.getLogger("grafter")
 # Senders look about once a second.
 KEPT = 4096
 _LONGEST_REASON = 2000
-# So many places at one look, or this part of those that are left; two round trips each.
+# How many places are read at one look: at least 256, and at least a quarter of those that are left; two round trips
+# each.
 _PLACES_PER_LOOK, _PART_PER_LOOK = 256, 4
 
 
@@ -34,9 +35,9 @@ _Line = TypeVar("_Line")
 
 
 class SentPoints(Generic[_Line]):
-    """What one sender has recorded as sent, and what it was told had failed, whichever of the two came first.
+    """The points that one sender has recorded as sent, and those that receivers have reported as failed.
 
-    A receiver may tell of a failure before the sender has come to record the point. Keeps the last `KEPT` of each.
+    A receiver may report a failure before the sender has recorded the point. Keeps the last `KEPT` of each.
     """
 
     def __init__(self) -> None:
@@ -44,14 +45,14 @@ class SentPoints(Generic[_Line]):
         self._failed: OrderedDict[str, str] = OrderedDict()
 
     def add(self, digest: str, line: _Line) -> str | None:
-        """Remember the ledger line of a point that was sent. Returns why it failed, where that is known already."""
+        """Remember the ledger line of a point that was sent. Returns why it failed, if that is known already."""
         self._sent[digest] = line
         if len(self._sent) > KEPT:
             self._sent.popitem(last=False)
         return self._failed.pop(digest, None) if self._failed else None
 
     def take_failed(self, digest: str, reason: str) -> _Line | None:
-        """The ledger line of a point that has failed, once; None where this rank has not recorded it."""
+        """The ledger line of a point that has failed, once; None if this rank has not recorded it yet."""
         line = self._sent.pop(digest, None)
         if line is None:
             self._failed[digest] = reason
@@ -61,99 +62,104 @@ class SentPoints(Generic[_Line]):
 
 
 class FailedPoints:
-    """One rank's view of the list."""
+    """One rank's view of the list. Methods that take a client may be called on any thread, with its own client.
+
+    They raise PeerLostError if the store is lost.
+    """
 
     def __init__(self, run_prefix: str, on_failure: Callable[[str, str], None]) -> None:
-        """on_failure: called with the digest and the reason of each, on the thread that listens; now and then twice."""
+        """on_failure: called with the digest and the reason of each failed point, on the thread that reads the list. It
+        may be called twice for one point."""
         self._run_prefix, self._on_failure = run_prefix, on_failure
-        self._untold: deque[tuple[str, str]] = deque()
+        self._unreported: deque[tuple[str, str]] = deque()
         self._lock = threading.RLock()
-        # How far this rank has read, to add something and to hear of something.
-        self._told = self._heard = 0
-        # How many places were empty, though they had been filled.
+        # The next place to fill, and the next one to read.
+        self._next_to_fill = self._next_to_read = 0
+        # How many places were deleted before they were read.
         self._missed = 0
         self.is_listening = False
 
     def add(self, digest: str, reason: str) -> None:
-        """A point has failed here. Does not wait for the store, which may not answer; `tell` does."""
+        """A point has failed here: `report` will append it. Does not wait for the store."""
         if len(reason) > _LONGEST_REASON:
             reason = f"{reason[:_LONGEST_REASON]}... (the receivers' ledgers have all of it)"
-        self._untold.append((digest, reason))
+        self._unreported.append((digest, reason))
 
-    def tell(self, client: StoreClient) -> None:
-        """Put into the store what was added. May be called on any thread. Raises PeerLostError if the store is lost."""
+    def report(self, client: StoreClient) -> None:
+        """Append what was added to the list in the store."""
         with self._lock:
-            if not self._untold:
+            if not self._unreported:
                 return
-            self._told = max(self._told, self._find_last(client) - KEPT + 1)
-            while self._untold:
-                digest, reason = self._untold[0]
-                place = self._told
+            self._next_to_fill = max(self._next_to_fill, self._find_last(client) - KEPT + 1)
+            while self._unreported:
+                digest, reason = self._unreported[0]
+                place = self._next_to_fill
                 found = client.put_if_absent(self._place(place), "failure", json.dumps([digest, reason]))
-                self._told += 1
+                self._next_to_fill += 1
                 if found is not None:
-                    is_told = json.loads(found.payload)[0] == digest
+                    is_reported = json.loads(found.payload)[0] == digest
                 else:
-                    # Behind it senders may have been already.
-                    is_told = self._raise_last(client, place)
+                    # Senders may have passed this place already.
+                    is_reported = self._raise_last(client, place)
                     if place >= KEPT:
                         client.delete(self._place(place - KEPT))
-                if is_told:
-                    self._untold.popleft()
+                if is_reported:
+                    self._unreported.popleft()
 
     def leave(self, client: StoreClient, patience_seconds: float) -> None:
-        """Tell and hear once more. Does not wait long for a store that does not answer."""
-        if not self._untold and not self.is_listening:
+        """Append and read once more, at the end. Waits no longer than `patience_seconds` for the store."""
+        if not self._unreported and not self.is_listening:
             return
         if not self._lock.acquire(timeout=patience_seconds):
-            # The other thread waits for the store.
+            # Another thread waits for the store.
             return
         try:
             client.set_timeout(patience_seconds)
-            self.tell(client)
-            self._hear(client, KEPT)
+            self.report(client)
+            self._read(client, KEPT)
         except RunError as error:
-            logger.debug("grafter: failed points could not be told, or heard of: %s", error)
+            logger.debug("grafter: failed points could not be reported or read: %s", error)
         finally:
             self._lock.release()
 
     @property
-    def has_told_all(self) -> bool:
-        return not self._untold
+    def has_reported_all(self) -> bool:
+        """Whether all points that were added are in the store."""
+        return not self._unreported
 
-    def hear(self, client: StoreClient) -> None:
-        """Called about once a second, and at the end on another thread. Reads a bounded part of what is there."""
+    def read(self, client: StoreClient) -> None:
+        """Read a bounded part of the list. Called about once a second."""
         with self._lock:
-            if self._hear(client, _PLACES_PER_LOOK) == _PLACES_PER_LOOK:
-                self._hear(client, (self._find_last(client) - self._heard) // _PART_PER_LOOK)
+            if self._read(client, _PLACES_PER_LOOK) == _PLACES_PER_LOOK:
+                self._read(client, (self._find_last(client) - self._next_to_read) // _PART_PER_LOOK)
 
-    def _hear(self, client: StoreClient, most: int) -> int:
-        """Returns how many were read."""
+    def _read(self, client: StoreClient, most: int) -> int:
+        """Read up to `most` places; return how many were read."""
         read = 0
         while self.is_listening and read < most:
-            sealed = client.peek(self._place(self._heard))
+            sealed = client.peek(self._place(self._next_to_read))
             if sealed is not None:
                 read += 1
                 digest, reason = json.loads(sealed.payload)
                 self._on_failure(digest, str(reason))
-                self._heard += 1
+                self._next_to_read += 1
                 continue
             last = self._find_last(client)
-            if last < self._heard:
+            if last < self._next_to_read:
                 break
-            if client.peek(self._place(self._heard)) is not None:
+            if client.peek(self._place(self._next_to_read)) is not None:
                 # Filled between the two looks.
                 continue
-            # It was there. The next place, or the first one that is kept.
-            skipped = max(1, last - KEPT + 1 - self._heard)
-            self._heard += skipped
+            # This place was deleted. Continue with the next one, or the first one that is kept.
+            skipped = max(1, last - KEPT + 1 - self._next_to_read)
+            self._next_to_read += skipped
             self._note_missed(skipped)
         return read
 
     def _note_missed(self, count: int) -> None:
         if not self._missed:
             logger.warning(
-                "grafter: this rank cannot hear of some points that failed on their receivers, since they are no "
+                "grafter: this rank cannot learn of some points that failed on their receivers, since they are no "
                 "longer in the store: more than %d failed before it looked, or another program has deleted them. Its "
                 "ledger has them as sent; the receivers' ledgers say that they failed.",
                 KEPT,
@@ -166,7 +172,7 @@ class FailedPoints:
         return -1 if last is None else int(last.payload)
 
     def _raise_last(self, client: StoreClient, place: int) -> bool:
-        """This place is filled. Whether it is behind all that were known to be."""
+        """Publish that this place is filled; return whether it is the highest one."""
         key = self._place("last")
         while (found := client.put_if_absent(key, "last", str(place))) is not None:
             if int(found.payload) >= place:

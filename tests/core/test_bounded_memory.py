@@ -15,7 +15,7 @@ from grafter.core.messages.manifest import Header
 from grafter.core.points import PointKey
 from grafter.rank.grafter import Grafter
 from grafter.runtime.local_value import Point
-from grafter.wire.pairing.known_texts import KnownTexts
+from grafter.wire.pairing.manifest_cache import ManifestCache
 
 
 @given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 40)), max_size=200))
@@ -37,7 +37,7 @@ def header_of(role: str, leaves: int, length: int) -> Header:
 
 def test_a_pytree_whose_shapes_are_others_in_each_step_is_not_remembered_for_ever() -> None:
     """As a cache of keys and values is, that grows by a token in each step: what is kept is bounded in bytes."""
-    known = KnownTexts()
+    known = ManifestCache()
     for length in range(130):
         mine, theirs = (known.collected(header_of(role, 1000, length), ()) for role in ("baseline", "target"))
         known.manifest(theirs)

@@ -81,8 +81,8 @@ def test_a_shortened_log_decides_the_same_now_and_later() -> None:
 # The explorer finds what is wrong: mutants of the protocol.
 
 
-def believe_the_letter(role_rank: int, receivers: Collection[int]) -> Course:
-    """Takes a letter for the outcome, instead of reading the log."""
+def believe_the_message(role_rank: int, receivers: Collection[int]) -> Course:
+    """Takes a message for the outcome, instead of reading the log."""
     refusal = yield PREPARE
     yield OPEN
     yield Step(APPEND, YES) if refusal is None else Step(APPEND, NO, refusal)
@@ -109,7 +109,7 @@ def write_after_own_vote(role_rank: int, receivers: Collection[int]) -> Course:
     return outcome
 
 
-def decide_without_reading_behind_the_letter(role_rank: int, receivers: Collection[int]) -> Course:
+def decide_without_reading_behind_the_message(role_rank: int, receivers: Collection[int]) -> Course:
     """Reads once, before it votes: another receiver may have given up in between."""
     refusal = yield PREPARE
     yield OPEN
@@ -181,9 +181,9 @@ WAITS = "wait for nothing"
 @pytest.mark.parametrize(
     ("mutant", "says"),
     [
-        ({"take_part": believe_the_letter}, SOME),
+        ({"take_part": believe_the_message}, SOME),
         ({"take_part": write_after_own_vote}, SOME),
-        ({"take_part": decide_without_reading_behind_the_letter}, SOME),
+        ({"take_part": decide_without_reading_behind_the_message}, SOME),
         ({"take_part": wake_nobody}, WAITS),
         ({"leave": leave_without_a_word}, SOME),
         ({"leave": leave_without_reading}, SOME),
@@ -193,7 +193,7 @@ WAITS = "wait for nothing"
         ({"leave_failed": leave_at_once}, f"{SOME}|{SPLIT}"),
     ],
     ids=[
-        "letter",
+        "message",
         "own vote",
         "reads once",
         "wakes nobody",

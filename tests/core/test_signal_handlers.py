@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from vote_log_parts import Courier, Post, Roster
+from vote_log_parts import MessageRouter, Post, Roster
 
 import grafter
 from grafter.core.messages.wire import Seal
@@ -170,8 +170,8 @@ def test_of_a_transform_it_is_not_called_the_transforms(alarm: Callable[..., Any
 def test_the_ledger_has_its_line_once_and_the_program_its_exception(
     arrives: str, alarm: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    housekeeping: Any = SimpleNamespace(aborted=None)
-    ledger = PointLedger(Place("baseline", 0, 1), tmp_path, "run", housekeeping)
+    monitor: Any = SimpleNamespace(aborted=None)
+    ledger = PointLedger(Place("baseline", 0, 1), tmp_path, "run", monitor)
     write = os.write
 
     def interrupted(descriptor: int, line: bytes) -> int:
@@ -230,13 +230,13 @@ def test_while_a_vote_log_is_made_nobody_hears_that_there_is_none(
     alarm: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     post = Post()
-    logs = HostLogs(Courier(post, 0), Roster(), "target", 0, f"run{os.getpid()}")  # type: ignore[arg-type]
+    logs = HostLogs(MessageRouter(post, 0), Roster(), "target", 0, f"run{os.getpid()}")  # type: ignore[arg-type]
     with monkeypatch.context() as patch, pytest.raises(OwnError):
         patch.setattr(shared_ballots, "create", alarm)
         logs.offer((0, 1))
     assert not post.boxes[1]
     assert logs.offer((0, 1)) is None
-    assert [letter.kind for letter in post.boxes[1].values()] == ["here"]
+    assert [message.kind for message in post.boxes[1].values()] == ["here"]
     logs.close()
 
 
@@ -245,7 +245,7 @@ def test_while_a_vote_log_is_looked_for(
     function: str, alarm: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     post, run = Post(), f"look{os.getpid()}"
-    first, second = (HostLogs(Courier(post, rank), Roster(), "target", rank, run) for rank in (0, 1))  # type: ignore[arg-type]
+    first, second = (HostLogs(MessageRouter(post, rank), Roster(), "target", rank, run) for rank in (0, 1))  # type: ignore[arg-type]
     first.offer((0, 1))
     with monkeypatch.context() as patch, pytest.raises(OwnError):
         patch.setattr(fcntl if function == "fcntl" else os, function, alarm)
@@ -267,14 +267,13 @@ def test_during_a_call_of_the_store_it_is_not_the_stores_end(alarm: Callable[...
 DUMP_PATH = [
     "core", "runtime", "wire/exchange", "wire/outbox", "wire/pairing", "wire/store_client.py",
     "wire/rendezvous/channels.py",     "store/ledger.py", "store/written_files.py", "capture",
-    *(f"store/dumps/{name}.py" for name in ("saver", "taken", "rank_dumps", "snapshot", "buffers", "encoding")),
+    *(f"store/dumps/{name}.py" for name in ("saver", "taken", "rank_dumps", "snapshot")),
 ]  # fmt: skip
 BROAD = {"OSError", "Exception", "RuntimeError", "ValueError", "TimeoutError", "FileNotFoundError"}
 ELSEWHERE = {
     # The thread of the exchange, or that of the join.
-    ("gloo.py", "_group"), ("gloo.py", "_readable_chunks"), ("gloo.py", "_read_into"),
-    ("store_client.py", "listening_socket"), ("store_client.py", "connect"),
-    # The housekeeping's thread.
+    ("gloo.py", "_group"), ("gloo_messages.py", "_readable_chunks"), ("gloo_messages.py", "_read_into"),
+    # The monitor thread's thread.
     ("rank_control.py", "_judge"),
     # The thread that writes dumps.
     ("saver.py", "_write"), ("saver.py", "_write_point"), ("taken.py", "leaf_of"),

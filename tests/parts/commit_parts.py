@@ -1,6 +1,6 @@
 """A model checker for the commit protocol: it drives the generators that also run, through every order of their steps.
 
-A world is the vote log, the letters, and each receiver's generator. In every state, any receiver may do its next step,
+A world is the vote log, the messages, and each receiver's generator. In every state, any receiver may do its next step,
 or have an exception arrive before or after that step took effect, or be killed there; a receiver that waits may have
 its time run out at any moment. A receiver that is stopped and resumed is one whose next step is long in coming, so
 that every such case is among these orders.
@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from grafter.core import commit_protocol
 from grafter.core.commit_protocol import APPEND, EXCUSE, WAKE, YES, Ballot, Course, Outcome, Step, outcome_of
 
-# What a letter says.
+# What a message says.
 DECIDED, GIVE_UP = "decided", "give up"
 # What a generator is of: the part of a receiver, or its leaving, also because a step has failed.
 _TAKES_PART, _LEFT, _FAILED = "takes part", "left", "failed"
@@ -54,10 +54,10 @@ class Receiver(NamedTuple):
 
 
 class World(NamedTuple):
-    """letters: of each receiver; in the store, `decided` is the one key that all wait for."""
+    """messages: of each receiver; in the store, `decided` is the one key that all wait for."""
 
     log: tuple[Ballot, ...]
-    letters: tuple[tuple[str, ...], ...]
+    messages: tuple[tuple[str, ...], ...]
     decided: bool
     receivers: tuple[Receiver, ...]
     interrupts: int
@@ -197,7 +197,7 @@ class Explorer:
             return world
         own = dict(reversed(world.log))
         keys = [
-            (r.node.step and r.node.step.name, r.has_written, r.is_killed, r.has_opened, world.letters[rank],
+            (r.node.step and r.node.step.name, r.has_written, r.is_killed, r.has_opened, world.messages[rank],
              own.get(rank, 0), r.node.outcome is not None and r.node.outcome.decided_by == rank)
             for rank, r in enumerate(world.receivers)
         ]  # fmt: skip
@@ -207,7 +207,7 @@ class Explorer:
         names = tuple(order.index(rank) for rank in range(self.size))
         return world._replace(
             log=shortened(_renamed(world.log, names), range(self.size)),
-            letters=tuple(world.letters[rank] for rank in order),
+            messages=tuple(world.messages[rank] for rank in order),
             receivers=tuple(
                 world.receivers[rank]._replace(node=self._program.renamed(world.receivers[rank].node, names))
                 for rank in order
@@ -269,9 +269,9 @@ class Explorer:
             if self.in_store:
                 if world.decided:
                     yield world, None
-            elif world.letters[rank]:
-                letter = world.letters[rank][0]
-                yield self._mailed(world, [rank], None), "asked to" if letter == GIVE_UP else None
+            elif world.messages[rank]:
+                message = world.messages[rank][0]
+                yield self._mailed(world, [rank], None), "asked to" if message == GIVE_UP else None
         elif step.name == WAKE:
             yield self._woken(world, rank, step, self._others(rank)), None
         elif step.name == EXCUSE:
@@ -280,7 +280,7 @@ class Explorer:
             yield _with(world, rank, world.receivers[rank]._replace(has_written=True)), None
 
     def _halves(self, world: World, rank: int, step: Step) -> Iterator[World]:
-        """A step of several letters may be ended between two of them."""
+        """A step of several messages may be ended between two of them."""
         if step.name in (WAKE, EXCUSE) and not self.in_store:
             others = self._others(rank)
             for count in range(1, len(others)):
@@ -299,15 +299,15 @@ class Explorer:
             return world._replace(decided=True)
         return self._mailed(world, others, DECIDED) if step.outcome.decided_by == rank else world
 
-    def _mailed(self, world: World, ranks: list[int], letter: str | None) -> World:
-        """None: the first letter is taken out."""
-        letters = list(world.letters)
+    def _mailed(self, world: World, ranks: list[int], message: str | None) -> World:
+        """None: the first message is taken out."""
+        messages = list(world.messages)
         for rank in ranks:
-            if letter is None:
-                letters[rank] = letters[rank][1:]
-            elif not world.receivers[rank].is_over and letter not in letters[rank]:
-                letters[rank] = (*letters[rank], letter)
-        return world._replace(letters=tuple(letters))
+            if message is None:
+                messages[rank] = messages[rank][1:]
+            elif not world.receivers[rank].is_over and message not in messages[rank]:
+                messages[rank] = (*messages[rank], message)
+        return world._replace(messages=tuple(messages))
 
     def _went_on(self, world: World, rank: int, result: Any) -> World:
         receiver = world.receivers[rank]
@@ -320,13 +320,13 @@ class Explorer:
         return self._tidied(then._replace(is_smooth=False), rank)
 
     def _tidied(self, world: World, rank: int) -> World:
-        """Nobody reads the letters of a receiver that has ended."""
+        """Nobody reads the messages of a receiver that has ended."""
         if not world.receivers[rank].is_over:
             return world
         if self.forgets:
             world = world._replace(log=tuple(ballot for ballot in world.log if ballot.role_rank != rank))
-        letters = tuple(() if other == rank else mail for other, mail in enumerate(world.letters))
-        return world._replace(letters=letters)
+        messages = tuple(() if other == rank else mail for other, mail in enumerate(world.messages))
+        return world._replace(messages=messages)
 
     def _judge(self, world: World, is_waiting: bool, came_from: dict[World, tuple[World | None, str]]) -> None:
         """At each end, and where nothing but time moves the world on."""

@@ -30,7 +30,7 @@ from unittest import mock
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 # Test modules, which ranks import, import pytest.
-PRELOAD = ["torch", "torch.distributed.tensor", "grafter.rank.grafter", "grafter.wire.store_client", "numpy", "pytest"]
+PRELOAD = ["torch", "torch.distributed.tensor", "grafter.rank.grafter", "grafter.wire.store_server", "numpy", "pytest"]
 _CONTEXT.set_forkserver_preload(PRELOAD)
 _WITH_COMPILER = forkserver.ForkServer()
 _WITH_COMPILER.set_forkserver_preload([*PRELOAD, "torch._dynamo", "torch._inductor.compile_fx"])
@@ -145,7 +145,7 @@ class Jobs:
         compiler: bool = False,
         **settings: Any,
     ) -> None:
-        from grafter.wire.store_client import HostedStore
+        from grafter.wire.store_server import HostedStore
 
         self.directory = directory
         self._compiler = compiler

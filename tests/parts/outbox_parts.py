@@ -29,7 +29,7 @@ def until_nothing_is_pending() -> int:
 def point_keys(expected: Collection[str] | None = None, *, at_most: int = 0) -> set[str]:
     """What the store holds of points.
 
-    expected: wait until that is all, by the housekeeping of all ranks, or until there are no more than `at_most` keys.
+    expected: wait until the monitor threads have left only that, or until there are no more than `at_most` keys.
     """
     client = grafter._calls._active().session.client
     deadline = time.monotonic() + _SECONDS

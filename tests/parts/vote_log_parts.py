@@ -1,4 +1,4 @@
-"""What vote logs need of a rank, in one process: letters that have arrived once they are sent, and a roster."""
+"""What vote logs need of a rank, in one process: messages that have arrived once they are sent, and a roster."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ DIGEST = "0123456789abcdef01234567"
 
 
 class Post:
-    """Letters of all ranks of a host: what was brought has arrived."""
+    """Messages of all ranks of a host: what was brought has arrived."""
 
     def __init__(self) -> None:
         self.boxes: dict[int, dict[str, Sealed]] = defaultdict(dict)
-        # (rank, key) of letters that are dropped when they come.
+        # (rank, key) of messages that are dropped when they come.
         self.unwanted: set[tuple[int, str]] = set()
 
 
-class Courier:
-    """As one rank sees it. A letter that is waited for must be there."""
+class MessageRouter:
+    """As one rank sees it. A message that is waited for must be there."""
 
     def __init__(self, post: Post, rank: int, client: StoreClient | None = None) -> None:
         self._post, self._rank, self._client = post, rank, client
 
-    def bring(self, receivers: Sequence[int], key: str, kind: str, payload: str, *, by_mail: bool) -> None:
+    def send(self, receivers: Sequence[int], key: str, kind: str, payload: str, *, by_channel: bool) -> None:
         for receiver in receivers:
             if (receiver, key) in self._post.unwanted:
                 self._post.unwanted.remove((receiver, key))
@@ -44,15 +44,15 @@ class Courier:
         assert self._client is not None
         assert self._client.peek(key) is not None
 
-    def fetch(self, make_wait: Callable[[], Wait], keys: Sequence[str], *, by_mail: bool) -> list[Sealed]:
+    def receive(self, make_wait: Callable[[], Wait], keys: Sequence[str], *, by_channel: bool) -> list[Sealed]:
         return [self._post.boxes[self._rank].pop(key) for key in keys]
 
-    def fetch_first(self, make_wait: Callable[[], Wait], keys: Sequence[str]) -> tuple[str, Sealed]:
+    def receive_first(self, make_wait: Callable[[], Wait], keys: Sequence[str]) -> tuple[str, Sealed]:
         box = self._post.boxes[self._rank]
         key = next((key for key in keys if key in box), keys[0])
         return key, box.pop(key)
 
-    def fetch_shortly(self, make_wait: Callable[[], Wait], keys: Sequence[str]) -> list[Sealed] | None:
+    def receive_shortly(self, make_wait: Callable[[], Wait], keys: Sequence[str]) -> list[Sealed] | None:
         box = self._post.boxes[self._rank]
         return [box.pop(key) for key in keys] if all(key in box for key in keys) else None
 

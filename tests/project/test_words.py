@@ -33,6 +33,7 @@ REWRITTEN_SOURCES = [
     "grafter/store/recording.py",
     "grafter/tools/doctor",
     "grafter/tools/launch",
+    "grafter/wire",
     *(f"grafter/tools/requests/{name}.py" for name in ("__init__", "answers", "batch_file", "entry")),
     *(f"grafter/tools/requests/{name}.py" for name in ("judgement", "process_end", "proxy", "reading", "recorder")),
     *(f"grafter/tools/requests/{name}.py" for name in ("replay", "sending", "serving", "upstream")),

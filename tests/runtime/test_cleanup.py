@@ -23,7 +23,7 @@ def store_keys() -> int:
 
 
 def settled_store_keys(bound: int) -> int:
-    """The store's keys once the housekeeping threads have tidied, at most 20 s later."""
+    """The store's keys once the monitor threads have tidied, at most 20 s later."""
     deadline = time.monotonic() + 250
     while (count := store_keys()) > bound and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -36,12 +36,12 @@ MOST_KEYS = 60
 def graft_often(rank: Rank) -> int:
     carrier, points, width = rank.arguments
     if carrier == "store":
-        from grafter.wire.rendezvous import courier
+        from grafter.wire.rendezvous import message_router
 
-        courier._one_host = lambda members: False
+        message_router._one_host = lambda members: False
     value = torch.ones(2)
     for number in range(points):
-        # Wide: a header that is too long for a letter.
+        # Wide: a header that is too long for a message.
         point = value if not width else {f"leaf {i} {'x' * 60}": value for i in range(width)}
         grafter.dump("h", point, number=number)
     return settled_store_keys(MOST_KEYS)
@@ -56,7 +56,7 @@ def test_the_number_of_store_keys_does_not_grow_with_points(tmp_path: Path, carr
         assert max(succeed(jobs.wait())) <= MOST_KEYS
 
 
-def test_headers_too_long_for_a_letter_leave_no_store_keys_either(tmp_path: Path) -> None:
+def test_headers_too_long_for_a_message_leave_no_store_keys_either(tmp_path: Path) -> None:
     with Jobs(tmp_path, b2t_filter="True", timeout=FAR, stats="off") as jobs:
         jobs.start("baseline", 2, graft_often, "mail", 60, 700)
         jobs.start("target", 2, graft_often, "mail", 60, 700)

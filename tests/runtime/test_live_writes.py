@@ -343,7 +343,7 @@ def dump_and_note_the_point(rank: Rank) -> tuple[int, set[int]]:
     receive = Transfer.receive
 
     def noted(self: Transfer, *arguments: Any) -> Any:
-        seen.append(self._housekeeping.underway)
+        seen.append(self._monitor.underway)
         transfer.append(self)
         return receive(self, *arguments)
 

@@ -18,7 +18,8 @@ from grafter.core.messages.wire import Seal
 from grafter.core.points import StepCounter
 from grafter.wire import failed_points
 from grafter.wire.failed_points import FailedPoints, SentPoints
-from grafter.wire.store_client import StoreClient, connect, serve
+from grafter.wire.store_client import StoreClient
+from grafter.wire.store_server import connect, serve
 
 
 @pytest.fixture
@@ -45,11 +46,11 @@ class Member:
     def tell(self, *digests: int) -> None:
         for digest in digests:
             self.points.add(str(digest), "the reason")
-        self.points.tell(self.client)
-        assert self.points.has_told_all
+        self.points.report(self.client)
+        assert self.points.has_reported_all
 
     def hear(self) -> list[str]:
-        self.points.hear(self.client)
+        self.points.read(self.client)
         return self.heard
 
 
@@ -75,7 +76,7 @@ def test_a_place_that_another_program_deletes_stalls_neither_side(
     server.delete_key("run/failure/2")
     server.delete_key("run/failure/4")
     assert sender.hear() == ["0", "1", "3"]
-    assert len([line for line in caplog.messages if "cannot hear of some points" in line]) == 1
+    assert len([line for line in caplog.messages if "cannot learn of some points" in line]) == 1
     second.tell(10)
     first.tell(11)
     assert {"10", "11"} <= set(sender.hear())
@@ -191,7 +192,7 @@ def test_what_a_sender_remembers_is_bounded(kept: int) -> None:
 def test_a_reason_is_bounded(server: TCPStore) -> None:
     first = Member(server, "target/0")
     first.points.add("d", "x" * 100_000)
-    first.points.tell(first.client)
+    first.points.report(first.client)
     assert len(server.get("run/failure/0")) < 3000
 
 
@@ -206,9 +207,9 @@ def fail_often(rank: Rank) -> tuple[int, int]:
     """How many reasons of refused points were in the store once, and how many are there in the end."""
     points, through_the_store = rank.arguments
     if through_the_store:
-        from grafter.wire.rendezvous import courier
+        from grafter.wire.rendezvous import message_router
 
-        courier._one_host = lambda members: False
+        message_router._one_host = lambda members: False
     counter, names, seen = StepCounter(), [], 0
     for number in range(points):
         grafter.dump("h", torch.ones(2), number=number, transform=None if rank.is_baseline else refuse)

@@ -24,7 +24,7 @@ _FRESH = "Use a fresh master port for each run."
 class Sealed(NamedTuple):
     """What one process wrote. A named tuple, since a frozen dataclass costs three times as much to make.
 
-    descriptor: a file descriptor that came with it over a channel. Whoever takes the letter closes it.
+    descriptor: a file descriptor that came with it over a channel. Whoever takes the message closes it.
     """
 
     kind: str
@@ -60,7 +60,7 @@ class Seal:
 
     def seal(self, key: str, kind: str, payload: str) -> str:
         text = f"{kind} {self._writer} {self.run_id} {key}\n{payload}"
-        # Said here, too: every letter is sealed, and most runs have no secret.
+        # Said here, too: every message is sealed, and most runs have no secret.
         return f"{_UNSIGNED} {text}" if self._secret is None else self._signed(text)
 
     def sealed_as(self, key: str, sealed: Sealed) -> str:
@@ -84,7 +84,7 @@ class Seal:
                 f"the store holds an empty value under {key!r}: it was deleted while it was still needed. "
                 f"Another program may be using this store; give the pair a master port or a group_name of its own."
             )
-        found = self._read_letter(value)
+        found = self._read_message(value)
         if isinstance(found, str):
             return found
         written_key, sealed = found
@@ -92,10 +92,10 @@ class Seal:
             return f"the value under {key!r} was written for {written_key!r}: it is a copy. {_FRESH}"
         return sealed
 
-    def open_letter(self, value: bytes) -> tuple[str, Sealed]:
+    def unseal(self, value: bytes) -> tuple[str, Sealed]:
         """(the key it was written for, what it holds) of a value that names its own key. Raises ProtocolError."""
         if self._secret is None:
-            # Said here, too: every letter is opened, and most runs have no secret.
+            # Said here, too: every message is opened, and most runs have no secret.
             try:
                 header, payload = value.decode().split("\n", 1)
                 mac, kind, writer, run_id, key = header.split(" ", 4)
@@ -105,12 +105,12 @@ class Seal:
             except ValueError as error:
                 if is_from_signal_handler(error):
                     raise
-        found = self._read_letter(value)
+        found = self._read_message(value)
         if isinstance(found, str):
             raise ProtocolError(found)
         return found
 
-    def _read_letter(self, value: bytes) -> tuple[str, Sealed] | str:
+    def _read_message(self, value: bytes) -> tuple[str, Sealed] | str:
         try:
             text = value.decode()
             header, payload = text.split("\n", 1)

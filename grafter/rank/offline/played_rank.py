@@ -140,14 +140,14 @@ class PlayedGrafter(Grafter):
     def _begin_to_play(self) -> Session:
         self.begin()
         session = self.session
-        hear = session.housekeeping.on_second
+        hear = session.monitor.on_second
 
         def on_second(client: StoreClient) -> None:
             if hear is not None:
                 hear(client)
             self._look_for_live_job(session, client)
 
-        session.housekeeping.on_second = on_second
+        session.monitor.on_second = on_second
         return session
 
     def _play_step(self, session: Session, step: int, points: Sequence[RecordedPoint]) -> None:
@@ -229,7 +229,7 @@ class PlayedGrafter(Grafter):
 
     def _look_for_live_job(self, session: Session, client: StoreClient) -> None:
         """On the housekeeping thread, once per second: end the wait if all live ranks have left."""
-        wait = session.housekeeping.current_wait
+        wait = session.monitor.current_wait
         if wait is None or wait.stage not in ("pairing", "gradients") or wait.seconds < _PATIENCE_SECONDS:
             return
         if wait.one_sided:
@@ -237,24 +237,24 @@ class PlayedGrafter(Grafter):
             return
         live = other_role(self.context.place.role)
         ranks = [session.roster.graft_rank(live, member.role_rank) for member in session.roster.side(live)]
-        lines = session.housekeeping.read_board(client, ranks)
+        lines = session.monitor.read_board(client, ranks)
         # Waits for gradients are not checked anywhere else.
-        gone = session.housekeeping.gone() if wait.stage == "gradients" else {}
+        gone = session.monitor.gone() if wait.stage == "gradients" else {}
         if not all(line.state == "left" or line.graft_rank in gone for line in lines):
             return
         notes = [f"{line.who} has left with {line.note}" for line in lines if line.note]
         notes += [f"{session.roster.who(rank)} {how}" for rank, how in gone.items()]
         if notes:
-            session.housekeeping.abort(RunError(f"the live job is over: {notes[0]}"), client)
+            session.monitor.abort(RunError(f"the live job is over: {notes[0]}"), client)
             return
         self._live_job_left = True
-        session.housekeeping.abort(RunError(f"the {live} job has left, and {self._who} has more points"), client)
+        session.monitor.abort(RunError(f"the {live} job has left, and {self._who} has more points"), client)
 
     def _has_live_job_left(self) -> bool:
         """Whether the live job has left normally, whichever rank of this job noticed it first."""
         if self._live_job_left or self.lifecycle.session is None:
             return self._live_job_left
-        lines = self.lifecycle.session.housekeeping.last_seen(other_role(self.context.place.role))
+        lines = self.lifecycle.session.monitor.last_seen(other_role(self.context.place.role))
         return bool(lines) and all(line.state == "left" and not line.note for line in lines)
 
     def _left_early(self, error: RunError) -> str:

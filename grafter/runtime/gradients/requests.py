@@ -61,10 +61,10 @@ class GradientRequests:
     ) -> tuple[str, Request]:
         wait = Wait("gradients", f"the other job to ask for one of {len(known)} gradients", session.timeout)
         pause, next_look_in_store = _POLL_SECONDS, time.monotonic() + _PATIENCE_SECONDS
-        with session.housekeeping.waiting(wait):
+        with session.monitor.waiting(wait):
             while True:
                 for digest in known:
-                    if session.pairing.is_asked_by_mail(digest):
+                    if session.pairing.is_asked_by_channel(digest):
                         return digest, "asked"
                 if time.monotonic() >= next_look_in_store:
                     next_look_in_store = time.monotonic() + _STORE_SECONDS
@@ -73,9 +73,9 @@ class GradientRequests:
                             return digest, "asked"
                         if digest in offered and is_declined(session, watched):
                             return digest, "declined"
-                session.housekeeping.check()
+                session.monitor.check()
                 if wait.seconds > session.timeout:
-                    raise session.housekeeping.abort(_too_late(wait, known), session.client)
+                    raise session.monitor.abort(_too_late(wait, known), session.client)
                 time.sleep(pause)
                 pause = min(2 * pause, _SLOWEST_POLL_SECONDS)
 
@@ -92,13 +92,13 @@ class GradientRequests:
         self._served += 1
         place = self._place(session, participants)
         what = "this job's first rank to say which gradient is next"
-        with session.housekeeping.waiting(Wait("gradients", what, session.timeout, awaits=(place,))):
+        with session.monitor.waiting(Wait("gradients", what, session.timeout, awaits=(place,))):
             digest, _, request = session.client.get(place).payload.partition(" ")
         return digest, cast(Request, request)
 
     def all_have_met(self, session: Session) -> None:
         """All ranks of this side have exchanged a gradient, so they have read what was published before."""
-        session.housekeeping.delete_later(self._leader_keys)
+        session.monitor.delete_later(self._leader_keys)
         self._leader_keys = []
 
     def _place(self, session: Session, participants: tuple[int, ...]) -> str:
@@ -118,7 +118,7 @@ def decline(session: Session, watched: WatchedGradient) -> None:
 def is_asked(session: Session, watched: WatchedGradient) -> bool:
     """Whether the other job asks for this gradient now."""
     digest = watched.key.digest
-    return session.pairing.is_asked_by_mail(digest) or session.pairing.is_asked_in_store(digest)
+    return session.pairing.is_asked_by_channel(digest) or session.pairing.is_asked_in_store(digest)
 
 
 def await_late_requests() -> None:

@@ -73,7 +73,7 @@ def check_store() -> Finding:
 
 
 def _try_store() -> float:
-    from grafter.wire.store_client import connect, serve
+    from grafter.wire.store_server import connect, serve
 
     server = serve("127.0.0.1", 0)
     client = connect("127.0.0.1", server.port, timeout=_CONNECT_SECONDS, keep_trying=lambda: True)
@@ -100,7 +100,7 @@ def _try_gloo() -> None:
     import torch
     from torch.distributed import PrefixStore, ProcessGroupGloo
 
-    from grafter.wire.store_client import connect, serve
+    from grafter.wire.store_server import connect, serve
 
     server = serve("127.0.0.1", 0)
     port = server.port

@@ -17,7 +17,8 @@ from grafter.errors import GrafterError, RunError
 from grafter.tools.launch.job import Job
 from grafter.tools.launch.run_output import RunOutput
 from grafter.wire.monitor.status_board import BoardLine, board_key
-from grafter.wire.store_client import ABORT, HostedStore, StoreClient
+from grafter.wire.store_client import ABORT, StoreClient
+from grafter.wire.store_server import HostedStore
 
 _TICK_SECONDS = 0.25
 _LOOK_EVERY_SECONDS = 1.0
@@ -28,7 +29,7 @@ _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class RendezvousStore(Protocol):
-    """What the launcher needs from `grafter.wire.store_client.HostedStore`."""
+    """What the launcher needs from `grafter.wire.store_server.HostedStore`."""
 
     @property
     def address(self) -> str: ...
@@ -224,7 +225,7 @@ class WatchedStore(HostedStore):
         It takes about 60 us per rank of both jobs and never waits. Raises RunError if the store cannot be read.
         """
         client = self._client
-        run = client.peek(f"{client.job_prefix}/run")
+        run = client.peek(client.job_keys.run)
         if run is None:
             return "waiting for the baseline job to join; a job joins at its first call of grafter"
         if run.kind == ABORT:
@@ -243,7 +244,7 @@ class WatchedStore(HostedStore):
         client = self._client
         try:
             # Ranks of one job start together, so if any rank is there, one of the first ones is.
-            return any(client.exists(f"{client.job_prefix}/hello/{role}/{rank}") for rank in range(8))
+            return any(client.exists(client.job_keys.hello(role, rank)) for rank in range(8))
         except RunError:
             return False
 
@@ -251,20 +252,18 @@ class WatchedStore(HostedStore):
         """Which ranks of a role have not joined; None once all have."""
         if role in self._world_sizes:
             return None
-        roster = client.peek(f"{client.job_prefix}/roster/{role}")
+        roster = client.peek(client.job_keys.roster(role))
         if roster is not None and roster.kind == ABORT:
             # The run ended before it began; the ranks themselves report why.
             return None
         if roster is not None:
             self._world_sizes[role] = len(ANNOUNCEMENTS.validate_json(roster.payload))
             return None
-        first = client.peek(f"{client.job_prefix}/hello/{role}/0")
+        first = client.peek(client.job_keys.hello(role, 0))
         if first is None:
             return f"waiting for the {role} job to join"
         world_size = Announcement.model_validate_json(first.payload).role_world_size
-        absent = [
-            rank for rank in range(1, world_size) if not client.exists(f"{client.job_prefix}/hello/{role}/{rank}")
-        ]
+        absent = [rank for rank in range(1, world_size) if not client.exists(client.job_keys.hello(role, rank))]
         named = ", ".join(map(str, absent[:_RANKS_NAMED])) + (", ..." if len(absent) > _RANKS_NAMED else "")
         return f"waiting for {role} rank{'s' * (len(absent) != 1)} {named} to join" if absent else None
 

@@ -1,7 +1,15 @@
-"""Exchange: the plan's bytes move. One file for each way: shared memory, gloo, NCCL.
+"""Exchange: moves the bytes of a plan. One file for each way: shared memory, gloo, NCCL.
 
-A point may use several ways, chosen for each pair of ranks by one pure function on both sides. Whichever it is, a
-transfer is either complete when it returns, or raises.
+A point may use several ways; one pure function chooses the way of each pair of ranks, on both sides alike. A transfer
+is complete when it returns, or raises.
+
+transfer        chooses the ways of a point, and runs them
+shared_memory   between ranks of one host
+gloo            between hosts (gloo_messages: what is sent as one message)
+nccl            between CUDA tensors
+group           the process groups of gloo and NCCL
+staging         the memory that a rank receives into
+incoming        makes what is written from what was received
 """
 
 from __future__ import annotations
@@ -18,14 +26,14 @@ from grafter.wire.exchange.staging import Staging
 
 
 class Outgoing(NamedTuple):
-    """A piece and the view of the sender's tensor that it is: on its device, of any strides."""
+    """A piece, and its view of the sender's tensor: on the tensor's device, of any strides."""
 
     piece: Piece
     tensor: torch.Tensor
 
 
 class Incoming(NamedTuple):
-    """A piece and the view of the staged value in which it lands: of any strides, in `staging` or on the device."""
+    """A piece, and its view of the staged value: of any strides, in `staging` or on the device."""
 
     piece: Piece
     tensor: torch.Tensor
@@ -42,19 +50,19 @@ class Exchange(ABC):
 
     @abstractmethod
     def receive(self, plan: TransferPlan, incoming: Sequence[Incoming], staging: Staging, watch: Watch) -> None:
-        """Called by every receiver. Once it returns, each piece lies in its place, bit for bit as it was sent.
+        """Called by every receiver. When it returns, each piece is in its place, bit for bit as it was sent.
 
-        The pieces between two ranks come in the order in which their sender has them.
+        The pieces between two ranks arrive in the order in which their sender has them.
         """
 
     @abstractmethod
     def refuse(self, plan: TransferPlan, incoming: Sequence[Piece], reason: str, watch: Watch) -> None:
-        """Give this point up before it began: tell the senders of these pieces, where the way has a way to say so.
+        """Give this point up before it has begun, and report that to the senders of these pieces, if the way can.
 
-        Called by a receiver that cannot take its pieces, and, without pieces, by any rank whose point was lost on
+        Called by a receiver that cannot receive its pieces, and, without pieces, by any rank whose point was lost on
         another way. Raises Abandoned if the other side has given it up as well.
         """
 
     @abstractmethod
     def close(self) -> None:
-        """Leave nothing behind: no socket, no thread, no memory."""
+        """Release all sockets, threads and memory."""

@@ -1,4 +1,4 @@
-"""Dedicated process groups: of the run's own making, from its own store, never registered with the job's."""
+"""Dedicated process groups: made from the run's own store, and never registered with the job's torch.distributed."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ if TYPE_CHECKING:
     import torch
     from torch.distributed import ProcessGroupNCCL
 
-# Members meet here at the same point, so whoever is missing after this long is not coming.
+# All members build the group at the same point, so a member that is missing after this long will not come.
 CONSTRUCTION_TIMEOUT = timedelta(seconds=60)
 
 
 def group_prefix(run_prefix: str, members: Sequence[int], generation: int, kind: str) -> str:
-    """The place of one set of members in the store; a new generation is a new place."""
+    """The prefix of one set of members in the store; each generation has its own."""
     digest = hashlib.blake2b(",".join(map(str, members)).encode(), digest_size=8).hexdigest()
     return f"{run_prefix}/group/{kind}/{digest}/{generation}"
 
 
 def local_address_towards(address: str, port: int) -> str:
-    """The address of this machine from which the store is reached: the one that other hosts can reach, too."""
+    """The address of this host from which the store is reached, which other hosts can reach, too. Raises OSError."""
     with socket.create_connection((address, port), timeout=10) as connection:
         return str(connection.getsockname()[0])
 
@@ -40,9 +40,9 @@ def make_gloo_group(
     local_address: str,
     timeout: timedelta,
 ) -> ProcessGroupGloo:
-    """Called by all members. Ranks within the group are places in `members`.
+    """Build a group. Called by all members; a rank within the group is an index into `members`.
 
-    Takes 1 to 2 ms; raises RuntimeError if a member does not come within `CONSTRUCTION_TIMEOUT`.
+    Takes 1 to 2 ms; raises RuntimeError if a member does not call it within `CONSTRUCTION_TIMEOUT`.
     """
     # torch's stubs leave out most of what a backend has.
     options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
@@ -64,10 +64,10 @@ def make_nccl_group(
     timeout: timedelta,
     device: torch.device,
 ) -> ProcessGroupNCCL:
-    """Called by all members, those with nothing to move, too: the communicator is built here, and waits for all."""
+    """Build a group and its communicator, which waits for all. Called by all members, also if they have no pieces."""
     from torch.distributed import ProcessGroupNCCL
 
-    # Its watchdog would end the process when a transfer is late; ours is to raise in the user's program instead.
+    # Otherwise its watchdog ends the process when a transfer is late; grafter raises an exception instead.
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
     options = ProcessGroupNCCL.Options()
     options._timeout = timeout

@@ -1,4 +1,4 @@
-"""Incoming: for each leaf, what is to be written into it, made of what the exchange has brought."""
+"""Incoming: makes what is written into each leaf from what the exchange has received."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ logger = logging.getLogger("grafter")
 
 @dataclass
 class IncomingLeaf:
-    """What comes in for one leaf.
+    """What was received for one leaf.
 
-    value, target: what came and this rank's tensor, both without padding. padded: the whole local tensor, where layouts
-    brought the value. room: memory of ours in which the value lies, with place for the padding. replicas: how far the
-    sender's copies are apart, where they were compared. rows: where some rows of the local tensor are meant alone, and
-    all else here is [rows, ...] of those. `to_write` has the shape of the whole local tensor, or of these rows.
-    """
+    value, target: the received value and this rank's tensor, both without padding. padded: the whole local tensor, if
+    layouts assembled the value. room: grafter's memory in which the value lies, with room for the padding. replicas:
+    how much the sender's copies differ, if they were compared. rows: set if only some rows of the local tensor take
+    part; then everything else here has the shape [rows, ...]. to_write: has the shape of the whole local tensor, or of
+    these rows."""
 
     value: torch.Tensor
     target: torch.Tensor
@@ -79,14 +79,14 @@ class IncomingLeaf:
         check_write(original, self.to_write.new_empty(()).expand(self.rows.shape), mode)
 
     def write(self, original: torch.Tensor, mode: WriteMode) -> Written:
-        """What `check` has accepted."""
+        """Write what `check` has accepted."""
         if self.rows is None:
             return apply_write(original, self.to_write, mode)
         return apply_row_write(original, self.to_write, self.rows, mode)
 
     def keep_apart(self, originals: Sequence[torch.Tensor]) -> None:
-        """What a transform returned may lie in memory that the point is written to: then it is copied, so that a write
-        that was interrupted can be repeated."""
+        """Copy what a transform has returned if it shares memory with the tensors that are written, so that an
+        interrupted write can be repeated."""
         value = local_tensor(self.to_write, wait=False)
         if any(same_storage(local_tensor(original, wait=False), value) for original in originals):
             self.to_write = value.clone()
@@ -98,7 +98,7 @@ class IncomingLeaf:
         return found.model_copy(update={"max_abs_index": self.rows.local_index(found.max_abs_index)})
 
     def prepare(self) -> None:
-        """Put the padding, as it is, around the value. Raises WriteRefused for a dtype that may not be converted."""
+        """Add the unchanged padding to the value. Raises WriteRefused for a dtype that must not be converted."""
         if self.padded is None or not self.is_padded:
             return
         if self.value.shape != self.target.shape:
@@ -137,7 +137,7 @@ class Reception:
         return self._from_layouts(values, leaves)
 
     def _from_senders(self, values: Values, leaves: Leaves) -> list[IncomingLeaf]:
-        """Whole tensors: that of the one sender that serves this rank, or what the transform makes of all."""
+        """Whole tensors: that of the sender that serves this rank, or what the transform makes of all of them."""
         received = received_by_sender(values, self.pair, sender_role(self.direction), self.roster)
         incoming = []
         for index, (spec, target) in enumerate(zip(leaves.specs, leaves.tensors, strict=True)):
@@ -151,7 +151,7 @@ class Reception:
         return incoming
 
     def _from_layouts(self, values: Values, leaves: Leaves) -> list[IncomingLeaf]:
-        """This rank's own leaves, put together. A transform receives that alone, and the lowest sender's extras."""
+        """This rank's own leaves, assembled. A transform receives those, and the extras of the lowest sender."""
         incoming = []
         rows = self.decision.rows_of(self.header)
         lowest = min(self.pair.senders(self.direction), key=lambda header: header.role_rank)
@@ -166,7 +166,7 @@ class Reception:
                 value, room = self._transformed(index, [value], [extras], [lowest.role_rank], target), None
             value = _on_device_of(target, value)
             incoming.append(IncomingLeaf(value, target, whole, room, one.replicas, view))
-            self._tell_replicas(one)
+            self._warn_of_replicas(one)
         return incoming
 
     def _transformed(
@@ -197,7 +197,7 @@ class Reception:
         )
 
     def _layouts(self, leaf: int) -> tuple[list[Layout] | None, Layout | None]:
-        """Where the senders' tensors and this one lie, as boxes; None where a side declares nothing that fits."""
+        """The layouts of the senders' tensors and of this one; None for a side without layouts that fit."""
         if self.decision.rows is not None or not any(header.layouts for header in self.pair.headers):
             return None, None
         known = f"layouts {self.direction} {leaf}"
@@ -212,7 +212,7 @@ class Reception:
             None if receivers is None else receivers[self.header.role_rank],
         )
 
-    def _tell_replicas(self, one: Assembled) -> None:
+    def _warn_of_replicas(self, one: Assembled) -> None:
         apart = one.replicas
         if apart is None or not apart.mismatched_fraction:
             return
@@ -224,13 +224,13 @@ class Reception:
             at = f", most at {apart.max_abs_index} of its part ({values[0]:.9g} against {values[1]:.9g})"
         logger.warning(
             "grafter: the replicas of %s differ: %s and %s, as %s sees them, in %.3g of the values%s. They should be "
-            "equal; that of %s is taken.",
+            "equal; the one of %s is used.",
             self.key, first, other, self.header.who, apart.mismatched_fraction, at, first,
         )  # fmt: skip
 
 
 def _on_device_of(target: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """What came, without a graph, where the target is. Nothing is done for what is that already, as most is."""
+    """The value without a graph, on the device of the target. Most values are so already."""
     if value.requires_grad:
         value = value.detach()
     return value if value.device == target.device else value.to(target.device)

@@ -1,4 +1,4 @@
-"""NCCL, opt-in (`GRAFTER_BACKEND=nccl`), for CUDA tensors on both sides: device memory to device memory."""
+"""NCCL, if the user chooses it (`GRAFTER_BACKEND=nccl`), for CUDA tensors on both sides: device to device."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from grafter.wire.exchange.staging import Staging
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroupNCCL
 
-# More operations than this in one coalesced call have been seen to hang NCCL.
+# NCCL was seen to hang with more operations than this in one coalesced call.
 MOST_OPERATIONS = 256
 _POLL_SECONDS = 0.0005
 
 
 class NcclExchange(Exchange):
-    """One per rank. All members of a point's set take part in building its communicator, at the set's first point."""
+    """The exchange of one rank by NCCL. All participants of a point build its communicator, at their first point."""
 
     name: ClassVar[str] = "nccl"
 
@@ -34,7 +34,7 @@ class NcclExchange(Exchange):
         self._new_store = new_store
         self._store: TCPStore | None = None
         self._groups: dict[tuple[tuple[int, ...], int], ProcessGroupNCCL] = {}
-        # As in gloo's: groups of a lower generation are given up.
+        # As for gloo: groups of a lower generation are given up.
         self.generation = 0
 
     def send(self, plan: TransferPlan, outgoing: Sequence[Outgoing], watch: Watch) -> None:
@@ -44,7 +44,7 @@ class NcclExchange(Exchange):
 
     def receive(self, plan: TransferPlan, incoming: Sequence[Incoming], staging: Staging, watch: Watch) -> None:
         try:
-            # What lies strided in its value is received apart, and copied into its place.
+            # A piece that is strided in its value is received into a buffer, and copied.
             landings = [
                 item.tensor
                 if item.tensor.is_contiguous()
@@ -61,15 +61,16 @@ class NcclExchange(Exchange):
                 item.tensor.copy_(landing)
 
     def refuse(self, plan: TransferPlan, incoming: Sequence[Piece], reason: str, watch: Watch) -> None:
-        """NCCL cannot say so; the senders hear it from the outcome of the point. All build a new group after it."""
+        """NCCL cannot report it: the senders read it in the outcome of the point. All build a new group afterwards."""
         self._give_up(plan)
 
     def _move(
         self, plan: TransferPlan, tensors: Sequence[torch.Tensor], peers: Sequence[int], watch: Watch, *, sending: bool
     ) -> None:
-        """Coalesced calls in graft-rank order. The CPU polls an event, so that a lost peer does not hang it."""
+        """Move tensors by coalesced calls, in the order of graft ranks. The CPU polls an event, so that it does not
+        hang if a peer is lost."""
         device = tensors[0].device if tensors else torch.device("cuda", torch.cuda.current_device())
-        # Looked after from here on: building a group waits for all its members.
+        # The wait begins here: building a group waits for all its members.
         watch.check()
         torch.cuda.current_stream(device).synchronize()
         group: Any = self._group(plan, device)  # torch's stubs leave out most of what a backend has
@@ -82,7 +83,7 @@ class NcclExchange(Exchange):
                     (group.send if sending else group.recv)([flat[index]], peer, 0)
             work = group._end_coalescing(device)
             if work is not None:
-                # Makes the current stream wait for NCCL's; the event then stands behind the transfer.
+                # Makes the current stream wait for NCCL's, so that the event follows the transfer.
                 work.wait()
         done = torch.cuda.Event()  # type: ignore[no-untyped-call]
         done.record(torch.cuda.current_stream(device))
@@ -105,7 +106,7 @@ class NcclExchange(Exchange):
         return self._groups[place]
 
     def _give_up(self, plan: TransferPlan) -> None:
-        """Abort before the watchdog does it, which would end the process; the next point builds a new group."""
+        """Abort before the watchdog does, which would end the process. The next point builds a new group."""
         self._abort_groups()
         self.generation = max(self.generation, plan.generation + 1)
 

@@ -1,14 +1,14 @@
-"""Shared memory, for ranks of one host and one user: the sender writes straight to the piece's place in the
-receiver's staging memory.
+"""Shared memory, for ranks of one host and one user: the sender writes each piece into the receiver's staging memory.
 
-The memory is a memfd, whose descriptor goes over the channel between the two ranks. The channel also orders the memory
-accesses, and a closed channel is a dead peer. Nothing has a name in a file system, so nothing stays after SIGKILL.
+The memory is a memfd, whose descriptor is sent over the channel between the two ranks. The channel also orders the
+memory accesses, and a closed channel means a dead peer. Nothing has a name in a file system, so nothing is left after
+SIGKILL.
 
     receiver -> sender   block    generation bytes (+ descriptor)   once per block; a sender that has it writes at once
-    receiver -> sender   refusal  digest reason                     it has no memory for this point
-    sender -> receiver   done                                       all my pieces of this point are in place
-    sender -> receiver   failed   reason                            I will not: you or another receiver refused, or I
-                                                                    cannot
+    receiver -> sender   refusal  digest reason                     the receiver has no memory for this point
+    sender -> receiver   done                                       all pieces of this sender are in place
+    sender -> receiver   failed   reason                            they will not be: a receiver has refused, or the
+                                                                    sender cannot write
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ from grafter.errors import GrafterError, ProtocolError, RunError
 from grafter.wire.exchange import Exchange, Incoming, Outgoing
 from grafter.wire.exchange.staging import Staging, as_tensor, is_sealed_block, view_bytes
 from grafter.wire.rendezvous.channels import Channels
-from grafter.wire.rendezvous.spinning import Spinning
 
 _BLOCK, _REFUSAL, _DONE, _FAILED = "block", "refusal", "done", "failed"
 _LONGEST_REASON = 2000
@@ -40,7 +39,7 @@ _MOST_PLACES = 1024
 
 
 def _block_key(receiver: int) -> str:
-    """Under which a receiver gives its block. The newest counts, and takes the place of one that was not read."""
+    """The key of a receiver's block. A newer block replaces one that was not read."""
     return f"block/{receiver}"
 
 
@@ -48,13 +47,13 @@ def _refusal_key(receiver: int) -> str:
     return f"refusal/{receiver}"
 
 
-def _word_key(digest: str, sender: int) -> str:
-    """Under which a sender has its last word on a point."""
+def _result_key(digest: str, sender: int) -> str:
+    """The key of a sender's result of a point: `done` or `failed`."""
     return f"word/{digest}/{sender}"
 
 
 @dataclass
-class _Sending:
+class _ReceiverBlock:
     """A receiver's block, as this sender has it: its descriptor, until it is mapped, and then the mapped block."""
 
     generation: int = 0
@@ -69,7 +68,7 @@ class _Sending:
         self.generation, self.nbytes, self.descriptor = generation, nbytes, descriptor
 
     def map(self) -> None:
-        """Raises OSError, ValueError or MemoryError where this process may not; then the next point tries again."""
+        """Map the block. Raises OSError, ValueError or MemoryError if that fails; then the next point tries again."""
         assert self.descriptor is not None
         self.block = mmap.mmap(self.descriptor, self.nbytes)
         descriptor, self.descriptor = self.descriptor, None
@@ -96,15 +95,14 @@ class _Sending:
 
 
 class SharedMemoryExchange(Exchange):
-    """One per rank."""
+    """The exchange of one rank with ranks of its host."""
 
     name: ClassVar[str] = "shared memory"
 
     def __init__(self, graft_rank: int, roster: Roster, channels: Channels) -> None:
         self._graft_rank, self._roster, self._channels = graft_rank, roster, channels
-        self._spinning = Spinning(roster.has_core_each)
-        # By receiver: its block. By sender: the generation of the own block that it was given.
-        self._to: dict[int, _Sending] = {}
+        # By receiver: its block. By sender: the generation of this rank's block that it has.
+        self._to: dict[int, _ReceiverBlock] = {}
         self._given: dict[int, int] = {}
         # (generation, bytes) that each receiver announced for the coming point.
         self.announced: dict[int, tuple[int, int]] = {}
@@ -117,7 +115,7 @@ class SharedMemoryExchange(Exchange):
         """
         failure: Abandoned | None = None
         receivers = list({item.piece.receiver: None for item in outgoing})
-        key = _word_key(plan.digest, self._graft_rank)
+        key = _result_key(plan.digest, self._graft_rank)
         try:
             while receivers:
                 receiver = receivers[0]
@@ -127,7 +125,7 @@ class SharedMemoryExchange(Exchange):
                 self._channels.send(receiver, key, kind, reason, watch)
                 del receivers[0]
         except (RunError, PeerGone):
-            # The run is over for the others, too.
+            # The run is over for the receivers, too.
             raise
         except BaseException as error:
             reason = f"{self._roster.who(self._graft_rank)} left the point with {type(error).__name__}"
@@ -146,11 +144,11 @@ class SharedMemoryExchange(Exchange):
         failure: Abandoned | None,
         watch: Watch,
     ) -> Abandoned | None:
-        """Write, unless the point is lost already. Either way the receiver's answer is read, if it owes one."""
+        """Write, unless the point has failed already. In both cases an awaited answer of the receiver is read."""
         try:
             sending = self._to.get(receiver)
             if sending is None:
-                sending = self._to[receiver] = _Sending()
+                sending = self._to[receiver] = _ReceiverBlock()
             self._have_block(plan, receiver, sending, watch)
             if failure is None:
                 self._write_pieces(receiver, sending, pieces, watch)
@@ -158,7 +156,7 @@ class SharedMemoryExchange(Exchange):
             return failure or abandoned
         return failure
 
-    def _write_pieces(self, receiver: int, sending: _Sending, pieces: Sequence[Outgoing], watch: Watch) -> None:
+    def _write_pieces(self, receiver: int, sending: _ReceiverBlock, pieces: Sequence[Outgoing], watch: Watch) -> None:
         def between_chunks() -> None:
             watch.check()
             self._channels.look_at(receiver)
@@ -167,19 +165,19 @@ class SharedMemoryExchange(Exchange):
             for item in pieces:
                 _write_piece(sending, item, between_chunks)
         except (RuntimeError, ValueError, MemoryError) as error:
-            # What torch raises where a tensor cannot be read.
+            # torch raises these if a tensor cannot be read.
             if isinstance(error, GrafterError) or is_from_signal_handler(error):
                 raise
             raise Abandoned(f"{self._roster.who(self._graft_rank)} cannot write its tensor: {error}") from error
 
-    def _have_block(self, plan: TransferPlan, receiver: int, sending: _Sending, watch: Watch) -> None:
-        """Have the receiver's block of this point, which may have to come first."""
+    def _have_block(self, plan: TransferPlan, receiver: int, sending: _ReceiverBlock, watch: Watch) -> None:
+        """Wait until this sender has the receiver's block for this point."""
         needed = plan.staging_bytes[receiver]
         if needed == 0:
             return
         generation, capacity = self.announced.get(receiver, (0, 0))
         if needed > capacity:
-            # The receiver, which announced this, makes its next block now.
+            # The receiver has announced this block, and makes its next one now.
             generation += 1
         while sending.generation != generation:
             self._read_answer(plan, receiver, sending, watch)
@@ -188,7 +186,7 @@ class SharedMemoryExchange(Exchange):
         if needed > sending.nbytes:
             raise ProtocolError(f"{self._roster.who(receiver)} offers a block that is too small.")
 
-    def _map(self, receiver: int, sending: _Sending) -> None:
+    def _map(self, receiver: int, sending: _ReceiverBlock) -> None:
         try:
             sending.map()
         except (OSError, ValueError, MemoryError) as error:
@@ -200,23 +198,21 @@ class SharedMemoryExchange(Exchange):
                 f"(ulimit -v)"
             ) from error
 
-    def _read_answer(self, plan: TransferPlan, receiver: int, sending: _Sending, watch: Watch) -> None:
-        """Take a block, or hear a refusal. One of a point that was given up before is passed over."""
+    def _read_answer(self, plan: TransferPlan, receiver: int, sending: _ReceiverBlock, watch: Watch) -> None:
+        """Read a block, or a refusal. A refusal of an earlier point is ignored."""
         keys = (_refusal_key(receiver), _block_key(receiver))
-        key, letter = self._channels.wait_for_any(keys, watch, receiver)
+        key, message = self._channels.wait_for_any(keys, watch, receiver)
         if key == _refusal_key(receiver):
-            digest, _, reason = letter.payload.partition(" ")
+            digest, _, reason = message.payload.partition(" ")
             if digest == plan.digest:
                 raise Abandoned(reason)
             return
-        self._take_block(receiver, sending, letter)
+        self._take_block(receiver, sending, message)
 
-    def _take_block(self, receiver: int, sending: _Sending, letter: Sealed) -> None:
-        descriptor, numbers = letter.descriptor, letter.payload.split(" ")
+    def _take_block(self, receiver: int, sending: _ReceiverBlock, message: Sealed) -> None:
+        descriptor, numbers = message.descriptor, message.payload.split(" ")
         if descriptor is None or len(numbers) != 2 or not all(number.isdecimal() for number in numbers):
-            raise ProtocolError(
-                f"{self._roster.who(receiver)} offers a block in a way that the protocol does not have."
-            )
+            raise ProtocolError(f"{self._roster.who(receiver)} offers a block by a message that is not valid.")
         generation, nbytes = map(int, numbers)
         if not is_sealed_block(descriptor, nbytes):
             os.close(descriptor)
@@ -232,30 +228,28 @@ class SharedMemoryExchange(Exchange):
                 senders.append(item.piece.sender)
         try:
             if plan.staging_bytes[self._graft_rank]:
-                self._hand_out_block(senders, staging, watch)
-            failure = self._last_words(plan, senders, watch)
+                self._send_block(senders, staging, watch)
+            failure = self._await_results(plan, senders, watch)
         except BaseException:
-            # Who has not had the last word may still write: it keeps this block.
+            # A sender that has not sent its result may still write: this block is not used again.
             staging.release()
             raise
         if failure is not None:
             raise failure
 
-    def _last_words(self, plan: TransferPlan, senders: Sequence[int], watch: Watch) -> Abandoned | None:
-        """Wait until each sender has put all its pieces in place, or has said why it will not."""
-        keys = [_word_key(plan.digest, sender) for sender in senders]
+    def _await_results(self, plan: TransferPlan, senders: Sequence[int], watch: Watch) -> Abandoned | None:
+        """Wait for the result of each sender; why one has failed, or None."""
+        keys = [_result_key(plan.digest, sender) for sender in senders]
         try:
-            if self._spinning.is_worthwhile:
-                self._channels.spin(self._spinning, keys)
-            words = self._channels.wait(keys, watch, senders)
+            results = self._channels.wait(keys, watch, senders)
         except BaseException:
-            # They may still come, and then nobody reads them.
+            # They may still arrive, and will not be read.
             for key in keys:
                 self._channels.discard(key)
             raise
-        for word in words:
-            if word.kind != _DONE:
-                return Abandoned(word.payload)
+        for result in results:
+            if result.kind != _DONE:
+                return Abandoned(result.payload)
         return None
 
     def refuse(self, plan: TransferPlan, incoming: Sequence[Piece], reason: str, watch: Watch) -> None:
@@ -263,10 +257,10 @@ class SharedMemoryExchange(Exchange):
         text = f"{plan.digest} {reason[:_LONGEST_REASON]}"
         for sender in senders:
             self._channels.send(sender, _refusal_key(self._graft_rank), _REFUSAL, text, watch)
-        self._last_words(plan, senders, watch)
+        self._await_results(plan, senders, watch)
 
-    def _hand_out_block(self, senders: Sequence[int], staging: Staging, watch: Watch) -> None:
-        """Give the block to the senders that do not have it: exactly those that wait for it."""
+    def _send_block(self, senders: Sequence[int], staging: Staging, watch: Watch) -> None:
+        """Send the block to the senders that do not have it, which are exactly those that wait for it."""
         for sender in senders:
             if self._given.get(sender) != staging.generation:
                 text = f"{staging.generation} {staging.capacity}"
@@ -279,7 +273,7 @@ class SharedMemoryExchange(Exchange):
         self._to.clear()
 
 
-def _write_piece(sending: _Sending, item: Outgoing, between_chunks: Callable[[], None]) -> None:
+def _write_piece(sending: _ReceiverBlock, item: Outgoing, between_chunks: Callable[[], None]) -> None:
     if item.tensor.numel():
         value = item.piece.value
         copy(item.piece.landing(sending.place_of(value.offset, value.spec)), item.tensor, between_chunks)

@@ -1,9 +1,8 @@
-"""The memory that a rank receives into: one block, reused from point to point, shareable with senders of this host.
+"""The memory that a rank receives into: one block, reused from point to point, which senders of this host can map.
 
-It is the staged value itself, so that nothing is copied before the write. Touching new memory costs eight times a
-reuse, so a block is kept until a larger one is needed. It is never resized, and sealed against shrinking: a sender
-that has mapped it can rely on it.
-"""
+The staged values lie in it, so that nothing is copied before the write. Touching new memory takes eight times as long
+as a reuse, so a block is kept until a larger one is needed. It is never resized, and sealed against shrinking, so that
+a sender can rely on its mapping."""
 
 from __future__ import annotations
 
@@ -26,11 +25,11 @@ _GRANULE_BYTES = 1 << 20
 
 
 class StagingRefused(Exception):
-    """There is no memory for what is announced; the text says how much was asked for and how much there is."""
+    """There is no memory for what is announced; the text says how much is needed and how much there is."""
 
 
 class Staging:
-    """One rank's receiving memory. `generation` counts the blocks; 0 means that there is none yet."""
+    """The receiving memory of one rank. generation: counts the blocks; 0 before the first. capacity: in bytes."""
 
     def __init__(self) -> None:
         self.generation = 0
@@ -42,8 +41,8 @@ class Staging:
     def prepare(self) -> tuple[int, int]:
         """(generation, bytes) to announce for the next point.
 
-        A block that somebody still holds a view of (a transform that kept a tensor it received) is left to them, so
-        that their values never change under their hands.
+        If a view of the block is still held (by a transform that kept a tensor it received), a new block is made, so
+        that the values of that view never change.
         """
         if self._is_held():
             self.release()
@@ -53,7 +52,7 @@ class Staging:
         return self._block is not None and sys.getrefcount(self._block) > self._idle_references
 
     def reserve(self, nbytes: int) -> bool:
-        """Make room; True if that took a new block. Raises StagingRefused rather than being killed for it."""
+        """Make room for a point; returns whether that took a new block. Raises StagingRefused if there is no memory."""
         if nbytes <= self.capacity:
             return False
         available = _available_bytes()
@@ -76,14 +75,14 @@ class Staging:
         return True
 
     def view(self, offset: int, nbytes: int) -> torch.Tensor:
-        """Bytes of the block, as a uint8 tensor that keeps the block alive."""
+        """Bytes of the block: a uint8 tensor of shape (nbytes,) that keeps the block alive."""
         if nbytes == 0:
             return torch.empty(0, dtype=torch.uint8)
         assert self._block is not None
         return view_bytes(self._block, offset, nbytes)
 
     def tensor(self, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
-        """A value in the block, contiguous, that keeps the block alive. By as few calls of torch as that takes."""
+        """A contiguous tensor in the block, which it keeps alive. Made with as few calls of torch as possible."""
         numel = math.prod(shape)
         if numel == 0:
             return torch.empty(shape, dtype=dtype)
@@ -92,16 +91,17 @@ class Staging:
         return flat if len(shape) == 1 else flat.view(shape)
 
     def release(self) -> None:
-        """Forget the block. Its memory goes at once, or, if somebody holds a view of it, with the last of those."""
+        """Drop the block. Its memory is freed at once, or with the last view of it."""
         if self.fd >= 0:
             if not self._is_held() and self._block is not None:
-                # Senders may have it mapped until they are given a larger one, which can be never.
+                # Senders keep it mapped until they have a larger one, which may never happen.
                 self._block.madvise(mmap.MADV_REMOVE)
             os.close(self.fd)
         self.fd, self._block, self.capacity = -1, None, 0
 
 
 def view_bytes(block: mmap.mmap, offset: int, nbytes: int) -> torch.Tensor:
+    """Bytes of a block: a uint8 tensor of shape (nbytes,) that keeps the block alive."""
     return torch.frombuffer(block, dtype=torch.uint8, count=nbytes, offset=offset)
 
 
@@ -113,6 +113,7 @@ def as_tensor(block_bytes: torch.Tensor, dtype: torch.dtype, shape: tuple[int, .
 
 
 def new_block(capacity: int) -> tuple[mmap.mmap, int]:
+    """(memory of so many bytes, its descriptor, or -1 where blocks cannot be shared). Raises OSError."""
     if not hasattr(os, "memfd_create") or fcntl is None:
         return mmap.mmap(-1, capacity), -1
     fd = os.memfd_create("grafter-staging", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
@@ -126,7 +127,7 @@ def new_block(capacity: int) -> tuple[mmap.mmap, int]:
 
 
 def is_sealed_block(fd: int, nbytes: int) -> bool:
-    """Whether a peer's block has the size that it says and cannot shrink: else a write into it could kill us."""
+    """Whether a peer's block has the announced size and cannot shrink: otherwise using it could kill this process."""
     seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
     return bool(seals & fcntl.F_SEAL_SHRINK) and os.fstat(fd).st_size >= nbytes
 

@@ -1,4 +1,4 @@
-"""Transfer: one point's pieces move, each the way that suits the pair of ranks it lies between."""
+"""Transfer: moves the pieces of a point, each by the way that suits its pair of ranks."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from grafter.wire.exchange.gloo import GlooExchange
 from grafter.wire.exchange.nccl import NcclExchange
 from grafter.wire.exchange.shared_memory import SharedMemoryExchange
 from grafter.wire.exchange.staging import Staging, StagingRefused
-from grafter.wire.monitor.housekeeping import Housekeeping
-from grafter.wire.monitor.lasting_wait import LastingWait
-from grafter.wire.monitor.waits import Wait
+from grafter.wire.monitor.monitor_thread import MonitorThread
+from grafter.wire.monitor.waits import LastingWait, Wait
 
 Way = Literal["shared memory", "gloo", "nccl"]
 Backend = Literal["auto", "gloo", "nccl"]
 
 
 def choose_way(backend: Backend, sender: Announcement, receiver: Announcement, device: str, all_cuda: bool) -> Way:
-    """How one piece travels. Both ends compute it from what both know. `device` is the sender's tensor's."""
+    """The way of one piece; pure, so both ends get the same. device: of the sender's tensor. all_cuda: of all
+    leaves."""
     if backend == "nccl" and all_cuda and device == "cuda":
         return "nccl"
     can_share = sender.process.memory_domain == receiver.process.memory_domain
@@ -36,9 +36,9 @@ def choose_way(backend: Backend, sender: Announcement, receiver: Announcement, d
 
 
 class _Part:
-    """This rank's part of a plan, with which it is remembered.
+    """This rank's part of a plan, kept with the plan.
 
-    values: those that lie here, in staging or, where NCCL brings them, `on_device`.
+    values: those that this rank receives, in staging memory, or `on_device` if NCCL transfers them.
     """
 
     def __init__(
@@ -54,14 +54,14 @@ class _Part:
 
 
 class Transfer:
-    """One per rank: its exchanges and the memory it receives into. Called by the dump thread."""
+    """The exchanges of one rank, and the memory that it receives into. Used by its dump thread."""
 
     def __init__(
         self,
         backend: Backend,
         roster: Roster,
         graft_rank: int,
-        housekeeping: Housekeeping,
+        monitor: MonitorThread,
         timeout: float,
         shared_memory: SharedMemoryExchange | None,
         run_prefix: str,
@@ -69,7 +69,7 @@ class Transfer:
         local_address: Callable[[], str],
     ) -> None:
         self._backend, self._roster, self._graft_rank = backend, roster, graft_rank
-        self._housekeeping, self._timeout = housekeeping, timeout
+        self._monitor, self._timeout = monitor, timeout
         self._shared_memory = shared_memory
         self._run_prefix = run_prefix
         self._gloo = GlooExchange(graft_rank, run_prefix, new_store, local_address, timeout)
@@ -81,24 +81,28 @@ class Transfer:
 
     @property
     def generation(self) -> int:
-        """Of process groups: counts up when this rank gives one up. The highest of all participants counts."""
+        """The generation of process groups, which grows when this rank gives one up. The participants use the
+        highest."""
         return max(self._gloo.generation, self._nccl.generation)
 
     def send(
         self, plan: TransferPlan, pair: Pair, tensors: Sequence[torch.Tensor], what: object, outcome_key: str
     ) -> int:
-        """Send this rank's tensors to whoever the plan names; bytes sent. Raises Abandoned if a receiver gave up."""
+        """Send this rank's tensors to the receivers that the plan names; returns the number of bytes.
+
+        Called by every sender. Raises Abandoned if a receiver has given the point up, and what ended the run.
+        """
         known = plan.memo.get("outgoing")
         if known is None:
             pieces = plan.outgoing(self._graft_rank)
             known = plan.memo["outgoing"] = _Part(pieces, self._by_way(pieces, pair), {p.receiver for p in pieces})
-        self._hear_announcements(pair)
+        self._read_announcements(pair)
         needs, by_way = known.needs, known.by_way
 
         def make_wait() -> Wait:
             return Wait("exchange", what, self._timeout, needs=needs, outcome_key=outcome_key)
 
-        with LastingWait(self._housekeeping, make_wait) as watch:
+        with LastingWait(self._monitor, make_wait) as watch:
             for way, part in by_way.items():
                 outgoing = [Outgoing(piece, piece.taken_from(tensors[piece.index])) for piece in part]
                 try:
@@ -109,7 +113,9 @@ class Transfer:
         return known.nbytes
 
     def receive(self, plan: TransferPlan, pair: Pair, what: object) -> tuple[dict[Value, torch.Tensor], int]:
-        """The complete values that the plan stages at this rank, and the number of bytes received.
+        """Receive the complete values that the plan stages at this rank. Returns (values, number of bytes).
+
+        Called by every receiver.
 
         They lie in the staging memory, or on the device if NCCL transfers them, until the next point. Raises Abandoned
         if they cannot be received.
@@ -123,11 +129,11 @@ class Transfer:
         needs, by_way = known.needs, known.by_way
 
         def make_wait() -> Wait:
-            # Another receiver may give the point up, and then the senders stop for all.
+            # If another receiver gives the point up, the senders stop for all.
             outcome_key = store_keys(self._run_prefix, plan.digest).outcome
             return Wait("exchange", what, self._timeout, needs=needs, outcome_key=outcome_key)
 
-        with LastingWait(self._housekeeping, make_wait) as watch:
+        with LastingWait(self._monitor, make_wait) as watch:
             room = self._make_room(plan, known, watch)
             for way, part in by_way.items():
                 incoming = [Incoming(piece, piece.landing(room[piece.value])) for piece in part]
@@ -139,7 +145,7 @@ class Transfer:
         return room, known.nbytes
 
     def _make_room(self, plan: TransferPlan, part: _Part, watch: Watch) -> dict[Value, torch.Tensor]:
-        """Memory for all values: on the device for what NCCL brings, else in staging."""
+        """Memory for all values: on the device for those that NCCL transfers, else in staging memory."""
         by_way, on_device = part.by_way, part.on_device
         try:
             if len(on_device) < len(part.values):
@@ -162,11 +168,11 @@ class Transfer:
         return torch.empty(value.spec.shape, dtype=value.spec.torch_dtype, device=device)
 
     def _give_up(self, plan: TransferPlan, by_way: Iterable[Way], why: Abandoned, watch: Watch) -> None:
-        """A point that is lost on one way will not come on the others: their groups are out of step from here."""
+        """A point that is lost on one way is lost on all: the process groups of the others are not in step any more."""
         for way in by_way:
             self._exchanges[way].refuse(plan, [], str(why), watch)
 
-    def _hear_announcements(self, pair: Pair) -> None:
+    def _read_announcements(self, pair: Pair) -> None:
         if self._shared_memory is not None:
             known = pair.memo.get("announced")
             if known is None:
@@ -183,11 +189,12 @@ class Transfer:
         for piece in pieces:
             sender, receiver = members[piece.sender], members[piece.receiver]
             by_way[choose_way(self._backend, sender, receiver, piece.spec.device, all_cuda)].append(piece)
-        # NCCL's communicator is built by all participants, those with nothing to move, too.
+        # All participants build NCCL's communicator, also those without pieces.
         joined = self._backend == "nccl" and all_cuda
         return {way: part for way, part in by_way.items() if part or (joined and way == "nccl")}
 
     def close(self) -> None:
+        """Close all exchanges, and free the memory."""
         for exchange in self._exchanges.values():
             exchange.close()
         self.staging.release()

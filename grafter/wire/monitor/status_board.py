@@ -1,8 +1,8 @@
-"""The state board: one line per rank that says what it does, so that a wait can explain itself.
+"""The status board: one line per rank that says what it does, so that a wait can be explained.
 
-A line is written only for what lasts, by the rank's housekeeping thread, so that a point that meets at once costs
-none. A rank that moves bytes or votes counts as running, and its line says which of it: whoever it needs there is
-watched directly.
+A line is written only for what lasts, by the rank's monitor thread, so that a point whose ranks arrive together costs
+none. A rank that moves bytes or votes counts as running, and its line names the stage. The ranks that it needs there
+are watched directly.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
@@ -19,14 +19,60 @@ from grafter.core.messages.roster import PlayedFrom, Roster
 from grafter.core.messages.wire import read_message
 from grafter.core.points import PointKey
 from grafter.core.roles import RoleName
+from grafter.wire.monitor.waits import Wait
 from grafter.wire.store_client import StoreClient
+
+Stage = Literal[
+    "pairing", "sending", "receiving", "transforming", "measuring", "voting", "deciding", "writing", "finishing"
+]
+
+_TEXTS: dict[str, str] = {
+    "pairing": "describes its part of {}",
+    "sending": "sends {}",
+    "receiving": "receives {}",
+    "transforming": "transforms and checks what it has received for {}",
+    "measuring": "computes statistics of {}",
+    "voting": "votes on {}",
+    "deciding": "waits for the outcome of {}",
+    "writing": "copies what it has received into {}",
+    "finishing": "finishes {}",
+}
+# The texts of waits that are shown before the dump thread has set a stage.
+_WAITS = {"exchange": "waits for the bytes of {}", "agreement": "waits for the outcome of {}"}
+
+
+class Underway(Protocol):
+    """The point that this rank is at. Read on the monitor thread, while the dump thread changes `stage`."""
+
+    @property
+    def stage(self) -> Stage: ...
+
+    @property
+    def point(self) -> object: ...
+
+    @property
+    def call_site(self) -> str: ...
+
+
+def text_of_stage(stage: Stage, point: object) -> str:
+    """What follows the rank's name on the board."""
+    return _TEXTS[stage].format(point)
+
+
+def text_of_wait(stage: str, what: object) -> str:
+    """What follows the rank's name on the board, for a wait."""
+    return _WAITS.get(stage, "waits for {}").format(what)
+
 
 _LONGEST_BOARD = 8
 
 
 class HookFacts(BaseModel):
-    """What a rank's models have done. passes: how many outermost forward passes have begun. bypassed: modules whose
-    hooks did not run though parts of them did. models: what stands before their points' names."""
+    """What the models of a rank have done.
+
+    passes: how many outermost forward passes have begun. bypassed: modules whose hooks did not run although those of
+    their parts did. models: the prefixes of the names of their points.
+    """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -36,15 +82,19 @@ class HookFacts(BaseModel):
 
 
 class BoardLine(BaseModel):
-    """What one rank does. `participants` are role ranks of its own side; `awaits` are store keys."""
+    """What one rank does. Times are on `time.time`'s clock.
+
+    participants: the ranks of its own side at its point; role ranks in the store, graft ranks once `read_line` has read
+    the line. awaits: store keys.
+    """
 
     model_config = ConfigDict(frozen=True)
 
     role: RoleName
     role_rank: int
-    # Filled in by the reader, who has the roster.
+    # Set by the reader, which has the roster.
     graft_rank: int = -1
-    # Grows with every line, so that two readings can be told apart.
+    # Grows with every line that the rank writes, so that readers see whether it has changed.
     sequence: int
     state: Literal["running", "waiting", "left"]
     since: float
@@ -53,69 +103,69 @@ class BoardLine(BaseModel):
     participants: tuple[int, ...] = ()
     awaits: tuple[str, ...] = ()
     call_site: str = ""
-    # Of a rank that runs: what it does, where that is known.
+    # What a running rank does, if that is known.
     doing: str = ""
     # Whether it waits for ranks of its own side alone.
     own_side: bool = False
-    # Whether its point is skipped where only one job comes to it; and how many this rank has given up because ranks
+    # Whether its point is skipped if only one job reaches it; and how many points this rank has given up because ranks
     # waited for each other.
     one_sided: bool = False
     passed_over: int = 0
     last_points: tuple[str, ...] = ()
-    # How it left, if not in good order: the error.
+    # The error with which it left; empty if it left normally.
     note: str = ""
     hooks: HookFacts = HookFacts()
-    # Filled in by the reader, too: the recording that the rank is played from.
+    # Set by the reader, too: the recording that the rank is played from.
     played_from: PlayedFrom | None = None
 
     @property
     def who(self) -> str:
+        """The rank's name, with the recording that it is played from."""
         who = f"{self.role} rank {self.role_rank}"
         return f"{who} ({self.played_from})" if self.played_from is not None else who
 
 
 class BoardWriter:
-    """Writes this rank's line. The lines of one rank go through one client at a time, so that they keep their order."""
+    """Writes this rank's line. Used through one client at a time, so that its lines keep their order."""
 
     def __init__(self, role: RoleName, role_rank: int) -> None:
         self.role, self._role_rank = role, role_rank
         self.sequence = 0
-        # Set once both jobs have joined.
+        # Replaced once both jobs have joined.
         self.hook_facts: Callable[[], HookFacts] = HookFacts
         # Points given up because ranks waited for each other.
         self.passed_over = 0
         # Filled by the dump thread, read when a line is written.
         self.last_points: deque[tuple[PointKey, str]] = deque(maxlen=10)
-        # The newest of those that are on the board.
+        # The newest of them that is on the board.
         self._shown_point: tuple[PointKey, str] | None = None
 
     @property
     def has_new_points(self) -> bool:
-        """Whether this rank has had a point since its line was written."""
+        """Whether this rank has ended a point since its line was written."""
         return bool(self.last_points) and self.last_points[-1] is not self._shown_point
 
     def running(self, client: StoreClient, doing: str = "", *, call_site: str = "", since: float | None = None) -> None:
-        """doing: what follows the rank's name. since: on `time.time`'s clock; None: now."""
+        """Write that this rank runs. doing: what follows its name. since: on `time.time`'s clock; None: now."""
         self._write(
             client, state="running", doing=doing, call_site=call_site, since=time.time() if since is None else since
         )
 
-    def waiting(
-        self, client: StoreClient, *, digest: str, point: str, participants: tuple[int, ...], awaits: tuple[str, ...],
-        call_site: str, since: float, own_side: bool = False, one_sided: bool = False,
-    ) -> None:  # fmt: skip
+    def waiting(self, client: StoreClient, wait: Wait, since: float) -> None:
+        """Write that this rank waits in pairing. since: on `time.time`'s clock."""
         self._write(
-            client, state="waiting", digest=digest, point=point, participants=participants, awaits=awaits,
-            call_site=call_site, since=since, own_side=own_side, one_sided=one_sided, passed_over=self.passed_over,
+            client, state="waiting", digest=wait.digest, point=str(wait.what), participants=wait.participants,
+            awaits=wait.awaits, call_site=wait.call_site, since=since, own_side=wait.own_side, one_sided=wait.one_sided,
+            passed_over=self.passed_over,
         )  # fmt: skip
 
     def left(self, client: StoreClient, note: str) -> None:
-        """`note` is empty where the rank ends in good order, else the error with which it ends."""
+        """Write that this rank has left. note: the error with which it ends; empty if it ends normally."""
         self._write(client, state="left", note=note)
 
     def _write(self, client: StoreClient, **fields: Any) -> None:
         self.sequence += 1
-        # In one step, since the dump thread may add to it meanwhile.
+        # Copied in one step, since the dump thread may add to it meanwhile.
         points = self.last_points.copy()
         self._shown_point = points[-1] if points else None
         line = {
@@ -131,11 +181,12 @@ class BoardWriter:
 
 
 def board_key(client: StoreClient, role: RoleName, role_rank: int) -> str:
+    """The store key of a rank's line."""
     return f"{client.run_prefix}/board/{role}/{role_rank}"
 
 
 def read_line(payload: str, roster: Roster) -> BoardLine:
-    """A line with the graft ranks of the reader's roster in it."""
+    """A line with the graft ranks of the reader's roster in it. Raises ProtocolError if it cannot be read."""
     line = read_message(BoardLine.model_validate_json, payload, "a line of the board")
     side = roster.side(line.role)
     return line.model_copy(
@@ -148,7 +199,7 @@ def read_line(payload: str, roster: Roster) -> BoardLine:
 
 
 def unknown_line(roster: Roster, graft_rank: int) -> BoardLine:
-    """Of a rank whose line cannot be read."""
+    """The line that stands for a rank whose own cannot be read."""
     member = roster.all[graft_rank]
     return BoardLine(
         role=member.role, role_rank=member.role_rank, graft_rank=graft_rank, sequence=-1, state="running",
@@ -157,7 +208,10 @@ def unknown_line(roster: Roster, graft_rank: int) -> BoardLine:
 
 
 def describe_line(line: BoardLine, now: float, gone: str | None = None, remark: str | None = None) -> str:
-    """One rank's paragraph in a message: what it does, where in the user's code, its last points."""
+    """One rank's paragraph in a message: what it does, where in the user's code, and its last points.
+
+    now: on `time.time`'s clock. gone: how its process ended. remark: added in brackets.
+    """
     if gone is not None:
         head = f"{line.who} {gone}"
         if line.state == "waiting":
@@ -167,7 +221,7 @@ def describe_line(line: BoardLine, now: float, gone: str | None = None, remark: 
     elif line.state == "waiting":
         head = f"{line.who} waits for {line.point} since {max(0.0, now - line.since):.1f} s"
     elif line.state == "left":
-        end = line.played_from.end if line.played_from is not None else "it ended in good order"
+        end = line.played_from.end if line.played_from is not None else "it ended normally"
         head = f"{line.who} has left" + (f" with {line.note}" if line.note else f" ({end})")
     else:
         head = f"{line.who} {line.doing or 'is running and at no point'}, since {max(0.0, now - line.since):.1f} s"
@@ -188,7 +242,10 @@ def describe_line(line: BoardLine, now: float, gone: str | None = None, remark: 
 def describe_board(
     lines: Sequence[BoardLine], gone: dict[int, str] | None = None, remarks: dict[int, str] | None = None
 ) -> str:
-    """The board as a person reads it, both roles, the ranks that tell most first. `gone`: graft rank -> how it went."""
+    """The board as text, of both roles, the most telling ranks first.
+
+    gone: graft rank -> how its process ended. remarks: graft rank -> what is added in brackets.
+    """
     gone = gone or {}
     remarks = remarks or {}
     now = time.time()

@@ -1,6 +1,6 @@
-"""The lookout of a rank: it shows a wait that lasts on the board, and finds what must end it.
+"""The wait monitor of a rank: it shows a wait that lasts on the board, and finds what must end it.
 
-What it finds is an error; whether the run ends with it is the housekeeping's to decide.
+It returns an error; the monitor thread decides whether the run ends with it.
 """
 
 from __future__ import annotations
@@ -11,13 +11,10 @@ from collections.abc import Callable
 
 from grafter.core.messages.roster import Roster
 from grafter.errors import PeerLostError, PointTimeoutError, RunError
-from grafter.wire.monitor.absence import Absence, choose_passed_over, explain_passed_over
-from grafter.wire.monitor.deadlock import explain_stuck, find_conflict
-from grafter.wire.monitor.deadlock_confirmation import DeadlockConfirmation
+from grafter.wire.monitor.absence import Absence, StepEnds, choose_passed_over, explain_passed_over
+from grafter.wire.monitor.deadlock import DeadlockConfirmation, explain_stuck, find_conflict
 from grafter.wire.monitor.members import Members
-from grafter.wire.monitor.stages import Stage, Underway, text_of_stage, text_of_wait
-from grafter.wire.monitor.status_board import BoardWriter, describe_board
-from grafter.wire.monitor.step_ends import StepEnds
+from grafter.wire.monitor.status_board import BoardWriter, Stage, Underway, describe_board, text_of_stage, text_of_wait
 from grafter.wire.monitor.waits import Wait
 from grafter.wire.store_client import StoreClient
 
@@ -28,43 +25,47 @@ _SHOWN_AFTER_SECONDS = 0.25
 
 
 class WaitMonitor:
-    """One per rank, used by its housekeeping thread."""
+    """What lasts on one rank: its wait, or a stage of its point. One per rank, used by its monitor thread.
+
+    What asks the store takes a client of the calling thread, never waits, and raises PeerLostError if the store is
+    lost."""
 
     def __init__(self, board: BoardWriter, members: Members, who: str) -> None:
         self._board, self._members, self._who = board, members, who
         self._confirmation: DeadlockConfirmation | None = None
-        # What the rank does: a wait, or a stage of a point; since when it was seen; and whether the board says so.
+        # What the rank does: a wait, or a stage of a point; since when; and whether the board shows it.
         self._activity: Wait | tuple[Underway, Stage] | None = None
         self._since = 0.0
         self._is_shown = False
-        self._told_stopped: set[int] = set()
+        self._reported_stopped: set[int] = set()
         self._graft_rank = -1
         self.step_ends: StepEnds | None = None
         self._absence: Absence | None = None
         self._host_was_stopped = False
-        # Asked while this rank waits for the others to join.
+        # Why the other ranks will not join; asked while this rank waits for them.
         self.check_join: Callable[[StoreClient], RunError | None] | None = None
 
     def joined(self, roster: Roster, graft_rank: int) -> None:
+        """All ranks are known from here on."""
         self._graft_rank = graft_rank
         self._confirmation = DeadlockConfirmation(roster, graft_rank)
         self.step_ends = StepEnds(roster, graft_rank)
         self._absence = Absence(roster, graft_rank, self.step_ends, self._members.read_board)
 
     def warn_of_stopped(self, wait: Wait | None) -> None:
-        """Say once of each process of this host that keeps this rank waiting that it is stopped."""
+        """Log once for each stopped process of this host that this rank waits while it is stopped."""
         if wait is None or wait.seconds < LOOK_EVERY_SECONDS:
             return
         roster, host = self._members.roster, self._members.host
         stopped = self._members.stopped()
-        for rank in stopped.keys() - self._told_stopped:
+        for rank in stopped.keys() - self._reported_stopped:
             assert roster is not None
             logger.warning(
                 "grafter: %s waits for %s, and %s cannot answer: %s. The point fails after %.0f s.",
                 self._who, wait.what, roster.who(rank), stopped[rank], wait.timeout,
             )  # fmt: skip
-        # One that runs again, and is stopped again, is told again.
-        self._told_stopped = set(stopped)
+        # A process that runs again, and is stopped again, is logged again.
+        self._reported_stopped = set(stopped)
         is_stopped = host.graft_rank is None and host.is_stopped
         if is_stopped and not self._host_was_stopped:
             logger.warning(
@@ -75,11 +76,11 @@ class WaitMonitor:
         self._host_was_stopped = is_stopped
 
     def update_board(self, client: StoreClient, wait: Wait | None, underway: Underway | None) -> None:
-        """Put what lasts on the board, and take it off once it is over."""
+        """Show what lasts on the board, and remove it once it is over."""
         if wait is not None and wait.stage == "join":
             return
         activity: Wait | tuple[Underway, Stage] | None = wait
-        # In a point, its stage says more than the wait for bytes or votes that it may come to.
+        # The stage of a point says more than its waits for bytes or votes.
         if underway is not None and (wait is None or wait.stage in ("exchange", "agreement")):
             activity = (underway, underway.stage)
         if not _is_same(activity, self._activity):
@@ -92,7 +93,7 @@ class WaitMonitor:
             self._is_shown = True
 
     def refresh_board(self, client: StoreClient) -> None:
-        """Once a second: the last points of a rank that runs, for when it cannot say them any more."""
+        """Called once a second: write the last points of a running rank, for when it cannot write them any more."""
         if not self._is_shown and self._board.has_new_points:
             self._board.running(client)
 
@@ -103,25 +104,16 @@ class WaitMonitor:
             doing = text_of_stage(stage, underway.point)
             self._board.running(client, doing, call_site=underway.call_site, since=since)
         elif activity.stage == "pairing":
-            self._board.waiting(
-                client,
-                digest=activity.digest,
-                point=str(activity.what),
-                participants=activity.participants,
-                awaits=activity.awaits,
-                call_site=activity.call_site,
-                since=since,
-                own_side=activity.own_side,
-                one_sided=activity.one_sided,
-            )
+            self._board.waiting(client, activity, since)
         else:
-            # It goes on by itself, or somebody else watches over it: whoever waits for it waits for one that runs.
+            # Such a wait ends by itself or is watched elsewhere, so for other ranks this one runs.
             self._board.running(client, text_of_wait(activity.stage, activity.what), since=since)
 
     def look_after_join(self, client: StoreClient, wait: Wait) -> RunError | None:
-        """Why the other ranks will not come, or not in time."""
+        """The error that ends this wait of the join: the other ranks will not join, or not in time. None if none
+        does."""
         for role in ("baseline", "target"):
-            record = client.peek(f"{client.job_prefix}/exit/{role}")
+            record = client.peek(client.job_keys.exit(role))
             if record is not None:
                 return PeerLostError(
                     f"the {role} job {record.payload}, and {self._who} was still waiting for the two jobs to join. "
@@ -137,13 +129,16 @@ class WaitMonitor:
         return error
 
     def find_absent(self, client: StoreClient, wait: Wait) -> str | None:
-        """Why the ranks that a one-sided point waits for will not come; None while they may. Called on any thread."""
+        """Why the ranks that a one-sided point waits for will not reach it; None while they may. Called on any
+        thread."""
         assert self._absence is not None
         return self._absence.find(client, wait)
 
     def look_after(self, client: StoreClient, wait: Wait) -> RunError | None:
-        """Why this wait, of a stage after the join, can never end; None also where the receivers have given it up, or
-        where this rank gives its point up (`wait.given_up`)."""
+        """The error of a wait, of a stage after the join, that can never end; None if it may.
+
+        None also if the receivers have given the point up (`wait.abandoned`), or this rank does (`wait.given_up`).
+        """
         if wait.outcome_key is not None:
             outcome = client.peek(wait.outcome_key)
             if outcome is not None and outcome.kind == "refuse":
@@ -165,13 +160,13 @@ class WaitMonitor:
         return None
 
     def _leader_has_left(self, client: StoreClient, wait: Wait) -> bool:
-        """Leaders look for mutual waits; where the own one has left, this rank must."""
+        """Whether this rank must look for mutual waits: its leader, which does that, has left."""
         assert self._members.roster is not None
         leader = self._members.roster.graft_rank(self._board.role, min(wait.participants))
         return self._members.read_board(client, [leader])[0].state == "left"
 
     def _outcome_will_not_come(self, client: StoreClient, wait: Wait) -> bool:
-        """In agreement: a rank that was needed has left, and nothing of it has come. What it sent would be here."""
+        """In agreement: a needed rank has left, and nothing of it has arrived. What it sent would be here by now."""
         if wait.stage != "agreement":
             return False
         left = any(line.state == "left" for line in self._members.read_board(client, sorted(wait.needs)))
@@ -201,6 +196,7 @@ class WaitMonitor:
         return explain_stuck(stuck, gone | crashed, board, lines)
 
     def time_is_up(self, client: StoreClient, wait: Wait) -> RunError:
+        """The error of a wait that has lasted for its timeout."""
         gone = self._members.gone(client, all_hosts=wait.leader)
         board = describe_board(self._members.read_board(client), gone, self._members.stopped())
         ahead = ""
@@ -225,6 +221,6 @@ def _is_same(one: Wait | tuple[Underway, Stage] | None, other: Wait | tuple[Unde
 
 
 def _ignored(client: StoreClient) -> str:
-    """What was awaited may have been overwritten by somebody else."""
+    """The note that awaited values may have been overwritten by another program; empty if none were."""
     note = client.seal.ignored.note
     return f"\n{note}" if note else ""

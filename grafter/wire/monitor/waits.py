@@ -1,4 +1,4 @@
-"""A wait of the dump thread: what it waits for, and what the housekeeping thread needs to know to look after it."""
+"""Waits of the dump thread: what it waits for, and what the monitor thread must know to look after that."""
 
 from __future__ import annotations
 
@@ -7,75 +7,82 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from grafter.core.processes import Abandoned, Watch
+
 
 @dataclass
 class Wait:
-    """What the dump thread waits for, in one stage: join, pairing, exchange, agreement, gradients, control, outbox, or
-    store where it is no more than an answer of the store."""
+    """One wait of the dump thread, in one stage: join, pairing, sending, exchange, agreement, gradients, control,
+    outbox, or store, which is a wait for nothing but an answer of the store. Times are on `time.monotonic`'s clock."""
 
     stage: str
-    # What a message says it waits for: text, or what gives it.
+    # What messages say that the rank waits for; converted to text only then.
     what: object
+    # In seconds.
     timeout: float
-    # The store keys that end it, unless mail does; then `has_news` says whether there is any.
+    # The store keys that end it. If messages of channels end it, `has_news` says whether one has arrived.
     awaits: tuple[str, ...] = ()
     has_news: Callable[[], bool] | None = None
-    # Whether this rank asks for those keys again and again, so that no call of the store blocks.
+    # Whether this rank polls those keys, so that no call of the store blocks.
     is_polled: bool = False
-    # In agreement: whether the vote log has grown, so that the outcome may be there before the letter that says so.
+    # In agreement: whether the vote log has grown. The outcome may be in it before the message that announces it.
     has_grown: Callable[[], bool] | None = None
-    # In pairing: the point, and who of the own side it needs (role ranks).
+    # In pairing: the point, and the participants of the own side (role ranks).
     leader: bool = False
     digest: str = ""
     participants: tuple[int, ...] = ()
     call_site: str = ""
-    # Whether it needs its own side alone.
+    # Whether it needs only its own side.
     own_side: bool = False
-    # Whether the point is skipped where the others do not come to it in this step; and whether this wait is for the
+    # Whether the point is skipped if the other ranks do not reach it in this step; and whether this wait collects the
     # headers of the own side.
     one_sided: bool = False
     step: int = 0
     collects: bool = False
-    # In exchange and agreement: the graft ranks without which the stage can't end.
+    # In exchange and agreement: the graft ranks without which the stage cannot end.
     needs: frozenset[int] = frozenset()
-    # Where the receivers say that they have given the point up, and what they said.
+    # The store key at which receivers give the point up.
     outcome_key: str | None = None
     since: float = field(default_factory=time.monotonic)
-    # What follows is not given, and so costs nothing to make.
+    # The fields below are set by the monitor thread. Why the receivers have given the point up.
     abandoned: str | None = field(default=None, init=False)
-    # Why the ranks that a one-sided point waits for will not come.
+    # Why the ranks that a one-sided point waits for will not reach it.
     given_up: str | None = field(default=None, init=False)
     next_look: float = field(default=0.0, init=False)
-    # Set when it has ended, however.
+    # Set by the dump thread when the wait has ended for any reason.
     over: bool = field(default=False, init=False)
 
     @property
     def seconds(self) -> float:
+        """How long it has lasted."""
         return time.monotonic() - self.since
 
 
-# What lies under an awaited key where a one-sided point waits in vain.
+# The kind of the value that ends the wait of a one-sided point which the other ranks will not reach.
 ABSENT = "absent"
 
 
 class GivenUp(Exception):
-    """The ranks that a one-sided point waits for will not come to it; the text says why. The run goes on."""
+    """The ranks that a one-sided point waits for will not reach it; the text says why. The run continues."""
 
 
-class Keeper(Protocol):
-    """Who looks after waits: the housekeeping."""
+class WaitKeeper(Protocol):
+    """What looks after the waits of the dump thread: `MonitorThread`, and stand-ins of it in tests."""
 
-    def begin(self, wait: Wait) -> None: ...
+    def begin(self, wait: Wait) -> None:
+        """The dump thread waits from here on. Raises what ended the run."""
 
-    def end(self, wait: Wait) -> None: ...
+    def end(self, wait: Wait) -> None:
+        """The wait is over."""
 
-    def check(self) -> None: ...
+    def check(self) -> None:
+        """Raises what ended the run."""
 
 
 class WaitWatch:
-    """For a wait in Python: whether to go on. Also ends it where the others will not come."""
+    """The check of a waiting loop: it ends the loop with the run, or once the other ranks will not reach the point."""
 
-    def __init__(self, keeper: Keeper, wait: Wait) -> None:
+    def __init__(self, keeper: WaitKeeper, wait: Wait) -> None:
         self._keeper, self._wait = keeper, wait
 
     def check(self) -> None:
@@ -85,12 +92,13 @@ class WaitWatch:
             raise GivenUp(self._wait.given_up)
 
 
-class Watched:
-    """Begins and ends a wait. A class, since this stands in every point and a generator costs four times as much."""
+class WatchedWait:
+    """A context manager that begins and ends a wait. Every point uses it, and a generator would take four times as
+    long."""
 
     __slots__ = ("_keeper", "_wait")
 
-    def __init__(self, keeper: Keeper, wait: Wait) -> None:
+    def __init__(self, keeper: WaitKeeper, wait: Wait) -> None:
         self._keeper, self._wait = keeper, wait
 
     def __enter__(self) -> None:
@@ -98,3 +106,32 @@ class Watched:
 
     def __exit__(self, *_: object) -> None:
         self._keeper.end(self._wait)
+
+
+class LastingWait:
+    """A context manager whose wait begins with the first `check`, and so only if it lasts: most small ones do not."""
+
+    __slots__ = ("_keeper", "_make_wait", "_wait")
+
+    def __init__(self, keeper: WaitKeeper, make_wait: Callable[[], Wait]) -> None:
+        self._keeper, self._make_wait = keeper, make_wait
+        self._wait: Wait | None = None
+
+    def check(self) -> None:
+        """Begins the wait at the first call. Raises what ended the run, or Abandoned if the receivers have given the
+        point up."""
+        self._keeper.check()
+        if self._wait is None:
+            wait = self._make_wait()
+            self._keeper.begin(wait)
+            self._wait = wait
+        elif self._wait.abandoned is not None:
+            raise Abandoned(self._wait.abandoned)
+
+    def __enter__(self) -> Watch:
+        self._keeper.check()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._wait is not None:
+            self._keeper.end(self._wait)

@@ -1,11 +1,11 @@
-"""Delivery: snapshots for receivers that cannot open this process's memory: on another machine, or of another user.
+"""Delivery: snapshots for receivers that cannot open this process's memory: of another host, or another user.
 
     receiver -> sender   length, sealed request: which entry, from which byte, how many
     sender -> receiver   the bytes, and one more: whether the entry was there until the last of them
                          (or the end of the connection: no such entry, no such bytes, or not of this run)
 
-A thread that listens, and one for each connection, so that a receiver that is slow keeps nobody waiting. Sizes are
-those of this rank's own snapshot; what a request says is only compared with them.
+One thread listens, and one serves each connection, so that a slow receiver does not delay the others. Sizes are those
+of this rank's own snapshot; a request is only compared with them.
 """
 
 from __future__ import annotations
@@ -24,20 +24,23 @@ from pydantic import BaseModel, ConfigDict, Field
 from grafter.core.messages.wire import Seal, read_message
 from grafter.core.processes import Abandoned, is_from_signal_handler
 from grafter.errors import ProtocolError
-from grafter.wire.outbox.entries import Entry
+from grafter.wire.outbox.entries import OutboxEntry
 
 _LENGTH = struct.Struct(">I")
 _LONGEST_REQUEST_BYTES = 4096
-_STRANGERS_SECONDS = 5.0
-# Of silence: a receiver waits no longer for a sender that is stopped, nor a sender for a receiver.
+# How long a connection may take to prove that it is of this run.
+_PROOF_SECONDS = 5.0
+# How long a receiver waits for a sender that sends nothing, and a sender for a receiver that reads nothing.
 _SILENT_SECONDS = 10.0
-# How soon it sees that it is to end.
-_LOOK_UP_SECONDS = 0.25
+# How soon the server sees that it is to end.
+_POLL_SECONDS = 0.25
 _COMPLETE, _GONE = b"\1", b"\0"
 _PULL = "pull"
 
 
 class _Request(BaseModel):
+    """Which bytes of a snapshot a receiver asks for."""
+
     model_config = ConfigDict(frozen=True)
 
     offset: int = Field(ge=0)
@@ -45,40 +48,44 @@ class _Request(BaseModel):
 
 
 class Delivery:
-    """One per rank. Listens on `address` alone, on a port that the headers of what it posts name."""
+    """The server of one rank's snapshots. Listens on `address` alone; headers of posted points name its port."""
 
-    def __init__(self, address: str, seal: Seal, find_entry: Callable[[str], Entry | None]) -> None:
-        """find_entry: by the base of its store keys. Raises OSError where it cannot listen there."""
+    def __init__(self, address: str, seal: Seal, find_entry: Callable[[str], OutboxEntry | None]) -> None:
+        """find_entry: returns the entry with this base of its store keys. Raises OSError if it cannot listen there."""
         self.address = address
         self._seal, self._find_entry = seal, find_entry
         serve = self._serve
 
         class Handler(socketserver.BaseRequestHandler):
+            """One connection; what makes no sense ends it."""
+
             def handle(self) -> None:
                 with contextlib.suppress(OSError, ProtocolError):
                     serve(self.request)
 
         class Server(socketserver.ThreadingTCPServer):
+            """The listening socket, with a thread for each connection."""
+
             address_family = socket.AF_INET6 if ":" in address else socket.AF_INET
             daemon_threads = True
             request_queue_size = 256
 
             def handle_error(self, *_: Any) -> None:
-                """A request that makes no sense ends its connection, and nothing else."""
+                """An invalid request ends its connection, and nothing else."""
 
         self._server = Server((address, 0), Handler)
         self.port: int = self._server.server_address[1]
-        looks = {"poll_interval": _LOOK_UP_SECONDS}
+        looks = {"poll_interval": _POLL_SECONDS}
         threading.Thread(target=self._server.serve_forever, kwargs=looks, name="grafter-delivery", daemon=True).start()
 
     def _serve(self, connection: socket.socket) -> None:
-        # Before it has shown that it is of this run; each later request has as long to come.
-        connection.settimeout(_STRANGERS_SECONDS)
+        # Until it has proved that it is of this run.
+        connection.settimeout(_PROOF_SECONDS)
         while True:
             (length,) = _LENGTH.unpack(_read_exactly(connection, _LENGTH.size))
             if length > _LONGEST_REQUEST_BYTES:
                 return
-            base, sealed = self._seal.open_letter(_read_exactly(connection, length))
+            base, sealed = self._seal.unseal(_read_exactly(connection, length))
             entry = self._find_entry(base)
             if sealed.kind != _PULL or entry is None or entry.slot is None:
                 return
@@ -93,19 +100,23 @@ class Delivery:
             connection.sendall(_GONE if entry.is_over else _COMPLETE)
 
     def close(self) -> None:
+        """Stop listening; connections that are served end by themselves."""
         self._server.shutdown()
         self._server.server_close()
 
 
 class Fetcher:
-    """A receiver's connections to the senders of one point; closed at the end of a `with` block."""
+    """The connections of a receiver to the senders of one point; closed at the end of a `with` block."""
 
     def __init__(self, seal: Seal) -> None:
         self._seal = seal
         self._connections: dict[tuple[str, int], socket.socket] = {}
 
     def fetch(self, base: str, address: str, port: int, offset: int, nbytes: int, who: str) -> torch.Tensor:
-        """Bytes of a snapshot, uint8. Raises Abandoned where they cannot be had."""
+        """Bytes of a snapshot: uint8, of shape (nbytes,). Raises Abandoned if they cannot be fetched.
+
+        base: of the entry's store keys. address, port: of the sender's `Delivery`. who: the sender, for errors.
+        """
         value = torch.empty(nbytes, dtype=torch.uint8)
         request = self._seal.seal(base, _PULL, _Request(offset=offset, nbytes=nbytes).model_dump_json()).encode()
         try:
@@ -134,7 +145,7 @@ class Fetcher:
 
 
 def _send(connection: socket.socket, part: memoryview) -> None:
-    """Piece by piece, since the time that `sendall` may take is for all of it."""
+    """Send piece by piece, since the timeout of `sendall` counts for everything."""
     while part:
         part = part[connection.send(part) :]
 

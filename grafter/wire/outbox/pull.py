@@ -1,10 +1,10 @@
-"""Pull: a receiver copies its pieces out of the senders' snapshots, which lie still as long as the entry is claimed.
+"""Pull: a receiver copies its pieces out of the senders' snapshots, which do not change while the entry is claimed.
 
-It opens the sender's memory by itself, through `/proc/<pid>/fd/<fd>`, which the kernel allows to processes of one user.
-So nothing is waited for: neither a sender that is stopped, nor a thread of it that another keeps from running. What was
-opened must be the memory that the sender named (its inode), and sealed against shrinking, or a read could kill us.
+It opens the sender's memory through `/proc/<pid>/fd/<fd>`, which the kernel allows to processes of one user. So it
+waits neither for a sender that is stopped, nor for a busy thread of it. The opened file must be the memory that the
+sender named (its inode), and sealed against shrinking: reading a file that shrinks would kill this process.
 
-From another machine, or another user's process, the tensor is fetched whole (delivery).
+A tensor of another host, or of another user's process, is fetched whole (`delivery`).
 """
 
 from __future__ import annotations
@@ -26,25 +26,26 @@ from grafter.core.processes import Abandoned, is_from_signal_handler
 from grafter.core.roles import Direction
 from grafter.wire.exchange.staging import Staging, StagingRefused, as_tensor, is_sealed_block
 from grafter.wire.outbox.delivery import Fetcher
-from grafter.wire.outbox.memory import offsets_of, tensor_at
+from grafter.wire.outbox.snapshots import offsets_of, tensor_at
 
 _MOST_MAPPED = 64
 
 
 class Puller:
-    """One per rank; used by its dump thread."""
+    """Copies pieces out of the snapshots of senders. One per rank, used by its dump thread."""
 
     def __init__(self, roster: Roster, graft_rank: int, staging: Staging, seal: Seal, run_prefix: str) -> None:
         self._roster, self._graft_rank, self._staging, self._seal = roster, graft_rank, staging, seal
         self._run_prefix = run_prefix
-        # Blocks are used again for later points. A block that its sender has released holds no memory any more.
+        # Senders reuse blocks for later points. A block that its sender has freed holds no memory any more.
         self._mapped: OrderedDict[tuple[int, int, int], mmap.mmap] = OrderedDict()
 
     def pull(
         self, plan: TransferPlan, pair: Pair, decision: Decision, direction: Direction
     ) -> tuple[dict[Value, torch.Tensor], int]:
-        """The values that the plan stages at this rank, complete, and the bytes that came. They lie in the staging
-        memory until the next point. Raises Abandoned, with the reason, where they cannot be had."""
+        """Called by every receiver of a claimed entry. Returns (the complete values that the plan stages at this rank,
+        the bytes that were copied). The values are in the staging memory until the next point. Raises Abandoned, with
+        the reason, if they cannot be read."""
         me = self._graft_rank
         try:
             self._staging.reserve(plan.staging_bytes.get(me, 0))
@@ -71,13 +72,14 @@ class Puller:
     def _source(
         self, sender: int, header: Header, index: int, decision: Decision, fetcher: Fetcher, base: str
     ) -> torch.Tensor:
-        """One tensor of a snapshot: as the plan takes pieces of it. base: of the entry's keys."""
+        """One tensor of a snapshot, in the shape in which the plan takes pieces of it. base: of the entry's store
+        keys."""
         specs = header.leaves + header.extras_tensors
         offsets, needed = offsets_of(specs)
         if specs[index].numel == 0:
             return torch.empty(specs[index].shape, dtype=specs[index].torch_dtype)
         if header.outbox is None or needed > header.outbox.nbytes:
-            raise Abandoned(f"{header.who} says that it has posted {needed} bytes, and does not say where they lie")
+            raise Abandoned(f"{header.who} says that it has posted {needed} bytes, and does not say where they are")
         place = header.outbox
         if self._roster.share_memory(sender, self._graft_rank):
             tensor = tensor_at(self._map(sender, place), place.offset + offsets[index], specs[index])
@@ -116,7 +118,7 @@ class Puller:
             is_the_one = (status.st_ino, status.st_dev) == (place.inode, place.device) and status.st_uid == os.getuid()
             if not is_the_one or not is_sealed_block(fd, place.offset + place.nbytes):
                 raise Abandoned(f"what {who} names as its outbox is another file, too small, or could shrink")
-            # Private, since torch wants memory that could be written; nobody writes here.
+            # Private, since torch requires memory that could be written; nothing is written here.
             return mmap.mmap(fd, status.st_size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
         except OSError as error:
             if is_from_signal_handler(error):
@@ -126,4 +128,5 @@ class Puller:
             os.close(fd)
 
     def close(self) -> None:
+        """Unmap all blocks."""
         self._mapped.clear()

@@ -1,10 +1,9 @@
-"""The critical section of a receiver: it drives the commit protocol, and no exception keeps it from carrying it out.
+"""The critical section of a receiver: it carries out the commit protocol, whatever exceptions arrive meanwhile.
 
 An exception may arrive anywhere: Ctrl-C, what a signal handler raises, the end of the run. It is held. This rank then
-leaves the point by the protocol, which reads the log and writes if the point was committed; after that the exception is
-raised by whoever called. Python runs signal handlers at calls and at the end of loops, so that another exception may
-arrive while the first is being held: hence the levels.
-"""
+leaves the point by the protocol, which reads the log and writes if the point was committed; after that the caller
+raises the exception. Python runs signal handlers at calls and at the end of loops, so another exception may arrive
+while the first is being held: hence the levels."""
 
 from __future__ import annotations
 
@@ -30,12 +29,12 @@ from grafter.core.commit_protocol import (  # fmt: skip
     take_part,
 )
 from grafter.errors import RunError
-from grafter.wire.monitor.stages import Stage
+from grafter.wire.monitor.status_board import Stage
 from grafter.wire.pairing.vote_log import VoteLog
 
-# So often a step may fail with one error before that is taken for its own, and not for one that a signal brought.
+# How often a step may fail with one error before that counts as its own error, and not as that of a signal handler.
 _TRIES = 3
-# So many exceptions may arrive one on top of the other, in the few instructions that it takes to hold one.
+# How many exceptions may arrive during the few instructions that it takes to hold one.
 _LEVELS = 3
 _BEGIN, _END = Step("begin"), Step("end")
 
@@ -49,7 +48,7 @@ class Work(ABC):
 
     @abstractmethod
     def write(self) -> None:
-        """Write the value. Called again after an exception; what was written may be written again."""
+        """Write the value. Called again after an exception; leaves that were written may be written again."""
 
     @property
     @abstractmethod
@@ -64,9 +63,9 @@ class Work(ABC):
 class Settled:
     """How a point ended on one receiver.
 
-    refusal: None if the point was committed, and this receiver has written; else why nobody has. held: exceptions that
-    arrived, in their order; to be raised now. fault: what kept this receiver from writing a committed point, or from
-    reading the log. is_refused_here: it was this receiver that refused the point.
+    refusal: None if the point was committed, and this receiver has written; else why no receiver has. held: exceptions
+    that arrived, in their order; to be raised now. fault: what prevented this receiver from writing a committed point,
+    or from reading the log. is_refused_here: whether this receiver refused the point.
     """
 
     refusal: str | None
@@ -76,7 +75,8 @@ class Settled:
 
     @property
     def error(self) -> BaseException | None:
-        """What the caller has to raise. The end of the run comes last: it is raised at the next point, too."""
+        """What the caller has to raise. Another exception before the end of the run, which the next point raises,
+        too."""
         if self.fault is not None and not isinstance(self.fault, RunError):
             return self.fault
         return next((e for e in self.held if not isinstance(e, RunError)), self.held[0] if self.held else self.fault)
@@ -90,7 +90,6 @@ class CriticalSection:
         self.held: list[BaseException] = []
         self._is_leaving = False
         self._reason = ""
-        self._fault: Exception | None = None
         # The step that failed last, its error, and how often in a row.
         self._failing: tuple[object, ...] = ()
         self._failures = 0
@@ -146,7 +145,7 @@ class CriticalSection:
                     raise
                 if step.name != WAKE:
                     return self._settled_by(step, error)
-                # The others wait for a letter in vain, until their time is up; then they read the log.
+                # The others wait in vain for a message, until their timeout; then they read the log.
                 result = None
 
     def _leave(self) -> Course:
@@ -186,7 +185,7 @@ class CriticalSection:
         return Settled(self._log.reason_of(outcome, is_leaving=is_leaving), self.held)
 
     def _is_hopeless(self, step: Step, error: Exception) -> bool:
-        """Whether a step fails by itself, so that it makes no sense to repeat it."""
+        """Whether a step itself fails, so that repeating it is useless."""
         if step.name in (PREPARE.name, AWAIT.name):
             return False
         failing = (step.name, type(error), str(error), self._work.progress)
@@ -195,7 +194,6 @@ class CriticalSection:
         return self._failures >= _TRIES
 
     def _settled_by(self, step: Step, error: Exception) -> Settled:
-        self._fault = error
         if step.name == WRITE.name:
             return Settled(None, self.held, error)
         return Settled(

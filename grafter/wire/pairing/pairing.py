@@ -1,9 +1,9 @@
-"""Pairing: before a byte of payload moves, every participant holds both sides' manifests and decides alike.
+"""Pairing: before any payload moves, every participant has the manifests of both sides, and so makes the same decision.
 
-For one key: each participant describes its part in a `Header`. The lowest participant of each role, its leader,
-collects them into a `Manifest`. The two leaders swap manifests, and hand both to their own sides.
+For one point: each participant describes its part in a `Header`. The lowest participant of each role, its leader,
+collects the headers into a `Manifest`. The two leaders swap manifests, and send both to their own sides.
 
-A side that does not wait for the other (`wait="job"`) uses the same meeting place (`meeting_place`).
+A side that does not wait for the other (`wait="job"`) uses the same store keys (`nonblocking_rendezvous`).
 """
 
 from __future__ import annotations
@@ -19,19 +19,18 @@ from grafter.core.messages.wire import Sealed
 from grafter.core.points import PointKey
 from grafter.core.roles import RoleName
 from grafter.wire.monitor.absence import only_one_job_came
-from grafter.wire.monitor.housekeeping import Housekeeping
+from grafter.wire.monitor.monitor_thread import MonitorThread
 from grafter.wire.monitor.waits import ABSENT, GivenUp, Wait
-from grafter.wire.pairing.known_texts import KnownTexts
-from grafter.wire.pairing.meeting_place import MANIFEST, MeetingPlace
-from grafter.wire.pairing.refusals import Refusals
-from grafter.wire.rendezvous.courier import Courier
+from grafter.wire.pairing.manifest_cache import ManifestCache, ManifestChecks
+from grafter.wire.pairing.nonblocking_rendezvous import MANIFEST, NonblockingRendezvous
+from grafter.wire.rendezvous.message_router import MessageRouter
 from grafter.wire.store_client import StoreClient
 
 
 class _OwnSide(NamedTuple):
-    """One set of participants of this rank's job, as this rank sees it. The same ones come again at every point.
+    """One set of participants of this rank's job, as this rank sees it. Most points have the same set.
 
-    leader: a role rank. others: all but this rank. `..._graft` are the same as graft ranks.
+    leader: a role rank. others: all participants but this rank. `..._graft` are the same as graft ranks.
     """
 
     leader: int
@@ -41,46 +40,45 @@ class _OwnSide(NamedTuple):
 
 
 class Pairing:
-    """Meets the other side at one point after another. Called by the dump thread of every participant."""
+    """Pairs one point after another. Called by the dump thread of every participant."""
 
     def __init__(
-        self, client: StoreClient, courier: Courier, housekeeping: Housekeeping, roster: Roster, timeout: float
+        self, client: StoreClient, router: MessageRouter, monitor: MonitorThread, roster: Roster, timeout: float
     ) -> None:
-        self._client, self._courier, self._housekeeping = client, courier, housekeeping
+        self._client, self._router, self._monitor = client, router, monitor
         self._roster, self._timeout = roster, timeout
         self._run_prefix = client.run_prefix
-        self._known = KnownTexts()
-        self._refusals = Refusals(client, housekeeping, self._known)
-        self._place = MeetingPlace(client, courier, housekeeping, roster, self._known, self._refusals)
-        self.claims, self.words = self._place.claims, self._place.words
+        self._cache = ManifestCache()
+        self._checks = ManifestChecks(client, monitor, self._cache)
+        self._nonblocking = NonblockingRendezvous(client, router, monitor, roster, self._cache, self._checks)
+        self.claims, self.tombstones = self._nonblocking.claims, self._nonblocking.tombstones
         # By own role, rank and participants.
         self._own_sides: dict[tuple[RoleName, int, tuple[int, ...]], _OwnSide] = {}
-        # By own participants: the graft rank of the leader that they met.
+        # By own participants: the graft rank of the other side's leader at their last point.
         self._last_other_leader: dict[tuple[int, ...], int] = {}
-        # What this rank has put into the store for the point under way.
+        # The keys that this rank has put into the store for the current point.
         self._left_in_store: list[str] = []
-        # Whether the point under way is skipped where not all come to it in its step.
+        # Whether the current point is skipped if not all participants reach it in its step.
         self._one_sided = False
 
     def meet(self, key: PointKey, header: Header, *, one_sided: bool = False) -> Pair | NotMet:
         """Wait for all participants of both sides, or, with `header.wait` "job", for those of the own side.
 
-        one_sided: no longer than it is possible that they come in this step.
-
-        NotMet: a side that does not wait has come here at another time, or not all have come to a one-sided point.
-        Raises what ended the run, if something does.
+        Called by every participant. one_sided: wait only as long as they may reach the point in this step. Returns
+        NotMet if a side that does not wait was here at another time, or not all have reached a one-sided point. Raises
+        what ended the run.
         """
-        # Before anything is offered: once the run is over, the other side must not take this for a point to come.
-        self._housekeeping.check()
+        # First: once the run is over, the other side must not find a header of this point.
+        self._monitor.check()
         self._one_sided = one_sided
         keys, own = store_keys(self._run_prefix, key.digest), self._own_side(header)
         if header.role_rank == own.leader:
             met = self._lead(key, header, own, keys)
         else:
-            self._bring_header(header, own, keys)
+            self._send_header(header, own, keys)
             met = self._follow(key, header, own, keys)
         if isinstance(met, Pair) and "checked" not in met.memo:
-            self._refusals.check_pair(key, met)
+            self._checks.check_pair(key, met)
         return met
 
     def _own_side(self, header: Header) -> _OwnSide:
@@ -98,145 +96,149 @@ class Pairing:
             mine = self._collect(key, header, own, keys)
             return self._meet_other_leader(key, header, own, mine, keys)
         except GivenUp as given_up:
-            told = self._last_other_leader.pop(header.participants, None)
-            if told is not None:
-                # It may never look into its mail for this point.
-                self._courier.recall(told, keys.second)
+            written_to = self._last_other_leader.pop(header.participants, None)
+            if written_to is not None:
+                # The other leader may never read its messages for this point.
+                self._router.recall(written_to, keys.second)
             if mine is not None and not self._have_passed(key, header):
-                # They may still come, and must not post what nobody waits for.
+                # The other side may still reach the point, and must not post what no rank waits for.
                 self._left_in_store = [place for place in self._left_in_store if place != keys.first]
-                self._place.give_up(header, keys, mine)
-            # Those that have passed the step would keep the letter for ever.
-            reached = self._housekeeping.step_ends.reached(self._client, header.role)
+                self._nonblocking.give_up(header, keys, mine)
+            # Not to ranks that have passed the step: they would keep the message for ever.
+            reached = self._monitor.step_ends.reached(self._client, header.role)
             here = [r for r in header.participants if r != header.role_rank and reached[r] <= key.step]
             others = [self._roster.graft_rank(header.role, r) for r in here]
-            return self._hand_on(NotMet("skipped", str(given_up)), "", header, others, keys)
+            return self._send_to_own_side(NotMet("skipped", str(given_up)), "", header, others, keys)
 
     def _follow(self, key: PointKey, header: Header, own: _OwnSide, keys: StoreKeys) -> Pair | NotMet:
         try:
-            told = self._wait_for_own_side(key, header, [keys.pair(header.role)], [own.leader_graft])[0]
+            sealed = self._wait_for_own_side(key, header, [keys.pair(header.role)], [own.leader_graft])[0]
         except GivenUp as given_up:
-            self._take_back_header(key, header, own, keys)
+            self._withdraw_header(key, header, own, keys)
             return NotMet("skipped", str(given_up))
-        return read_not_met(told.payload) if told.kind == NOT_MET else self._known.pair(told.payload)
+        return read_not_met(sealed.payload) if sealed.kind == NOT_MET else self._cache.pair(sealed.payload)
 
-    def _take_back_header(self, key: PointKey, header: Header, own: _OwnSide, keys: StoreKeys) -> None:
-        """This follower has gone on: a leader that still comes must not count it among those that are there."""
+    def _withdraw_header(self, key: PointKey, header: Header, own: _OwnSide, keys: StoreKeys) -> None:
+        """This follower has given the point up: if its leader still reaches it, it must not count this rank."""
         place = keys.header(header.role, header.role_rank)
-        if self._housekeeping.step_ends.reached(self._client, header.role)[own.leader] <= key.step:
-            self._bring([own.leader_graft], place, ABSENT, _gave_up_before(header))
-        elif self._courier.mail_inside:
-            self._courier.recall(own.leader_graft, place)
+        if self._monitor.step_ends.reached(self._client, header.role)[own.leader] <= key.step:
+            self._send([own.leader_graft], place, ABSENT, _gave_up_before(header))
+        elif self._router.channels_within_job:
+            self._router.recall(own.leader_graft, place)
         else:
-            self._housekeeping.delete_later([place])
+            self._monitor.delete_later([place])
 
     def post(self, key: PointKey, header: Header, *, one_sided: bool = False) -> tuple[str, str] | None:
-        """The senders' part where they do not wait: say that the entry is in this rank's outbox.
+        """Announce that the entry is in this rank's outbox. Called by every sender of a point whose senders do not
+        wait.
 
-        The leader waits for the other ranks of its own job, and posts for all. (state, reason) where the entry has
-        ended already: then all ranks of this side find that state. Raises what ended the run, if something does.
+        The leader waits for the other ranks of its own job, and posts for all. Returns (state, reason) if the entry has
+        ended already; all ranks of this side then find that state. Raises what ended the run.
         """
-        self._housekeeping.check()
+        self._monitor.check()
         self._one_sided = one_sided
         keys, own = store_keys(self._run_prefix, key.digest), self._own_side(header)
         if header.role_rank != own.leader:
-            self._bring_header(header, own, keys)
+            self._send_header(header, own, keys)
             return None
         try:
             mine = self._collect(key, header, own, keys)
         except GivenUp as given_up:
-            self._housekeeping.delete_later(self._courier.take_left_in_store())
+            self._monitor.delete_later(self._router.take_left_in_store())
             found = self._client.put_if_absent(keys.state, ONE_SIDED, str(given_up))
             return (ONE_SIDED, str(given_up)) if found is None else (found.kind, found.payload)
-        if own.others and not self._courier.mail_inside:
-            self._housekeeping.delete_later([keys.header(header.role, rank) for rank in own.others])
-        return self._place.post(key, header, keys, mine)
+        if own.others and not self._router.channels_within_job:
+            self._monitor.delete_later([keys.header(header.role, rank) for rank in own.others])
+        return self._nonblocking.post(key, header, keys, mine)
 
     def _collect(self, key: PointKey, header: Header, own: _OwnSide, keys: StoreKeys) -> str:
-        """The leader's part: its own role's headers, checked against each other, as the text of a manifest."""
+        """The manifest of this side as text: its headers, checked against each other. Called by its leader."""
         if not own.others:
             return manifest_text(header.role, [header.text], None)
         places = [keys.header(header.role, rank) for rank in own.others]
         came = self._wait_for_own_side(key, header, places, own.others_graft, collects=True)
-        return self._known.collected(header, [sealed.payload for sealed in came])
+        return self._cache.collected(header, [sealed.payload for sealed in came])
 
-    def _bring_header(self, header: Header, own: _OwnSide, keys: StoreKeys) -> None:
-        self._bring([own.leader_graft], keys.header(header.role, header.role_rank), "header", header.text)
+    def _send_header(self, header: Header, own: _OwnSide, keys: StoreKeys) -> None:
+        self._send([own.leader_graft], keys.header(header.role, header.role_rank), "header", header.text)
 
     def _meet_other_leader(
         self, key: PointKey, header: Header, own: _OwnSide, mine: str, keys: StoreKeys
     ) -> Pair | NotMet:
-        """The leaders' part: each gets the other's manifest, and hands both to its own side."""
+        """Swap manifests with the other leader, and send both to the own side. Called by each leader."""
         theirs: Sealed | None = None
-        told: int | None = None
+        written_to: int | None = None
         others = own.others_graft
         if header.wait == "job":
-            early = self._place.find_early(mine)
+            early = self._nonblocking.find_early(mine)
             if early is not None:
-                return self._hand_on(self._place.pass_by(key, header, keys, early), "", header, others, keys)
-            theirs = self._place.look(header, keys)
+                return self._send_to_own_side(
+                    self._nonblocking.pass_over(key, header, keys, early), "", header, others, keys
+                )
+            theirs = self._nonblocking.look(header, keys)
         if theirs is None:
-            if self._courier.mail_across:
-                theirs, told = self._swap_by_mail(key, header, mine, keys)
+            if self._router.channels_between_jobs:
+                theirs, written_to = self._swap_by_channel(key, header, mine, keys)
             else:
                 theirs = self._swap_in_store(key, header, mine, keys)
         text = f"[{mine},{theirs.payload}]" if header.role == "baseline" else f"[{theirs.payload},{mine}]"
         if theirs.kind != MANIFEST:
-            return self._hand_on(self._place.meet(key, header, keys, theirs, text), text, header, others, keys)
+            return self._send_to_own_side(
+                self._nonblocking.meet(key, header, keys, theirs, text), text, header, others, keys
+            )
         if others:
-            self._bring(others, keys.pair(header.role), "pair", text)
-        pair = self._known.pair(text) if others else self._known.pair_with(header, theirs.payload, text)
-        if self._courier.mail_across:
-            self._answer(header, pair.target if header.role == "baseline" else pair.baseline, mine, keys, told)
+            self._send(others, keys.pair(header.role), "pair", text)
+        pair = self._cache.pair(text) if others else self._cache.pair_with(header, theirs.payload, text)
+        if self._router.channels_between_jobs:
+            self._answer(header, pair.target if header.role == "baseline" else pair.baseline, mine, keys, written_to)
         return pair
 
-    def _hand_on(
+    def _send_to_own_side(
         self, met: Pair | NotMet, text: str, header: Header, others: Sequence[int], keys: StoreKeys
     ) -> Pair | NotMet:
-        """Tell the own side what came of it where one side does not wait. text: of the pair."""
+        """Send the result to the own side, if one side does not wait. text: of the pair."""
         if others and isinstance(met, NotMet):
-            self._bring(others, keys.pair(header.role), NOT_MET, met.text)
+            self._send(others, keys.pair(header.role), NOT_MET, met.text)
         elif others:
-            self._bring(others, keys.pair(header.role), "pair", text)
+            self._send(others, keys.pair(header.role), "pair", text)
         return met
 
-    def _swap_by_mail(self, key: PointKey, header: Header, mine: str, keys: StoreKeys) -> tuple[Sealed, int | None]:
-        """(their manifest, the graft rank that was written to).
+    def _swap_by_channel(self, key: PointKey, header: Header, mine: str, keys: StoreKeys) -> tuple[Sealed, int | None]:
+        """Returns (their manifest, the graft rank that this leader has written to).
 
-        Write to the leader that these participants met last time; it has usually written, too.
-
-        Where that was the wrong one, or there was no last time, the store brings the two together: whoever comes second
-        there finds the first, and writes to it. A manifest is the same whichever way it comes.
+        It writes to the leader of these participants' last point, which has usually written as well. If that is the
+        wrong leader, or there is none, the two find each other through the store: the second one finds the manifest of
+        the first, and writes to it. A manifest is the same whichever way it arrives.
         """
-        told = self._last_other_leader.get(header.participants)
+        written_to = self._last_other_leader.get(header.participants)
         other = None
-        if told is not None:
-            self._courier.bring([told], keys.second, MANIFEST, mine, by_mail=True)
-            # A wait in the store costs more, but finds any leader.
-            other = self._courier.fetch_shortly(lambda: self._make_wait(key, header), [keys.second])
+        if written_to is not None:
+            self._router.send([written_to], keys.second, MANIFEST, mine, by_channel=True)
+            # Not for long: a wait in the store takes more time, but finds any leader.
+            other = self._router.receive_shortly(lambda: self._make_wait(key, header), [keys.second])
         if other is None:
             found = self._client.put_if_absent(keys.first, MANIFEST, mine)
             if found is not None:
                 other = [found]
                 if found.kind == MANIFEST:
-                    self._courier.discard(keys.second)
+                    self._router.discard(keys.second)
             else:
                 self._left_in_store.append(keys.first)
                 self._check_whether_alone(key, header, keys)
-                other = self._wait_for(key, header, [keys.second], by_mail=True)
-        if other[0].kind != MANIFEST and told is not None:
-            # The other side does not wait, and may never look into its mail.
-            self._courier.recall(told, keys.second)
+                other = self._wait_for(key, header, [keys.second], by_channel=True)
+        if other[0].kind != MANIFEST and written_to is not None:
+            # The other side does not wait, and may never read its messages.
+            self._router.recall(written_to, keys.second)
             del self._last_other_leader[header.participants]
-        return other[0], told
+        return other[0], written_to
 
-    def _answer(self, header: Header, other: Manifest, mine: str, keys: StoreKeys, told: int | None) -> None:
-        """Write to the leader that was met, unless that was done already, and write to it first next time."""
+    def _answer(self, header: Header, other: Manifest, mine: str, keys: StoreKeys, written_to: int | None) -> None:
+        """Write to the leader that was found, unless that is done already, and write to it first next time."""
         leader = self._roster.graft_rank(other.role, other.headers[0].role_rank)
-        if leader != told:
-            if told is not None:
-                self._courier.recall(told, keys.second)
-            self._courier.bring([leader], keys.second, MANIFEST, mine, by_mail=True)
+        if leader != written_to:
+            if written_to is not None:
+                self._router.recall(written_to, keys.second)
+            self._router.send([leader], keys.second, MANIFEST, mine, by_channel=True)
             self._last_other_leader[header.participants] = leader
 
     def _swap_in_store(self, key: PointKey, header: Header, mine: str, keys: StoreKeys) -> Sealed:
@@ -248,35 +250,35 @@ class Pairing:
             return found
         self._left_in_store.append(keys.first)
         self._check_whether_alone(key, header, keys)
-        theirs = self._wait_for(key, header, [keys.second], by_mail=False)[0]
+        theirs = self._wait_for(key, header, [keys.second], by_channel=False)[0]
         if theirs.kind != MANIFEST:
-            # Its sender has gone on.
+            # Its sender does not wait for the point any more.
             self._left_in_store.append(keys.second)
         return theirs
 
     def _check_whether_alone(self, key: PointKey, header: Header, keys: StoreKeys) -> None:
-        """Raises GivenUp where the other job has passed the end of a one-sided point's step, and left nothing here.
+        """Raises GivenUp if the other job has passed the end of a one-sided point's step, and has left nothing here.
 
-        Else it finds this rank's manifest when it comes.
+        Else it finds this rank's manifest when it reaches the point.
         """
         if self._one_sided and self._have_passed(key, header):
-            is_answered = self._courier.has(keys.second) or self._client.exists(keys.second)
+            is_answered = self._router.has(keys.second) or self._client.exists(keys.second)
             if not is_answered:
                 raise GivenUp(only_one_job_came(header.role))
 
     def _have_passed(self, key: PointKey, header: Header) -> bool:
-        return self._housekeeping.step_ends.have_passed(self._client, other_role(header.role), key.step)
+        return self._monitor.step_ends.have_passed(self._client, other_role(header.role), key.step)
 
-    def _wait_for(self, key: PointKey, header: Header, places: Sequence[str], *, by_mail: bool) -> list[Sealed]:
-        return self._courier.fetch(lambda: self._make_wait(key, header), places, by_mail=by_mail)
+    def _wait_for(self, key: PointKey, header: Header, places: Sequence[str], *, by_channel: bool) -> list[Sealed]:
+        return self._router.receive(lambda: self._make_wait(key, header), places, by_channel=by_channel)
 
     def _wait_for_own_side(
         self, key: PointKey, header: Header, places: Sequence[str], writers: Sequence[int], *, collects: bool = False
     ) -> list[Sealed]:
-        """What these ranks of this job, one for each place, bring there. writers: graft ranks."""
-        by_mail = self._courier.mail_inside
+        """The messages of other ranks of this job: one for each place. writers: their graft ranks."""
+        by_channel = self._router.channels_within_job
         make_wait = partial(self._make_wait, key, header, collects=collects)
-        return self._courier.fetch(make_wait, places, by_mail=by_mail, writers=writers)
+        return self._router.receive(make_wait, places, by_channel=by_channel, writers=writers)
 
     def _make_wait(self, key: PointKey, header: Header, *, collects: bool = False) -> Wait:
         return Wait(
@@ -293,24 +295,25 @@ class Pairing:
             collects=collects,
         )
 
-    def _bring(self, receivers: Sequence[int], place: str, kind: str, payload: str) -> None:
-        self._courier.bring(receivers, place, kind, payload, by_mail=self._courier.mail_inside)
+    def _send(self, receivers: Sequence[int], place: str, kind: str, payload: str) -> None:
+        self._router.send(receivers, place, kind, payload, by_channel=self._router.channels_within_job)
 
-    def is_asked_by_mail(self, digest: str) -> bool:
-        """Whether the other side's leader has come to a point that this one has not. Never waits."""
-        return self._courier.mail_across and self._courier.has(store_keys(self._run_prefix, digest).second)
+    def is_asked_by_channel(self, digest: str) -> bool:
+        """Whether the other side's leader has reached a point that this rank has not. Never waits."""
+        return self._router.channels_between_jobs and self._router.has(store_keys(self._run_prefix, digest).second)
 
     def is_asked_in_store(self, digest: str) -> bool:
-        """The same, of a leader that does not know yet whom to write to. One round trip."""
+        """The same for a leader that does not know this side's leader yet. One round trip."""
         return self._client.exists(store_keys(self._run_prefix, digest).first)
 
     def keys_to_delete(self, key: PointKey, header: Header) -> list[str]:
-        """What this rank deletes of a point, once a later point proves that all participants are done with it."""
+        """The keys that this rank deletes of a point, once a later point proves that all participants are done with
+        it."""
         if header.role_rank != min(header.participants):
-            return self._courier.take_left_in_store()
+            return self._router.take_left_in_store()
         keys = store_keys(self._run_prefix, key.digest)
-        mine, self._left_in_store = self._left_in_store + self._courier.take_left_in_store(), []
-        if not self._courier.mail_inside and len(header.participants) > 1:
+        mine, self._left_in_store = self._left_in_store + self._router.take_left_in_store(), []
+        if not self._router.channels_within_job and len(header.participants) > 1:
             mine += [keys.header(header.role, rank) for rank in header.participants if rank != header.role_rank]
             mine.append(keys.pair(header.role))
         return mine

@@ -1,10 +1,10 @@
-"""Shared ballots: the votes of one set of receivers of one host, in shared memory that they all append to.
+"""Shared ballots: the votes of one set of receivers of one host, in shared memory to which all of them append.
 
     | digest of the point, 12 bytes | role rank, 2 | kind, 1 | unused, 1 |      one record
 
 A record is one `write` of 16 bytes to a memfd opened with O_APPEND. The kernel appends one at a time, and as the size
-divides a page, no record is ever half written. So all readers see the same records in the same order. The memory
-outlives every process but the last that has it open: a receiver that dies or is stopped takes no vote with it.
+divides a page, no record is ever half written. So all readers see the same records in the same order. The memory exists
+until the last process that has it open ends: no vote is lost with a receiver that dies or is stopped.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _RECORD = struct.Struct("=12sHBx")
 _RECORD_BYTES = _RECORD.size
 _LOOK_BYTES = 64 * _RECORD_BYTES
 RECLAIMED_BYTES = 1 << 20
-# Points that are over, of which a late ballot may still come.
+# How many points that are over are remembered, since a late ballot of them may still be appended.
 _REMEMBERED = 64
 
 
@@ -80,22 +80,22 @@ def _opened_to_append(path: str) -> int:
 
 
 class SharedBallots:
-    """One rank's handle of a log: what it has read, by point. Used by its dump thread."""
+    """One rank's handle of a log, and the ballots that it has read, by point. Used by its dump thread."""
 
     def __init__(self, fd: int, role_rank: int, receivers: Sequence[int], *, reclaims: bool) -> None:
-        """reclaims: whether this rank gives back what nobody will read again; one of the receivers does."""
+        """reclaims: whether this rank frees what no receiver will read again; one of the receivers does."""
         self.fd = fd
         self._role_rank = role_rank
         self._receivers = receivers
         self._position = 0
         self._ballots: defaultdict[bytes, list[Ballot]] = defaultdict(list)
-        # The latest points that this rank is done with; of these a late ballot may come.
+        # The latest points that this rank is done with.
         self._over: dict[bytes, list[Ballot]] = {}
         self._history = _History(receivers) if reclaims else None
         self._reclaimed = 0
 
     def append(self, digest: bytes, kind: int) -> None:
-        """Raises OSError where the system has no memory."""
+        """Append this rank's ballot on a point. Raises OSError if the system has no memory."""
         written = os.write(self.fd, _RECORD.pack(digest, self._role_rank, kind))
         if written != _RECORD_BYTES:
             raise OSError(f"{written} of {_RECORD_BYTES} bytes of a vote were written")
@@ -110,7 +110,7 @@ class SharedBallots:
                 # Kind 0: reclaimed, and so of a point that is over.
                 if kind:
                     (self._over if point in self._over else self._ballots)[point].append(_ballot(role_rank, kind))
-                # One by one: whatever interrupts this, a record is taken twice at most, which changes no outcome.
+                # One by one: after an interrupt a record is read twice at most, which changes no outcome.
                 self._position += _RECORD_BYTES
             if len(records) < _LOOK_BYTES:
                 break
@@ -130,18 +130,19 @@ class SharedBallots:
             del self._over[next(iter(self._over))]
 
     def _reclaim(self, unneeded: int) -> None:
-        """Give memory of records back, by the MiB. The file's size grows with each point; what it holds does not."""
+        """Free the memory of old records, by the MiB. The file's size grows with each point; its memory does not."""
         while unneeded - self._reclaimed >= RECLAIMED_BYTES:
             try:
                 with mmap.mmap(self.fd, RECLAIMED_BYTES, offset=self._reclaimed) as part:
                     part.madvise(mmap.MADV_REMOVE)
             except OSError as error:
-                # It stays as it is, and costs memory.
+                # The memory stays in use.
                 if is_from_signal_handler(error):
                     raise
             self._reclaimed += RECLAIMED_BYTES
 
     def close(self) -> None:
+        """Close this rank's handle; the log exists as long as another rank has it open."""
         os.close(self.fd)
 
 
@@ -150,8 +151,8 @@ class _History:
 
     A receiver that appends to a point reads afterwards, before it may leave the point (`commit_protocol`), and it does
     one point at a time. So once it has a record in a next point, it has read everything up to its own records of the
-    one before, whatever the order in which others do these points. It goes on reading from there, and never reads
-    anything twice. Hence nobody reads what lies before the least of these places of all receivers.
+    one before, in whatever order other receivers do these points. It continues from there, and never reads anything
+    twice. Hence no receiver reads what lies before the least of these positions.
     """
 
     def __init__(self, receivers: Sequence[int]) -> None:
@@ -167,5 +168,5 @@ class _History:
 
     @property
     def unneeded(self) -> int:
-        """How many bytes at the beginning of the log nobody will read."""
+        """How many bytes at the beginning of the log no receiver will read."""
         return min(self._read_up_to.values())

@@ -1,14 +1,8 @@
-"""Rendezvous: how the ranks of both jobs find each other and what they say is carried.
+"""Rendezvous: how the ranks of both jobs find each other, and what carries their messages.
 
-store     the TCPStore that both jobs share: hosted on loopback, signed, bounded
-bounded_calls  calls of the store, which end also where its process is stopped
-wire      records as checked JSON, with run, key and writer
-ignored   what lies in the store and was not written by this run
-secret_check  whether the other job has another secret
-join      a rank tells who it is, and waits until everybody has
-roster    who is there, on which host, with which modules
-connecting  the ranks of one host connect to each other, and to nobody else
-channels  what goes over these connections: letters and file descriptors, which saves the store's round trips
-unread_letters  what has come over them and was not taken yet
-courier   takes a channel or the store, whichever reaches the other rank
+join             each rank announces itself, and reads who takes part
+connecting       the ranks of one host connect to each other, and to no other process
+channels         the connected sockets: messages and file descriptors
+unread_messages  messages that have arrived over channels and are not used yet
+message_router   sends a message by channel or through the store, whichever reaches the other rank
 """

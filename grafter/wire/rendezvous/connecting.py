@@ -1,14 +1,15 @@
 """How the ranks of one host connect: one socket for each pair, made while both jobs join.
 
-Each rank listens on an abstract Unix socket of a random name, which the roster tells. Once the roster is known, the
-rank of the higher graft rank connects to the lower one:
+Each rank listens on an abstract Unix socket with a random name, which is in the roster. Once the roster is known, of
+each pair the higher graft rank connects to the lower one:
 
     connector   connect, check who listens, send a hello that names its graft rank
     acceptor    accept, check who connects, read the hello
 
 Each checks the other's pid and uid, as the kernel gives them, against the roster. Any user of the machine can connect
-to an abstract socket; a process that is no rank of the run, or a rank that is connected already, is dropped before a
-byte of it is read. When all are connected the listening socket is closed, so nothing of a run can be reached by others.
+to an abstract socket. The connection of a process that is not a rank of the run, or of a rank that is connected
+already, is closed before a byte of it is read. When all are connected the listening socket is closed, so no other
+process can reach the run.
 """
 
 from __future__ import annotations
@@ -35,24 +36,25 @@ _BACKLOG = 1024
 _CHECK_SECONDS = 0.25
 _SHORTEST_RETRY_SECONDS, _LONGEST_RETRY_SECONDS = 0.001, 0.05
 _LONGEST_HELLO_BYTES = 4096
-# Three of the longest letters.
+# Three of the longest messages.
 _SEND_BUFFER_BYTES = 256 << 10
 _HELLO = "hello"
 
 
 @dataclass(frozen=True)
 class Listener:
-    """Where the other ranks of this host connect. Closed once all have."""
+    """The socket to which the other ranks of this host connect, and its name. Closed once all have connected."""
 
     socket: socket.socket
     name: str
 
     def close(self) -> None:
+        """Stop listening."""
         self.socket.close()
 
 
 def open_listener() -> Listener | None:
-    """An abstract socket of a random name; None where the platform has none, or forbids it. The store serves then."""
+    """An abstract socket with a random name; None if the platform lacks or forbids it. Ranks use the store then."""
     if not hasattr(os, "memfd_create") or not hasattr(select, "epoll"):
         return None
     name = f"grafter-{os.urandom(12).hex()}"
@@ -86,7 +88,7 @@ def process_at(connection: socket.socket) -> tuple[int, int]:
 
 
 def peers_of(graft_rank: int, roster: Roster) -> list[int]:
-    """The graft ranks with which this one has a channel: of its host and its user, where both have a socket."""
+    """The graft ranks with which this one has a channel: those of its host and user, if both have a socket."""
     everyone = roster.all
     return [
         other
@@ -101,10 +103,11 @@ def peers_of(graft_rank: int, roster: Roster) -> list[int]:
 def connect_ranks(
     listener: Listener, roster: Roster, graft_rank: int, seal: Seal, timeout: float, check: Callable[[], None]
 ) -> dict[int, socket.socket]:
-    """A connected socket for each peer that lives, by graft rank. Called once by every rank, which closes its listener.
+    """Connect this rank with its peers. Called once by every rank; closes its listener.
 
-    check: raises what ended the run; asked four times a second. A peer whose process has ended gets no socket.
-    Raises PointTimeoutError, which names the ranks that are missing, after `timeout` seconds.
+    Returns a connected socket for each peer by graft rank; none for a peer whose process has ended. check: raises what
+    ended the run; called four times a second. Raises PointTimeoutError, which names the missing ranks, after `timeout`
+    seconds.
     """
     connecting = _Connecting(listener, roster, graft_rank, seal)
     try:
@@ -119,12 +122,14 @@ def connect_ranks(
 
 
 class _Connecting:
+    """The connections of one rank while they are made."""
+
     def __init__(self, listener: Listener, roster: Roster, graft_rank: int, seal: Seal) -> None:
         self._listener, self._roster, self._graft_rank, self._seal = listener.socket, roster, graft_rank, seal
         peers = peers_of(graft_rank, roster)
         self._to_connect = {peer for peer in peers if peer < graft_rank}
         self._to_accept = {peer for peer in peers if peer > graft_rank}
-        # Accepted from a rank of the run, by descriptor, until its hello has been read.
+        # Accepted from ranks of the run, by descriptor, until their hello has been read.
         self._unconfirmed: dict[int, socket.socket] = {}
         self.connected: dict[int, socket.socket] = {}
         self._retry_seconds = _SHORTEST_RETRY_SECONDS
@@ -149,7 +154,7 @@ class _Connecting:
             self._sleep()
 
     def _sleep(self) -> None:
-        """Until somebody connects or says hello; not for long while this rank must try again."""
+        """Sleep until a rank connects or its hello arrives; not for long while this rank has to try again."""
         seconds = _CHECK_SECONDS
         if self._to_connect:
             seconds, self._retry_seconds = self._retry_seconds, min(2 * self._retry_seconds, _LONGEST_RETRY_SECONDS)
@@ -161,13 +166,13 @@ class _Connecting:
     # The connector.
 
     def _try_to_connect(self, peer: int) -> None:
-        """Leaves a peer for the next try where its queue is full, or it no longer listens."""
+        """Connect to a peer. It is tried again later if its queue is full, or it does not listen any more."""
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             connection.setblocking(False)
             connection.connect(f"\0{self._roster.all[peer].socket_name}")
             if not self._is_at(connection, peer):
-                # It has ended, and somebody else has taken the name.
+                # The peer has ended, and another process has taken the name.
                 connection.close()
                 return
             connection.send(self._seal.seal(_HELLO, _HELLO, str(self._graft_rank)).encode())
@@ -187,7 +192,8 @@ class _Connecting:
     # The acceptor.
 
     def _accept_all(self) -> None:
-        """Take who has connected, no more at a time than may wait there: a stranger may go on connecting."""
+        """Accept what has connected, at most as many as the queue holds: another program may connect again and
+        again."""
         for _ in range(_BACKLOG):
             try:
                 connection, _ = self._listener.accept()
@@ -216,9 +222,9 @@ class _Connecting:
             connection.close()
 
     def _rank_in(self, hello: bytes) -> int:
-        """Which graft rank says hello; -1 where nobody does who may."""
+        """The graft rank that a hello names; -1 if it is not a valid hello of that rank."""
         try:
-            key, sealed = self._seal.open_letter(hello)
+            key, sealed = self._seal.unseal(hello)
         except ProtocolError:
             return -1
         if key != _HELLO or sealed.kind != _HELLO or not sealed.payload.isdecimal():
@@ -227,14 +233,14 @@ class _Connecting:
         signed_by_it = peer < len(self._roster.all) and sealed.writer == signature_of(self._roster, peer)
         return peer if signed_by_it else -1
 
-    # The end.
+    # Connections.
 
     def _keep(self, peer: int, connection: socket.socket) -> None:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
         self.connected[peer] = connection
 
     def _pass_over_gone(self) -> None:
-        """A peer that has ended does not connect; whoever needs it at a point learns there that it is gone."""
+        """Stop waiting for peers that have ended. Points that need one of them report that it is gone."""
         for peers in (self._to_connect, self._to_accept):
             peers -= {peer for peer in peers if how_gone(self._roster.all[peer].process) is not None}
 
@@ -262,6 +268,6 @@ class _Connecting:
 
 
 def signature_of(roster: Roster, graft_rank: int) -> str:
-    """As which a rank signs what it writes."""
+    """The writer's name in the messages of a rank, such as `target/0`."""
     member = roster.all[graft_rank]
     return f"{member.role}/{member.role_rank}"

@@ -1,8 +1,13 @@
-"""Join: each rank announces itself, both jobs' rosters are read, and every rank checks alike that they fit."""
+"""Join: each rank announces itself, reads the rosters of both jobs, and applies the same check whether they fit.
+
+Two jobs with different secrets cannot read each other's messages, and would wait until the join times out. So while
+ranks join, they also look for signs that the other job has another secret (`SecretCheck`).
+"""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import time
@@ -15,18 +20,18 @@ from torch.distributed import TCPStore
 from grafter.config.settings.config import GrafterConfig
 from grafter.core.messages.announced_models import NO_HOOKS, AnnouncedHooks
 from grafter.core.messages.roster import ANNOUNCEMENTS, Announcement, PlayedFrom, Roster, find_disagreement, other_role
-from grafter.core.messages.wire import PROTOCOL_VERSION, Seal, read_message
+from grafter.core.messages.wire import PROTOCOL_VERSION, Seal, Sealed, read_message
 from grafter.core.process_identity import ProcessIdentity, own_identity
 from grafter.core.roles import SHARED_SETTINGS, Place, RoleName
-from grafter.errors import JoinError, RunError
+from grafter.errors import JoinError, ProtocolError, RunError
 from grafter.version import VERSION
-from grafter.wire.monitor.housekeeping import Housekeeping
+from grafter.wire.monitor.members import StoreHost
+from grafter.wire.monitor.monitor_thread import MonitorThread
 from grafter.wire.monitor.status_board import BoardWriter
-from grafter.wire.monitor.store_host import StoreHost
-from grafter.wire.monitor.store_patience import StorePatience
+from grafter.wire.monitor.store_silence import StoreWait
 from grafter.wire.monitor.waits import Wait
-from grafter.wire.rendezvous.secret_check import SecretCheck
-from grafter.wire.store_client import HostedStore, StoreClient, connect, host_place, serve
+from grafter.wire.store_client import StoreClient
+from grafter.wire.store_server import HostedStore, connect, serve
 
 logger = logging.getLogger("grafter")
 
@@ -36,21 +41,24 @@ StoreServer = TCPStore | HostedStore
 
 @dataclass(frozen=True)
 class Membership:
-    """What joining gives: the clients, the roster, and this rank's number in it."""
+    """What a rank has once it has joined.
+
+    client: the dump thread's. graft_rank: this rank's place in the roster. server: the store's server, if this rank
+    hosts it; the store lives as long as this object.
+    """
 
     place: Place
     client: StoreClient
-    housekeeping: Housekeeping
+    monitor: MonitorThread
     roster: Roster
     graft_rank: int
     run_id: str
     run_name: str
-    # The store's server, where this rank hosts it: it lives as long as this object.
     server: StoreServer | None
 
 
 def store_place(config: GrafterConfig, place: Place) -> tuple[RoleName, int] | None:
-    """(role, role rank) of the rank that hosts the store; None where `grafter run` does."""
+    """(role, role rank) of the rank that hosts the store; None if `grafter run` does."""
     if config.store_host == "launcher":
         return None
     if config.peer is not None:
@@ -64,18 +72,18 @@ def join(
     run_name: str,
     socket_name: str,
     keep_trying: Callable[[], bool],
-    on_connected: Callable[[Housekeeping], None],
+    on_connected: Callable[[MonitorThread], None],
     hooks: AnnouncedHooks = NO_HOOKS,
     played_from: PlayedFrom | None = None,
     served: StoreServer | None = None,
 ) -> Membership:
-    """Called once by every rank of both jobs, in the background. Waits up to `join_timeout` seconds.
+    """Join the run. Called once by every rank of both jobs, on a thread in the background.
 
-    on_connected: called once the store is reached.
-    hooks: what this rank announces of its hooks. played_from: where it is no live rank. served: the store, where this
-    rank hosts it already.
+    Waits up to `join_timeout` seconds for each step. keep_trying: asked while the store cannot be reached yet.
+    on_connected: called once it is. hooks: what this rank announces of its hooks. played_from: the recording that it is
+    played from, if it is not a live rank. served: the store, if this rank hosts it already.
 
-    Raises JoinError where the jobs do not fit, and what ended the run where something did.
+    Raises JoinError if the jobs do not fit, and what ended the run if it has ended.
     """
     address, port = config.master_address, config.master_port or 0
     host = store_place(config, place)
@@ -91,77 +99,77 @@ def join(
 
     client = new_client()
     client.set_timeout(config.join_timeout + 30)
-    housekeeping = Housekeeping(
+    monitor = MonitorThread(
         new_client(), BoardWriter(place.role, place.role_rank), place.who, _find_host(client, hosted_by)
     )
-    client.patience = StorePatience(housekeeping, config.join_timeout)
+    client.call_monitor = StoreWait(monitor, config.join_timeout)
     check = SecretCheck(place.role, place.role_rank)
-    housekeeping.ask_while_joining(check.look)
-    on_connected(housekeeping)
+    monitor.ask_while_joining(check.look)
+    on_connected(monitor)
     try:
         check.hail(client)
-        handshake = _Handshake(config, place, client, housekeeping, hooks, played_from)
+        handshake = _Handshake(config, place, client, monitor, hooks, played_from)
         return handshake.run(run_name, socket_name, server)
     except BaseException as error:
-        # Also what could not be read: whoever has another secret cannot read this either, and learns it so.
+        # Also if a message could not be read, which another secret explains best.
         with contextlib.suppress(RunError):
             check.look(client)
-        if isinstance(error, RunError) and housekeeping.aborted is None:
+        if isinstance(error, RunError) and monitor.aborted is None:
             with contextlib.suppress(RunError):
-                housekeeping.abort(error, client)
+                monitor.abort(error, client)
         if server is not None and isinstance(error, RunError):
-            # The store goes with this process: the others get the time to read there why.
+            # The store ends with this process: the other ranks have this long to read the error there.
             time.sleep(LINGER_SECONDS)
-        housekeeping.close()
+        monitor.close()
         client.close()
         raise
 
 
 def _find_host(client: StoreClient, name: str) -> StoreHost:
-    """Who hosts the store, as far as that is known before the roster is."""
-    said = client.peek(host_place(client))
-    if said is None:
+    """The process that hosts the store, as far as it is known before the roster is."""
+    published = client.peek(client.job_keys.host)
+    if published is None:
         return StoreHost(name)
-    host = StoreHost(name, read_message(ProcessIdentity.model_validate_json, said.payload, "the store's host"))
+    host = StoreHost(name, read_message(ProcessIdentity.model_validate_json, published.payload, "the store's host"))
     client.hosted_by = str(host)
     return host
 
 
 class _Handshake:
-    """The steps of joining, in the order in which they happen."""
+    """The steps of joining, in their order. Used once."""
 
     def __init__(
         self,
         config: GrafterConfig,
         place: Place,
         client: StoreClient,
-        housekeeping: Housekeeping,
+        monitor: MonitorThread,
         hooks: AnnouncedHooks,
         played_from: PlayedFrom | None,
     ) -> None:
-        self._config, self._place, self._client, self._housekeeping = config, place, client, housekeeping
+        self._config, self._place, self._client, self._monitor = config, place, client, monitor
         self._hooks, self._played_from = hooks, played_from
 
     def run(self, run_name: str, socket_name: str, server: StoreServer | None) -> Membership:
         run_id, run_name = self._learn_run(run_name)
         self._client.seal.run_id = run_id
-        # Before the claim, so that whoever reads the roster finds a line for each of its ranks.
-        self._housekeeping.board.running(self._client)
+        # Before the announcement, so that there is a line for each rank of a roster.
+        self._monitor.board.running(self._client)
         announcement = self._announce(socket_name)
         self._post_roster(announcement)
         roster = self._read_rosters()
         graft_rank = roster.graft_rank(self._place.role, self._place.role_rank)
-        return Membership(self._place, self._client, self._housekeeping, roster, graft_rank, run_id, run_name, server)
+        return Membership(self._place, self._client, self._monitor, roster, graft_rank, run_id, run_name, server)
 
     def _wait(self, what: str, *awaits: str) -> Wait:
         return Wait("join", what, self._config.join_timeout, awaits=awaits)
 
     def _learn_run(self, run_name: str) -> tuple[str, str]:
-        """The run's id and name, which baseline rank 0 gives."""
-        key = f"{self._client.job_prefix}/run"
+        """The run's id and name, which baseline rank 0 chooses."""
+        key = self._client.job_keys.run
         if self._place.role == "baseline" and self._place.role_rank == 0:
             self._client.put_if_absent(key, "run", f"{uuid.uuid4().hex[:16]} {run_name}")
-        with self._housekeeping.waiting(self._wait("baseline rank 0 to open the run", key)):
+        with self._monitor.waiting(self._wait("baseline rank 0 to open the run", key)):
             run_id, _, name = self._client.get(key).payload.partition(" ")
         return run_id, name
 
@@ -186,13 +194,11 @@ class _Handshake:
             models=self._hooks.models,
             played_from=self._played_from,
         )
-        claimed = self._client.put_if_absent(self._hello(place.role_rank), "hello", announcement.model_dump_json())
+        key = self._client.job_keys.hello(place.role, place.role_rank)
+        claimed = self._client.put_if_absent(key, "hello", announcement.model_dump_json())
         if claimed is not None:
             raise self._refuse(self._explain_claim(_read_announcement(claimed.payload), announcement))
         return announcement
-
-    def _hello(self, role_rank: int) -> str:
-        return f"{self._client.job_prefix}/hello/{self._place.role}/{role_rank}"
 
     def _explain_claim(self, holder: Announcement, mine: Announcement) -> str:
         text = f"two processes claim to be {self._place.who}: {holder.who}, and pid {mine.process.pid} on "
@@ -209,24 +215,24 @@ class _Handshake:
 
     def _refuse(self, text: str) -> JoinError:
         error = JoinError(text)
-        self._housekeeping.abort(error, self._client)
+        self._monitor.abort(error, self._client)
         return error
 
     def _post_roster(self, announcement: Announcement) -> None:
-        """The job's rank 0 collects its own ranks and posts them together."""
+        """The job's rank 0 collects the announcements of its job and posts them together."""
         if self._place.role_rank != 0:
             return
-        others = [self._hello(rank) for rank in range(1, self._place.role_world_size)]
-        with self._housekeeping.waiting(self._wait(f"the other ranks of the {self._place.role} to join", *others)):
+        others = [self._client.job_keys.hello(self._place.role, rank) for rank in range(1, self._place.role_world_size)]
+        with self._monitor.waiting(self._wait(f"the other ranks of the {self._place.role} to join", *others)):
             members = [_read_announcement(sealed.payload) for sealed in self._client.get_all(others)]
         roster = ANNOUNCEMENTS.dump_json([announcement, *members]).decode()
-        self._client.put_if_absent(f"{self._client.job_prefix}/roster/{self._place.role}", "roster", roster)
+        self._client.put_if_absent(self._client.job_keys.roster(self._place.role), "roster", roster)
 
     def _read_rosters(self) -> Roster:
         other = other_role(self._place.role)
-        keys = [f"{self._client.job_prefix}/roster/{role}" for role in ("baseline", "target")]
+        keys = [self._client.job_keys.roster(role) for role in ("baseline", "target")]
         logger.info("grafter: %s has joined and waits for the %s job", self._place.who, other)
-        with self._housekeeping.waiting(self._wait(f"the {other} job to join", *keys)):
+        with self._monitor.waiting(self._wait(f"the {other} job to join", *keys)):
             baseline, target = (
                 read_message(ANNOUNCEMENTS.validate_json, sealed.payload, "a roster")
                 for sealed in self._client.get_all(keys)
@@ -239,3 +245,63 @@ class _Handshake:
 
 def _read_announcement(text: str) -> Announcement:
     return read_message(Announcement.model_validate_json, text, "an announcement")
+
+
+_LONGEST = 200
+
+
+class SecretCheck:
+    """Finds out, while a rank joins, whether the other job has another secret, or none. One per rank.
+
+    A message that is not signed with this job's secret is ignored, since any program may have written it. So the first
+    ranks of both jobs each publish a random number, and repeat the other's, which anyone can read. A rank that finds
+    its job's number repeated in a message that it cannot verify knows that the message is written now: by the other
+    job, or by a program that could keep the jobs apart anyway, by overwriting the messages of the join.
+
+    `look` is called on one thread at a time.
+    """
+
+    def __init__(self, role: RoleName, role_rank: int) -> None:
+        self._role, self._leads = role, role_rank == 0
+        self._number = os.urandom(16).hex()
+        self._repeated = ""
+
+    def hail(self, client: StoreClient) -> None:
+        """Publish this job's number, before any message that the other job could fail to read."""
+        if self._leads:
+            client.set(_place(client, self._role), "hail", json.dumps([self._number, self._repeated]))
+
+    def look(self, client: StoreClient) -> RunError | None:
+        """The error to raise if the secrets differ, else None. A few round trips; never waits."""
+        theirs = client.peek_at_other(_place(client, other_role(self._role)))
+        if theirs is None:
+            return None
+        number, repeated = _read(theirs)
+        if self._leads and number != self._repeated:
+            self._repeated = number
+            self.hail(client)
+        own = self._number
+        if not self._leads:
+            first = client.peek(_place(client, self._role))
+            own = _read(first)[0] if first is not None else ""
+        if not own or repeated != own:
+            return None
+        return ProtocolError(
+            f"the {other_role(self._role)} job has another secret than this one, or only one of the two has any: "
+            "neither can read the other's messages. Set GRAFTER_SECRET to the same value in both jobs."
+        )
+
+
+def _place(client: StoreClient, role: RoleName) -> str:
+    return f"{client.job_prefix}/hail/{role}"
+
+
+def _read(message: Sealed) -> tuple[str, str]:
+    """(its number, the one that it repeats); empty texts if the message is something else."""
+    try:
+        number, repeated = json.loads(message.payload)
+    except ValueError:
+        return "", ""
+    if not isinstance(number, str) or not isinstance(repeated, str) or len(number + repeated) > _LONGEST:
+        return "", ""
+    return number, repeated

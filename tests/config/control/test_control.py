@@ -21,8 +21,7 @@ from grafter.config.settings.config import GrafterConfig
 from grafter.errors import ConfigError, FilterError, GrafterError, UsageError
 from grafter.store.dumps.limits import Limits
 from grafter.store.run_files import HistoryLine, append_history, history_notes
-from grafter.wire.control.decision import decide
-from grafter.wire.control.run_access import Agreed, RankView, place_of_run
+from grafter.wire.control import Agreed, RankView, decide, place_of_run
 from grafter.wire.monitor.status_board import BoardLine
 
 START = GrafterConfig(enable=True, role="baseline", master_port=1, compare_filter="name == 'a'", key="layer_id")

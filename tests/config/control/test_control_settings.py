@@ -30,8 +30,7 @@ from grafter.runtime.rank_control import RankControl
 from grafter.runtime.windows import Windows
 from grafter.store.dumps.limits import Limits
 from grafter.tools.requests.recorder import RequestRecorder
-from grafter.wire.control.decision import decide
-from grafter.wire.control.run_access import RankView
+from grafter.wire.control import RankView, decide
 
 START = GrafterConfig(enable=True, role="baseline", master_port=1, compare_filter="name == 'a'", dump_steps="0-3")
 AT_START = InForce.at_start(START)

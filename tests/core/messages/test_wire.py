@@ -142,9 +142,9 @@ def key_of_first(directory: Path, number: int) -> str:
 
 
 def through_the_store(rank: Rank) -> list[float]:
-    from grafter.wire.rendezvous import courier
+    from grafter.wire.rendezvous import message_router
 
-    courier._one_host = lambda members: False
+    message_router._one_host = lambda members: False
     return graft_after_joining(rank)
 
 

@@ -23,7 +23,7 @@ from grafter.tools.doctor import machine, network
 from grafter.tools.doctor.finding import Finding, fault, has_fault, ok, warning
 from grafter.tools.doctor.machine import check_environment
 from grafter.tools.doctor.network import check_sharing
-from grafter.wire.store_client import HostedStore
+from grafter.wire.store_server import HostedStore
 
 
 @pytest.fixture(scope="module")
@@ -235,7 +235,7 @@ def test_a_store_that_cannot_be_hosted_is_a_fault(monkeypatch: pytest.MonkeyPatc
     def refuse(address: str, port: int) -> Any:
         raise JoinError("cannot host the rendezvous store: no loopback")
 
-    monkeypatch.setattr("grafter.wire.store_client.serve", refuse)
+    monkeypatch.setattr("grafter.wire.store_server.serve", refuse)
     assert "no loopback" in network.check_store().text
     assert [network.check_store().level, network.check_gloo().level] == ["fault", "fault"]
 

@@ -15,7 +15,9 @@ from grafter.core.roles import RoleName
 from grafter.errors import RunError
 from grafter.tools.launch.supervision import WatchedStore, summarize_lines
 from grafter.wire.monitor.status_board import BoardLine, BoardWriter
-from grafter.wire.store_client import StoreClient, connect
+from grafter.wire.monitor.waits import Wait
+from grafter.wire.store_client import StoreClient
+from grafter.wire.store_server import connect
 
 PROCESS = ProcessIdentity(host="h", hostname="h", uid=0, pid=1, start_time=1)
 
@@ -60,10 +62,8 @@ def test_it_tells_who_has_not_joined_and_then_who_waits(store: WatchedStore) -> 
         roster = ANNOUNCEMENTS.dump_json([announcement(role, 0, 1)]).decode()  # type: ignore[arg-type]
         client.put_if_absent(f"{job_prefix}/roster/{role}", "roster", roster)
     assert store.waiting_summary() is None
-    BoardWriter("target", 0).waiting(
-        client, digest="d", point="'layer' (layer_id=3, step=0)", participants=(0,), awaits=(), call_site="a.py:1",
-        since=time.time() - 12.2,
-    )  # fmt: skip
+    wait = Wait("pairing", "'layer' (layer_id=3, step=0)", 60, digest="d", participants=(0,), call_site="a.py:1")
+    BoardWriter("target", 0).waiting(client, wait, time.time() - 12.2)
     client.exists(job_prefix)  # the line was sent without waiting; this answer comes after it
     assert store.waiting_summary() == "target rank 0 waits for 'layer' (layer_id=3, step=0) since 12 s"
     assert store.waiting_summary() == "target rank 0 waits for 'layer' (layer_id=3, step=0) since 12 s"

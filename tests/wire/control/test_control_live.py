@@ -28,11 +28,10 @@ from grafter.core.records import LedgerRecord
 from grafter.errors import ProtocolError
 from grafter.store.dumps.record import DumpRecord
 from grafter.store.run_files import read_history
-from grafter.wire.control.decision import read_decision
-from grafter.wire.control.run_access import RankView, RunAccess
-from grafter.wire.monitor import housekeeping
-from grafter.wire.monitor import wait_monitor as wait_monitor
-from grafter.wire.store_client import StoreClient, connect
+from grafter.wire.control import RankView, RunAccess, read_decision
+from grafter.wire.monitor import monitor_thread, wait_monitor
+from grafter.wire.store_client import StoreClient
+from grafter.wire.store_server import connect
 
 FAR = 250.0
 SECRET = "a secret"
@@ -44,7 +43,7 @@ PAUSES = (9, 12, 14)
 
 def look_often() -> None:
     """A second is long for a test."""
-    housekeeping._CHORES_EVERY_SECONDS = housekeeping._TICK_SECONDS = wait_monitor._SHOWN_AFTER_SECONDS = 0.02
+    monitor_thread._CHORES_EVERY_SECONDS = monitor_thread._TICK_SECONDS = wait_monitor._SHOWN_AFTER_SECONDS = 0.02
 
 
 def run_to_pauses(rank: Rank) -> int:

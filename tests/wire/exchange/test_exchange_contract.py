@@ -12,7 +12,7 @@ import torch
 from jobs import Rank, succeed, two_jobs
 
 import grafter
-from grafter.wire.exchange.gloo import CHUNK_BYTES, chunk_sizes, chunks_of
+from grafter.wire.exchange.gloo_messages import CHUNK_BYTES, chunk_sizes, chunks_of
 
 BACKENDS = [
     pytest.param("auto", id="shared memory"),

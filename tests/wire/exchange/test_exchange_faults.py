@@ -15,7 +15,7 @@ from jobs import Jobs, Rank, succeed
 
 import grafter
 from grafter.core import copying
-from grafter.wire.exchange import gloo, shared_memory, staging
+from grafter.wire.exchange import gloo_messages, shared_memory, staging
 
 FAR = 1000.0
 SOON = 250.0
@@ -55,23 +55,23 @@ def hold_in_the_middle(rank: Rank, backend: str) -> None:
         # The receiver over shared memory does nothing while the sender writes: its middle is the sender's.
         return
     elif rank.is_baseline:
-        chunks_of = gloo.chunks_of
+        chunks_of = gloo_messages.chunks_of
 
         def chunks_slowly(tensor: torch.Tensor) -> Any:
             if tensor.numel() == LEAF_NUMEL:
                 pause()
             return chunks_of(tensor)
 
-        gloo.chunks_of = chunks_slowly
+        gloo_messages.chunks_of = chunks_slowly
     else:
-        chunk_sizes = gloo.chunk_sizes
+        chunk_sizes = gloo_messages.chunk_sizes
 
         def sizes_slowly(shape: Any, itemsize: int) -> Any:
             if tuple(shape) == (LEAF_NUMEL,):
                 pause()
             return chunk_sizes(shape, itemsize)
 
-        gloo.chunk_sizes = sizes_slowly
+        gloo_messages.chunk_sizes = sizes_slowly
 
 
 def graft_gigabyte(rank: Rank) -> list[float]:

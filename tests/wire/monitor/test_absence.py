@@ -16,11 +16,10 @@ from grafter.config.options import OptionChooser
 from grafter.config.settings.config import GrafterConfig
 from grafter.config.settings.plan_file import Rule
 from grafter.errors import ConfigError, GrafterError
-from grafter.wire.monitor.absence import Absence, choose_passed_over, explain_passed_over
+from grafter.wire.monitor.absence import LEFT, Absence, StepEnds, choose_passed_over, explain_passed_over
 from grafter.wire.monitor.status_board import BoardLine
-from grafter.wire.monitor.step_ends import LEFT, StepEnds
 from grafter.wire.monitor.waits import GivenUp, Wait, WaitWatch
-from grafter.wire.outbox.receivers import Receivers
+from grafter.wire.outbox.one_sided import Receivers
 
 STEP = 3
 
@@ -281,25 +280,25 @@ def receivers_with(board: list[BoardLine], timeout: float = 100.0) -> tuple[Rece
         def __exit__(self, *_: object) -> None: ...
 
     store: Any = OneStore()
-    housekeeping: Any = SimpleNamespace(
+    monitor: Any = SimpleNamespace(
         check=lambda: None,
         waiting=lambda _: Waiting(),
         read_board=lambda *_: board,
         step_ends=StepEnds(roster(1, 1), 0),
     )
-    return Receivers(housekeeping, roster(1, 1), "baseline", timeout), store
+    return Receivers(monitor, roster(1, 1), "baseline", timeout), store
 
 
-def is_over_by(patience: Any, store: Any, monkeypatch: pytest.MonkeyPatch, seconds: Sequence[float]) -> list[bool]:
+def is_over_by(receiver_wait: Any, store: Any, monkeypatch: pytest.MonkeyPatch, seconds: Sequence[float]) -> list[bool]:
     """What it says so many seconds after it began; nothing is waited for."""
-    from grafter.wire.outbox import receivers
+    from grafter.wire.outbox import one_sided
 
-    begun = patience._since
+    begun = receiver_wait._since
     found = []
     for after in seconds:
         clock = SimpleNamespace(monotonic=lambda after=after: begun + after, sleep=lambda _: None)
-        monkeypatch.setattr(receivers, "time", clock)
-        found.append(patience.is_over(store))
+        monkeypatch.setattr(one_sided, "time", clock)
+        found.append(receiver_wait.is_over(store))
     return found
 
 
@@ -307,33 +306,33 @@ def test_a_sender_without_room_waits_for_receivers_that_run(monkeypatch: pytest.
     """Up to GRAFTER_TIMEOUT; after that it waits no more until something has been taken."""
     running = waiting("target", 0, (1, 1)).model_copy(update={"state": "running"})
     receivers, store = receivers_with([running])
-    with receivers.waited_for(posts_more=True) as patience:
-        assert is_over_by(patience, store, monkeypatch, [0, 1, 50, 99, 101]) == [False] * 4 + [True]
-        assert "GRAFTER_TIMEOUT" in patience.story
+    with receivers.waited_for(posts_more=True) as receiver_wait:
+        assert is_over_by(receiver_wait, store, monkeypatch, [0, 1, 50, 99, 101]) == [False] * 4 + [True]
+        assert "GRAFTER_TIMEOUT" in receiver_wait.story
     monkeypatch.undo()
-    with receivers.waited_for(posts_more=True) as patience:
-        assert is_over_by(patience, store, monkeypatch, [0]) == [True]
+    with receivers.waited_for(posts_more=True) as receiver_wait:
+        assert is_over_by(receiver_wait, store, monkeypatch, [0]) == [True]
 
 
 def test_it_gives_up_soon_on_receivers_that_all_wait_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """They take nothing before it posts more. A line that changes shows that they go on."""
     board = [waiting("target", 0, (1, 1))]
     receivers, store = receivers_with(board)
-    with receivers.waited_for(posts_more=True) as patience:
-        assert is_over_by(patience, store, monkeypatch, [0, 1, 2]) == [False] * 3
+    with receivers.waited_for(posts_more=True) as receiver_wait:
+        assert is_over_by(receiver_wait, store, monkeypatch, [0, 1, 2]) == [False] * 3
         board[0] = board[0].model_copy(update={"sequence": 2})
-        assert is_over_by(patience, store, monkeypatch, [2.6, 3.5, 4.7]) == [False, False, True]
+        assert is_over_by(receiver_wait, store, monkeypatch, [2.6, 3.5, 4.7]) == [False, False, True]
 
 
 def test_at_its_end_it_waits_for_them_as_long_as_none_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Receivers that wait find by themselves that nothing comes; one that has left with an error takes nothing."""
     board = [waiting("target", 0, (1, 1))]
     receivers, store = receivers_with(board)
-    with receivers.waited_for(posts_more=False) as patience:
-        assert is_over_by(patience, store, monkeypatch, [1, 10, 90]) == [False] * 3
+    with receivers.waited_for(posts_more=False) as receiver_wait:
+        assert is_over_by(receiver_wait, store, monkeypatch, [1, 10, 90]) == [False] * 3
         board[0] = board[0].model_copy(update={"state": "left", "note": "ValueError: no"})
-        assert is_over_by(patience, store, monkeypatch, [91]) == [True]
-        assert patience.story == "target rank 0 has left with ValueError: no" and patience.has_failed
+        assert is_over_by(receiver_wait, store, monkeypatch, [91]) == [True]
+        assert receiver_wait.story == "target rank 0 has left with ValueError: no" and receiver_wait.has_failed
 
 
 # The setting.

@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grafter.errors import PairingError, PeerLostError
-from grafter.wire.monitor.deadlock import explain_stuck, find_stuck
-from grafter.wire.monitor.hints import find_hints
+from grafter.wire.monitor.deadlock import explain_stuck, find_hints, find_stuck
 from grafter.wire.monitor.status_board import BoardLine, HookFacts
 
 # A rank: "running", "gone", or (point, participants of its own side).

@@ -11,7 +11,10 @@ import torch
 from jobs import Jobs, Rank, succeed
 
 import grafter
+from grafter.core.messages.wire import Seal
 from grafter.wire.monitor.status_board import BoardLine, board_key, describe_line
+from grafter.wire.store_client import StoreClient
+from grafter.wire.store_server import connect
 
 STAGES = {
     "sending": ("baseline", "sends 'second' (step=0)"),
@@ -64,12 +67,17 @@ def meet_slowly(rank: Rank) -> float:
     return float(value[0])
 
 
-def line_of(jobs: Jobs, role: Any) -> BoardLine | None:
-    run = jobs.store.peek_run()
+def client_of(jobs: Jobs) -> StoreClient:
+    return StoreClient(
+        connect("127.0.0.1", jobs.port, timeout=10, keep_trying=lambda: True), Seal("test", None), "graft"
+    )
+
+
+def line_of(client: StoreClient, role: Any) -> BoardLine | None:
+    run = client.peek(f"{client.job_prefix}/run")
     if run is None:
         return None
-    client, payload = run
-    client.seal.run_id = payload.partition(" ")[0]
+    client.seal.run_id = run.payload.partition(" ")[0]
     found = client.peek(board_key(client, role, 0))
     return BoardLine.model_validate_json(found.payload) if found is not None else None
 
@@ -80,8 +88,8 @@ def test_a_rank_that_lingers_in_a_stage_says_so(tmp_path: Path, stage: str) -> N
     with Jobs(tmp_path, b2t_filter="True", timeout=100, signals=("seen",)) as jobs:
         jobs.start("baseline", 2, meet_slowly, stage)
         jobs.start("target", 2, meet_slowly, stage)
-        deadline = time.monotonic() + 60
-        while (line := line_of(jobs, role)) is None or not line.doing.startswith(text):
+        deadline, client = time.monotonic() + 60, client_of(jobs)
+        while (line := line_of(client, role)) is None or not line.doing.startswith(text):
             assert time.monotonic() < deadline, line
             time.sleep(0.05)
         assert line.state == "running", "whoever needs it watches it directly"
@@ -104,8 +112,8 @@ def test_a_rank_between_two_points_is_at_none(tmp_path: Path) -> None:
         jobs.start("baseline", 1, compute_between_points)
         jobs.start("target", 1, compute_between_points)
         assert jobs.signals["target"].wait(60)
-        deadline = time.monotonic() + 60
-        while (line := line_of(jobs, "target")) is None or line.doing:
+        deadline, client = time.monotonic() + 60, client_of(jobs)
+        while (line := line_of(client, "target")) is None or line.doing:
             assert time.monotonic() < deadline, line
             time.sleep(0.05)
         assert "is running and at no point" in describe_line(line, time.time())

@@ -16,8 +16,8 @@ import pytest
 from grafter.core.process_identity import ProcessIdentity, own_identity
 from grafter.core.processes import process_state
 from grafter.errors import PeerLostError, PointTimeoutError
-from grafter.wire.monitor.store_host import StoreHost
-from grafter.wire.monitor.store_link import StoreLink
+from grafter.wire.monitor.members import StoreHost
+from grafter.wire.monitor.store_silence import StoreLink
 from grafter.wire.monitor.waits import Wait
 
 THE_BOARD = "baseline rank 0 is running and at no point"
@@ -36,7 +36,7 @@ def identity_of(pid: int, **changes: Any) -> ProcessIdentity:
 
 
 def link_to(host: StoreHost, warned: list[int] | None = None) -> tuple[StoreLink, Any]:
-    client: Any = SimpleNamespace(silent_seconds=0.0, patience=None)
+    client: Any = SimpleNamespace(silent_seconds=0.0, call_monitor=None)
     members: Any = SimpleNamespace(host=host, describe_last_board=lambda remarks=None: THE_BOARD, stopped=dict)
     return StoreLink(client, members, "target rank 0", lambda: (warned if warned is not None else []).append(1)), client
 
@@ -45,7 +45,7 @@ def wait_of(seconds: float, timeout: float = 20.0) -> Wait:
     return Wait("pairing", "'h' (step=0)", timeout, since=time.monotonic() - seconds)
 
 
-def test_a_stopped_host_on_this_machine_is_not_waited_for_by_the_housekeeping_and_ends_the_run_at_the_timeout(
+def test_a_stopped_host_on_this_machine_is_not_waited_for_by_the_monitor_thread_and_ends_the_run_at_the_timeout(
     process: subprocess.Popen[bytes],
 ) -> None:
     warned: list[int] = []

@@ -20,7 +20,8 @@ from jobs import Jobs, Rank
 import grafter
 from grafter.core.messages.wire import Seal
 from grafter.errors import PeerLostError
-from grafter.wire.store_client import StoreClient, connect, serve
+from grafter.wire.store_client import StoreClient
+from grafter.wire.store_server import connect, serve
 
 FAR = 100.0
 TIMEOUT = 6
@@ -51,15 +52,15 @@ def meet_then_wait(rank: Rank) -> float:
     """The second point starts once the test has stopped the host. How long it took to fail."""
     through_the_store, directory = rank.arguments
     if through_the_store:
-        from grafter.wire.rendezvous import courier
+        from grafter.wire.rendezvous import message_router
 
-        courier._one_host = lambda members: False
+        message_router._one_host = lambda members: False
     print_into(directory / f"{rank.role}.stderr")
     grafter.dump("first", torch.ones(1))
     if not rank.is_baseline:
         # The board is read once a second: its last reading must have the first point in it.
-        housekeeping = grafter._process.grafter.lifecycle.session.housekeeping  # type: ignore[union-attr]
-        while not any(line.last_points for line in housekeeping.last_seen("baseline")):
+        monitor = grafter._process.grafter.lifecycle.session.monitor  # type: ignore[union-attr]
+        while not any(line.last_points for line in monitor.last_seen("baseline")):
             time.sleep(0.05)
     rank.tell(f"{rank.role} met")
     if rank.is_baseline:
@@ -105,7 +106,7 @@ def test_a_stopped_host_of_jobs_started_by_hand_fails_the_point_at_the_timeout(
 
 HOST = """
 import sys, time
-from grafter.wire.store_client import HostedStore
+from grafter.wire.store_server import HostedStore
 store = HostedStore(secret=sys.argv[1] or None)
 print(store.port, flush=True)
 time.sleep(300)
@@ -196,7 +197,7 @@ class Handler(Exception):
 
 
 def test_an_exception_of_a_signal_handler_ends_a_wait_and_the_client_serves_again() -> None:
-    """The call in hand is given a second to end: the housekeeping wakes it. Then what the handler raised is raised."""
+    """The call in hand has a second to end: the monitor thread wakes it. Then what the handler raised is raised."""
     store = serve("127.0.0.1", 0)
     raw = connect("127.0.0.1", store.port, timeout=30, keep_trying=lambda: True)
     client, other = (

@@ -54,7 +54,7 @@ def test_one_more_point_on_one_side_fails_both_or_names_who_left(tmp_path: Path)
     assert baseline.error_kind == "PairingError"
     assert baseline.seconds < SOON
     assert "'a' (step=0, occurrence=1)" in baseline.error
-    assert "target rank 0 has left (it ended in good order)" in baseline.error
+    assert "target rank 0 has left (it ended normally)" in baseline.error
 
 
 def dump_step(rank: Rank) -> None:
@@ -317,7 +317,7 @@ def test_a_job_that_leaves_without_a_point_is_reported_to_the_other_at_once(tmp_
         results = dict(zip(("baseline", "target"), jobs.wait(), strict=True))
     assert results[leaver].error_kind is None
     assert results[other].error_kind == "PairingError"
-    assert f"{leaver} rank 0 has left (it ended in good order)" in results[other].error
+    assert f"{leaver} rank 0 has left (it ended normally)" in results[other].error
     assert results[other].seconds < SOON
 
 
@@ -401,7 +401,7 @@ def test_a_rank_whose_own_leader_has_left_is_told_within_seconds(tmp_path: Path)
         results = jobs.wait()
     assert [r.error_kind for r in results] == [None, None, "PairingError"]
     assert results[2].seconds < SOON
-    assert "target rank 0 has left (it ended in good order)" in results[2].error
+    assert "target rank 0 has left (it ended normally)" in results[2].error
 
 
 def close_on_a_full_disk(rank: Rank) -> None:
@@ -422,4 +422,4 @@ def test_a_rank_that_cannot_write_its_summary_still_leaves_in_good_order(tmp_pat
         baseline, target = jobs.wait()
     assert baseline.error_kind is None
     assert target.error_kind == "PairingError"
-    assert "baseline rank 0 has left (it ended in good order)" in target.error
+    assert "baseline rank 0 has left (it ended normally)" in target.error

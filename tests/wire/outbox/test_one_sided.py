@@ -172,7 +172,7 @@ def test_a_sender_runs_ahead_and_waits_at_its_end_for_receivers_that_come_later(
 
 
 def tell_once_it_waits(rank: Rank, session: Any) -> None:
-    while session.housekeeping.current_wait is None:
+    while session.monitor.current_wait is None:
         time.sleep(0.01)
     rank.tell("the target waits")
 

@@ -14,7 +14,7 @@ from outbox_parts import join, outcomes, point_keys, until_nothing_is_pending
 import grafter
 from grafter.analysis.run.run_summary import describe_counts, read_run_summary
 from grafter.core.points import PointKey
-from grafter.wire.rendezvous import courier
+from grafter.wire.rendezvous import message_router
 
 B2T = "name != 'start'"
 
@@ -94,7 +94,7 @@ def wait_for_a_leader_at_the_meeting_place(number: int) -> None:
     session = grafter._calls._active().session
     digest = PointKey("h", (("number", number),), 0, "forward", 0).digest
     deadline = time.monotonic() + 250
-    while not (session.pairing.is_asked_by_mail(digest) or session.pairing.is_asked_in_store(digest)):
+    while not (session.pairing.is_asked_by_channel(digest) or session.pairing.is_asked_in_store(digest)):
         assert time.monotonic() < deadline
         time.sleep(0.005)
 
@@ -113,7 +113,7 @@ def test_a_trainer_that_waits_takes_from_a_server_that_does_not(tmp_path: Path, 
 
 def without_mail(rank: Rank) -> list[float]:
     """As if the two jobs were on hosts of their own."""
-    courier._one_host = lambda members: False
+    message_router._one_host = lambda members: False
     return train_and_serve(rank)
 
 
@@ -226,7 +226,7 @@ def test_an_entry_that_nobody_takes_expires_without_any_traffic(tmp_path: Path, 
         assert succeed(jobs.wait()) == [0, 0]
         (sent,), (came,) = jobs.ledgers().values()
         assert (sent.outcome, came.outcome) == ("expired", "missed")
-        assert "nobody took it for 0.2 s" in sent.reason and "nobody took it" in came.reason
+        assert "no receiver took it for 0.2 s" in sent.reason and "no receiver took it" in came.reason
 
 
 def post_at_the_end(rank: Rank) -> None:

@@ -42,13 +42,13 @@ from grafter.errors import ProtocolError
 from grafter.wire.exchange.staging import Staging, new_block
 from grafter.wire.monitor.deadlock import find_stuck
 from grafter.wire.monitor.status_board import BoardLine
-from grafter.wire.outbox.claims import Claims
 from grafter.wire.outbox.delivery import Delivery, Fetcher
-from grafter.wire.outbox.entries import Entry, Outbox
-from grafter.wire.outbox.memory import Memory, Slot, offsets_of, snapshot, tensor_at
+from grafter.wire.outbox.entries import Claims, OutboxEntry, Tombstones
+from grafter.wire.outbox.outbox import Outbox
 from grafter.wire.outbox.pull import Puller
-from grafter.wire.outbox.tombstones import Tombstones
-from grafter.wire.store_client import StoreClient, serve
+from grafter.wire.outbox.snapshots import Memory, Slot, offsets_of, snapshot, tensor_at
+from grafter.wire.store_client import StoreClient
+from grafter.wire.store_server import serve
 
 # Memory.
 
@@ -170,7 +170,7 @@ def test_a_place_that_holds_less_than_the_tensors_is_refused() -> None:
 # What is delivered, and to whom.
 
 
-def delivered(entries: dict[str, Entry], **asked: Any) -> bytes:
+def delivered(entries: dict[str, OutboxEntry], **asked: Any) -> bytes:
     """What a receiver gets of the entry `a`, who asks for all of it unless told otherwise."""
     server = Delivery("127.0.0.1", sealed(asked.pop("server_secret", None)), entries.get)
     try:
@@ -187,12 +187,12 @@ def sealed(secret: str | None) -> Seal:
     return seal
 
 
-def one_entry(**fields: Any) -> dict[str, Entry]:
+def one_entry(**fields: Any) -> dict[str, OutboxEntry]:
     slot = Memory(1 << 20).take(5)
     assert slot is not None
     first = slot.place.offset
     slot.block.mapped[first : first + 5] = b"bytes"
-    return {"a": Entry(StoreKeys("hall", "a"), open_state("baseline", 0), "b2t", (0,), slot, 5, **fields)}
+    return {"a": OutboxEntry(StoreKeys("hall", "a"), open_state("baseline", 0), "b2t", (0,), slot, 5, **fields)}
 
 
 def test_a_receiver_elsewhere_gets_the_bytes_that_it_asks_for() -> None:
@@ -265,9 +265,9 @@ def test_a_leader_tells_its_followers_why_there_is_no_pair() -> None:
 def test_words_for_a_side_that_never_comes_do_not_fill_the_store() -> None:
     """Of the last 16,384 they are kept; each more removes the oldest."""
     deleted: list[str] = []
-    words = Tombstones(deleted.extend)
+    tombstones = Tombstones(deleted.extend)
     for number in range(16_384 + 500):
-        words.left_at(f"place {number}")
+        tombstones.add(f"place {number}")
     assert deleted == [f"place {number}" for number in range(500)]
 
 
@@ -323,30 +323,30 @@ def make_outbox(
         waited_for=lambda *, posts_more: contextlib.nullcontext(patience),
     )  # fmt: skip
     receivers.passed_step = lambda _: receivers.passed
-    watchers: Any = SimpleNamespace(aborted=None, delete_later=deleted.extend)
+    monitor: Any = SimpleNamespace(aborted=None, delete_later=deleted.extend)
     lines: list[Any] = []
     outbox = Outbox(
         Memory(limit),
         keep_seconds,
         0,
-        watchers,
+        monitor,
         Tombstones(deleted.extend),
         lambda: gone or {},
         lines.append,
         receivers,
     )
     return SimpleNamespace(
-        outbox=outbox, store=OneStore(), deleted=deleted, lines=lines, watchers=watchers, receivers=receivers
+        outbox=outbox, store=OneStore(), deleted=deleted, lines=lines, monitor=monitor, receivers=receivers
     )
 
 
 def add_entry(
     parts: Any, name: str, nbytes: int = 1000, participants: tuple[int, ...] = (0,), step: int | None = None
-) -> Entry:
+) -> OutboxEntry:
     slot, why_not = parts.outbox.make_room(nbytes, parts.store)
     assert why_not is None
     posted = open_state("baseline", 0)
-    entry = Entry(StoreKeys("hall", name), posted, "b2t", participants, slot, nbytes, step, is_told=True)
+    entry = OutboxEntry(StoreKeys("hall", name), posted, "b2t", participants, slot, nbytes, step, is_announced=True)
     parts.store.values[entry.keys.state] = posted
     parts.outbox.add(entry)
     return entry
@@ -454,7 +454,7 @@ def test_without_room_a_one_sided_point_waits_for_the_receivers_and_then_takes_t
         parts = make_outbox(limit=1 << 19, patience=patience)
         entry = add_entry(parts, "a", 1 << 19, step=0)
 
-        def then(parts: Any = parts, entry: Entry = entry, happens: str = happens) -> None:
+        def then(parts: Any = parts, entry: OutboxEntry = entry, happens: str = happens) -> None:
             if happens == "taken":
                 parts.store.values[entry.keys.state] = Sealed("taken", "target/0", "")
             parts.receivers.passed = int(happens == "passed")

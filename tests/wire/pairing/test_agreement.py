@@ -21,10 +21,10 @@ SOON = 250.0
 
 def by_store(rank: Rank) -> None:
     """As between hosts: no mail. Called first in each rank."""
-    from grafter.wire.rendezvous import courier
+    from grafter.wire.rendezvous import message_router
 
     if rank.arguments[0] == "store":
-        courier._one_host = lambda members: False
+        message_router._one_host = lambda members: False
 
 
 CARRIERS = pytest.mark.parametrize("carrier", ["mail", "store"])

@@ -34,7 +34,7 @@ def at(phase: str, act: Callable[[], None]) -> Iterator[Callable[[Any], torch.Te
     from grafter.runtime.point_receiver import ReceivedPoint
     from grafter.wire.exchange.incoming import IncomingLeaf
     from grafter.wire.pairing.host_votes import HostVotes
-    from grafter.wire.pairing.store_votes import StoreVotes
+    from grafter.wire.pairing.vote_log import StoreVotes
 
     leaves = 0
 
@@ -102,7 +102,7 @@ def wait_until_told(rank: Rank) -> None:
     """Until this receiver has told the senders of all that has failed."""
     failed = grafter._process.grafter.lifecycle.session.ledger._failed  # type: ignore[union-attr]
     deadline = time.monotonic() + 15
-    while not failed.has_told_all and time.monotonic() < deadline:
+    while not failed.has_reported_all and time.monotonic() < deadline:
         time.sleep(0.05)
     rank.tell("told")
 
@@ -115,7 +115,7 @@ def hear_all(rank: Rank) -> None:
     while session.client.peek(failed._place(told)) is not None:
         told += 1
     deadline = time.monotonic() + 15
-    while failed._heard < told and time.monotonic() < deadline:
+    while failed._next_to_read < told and time.monotonic() < deadline:
         time.sleep(0.05)
 
 

@@ -12,7 +12,7 @@ from types import CodeType, FrameType
 from typing import Any
 
 import pytest
-from vote_log_parts import DIGEST, Courier, Post, Roster, make_wait
+from vote_log_parts import DIGEST, MessageRouter, Post, Roster, make_wait
 
 from grafter.core import commit_protocol
 from grafter.core.commit_protocol import GIVEN_UP, NO, YES, Ballot, Outcome, outcome_of
@@ -21,12 +21,12 @@ from grafter.core.messages.wire import Seal, Sealed
 from grafter.errors import PeerLostError, RunError
 from grafter.wire import bounded_calls, store_client
 from grafter.wire.monitor.waits import Wait
-from grafter.wire.pairing import critical_section, host_votes, shared_ballots, store_votes
+from grafter.wire.pairing import critical_section, host_votes, shared_ballots, vote_log
 from grafter.wire.pairing.critical_section import CriticalSection, Settled, Work
 from grafter.wire.pairing.host_votes import HostLogs, HostVotes
-from grafter.wire.pairing.store_votes import StoreVotes
-from grafter.wire.pairing.vote_log import OwnVotes, VoteLog
-from grafter.wire.store_client import HostedStore, StoreClient, connect
+from grafter.wire.pairing.vote_log import OwnVotes, StoreVotes, VoteLog
+from grafter.wire.store_client import StoreClient
+from grafter.wire.store_server import HostedStore, connect
 
 RECEIVERS = (0, 1)
 
@@ -110,32 +110,32 @@ def in_shared_memory(*, is_first: bool) -> HostVotes:
     post = Post()
     receivers = RECEIVERS if is_first else (1, 0)
     keys, digest, run_prefix = StoreKeys("hall", DIGEST), DIGEST, f"hall {next(_NUMBERS)}"
-    courier: Any = VotesMeanwhile(post, 0)
-    logs: list[Any] = [HostLogs(courier, Roster(), "target", 0, run_prefix), None]  # type: ignore[arg-type]
-    other: Any = Courier(post, 1)
+    router: Any = VotesMeanwhile(post, 0)
+    logs: list[Any] = [HostLogs(router, Roster(), "target", 0, run_prefix), None]  # type: ignore[arg-type]
+    other: Any = MessageRouter(post, 1)
     logs[1] = HostLogs(other, Roster(), "target", 1, run_prefix)  # type: ignore[arg-type]
-    mine = HostVotes(logs[0], courier, keys, digest, receivers, 0, make_wait)
+    mine = HostVotes(logs[0], router, keys, digest, receivers, 0, make_wait)
     theirs = HostVotes(logs[1], other, keys, digest, receivers, 1, make_wait)
     if not is_first:
         theirs.offer()
         assert theirs.open() is None
         theirs.append(YES, "")
-    courier.other = theirs
+    router.other = theirs
     return mine
 
 
-class VotesMeanwhile(Courier):
-    """Whoever waits for a letter gives the other receiver time to vote."""
+class VotesMeanwhile(MessageRouter):
+    """Whoever waits for a message gives the other receiver time to vote."""
 
     other: HostVotes
 
-    def fetch(self, make_wait: Callable[[], Wait], keys: Sequence[str], *, by_mail: bool) -> list[Sealed]:
+    def receive(self, make_wait: Callable[[], Wait], keys: Sequence[str], *, by_channel: bool) -> list[Sealed]:
         self._vote(keys)
-        return super().fetch(make_wait, keys, by_mail=by_mail)
+        return super().receive(make_wait, keys, by_channel=by_channel)
 
-    def fetch_first(self, make_wait: Callable[[], Wait], keys: Sequence[str]) -> tuple[str, Sealed]:
+    def receive_first(self, make_wait: Callable[[], Wait], keys: Sequence[str]) -> tuple[str, Sealed]:
         self._vote(keys)
-        return super().fetch_first(make_wait, keys)
+        return super().receive_first(make_wait, keys)
 
     def _vote(self, keys: Sequence[str]) -> None:
         if keys[0] not in self._post.boxes[self._rank]:
@@ -155,8 +155,8 @@ def through_the_store(clients: tuple[StoreClient, StoreClient], *, votes_before:
     theirs = StoreVotes(clients[1], None, keys, writers, make_wait)  # type: ignore[arg-type]
     if votes_before:
         theirs.append(YES, "")
-    courier: Any = VotesInStore(clients[0], theirs)
-    return StoreVotes(clients[0], courier, keys, writers, make_wait)
+    router: Any = VotesInStore(clients[0], theirs)
+    return StoreVotes(clients[0], router, keys, writers, make_wait)
 
 
 class VotesInStore:
@@ -204,7 +204,7 @@ IN_MEMORY = [name for name in make_votes() if "shared" not in name]
 # The code in which exceptions arrive.
 _FILES = {
     critical_section.__file__, commit_protocol.__file__, host_votes.__file__, shared_ballots.__file__, __file__,
-    store_votes.__file__, store_client.__file__, bounded_calls.__file__,
+    vote_log.__file__, store_client.__file__, bounded_calls.__file__,
 }  # fmt: skip
 
 
@@ -296,13 +296,13 @@ def judge_here(make: Callable[[], VoteLog], injector: Injector, refusal: str | N
         assert {id(error) for error in injector.raised} <= chain
         assert isinstance(settled.error, (Arrived, ArrivedAsError))
     if isinstance(log, HostVotes):
-        other = log._courier.other  # type: ignore[attr-defined]
+        other = log._router.other  # type: ignore[attr-defined]
         assert other.open() is None
         # A record that was being read when the exception arrived may have been taken twice.
         assert list(dict.fromkeys(other.read())) == list(dict.fromkeys(log.read())), "two logs"
         close_logs()
     if isinstance(log, StoreVotes):
-        assert log._courier.other.read() == log.read(), "two logs"  # type: ignore[attr-defined]
+        assert log._router.other.read() == log.read(), "two logs"  # type: ignore[attr-defined]
     return bool(injector.raised)
 
 
@@ -439,11 +439,11 @@ def test_where_the_log_is_lost_this_rank_has_written_nothing_and_says_that_other
     assert "cannot know whether the other receivers have" in settled.refusal
 
 
-def test_letters_that_cannot_be_sent_keep_nobody_from_writing() -> None:
+def test_messages_that_cannot_be_sent_keep_nobody_from_writing() -> None:
     class Mute(Votes):
         def wake(self, outcome: Outcome, reason: str) -> None:
             self.woken += 1
-            raise OSError("no letter")
+            raise OSError("no message")
 
     work, log = TwoLeaves(), Mute([Ballot(1, YES)])
     settled = CriticalSection(log, 0, RECEIVERS, work, "target rank 0").run()

@@ -18,20 +18,21 @@ from grafter.core.commit_protocol import YES, Outcome, outcome_of
 from grafter.core.messages.manifest import StoreKeys
 from grafter.core.messages.wire import Seal
 from grafter.errors import PeerLostError, RunError
-from grafter.wire.monitor.store_patience import StorePatience
-from grafter.wire.monitor.waits import Wait, Watched
+from grafter.wire.monitor.store_silence import StoreWait
+from grafter.wire.monitor.waits import Wait, WatchedWait
 from grafter.wire.pairing.critical_section import CriticalSection, Settled, Work
-from grafter.wire.pairing.store_votes import StoreVotes
-from grafter.wire.rendezvous.courier import Courier
-from grafter.wire.store_client import HostedStore, StoreClient, connect
+from grafter.wire.pairing.vote_log import StoreVotes
+from grafter.wire.rendezvous.message_router import MessageRouter
+from grafter.wire.store_client import StoreClient
+from grafter.wire.store_server import HostedStore, connect
 from tests.wire.pairing.test_critical_section import TwoLeaves, Votes
 
 RECEIVERS = (0, 1)
 KEYS = StoreKeys("hall", DIGEST)
 
 
-class Keeper:
-    """Looks after the waits of one receiver, as the housekeeping does, and notes what it is told."""
+class WaitKeeper:
+    """Looks after the waits of one receiver, as the monitor thread does, and notes what it is told."""
 
     underway = None
     store_is_silent = False
@@ -55,8 +56,8 @@ class Keeper:
     def end(self, wait: Wait) -> None:
         self.current_wait = None
 
-    def waiting(self, wait: Wait) -> Watched:
-        return Watched(self, wait)
+    def waiting(self, wait: Wait) -> WatchedWait:
+        return WatchedWait(self, wait)
 
     def interrupted(self, wait: Wait, error: BaseException) -> None:
         self.interrupts.append(error)
@@ -100,13 +101,13 @@ class Receiver:
     def __init__(self, store: HostedStore, role_rank: int) -> None:
         raw = connect(store.address, store.port, timeout=30, keep_trying=lambda: True)
         self.client = StoreClient(raw, Seal(f"target/{role_rank}", None), "graft")
-        self.keeper: Any = Keeper()
-        self.client.patience = StorePatience(self.keeper, 60.0)
+        self.keeper: Any = WaitKeeper()
+        self.client.call_monitor = StoreWait(self.keeper, 60.0)
         member = SimpleNamespace(role="target", socket_name="")
         roster: Any = SimpleNamespace(all=[member] * 2, side=lambda role: [member] * 2)
-        courier = Courier(self.client, self.keeper, roster, role_rank, None, 60.0)
+        router = MessageRouter(self.client, self.keeper, roster, role_rank, None, 60.0)
         writers = {f"target/{rank}": rank for rank in RECEIVERS}
-        self.log = StoreVotes(self.client, courier, KEYS, writers, lambda: Wait("agreement", "'h'", 60.0))
+        self.log = StoreVotes(self.client, router, KEYS, writers, lambda: Wait("agreement", "'h'", 60.0))
         self.work = Value()
         self.section = CriticalSection(self.log, role_rank, RECEIVERS, self.work, f"target rank {role_rank}")
 

@@ -20,7 +20,7 @@ from grafter.core.points import PointKey
 from grafter.core.process_identity import ProcessIdentity
 from grafter.core.roles import RoleName
 from grafter.wire.pairing.pairing import Pairing
-from grafter.wire.rendezvous import courier
+from grafter.wire.rendezvous import message_router
 from grafter.wire.rendezvous.channels import Channels
 from grafter.wire.store_client import StoreClient
 
@@ -40,7 +40,7 @@ class NotYet(Exception):
 
 @dataclass
 class Traffic:
-    """Of one rank at one point. A message is a letter, or a value that is written to the store or read from there."""
+    """The messages of one rank at one point: over channels, and values that are written to the store or read there."""
 
     messages_out: int = 0
     bytes_out: int = 0
@@ -119,7 +119,7 @@ class CountedStore:
 
 @dataclass
 class CountedChannels:
-    """What one rank has of the mail: letters to the others' shelves, sealed as they would travel."""
+    """The channels of one rank: messages to the others' shelves, sealed as they would travel."""
 
     own: Shelf
     others: Sequence[Shelf]
@@ -128,16 +128,16 @@ class CountedChannels:
     waits: bool
 
     def try_to_send(self, graft_rank: int, key: str, kind: str, payload: str) -> bool:
-        letter = self.seal.seal(key, kind, payload)
-        self.traffic.sent(letter)
-        self.others[graft_rank].put(key, letter.encode())
+        message = self.seal.seal(key, kind, payload)
+        self.traffic.sent(message)
+        self.others[graft_rank].put(key, message.encode())
         return True
 
     def await_shortly(self, keys: Sequence[str], writers: Sequence[int]) -> list[Sealed]:
-        letters = [self.own.get(key, waits=self.waits) for key in keys]
-        for letter in letters:
-            self.traffic.came(letter)
-        return [self.seal.open_letter(letter)[1] for letter in letters]
+        messages = [self.own.get(key, waits=self.waits) for key in keys]
+        for message in messages:
+            self.traffic.came(message)
+        return [self.seal.unseal(message)[1] for message in messages]
 
     def discard(self, key: str) -> None:
         """The store was quicker than the mail; what comes is never looked at."""
@@ -176,9 +176,11 @@ class Simulation:
         everyone = self._roster.all
         self._headers = [header(member.role, member.role_rank, size) for member in everyone]
         # Each rank works it out for itself, in time linear in the ranks; here once for all of them.
-        known = {id(side): courier._one_host(side) for side in (self._roster.baseline, self._roster.target, everyone)}
+        known = {
+            id(side): message_router._one_host(side) for side in (self._roster.baseline, self._roster.target, everyone)
+        }
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(courier, "_one_host", lambda side: known[id(side)])
+            patch.setattr(message_router, "_one_host", lambda side: known[id(side)])
             self._ranks = [self._make_rank(number) for number in range(2 * size)]
 
     def _watched(self, number: int) -> bool:
@@ -189,11 +191,11 @@ class Simulation:
         seal = Seal(f"{member.role}/{member.role_rank}", None)
         store: Any = CountedStore(self._store, traffic, waits)
         client = StoreClient(store, seal, "graft", is_server=True)
-        housekeeping: Any = Watchman()
+        monitor: Any = Watchman()
         channels: Any = CountedChannels(self._mail[number], self._mail, seal, traffic, waits)
-        own = courier.Courier(client, housekeeping, self._roster, number, channels, PATIENCE_SECONDS)
-        pairing = Pairing(client, own, housekeeping, self._roster, PATIENCE_SECONDS)
-        pairing._known.pairs = self._pairs
+        own = message_router.MessageRouter(client, monitor, self._roster, number, channels, PATIENCE_SECONDS)
+        pairing = Pairing(client, own, monitor, self._roster, PATIENCE_SECONDS)
+        pairing._cache.pairs = self._pairs
         return pairing
 
     def point(self, step: int) -> list[Traffic]:
@@ -313,19 +315,19 @@ def test_what_a_follower_sends_does_not_grow(place: str) -> None:
 POINTS = 4
 
 
-def count_letters(rank: Rank) -> list[tuple[int, int]]:
-    """In a real rank: how many letters it writes at each point, in pairing and to say that the point is decided."""
+def count_messages(rank: Rank) -> list[tuple[int, int]]:
+    """In a real rank: how many messages it writes at each point, in pairing and to say that the point is decided."""
     import torch
 
     import grafter
 
-    letters = [[0, 0]]
+    messages = [[0, 0]]
     try_to_send = Channels.try_to_send
 
     def counted(own: Channels, graft_rank: int, key: str, *rest: Any) -> bool:
         # What moves the tensors is no part of the pairing.
         if not key.startswith(("block/", "word/")):
-            letters[-1][key.endswith("/o")] += 1
+            messages[-1][key.endswith("/o")] += 1
         return try_to_send(own, graft_rank, key, *rest)
 
     Channels.try_to_send = counted  # type: ignore[method-assign]
@@ -333,12 +335,12 @@ def count_letters(rank: Rank) -> list[tuple[int, int]]:
     for _ in range(POINTS):
         grafter.dump("h", value)
         grafter.step()
-        letters.append([0, 0])
+        messages.append([0, 0])
     assert value.tolist() == [1.0] * 4
-    return [(pairing, outcomes) for pairing, outcomes in letters[:POINTS]]
+    return [(pairing, outcomes) for pairing, outcomes in messages[:POINTS]]
 
 
-def test_real_ranks_write_as_many_letters_as_simulated_ones(tmp_path: Path) -> None:
+def test_real_ranks_write_as_many_messages_as_simulated_ones(tmp_path: Path) -> None:
     """4 + 4 processes of one host write, at each point after the first, what the simulation counts for them.
 
     And of the receivers, the one that decides the point writes to each other.
@@ -347,8 +349,8 @@ def test_real_ranks_write_as_many_letters_as_simulated_ones(tmp_path: Path) -> N
     simulation.point(0)
     simulated = [traffic.messages_out for traffic in simulation.point(1)]
     with Jobs(tmp_path, b2t_filter="name == 'h'") as jobs:
-        jobs.start("baseline", 4, count_letters)
-        jobs.start("target", 4, count_letters)
+        jobs.start("baseline", 4, count_messages)
+        jobs.start("target", 4, count_messages)
         real = succeed(jobs.wait())
     for point in range(1, POINTS):
         assert [counts[point][0] for counts in real] == simulated

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from vote_log_parts import DIGEST, RECEIVERS, Courier, Post, Roster, make_wait
+from vote_log_parts import DIGEST, RECEIVERS, MessageRouter, Post, Roster, make_wait
 
 from grafter.core.commit_protocol import GIVEN_UP, NO, YES, Ballot, Outcome, outcome_of
 from grafter.core.messages.manifest import StoreKeys
@@ -20,9 +20,9 @@ from grafter.core.messages.wire import Seal, Sealed
 from grafter.wire.pairing import host_votes, shared_ballots
 from grafter.wire.pairing.host_votes import HostLogs, HostVotes
 from grafter.wire.pairing.shared_ballots import SharedBallots
-from grafter.wire.pairing.store_votes import StoreVotes
-from grafter.wire.pairing.vote_log import VoteLog
-from grafter.wire.store_client import HostedStore, StoreClient, connect
+from grafter.wire.pairing.vote_log import StoreVotes, VoteLog
+from grafter.wire.store_client import StoreClient
+from grafter.wire.store_server import HostedStore, connect
 
 
 @pytest.fixture
@@ -45,13 +45,13 @@ def logs(request: pytest.FixtureRequest) -> Iterator[list[VoteLog]]:
         store = request.getfixturevalue("store")
         clients = [client_of(store, rank) for rank in RECEIVERS]
         writers = {f"target/{rank}": rank for rank in RECEIVERS}
-        couriers: list[Any] = [Courier(Post(), rank, clients[rank]) for rank in RECEIVERS]
-        yield [StoreVotes(clients[r], couriers[r], keys, writers, make_wait) for r in RECEIVERS]
+        routers: list[Any] = [MessageRouter(Post(), rank, clients[rank]) for rank in RECEIVERS]
+        yield [StoreVotes(clients[r], routers[r], keys, writers, make_wait) for r in RECEIVERS]
         return
     post, roster = Post(), Roster()
-    couriers = [Courier(post, rank) for rank in RECEIVERS]
-    hosts = [HostLogs(couriers[r], roster, "target", r, "hall") for r in RECEIVERS]  # type: ignore[arg-type]
-    yield [HostVotes(hosts[r], couriers[r], keys, DIGEST, RECEIVERS, r, make_wait) for r in RECEIVERS]
+    routers = [MessageRouter(post, rank) for rank in RECEIVERS]
+    hosts = [HostLogs(routers[r], roster, "target", r, "hall") for r in RECEIVERS]  # type: ignore[arg-type]
+    yield [HostVotes(hosts[r], routers[r], keys, DIGEST, RECEIVERS, r, make_wait) for r in RECEIVERS]
     for host in hosts:
         host.close()
 
@@ -159,9 +159,9 @@ def test_a_process_that_cannot_be_looked_into_is_an_error_that_names_it() -> Non
                 pid = ended.pid
 
     post = Post()
-    courier: Any = Courier(post, 1)
-    logs = HostLogs(courier, Gone(), "target", 1, "hall")  # type: ignore[arg-type]
-    votes = HostVotes(logs, courier, StoreKeys("hall", DIGEST), DIGEST, (0, 1), 1, make_wait)
+    router: Any = MessageRouter(post, 1)
+    logs = HostLogs(router, Gone(), "target", 1, "hall")  # type: ignore[arg-type]
+    votes = HostVotes(logs, router, StoreKeys("hall", DIGEST), DIGEST, (0, 1), 1, make_wait)
     post.boxes[1][logs._place((0, 1))] = Sealed("here", "0", "")
     problem = votes.open()
     assert problem is not None
@@ -171,9 +171,10 @@ def test_a_process_that_cannot_be_looked_into_is_an_error_that_names_it() -> Non
 
 
 def test_who_may_not_open_the_log_refuses_each_point_until_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Too many open files, say, or a process that is undumpable. It waits for no second letter, which does not come."""
+    """Too many open files, say, or a process that is undumpable. It does not wait for a second message, which never
+    comes."""
     post, run = Post(), f"denied{os.getpid()}"
-    hosts = [HostLogs(Courier(post, rank), Roster(), "target", rank, run) for rank in (0, 1)]  # type: ignore[arg-type]
+    hosts = [HostLogs(MessageRouter(post, rank), Roster(), "target", rank, run) for rank in (0, 1)]  # type: ignore[arg-type]
 
     def deny(*_: Any) -> None:
         raise PermissionError(13, "Permission denied")
@@ -194,7 +195,7 @@ def test_who_may_not_open_the_log_refuses_each_point_until_it_may(monkeypatch: p
 
 def test_a_log_that_could_not_be_made_is_made_for_the_next_point(monkeypatch: pytest.MonkeyPatch) -> None:
     post, run = Post(), f"late{os.getpid()}"
-    hosts = [HostLogs(Courier(post, rank), Roster(), "target", rank, run) for rank in (0, 1)]  # type: ignore[arg-type]
+    hosts = [HostLogs(MessageRouter(post, rank), Roster(), "target", rank, run) for rank in (0, 1)]  # type: ignore[arg-type]
 
     def no_memory(*_: Any) -> None:
         raise OSError(24, "Too many open files")
@@ -213,10 +214,10 @@ def test_a_log_that_could_not_be_made_is_made_for_the_next_point(monkeypatch: py
 
 
 def three_in_memory(post: Post, run: str) -> tuple[list[HostLogs], list[HostVotes]]:
-    couriers: list[Any] = [Courier(post, rank) for rank in RECEIVERS]
-    hosts = [HostLogs(couriers[rank], Roster(), "target", rank, run) for rank in RECEIVERS]  # type: ignore[arg-type]
+    routers: list[Any] = [MessageRouter(post, rank) for rank in RECEIVERS]
+    hosts = [HostLogs(routers[rank], Roster(), "target", rank, run) for rank in RECEIVERS]  # type: ignore[arg-type]
     keys = StoreKeys(run, DIGEST)
-    return hosts, [HostVotes(hosts[r], couriers[r], keys, DIGEST, RECEIVERS, r, make_wait) for r in RECEIVERS]
+    return hosts, [HostVotes(hosts[r], routers[r], keys, DIGEST, RECEIVERS, r, make_wait) for r in RECEIVERS]
 
 
 @pytest.mark.parametrize("excuse_first", [False, True])
@@ -310,7 +311,7 @@ def test_what_a_stranger_appends_changes_nothing(store: HostedStore) -> None:
     """Unsigned, signed with another secret, or no message at all; neither before nor behind what counts."""
     keys, writers = StoreKeys("hall", DIGEST), {"target/0": 0, "target/1": 1}
     clients = [client_of(store, rank, "secret") for rank in (0, 1)]
-    logs = [StoreVotes(client, Courier(Post(), 0, client), keys, writers, make_wait) for client in clients]  # type: ignore[arg-type]
+    logs = [StoreVotes(client, MessageRouter(Post(), 0, client), keys, writers, make_wait) for client in clients]  # type: ignore[arg-type]
     stranger = client_of(store, 1, "another secret")
     stranger.raw.append(keys.log, "rubbish")  # type: ignore[attr-defined]
     logs[0].append(YES, "")

@@ -1,4 +1,4 @@
-"""Channels between the ranks of one host: letters, descriptors, full channels, closed ones, and handlers of signals."""
+"""Channels between the ranks of one host: messages, descriptors, full and closed channels, and handlers of signals."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from channel_parts import Ended, EndedError, NoEnd, connected_channels, in_a_chi
 from grafter.core.messages.wire import Seal, Sealed
 from grafter.core.processes import PeerGone
 from grafter.errors import ProtocolError, RunError
-from grafter.wire.rendezvous import unread_letters as module
-from grafter.wire.rendezvous.channels import LONGEST_MAIL_BYTES, Channels
-from grafter.wire.rendezvous.courier import Courier
-from grafter.wire.rendezvous.unread_letters import RECALL, UnreadLetters
+from grafter.wire.rendezvous import unread_messages as module
+from grafter.wire.rendezvous.channels import LONGEST_MESSAGE_BYTES, Channels
+from grafter.wire.rendezvous.message_router import MessageRouter
+from grafter.wire.rendezvous.unread_messages import RECALL, UnreadMessages
 
 SMALL = 4608  # the least that Linux gives
-LETTER = "x" * 1000
+MESSAGE = "x" * 1000
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def pair() -> Iterator[tuple[Channels, Channels]]:
 
 @pytest.fixture
 def narrow() -> Iterator[tuple[Channels, Channels]]:
-    """The same, where a few letters fill a channel."""
+    """The same, where a few messages fill a channel."""
     first, second = connected_channels(1, 1, send_buffer_bytes=SMALL)
     yield first, second
     first.close()
@@ -45,17 +45,17 @@ def narrow() -> Iterator[tuple[Channels, Channels]]:
 
 
 def fill(sender: Channels, receiver: int) -> int:
-    """Send until there is no room; how many letters that took."""
+    """Send until there is no room; how many messages that took."""
     count = 0
-    while sender.try_to_send(receiver, f"filling/{count}", "x", LETTER):
+    while sender.try_to_send(receiver, f"filling/{count}", "x", MESSAGE):
         count += 1
     return count
 
 
-# Letters.
+# Messages.
 
 
-def test_a_letter_to_the_wrong_rank_can_be_taken_back(pair: tuple[Channels, Channels]) -> None:
+def test_a_message_to_the_wrong_rank_can_be_taken_back(pair: tuple[Channels, Channels]) -> None:
     """A leader that guessed wrong leaves nothing at the other rank."""
     first, second = pair
     first.send(1, "point/2", "manifest", "{}", NoEnd())
@@ -66,7 +66,7 @@ def test_a_letter_to_the_wrong_rank_can_be_taken_back(pair: tuple[Channels, Chan
     assert second.look("point/2") is None
 
 
-def test_a_letter_that_has_come_is_seen_without_waiting(pair: tuple[Channels, Channels]) -> None:
+def test_a_message_that_has_come_is_seen_without_waiting(pair: tuple[Channels, Channels]) -> None:
     first, second = pair
     assert second.look("point/o") is None
     first.send(1, "point/o", "commit", "", NoEnd())
@@ -76,7 +76,7 @@ def test_a_letter_that_has_come_is_seen_without_waiting(pair: tuple[Channels, Ch
     assert not second.has("point/o")
 
 
-def test_a_short_wait_ends_without_the_letter_and_keeps_others(pair: tuple[Channels, Channels]) -> None:
+def test_a_short_wait_ends_without_the_message_and_keeps_others(pair: tuple[Channels, Channels]) -> None:
     first, second = pair
     first.send(1, "other", "manifest", "kept", NoEnd())
     assert second.await_shortly(["point"]) is None
@@ -84,12 +84,12 @@ def test_a_short_wait_ends_without_the_letter_and_keeps_others(pair: tuple[Chann
     assert kept is not None and kept[0].payload == "kept"
 
 
-def test_letters_of_several_ranks_are_waited_for_together() -> None:
+def test_messages_of_several_ranks_are_waited_for_together() -> None:
     everyone = connected_channels(2, 2)
     for number in (0, 1, 3):
         everyone[number].send(2, f"vote/{number}", "vote", str(number), NoEnd())
-    letters = everyone[2].wait([f"vote/{number}" for number in (3, 0, 1)], NoEnd())
-    assert [letter.payload for letter in letters] == ["3", "0", "1"]
+    messages = everyone[2].wait([f"vote/{number}" for number in (3, 0, 1)], NoEnd())
+    assert [message.payload for message in messages] == ["3", "0", "1"]
     for one in everyone:
         one.close()
 
@@ -115,17 +115,17 @@ def test_a_rank_that_goes_on_writing_keeps_nobody_waiting(pair: tuple[Channels, 
         writer.join()
 
 
-def test_a_letter_taken_back_while_it_is_waited_for_does_not_count(pair: tuple[Channels, Channels]) -> None:
+def test_a_message_taken_back_while_it_is_waited_for_does_not_count(pair: tuple[Channels, Channels]) -> None:
     first, second = pair
     for key, kind, payload in (("a", "x", "1"), ("a", RECALL, ""), ("b", "x", "2")):
         first.send(1, key, kind, payload, NoEnd())
     assert second.await_shortly(["a", "b"]) is None
     first.send(1, "a", "x", "3", NoEnd())
-    letters = second.wait(["a", "b"], NoEnd())
-    assert [letter.payload for letter in letters] == ["3", "2"]
+    messages = second.wait(["a", "b"], NoEnd())
+    assert [message.payload for message in messages] == ["3", "2"]
 
 
-def test_a_letter_that_is_discarded_before_it_comes_is_dropped_once(pair: tuple[Channels, Channels]) -> None:
+def test_a_message_that_is_discarded_before_it_comes_is_dropped_once(pair: tuple[Channels, Channels]) -> None:
     first, second = pair
     second.discard("point")
     first.send(1, "point", "x", "dropped", NoEnd())
@@ -135,10 +135,10 @@ def test_a_letter_that_is_discarded_before_it_comes_is_dropped_once(pair: tuple[
     assert found is not None and found.payload == "kept"
 
 
-def test_the_longest_letter_fits(pair: tuple[Channels, Channels]) -> None:
+def test_the_longest_message_fits(pair: tuple[Channels, Channels]) -> None:
     first, second = pair
-    first.send(1, "long", "x", "y" * LONGEST_MAIL_BYTES, NoEnd())
-    assert len(second.wait(["long"], NoEnd())[0].payload) == LONGEST_MAIL_BYTES
+    first.send(1, "long", "x", "y" * LONGEST_MESSAGE_BYTES, NoEnd())
+    assert len(second.wait(["long"], NoEnd())[0].payload) == LONGEST_MESSAGE_BYTES
 
 
 def test_a_rank_that_signs_as_another_ends_the_run(pair: tuple[Channels, Channels]) -> None:
@@ -149,7 +149,7 @@ def test_a_rank_that_signs_as_another_ends_the_run(pair: tuple[Channels, Channel
         second.wait(["point"], NoEnd())
 
 
-def test_a_message_that_is_no_letter_ends_the_run(pair: tuple[Channels, Channels]) -> None:
+def test_an_invalid_message_ends_the_run(pair: tuple[Channels, Channels]) -> None:
     first, second = pair
     first._channels[1].connection.send(b"garbage")
     with pytest.raises(ProtocolError, match="not written by grafter"):
@@ -158,20 +158,20 @@ def test_a_message_that_is_no_letter_ends_the_run(pair: tuple[Channels, Channels
 
 def test_a_message_that_is_too_long_ends_the_run(pair: tuple[Channels, Channels]) -> None:
     first, second = pair
-    first._channels[1].connection.send(b"x" * (LONGEST_MAIL_BYTES * 2))
+    first._channels[1].connection.send(b"x" * (LONGEST_MESSAGE_BYTES * 2))
     with pytest.raises(ProtocolError, match="too long"):
         second.look("point")
 
 
 @pytest.mark.parametrize(
-    ("limit", "value", "payload"), [("_MOST_LETTERS", 50, ""), ("_MOST_BYTES", 99_000, "x" * 9000)]
+    ("limit", "value", "payload"), [("_MOST_MESSAGES", 50, ""), ("_MOST_BYTES", 99_000, "x" * 9000)]
 )
 def test_what_waits_unread_is_bounded(
     pair: tuple[Channels, Channels], monkeypatch: pytest.MonkeyPatch, limit: str, value: int, payload: str
 ) -> None:
     first, second = pair
     monkeypatch.setattr(module, limit, value)
-    with pytest.raises(ProtocolError, match=r"wait at target rank 0 for points that it does not come to"):
+    with pytest.raises(ProtocolError, match=r"wait at target rank 0 for points that it does not reach"):
         for number in range(60):
             first.send(1, f"point/{number}", "x", payload, NoEnd())
             assert second.look("other") is None
@@ -182,14 +182,14 @@ def test_what_waits_unread_is_bounded(
 
 
 def test_a_full_channel_is_waited_for_until_it_is_read(pair: tuple[Channels, Channels]) -> None:
-    """More letters than the kernel keeps: none is lost, and they come in order."""
+    """More messages than the kernel keeps: none is lost, and they come in order."""
     first, second = pair
     keys = [f"point/{number}" for number in range(2000)]
-    writer = threading.Thread(target=lambda: [first.send(1, key, "vote", key + LETTER, NoEnd()) for key in keys])
+    writer = threading.Thread(target=lambda: [first.send(1, key, "vote", key + MESSAGE, NoEnd()) for key in keys])
     writer.start()
-    letters = second.wait(keys, NoEnd())
+    messages = second.wait(keys, NoEnd())
     writer.join()
-    assert [letter.payload for letter in letters] == [key + LETTER for key in keys]
+    assert [message.payload for message in messages] == [key + MESSAGE for key in keys]
 
 
 def test_two_ranks_that_send_at_once_into_full_channels_do_not_block_each_other(
@@ -204,7 +204,7 @@ def test_two_ranks_that_send_at_once_into_full_channels_do_not_block_each_other(
 
     def send_and_then_read(own: Channels, other: int) -> None:
         for key in keys:
-            own.send(other, key, "x", LETTER, NoEnd())
+            own.send(other, key, "x", MESSAGE, NoEnd())
         came.append(len(own.wait(keys, NoEnd())))
 
     both = [threading.Thread(target=send_and_then_read, args=given, daemon=True) for given in ((first, 1), (second, 0))]
@@ -219,7 +219,7 @@ def test_a_send_into_a_full_channel_ends_with_what_ends_the_run(narrow: tuple[Ch
     first, _ = narrow
     assert fill(first, 1) > 0
     with pytest.raises(EndedError):
-        first.send(1, "one more", "x", LETTER, Ended())
+        first.send(1, "one more", "x", MESSAGE, Ended())
 
 
 def test_a_rank_that_leaves_while_another_waits_for_room_is_gone(narrow: tuple[Channels, Channels]) -> None:
@@ -231,11 +231,11 @@ def test_a_rank_that_leaves_while_another_waits_for_room_is_gone(narrow: tuple[C
             second.close()
 
     with pytest.raises(PeerGone, match="channel is closed"):
-        first.send(1, "one more", "x", LETTER, Leave())
+        first.send(1, "one more", "x", MESSAGE, Leave())
 
 
-class Keeper:
-    """A housekeeping that notes the waits that it is given, and ends them at once."""
+class WaitKeeper:
+    """A monitor thread that notes the waits that it is given, and ends them at once."""
 
     def __init__(self) -> None:
         self.waits: list[Any] = []
@@ -254,29 +254,29 @@ class Keeper:
             raise self.aborted
 
 
-def courier_of(one: Channels, keeper: Keeper) -> Courier:
+def router_of(one: Channels, keeper: WaitKeeper) -> MessageRouter:
     client: Any = None
-    housekeeping: Any = keeper
-    return Courier(client, housekeeping, one._roster, 0, one, 7.0)
+    monitor: Any = keeper
+    return MessageRouter(client, monitor, one._roster, 0, one, 7.0)
 
 
 def test_a_wait_for_room_explains_itself_and_has_a_deadline(narrow: tuple[Channels, Channels]) -> None:
-    """The housekeeping thread is told whose channel is full, and by when it must have room."""
+    """The monitor thread is told whose channel is full, and by when it must have room."""
     first, _ = narrow
-    keeper = Keeper()
-    courier = courier_of(first, keeper)
+    keeper = WaitKeeper()
+    router = router_of(first, keeper)
     fill(first, 1)
     with pytest.raises(RunError, match="waited in vain for room in the channel to target rank 0"):
-        courier.bring([1], "one more", "x", LETTER, by_mail=True)
+        router.send([1], "one more", "x", MESSAGE, by_channel=True)
     (wait,) = keeper.waits
     assert (wait.stage, wait.timeout, wait.needs) == ("sending", 7.0, frozenset([1]))
     assert keeper.ended == keeper.waits
 
 
-def test_a_letter_that_has_room_begins_no_wait(pair: tuple[Channels, Channels]) -> None:
+def test_a_message_that_has_room_begins_no_wait(pair: tuple[Channels, Channels]) -> None:
     first, second = pair
-    keeper = Keeper()
-    courier_of(first, keeper).bring([1], "point", "x", "y", by_mail=True)
+    keeper = WaitKeeper()
+    router_of(first, keeper).send([1], "point", "x", "y", by_channel=True)
     assert second.look("point") is not None
     assert not keeper.waits
 
@@ -336,8 +336,8 @@ def test_only_a_rank_that_still_has_to_write_is_missed() -> None:
             with contextlib.suppress(PeerGone):
                 everyone[1].send(2, "word/1", "done", "", NoEnd())
 
-    letters = everyone[2].wait(["word/0", "word/1"], Late(), [0, 1])
-    assert [letter.writer for letter in letters] == ["baseline/0", "baseline/1"]
+    messages = everyone[2].wait(["word/0", "word/1"], Late(), [0, 1])
+    assert [message.writer for message in messages] == ["baseline/0", "baseline/1"]
     everyone[1].close()
     with pytest.raises(PeerGone) as gone:
         everyone[2].wait(["word/2"], NoEnd(), [1])
@@ -378,7 +378,7 @@ def send_a_file(sender: Channels, receiver: int, key: str, content: bytes = b"")
     os.close(descriptor)
 
 
-def test_a_letter_brings_a_descriptor_that_no_program_inherits(pair: tuple[Channels, Channels]) -> None:
+def test_a_message_brings_a_descriptor_that_no_program_inherits(pair: tuple[Channels, Channels]) -> None:
     first, second = pair
     send_a_file(first, 1, "file", b"content")
     descriptor = second.wait(["file"], NoEnd())[0].descriptor
@@ -408,14 +408,14 @@ def end_by_replacing(first: Channels, second: Channels) -> None:
     first.send(1, "file", "x", "", NoEnd())
     second.look("nothing")
     send_a_file(first, 1, "file", b"newer")
-    letter = second.look("file")
-    assert letter is not None and letter.descriptor is not None
-    os.close(letter.descriptor)
+    message = second.look("file")
+    assert message is not None and message.descriptor is not None
+    os.close(message.descriptor)
 
 
 @pytest.mark.parametrize("end", [end_by_closing, end_by_discarding, end_by_recalling, end_by_replacing])
 @pytest.mark.parametrize("is_early", [True, False], ids=["before it is read", "once it is read"])
-def test_the_descriptor_of_a_letter_that_nobody_takes_is_closed(
+def test_the_descriptor_of_a_message_that_nobody_takes_is_closed(
     end: Callable[[Channels, Channels], None], is_early: bool
 ) -> None:
     before = open_descriptors()
@@ -442,11 +442,11 @@ def test_descriptors_that_nobody_takes_are_bounded(pair: tuple[Channels, Channel
 def test_a_sender_may_have_a_block_of_each_of_many_receivers() -> None:
     """The bound is of each writer's: however many ranks a host has, each may have sent its own."""
     before = open_descriptors()
-    letters = UnreadLetters("baseline rank 0")
+    messages = UnreadMessages("baseline rank 0")
     for rank in range(200):
-        letters.put(f"block/{rank}", Sealed("block", f"target/{rank}", "1 1", os.open("/dev/null", os.O_RDONLY)), 50)
-    assert len(letters.by_key) == 200
-    letters.close()
+        messages.put(f"block/{rank}", Sealed("block", f"target/{rank}", "1 1", os.open("/dev/null", os.O_RDONLY)), 50)
+    assert len(messages.by_key) == 200
+    messages.close()
     assert open_descriptors() == before
 
 
@@ -455,16 +455,16 @@ def test_a_message_with_several_descriptors_ends_the_run_and_leaves_none_open(
     pair: tuple[Channels, Channels], count: int
 ) -> None:
     first, second = pair
-    letter = first._seal.seal("file", "file", "").encode()
+    message = first._seal.seal("file", "file", "").encode()
     rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [0] * count))]
     before = open_descriptors()
-    first._channels[1].connection.sendmsg([letter], rights)
+    first._channels[1].connection.sendmsg([message], rights)
     with pytest.raises(ProtocolError, match="more file descriptors"):
         second.look("file")
     assert open_descriptors() == before
 
 
-# The housekeeping thread, and handlers of signals.
+# The monitor thread, and handlers of signals.
 
 
 def test_another_thread_sees_what_has_come(pair: tuple[Channels, Channels]) -> None:
@@ -473,7 +473,7 @@ def test_another_thread_sees_what_has_come(pair: tuple[Channels, Channels]) -> N
     first.send(1, "point", "x", "", NoEnd())
     assert second.has_news(["point"]), "it is in the socket"
     assert second.look("other") is None
-    assert second.has_news(["point"]), "it is among the unread letters"
+    assert second.has_news(["point"]), "it is among the unread messages"
     assert not second.has_news(["point", "other"])
 
 
@@ -485,19 +485,19 @@ def test_a_closed_channel_is_no_news(pair: tuple[Channels, Channels]) -> None:
     assert not second.has_news(["point"])
 
 
-def test_an_interrupt_while_a_letter_is_read_does_not_lose_it(
+def test_an_interrupt_while_a_message_is_read_does_not_lose_it(
     pair: tuple[Channels, Channels], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nor is it overlooked meanwhile by the thread that looks for news."""
     first, second = pair
-    open_letter, interrupts = second._seal.open_letter, [KeyboardInterrupt()]
+    unseal, interrupts = second._seal.unseal, [KeyboardInterrupt()]
 
-    def interrupted(letter: bytes) -> Any:
+    def interrupted(message: bytes) -> Any:
         if interrupts:
             raise interrupts.pop()
-        return open_letter(letter)
+        return unseal(message)
 
-    monkeypatch.setattr(second._seal, "open_letter", interrupted)
+    monkeypatch.setattr(second._seal, "unseal", interrupted)
     first.send(1, "point", "x", "kept", NoEnd())
     with pytest.raises(KeyboardInterrupt):
         second.look("point")
@@ -552,7 +552,7 @@ def test_an_exception_of_the_programs_handler_ends_a_send_as_it_is(
         fill(first, 1)
     with pytest.raises(type(error)) as raised, alarm(error):
         while True:
-            first.send(1, "point", "x", LETTER, NoEnd())
+            first.send(1, "point", "x", MESSAGE, NoEnd())
             if not is_full:
                 second.look("other")
     assert raised.value is error

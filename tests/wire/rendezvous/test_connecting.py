@@ -26,7 +26,7 @@ from grafter.core.process_identity import ProcessIdentity, own_identity
 from grafter.errors import PointTimeoutError
 from grafter.wire.exchange.transfer import choose_way
 from grafter.wire.rendezvous.connecting import Listener, connect_ranks, open_listener, peers_of, signature_of
-from grafter.wire.rendezvous.courier import Courier
+from grafter.wire.rendezvous.message_router import MessageRouter
 
 SOON = 20.0
 
@@ -317,8 +317,8 @@ def test_ranks_of_different_user_namespaces_have_no_channel_and_no_memory_in_com
     assert [everyone.share_memory(0, other) for other in (0, 1, 2)] == [True, False, True]
     ways = [choose_way("auto", everyone.all[0], everyone.all[other], "cpu", False) for other in (1, 2)]
     assert ways == ["gloo", "shared memory"]
-    couriers = [Courier(None, None, one, 0, object(), 1.0) for one in (everyone, three_ranks(listeners))]  # type: ignore[arg-type]
-    assert [courier.mail_across for courier in couriers] == [False, True]
+    routers = [MessageRouter(None, None, one, 0, object(), 1.0) for one in (everyone, three_ranks(listeners))]  # type: ignore[arg-type]
+    assert [router.channels_between_jobs for router in routers] == [False, True]
 
 
 def test_a_process_knows_its_user_namespace_and_reads_what_older_ones_wrote() -> None:
@@ -339,7 +339,7 @@ def graft_from_another_namespace(rank: Rank) -> list[float]:
     assert grafter._process.grafter is not None
     session = grafter._process.grafter.lifecycle.session
     assert session is not None
-    assert not session.agreement._courier.mail_inside or rank.is_baseline
+    assert not session.agreement._router.channels_within_job or rank.is_baseline
     return value.tolist()
 
 

@@ -16,7 +16,8 @@ from torch.distributed import TCPStore
 import grafter
 from grafter.core.messages.wire import Seal
 from grafter.errors import ProtocolError, RunError
-from grafter.wire.store_client import StoreClient, connect, serve
+from grafter.wire.store_client import StoreClient
+from grafter.wire.store_server import connect, serve
 
 SECRET = "between us"
 FAR = 100.0
@@ -134,9 +135,9 @@ def meet_often(rank: Rank) -> tuple[list[float], list[str]]:
     """Every value that this rank held after each point, and where it ignored what a stranger had written."""
     through_the_store, points = rank.arguments
     if through_the_store:
-        from grafter.wire.rendezvous import courier
+        from grafter.wire.rendezvous import message_router
 
-        courier._one_host = lambda members: False
+        message_router._one_host = lambda members: False
     values = []
     for number in range(points):
         value = torch.full((3,), float(number) if rank.is_baseline else -1.0)
@@ -149,7 +150,7 @@ def meet_often(rank: Rank) -> tuple[list[float], list[str]]:
             path.with_suffix(".tmp").rename(path)
             rank.tell(f"{rank.role} met")
             rank.wait_for("go on")
-            # The housekeeping threads look once a second.
+            # The monitor threads look once a second.
             deadline = time.monotonic() + 60
             while session.client.seal.ignored.count < 2 and time.monotonic() < deadline:
                 time.sleep(0.02)

@@ -1,4 +1,7 @@
-"""The part of `grafter ctl`: a client of the run's store that is no rank. It proposes, asks, and waits for answers."""
+"""Control: changes of a run. All ranks answer a proposal; the answers become one decision, which is put once.
+
+`RunAccess` is the part of `grafter ctl`: a client of the run's store that is not a rank.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,17 @@ import json
 import os
 import socket
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from grafter.config.control.change import (
+    Answer,
     Change,
     Decision,
     Proposal,
     State,
+    answer_place,
     decision_place,
     proposal_place,
     question_place,
@@ -23,18 +29,87 @@ from grafter.core.messages.roster import ANNOUNCEMENTS, Announcement, Roster
 from grafter.core.messages.wire import PROTOCOL_VERSION, Seal, read_message
 from grafter.core.roles import RoleName
 from grafter.errors import JoinError, ProtocolError, RunError, UsageError
-from grafter.wire.control.decision import put_decision, read_decision, try_to_decide
 from grafter.wire.monitor.status_board import BoardLine, board_key, read_line
-from grafter.wire.store_client import StoreClient, connect, decode_abort
+from grafter.wire.store_client import StoreClient, decode_abort
+from grafter.wire.store_server import connect
+
+
+def decide(answers: Mapping[str, Answer], silent: list[str], *, seconds: float) -> Decision:
+    """The decision that these answers amount to. Pure.
+
+    answers: by the rank's name. silent: ranks that have not left and have not answered within `seconds`.
+    """
+    refusals: dict[str, list[str]] = {}
+    for who, answer in answers.items():
+        if answer.refused is not None:
+            refusals.setdefault(answer.refused, []).append(who)
+    if refusals:
+        return Decision(refused="; ".join(f"{', '.join(ranks)}: {reason}" for reason, ranks in refusals.items()))
+    if silent:
+        return Decision(
+            refused=f"no answer from {', '.join(silent)} within {seconds:.0f} s: a process that is stopped, gone, or "
+            "without a reply from the store. Nothing was changed anywhere"
+        )
+    steps = [answer.step for answer in answers.values() if answer.step is not None]
+    if not steps:
+        return Decision(refused="all ranks have left the run")
+    idle = {answer.idle for answer in answers.values()}
+    if None not in idle:
+        return Decision(refused=f"it would change nothing on any rank: {'; '.join(sorted(filter(None, idle)))}")
+    return Decision(step=max(steps) + 1)
+
+
+def read_decision(client: StoreClient, number: int) -> Decision | None:
+    """What was decided; None if nothing is yet. Never waits. Raises PeerLostError if the store is lost."""
+    sealed = client.peek(decision_place(client.run_prefix, number))
+    if sealed is None:
+        return None
+    return read_message(Decision.model_validate_json, sealed.payload, "a decision")
+
+
+def try_to_decide(
+    client: StoreClient, roster: Roster, number: int, *, is_late: bool, seconds: float
+) -> Decision | None:
+    """Decide once all ranks have answered, or the time is up (`is_late`). None while answers may still arrive.
+
+    Called by `grafter ctl` and by ranks, on their monitor threads. A few round trips for each rank; never waits. Raises
+    PeerLostError if the store is lost.
+    """
+    answers: dict[str, Answer] = {}
+    silent: list[str] = []
+    for graft_rank, member in enumerate(roster.all):
+        sealed = client.peek(answer_place(client.run_prefix, number, graft_rank))
+        if sealed is not None:
+            answers[roster.who(graft_rank)] = read_message(Answer.model_validate_json, sealed.payload, "an answer")
+            continue
+        line = client.peek(board_key(client, member.role, member.role_rank))
+        # A rank that has left has no more points, whatever is in force.
+        if line is None or read_line(line.payload, roster).state != "left":
+            if not is_late:
+                return None
+            silent.append(roster.who(graft_rank))
+    return put_decision(client, number, decide(answers, silent, seconds=seconds))
+
+
+def put_decision(client: StoreClient, number: int, decision: Decision) -> Decision:
+    """The decision that is in force: this one, or another that was put first. One round trip."""
+    found = client.put_if_absent(decision_place(client.run_prefix, number), "decision", decision.model_dump_json())
+    if found is None:
+        return decision
+    return read_message(Decision.model_validate_json, found.payload, "a decision")
+
 
 _LOOK_SECONDS = 0.05
-# Ranks look once a second for what is asked of them.
+# Ranks look for questions once a second.
 _ANSWER_SECONDS = 3.0
 
 
 @dataclass(frozen=True)
 class RankView:
-    """One rank as the run's store shows it. state: None where it did not answer when it was asked."""
+    """One rank as the run's store shows it.
+
+    who: its name. line: its line of the board, if it has one. state: None if it did not answer when it was asked.
+    """
 
     who: str
     line: BoardLine | None
@@ -42,23 +117,27 @@ class RankView:
 
     @property
     def has_left(self) -> bool:
+        """Whether its line says that it has left."""
         return self.line is not None and self.line.state == "left"
 
 
 @dataclass(frozen=True)
 class Agreed:
-    """A change that was decided. number: as ranks and files name it."""
+    """A change that was decided. number: the one by which ranks and files name it."""
 
     number: int
     decision: Decision
 
 
 class RunAccess:
-    """A run, from outside. Used by one thread."""
+    """A run as a program that is not one of its ranks reads and changes it. Used by one thread.
+
+    Its methods raise PeerLostError if the store is lost.
+    """
 
     def __init__(self, address: str, port: int, *, group_name: str = "graft", secret: str | None = None) -> None:
-        """Raises JoinError where there is no store, UsageError where it holds no run that has begun, ProtocolError
-        where the secret is another, and the error that ended the run where it is over."""
+        """Raises JoinError if there is no store, UsageError if it holds no run that has begun, ProtocolError if the run
+        has another secret, and RunError if the run is over."""
         try:
             raw = connect(address, port, timeout=3, keep_trying=lambda: True)
         except JoinError as error:
@@ -67,12 +146,12 @@ class RunAccess:
         self._client = StoreClient(raw, Seal(f"ctl/{os.getpid()}", secret), group_name)
         self._client.set_timeout(10)
         self._place = f"{address}:{port}"
-        run = self._client.peek(f"{self._client.job_prefix}/run")
+        run = self._client.peek(self._client.job_keys.run)
         if run is None and self._client.seal.ignored.count:
             raise ProtocolError(self._client.seal.ignored.note)
         if run is None:
             raise UsageError(
-                f"the store at {self._place} has no run of the group {group_name!r}: baseline rank 0 has not come to "
+                f"the store at {self._place} has no run of the group {group_name!r}: baseline rank 0 has not reached "
                 "its first call of grafter yet, or the run has another GRAFTER_GROUP_NAME (--group)."
             )
         self._client.seal.run_id, _, self.run_name = run.payload.partition(" ")
@@ -80,12 +159,12 @@ class RunAccess:
         self.roster = Roster(tuple(self._read_side("baseline")), tuple(self._read_side("target")))
 
     def _refuse_ended(self) -> None:
-        abort = self._client.peek(f"{self._client.job_prefix}/abort")
+        abort = self._client.peek(self._client.job_keys.abort)
         if abort is not None:
             raise RunError(f"the run {self.run_name} is over: {decode_abort(abort.payload)}")
 
     def _read_side(self, role: RoleName) -> list[Announcement]:
-        sealed = self._client.peek(f"{self._client.job_prefix}/roster/{role}")
+        sealed = self._client.peek(self._client.job_keys.roster(role))
         if sealed is None:
             raise UsageError(
                 f"the {role} job of the run {self.run_name} has not joined yet: a job joins at its first call of "
@@ -100,10 +179,10 @@ class RunAccess:
             )
         return members
 
-    # Asking.
+    # What ranks do now.
 
     def look(self, seconds: float = _ANSWER_SECONDS) -> list[RankView]:
-        """Every rank as it is now, by graft rank. Waits up to `seconds` for those that answer."""
+        """Every rank as it is now, in the order of graft ranks. Waits up to `seconds` for their answers."""
         client, ranks = self._client, range(len(self.roster.all))
         before = {rank: state.count if (state := self._read_state(rank)) is not None else 0 for rank in ranks}
         client.set(question_place(client.run_prefix), "question", f"{self._by} {time.time()}")
@@ -131,10 +210,10 @@ class RunAccess:
         sealed = [self._client.peek(place) for place in places]
         return [read_line(line.payload, self.roster) if line is not None else None for line in sealed]
 
-    # Changing.
+    # Changes.
 
     def change(self, change: Change, *, seconds: float = 10.0) -> Agreed:
-        """Propose a change, and what all ranks came to. Waits up to about `seconds`; others' changes come first.
+        """Propose a change, and return what was decided. Waits up to about `seconds`, and for earlier proposals first.
 
         An interrupt (Ctrl-C) withdraws it, unless it is decided already.
         """
@@ -142,10 +221,10 @@ class RunAccess:
         try:
             return Agreed(number, self._await_decision(number, seconds))
         except KeyboardInterrupt:
-            rank_status = put_decision(self._client, number, Decision(refused="it was withdrawn"))
-            if rank_status.step is None:
+            decision = put_decision(self._client, number, Decision(refused="it was withdrawn"))
+            if decision.step is None:
                 raise
-            return Agreed(number, rank_status)
+            return Agreed(number, decision)
 
     def _propose(self, proposal: Proposal) -> int:
         number = 0
@@ -176,8 +255,8 @@ class RunAccess:
             time.sleep(_LOOK_SECONDS)
 
     def await_effect(self, number: int, seconds: float) -> list[RankView]:
-        """The ranks, once all that have not left have come to the step from which change `number` is in force, or
-        after `seconds`."""
+        """The ranks, once all that have not left are in the step from which change `number` is in force, or after
+        `seconds`."""
         deadline = time.monotonic() + seconds
         while True:
             views = self.look(min(_ANSWER_SECONDS, max(0.1, deadline - time.monotonic())))
@@ -187,7 +266,7 @@ class RunAccess:
 
 
 def is_in_force(view: RankView, number: int) -> bool:
-    """Whether the rank has come to the step of this change."""
+    """Whether the rank has reached the step of this change."""
     return view.state is not None and view.state.changes > number
 
 
@@ -196,7 +275,8 @@ def _has_left(line: BoardLine | None) -> bool:
 
 
 def place_of_run(directory: Path) -> tuple[str, int, str]:
-    """(address, port, group) of a run that goes on, from its directory. Raises UsageError where it does not say."""
+    """(address, port, group) of the store of a running run, from its directory. Raises UsageError if they are not
+    there."""
     facts = sorted(directory.glob("*/run.json"))
     if not facts:
         runs = [path.parent.parent for path in directory.glob("*/*/run.json")]

@@ -1,7 +1,7 @@
-"""The memory of an outbox: snapshots in sealed memfds, bounded in bytes, used again and again.
+"""Snapshots and their memory: sealed memfds, bounded in bytes, and reused.
 
-Large snapshots have a block of their own. Small ones share one, in slots of one size, since a process has few
-descriptors. Touching new memory costs eight times a reuse, so blocks are kept until others need their room.
+A large snapshot has a block of its own. Small ones share a block, in slots of one size, since a process has few file
+descriptors. Touching new memory takes eight times as long as a reuse, so blocks are kept until others need their room.
 
     block   | slot 0 | slot 1 | slot 2 | ...      a power of two each, or the whole block
 """
@@ -11,29 +11,31 @@ from __future__ import annotations
 import math
 import mmap
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from grafter.core.copying import copy
 from grafter.core.leaves import TensorSpec
+from grafter.core.messages.offer import Offer
 from grafter.core.messages.states import OutboxPlace
 from grafter.core.plan.transfer_plan import ALIGNMENT_BYTES
+from grafter.core.processes import is_from_signal_handler
 from grafter.wire.exchange.staging import new_block
 
 _PAGE_BYTES = 4096
 _SMALLEST_SLOT_BYTES = 512
-# From here on a snapshot has a block of its own.
+# A snapshot that is larger has a block of its own.
 _LARGE_BYTES = 1 << 18
 _SHARED_BLOCK_BYTES = 1 << 22
-# Of a free block that is larger than asked for, so much may lie idle: a fresh one costs more time, less memory.
+# A free block may be at most this many times as large as a snapshot: a new block costs time, unused memory costs room.
 _MOST_SLACK = 2
 
 
 @dataclass(eq=False)
-class Block:
-    """One memfd. `free` are the slots that hold nothing."""
+class MemoryBlock:
+    """One memfd, in slots of one size. free: the numbers of the free slots."""
 
     mapped: mmap.mmap
     fd: int
@@ -45,23 +47,26 @@ class Block:
 
     @property
     def capacity(self) -> int:
+        """In bytes."""
         return self.slot_bytes * self.slots
 
     @property
     def is_idle(self) -> bool:
+        """Whether all slots are free."""
         return len(self.free) == self.slots
 
 
 @dataclass(frozen=True, eq=False)
 class Slot:
-    """The memory of one snapshot."""
+    """The memory of one snapshot: a slot of a block."""
 
-    block: Block
+    block: MemoryBlock
     number: int
     nbytes: int
 
     @property
     def place(self) -> OutboxPlace:
+        """Where receivers find it."""
         block = self.block
         return OutboxPlace(
             fd=block.fd, inode=block.inode, device=block.device, offset=self.number * block.slot_bytes,
@@ -70,15 +75,16 @@ class Slot:
 
 
 class Memory:
-    """One per rank; used under the lock of its outbox. Raises OSError where the system has no memory."""
+    """The memory of one rank's outbox. Used under the lock of the outbox. Raises OSError if the system has no
+    memory."""
 
     def __init__(self, limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
         self.held_bytes = 0
-        self._blocks: dict[int, list[Block]] = {}
+        self._blocks: dict[int, list[MemoryBlock]] = {}
 
     def take(self, nbytes: int) -> Slot | None:
-        """Memory for one snapshot; None where it would go beyond the limit as long as all that is in use is kept."""
+        """Memory for one snapshot; None if the limit leaves no room beside what is in use."""
         slot_bytes = _slot_size(nbytes)
         block = self._find_free(slot_bytes)
         if block is None:
@@ -95,11 +101,11 @@ class Memory:
         slot.block.free.append(slot.number)
 
     def release(self, *, keep_content: bool = False) -> None:
-        """All of it, at the end of the run. keep_content: receivers that read it may go on, and hold it until then."""
+        """Free everything, at the end of the run. keep_content: receivers that read it may continue to."""
         for block in [block for blocks in self._blocks.values() for block in blocks]:
             self._remove(block, keep_content=keep_content or not block.is_idle)
 
-    def _find_free(self, slot_bytes: int) -> Block | None:
+    def _find_free(self, slot_bytes: int) -> MemoryBlock | None:
         wanted = [slot_bytes]
         if slot_bytes > _LARGE_BYTES:
             wanted += sorted(size for size in self._blocks if slot_bytes < size <= _MOST_SLACK * slot_bytes)
@@ -108,7 +114,7 @@ class Memory:
     def _slots_of_new_block(self, slot_bytes: int) -> int:
         if slot_bytes > _LARGE_BYTES:
             return 1
-        # A small limit is not to be eaten up by the first size that comes.
+        # One size of slots must not use up a small limit.
         return max(1, min(_SHARED_BLOCK_BYTES, self.limit_bytes // 8) // slot_bytes)
 
     def _make_room(self, nbytes: int) -> bool:
@@ -117,17 +123,17 @@ class Memory:
             self._remove(idle.pop(0))
         return self.held_bytes + nbytes <= self.limit_bytes
 
-    def _add_block(self, slot_bytes: int, slots: int) -> Block:
+    def _add_block(self, slot_bytes: int, slots: int) -> MemoryBlock:
         mapped, fd = new_block(slot_bytes * slots)
         status = os.fstat(fd) if fd >= 0 else None
         inode, device = (status.st_ino, status.st_dev) if status is not None else (0, 0)
-        block = Block(mapped, fd, inode, device, slot_bytes, list(range(slots)), slots)
+        block = MemoryBlock(mapped, fd, inode, device, slot_bytes, list(range(slots)), slots)
         self._blocks.setdefault(slot_bytes, []).append(block)
         self.held_bytes += block.capacity
         return block
 
-    def _remove(self, block: Block, *, keep_content: bool = False) -> None:
-        """keep_content: a receiver may be reading it, and has it mapped."""
+    def _remove(self, block: MemoryBlock, *, keep_content: bool = False) -> None:
+        """keep_content: a receiver that has the block mapped may be reading it."""
         blocks = self._blocks[block.slot_bytes]
         blocks.remove(block)
         if not blocks:
@@ -135,7 +141,7 @@ class Memory:
         self.held_bytes -= block.capacity
         if block.fd >= 0:
             if not keep_content:
-                # Receivers keep it mapped, and must not keep its memory.
+                # Receivers keep it mapped, which must not keep its memory.
                 block.mapped.madvise(mmap.MADV_REMOVE)
             os.close(block.fd)
 
@@ -147,7 +153,7 @@ def _slot_size(nbytes: int) -> int:
 
 
 def offsets_of(specs: Sequence[TensorSpec]) -> tuple[tuple[int, ...], int]:
-    """(where each tensor begins, bytes in all) of a snapshot: one after the other, aligned."""
+    """(the offset of each tensor, all bytes) of a snapshot: the tensors lie one after the other, aligned."""
     offsets, offset = [], 0
     for spec in specs:
         offsets.append(offset)
@@ -156,7 +162,7 @@ def offsets_of(specs: Sequence[TensorSpec]) -> tuple[tuple[int, ...], int]:
 
 
 def tensor_at(mapped: mmap.mmap, offset: int, spec: TensorSpec) -> torch.Tensor:
-    """A tensor in mapped memory: contiguous, alive as long as it is held."""
+    """A contiguous tensor in mapped memory, which it keeps alive."""
     numel = math.prod(spec.shape)
     if numel == 0:
         return torch.empty(spec.shape, dtype=spec.torch_dtype)
@@ -169,3 +175,47 @@ def snapshot(slot: Slot, specs: Sequence[TensorSpec], tensors: Sequence[torch.Te
     for offset, spec, tensor in zip(offsets_of(specs)[0], specs, tensors, strict=True):
         if spec.numel:
             copy(tensor_at(slot.block.mapped, first + offset, spec), tensor.detach())
+
+
+class OutboxFull(Exception):
+    """There is no memory for a snapshot; the text says how much is needed and how much there is."""
+
+
+@dataclass(frozen=True)
+class OfferSnapshot:
+    """An offer and its snapshot. slot: None if the offer has no bytes, or no snapshot could be taken, as it then
+    says."""
+
+    offer: Offer
+    slot: Slot | None = None
+    nbytes: int = 0
+
+
+def take_snapshot(
+    offer: Offer, make_room: Callable[[int], tuple[Slot | None, str | None]], give_back: Callable[[Slot | None], None]
+) -> OfferSnapshot:
+    """Copy all tensors of an offer, of any strides and device; they may be changed once this returns.
+
+    make_room: returns memory for a number of bytes, or why there is none. give_back: frees it again.
+    """
+    if offer.leaves is None:
+        return OfferSnapshot(offer)
+    tensors, specs = offer.leaves.tensors + offer.extras, offer.specs
+    slot, why_not = make_room(offsets_of(specs)[1])
+    if why_not is not None:
+        return OfferSnapshot(_failed(offer, OutboxFull(why_not)))
+    try:
+        if slot is not None:
+            with torch.no_grad():
+                snapshot(slot, specs, tensors)
+    except BaseException as error:
+        give_back(slot)
+        if not isinstance(error, Exception) or is_from_signal_handler(error):
+            raise
+        # An error of the device, say: the point fails, and all ranks must know why.
+        return OfferSnapshot(_failed(offer, error))
+    return OfferSnapshot(offer, slot, sum(spec.nbytes for spec in specs))
+
+
+def _failed(offer: Offer, error: Exception) -> Offer:
+    return replace(offer, leaves=None, extras_text=None, extras=[], failure=error)

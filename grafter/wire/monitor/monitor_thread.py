@@ -1,8 +1,8 @@
-"""The housekeeping thread of a rank: it diagnoses waits, wakes the waiter, watches processes, and tidies the store.
+"""The monitor thread of a rank: it diagnoses waits, wakes the dump thread, watches processes, and tidies the store.
 
-The dump thread blocks in one place at a time: in the store, in its channels, or in a transfer. Everything that could
-end that wait early happens here, on a store client of its own: an abort is put under the awaited key, or `aborted` is
-set, which the other waits look at four times a second.
+The dump thread blocks in one place at a time: in the store, in its channels, or in a transfer. Everything that can end
+that wait early happens on this thread, which has its own client of the store: it puts an abort under the awaited key,
+or sets `aborted`, which the other waits read four times a second.
 """
 
 from __future__ import annotations
@@ -18,37 +18,40 @@ from collections.abc import Callable, Sequence
 
 from grafter.core.messages.roster import Roster
 from grafter.errors import PeerLostError, RunError
-from grafter.wire.monitor.members import Members
-from grafter.wire.monitor.stages import Underway
-from grafter.wire.monitor.status_board import BoardLine, BoardWriter
-from grafter.wire.monitor.step_ends import StepEnds
-from grafter.wire.monitor.store_host import StoreHost
-from grafter.wire.monitor.store_link import StoreLink
+from grafter.wire.monitor.absence import StepEnds
+from grafter.wire.monitor.members import Members, StoreHost
+from grafter.wire.monitor.status_board import BoardLine, BoardWriter, Underway
+from grafter.wire.monitor.store_silence import StoreLink
 from grafter.wire.monitor.wait_monitor import LOOK_EVERY_SECONDS, WaitMonitor
-from grafter.wire.monitor.waits import ABSENT, GivenUp, Wait, Watched
+from grafter.wire.monitor.waits import ABSENT, GivenUp, Wait, WatchedWait
 from grafter.wire.store_client import ABORT, StoreClient, decode_abort
 
 logger = logging.getLogger("grafter")
 
 _TICK_SECONDS = 0.25
 _CHORES_EVERY_SECONDS = 1.0
-# So many deletions between two looks, at 60 us each, or this part of those that are left, so that they are bounded at
-# any rate of points. They delay a diagnosis by 15 ms; by more only at a thousand deletions a second.
+# How many keys are deleted between two looks, at 60 us each: at least 256, and at least an eighth of those that are
+# left, so that their number stays bounded at any rate of points. They delay a diagnosis by 15 ms, or by more at a
+# thousand deletions a second.
 _DELETIONS_PER_TICK, _PART_PER_TICK = 256, 8
 
 
-class Housekeeping:
-    """One thread per rank; started when the store is reached, stopped by `close`."""
+class MonitorThread:
+    """The monitor thread of one rank, started by the constructor and stopped by `close`.
+
+    Its methods are called by the dump thread, unless they say otherwise. Those that take a client use it in place of
+    the monitor thread's own.
+    """
 
     def __init__(self, client: StoreClient, board: BoardWriter, who: str, host: StoreHost) -> None:
-        """client: this thread's own. host: of the store."""
+        """client: used by this thread alone. host: the process that hosts the store."""
         self.board = board
         self._who = who
         self._members = Members(host)
         self._wait_monitor = WaitMonitor(board, self._members, who)
         self._link = StoreLink(client, self._members, who, lambda: self._wait_monitor.warn_of_stopped(self._wait))
         self._wait: Wait | None = None
-        # The point that the dump thread is at, set by it; None between two points.
+        # The point that the dump thread is at, which sets it; None between two points.
         self.underway: Underway | None = None
         self._deletions: deque[str] = deque()
         self._closing = False
@@ -56,52 +59,57 @@ class Housekeeping:
         self._faults: set[type[Exception]] = set()
         self._next_chores = 0.0
         self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        # Called on this thread: once a second, and at each look in between.
         self.on_second: Callable[[StoreClient], None] | None = None
-        # At every look between two seconds, too, while something is due soon.
         self.on_tick: Callable[[StoreClient], None] | None = None
+        # What ended the run.
         self.aborted: RunError | None = None
-        self._thread = threading.Thread(target=self._run, name="grafter-housekeeping", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="grafter-monitor", daemon=True)
         self._thread.start()
 
     # What the dump thread calls.
 
     def joined(self, roster: Roster, graft_rank: int, host_rank: int | None) -> None:
-        """From here on processes are watched. `host_rank`: the graft rank that hosts the store, if one does."""
+        """Watch the processes of all ranks from here on. host_rank: the graft rank that hosts the store, if one
+        does."""
         self._wait_monitor.joined(roster, graft_rank)
         self._members.joined(roster, graft_rank, host_rank)
 
     def ask_while_joining(self, question: Callable[[StoreClient], RunError | None]) -> None:
-        """question: why the others will not join; asked on this thread, about twice a second."""
+        """question: returns why the other ranks will not join; asked on this thread, about twice a second."""
         self._wait_monitor.check_join = question
 
-    def waiting(self, wait: Wait) -> Watched:
-        """Around a blocking `get` or transfer: while the `with` block lasts, this thread looks after it."""
-        return Watched(self, wait)
+    def waiting(self, wait: Wait) -> WatchedWait:
+        """A `with` block around a blocking `get` or transfer, which this thread looks after."""
+        return WatchedWait(self, wait)
 
     def begin(self, wait: Wait) -> None:
+        """The dump thread waits from here on. Raises what ended the run."""
         if self.aborted is not None:
             raise self.aborted
         self._wait = wait
 
     def end(self, wait: Wait) -> None:
+        """The wait of the dump thread is over."""
         wait.over = True
         self._wait = None
 
     def look_for_absent(self, wait: Wait, client: StoreClient) -> None:
-        """Before a wait begins: raises GivenUp where it is of a one-sided point, and in vain."""
+        """Called before a wait begins: raises GivenUp if the ranks that a one-sided point waits for will not reach
+        it."""
         if wait.one_sided:
             reason = self._wait_monitor.find_absent(client, wait)
             if reason is not None:
                 raise GivenUp(reason)
 
     def check(self) -> None:
-        """Raise what ended the run, if something did. For loops that move bytes."""
+        """Raise what ended the run, if it has ended. For loops that move bytes."""
         if self.aborted is not None:
             raise self.aborted
 
     @property
     def step_ends(self) -> StepEnds:
-        """Of this rank, once it has joined."""
+        """The step ends, once this rank has joined."""
         assert self._wait_monitor.step_ends is not None
         return self._wait_monitor.step_ends
 
@@ -112,7 +120,7 @@ class Housekeeping:
 
     @property
     def store_is_silent(self) -> bool:
-        """Whether this object's thread goes on without the store, which owes it an answer."""
+        """Whether this thread continues without the store, which has not answered it."""
         return self._link.is_down
 
     def last_seen(self, role: str) -> list[BoardLine]:
@@ -120,10 +128,11 @@ class Housekeeping:
         return self._members.last_seen(role)
 
     def read_board(self, client: StoreClient, ranks: Sequence[int] | None = None) -> list[BoardLine]:
+        """The lines of these graft ranks (None: of all), in their order. Called on any thread, with its own client."""
         return self._members.read_board(client, ranks)
 
     def gone(self) -> dict[int, str]:
-        """Graft rank -> how its process went, of all hosts. Called on this object's thread, as `on_second` is."""
+        """Graft rank -> how its process ended, on all hosts. Called on this thread, as `on_second` is."""
         return self._members.gone(self._link.client, all_hosts=True)
 
     def gone_here(self) -> dict[int, str]:
@@ -131,10 +140,14 @@ class Housekeeping:
         return self._members.gone_here()
 
     def delete_later(self, keys: Sequence[str]) -> None:
+        """Delete these keys of the store soon. Called on any thread; never waits."""
         self._deletions.extend(keys)
 
     def close(self, note: str | None = None) -> None:
-        """End the thread, delete what is left to delete, and say on the board that this rank has left (with `note`)."""
+        """End the thread, which first deletes what is left to delete. Called by any thread but this one.
+
+        note: if it is given, the board says that this rank has left, with this error; empty if it ends normally.
+        """
         self._closing = True
         os.write(self._wake_write, b"\0")
         self._thread.join(timeout=10)
@@ -152,7 +165,7 @@ class Housekeeping:
             try:
                 self._tick()
             except Exception as error:
-                # A fault of our own must not end the watch: the run would lose its safety net.
+                # A fault of grafter must not end this thread: no wait would be diagnosed any more.
                 self._note_fault(error)
                 time.sleep(_TICK_SECONDS)
         if not self._link.is_down:
@@ -192,11 +205,11 @@ class Housekeeping:
             self._look_after(wait)
 
     def _note_fault(self, error: Exception) -> None:
-        """Each kind once: it may come back four times a second."""
+        """Log each type of error once: it may recur four times a second."""
         if type(error) not in self._faults:
             self._faults.add(type(error))
             logger.error(
-                "grafter: the housekeeping thread of %s met an unexpected error and continues. It says so once for "
+                "grafter: the monitor thread of %s met an unexpected error and continues. It says so once for "
                 "each kind of error",
                 self._who,
                 exc_info=error,
@@ -219,7 +232,7 @@ class Housekeeping:
         self._next_chores = time.monotonic() + _CHORES_EVERY_SECONDS
         self._members.beat(self._link.client)
         if self.aborted is None:
-            record = self._link.client.peek(f"{self._link.client.job_prefix}/abort")
+            record = self._link.client.peek(self._link.client.job_keys.abort)
             if record is not None:
                 self._wake_self(decode_abort(record.payload))
         self._members.keep_up(self._link.client)
@@ -248,7 +261,7 @@ class Housekeeping:
             self.abort(self._wait_monitor.time_is_up(self._link.client, wait))
 
     def _give_up(self, wait: Wait, reason: str) -> None:
-        """Nobody will end this wait of a one-sided point. What has come by now, if anything has, is taken instead."""
+        """End this wait of a one-sided point, unless what it waits for has arrived by now."""
         wait.given_up = reason
         for key in wait.awaits:
             self._link.client.put_if_absent(key, ABSENT, reason)
@@ -256,24 +269,28 @@ class Housekeeping:
     # Ending the run.
 
     def abort(self, error: RunError, client: StoreClient | None = None) -> RunError:
-        """End the run for all ranks: the first error put stands, and every rank that waits is woken with it."""
+        """End the run for all ranks, and wake every rank that waits. Called on any thread, with its own client.
+
+        Returns the error that ended the run: the one that was put first. Raises PeerLostError if the store is lost.
+        """
         client = client or self._link.client
-        key = f"{client.job_prefix}/abort"
+        key = client.job_keys.abort
         client.wake(key, error)
         record = client.peek(key)
-        rank_status = decode_abort(record.payload) if record is not None and record.kind == ABORT else error
-        self.aborted = rank_status
-        self._members.wake_waiting(client, rank_status)
-        self._wake_self(rank_status, client)
-        return rank_status
+        first = decode_abort(record.payload) if record is not None and record.kind == ABORT else error
+        self.aborted = first
+        self._members.wake_waiting(client, first)
+        self._wake_self(first, client)
+        return first
 
     def abort_soon(self, error: RunError) -> None:
-        """The same at the next look of this object's thread, within a quarter of a second. Never waits."""
+        """The same at the next look of this thread, within a quarter of a second. Never waits."""
         self._to_abort = error
         os.write(self._wake_write, b"\0")
 
     def interrupted(self, wait: Wait, error: BaseException) -> None:
-        """What a signal's handler raised has ended a wait of the dump thread, whose call of the store blocks on."""
+        """End the run: a signal handler has ended this wait of the dump thread, whose call of the store still
+        blocks."""
         self.abort_soon(
             PeerLostError(
                 f"{self._who} was interrupted ({type(error).__name__}) while it waited for {wait.what}, so the run is "
@@ -289,12 +306,13 @@ class Housekeeping:
                 (client or self._link.client).wake(key, self.aborted)
 
     def _end_locally(self, error: RunError) -> None:
-        """What this thread met by itself, such as a message it cannot trust; the others are told if they can be."""
+        """End the run with what this thread has found, such as a message that is not valid, for all ranks if
+        possible."""
         self.aborted = self.aborted or error
         try:
             self.abort(error)
         except RunError as another:
-            logger.debug("grafter: %s could not tell the others: %s", self._who, another)
+            logger.debug("grafter: %s could not report the end of the run to the other ranks: %s", self._who, another)
             with contextlib.suppress(RunError):
                 self._wake_self(error)
 
@@ -310,8 +328,11 @@ class Housekeeping:
             self.aborted = error
         return not self._link.is_down
 
-    def fuller_story(self, error: RunError) -> RunError:
-        """What the dump thread should raise when its own client lost the store: this thread's account, if any."""
+    def explain(self, error: RunError) -> RunError:
+        """The error that the dump thread raises if its own client has lost the store: this thread's, if it has one.
+
+        Waits up to two seconds for it.
+        """
         deadline = time.monotonic() + 2.0
         while self.aborted is None and self._thread.is_alive() and time.monotonic() < deadline:
             time.sleep(0.05)

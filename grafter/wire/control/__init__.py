@@ -1,1 +1,0 @@
-"""Control: changes of a run, decided once for all ranks."""
