@@ -22,7 +22,7 @@ from grafter.core.processes import is_from_signal_handler
 _LONG_BYTES = 8 << 20
 _PAGE_BYTES = 4096
 # Slow memory takes 0.1 s for it; a chunk costs the 50 us of the other thread.
-CHUNK_BYTES = 64 << 20
+COPY_CHUNK_BYTES = 64 << 20
 # torch transposes so much in about a second.
 _MATRIX_BYTES, _MATRIX_CHUNK_BYTES = 1 << 30, 4 << 20
 # Of anything else, what lies at its address is not what it shows, or nothing does.
@@ -31,7 +31,7 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _Part = tuple["Future[None]", int, int, int]
 
 
-class _Helper:
+class _CopyThread:
     """This process's second thread for copies. A forked child has none of its threads, and gets its own."""
 
     def __init__(self) -> None:
@@ -63,7 +63,7 @@ def _copy_parts(parts: queue.SimpleQueue[_Part]) -> None:
             done.set_result(None)
 
 
-_helper = _Helper()
+_helper = _CopyThread()
 
 
 def share_long_copies(allowed: bool) -> None:
@@ -78,7 +78,7 @@ def copy(into: torch.Tensor, value: torch.Tensor, between_chunks: Callable[[], N
     of the chunk is copied: nothing is written afterwards.
     """
     nbytes = value.numel() * value.element_size()
-    if between_chunks is None or nbytes <= CHUNK_BYTES or into.shape != value.shape:
+    if between_chunks is None or nbytes <= COPY_CHUNK_BYTES or into.shape != value.shape:
         _copy_chunk(into, value)
         return
     is_first = True
@@ -92,7 +92,7 @@ def copy(into: torch.Tensor, value: torch.Tensor, between_chunks: Callable[[], N
 def _chunks(into: torch.Tensor, value: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Both in parts of at most CHUNK_BYTES, or of one element. They have one shape."""
     nbytes = value.numel() * value.element_size()
-    if nbytes <= CHUNK_BYTES or value.dim() == 0:
+    if nbytes <= COPY_CHUNK_BYTES or value.dim() == 0:
         yield into, value
     elif _is_transposed(into, value):
         yield from _transposed_chunks(into, value, nbytes)
@@ -100,7 +100,7 @@ def _chunks(into: torch.Tensor, value: torch.Tensor) -> Iterator[tuple[torch.Ten
         if _are_alike(into, value):
             into, value = into.view(-1), value.view(-1)
         rows = value.shape[0]
-        step = max(1, CHUNK_BYTES * rows // nbytes)
+        step = max(1, COPY_CHUNK_BYTES * rows // nbytes)
         for start in range(0, rows, step):
             count = min(step, rows - start)
             if count == 1:

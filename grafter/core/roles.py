@@ -9,10 +9,10 @@ SHARED_SETTINGS = ("b2t_filter", "t2b_filter", "compare_filter", "key")
 
 
 @dataclass(frozen=True)
-class Place:
+class RankIdentity:
     """Which rank of which job this process is."""
 
-    role: RoleName
+    role: Role
     role_rank: int
     role_world_size: int
 
@@ -25,13 +25,13 @@ class Place:
 
 
 Direction = Literal["b2t", "t2b", "compare"]
-RoleName = Literal["baseline", "target"]
+Role = Literal["baseline", "target"]
 
 
-def sender_role(direction: Direction) -> RoleName:
+def sender_role(direction: Direction) -> Role:
     """Who sends. In a comparison the baseline sends and the target computes the difference."""
     return "target" if direction == "t2b" else "baseline"
 
 
-def receiver_role(direction: Direction) -> RoleName:
+def receiver_role(direction: Direction) -> Role:
     return "baseline" if direction == "t2b" else "target"

@@ -21,9 +21,9 @@ from grafter.core.messages.manifest import Header, store_keys
 from grafter.core.messages.offer import Offer
 from grafter.core.messages.participants import own_participants
 from grafter.core.messages.states import OutboxPlace, open_state
-from grafter.core.points import PHASE
+from grafter.core.points import FORWARD
 from grafter.core.processes import is_from_signal_handler
-from grafter.core.records import LedgerRecord, Outcome
+from grafter.core.records import LedgerRecord, PointOutcome
 from grafter.core.roles import sender_role
 from grafter.core.untraced import unobserved
 from grafter.runtime.local_value import LocalValues, Point, PointTools
@@ -52,7 +52,7 @@ class PointPosting:
         self._sequence, self._is_kept = sequence, is_kept
         self._seconds: dict[str, float] = {}
 
-    def run(self, local: Offer, values: LocalValues) -> Outcome:
+    def run(self, local: Offer, values: LocalValues) -> PointOutcome:
         """`posted`, or the outcome if there is one at once. Waits for ranks of the own job alone, and only where this
         one leads.
 
@@ -71,7 +71,7 @@ class PointPosting:
         header = values.build_header(session, self._point, kept.offer, self.place_of(kept.slot))
         return self.post(header, kept.slot, kept.nbytes)
 
-    def post(self, header: Header, slot: Slot | None, nbytes: int) -> Outcome:
+    def post(self, header: Header, slot: Slot | None, nbytes: int) -> PointOutcome:
         """The same, from what is in the outbox already. header: with its `place_of`."""
         session, started = self._session, time.perf_counter()
         place, roster = session.place, session.roster
@@ -122,7 +122,7 @@ class DeferredPoint:
     slot: Slot | None = None
     nbytes: int = 0
 
-    def run(self, session: Session, participants: Sequence[int], sequence: int) -> Outcome:
+    def run(self, session: Session, participants: Sequence[int], sequence: int) -> PointOutcome:
         """Post it, or report it as missed. Waits for ranks of the own job alone. Raises what ended the run."""
         header = self.header.changed(participants=tuple(participants))
         if not self.is_sent:
@@ -142,7 +142,7 @@ class DeferredPoints:
         self.points: deque[DeferredPoint] = deque()
         self._kept: deque[DeferredPoint] = deque()
         # The number of those of which the other job will not learn, by their outcome.
-        self.forgotten: Counter[Outcome] = Counter()
+        self.forgotten: Counter[PointOutcome] = Counter()
 
     @property
     def pending(self) -> Pending:
@@ -150,7 +150,7 @@ class DeferredPoints:
         kept = self._kept.copy()
         return Pending(len(kept), sum(point.nbytes for point in kept), len(kept))
 
-    def add(self, point: Point, local: Offer) -> Outcome:
+    def add(self, point: Point, local: Offer) -> PointOutcome:
         """Defer a point, of which the value may be changed once this returns. `posted` or `missed`."""
         assert point.direction is not None
         options = point.options
@@ -162,7 +162,7 @@ class DeferredPoints:
             kept = take_snapshot(local if is_sent else Offer(None), self._make_room, self._give_back)
         place = kept.slot.place if kept.slot is not None else None
         header = self._values.build_header(None, point._replace(options=options), kept.offer, place, early=not is_sent)
-        if point.key.phase == PHASE:
+        if point.key.phase == FORWARD:
             self._recomputations.keep(point.key, options, None, None)
         point = point._replace(options=replace(options, extras=None, tokens=None))
         deferred = DeferredPoint(point, header, is_sent, kept.slot, kept.nbytes)
@@ -204,7 +204,7 @@ class DeferredPoints:
         while (deferred := self.next()) is not None:
             self._forget(deferred, "expired")
 
-    def _forget(self, deferred: DeferredPoint, sent: Outcome) -> None:
+    def _forget(self, deferred: DeferredPoint, sent: PointOutcome) -> None:
         self.give_up(deferred)
         self.forgotten[sent if deferred.is_sent else "missed"] += 1
 

@@ -25,8 +25,8 @@ from grafter.core.messages.offer import Offer
 from grafter.core.messages.participants import own_participants
 from grafter.core.messages.roster import other_role
 from grafter.core.point_fate import PointSituation, fate_of
-from grafter.core.points import PHASE, PointKey, call_site, check_tags, split_options
-from grafter.core.records import LedgerRecord, Outcome
+from grafter.core.points import FORWARD, PointKey, call_site, check_tags, split_options
+from grafter.core.records import LedgerRecord, PointOutcome
 from grafter.core.roles import Direction, receiver_role
 from grafter.core.untraced import unobserved
 from grafter.errors import GrafterError, RunError
@@ -230,7 +230,7 @@ class Dispatch:
             self._dumps.finish(taken, outcome, grafted)
         if options.new_rows_only and exchange.rows is not None and outcome in ("grafted", "compared", "sent"):
             self._values.windows.advance(point.key, exchange.rows.reached(header))
-        if point.key.phase == PHASE:
+        if point.key.phase == FORWARD:
             self._recomputations.keep(point.key, options, local.leaves if outcome == "grafted" else None, grafted)
         self._count(session, point.key, outcome)
         return grafted
@@ -246,12 +246,12 @@ class Dispatch:
             self._dumps.finish_failed(taken, error)
             raise
         self._dumps.finish(taken, outcome)
-        if point.key.phase == PHASE:
+        if point.key.phase == FORWARD:
             self._recomputations.keep(point.key, point.options, None, None)
         self._count(session, point.key, outcome)
         return local.value
 
-    def _count(self, session: Session, key: PointKey, outcome: Outcome) -> None:
+    def _count(self, session: Session, key: PointKey, outcome: PointOutcome) -> None:
         self._tally.outcomes[outcome] += 1
         session.monitor.board.last_points.append((key, outcome))
 

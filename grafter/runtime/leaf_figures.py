@@ -14,11 +14,11 @@ from grafter.core.leaves import Leaves
 from grafter.core.measures.flat_chunks import checksum_of_values
 from grafter.core.measures.stats import compare
 from grafter.core.messages.manifest import Header
-from grafter.core.plan.decision import Decision
+from grafter.core.plan.decision import TransferDecision
 from grafter.core.plan.resharding import Resharding
 from grafter.core.points import PointKey
 from grafter.core.processes import is_from_signal_handler
-from grafter.core.records import CopyRecord, Difference, LeafRecord
+from grafter.core.records import CopyRecord, Difference, LedgerLeaf
 from grafter.core.writing.write_back import Written
 from grafter.wire.exchange.incoming import IncomingLeaf
 
@@ -30,10 +30,10 @@ Stats = Literal["full", "light", "off"]
 class LeafFigures:
     """The ledger's records of the leaves of one point on one receiver."""
 
-    def __init__(self, key: PointKey, header: Header, decision: Decision, stats: Stats) -> None:
+    def __init__(self, key: PointKey, header: Header, decision: TransferDecision, stats: Stats) -> None:
         """header: this rank's own. stats: how much is measured of each leaf."""
         self._key, self._header, self._decision, self._stats = key, header, decision, stats
-        self.records: list[LeafRecord] = []
+        self.records: list[LedgerLeaf] = []
         # Why a leaf has no figures.
         self._why_none: str | None = None
 
@@ -109,7 +109,7 @@ class LeafFigures:
         return self._why_none or f"no figures of {missing or 'the tensor'} were taken"
 
     @property
-    def worst(self) -> LeafRecord | None:
+    def worst(self) -> LedgerLeaf | None:
         """The leaf that differs most; None before `measure`."""
         records = self.records
         return max(records, key=_badness) if len(records) > 1 else records[0] if records else None
@@ -118,13 +118,13 @@ class LeafFigures:
 @lru_cache(maxsize=4096)
 def _record_of(
     path: str, shape: tuple[int, ...], dtype: str, device: torch.device, layout: DeclaredLayout | None
-) -> LeafRecord:
+) -> LedgerLeaf:
     """A leaf without figures. The same ones come again at every step."""
     where = str(layout) if layout is not None else None
-    return LeafRecord(path=path, shape=list(shape), dtype=dtype, device=str(device), layout=where)
+    return LedgerLeaf(path=path, shape=list(shape), dtype=dtype, device=str(device), layout=where)
 
 
-def _badness(record: LeafRecord) -> tuple[int, float, float]:
+def _badness(record: LedgerLeaf) -> tuple[int, float, float]:
     """Orders leaves by how far they differ; unequal infinities and NaN come first."""
     difference = record.difference
     if difference is None:

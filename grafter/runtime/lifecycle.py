@@ -220,7 +220,7 @@ class Lifecycle:
             self.session = session
             self._write_facts(session.run_directory, session.roster)
             session.monitor.board.hook_facts = self._models.hook_facts
-            self._models.tell_which_are_only_here(session.roster)
+            self._models.warn_of_modules_only_here(session.roster)
         return self.session
 
     def run_directory(self) -> Path:

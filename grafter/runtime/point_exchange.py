@@ -13,14 +13,14 @@ from typing import Any
 import torch
 
 from grafter.core.leaves import Leaves
-from grafter.core.measures.stats import NO_DIFFERENCE
+from grafter.core.measures.stats import ZERO_DIFFERENCE
 from grafter.core.messages.manifest import Header, Pair, store_keys
 from grafter.core.messages.states import NotMet
-from grafter.core.plan.paired_rows import PairedRows
 from grafter.core.plan.point_plan import PointPlan, Sides, plan_point
+from grafter.core.plan.row_pairing import RowPairing
 from grafter.core.plan.transfer_plan import TransferPlan
 from grafter.core.processes import Abandoned, PeerGone
-from grafter.core.records import SCHEMA_VERSION, Difference, LedgerLine, Outcome
+from grafter.core.records import LEDGER_SCHEMA_VERSION, Difference, LedgerLine, PointOutcome
 from grafter.core.tensor_access import without_gradient
 from grafter.errors import PeerLostError, PointFailed, RunError
 from grafter.runtime.leaf_figures import LeafFigures
@@ -63,13 +63,13 @@ class PointExchange(ABC):
         self._seconds: dict[str, float] = {}
         self._stage_since = time.perf_counter()
         # Where rows are addressed by token: how they paired.
-        self.rows: PairedRows | None = None
+        self.rows: RowPairing | None = None
         # Of a receiver, from when both sides have met: what it measures.
         self._figures: LeafFigures | None = None
         # Of values without tensors, which are compared by their headers.
         self._plain_difference: Difference | None = None
 
-    def run(self, leaves: Leaves | None, extras: list[torch.Tensor]) -> tuple[Any, Outcome]:
+    def run(self, leaves: Leaves | None, extras: list[torch.Tensor]) -> tuple[Any, PointOutcome]:
         """(what `dump` returns, outcome). Raises what ended the run, or PointFailed where the options say so."""
         session, monitor = self._session, self._session.monitor
         monitor.underway = self
@@ -101,14 +101,14 @@ class PointExchange(ABC):
 
     def _carry_out(
         self, pair: Pair, plan: PointPlan, leaves: Leaves | None, extras: list[torch.Tensor]
-    ) -> tuple[Any, Outcome]:
+    ) -> tuple[Any, PointOutcome]:
         decision = plan.decision
         self.rows = decision.rows
-        outcome: Outcome
+        outcome: PointOutcome
         if decision.outcome is not None or leaves is None or plan.transfer is None:
             outcome, reason = decision.outcome or "skipped", decision.reason
             value = leaves.value if leaves is not None else None
-            self._plain_difference = NO_DIFFERENCE if outcome == "compared" else None
+            self._plain_difference = ZERO_DIFFERENCE if outcome == "compared" else None
         else:
             paired = PairedPoint(pair, plan, plan.transfer.of_point(self._key.digest), leaves, extras)
             value, outcome, reason = self._transfer(paired)
@@ -118,7 +118,7 @@ class PointExchange(ABC):
         return value, outcome
 
     @abstractmethod
-    def _transfer(self, paired: PairedPoint) -> tuple[Any, Outcome, str | None]:
+    def _transfer(self, paired: PairedPoint) -> tuple[Any, PointOutcome, str | None]:
         """(what `dump` returns, outcome, reason). This rank's part, once both sides have met."""
 
     def _leave(self, pair: Pair, error: BaseException) -> None:  # noqa: B027 a sender does nothing
@@ -143,7 +143,7 @@ class PointExchange(ABC):
 
     # The end.
 
-    def _pass_by(self, not_met: NotMet) -> Outcome:
+    def _pass_by(self, not_met: NotMet) -> PointOutcome:
         """The two sides have not met, since one of them does not wait: the value stays as it is."""
         session, header = self._session, self._header
         sides: Sides = ((), header.participants) if header.role == "target" else (header.participants, ())
@@ -152,7 +152,7 @@ class PointExchange(ABC):
         session.ledger.record({**self._line(sides, not_met.outcome, not_met.reason), "only_in": only_in})
         return not_met.outcome
 
-    def _finish(self, plan: PointPlan, outcome: Outcome, reason: str | None) -> None:
+    def _finish(self, plan: PointPlan, outcome: PointOutcome, reason: str | None) -> None:
         session, receivers = self._session, plan.receivers
         self.stage = "finishing"
         sent = not self.is_receiver and outcome in ("sent", "compared")
@@ -176,11 +176,11 @@ class PointExchange(ABC):
         if self._session.place.role_rank == failure_reporter_rank:
             self._session.ledger.failures.add(self._key.name, self._key, reason)
 
-    def _line(self, sides: Sides, outcome: Outcome, reason: str | None) -> LedgerLine:
+    def _line(self, sides: Sides, outcome: PointOutcome, reason: str | None) -> LedgerLine:
         key, place, figures = self._key, self._session.place, self._figures
         worst = figures.worst if figures is not None else None
         return {
-            "schema_version": SCHEMA_VERSION,
+            "schema_version": LEDGER_SCHEMA_VERSION,
             "sequence": self._sequence,
             "time": time.time(),
             "name": key.name,
@@ -210,7 +210,7 @@ class PointExchange(ABC):
 class SentPoint(PointExchange):
     """One point on one sender."""
 
-    def _transfer(self, paired: PairedPoint) -> tuple[Any, Outcome, str | None]:
+    def _transfer(self, paired: PairedPoint) -> tuple[Any, PointOutcome, str | None]:
         session, tensors = self._session, paired.leaves.tensors
         rows = paired.plan.decision.rows_of(self._header)
         if rows is not None:

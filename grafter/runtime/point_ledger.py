@@ -15,7 +15,7 @@ from pathlib import Path
 from grafter.core.points import PointKey
 from grafter.core.processes import is_from_signal_handler
 from grafter.core.records import LedgerLine, LedgerRecord, RankSummary
-from grafter.core.roles import Place
+from grafter.core.roles import RankIdentity
 from grafter.store.ledger import LedgerWriter
 from grafter.wire.failed_points import FailedPoints, SentPoints
 from grafter.wire.monitor.monitor_thread import MonitorThread
@@ -33,7 +33,7 @@ _LONGEST_REASON = 600
 class PointLedger:
     """The ledger of one rank. `record` and `report_failure` are called on the dump thread, `poll` on housekeeping's."""
 
-    def __init__(self, place: Place, run_directory: Path, run_prefix: str, monitor: MonitorThread) -> None:
+    def __init__(self, place: RankIdentity, run_directory: Path, run_prefix: str, monitor: MonitorThread) -> None:
         self._place, self._monitor = place, monitor
         self._writer = LedgerWriter(run_directory / place.role, place.role_rank)
         self.failures = FailureLog(place.who)

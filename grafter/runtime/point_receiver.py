@@ -12,7 +12,7 @@ from grafter.core.messages.manifest import Header, Pair
 from grafter.core.plan.assembly import Values
 from grafter.core.plan.point_plan import PointPlan
 from grafter.core.processes import Abandoned, PeerGone, is_from_signal_handler
-from grafter.core.records import Outcome
+from grafter.core.records import PointOutcome
 from grafter.core.tensor_access import without_gradient
 from grafter.core.writing.write_back import WriteMode, Written
 from grafter.errors import PointFailed, RunError, TransformError, WriteRefused
@@ -44,7 +44,7 @@ class ReceivedPoint(PointExchange, Work):
         self._incoming: list[IncomingLeaf] = []
         self._written: list[Written] = []
 
-    def _transfer(self, paired: PairedPoint) -> tuple[Any, Outcome, str | None]:
+    def _transfer(self, paired: PairedPoint) -> tuple[Any, PointOutcome, str | None]:
         self._paired = paired
         self._figures = LeafFigures(self._key, self._header, paired.plan.decision, self._stats)
         try:
@@ -53,12 +53,12 @@ class ReceivedPoint(PointExchange, Work):
             # The monitor thread may hold this object for a little longer, and the values' memory is needed again.
             self._paired, self._incoming, self._written = None, [], []
 
-    def _agree(self, paired: PairedPoint, figures: LeafFigures) -> tuple[Any, Outcome, str | None]:
+    def _agree(self, paired: PairedPoint, figures: LeafFigures) -> tuple[Any, PointOutcome, str | None]:
         """Vote with the other receivers, and write if all agree."""
         plan, leaves = paired.plan, paired.leaves
         settled = self._session.agreement.settle(self._key, plan.receivers, self)
         self._is_settled = True
-        outcome: Outcome
+        outcome: PointOutcome
         if settled.refusal is not None:
             self._end_stage("agreement")
             outcome = "failed"

@@ -12,7 +12,7 @@ from grafter.config.control.in_force import InForce, Verdict
 from grafter.config.direction_filters import DirectionFilters
 from grafter.config.options import DumpChoice, OptionChooser
 from grafter.config.settings.config import GrafterConfig
-from grafter.core.points import PHASE, split_options
+from grafter.core.points import FORWARD, split_options
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class PointRules:
     def judge(self, filters: Sequence[DirectionFilters], name: str, arguments: dict[str, Any]) -> Verdict:
         """How a point in compiled code is taken, where any of these filters may match. Called on any thread."""
         tags, given = split_options(arguments)
-        named = {**tags, "save": given.pop("save", None), "name": name, "phase": PHASE}
+        named = {**tags, "save": given.pop("save", None), "name": name, "phase": FORWARD}
         possible = {found for each in filters for found in each.could_match(named)}
         options = self.options.options_of(name, given)
         if not possible and not (self.has_gradients and options.gradients):

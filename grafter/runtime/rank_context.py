@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from grafter.config.settings.config import GrafterConfig
 from grafter.core.points import StepCounter
-from grafter.core.roles import Place
+from grafter.core.roles import RankIdentity
 from grafter.errors import ConfigError, GrafterError, JoinError, PeerLostError, RunError, UsageError
 from grafter.runtime.point_rules import PointRules
 
@@ -35,7 +35,7 @@ class RankContext:
     """
 
     config: GrafterConfig
-    place: Place
+    place: RankIdentity
     rules: PointRules
     status: RankStatus
     saves_points: bool = True
@@ -95,7 +95,7 @@ class Connection(Protocol):
 class RankStatus:
     """Whether one rank still takes part in its run. Changed under the lock of its points."""
 
-    def __init__(self, config: GrafterConfig, place: Place) -> None:
+    def __init__(self, config: GrafterConfig, place: RankIdentity) -> None:
         self._config, self.who = config, place.who
         # The process that may graft: a child that is forked from it is another one.
         self.process_id = os.getpid()
@@ -157,7 +157,7 @@ class RankStatus:
         logger.warning("grafter: %s continues ungrafted from here (on_peer_loss=detach): %s", self.who, error)
 
 
-def find_place(config: GrafterConfig) -> Place:
+def find_place(config: GrafterConfig) -> RankIdentity:
     """This process's rank in its job: the configured one, else torch.distributed's, else RANK, else 0."""
     assert config.role is not None
     initialised = dist.is_available() and dist.is_initialized()
@@ -177,7 +177,7 @@ def find_place(config: GrafterConfig) -> Place:
             f"this process is rank {role_rank} of a {config.role} job of {world_size} ranks, which count from 0. Check "
             f"GRAFTER_RANK, GRAFTER_{config.role.upper()}_WORLD_SIZE, RANK and WORLD_SIZE."
         )
-    return Place(config.role, role_rank, world_size)
+    return RankIdentity(config.role, role_rank, world_size)
 
 
 def _explain_world_size(role: str, expected: object, world_size: object, *, initialised: bool) -> str:

@@ -21,7 +21,7 @@ from vote_log_parts import MessageRouter, Post, Roster
 import grafter
 from grafter.core.messages.wire import Seal
 from grafter.core.processes import is_from_signal_handler
-from grafter.core.roles import Place
+from grafter.core.roles import RankIdentity
 from grafter.core.user_transform import GraftTransformInput, transform_of
 from grafter.runtime import leaf_figures
 from grafter.runtime.point_ledger import PointLedger
@@ -171,7 +171,7 @@ def test_the_ledger_has_its_line_once_and_the_program_its_exception(
     arrives: str, alarm: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monitor: Any = SimpleNamespace(aborted=None)
-    ledger = PointLedger(Place("baseline", 0, 1), tmp_path, "run", monitor)
+    ledger = PointLedger(RankIdentity("baseline", 0, 1), tmp_path, "run", monitor)
     write = os.write
 
     def interrupted(descriptor: int, line: bytes) -> int:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, Literal
 
-Method = Literal["search", "match", "fullmatch"]
+MatchMethod = Literal["search", "match", "fullmatch"]
 
 MAX_REPETITIONS = 1000  # RE2's own limit
 # Also bounds the time of one match: RE2's slowest way takes the pattern's compiled size times the tag's length.
@@ -57,7 +57,7 @@ class PatternError(Exception):
         self.at = at
 
 
-def compile_pattern(pattern: str, method: Method) -> Callable[[Any], Literal[True] | None]:
+def compile_pattern(pattern: str, method: MatchMethod) -> Callable[[Any], Literal[True] | None]:
     """A function of a tag's value: True where the pattern is found in it, None where it is not or where it is no text.
 
     Raises PatternError.

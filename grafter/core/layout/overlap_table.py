@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Shared:
+class Overlap:
     """What two boxes have in common: its sizes, and where it begins in the local dims of either side."""
 
     sizes: Numbers
@@ -28,14 +28,14 @@ class Shared:
     receiver_starts: Numbers
 
 
-class Table:
+class OverlapTable:
     """The distinct box lists of one component on both sides, and what they share."""
 
     def __init__(self, component: Component) -> None:
         self._component = component
         self.senders, self.receivers = BoxLists(), BoxLists()
-        self._by_sender: dict[int, dict[int, list[Shared]]] = {}
-        self._by_receiver: dict[int, dict[int, list[Shared]]] = {}
+        self._by_sender: dict[int, dict[int, list[Overlap]]] = {}
+        self._by_receiver: dict[int, dict[int, list[Overlap]]] = {}
 
     @cached_property
     def parts(self) -> list[int]:
@@ -46,7 +46,7 @@ class Table:
             for number, boxes in enumerate(self.senders.boxes)
         ]
 
-    def met_by_receiver(self, number: int) -> dict[int, list[Shared]]:
+    def overlaps_of_receiver(self, number: int) -> dict[int, list[Overlap]]:
         """What a receiver's list shares with each of the senders'."""
         if number not in self._by_receiver:
             ours = self.receivers.boxes[number]
@@ -56,7 +56,7 @@ class Table:
             }
         return self._by_receiver[number]
 
-    def met_by_sender(self, number: int) -> dict[int, list[Shared]]:
+    def overlaps_of_sender(self, number: int) -> dict[int, list[Overlap]]:
         """What a sender's list shares with each of the receivers', in the same order."""
         if number not in self._by_sender:
             theirs = self.senders.boxes[number]
@@ -72,13 +72,13 @@ class Table:
         taking[list(self.receivers.meeting(self.senders.boxes[number]))] = True
         return taking
 
-    def _share(self, theirs: SpaceBox, ours: SpaceBox) -> Shared:
+    def _share(self, theirs: SpaceBox, ours: SpaceBox) -> Overlap:
         starts = tuple(map(max, theirs.starts, ours.starts))
         sizes = tuple(
             min(a + n, b + m) - start
             for start, a, n, b, m in zip(starts, theirs.starts, theirs.sizes, ours.starts, ours.sizes, strict=True)
         )
-        return Shared(
+        return Overlap(
             sizes, _local(self._component.sender, theirs, starts), _local(self._component.receiver, ours, starts)
         )
 
@@ -146,7 +146,7 @@ class BoxLists:
 
 
 @dataclass(frozen=True)
-class Region:
+class StridedRegion:
     """`sizes` of the region's dims; for each, the tensor's dim it runs along and how many steps of it one step takes.
 
     A fused dim (`h*d`) of the tensor serves two dims of a region: h with a step of the size of d, d with a step of 1.
@@ -171,7 +171,7 @@ class Region:
         )
 
 
-class Frame:
+class RegionMaker:
     """What all regions of one resharding have alike: the order of their dims, and how these run along the local ones.
 
     The factors of all components come in the order of the receiver's memory, so that it is written in order.
@@ -192,7 +192,7 @@ class Frame:
             listed = [dim for own in side for dim in own.dims]
             self._starts.append([listed.index(dim) if dim in listed else -1 for dim in range(ndim)])
 
-    def regions(self, parts: Sequence[Shared]) -> tuple[Region, Region]:
+    def regions(self, parts: Sequence[Overlap]) -> tuple[StridedRegion, StridedRegion]:
         """Where what is shared in each component lies in the sender's tensor, and where in the receiver's."""
         sizes = [size for part in parts for size in part.sizes]
         there = [start for part in parts for start in part.sender_starts]
@@ -201,6 +201,6 @@ class Frame:
         here.append(0)
         ordered = tuple([sizes[factor] for factor in self._order])
         return (
-            Region(tuple([there[n] for n in self._starts[0]]), ordered, self._along[0], self._steps[0]),
-            Region(tuple([here[n] for n in self._starts[1]]), ordered, self._along[1], self._steps[1]),
+            StridedRegion(tuple([there[n] for n in self._starts[0]]), ordered, self._along[0], self._steps[0]),
+            StridedRegion(tuple([here[n] for n in self._starts[1]]), ordered, self._along[1], self._steps[1]),
         )

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from grafter.core.measures.flat_chunks import CHUNK, FlatReader, are_paired, bits
-from grafter.core.measures.magnitudes import Between, Magnitudes
+from grafter.core.measures.magnitudes import Bounds, Magnitudes
 from grafter.core.measures.pair_chunks import CHUNKS, PairMeter, RunSums
 from grafter.core.measures.rows import WorstRow
 from grafter.core.measures.stats import byte_difference, check_pair, check_plain, make_difference, make_statistics
@@ -58,14 +58,14 @@ class RowMeasures:
     count: int
     differing: int
     worst: list[WorstRow]
-    percentiles: dict[str, Between]
+    percentiles: dict[str, Bounds]
     far: int
     nonfinite: int
     first_nonfinite: int | None
 
 
 @dataclass(frozen=True)
-class Measurement:
+class PairMeasurement:
     """How far x is from y. `ulps` is None where a dtype is no floating one, or where the narrower one says it.
 
     magnitudes: (low, high, count) of |d|, where low <= |d| < high; the first bin is 0.
@@ -74,13 +74,13 @@ class Measurement:
 
     difference: Difference
     ulps: Ulps | None
-    percentiles: dict[str, Between]
+    percentiles: dict[str, Bounds]
     # None where values are no numbers, and differ.
     rows: RowMeasures | None
     magnitudes: list[tuple[float, float, int]]
     x: TensorStatistics | None = None
     y: TensorStatistics | None = None
-    narrow: Measurement | None = None
+    narrow: PairMeasurement | None = None
     narrow_dtype: torch.dtype | None = None
 
 
@@ -163,7 +163,7 @@ class PairStream:
                 self._meter.measure(self._sums, self._done, pieces[0], pieces[1])
                 self._done += size
 
-    def finish(self) -> Measurement:
+    def finish(self) -> PairMeasurement:
         """What was measured; all values have been added."""
         if self._done != self._parts:
             raise RuntimeError(f"{self._done} of {self._parts} parts were measured.")
@@ -209,7 +209,7 @@ class PairStream:
 
     # --- at the end
 
-    def _finished(self, sums: RunSums, x: torch.dtype, y: torch.dtype) -> Measurement:
+    def _finished(self, sums: RunSums, x: torch.dtype, y: torch.dtype) -> PairMeasurement:
         difference = make_difference(self._shape, sums.pair, "full")
         of_x: TensorStatistics | None = None
         of_y: TensorStatistics | None = None
@@ -220,7 +220,7 @@ class PairStream:
         narrow = None
         if sums.narrow is not None and narrow_dtype is not None:
             narrow = self._finished(sums.narrow, narrow_dtype, narrow_dtype)
-        return Measurement(
+        return PairMeasurement(
             difference,
             _finish_ulps(sums.ulps, difference, x, y),
             _percentiles(sums.magnitudes, difference.max_abs),
@@ -272,13 +272,13 @@ def _finish_ulps(sums: UlpSums, difference: Difference, x: torch.dtype, y: torch
     return Ulps(0, 0, 0.0) if difference.mismatched_fraction == 0 else Ulps(0, None, None)
 
 
-def _percentiles(counted: Magnitudes, largest: float | None) -> dict[str, Between]:
+def _percentiles(counted: Magnitudes, largest: float | None) -> dict[str, Bounds]:
     """Each by its bin; nothing is larger than the largest."""
-    found: dict[str, Between] = {}
+    found: dict[str, Bounds] = {}
     for name, thousandths in PERCENTILES.items():
         between = counted.percentile(thousandths)
         if between is not None and largest is not None:
-            found[name] = Between(min(between.low, largest), min(between.high, largest))
+            found[name] = Bounds(min(between.low, largest), min(between.high, largest))
     return found
 
 
@@ -302,9 +302,9 @@ class ByteStream:
         self._unequal += int(torch.count_nonzero(bits(x) != bits(y)))
         self._done += x.numel()
 
-    def finish(self) -> Measurement:
+    def finish(self) -> PairMeasurement:
         """What was measured; all values have been added. Of unequal values only their number is known."""
         if self._done != self._numel:
             raise RuntimeError(f"{self._done} of {self._numel} values were compared.")
         rows = None if self._unequal else RowMeasures(self._row_count, 0, [], {}, 0, 0, None)
-        return Measurement(byte_difference(self._unequal, self._numel), None, {}, rows, [])
+        return PairMeasurement(byte_difference(self._unequal, self._numel), None, {}, rows, [])

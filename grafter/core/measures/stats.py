@@ -50,13 +50,13 @@ from grafter.core.measures.flat_chunks import CHUNK, PACKED_FLOAT4, are_paired, 
 from grafter.core.records import Difference, TensorStatistics
 from grafter.errors import UsageError
 
-Level = Literal["full", "light", "off"]
+StatisticsLevel = Literal["full", "light", "off"]
 
 # Of what is equal, and no numbers.
-NO_DIFFERENCE = Difference(rel=0.0, rel_l2=0.0, max_abs=0.0, mean_abs=0.0, cosine=1.0, mismatched_fraction=0.0)
+ZERO_DIFFERENCE = Difference(rel=0.0, rel_l2=0.0, max_abs=0.0, mean_abs=0.0, cosine=1.0, mismatched_fraction=0.0)
 
 
-def summarize(tensor: torch.Tensor, level: Level) -> TensorStatistics | None:
+def summarize(tensor: torch.Tensor, level: StatisticsLevel) -> TensorStatistics | None:
     """Statistics of one plain strided tensor of any shape and dtype. None unless level is `full`.
 
     Raises UsageError for a quantised tensor, and for a dtype without numbers.
@@ -69,13 +69,13 @@ def summarize(tensor: torch.Tensor, level: Level) -> TensorStatistics | None:
     return make_statistics(tensor.numel(), sums)
 
 
-def difference(x: torch.Tensor, y: torch.Tensor, level: Level) -> Difference | None:
+def difference(x: torch.Tensor, y: torch.Tensor, level: StatisticsLevel) -> Difference | None:
     """How far x is from y, of equal shapes; dtypes, strides and devices may differ. None if level is `off`."""
     return None if level == "off" else _compare(x, y, level, statistics=False)[2]
 
 
 def compare(
-    x: torch.Tensor, y: torch.Tensor, level: Level
+    x: torch.Tensor, y: torch.Tensor, level: StatisticsLevel
 ) -> tuple[TensorStatistics | None, TensorStatistics | None, Difference | None]:
     """Statistics of x and of y (level `full`), and their difference, in one pass over both.
 
@@ -141,7 +141,7 @@ def check_pair(x: torch.dtype, y: torch.dtype) -> None:
 
 def byte_difference(unequal: int, count: int) -> Difference:
     """Of `count` values that are no numbers, of which so many have other bytes."""
-    return Difference(mismatched_fraction=unequal / count) if unequal else NO_DIFFERENCE
+    return Difference(mismatched_fraction=unequal / count) if unequal else ZERO_DIFFERENCE
 
 
 # --- combined

@@ -12,11 +12,11 @@ from grafter.core.leaves import TensorSpec, decode_extras
 from grafter.core.measures.stats import difference
 from grafter.core.messages.manifest import Header, Pair
 from grafter.core.messages.roster import Roster
-from grafter.core.plan.decision import Decision
+from grafter.core.plan.decision import TransferDecision
 from grafter.core.plan.resharding import Resharding
 from grafter.core.plan.transfer_plan import Value
 from grafter.core.records import Difference
-from grafter.core.roles import RoleName
+from grafter.core.roles import Role
 from grafter.errors import WriteRefused
 
 Values = dict[Value, torch.Tensor]
@@ -49,7 +49,7 @@ class Assembled:
     copies: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
 
 
-def received_by_sender(values: Values, pair: Pair, role: RoleName, roster: Roster) -> list[Received]:
+def received_by_sender(values: Values, pair: Pair, role: Role, roster: Roster) -> list[Received]:
     """Whole tensors, in the order of the sending role's ranks."""
     known = f"headers of {role}"
     headers = pair.memo.get(known)
@@ -79,7 +79,7 @@ def received_extras(values: Values, header: Header, sender: int) -> dict[str, An
     return decode_extras(header.extras, tensors)
 
 
-def assembled_leaves(decision: Decision, values: Values, header: Header) -> list[Assembled]:
+def assembled_leaves(decision: TransferDecision, values: Values, header: Header) -> list[Assembled]:
     """The receiver's leaves, in the staged memory where they lie. Raises WriteRefused where this dtype has no sum."""
     leaves = []
     rows = decision.rows_of(header)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from grafter.core.messages.manifest import Pair
 from grafter.core.messages.roster import Roster
-from grafter.core.plan.decision import Decision, decide
+from grafter.core.plan.decision import TransferDecision, decide
 from grafter.core.plan.transfer_plan import TransferPlan, make_plan
 from grafter.core.processes import is_from_signal_handler
 from grafter.core.roles import Direction
@@ -22,7 +22,7 @@ class PointPlan:
     and the target's. receivers: role ranks, in order. is_posted: the senders do not wait.
     """
 
-    decision: Decision
+    decision: TransferDecision
     transfer: TransferPlan | None
     sides: Sides
     receivers: tuple[int, ...]
@@ -38,7 +38,7 @@ def plan_point(digest: str, direction: Direction, pair: Pair, roster: Roster, gr
         except ValueError as error:
             if is_from_signal_handler(error):
                 raise
-            decision = Decision({}, "failed", str(error))
+            decision = TransferDecision({}, "failed", str(error))
     return PointPlan(
         decision,
         transfer,

@@ -21,12 +21,12 @@ from torch.utils import _pytree as pytree
 
 from grafter.config.names import PointName
 from grafter.core.point_fate import fate_of
-from grafter.core.points import call_site, check_tags, split_options, surroundings
+from grafter.core.points import call_site, check_tags, point_context, split_options
 from grafter.runtime.dispatch import Dispatch
 from grafter.runtime.gradients.outcomes import GradientOutcomes
 from grafter.runtime.gradients.parameters import ParameterGradients
 from grafter.runtime.gradients.pending import PendingGradients
-from grafter.runtime.gradients.watched import PHASE, SavedGradient, WatchedGradient
+from grafter.runtime.gradients.watched import BACKWARD, SavedGradient, WatchedGradient
 from grafter.runtime.local_value import Point, PointTools
 from grafter.runtime.rank_context import RankContext
 from grafter.runtime.recompute.regions import current_recomputation
@@ -68,7 +68,7 @@ class GradientPoints:
         """Of the path of a tensor in the point's value: its gradient's point, where a filter matches that."""
         context, rules = self._context, self._context.rules
         steps, key_tags = context.steps, context.config.key_tags
-        around = surroundings.get()
+        around = point_context.get()
         own, _ = split_options(arguments)
         tags, given = split_options({**around.tags, **arguments})
         save_option = given.pop("save", None)
@@ -79,8 +79,8 @@ class GradientPoints:
             recomputation = current_recomputation()
             if recomputation is not None:
                 # Its place in the order of the program is that of the forward pass.
-                return recomputation.next_kept(steps, point, own, key_tags, PHASE)  # type: ignore[no-any-return]
-            full = {**tags, "name": point, "step": steps.step, "phase": PHASE}
+                return recomputation.next_kept(steps, point, own, key_tags, BACKWARD)  # type: ignore[no-any-return]
+            full = {**tags, "name": point, "step": steps.step, "phase": BACKWARD}
             direction = rules.filters.direction_of(full)
             is_chosen = rules.filters.saves({**full, "save": save_option})
             saves = self._tools.dumps.accepts(direction, steps.step, is_chosen=is_chosen)
@@ -91,7 +91,7 @@ class GradientPoints:
             if fate == "ignore" or not options.gradients:
                 return None
             check_tags(tags)
-            key = steps.next_key({**tags, "name": point}, key_tags, PHASE)
+            key = steps.next_key({**tags, "name": point}, key_tags, BACKWARD)
             options = replace(options, write="return", gradient="straight_through")
             gradient = Point(key, direction, options, dict(tags), call_site(), module)
             if fate in ("save", "record"):

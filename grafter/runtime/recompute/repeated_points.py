@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from grafter.core.points import PHASE, call_site, check_tags, split_options, surroundings
+from grafter.core.points import FORWARD, call_site, check_tags, point_context, split_options
 from grafter.errors import UsageError
 from grafter.runtime.rank_context import RankContext
 from grafter.runtime.recompute.recompute import Recomputations
@@ -32,7 +32,7 @@ class RepeatedPoints:
             recomputation.has_cut |= kept.is_cut
             return kept.write_again(value)
         step = recomputation.step_of(self._steps)
-        tags = {**surroundings.get().tags, **own, "name": name, "step": step, "phase": PHASE}
+        tags = {**point_context.get().tags, **own, "name": name, "step": step, "phase": FORWARD}
         if self._rank_status.detached is None and self._rules.filters_at(step).direction_of(tags) is not None:
             raise UsageError(recomputation.why_unknown(name, call_site()))
         return value

@@ -24,8 +24,9 @@ from pydantic import BaseModel, ConfigDict
 
 from grafter.core.layout.declared import DeclaredLayout
 from grafter.core.processes import is_from_signal_handler
-from grafter.core.records import DirectionName, Outcome, Role, TensorStatistics
-from grafter.core.rows.tokens import TokenRuns
+from grafter.core.records import PointOutcome, TensorStatistics
+from grafter.core.roles import Direction, Role
+from grafter.core.tokens.tokens import TokenRuns
 
 FORMAT_VERSION = 1
 METADATA_KEY = "grafter"
@@ -92,8 +93,8 @@ class DumpRecord(_Record):
     excluded: tuple[str, ...] = ()
     tokens: TokenRuns | None = None
     # What the graft of this point came to; None where no filter of a direction matched.
-    direction: DirectionName | None = None
-    outcome: Outcome | None = None
+    direction: Direction | None = None
+    outcome: PointOutcome | None = None
     # GRAFTER_RECORD: this rank's header as it would have travelled, for a graft from this recording.
     header: str | None = None
 

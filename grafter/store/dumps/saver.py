@@ -20,10 +20,10 @@ from grafter.config.options import PointOptions
 from grafter.config.settings.config import GrafterConfig
 from grafter.core.points import PointKey
 from grafter.core.processes import is_from_signal_handler
-from grafter.core.records import Outcome
-from grafter.core.roles import Direction, Place
-from grafter.core.rows.tokens import TokenRuns
+from grafter.core.records import PointOutcome
+from grafter.core.roles import Direction, RankIdentity
 from grafter.core.sizes import read_size
+from grafter.core.tokens.tokens import TokenRuns
 from grafter.core.untraced import unobserved
 from grafter.store.dumps.limits import Limits
 from grafter.store.dumps.record import DumpedLeaf, DumpRecord, Level, MetadataEncoder, safe_repr
@@ -54,7 +54,7 @@ _UNFINISHED = "the process ended, or the run did, while this point met the other
 class Saver:
     """One rank's dumps. `take` and `finish` are called under the lock of its points."""
 
-    def __init__(self, config: GrafterConfig, place: Place, role_directory: Path, limits: Limits) -> None:
+    def __init__(self, config: GrafterConfig, place: RankIdentity, role_directory: Path, limits: Limits) -> None:
         """Raises ConfigError where the directory holds this rank's dumps of an earlier run."""
         self._place, self._directory = place, role_directory
         self._exclude = config.dump_exclude_keys
@@ -121,7 +121,7 @@ class Saver:
             return taken
 
     def finish(
-        self, taken: Taken, outcome: Outcome | None = None, grafted: Any = None, reason: str | None = None
+        self, taken: Taken, outcome: PointOutcome | None = None, grafted: Any = None, reason: str | None = None
     ) -> None:
         """The point is over: hand it to the writer. grafted: what the program goes on with, where a graft wrote it."""
         if outcome == "grafted":

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from grafter.core.messages.roster import Roster, other_role
-from grafter.core.roles import RoleName
+from grafter.core.roles import Role
 from grafter.wire.monitor.status_board import BoardLine
 from grafter.wire.monitor.waits import Wait
 from grafter.wire.store_client import StoreClient
@@ -32,7 +32,7 @@ class StepEnds:
         self._own = own.role, own.role_rank
         self._said = _NOT_SAID
         # By role: the step that all of its ranks have reached, as this rank has last read it.
-        self._all_reached: dict[RoleName, int] = {"baseline": _NOT_SAID, "target": _NOT_SAID}
+        self._all_reached: dict[Role, int] = {"baseline": _NOT_SAID, "target": _NOT_SAID}
 
     def say(self, client: StoreClient, step: int) -> None:
         """Publish that this rank is in `step` now; free if it is published already. Does not wait for the store.
@@ -44,7 +44,7 @@ class StepEnds:
             self._said = step
             client.set(_key(client, *self._own), "step", str(step))
 
-    def reached(self, client: StoreClient, role: RoleName) -> list[int]:
+    def reached(self, client: StoreClient, role: Role) -> list[int]:
         """The step that each rank of a job is in, by role rank; -1 for all until each has published one."""
         side = self._roster.side(role)
         keys = [_key(client, role, rank) for rank in range(len(side))]
@@ -54,12 +54,12 @@ class StepEnds:
         self._all_reached[role] = min(steps)
         return steps
 
-    def have_passed(self, client: StoreClient, role: RoleName, step: int) -> bool:
+    def have_passed(self, client: StoreClient, role: Role, step: int) -> bool:
         """Whether all ranks of a job have passed the end of a step. Asks the store only if that is not known yet."""
         return self._all_reached[role] > step or min(self.reached(client, role)) > step
 
 
-def _key(client: StoreClient, role: RoleName, role_rank: int) -> str:
+def _key(client: StoreClient, role: Role, role_rank: int) -> str:
     return f"{client.run_prefix}/step/{role}/{role_rank}"
 
 
@@ -112,12 +112,12 @@ def _has_news(client: StoreClient, wait: Wait) -> bool:
     return bool(wait.awaits) and client.all_exist(wait.awaits)
 
 
-def only_one_job_came(role: RoleName) -> str:
+def only_one_job_came(role: Role) -> str:
     """The reason of a point that the other job did not reach in the point's step."""
     return f"only the {role} came to this point"
 
 
-def _only_some_came(role: RoleName, others: Sequence[int]) -> str:
+def _only_some_came(role: Role, others: Sequence[int]) -> str:
     missing = f"{role} rank {others[0]}" if len(others) == 1 else f"{role} ranks {', '.join(map(str, others))}"
     verb = "has" if len(others) == 1 else "have, or some of them have,"
     return f"not all ranks of the {role} came to this point: {missing} {verb} passed the end of the step without it"
@@ -131,7 +131,7 @@ def choose_passed_over(stuck: Sequence[BoardLine]) -> list[BoardLine]:
     has given up less often is chosen, so that the jobs take turns, and each soon passes the point that only it has.
     """
     at_point = {(line.digest, line.graft_rank) for line in stuck}
-    groups: dict[tuple[bool, RoleName], list[BoardLine]] = {}
+    groups: dict[tuple[bool, Role], list[BoardLine]] = {}
     for line in stuck:
         leader = min(line.participants)
         if line.one_sided and (leader == line.graft_rank or (line.digest, leader) not in at_point):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 
 from grafter.core.messages.roster import Announcement, Roster
-from grafter.core.roles import RoleName
+from grafter.core.roles import Role
 from grafter.errors import PairingError, PeerLostError, RunError
 from grafter.wire.monitor.status_board import BoardLine
 from grafter.wire.monitor.waits import Wait
@@ -21,7 +21,7 @@ _SKIP_THEM = (
 )
 _NAMES_SHOWN = 8
 
-_ROLES: tuple[RoleName, ...] = ("baseline", "target")
+_ROLES: tuple[Role, ...] = ("baseline", "target")
 
 
 def find_stuck(lines: Sequence[BoardLine], gone: Collection[int] = ()) -> list[BoardLine]:
@@ -250,7 +250,7 @@ def _of_gradients(lines: Sequence[BoardLine]) -> list[str]:
     ]
 
 
-def _of_bypassed(role: RoleName, lines: Sequence[BoardLine]) -> str | None:
+def _of_bypassed(role: Role, lines: Sequence[BoardLine]) -> str | None:
     """Modules of one job whose hooks did not run."""
     names = list(dict.fromkeys(name for line in lines if line.role == role for name in line.hooks.bypassed))
     if not names:

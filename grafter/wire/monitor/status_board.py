@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict
 from grafter.core.messages.roster import PlayedFrom, Roster
 from grafter.core.messages.wire import read_message
 from grafter.core.points import PointKey
-from grafter.core.roles import RoleName
+from grafter.core.roles import Role
 from grafter.wire.monitor.waits import Wait
 from grafter.wire.store_client import StoreClient
 
@@ -90,7 +90,7 @@ class BoardLine(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    role: RoleName
+    role: Role
     role_rank: int
     # Set by the reader, which has the roster.
     graft_rank: int = -1
@@ -128,7 +128,7 @@ class BoardLine(BaseModel):
 class BoardWriter:
     """Writes this rank's line. Used through one client at a time, so that its lines keep their order."""
 
-    def __init__(self, role: RoleName, role_rank: int) -> None:
+    def __init__(self, role: Role, role_rank: int) -> None:
         self.role, self._role_rank = role, role_rank
         self.sequence = 0
         # Replaced once both jobs have joined.
@@ -180,7 +180,7 @@ class BoardWriter:
         client.set(board_key(client, self.role, self._role_rank), "board", json.dumps(line))
 
 
-def board_key(client: StoreClient, role: RoleName, role_rank: int) -> str:
+def board_key(client: StoreClient, role: Role, role_rank: int) -> str:
     """The store key of a rank's line."""
     return f"{client.run_prefix}/board/{role}/{role_rank}"
 

@@ -30,8 +30,8 @@ from grafter.core.messages.states import (
     senders_outcome,
 )
 from grafter.core.messages.wire import Sealed, read_message
-from grafter.core.records import LedgerRecord, Outcome
-from grafter.core.roles import Direction, RoleName
+from grafter.core.records import LedgerRecord, PointOutcome
+from grafter.core.roles import Direction, Role
 from grafter.wire.outbox.snapshots import Memory, Slot
 from grafter.wire.store_client import StoreClient
 
@@ -63,7 +63,7 @@ class OutboxEntry:
     is_over: bool = False
     record: LedgerRecord | None = None
     # Set if it ended before its line was in the ledger.
-    ended: tuple[Outcome, str] | None = None
+    ended: tuple[PointOutcome, str] | None = None
 
     def change_state(self, client: StoreClient, state: str, reason: str) -> Sealed | None:
         """Change the state from open to this one: None if that is done, else the state that it has. Two round trips at
@@ -84,7 +84,7 @@ class EntryTable:
     The dump thread adds entries; any thread may look at them and end them.
     """
 
-    def __init__(self, memory: Memory, sender: RoleName, write: Callable[[LedgerRecord], None]) -> None:
+    def __init__(self, memory: Memory, sender: Role, write: Callable[[LedgerRecord], None]) -> None:
         """sender: this rank's job. write: writes a line of the ledger."""
         self._memory, self._sender, self._write = memory, sender, write
         # Oldest first, but for those that `move_to_end` has moved.
@@ -140,7 +140,7 @@ class EntryTable:
         with self._lock:
             self._entries[entry.keys.base] = entry
 
-    def recorded(self, entry: OutboxEntry, record: LedgerRecord) -> Outcome:
+    def recorded(self, entry: OutboxEntry, record: LedgerRecord) -> PointOutcome:
         """Write the line of an entry; returns its outcome: `posted`, or its final one if it has ended already."""
         with self._lock:
             entry.record = record

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from grafter.core.messages.roster import Roster, other_role
 from grafter.core.messages.states import CLAIMED, EXPIRED, ONE_SIDED, WITHDRAWN
-from grafter.core.roles import RoleName
+from grafter.core.roles import Role
 from grafter.wire.monitor.absence import only_one_job_came
 from grafter.wire.monitor.monitor_thread import MonitorThread
 from grafter.wire.monitor.status_board import BoardLine
@@ -35,7 +35,7 @@ class Receivers:
     sender: this rank's job. role: the other one.
     """
 
-    def __init__(self, monitor: MonitorThread, roster: Roster, sender: RoleName, timeout: float) -> None:
+    def __init__(self, monitor: MonitorThread, roster: Roster, sender: Role, timeout: float) -> None:
         self._monitor, self._timeout = monitor, timeout
         self.sender, self.role = sender, other_role(sender)
         self.graft_ranks = [roster.graft_rank(self.role, rank) for rank in range(len(roster.side(self.role)))]

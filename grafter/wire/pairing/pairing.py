@@ -17,7 +17,7 @@ from grafter.core.messages.roster import Roster, other_role
 from grafter.core.messages.states import NOT_MET, ONE_SIDED, NotMet, read_not_met
 from grafter.core.messages.wire import Sealed
 from grafter.core.points import PointKey
-from grafter.core.roles import RoleName
+from grafter.core.roles import Role
 from grafter.wire.monitor.absence import only_one_job_came
 from grafter.wire.monitor.monitor_thread import MonitorThread
 from grafter.wire.monitor.waits import ABSENT, GivenUp, Wait
@@ -53,7 +53,7 @@ class Pairing:
         self._nonblocking = NonblockingRendezvous(client, router, monitor, roster, self._cache, self._checks)
         self.claims, self.tombstones = self._nonblocking.claims, self._nonblocking.tombstones
         # By own role, rank and participants.
-        self._own_sides: dict[tuple[RoleName, int, tuple[int, ...]], _OwnSide] = {}
+        self._own_sides: dict[tuple[Role, int, tuple[int, ...]], _OwnSide] = {}
         # By own participants: the graft rank of the other side's leader at their last point.
         self._last_other_leader: dict[tuple[int, ...], int] = {}
         # The keys that this rank has put into the store for the current point.

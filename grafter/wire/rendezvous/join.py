@@ -22,7 +22,7 @@ from grafter.core.messages.announced_models import NO_HOOKS, AnnouncedHooks
 from grafter.core.messages.roster import ANNOUNCEMENTS, Announcement, PlayedFrom, Roster, find_disagreement, other_role
 from grafter.core.messages.wire import PROTOCOL_VERSION, Seal, Sealed, read_message
 from grafter.core.process_identity import ProcessIdentity, own_identity
-from grafter.core.roles import SHARED_SETTINGS, Place, RoleName
+from grafter.core.roles import SHARED_SETTINGS, RankIdentity, Role
 from grafter.errors import JoinError, ProtocolError, RunError
 from grafter.version import VERSION
 from grafter.wire.monitor.members import StoreHost
@@ -47,7 +47,7 @@ class Membership:
     hosts it; the store lives as long as this object.
     """
 
-    place: Place
+    place: RankIdentity
     client: StoreClient
     monitor: MonitorThread
     roster: Roster
@@ -57,7 +57,7 @@ class Membership:
     server: StoreServer | None
 
 
-def store_place(config: GrafterConfig, place: Place) -> tuple[RoleName, int] | None:
+def store_place(config: GrafterConfig, place: RankIdentity) -> tuple[Role, int] | None:
     """(role, role rank) of the rank that hosts the store; None if `grafter run` does."""
     if config.store_host == "launcher":
         return None
@@ -68,7 +68,7 @@ def store_place(config: GrafterConfig, place: Place) -> tuple[RoleName, int] | N
 
 def join(
     config: GrafterConfig,
-    place: Place,
+    place: RankIdentity,
     run_name: str,
     socket_name: str,
     keep_trying: Callable[[], bool],
@@ -141,7 +141,7 @@ class _Handshake:
     def __init__(
         self,
         config: GrafterConfig,
-        place: Place,
+        place: RankIdentity,
         client: StoreClient,
         monitor: MonitorThread,
         hooks: AnnouncedHooks,
@@ -261,7 +261,7 @@ class SecretCheck:
     `look` is called on one thread at a time.
     """
 
-    def __init__(self, role: RoleName, role_rank: int) -> None:
+    def __init__(self, role: Role, role_rank: int) -> None:
         self._role, self._leads = role, role_rank == 0
         self._number = os.urandom(16).hex()
         self._repeated = ""
@@ -292,7 +292,7 @@ class SecretCheck:
         )
 
 
-def _place(client: StoreClient, role: RoleName) -> str:
+def _place(client: StoreClient, role: Role) -> str:
     return f"{client.job_prefix}/hail/{role}"
 
 

@@ -22,7 +22,7 @@ from grafter.config.direction_filters import DirectionFilters
 from grafter.config.options import OptionChooser
 from grafter.config.settings.config import GrafterConfig
 from grafter.core.points import PointKey
-from grafter.core.rows.tokens import Tokens
+from grafter.core.tokens.tokens import Tokens
 from grafter.errors import ConfigError, UsageError
 from grafter.runtime.point_rules import SettingsChange
 from grafter.runtime.rank_context import RankContext

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from grafter.core.bounded_memory import Remembered
+from grafter.core.layout.row_numbering import RowNumbering, WindowedTokens, number_rows
 from grafter.core.layout.row_view import RowView
-from grafter.core.layout.token_rows import TokenRows, WindowedTokens, number_rows
 from grafter.core.messages.announced_tokens import resolved
 from grafter.core.messages.manifest import Header
 from grafter.core.plan.resharding import Resharding, reshard_between
@@ -20,22 +20,22 @@ from grafter.core.plan.token_shares import (
     with_rows_alike,
 )
 from grafter.core.records import TokenCounts
-from grafter.core.roles import RoleName
-from grafter.core.rows.tokens import SequenceId
+from grafter.core.roles import Role
+from grafter.core.tokens.tokens import SequenceId
 from grafter.errors import LayoutError
 
 
 @dataclass(frozen=True, eq=False)
-class PairedRows:
+class RowPairing:
     """Rows that are addressed by token: how they pair; and for each leaf, by role and role rank, those that do.
 
     own: the tokens of each rank's rows. sender: the role that sends.
     """
 
-    tokens: TokenRows
-    sender: RoleName
-    own: dict[tuple[RoleName, int], WindowedTokens]
-    views: tuple[dict[tuple[RoleName, int], RowView], ...] = ()
+    tokens: RowNumbering
+    sender: Role
+    own: dict[tuple[Role, int], WindowedTokens]
+    views: tuple[dict[tuple[Role, int], RowView], ...] = ()
 
     def counts(self, header: Header) -> TokenCounts:
         """What one rank's ledger says of it."""
@@ -64,7 +64,7 @@ class PairedRows:
         return 0 if header.role == self.sender else 1
 
 
-def pair_rows(senders: Sequence[Header], receivers: Sequence[Header]) -> tuple[PairedRows, tuple[Resharding, ...]]:
+def pair_rows(senders: Sequence[Header], receivers: Sequence[Header]) -> tuple[RowPairing, tuple[Resharding, ...]]:
     """How the rows of all these pair; and for each leaf, what goes where of those that do. Raises LayoutError.
 
     All give tokens, and their values are built alike. Where no token is in both sides' rows, there are no reshardings.
@@ -73,14 +73,14 @@ def pair_rows(senders: Sequence[Header], receivers: Sequence[Header]) -> tuple[P
     own = with_rows_alike(sides, [own_tokens(side, _told_tokens(side)) for side in sides])
     tokens = number_rows(own[0].tokens, own[1].tokens)
     if not tokens.count:
-        return PairedRows(tokens, senders[0].role, {}), ()
+        return RowPairing(tokens, senders[0].role, {}), ()
     found = [_reshard_rows(senders, receivers, leaf, own, tokens) for leaf in range(len(senders[0].leaves))]
     of_ranks = {
         (headers[0].role, rank): windowed
         for headers, side in zip((senders, receivers), own, strict=True)
         for rank, windowed in side.tokens.items()
     }
-    paired = PairedRows(tokens, senders[0].role, of_ranks, tuple(views for _, views in found))
+    paired = RowPairing(tokens, senders[0].role, of_ranks, tuple(views for _, views in found))
     return paired, tuple(resharding for resharding, _ in found)
 
 
@@ -92,8 +92,8 @@ def _told_tokens(headers: Sequence[Header]) -> dict[int, WindowedTokens]:
 
 
 def _reshard_rows(
-    senders: Sequence[Header], receivers: Sequence[Header], leaf: int, own: Sequence[OwnTokens], tokens: TokenRows
-) -> tuple[Resharding, dict[tuple[RoleName, int], RowView]]:
+    senders: Sequence[Header], receivers: Sequence[Header], leaf: int, own: Sequence[OwnTokens], tokens: RowNumbering
+) -> tuple[Resharding, dict[tuple[Role, int], RowView]]:
     sides = (senders, receivers)
     views = [
         row_views(headers, leaf, own[side].row_dims[leaf], tokens.ranks[side]) for side, headers in enumerate(sides)
@@ -117,7 +117,7 @@ def _reshard_rows(
 _reshardings: Remembered[Resharding] = Remembered(64)
 
 
-def why_no_rows(sender: Header, receiver: Header, tokens: TokenRows) -> str:
+def why_no_rows(sender: Header, receiver: Header, tokens: RowNumbering) -> str:
     """Why no token is in both sides' rows, and what to do."""
     only = [
         f"{count} are only at the {header.role}{f' ({names[0]}, say)' if (names := tokens.examples(side)) else ''}"
