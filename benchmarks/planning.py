@@ -25,7 +25,7 @@ from grafter.core.messages.roster import Announcement, Roster
 from grafter.core.plan.decision import decide
 from grafter.core.plan.transfer_plan import make_plan
 from grafter.core.processes import ProcessIdentity
-from grafter.core.roles import RoleName
+from grafter.core.roles import Role
 
 # One global tensor for all: b=1024 s=1024 h=1024 d=128, whose sizes all the meshes divide.
 _SIZES = {"b": 1024, "s": 1024, "h": 1024, "d": 128}
@@ -76,8 +76,8 @@ class PlanningResult:
     table: str
     layouts: str
     world: int
-    pieces: dict[RoleName, int]
-    seconds: dict[RoleName, Spread]
+    pieces: dict[Role, int]
+    seconds: dict[Role, Spread]
     decision: Spread
     parsing: Spread | None = None
     message_bytes: int = 0
@@ -144,7 +144,7 @@ class _Planning:
 
     case: PlanningCase
     decisions: list[float] = field(default_factory=list)
-    pieces: dict[RoleName, int] = field(default_factory=dict)
+    pieces: dict[Role, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         headers = [_headers("baseline", self.case.sender), _headers("target", self.case.receiver)]
@@ -157,7 +157,7 @@ class _Planning:
         parts = [manifest_text(own.role, [header.text for header in own.headers], None) for own in self._manifests]
         return f"[{','.join(parts)}]"
 
-    def run(self, role: RoleName) -> float:
+    def run(self, role: Role) -> float:
         """What a rank in the middle of its job does with a pair of manifests that it has not seen before."""
         world = (self.case.sender if role == "baseline" else self.case.receiver).world
         me = self._roster.graft_rank(role, world // 2 + 1)
@@ -224,7 +224,7 @@ def _crossed(pieces: int, world: int, table: str) -> PlanningCase:
 # Headers, as a rank of either job would send them.
 
 
-def _headers(role: RoleName, side: MeshSide) -> list[Header]:
+def _headers(role: Role, side: MeshSide) -> list[Header]:
     (outer, outer_size), (inner, inner_size) = side.axes
     participants = tuple(range(side.world))
     cuts, shape = _cuts(side)
@@ -280,13 +280,13 @@ def _dtensor_layout(side: MeshSide, cuts: Sequence[str], place: dict[str, int]) 
 
 
 def _roster(baseline: int, target: int) -> Roster:
-    def side(role: RoleName, size: int) -> tuple[Announcement, ...]:
+    def side(role: Role, size: int) -> tuple[Announcement, ...]:
         return tuple(_announcement(role, rank, size) for rank in range(size))
 
     return Roster(side("baseline", baseline), side("target", target))
 
 
-def _announcement(role: RoleName, rank: int, size: int) -> Announcement:
+def _announcement(role: Role, rank: int, size: int) -> Announcement:
     host = f"{role} host {rank // _RANKS_PER_HOST}"
     return Announcement(
         protocol_version=1,

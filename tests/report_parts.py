@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from dump_parts import RankDumps
 
-from grafter.core.records import Difference, LeafRecord, LedgerRecord, RankSummary, Role
+from grafter.core.records import Difference, LeafRecord, LedgerRecord, RankSummary
+from grafter.core.roles import Role
 from grafter.store.ledger import LedgerWriter
 
 ROLES: tuple[Role, Role] = ("baseline", "target")

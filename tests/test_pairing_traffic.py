@@ -18,7 +18,7 @@ from grafter.core.messages.roster import Announcement, Roster
 from grafter.core.messages.wire import Seal, Sealed
 from grafter.core.points import PointKey
 from grafter.core.processes import ProcessIdentity
-from grafter.core.roles import RoleName
+from grafter.core.roles import Role
 from grafter.wire.pairing.pairing import Pairing
 from grafter.wire.rendezvous import courier
 from grafter.wire.rendezvous.channels import Channels
@@ -227,7 +227,7 @@ class Simulation:
 
 
 def make_roster(size: int, place: Callable[[str, int], str]) -> Roster:
-    def announcement(role: RoleName, rank: int) -> Announcement:
+    def announcement(role: Role, rank: int) -> Announcement:
         host = place(role, rank)
         process = ProcessIdentity(host=host, hostname=host, uid=0, pid=100 + rank, start_time=1)
         return Announcement(

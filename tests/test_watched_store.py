@@ -11,7 +11,7 @@ import pytest
 from grafter.core.messages.roster import ANNOUNCEMENTS, Announcement
 from grafter.core.messages.wire import Seal
 from grafter.core.processes import ProcessIdentity
-from grafter.core.roles import RoleName
+from grafter.core.roles import Role
 from grafter.errors import RunError
 from grafter.tools.launch.supervision import WatchedStore, summarize_lines
 from grafter.wire.monitor.status_board import BoardLine, BoardWriter
@@ -32,7 +32,7 @@ def client_of(store: WatchedStore) -> StoreClient:
     return StoreClient(raw, Seal("target/0", None), "graft")
 
 
-def announcement(role: RoleName, role_rank: int, world_size: int) -> Announcement:
+def announcement(role: Role, role_rank: int, world_size: int) -> Announcement:
     return Announcement(
         protocol_version=1,
         grafter_version="0",

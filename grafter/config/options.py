@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from grafter.config.settings.config import GrafterConfig
 from grafter.config.settings.field_types import DumpLevel
-from grafter.core.roles import Direction, RoleName, sender_role
+from grafter.core.roles import Direction, Role, sender_role
 from grafter.core.user_transform import UserTransform, load_transform, transform_of
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class PointOptions:
     axes: Any = None
     seq_lens: Any = None
 
-    def is_posted(self, role: RoleName, direction: Direction) -> bool:
+    def is_posted(self, role: Role, direction: Direction) -> bool:
         """Whether this job sends the point, and goes on without waiting for the other."""
         return role == sender_role(direction) and (self.wait == "job" or self.one_sided == "skip")
 

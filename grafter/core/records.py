@@ -6,9 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-Role = Literal["baseline", "target"]
-
-DirectionName = Literal["b2t", "t2b", "compare"]
+from grafter.core.roles import Direction, Role
 
 Outcome = Literal[
     "grafted", "compared", "sent", "skipped", "failed", "posted", "missed", "expired", "displaced"
@@ -116,7 +114,7 @@ class LedgerRecord(Record):
     step: int
     phase: str
     occurrence: int
-    direction: DirectionName
+    direction: Direction
     role: Role
     role_rank: int
     outcome: Outcome

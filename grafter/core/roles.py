@@ -5,6 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+Role = Literal["baseline", "target"]
+# Which way a point's tensor goes, as the filters decide it.
+Direction = Literal["b2t", "t2b", "compare"]
+
+# Settings that both jobs must have alike.
 SHARED_SETTINGS = ("b2t_filter", "t2b_filter", "compare_filter", "key")
 
 
@@ -12,7 +17,7 @@ SHARED_SETTINGS = ("b2t_filter", "t2b_filter", "compare_filter", "key")
 class Place:
     """Which rank of which job this process is."""
 
-    role: RoleName
+    role: Role
     role_rank: int
     role_world_size: int
 
@@ -21,17 +26,10 @@ class Place:
         return f"{self.role} rank {self.role_rank}"
 
 
-# Direction: which way a point's tensor goes, as the filters decide it.
-
-
-Direction = Literal["b2t", "t2b", "compare"]
-RoleName = Literal["baseline", "target"]
-
-
-def sender_role(direction: Direction) -> RoleName:
+def sender_role(direction: Direction) -> Role:
     """Who sends. In a comparison the baseline sends and the target computes the difference."""
     return "target" if direction == "t2b" else "baseline"
 
 
-def receiver_role(direction: Direction) -> RoleName:
+def receiver_role(direction: Direction) -> Role:
     return "baseline" if direction == "t2b" else "target"

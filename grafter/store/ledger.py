@@ -15,7 +15,8 @@ from pathlib import Path
 from pydantic import ValidationError
 from pydantic_core import to_json
 
-from grafter.core.records import LedgerLine, LedgerRecord, RankSummary, Role
+from grafter.core.records import LedgerLine, LedgerRecord, RankSummary
+from grafter.core.roles import Role
 from grafter.errors import GrafterError
 from grafter.store.written_files import LineFile, write_whole
 

@@ -27,7 +27,7 @@ from grafter.core.messages.offer import Offer
 from grafter.core.messages.roster import PlayedFrom
 from grafter.core.points import OPTIONS, OWN_TAGS
 from grafter.core.records import RankSummary
-from grafter.core.roles import SHARED_SETTINGS, Place, RoleName
+from grafter.core.roles import SHARED_SETTINGS, Place, Role
 from grafter.errors import DumpError
 from grafter.store.dumps.directory import find_role_directory
 from grafter.store.dumps.point import DumpedPoint
@@ -156,7 +156,7 @@ class Recording:
     """The recording of one role, with all its ranks. problems: what could not be read, while the rest was."""
 
     directory: Path
-    role: RoleName
+    role: Role
     ranks: tuple[RecordedRank, ...]
     problems: tuple[str, ...]
 
@@ -165,7 +165,7 @@ class Recording:
         return self.ranks[0].facts.shared_settings
 
 
-def find_recording(directory: str | os.PathLike[str], role: RoleName) -> tuple[Path, RankFacts]:
+def find_recording(directory: str | os.PathLike[str], role: Role) -> tuple[Path, RankFacts]:
     """The role's directory, and the facts of its rank 0. Quick, however much was recorded. Raises DumpError."""
     path = _role_directory(Path(directory), role)
     facts = _read(path, facts_name(0), RankFacts)
@@ -189,7 +189,7 @@ def find_recording(directory: str | os.PathLike[str], role: RoleName) -> tuple[P
     return path, facts
 
 
-def open_recording(directory: str | os.PathLike[str], role: RoleName) -> Recording:
+def open_recording(directory: str | os.PathLike[str], role: Role) -> Recording:
     """Everything except the tensors. directory: the role's, or that of the run. Raises DumpError, which names the
     fault.
     """
@@ -214,7 +214,7 @@ def open_recording(directory: str | os.PathLike[str], role: RoleName) -> Recordi
     return Recording(path, role, tuple(ranks), problems)
 
 
-def _role_directory(path: Path, role: RoleName) -> Path:
+def _role_directory(path: Path, role: Role) -> Path:
     if (path / facts_name(0)).is_file():
         return path
     if (path / role / facts_name(0)).is_file():

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from grafter.core.points import OWN_TAGS, PHASE, is_rank_tag
-from grafter.core.records import Difference, LedgerRecord, Role
+from grafter.core.records import Difference, LedgerRecord
+from grafter.core.roles import Role
 
 RankLedger = tuple[Role, int, list[LedgerRecord]]
 

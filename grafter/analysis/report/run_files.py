@@ -13,7 +13,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from grafter.analysis.report.page_data import Finding
-from grafter.core.records import LedgerRecord, RankSummary, Role
+from grafter.core.records import LedgerRecord, RankSummary
+from grafter.core.roles import Role
 from grafter.errors import GrafterError
 
 ROLES: tuple[Role, Role] = ("baseline", "target")

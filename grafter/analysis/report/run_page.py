@@ -21,8 +21,8 @@ from grafter.analysis.report.page_data import Environment, Finding, PageData, Pa
 from grafter.analysis.report.run_files import ROLES, RunFiles, read_run_files
 from grafter.analysis.run.point_rows import PointRow, group_points, merge_ranks
 from grafter.analysis.run.run_findings import find_notes, find_problems
-from grafter.core.records import Difference, LedgerRecord, Role
-from grafter.core.roles import receiver_role
+from grafter.core.records import Difference, LedgerRecord
+from grafter.core.roles import Role, receiver_role
 
 DIFFERENCES = ("rel", "rel_l2", "max_abs", "mean_abs", "cosine", "mismatched_fraction")
 GRAFTING = ("b2t", "t2b")

@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from grafter.core.points import OWN_TAGS, PHASE, is_rank_tag
-from grafter.core.records import Difference, LeafRecord, LedgerRecord, Role
-from grafter.core.roles import receiver_role
+from grafter.core.records import Difference, LeafRecord, LedgerRecord
+from grafter.core.roles import Role, receiver_role
 
 # From good to bad; a point is as bad as its worst rank.
 _SEVERITY = {

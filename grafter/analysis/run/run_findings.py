@@ -9,7 +9,8 @@ import re
 from collections import Counter
 
 from grafter.analysis.run.point_rows import UNMET, PointRow, RankLedger
-from grafter.core.records import RankSummary, Role
+from grafter.core.records import RankSummary
+from grafter.core.roles import Role
 
 _NAMES_SHOWN = 8
 _NUMBER = re.compile(r"(?<![A-Za-z0-9])\d+(?![A-Za-z0-9])")

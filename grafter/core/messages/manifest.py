@@ -15,7 +15,7 @@ from grafter.core.leaves import TensorSpec
 from grafter.core.messages.announced_tokens import AnnouncedTokens, told_once
 from grafter.core.messages.rank_set import RankSet
 from grafter.core.messages.states import OutboxPlace
-from grafter.core.roles import Direction, RoleName, receiver_role, sender_role
+from grafter.core.roles import Direction, Role, receiver_role, sender_role
 
 # What a receiver's transform asks for; "identity" where there is none.
 Needs = Literal["identity", "all", "same_rank", "resharded"]
@@ -30,7 +30,7 @@ class Header(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    role: RoleName
+    role: Role
     role_rank: int
     participants: RankSet
     direction: Direction
@@ -88,13 +88,13 @@ class Manifest(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    role: RoleName
+    role: Role
     headers: tuple[Header, ...]
     # Ranks that describe one point differently: told to everyone instead of headers.
     conflict: str | None = None
 
 
-def manifest_text(role: RoleName, header_texts: Sequence[str], conflict: str | None) -> str:
+def manifest_text(role: Role, header_texts: Sequence[str], conflict: str | None) -> str:
     """A manifest as it travels, made of headers as they travelled."""
     return f'{{"role":"{role}","headers":[{",".join(header_texts)}],"conflict":{json.dumps(conflict)}}}'
 
@@ -117,7 +117,7 @@ class Pair:
     # What follows from it, once it has been worked out: the same manifests come again in every step.
     memo: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
-    def side(self, role: RoleName) -> Manifest:
+    def side(self, role: Role) -> Manifest:
         return self.baseline if role == "baseline" else self.target
 
     def senders(self, direction: Direction) -> tuple[Header, ...]:
@@ -149,10 +149,10 @@ class StoreKeys:
         self.first = f"{self.base}/1"
         self.second = f"{self.base}/2"
 
-    def header(self, role: RoleName, role_rank: int) -> str:
+    def header(self, role: Role, role_rank: int) -> str:
         return f"{self.base}/{role[0]}/{role_rank}"
 
-    def pair(self, role: RoleName) -> str:
+    def pair(self, role: Role) -> str:
         return f"{self.base}/{role[0]}"
 
     @property

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter
 from grafter.core.leaves import is_tensor_key
 from grafter.core.messages.announced_models import AnnouncedModel, find_confused_models
 from grafter.core.processes import ProcessIdentity, host_identity
-from grafter.core.roles import RoleName
+from grafter.core.roles import Role
 
 
 class PlayedFrom(BaseModel):
@@ -43,7 +43,7 @@ class Announcement(BaseModel):
 
     protocol_version: int
     grafter_version: str
-    role: RoleName
+    role: Role
     role_rank: int
     role_world_size: int
     process: ProcessIdentity
@@ -86,17 +86,17 @@ class Roster:
         """By graft rank."""
         return self.baseline + self.target
 
-    def side(self, role: RoleName) -> tuple[Announcement, ...]:
+    def side(self, role: Role) -> tuple[Announcement, ...]:
         return self.baseline if role == "baseline" else self.target
 
-    def graft_rank(self, role: RoleName, role_rank: int) -> int:
+    def graft_rank(self, role: Role, role_rank: int) -> int:
         return role_rank if role == "baseline" else len(self.baseline) + role_rank
 
     def who(self, graft_rank: int) -> str:
         member = self.all[graft_rank]
         return f"{member.role} rank {member.role_rank}"
 
-    def ranks_with(self, role: RoleName, module: str) -> tuple[int, ...] | None:
+    def ranks_with(self, role: Role, module: str) -> tuple[int, ...] | None:
         """Which ranks of a job have announced a module; None where a rank of it has announced none at all.
 
         `module` may be several keys, one a line: then the first that any rank has counts.
@@ -107,10 +107,10 @@ class Roster:
         return next((side[key] for key in module.split("\n") if key in side), ())
 
     @cached_property
-    def _modules_of(self) -> dict[RoleName, dict[str, tuple[int, ...]] | None]:
+    def _modules_of(self) -> dict[Role, dict[str, tuple[int, ...]] | None]:
         return {"baseline": _modules_of(self.baseline), "target": _modules_of(self.target)}
 
-    def only_at(self, role: RoleName) -> list[str]:
+    def only_at(self, role: Role) -> list[str]:
         """Modules that this job has announced and no rank of the other has; none where one of both says nothing."""
         own, others = self._modules_of[role], self._modules_of[other_role(role)]
         if own is None or others is None:
@@ -143,7 +143,7 @@ def _modules_of(side: Sequence[Announcement]) -> dict[str, tuple[int, ...]] | No
     return {module: tuple(ranks) for module, ranks in holders.items()}
 
 
-def other_role(role: RoleName) -> RoleName:
+def other_role(role: Role) -> Role:
     return "target" if role == "baseline" else "baseline"
 
 

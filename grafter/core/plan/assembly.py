@@ -16,7 +16,7 @@ from grafter.core.plan.decision import Decision
 from grafter.core.plan.resharding import Resharding
 from grafter.core.plan.transfer_plan import Value
 from grafter.core.records import Difference
-from grafter.core.roles import RoleName
+from grafter.core.roles import Role
 from grafter.errors import WriteRefused
 
 Values = dict[Value, torch.Tensor]
@@ -48,7 +48,7 @@ class Assembled:
     copies: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
 
 
-def received_by_sender(values: Values, pair: Pair, role: RoleName, roster: Roster) -> list[Received]:
+def received_by_sender(values: Values, pair: Pair, role: Role, roster: Roster) -> list[Received]:
     """Whole tensors, in the order of the sending role's ranks."""
     headers = {roster.graft_rank(role, header.role_rank): header for header in pair.side(role).headers}
     received = []

@@ -20,7 +20,7 @@ from grafter.core.plan.token_shares import (
     with_rows_alike,
 )
 from grafter.core.records import TokenCounts
-from grafter.core.roles import RoleName
+from grafter.core.roles import Role
 from grafter.core.rows.tokens import SequenceId
 from grafter.errors import LayoutError
 
@@ -33,9 +33,9 @@ class PairedRows:
     """
 
     tokens: TokenRows
-    sender: RoleName
-    own: dict[tuple[RoleName, int], WindowedTokens]
-    views: tuple[dict[tuple[RoleName, int], RowView], ...] = ()
+    sender: Role
+    own: dict[tuple[Role, int], WindowedTokens]
+    views: tuple[dict[tuple[Role, int], RowView], ...] = ()
 
     def counts(self, header: Header) -> TokenCounts:
         """What one rank's ledger says of it."""
@@ -93,7 +93,7 @@ def _told_tokens(headers: Sequence[Header]) -> dict[int, WindowedTokens]:
 
 def _reshard_rows(
     senders: Sequence[Header], receivers: Sequence[Header], leaf: int, own: Sequence[OwnTokens], tokens: TokenRows
-) -> tuple[Resharding, dict[tuple[RoleName, int], RowView]]:
+) -> tuple[Resharding, dict[tuple[Role, int], RowView]]:
     sides = (senders, receivers)
     views = [
         row_views(headers, leaf, own[side].row_dims[leaf], tokens.ranks[side]) for side, headers in enumerate(sides)

@@ -22,7 +22,7 @@ from types import FrameType
 import torch
 
 from grafter.config.settings.config import GrafterConfig
-from grafter.core.roles import RoleName
+from grafter.core.roles import Role
 from grafter.errors import ConfigError, DumpError, GrafterError
 from grafter.rank.offline.played_rank import PlayedGrafter
 from grafter.runtime.rank_summary import set_up_logging
@@ -55,7 +55,7 @@ def main() -> int:
 def _open(directory: str, config: GrafterConfig) -> Recording:
     if config.role is None:
         raise ConfigError("GRAFTER_ROLE is not set: set it to the recorded role. GRAFTER_PEER sets it automatically.")
-    role: RoleName = config.role
+    role: Role = config.role
     recording = open_recording(directory, role)
     _tell_what_is_missing(recording)
     here, there = settings_of(config), recording.shared_settings

@@ -23,7 +23,7 @@ from grafter.core.leaves import TensorSpec
 from grafter.core.messages.manifest import Header
 from grafter.core.plan.resharding import Resharding
 from grafter.core.plan.token_shares import find_shares, whole_tensor
-from grafter.core.records import Role
+from grafter.core.roles import Role
 from grafter.errors import LayoutError
 
 _Numbers = npt.NDArray[np.int64]

@@ -11,7 +11,7 @@ from weakref import WeakValueDictionary
 import torch
 
 from grafter.core.points import OWN_TAGS, PointKey
-from grafter.core.records import Role
+from grafter.core.roles import Role
 from grafter.core.rows.tokens import Tokens
 from grafter.errors import DumpError, LayoutError
 from grafter.store.dumps.lazy_tensor import LazyTensor

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from grafter.core.filters.expression import parse_filter
 from grafter.core.points import OWN_TAGS, PHASE, PointKey, identify
-from grafter.core.records import Role, TensorStatistics
+from grafter.core.records import TensorStatistics
+from grafter.core.roles import Role
 from grafter.errors import DumpError
 from grafter.store.dumps.directory import DumpDirectory, find_role_directory, read_directory
 from grafter.store.dumps.point import DumpedPoint

@@ -12,7 +12,7 @@ from types import FrameType
 from typing import Protocol
 
 from grafter.core.messages.roster import ANNOUNCEMENTS, Announcement
-from grafter.core.roles import RoleName
+from grafter.core.roles import Role
 from grafter.errors import GrafterError, RunError
 from grafter.tools.launch.job import Job
 from grafter.tools.launch.run_output import RunOutput
@@ -201,7 +201,7 @@ class WaitTeller:
 
 # The hosted store, with a one-line summary of the ranks that wait and what they wait for.
 
-_ROLES: tuple[RoleName, ...] = ("baseline", "target")
+_ROLES: tuple[Role, ...] = ("baseline", "target")
 _RANKS_NAMED = 8
 
 
@@ -214,7 +214,7 @@ class WatchedStore(HostedStore):
         """Opens the store; port 0 takes a free one. Raises JoinError if it cannot listen there."""
         super().__init__(address, port, group_name=group_name, secret=secret)
         # The number of ranks per role, once the role has joined.
-        self._world_sizes: dict[RoleName, int] = {}
+        self._world_sizes: dict[Role, int] = {}
         self._joined_since: float | None = None
 
     def waiting_summary(self) -> str | None:
@@ -247,7 +247,7 @@ class WatchedStore(HostedStore):
         except RunError:
             return False
 
-    def _missing(self, client: StoreClient, role: RoleName) -> str | None:
+    def _missing(self, client: StoreClient, role: Role) -> str | None:
         """Which ranks of a role have not joined; None once all have."""
         if role in self._world_sizes:
             return None

@@ -21,7 +21,7 @@ from grafter.config.control.change import (
 )
 from grafter.core.messages.roster import ANNOUNCEMENTS, Announcement, Roster
 from grafter.core.messages.wire import PROTOCOL_VERSION, Seal, read_message
-from grafter.core.roles import RoleName
+from grafter.core.roles import Role
 from grafter.errors import JoinError, ProtocolError, RunError, UsageError
 from grafter.wire.control.decision import put_decision, read_decision, try_to_decide
 from grafter.wire.monitor.status_board import BoardLine, board_key, read_line
@@ -84,7 +84,7 @@ class RunAccess:
         if abort is not None:
             raise RunError(f"the run {self.run_name} is over: {decode_abort(abort.payload)}")
 
-    def _read_side(self, role: RoleName) -> list[Announcement]:
+    def _read_side(self, role: Role) -> list[Announcement]:
         sealed = self._client.peek(f"{self._client.job_prefix}/roster/{role}")
         if sealed is None:
             raise UsageError(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from grafter.core.messages.roster import Roster, other_role
-from grafter.core.roles import RoleName
+from grafter.core.roles import Role
 from grafter.wire.monitor.status_board import BoardLine
 from grafter.wire.monitor.step_ends import StepEnds
 from grafter.wire.monitor.waits import Wait
@@ -63,12 +63,12 @@ def _has_news(client: StoreClient, wait: Wait) -> bool:
     return bool(wait.awaits) and client.all_exist(wait.awaits)
 
 
-def only_one_job_came(role: RoleName) -> str:
+def only_one_job_came(role: Role) -> str:
     """The reason of a point that the other job did not come to in its step."""
     return f"only the {role} came to this point"
 
 
-def _only_some_came(role: RoleName, others: Sequence[int]) -> str:
+def _only_some_came(role: Role, others: Sequence[int]) -> str:
     missing = f"{role} rank {others[0]}" if len(others) == 1 else f"{role} ranks {', '.join(map(str, others))}"
     verb = "has" if len(others) == 1 else "have, or some of them have,"
     return f"not all ranks of the {role} came to this point: {missing} {verb} passed the end of the step without it"
@@ -84,7 +84,7 @@ def choose_passed_over(stuck: Sequence[BoardLine]) -> list[BoardLine]:
     often, so that all take turns and each is soon behind the point that only it has.
     """
     at_point = {(line.digest, line.graft_rank) for line in stuck}
-    groups: dict[tuple[bool, RoleName], list[BoardLine]] = {}
+    groups: dict[tuple[bool, Role], list[BoardLine]] = {}
     for line in stuck:
         leader = min(line.participants)
         if line.one_sided and (leader == line.graft_rank or (line.digest, leader) not in at_point):

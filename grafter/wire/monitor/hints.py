@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from grafter.core.roles import RoleName
+from grafter.core.roles import Role
 from grafter.wire.monitor.status_board import BoardLine
 
 _NAMES_SHOWN = 8
-_ROLES: tuple[RoleName, ...] = ("baseline", "target")
+_ROLES: tuple[Role, ...] = ("baseline", "target")
 
 
 def find_hints(lines: Sequence[BoardLine]) -> list[str]:
@@ -75,7 +75,7 @@ def _of_gradients(lines: Sequence[BoardLine]) -> list[str]:
     ]
 
 
-def _of_bypassed(role: RoleName, lines: Sequence[BoardLine]) -> str | None:
+def _of_bypassed(role: Role, lines: Sequence[BoardLine]) -> str | None:
     """Modules of one job whose hooks were passed by."""
     names = list(dict.fromkeys(name for line in lines if line.role == role for name in line.hooks.bypassed))
     if not names:

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict
 from grafter.core.messages.roster import PlayedFrom, Roster
 from grafter.core.messages.wire import read_message
 from grafter.core.points import PointKey
-from grafter.core.roles import RoleName
+from grafter.core.roles import Role
 from grafter.wire.store_client import StoreClient
 
 _LONGEST_BOARD = 8
@@ -40,7 +40,7 @@ class BoardLine(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    role: RoleName
+    role: Role
     role_rank: int
     # Filled in by the reader, who has the roster.
     graft_rank: int = -1
@@ -77,7 +77,7 @@ class BoardLine(BaseModel):
 class BoardWriter:
     """Writes this rank's line. The lines of one rank go through one client at a time, so that they keep their order."""
 
-    def __init__(self, role: RoleName, role_rank: int) -> None:
+    def __init__(self, role: Role, role_rank: int) -> None:
         self.role, self._role_rank = role, role_rank
         self.sequence = 0
         # Set once both jobs have joined.
@@ -130,7 +130,7 @@ class BoardWriter:
         client.set(board_key(client, self.role, self._role_rank), "board", json.dumps(line))
 
 
-def board_key(client: StoreClient, role: RoleName, role_rank: int) -> str:
+def board_key(client: StoreClient, role: Role, role_rank: int) -> str:
     return f"{client.run_prefix}/board/{role}/{role_rank}"
 
 

@@ -7,7 +7,7 @@ everything that it has said of the step: whoever reads that a step is over finds
 from __future__ import annotations
 
 from grafter.core.messages.roster import Roster
-from grafter.core.roles import RoleName
+from grafter.core.roles import Role
 from grafter.wire.store_client import StoreClient
 
 # The step of a rank that has left in good order.
@@ -23,7 +23,7 @@ class StepEnds:
         self._own = own.role, own.role_rank
         self._said = _NOT_SAID
         # By role: the step that all of its ranks have reached, as this rank has last read it.
-        self._all_reached: dict[RoleName, int] = {"baseline": _NOT_SAID, "target": _NOT_SAID}
+        self._all_reached: dict[Role, int] = {"baseline": _NOT_SAID, "target": _NOT_SAID}
 
     def say(self, client: StoreClient, step: int) -> None:
         """This rank is in `step` now. Costs nothing where it has said so. Does not wait for the store."""
@@ -31,7 +31,7 @@ class StepEnds:
             self._said = step
             client.set(_key(client, *self._own), "step", str(step))
 
-    def reached(self, client: StoreClient, role: RoleName) -> list[int]:
+    def reached(self, client: StoreClient, role: Role) -> list[int]:
         """The step that each rank of a job is in, by role rank; -1 for all while one has said nothing yet."""
         side = self._roster.side(role)
         keys = [_key(client, role, rank) for rank in range(len(side))]
@@ -41,10 +41,10 @@ class StepEnds:
         self._all_reached[role] = min(steps)
         return steps
 
-    def have_passed(self, client: StoreClient, role: RoleName, step: int) -> bool:
+    def have_passed(self, client: StoreClient, role: Role, step: int) -> bool:
         """Whether all ranks of a job have passed the end of a step. Asks the store only where that is not known."""
         return self._all_reached[role] > step or min(self.reached(client, role)) > step
 
 
-def _key(client: StoreClient, role: RoleName, role_rank: int) -> str:
+def _key(client: StoreClient, role: Role, role_rank: int) -> str:
     return f"{client.run_prefix}/step/{role}/{role_rank}"

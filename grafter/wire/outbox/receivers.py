@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 
 from grafter.core.messages.roster import Roster, other_role
-from grafter.core.roles import RoleName
+from grafter.core.roles import Role
 from grafter.wire.monitor.housekeeping import Housekeeping
 from grafter.wire.monitor.status_board import BoardLine
 from grafter.wire.monitor.waits import Wait
@@ -25,7 +25,7 @@ _BEYOND_PATIENCE_SECONDS = 60.0
 class Receivers:
     """One per rank; used by its dump thread. `sender` is the own job."""
 
-    def __init__(self, housekeeping: Housekeeping, roster: Roster, sender: RoleName, timeout: float) -> None:
+    def __init__(self, housekeeping: Housekeeping, roster: Roster, sender: Role, timeout: float) -> None:
         self._housekeeping, self._timeout = housekeeping, timeout
         self.sender, self.role = sender, other_role(sender)
         self.graft_ranks = [roster.graft_rank(self.role, rank) for rank in range(len(roster.side(self.role)))]

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from grafter.core.messages.manifest import store_keys
 from grafter.core.messages.roster import Roster
 from grafter.core.points import PointKey
-from grafter.core.roles import RoleName
+from grafter.core.roles import Role
 from grafter.errors import RunError
 from grafter.wire.monitor.waits import Wait
 from grafter.wire.pairing.critical_section import CriticalSection, Settled, Work
@@ -30,7 +30,7 @@ class Agreement:
     """Settles points among the receivers of each. Called by the dump thread of every receiver."""
 
     def __init__(
-        self, client: StoreClient, courier: Courier, roster: Roster, role: RoleName, role_rank: int, timeout: float
+        self, client: StoreClient, courier: Courier, roster: Roster, role: Role, role_rank: int, timeout: float
     ) -> None:
         self._client, self._courier, self._roster = client, courier, roster
         self._role, self._role_rank, self._timeout = role, role_rank, timeout

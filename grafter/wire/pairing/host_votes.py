@@ -17,7 +17,7 @@ from grafter.core.messages.manifest import StoreKeys
 from grafter.core.messages.roster import Roster
 from grafter.core.messages.wire import Sealed
 from grafter.core.processes import is_from_signal_handler
-from grafter.core.roles import RoleName
+from grafter.core.roles import Role
 from grafter.errors import RunError
 from grafter.wire.monitor.waits import Wait
 from grafter.wire.pairing import shared_ballots
@@ -36,7 +36,7 @@ MakeWait = Callable[[Callable[[], bool] | None], Wait]
 class HostLogs:
     """The logs of this rank's sets of receivers."""
 
-    def __init__(self, courier: Courier, roster: Roster, role: RoleName, role_rank: int, run_prefix: str) -> None:
+    def __init__(self, courier: Courier, roster: Roster, role: Role, role_rank: int, run_prefix: str) -> None:
         self._courier, self._roster, self._role, self._role_rank = courier, roster, role, role_rank
         self._run_prefix = run_prefix
         self._logs: dict[tuple[int, ...], SharedBallots] = {}

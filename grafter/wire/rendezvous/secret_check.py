@@ -13,7 +13,7 @@ import os
 
 from grafter.core.messages.roster import other_role
 from grafter.core.messages.wire import Sealed
-from grafter.core.roles import RoleName
+from grafter.core.roles import Role
 from grafter.errors import ProtocolError, RunError
 from grafter.wire.store_client import StoreClient
 
@@ -23,7 +23,7 @@ _LONGEST = 200
 class SecretCheck:
     """Of one rank, while it joins. `look` is called on one thread at a time."""
 
-    def __init__(self, role: RoleName, role_rank: int) -> None:
+    def __init__(self, role: Role, role_rank: int) -> None:
         self._role, self._leads = role, role_rank == 0
         self._number = os.urandom(16).hex()
         self._repeated = ""
@@ -54,7 +54,7 @@ class SecretCheck:
         )
 
 
-def _place(client: StoreClient, role: RoleName) -> str:
+def _place(client: StoreClient, role: Role) -> str:
     return f"{client.job_prefix}/hail/{role}"
 
 
