@@ -22,7 +22,7 @@ from grafter.config.direction_filters import DirectionFilters
 from grafter.config.options import OptionChooser
 from grafter.config.settings.config import GrafterConfig
 from grafter.core.points import PointKey, StepCounter
-from grafter.core.roles import Place
+from grafter.core.roles import RankIdentity
 from grafter.core.rows.tokens import Tokens
 from grafter.errors import ConfigError, UsageError
 from grafter.runtime.rank_control import RankControl, TakingOver
@@ -287,7 +287,7 @@ def test_wrong_usage_is_told_before_anything_is_asked(arguments: list[str], told
 
 
 def make_control(*, saves: bool = True) -> RankControl:
-    place = Place("baseline", 0, 1)
+    place = RankIdentity("baseline", 0, 1)
     return RankControl(START, place, StepCounter(), lambda *_: Verdict("operator", only_compares=True), saves=saves)
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from grafter.config.options import DumpChoice
 from grafter.config.settings.config import GrafterConfig
-from grafter.core.roles import Place
+from grafter.core.roles import RankIdentity
 from grafter.core.sizes import read_size, read_steps
 from grafter.errors import ConfigError, LayoutError
 from grafter.rank.grafter import Grafter
@@ -123,12 +123,12 @@ def test_without_any_filter_the_dump_filter_is_offered() -> None:
         GrafterConfig.from_environment({"GRAFTER_ENABLE": "1", "GRAFTER_ROLE": "baseline"})
 
 
-PAIR = Place("baseline", 1, 2)
+PAIR = RankIdentity("baseline", 1, 2)
 
 
 def test_a_single_rank_is_called_by_the_time() -> None:
     """Nobody else needs to know the name."""
-    assert find_run_name(Place("baseline", 0, 1), {}).count("-") == 1
+    assert find_run_name(RankIdentity("baseline", 0, 1), {}).count("-") == 1
 
 
 def test_ranks_of_torchrun_agree_on_a_name_without_a_store() -> None:
@@ -166,7 +166,7 @@ def test_a_second_run_of_one_name_is_refused_and_damages_nothing(tmp_path: Path)
     second.close()
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == files
     with pytest.raises(ConfigError, match="two runs would mix"):
-        open_run(settings(), Place("baseline", 0, 1))
+        open_run(settings(), RankIdentity("baseline", 0, 1))
 
 
 def test_a_lone_rank_says_where_its_points_lie_and_what_it_saw(tmp_path: Path, caplog: Any) -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from grafter.config.settings.config import GrafterConfig
 from grafter.core.leaves import decode_extras
 from grafter.core.messages.roster import PlayedFrom
-from grafter.core.roles import Place
+from grafter.core.roles import RankIdentity
 from grafter.errors import ConfigError, DumpError, UsageError
 from grafter.rank.grafter import Grafter
 from grafter.rank.job_environment import STARTUP_DIRECTORY, player_environment
@@ -301,7 +301,7 @@ def test_a_peer_that_cannot_be_is_refused_on_every_rank(recorder: Grafter, tmp_p
     recorder.dump("h", torch.ones(1))
     recorder.close()
     peer = {"role": "target", "record": False, "peer": str(tmp_path / "r")}
-    two_ranks = Place("target", 1, 2)
+    two_ranks = RankIdentity("target", 1, 2)
     for fields, place, reason in (
         ({"peer": str(tmp_path / "absent")}, two_ranks, "GRAFTER_PEER=.*there is no such directory"),
         (
@@ -310,7 +310,7 @@ def test_a_peer_that_cannot_be_is_refused_on_every_rank(recorder: Grafter, tmp_p
             "the recording has GRAFTER_KEY=unset, and here it is layer",
         ),
         ({}, two_ranks, "the target has 2 ranks, which must meet at one port: set GRAFTER_MASTER_PORT"),
-        ({"role": "baseline"}, Place("baseline", 0, 1), "a recording of the target is needed here"),
+        ({"role": "baseline"}, RankIdentity("baseline", 0, 1), "a recording of the target is needed here"),
     ):
         with pytest.raises(ConfigError, match=reason):
             start_peer(config(tmp_path, **{**peer, **fields}), place)
@@ -319,7 +319,7 @@ def test_a_peer_that_cannot_be_is_refused_on_every_rank(recorder: Grafter, tmp_p
 
 def test_the_store_is_hosted_by_the_live_side(tmp_path: Path) -> None:
     """Both sides name one rank: rank 0 of the live job, whatever its role; `grafter run` where it hosts."""
-    live, player = Place("target", 1, 2), Place("baseline", 0, 1)
+    live, player = RankIdentity("target", 1, 2), RankIdentity("baseline", 0, 1)
     assert store_place(config(tmp_path, role="target", record=False, peer="x"), live) == ("target", 0)
     assert store_place(config(tmp_path, record=False, store_host="peer", master_port=1), player) == ("target", 0)
     assert store_place(config(tmp_path, record=False, master_port=1), live) == ("baseline", 0)

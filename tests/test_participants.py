@@ -12,7 +12,7 @@ from jobs import Jobs, Rank, succeed, two_jobs
 
 import grafter
 from grafter.core.messages.participants import own_participants
-from grafter.core.roles import Place
+from grafter.core.roles import RankIdentity
 from grafter.errors import UsageError
 
 CONCATENATE = f"{Path(__file__).parent.parent / 'transforms' / 'concatenate.py'}:transform"
@@ -26,7 +26,7 @@ CONCATENATE = f"{Path(__file__).parent.parent / 'transforms' / 'concatenate.py'}
     ids=repr,
 )
 def test_declared_ranks_are_sorted_role_ranks(ranks: Any, expected: tuple[int, ...]) -> None:
-    assert own_participants(Place("target", 1, 4), ranks) == expected
+    assert own_participants(RankIdentity("target", 1, 4), ranks) == expected
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def test_declared_ranks_are_sorted_role_ranks(ranks: Any, expected: tuple[int, .
 )
 def test_what_is_no_declaration_of_ranks_is_refused(ranks: Any, message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        own_participants(Place("target", 1, 4), ranks)
+        own_participants(RankIdentity("target", 1, 4), ranks)
 
 
 # Live.

@@ -13,7 +13,7 @@ from jobs import Jobs, Rank
 
 import grafter
 from grafter.config.settings.config import GrafterConfig
-from grafter.core.roles import Place
+from grafter.core.roles import RankIdentity
 from grafter.errors import ConfigError
 from grafter.runtime.session import find_place
 
@@ -39,8 +39,8 @@ def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_torch_distributed_goes_before_the_variables(one_rank_job: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "7")
     monkeypatch.setenv("RANK", "3")
-    assert find_place(config()) == Place("target", 0, 1)
-    assert find_place(config(target_world_size=1)) == Place("target", 0, 1)
+    assert find_place(config()) == RankIdentity("target", 0, 1)
+    assert find_place(config(target_world_size=1)) == RankIdentity("target", 0, 1)
 
 
 def test_a_world_size_that_torch_distributed_does_not_have_is_refused(one_rank_job: None) -> None:
@@ -49,13 +49,13 @@ def test_a_world_size_that_torch_distributed_does_not_have_is_refused(one_rank_j
     assert "GRAFTER_TARGET_WORLD_SIZE=3" in str(refused.value)
     assert "torch.distributed says that this job has 1" in str(refused.value)
     # The other job's size is checked once both have joined.
-    assert find_place(config(baseline_world_size=3)) == Place("target", 0, 1)
+    assert find_place(config(baseline_world_size=3)) == RankIdentity("target", 0, 1)
 
 
 def test_a_world_size_that_the_launcher_does_not_have_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
-    assert find_place(config(target_world_size=2)) == Place("target", 1, 2)
+    assert find_place(config(target_world_size=2)) == RankIdentity("target", 1, 2)
     with pytest.raises(ConfigError, match=r"GRAFTER_TARGET_WORLD_SIZE=4 .* WORLD_SIZE=2 says"):
         find_place(config(target_world_size=4))
     monkeypatch.delenv("WORLD_SIZE")
@@ -65,7 +65,7 @@ def test_a_world_size_that_the_launcher_does_not_have_is_refused(monkeypatch: py
 
 
 def test_a_rank_that_is_configured_may_be_one_of_more_than_the_default_group_has(one_rank_job: None) -> None:
-    assert find_place(config(rank=5, target_world_size=8)) == Place("target", 5, 8)
+    assert find_place(config(rank=5, target_world_size=8)) == RankIdentity("target", 5, 8)
 
 
 def dump_one(rank: Rank) -> None:

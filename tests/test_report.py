@@ -30,7 +30,7 @@ from grafter.analysis.report.writing import can_show, make_page, page_directory,
 from grafter.cli.main import app
 from grafter.config.settings.config import GrafterConfig
 from grafter.core.records import Difference, LedgerRecord
-from grafter.core.roles import Place
+from grafter.core.roles import RankIdentity
 from grafter.errors import GrafterError, UsageError
 from grafter.store.ledger import LedgerWriter
 from grafter.store.run_files import write_run_facts
@@ -190,7 +190,7 @@ def test_the_command_of_a_run_is_what_was_typed(tmp_path: Path, monkeypatch: pyt
     """With the interpreter and its options, which `sys.argv` has not."""
     monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "train", "--lr=1"])
     config = GrafterConfig(role="target")
-    write_run_facts(tmp_path, config, Place("target", 0, 1), "run", "id", {"target": 1})
+    write_run_facts(tmp_path, config, RankIdentity("target", 0, 1), "run", "id", {"target": 1})
     facts = json.loads((tmp_path / "run.json").read_text())
     assert flatten_facts("target", facts)["command"] == "python -m train --lr=1"
 

@@ -21,7 +21,7 @@ from grafter.cli import plan_suggest as plan_suggest
 from grafter.config.control.in_force import InForce
 from grafter.config.settings.config import GrafterConfig
 from grafter.core.messages.announced_models import AnnouncedHooks
-from grafter.core.roles import Place
+from grafter.core.roles import RankIdentity
 from grafter.store.dumps.writer import write_tensors
 from grafter.store.ledger import LedgerWriter, read_ledger, write_summary
 from grafter.store.recording import write_rank_facts
@@ -32,7 +32,7 @@ from grafter.tools.requests.entry import Entry, Part
 
 LONG = "x" * 100_000
 CONFIG = GrafterConfig(role="baseline", master_port=1, compare_filter="True")
-PLACE = Place("baseline", 0, 1)
+PLACE = RankIdentity("baseline", 0, 1)
 
 
 TREE = ModuleTree(modules=(ModuleNode(path="", class_name=LONG),))

@@ -26,7 +26,7 @@ from grafter.core.layout.axes import axes_of_job, set_axes
 from grafter.core.messages.announced_models import AnnouncedHooks, AnnouncedModel
 from grafter.core.messages.roster import Roster
 from grafter.core.patterns import read_patterns
-from grafter.core.roles import Place
+from grafter.core.roles import RankIdentity
 from grafter.errors import UsageError
 from grafter.wire.monitor.status_board import HookFacts
 
@@ -44,7 +44,7 @@ _MOST_BYPASSED = 100
 class AttachedModels:
     """Of one rank, in the order in which they were attached."""
 
-    def __init__(self, grafter: PointHost, place: Place) -> None:
+    def __init__(self, grafter: PointHost, place: RankIdentity) -> None:
         config = grafter.config
         self._grafter, self._place = grafter, place
         self.naming = Naming(config.names, config.role)

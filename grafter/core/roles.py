@@ -14,7 +14,7 @@ SHARED_SETTINGS = ("b2t_filter", "t2b_filter", "compare_filter", "key")
 
 
 @dataclass(frozen=True)
-class Place:
+class RankIdentity:
     """Which rank of which job this process is."""
 
     role: Role

@@ -12,7 +12,7 @@ from pathlib import Path
 from grafter.config.settings.config import SETTING_FIELDS, GrafterConfig
 from grafter.core.messages.roster import other_role
 from grafter.core.processes import describe_exit
-from grafter.core.roles import Place
+from grafter.core.roles import RankIdentity
 from grafter.errors import ConfigError, DumpError
 from grafter.rank.job_environment import player_environment
 from grafter.store.recording import find_recording, settings_of
@@ -34,7 +34,7 @@ class Peer:
     port.
     """
 
-    def __init__(self, config: GrafterConfig, place: Place, directory: Path) -> None:
+    def __init__(self, config: GrafterConfig, place: RankIdentity, directory: Path) -> None:
         """Host the store, unless `grafter run` does, and start the player. Raises JoinError and ConfigError."""
         self._role = other_role(place.role)
         secret = config.secret.get_secret_value() if config.secret else None
@@ -89,7 +89,7 @@ class Peer:
             self.store.close()
 
 
-def start_peer(config: GrafterConfig, place: Place) -> Peer | None:
+def start_peer(config: GrafterConfig, place: RankIdentity) -> Peer | None:
     """Called by every rank of a live job with GRAFTER_PEER, before it joins; the first rank starts the player.
 
     Raises ConfigError, on every rank, if the directory is not a recording, or does not fit this run.

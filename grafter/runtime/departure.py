@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from grafter.config.direction_filters import DirectionFilters
 from grafter.config.settings.config import GrafterConfig
-from grafter.core.roles import Place
+from grafter.core.roles import RankIdentity
 from grafter.errors import RunError
 from grafter.runtime.early_points import EarlyPoints
 from grafter.runtime.entry import Entry
@@ -26,7 +26,7 @@ class Departure:
     """Of one rank that has begun. filters: those in force at the end."""
 
     config: GrafterConfig
-    place: Place
+    place: RankIdentity
     rank_status: RankStatus
     entry: Entry
     models: HookedModels

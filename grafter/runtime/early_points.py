@@ -22,7 +22,7 @@ from grafter.core.messages.participants import own_participants
 from grafter.core.points import PHASE, PointKey
 from grafter.core.processes import is_from_signal_handler
 from grafter.core.records import Outcome
-from grafter.core.roles import Direction, Place, sender_role
+from grafter.core.roles import Direction, RankIdentity, sender_role
 from grafter.core.untraced import unobserved
 from grafter.runtime.meeting import Meeting
 from grafter.runtime.offer import OfferMaker
@@ -70,7 +70,7 @@ class EarlyPoint:
 class EarlyPoints:
     """One rank's. Used under the lock of its points."""
 
-    def __init__(self, place: Place, offers: OfferMaker, recomputations: Recomputations, memory: Memory) -> None:
+    def __init__(self, place: RankIdentity, offers: OfferMaker, recomputations: Recomputations, memory: Memory) -> None:
         """memory: the outbox's, which has it to itself once both jobs have joined."""
         self._place, self._offers, self._recomputations, self.memory = place, offers, recomputations, memory
         # Oldest first: all of them, and those of which a value is kept.

@@ -16,7 +16,7 @@ from grafter.config.settings.config import GrafterConfig
 from grafter.core.messages.announced_models import AnnouncedHooks
 from grafter.core.messages.roster import PlayedFrom, Roster
 from grafter.core.records import RankSummary
-from grafter.core.roles import Place
+from grafter.core.roles import RankIdentity
 from grafter.errors import JoinError
 from grafter.runtime.hooked_models import HookedModels
 from grafter.runtime.rank_control import RankControl
@@ -46,14 +46,14 @@ class Entry:
     def __init__(
         self,
         config: GrafterConfig,
-        place: Place,
+        place: RankIdentity,
         models: HookedModels,
         control: RankControl,
         announced_hooks: Callable[[], AnnouncedHooks],
         on_refusal: Callable[[JoinError], None],
         on_joined: Callable[[], None],
         begun: Begun,
-        start_peer: Callable[[GrafterConfig, Place], RecordedPeer | None],
+        start_peer: Callable[[GrafterConfig, RankIdentity], RecordedPeer | None],
     ) -> None:
         """on_refusal, on_joined: called, in the background, where the two jobs do not fit, and once both are there."""
         self._config, self._place, self._models, self._control = config, place, models, control

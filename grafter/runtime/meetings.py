@@ -19,7 +19,7 @@ from grafter.core.messages.roster import other_role
 from grafter.core.messages.states import OutboxPlace
 from grafter.core.points import PHASE, PointKey
 from grafter.core.records import LedgerRecord
-from grafter.core.roles import Direction, Place
+from grafter.core.roles import Direction, RankIdentity
 from grafter.core.untraced import unobserved
 from grafter.runtime.early_points import EarlyPoints
 from grafter.runtime.meeting import Meeting
@@ -37,7 +37,7 @@ class Meetings:
 
     def __init__(
         self,
-        place: Place,
+        place: RankIdentity,
         offers: OfferMaker,
         dumps: RankDumps,
         recomputations: Recomputations,

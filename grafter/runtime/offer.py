@@ -20,7 +20,7 @@ from grafter.core.messages.participants import own_participants
 from grafter.core.messages.states import OutboxPlace
 from grafter.core.points import PointKey
 from grafter.core.processes import is_from_signal_handler
-from grafter.core.roles import Direction, Place
+from grafter.core.roles import Direction, RankIdentity
 from grafter.errors import LayoutError
 from grafter.runtime.session import Session
 from grafter.runtime.windows import Windows
@@ -47,7 +47,7 @@ class PointTooLarge(Exception):
 class OfferMaker:
     """One per rank."""
 
-    def __init__(self, config: GrafterConfig, place: Place) -> None:
+    def __init__(self, config: GrafterConfig, place: RankIdentity) -> None:
         self._config, self._place = config, place
         self._headers: _Headers = BoundedMemory(_MOST_REMEMBERED, _MOST_REMEMBERED_BYTES)
         self._headers_of_tokens: _Headers = BoundedMemory(_MOST_REMEMBERED_WITH_TOKENS, _MOST_REMEMBERED_BYTES)

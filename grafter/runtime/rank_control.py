@@ -35,7 +35,7 @@ from grafter.core.messages.roster import Roster
 from grafter.core.messages.wire import read_message
 from grafter.core.points import StepCounter
 from grafter.core.processes import is_from_signal_handler
-from grafter.core.roles import Place
+from grafter.core.roles import RankIdentity
 from grafter.errors import GrafterError, ProtocolError, RunError, UsageError
 from grafter.store.run_files import HistoryLine, append_history
 from grafter.wire.control.decision import put_decision, read_decision, try_to_decide
@@ -77,7 +77,9 @@ class _InHand:
 class RankControl:
     """One rank's. There from the start; before the jobs have joined nothing comes, and nothing is held."""
 
-    def __init__(self, config: GrafterConfig, place: Place, steps: StepCounter, judge: Judge, *, saves: bool) -> None:
+    def __init__(
+        self, config: GrafterConfig, place: RankIdentity, steps: StepCounter, judge: Judge, *, saves: bool
+    ) -> None:
         """saves: whether this rank saves points at all."""
         self._config, self._place, self._steps, self._saves = config, place, steps, saves
         self._traced = TracedPoints(judge)

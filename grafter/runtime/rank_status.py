@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from grafter.config.settings.config import GrafterConfig
-from grafter.core.roles import Place
+from grafter.core.roles import RankIdentity
 from grafter.errors import PeerLostError, RunError, UsageError
 from grafter.runtime.rank_summary import last_error
 from grafter.runtime.session import Session
@@ -20,7 +20,7 @@ logger = logging.getLogger("grafter")
 class RankStatus:
     """Of one rank, from its first call on. Changed under the lock of its points."""
 
-    def __init__(self, config: GrafterConfig, place: Place) -> None:
+    def __init__(self, config: GrafterConfig, place: RankIdentity) -> None:
         self._config, self.who = config, place.who
         # The process that may graft: a child that is forked from it is another one.
         self.process_id = os.getpid()

@@ -12,7 +12,7 @@ from pathlib import Path
 from grafter.config.direction_filters import DirectionFilters
 from grafter.core.messages.roster import Roster
 from grafter.core.records import RankSummary
-from grafter.core.roles import Place
+from grafter.core.roles import RankIdentity
 from grafter.errors import GrafterError, RunError
 from grafter.runtime.hooked_models import HookedModel
 
@@ -45,7 +45,7 @@ class Tally:
 
 
 def summarise(
-    place: Place,
+    place: RankIdentity,
     roster: Roster | None,
     tally: Tally,
     filters: DirectionFilters,
@@ -79,7 +79,7 @@ def summarise(
 
 
 def say_goodbye(
-    place: Place, tally: Tally, filters: DirectionFilters, directory: Path | None, *, only_dumps: bool = False
+    place: RankIdentity, tally: Tally, filters: DirectionFilters, directory: Path | None, *, only_dumps: bool = False
 ) -> None:
     """directory: that of this rank's role, where the rank has written into one."""
     only_dumps = only_dumps or not filters.have_directions

@@ -20,7 +20,7 @@ from grafter.core.messages.roster import PlayedFrom
 from grafter.core.points import PointKey
 from grafter.core.processes import is_from_signal_handler
 from grafter.core.records import LedgerLine, LedgerRecord
-from grafter.core.roles import Place
+from grafter.core.roles import RankIdentity
 from grafter.errors import ConfigError, GrafterError, JoinError, PeerLostError, RunError
 from grafter.runtime.failure_log import FailureLog
 from grafter.runtime.rank_control import RankControl
@@ -54,7 +54,7 @@ _LEDGER_TRIES = 3
 _LAST_WORDS_SECONDS = 2.0
 
 
-def find_place(config: GrafterConfig) -> Place:
+def find_place(config: GrafterConfig) -> RankIdentity:
     """This process's rank in its job: the configured one, else torch.distributed's, else RANK, else 0."""
     assert config.role is not None
     initialised = dist.is_available() and dist.is_initialized()
@@ -74,7 +74,7 @@ def find_place(config: GrafterConfig) -> Place:
             f"this process is rank {role_rank} of a {config.role} job of {world_size} ranks, which count from 0. Check "
             f"GRAFTER_RANK, GRAFTER_{config.role.upper()}_WORLD_SIZE, RANK and WORLD_SIZE."
         )
-    return Place(config.role, role_rank, world_size)
+    return RankIdentity(config.role, role_rank, world_size)
 
 
 def _explain_world_size(role: str, expected: object, world_size: object, *, initialised: bool) -> str:

@@ -27,7 +27,7 @@ from grafter.core.messages.offer import Offer
 from grafter.core.messages.roster import PlayedFrom
 from grafter.core.points import OPTIONS, OWN_TAGS
 from grafter.core.records import RankSummary
-from grafter.core.roles import SHARED_SETTINGS, Place, Role
+from grafter.core.roles import SHARED_SETTINGS, RankIdentity, Role
 from grafter.errors import DumpError
 from grafter.store.dumps.directory import find_role_directory
 from grafter.store.dumps.point import DumpedPoint
@@ -356,7 +356,7 @@ def settings_of(config: GrafterConfig) -> dict[str, str]:
     return {name: str(getattr(config, name)) for name in SHARED_SETTINGS if getattr(config, name)}
 
 
-def write_rank_facts(run_directory: Path, config: GrafterConfig, place: Place, hooks: AnnouncedHooks) -> None:
+def write_rank_facts(run_directory: Path, config: GrafterConfig, place: RankIdentity, hooks: AnnouncedHooks) -> None:
     """Called by every rank of a recorded job, once the run has begun. Raises OSError."""
     facts = RankFacts(
         role=place.role,

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from grafter.config.control.in_force import InForce
 from grafter.config.settings.config import GrafterConfig
-from grafter.core.roles import Place
+from grafter.core.roles import RankIdentity
 from grafter.errors import GrafterError
 from grafter.store.written_files import LineFile, write_whole
 
@@ -24,7 +24,7 @@ from grafter.store.written_files import LineFile, write_whole
 def write_run_facts(
     role_directory: Path,
     config: GrafterConfig,
-    place: Place,
+    place: RankIdentity,
     run_name: str,
     run_id: str,
     world_sizes: dict[str, int],

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch.distributed as dist
 
-from grafter.core.roles import Place
+from grafter.core.roles import RankIdentity
 from grafter.errors import UsageError
 
 
-def own_participants(place: Place, ranks: Any) -> tuple[int, ...]:
+def own_participants(place: RankIdentity, ranks: Any) -> tuple[int, ...]:
     """Role ranks, sorted, from `ranks=`: None (all of the job), role ranks, or one of the job's process groups.
 
     Raises UsageError for anything else, and where this rank is not among them.

@@ -17,7 +17,7 @@ from grafter.core.messages.participants import own_participants
 from grafter.core.points import PointKey
 from grafter.core.processes import process_state
 from grafter.core.records import Outcome
-from grafter.core.roles import Direction, Place
+from grafter.core.roles import Direction, RankIdentity
 from grafter.errors import ConfigError, GrafterError
 from grafter.store.dumps.limits import Limits
 from grafter.store.dumps.saver import Saver
@@ -34,7 +34,7 @@ class RankDumps:
     def __init__(
         self,
         config: GrafterConfig,
-        place: Place,
+        place: RankIdentity,
         axes_of: Callable[[Any], tuple[tuple[str, int, int], ...]],
         find_run_directory: Callable[[], Path],
     ) -> None:
@@ -129,7 +129,7 @@ class RankDumps:
 # A run that only dumps: no other job, no store. What the ranks of a job must agree on, they know without asking.
 
 
-def open_run(config: GrafterConfig, place: Place) -> Path:
+def open_run(config: GrafterConfig, place: RankIdentity) -> Path:
     """The run's directory, made, with `<role>/run.json` in it. Called once by every rank of the job, on its own.
 
     Raises ConfigError where the ranks could not come to one name, and, with nothing written, where this rank's dumps of
@@ -145,7 +145,7 @@ def open_run(config: GrafterConfig, place: Place) -> Path:
     return directory
 
 
-def find_run_name(place: Place, environ: Mapping[str, str]) -> str:
+def find_run_name(place: RankIdentity, environ: Mapping[str, str]) -> str:
     """The same on every rank of one job, and another one in the next run: of a single rank the time; else what
     torchrun gives all its ranks, or, on one machine, which torchrun it is. Raises ConfigError where nothing says it."""
     if place.role_world_size == 1:

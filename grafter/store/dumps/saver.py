@@ -21,7 +21,7 @@ from grafter.config.settings.config import GrafterConfig
 from grafter.core.points import PointKey
 from grafter.core.processes import is_from_signal_handler
 from grafter.core.records import Outcome
-from grafter.core.roles import Direction, Place
+from grafter.core.roles import Direction, RankIdentity
 from grafter.core.rows.tokens import TokenRuns
 from grafter.core.sizes import read_size
 from grafter.core.untraced import unobserved
@@ -54,7 +54,7 @@ _UNFINISHED = "the process ended, or the run did, while this point met the other
 class Saver:
     """One rank's dumps. `take` and `finish` are called under the lock of its points."""
 
-    def __init__(self, config: GrafterConfig, place: Place, role_directory: Path, limits: Limits) -> None:
+    def __init__(self, config: GrafterConfig, place: RankIdentity, role_directory: Path, limits: Limits) -> None:
         """Raises ConfigError where the directory holds this rank's dumps of an earlier run."""
         self._place, self._directory = place, role_directory
         self._exclude = config.dump_exclude_keys

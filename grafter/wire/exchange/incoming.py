@@ -28,7 +28,7 @@ from grafter.core.plan.decision import Decision
 from grafter.core.plan.token_shares import layouts_of
 from grafter.core.points import PointKey
 from grafter.core.records import Difference
-from grafter.core.roles import Direction, Place, sender_role
+from grafter.core.roles import Direction, RankIdentity, sender_role
 from grafter.core.tensor_access import local_tensor
 from grafter.core.user_transform import GraftTransformInput, UserTransform
 from grafter.core.writing.conversion import count_saturated, why_not_convertible
@@ -123,7 +123,7 @@ class Reception:
     key: PointKey
     tags: dict[str, Any]
     direction: Direction
-    place: Place
+    place: RankIdentity
     roster: Roster
     pair: Pair
     decision: Decision

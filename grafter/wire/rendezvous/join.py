@@ -17,7 +17,7 @@ from grafter.core.messages.announced_models import NO_HOOKS, AnnouncedHooks
 from grafter.core.messages.roster import ANNOUNCEMENTS, Announcement, PlayedFrom, Roster, find_disagreement, other_role
 from grafter.core.messages.wire import PROTOCOL_VERSION, Seal, read_message
 from grafter.core.processes import ProcessIdentity, own_identity
-from grafter.core.roles import SHARED_SETTINGS, Place, Role
+from grafter.core.roles import SHARED_SETTINGS, RankIdentity, Role
 from grafter.errors import JoinError, RunError
 from grafter.version import VERSION
 from grafter.wire.monitor.housekeeping import Housekeeping
@@ -38,7 +38,7 @@ StoreServer = TCPStore | HostedStore
 class Membership:
     """What joining gives: the clients, the roster, and this rank's number in it."""
 
-    place: Place
+    place: RankIdentity
     client: StoreClient
     housekeeping: Housekeeping
     roster: Roster
@@ -49,7 +49,7 @@ class Membership:
     server: StoreServer | None
 
 
-def store_place(config: GrafterConfig, place: Place) -> tuple[Role, int] | None:
+def store_place(config: GrafterConfig, place: RankIdentity) -> tuple[Role, int] | None:
     """(role, role rank) of the rank that hosts the store; None where `grafter run` does."""
     if config.store_host == "launcher":
         return None
@@ -60,7 +60,7 @@ def store_place(config: GrafterConfig, place: Place) -> tuple[Role, int] | None:
 
 def join(
     config: GrafterConfig,
-    place: Place,
+    place: RankIdentity,
     run_name: str,
     socket_name: str,
     keep_trying: Callable[[], bool],
@@ -133,7 +133,7 @@ class _Handshake:
     def __init__(
         self,
         config: GrafterConfig,
-        place: Place,
+        place: RankIdentity,
         client: StoreClient,
         housekeeping: Housekeeping,
         hooks: AnnouncedHooks,
