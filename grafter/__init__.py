@@ -32,7 +32,7 @@ from grafter.errors import GrafterError
 if TYPE_CHECKING:
     from grafter.config.settings.config import GrafterConfig
     from grafter.core.layout.declared import Layout
-    from grafter.core.rows.tokens import Tokens
+    from grafter.core.tokens.tokens import Tokens
     from grafter.core.user_transform import GraftTransformInput, transform
     from grafter.rank.grafter import Grafter
     from grafter.store.dumps.reader import open_dumps
@@ -75,7 +75,7 @@ def __getattr__(name: str) -> Any:
 
         return Layout
     if name == "Tokens":
-        from grafter.core.rows.tokens import Tokens
+        from grafter.core.tokens.tokens import Tokens
 
         return Tokens
     if name == "open_dumps":

@@ -23,7 +23,7 @@ from grafter.config.options import OptionChooser
 from grafter.config.settings.config import GrafterConfig
 from grafter.core.points import PointKey, StepCounter
 from grafter.core.roles import RankIdentity
-from grafter.core.rows.tokens import Tokens
+from grafter.core.tokens.tokens import Tokens
 from grafter.errors import ConfigError, UsageError
 from grafter.runtime.rank_control import RankControl, TakingOver
 from grafter.runtime.windows import Windows

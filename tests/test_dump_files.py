@@ -25,7 +25,7 @@ from grafter.config.options import PointOptions
 from grafter.config.settings.config import GrafterConfig
 from grafter.core.points import PointKey
 from grafter.core.records import RankSummary
-from grafter.core.rows.tokens import TokenRuns
+from grafter.core.tokens.tokens import TokenRuns
 from grafter.errors import ConfigError, UsageError
 from grafter.rank.grafter import Grafter
 from grafter.store.dumps.record import DumpRecord

@@ -15,7 +15,7 @@ from safetensors import safe_open
 import grafter
 from grafter.core.layout.declared import DeclaredLayout
 from grafter.core.records import TensorStatistics
-from grafter.core.rows.tokens import TokenRuns
+from grafter.core.tokens.tokens import TokenRuns
 from grafter.store.dumps.record import FORMAT_VERSION, DumpedLeaf, DumpRecord
 
 PAGE = (Path(__file__).parent.parent / "docs" / "dump-format.md").read_text()

@@ -27,7 +27,7 @@ from grafter.core.measures.chunk_pass import pass_in_rows
 from grafter.core.measures.flat_chunks import FlatReader
 from grafter.core.measures.stats import compare, difference, make_difference
 from grafter.core.records import Difference
-from grafter.core.rows.tokens import Tokens
+from grafter.core.tokens.tokens import Tokens
 from grafter.errors import UsageError
 from grafter.store.dumps.snapshot import NothingToSave, saveable
 

@@ -20,8 +20,8 @@ from grafter.core.layout.declared import DeclaredLayout
 from grafter.core.messages.announced_tokens import announce
 from grafter.core.messages.manifest import Header
 from grafter.core.plan.decision import decide
-from grafter.core.rows.matching import common_row_ndim, leading_row_dims
-from grafter.core.rows.tokens import Tokens
+from grafter.core.tokens.matching import common_row_ndim, leading_row_dims
+from grafter.core.tokens.tokens import Tokens
 
 # One conversation of 12 tokens, 32 values each.
 ROWS = random(12, 32)

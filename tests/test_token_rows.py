@@ -22,7 +22,7 @@ from grafter.core.messages.manifest import Header, Manifest, Pair, manifest_text
 from grafter.core.plan.assembly import assembled_leaves
 from grafter.core.plan.decision import Decision, decide
 from grafter.core.plan.transfer_plan import make_plan
-from grafter.core.rows.tokens import Tokens
+from grafter.core.tokens.tokens import Tokens
 from grafter.core.writing.write_back import WriteMode
 from grafter.wire.exchange.incoming import IncomingLeaf
 

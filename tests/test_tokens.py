@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import grafter
-from grafter.core.rows.sequences import as_text, from_text
-from grafter.core.rows.tokens import TokenRuns, Tokens, match
+from grafter.core.tokens.matching import match
+from grafter.core.tokens.sequences import as_text, from_text
+from grafter.core.tokens.tokens import TokenRuns, Tokens
 from grafter.errors import UsageError
 
 Row = tuple[Any, int] | None

@@ -21,7 +21,7 @@ from grafter.core.messages.roster import Roster
 from grafter.core.plan.decision import Decision, decide
 from grafter.core.plan.transfer_plan import TransferPlan, make_plan
 from grafter.core.records import TensorStatistics
-from grafter.core.rows.tokens import FEW, Tokens
+from grafter.core.tokens.tokens import FEW, Tokens
 
 
 def a_turn(length: int, start: int, **fields: Any) -> Pair:

@@ -15,7 +15,7 @@ from grafter.config.options import PointOptions
 from grafter.core.layout.row_view import RowView
 from grafter.core.messages.announced_tokens import AnnouncedTokens, announce, resolved, told_once
 from grafter.core.points import PointKey
-from grafter.core.rows.tokens import Tokens
+from grafter.core.tokens.tokens import Tokens
 from grafter.core.writing.write_back import WriteMode, apply_row_write
 from grafter.errors import LayoutError, UsageError
 from grafter.runtime import windows

@@ -14,7 +14,7 @@ from point_parts import header, spec
 from grafter.core.layout.declared import DeclaredLayout
 from grafter.core.messages.announced_tokens import announce
 from grafter.core.messages.manifest import Header
-from grafter.core.rows.tokens import Tokens
+from grafter.core.tokens.tokens import Tokens
 
 Token = tuple[Any, int]
 Row = Token | None

@@ -16,7 +16,7 @@ from compare_parts import compared, told
 
 from grafter.config.settings.config import GrafterConfig
 from grafter.core.points import Surroundings, surroundings
-from grafter.core.rows.tokens import Tokens
+from grafter.core.tokens.tokens import Tokens
 from grafter.rank.grafter import Grafter
 
 transformers = pytest.importorskip("transformers")

@@ -27,7 +27,8 @@ from grafter.analysis.compare.token_rows import (
     rows_of_sources,
     token_at,
 )
-from grafter.core.rows.tokens import SequenceId, TokenMatch, Tokens, match
+from grafter.core.tokens.matching import TokenMatch, match
+from grafter.core.tokens.tokens import SequenceId, Tokens
 
 _MOST_NAMED = 5
 

@@ -20,8 +20,8 @@ from grafter.analysis.compare.pairs import Pair
 from grafter.analysis.compare.record import LeafRecord, PointRecord, ReplicaRecord, SideRecord, TokenRecord, Verdict
 from grafter.analysis.compare.token_rows import RowSource, possible_row_ndims, tokens_of
 from grafter.config.thresholds import Threshold
-from grafter.core.rows.matching import common_row_ndim
-from grafter.core.rows.tokens import Tokens
+from grafter.core.tokens.matching import common_row_ndim
+from grafter.core.tokens.tokens import Tokens
 from grafter.errors import GrafterError
 from grafter.store.dumps.lazy_tensor import LazyTensor
 from grafter.store.dumps.point import DumpedPoint

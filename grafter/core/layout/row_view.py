@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from grafter.core.rows.tokens import total
+from grafter.core.tokens.tokens import total
 
 _Numbers = npt.NDArray[np.int64]
 

@@ -21,8 +21,8 @@ import numpy as np
 import numpy.typing as npt
 
 from grafter.core.layout.runs import Runs
-from grafter.core.rows.sequences import pair_sequences
-from grafter.core.rows.tokens import FEW, SequenceId, Tokens, total
+from grafter.core.tokens.sequences import pair_sequences
+from grafter.core.tokens.tokens import FEW, SequenceId, Tokens, total
 
 _Numbers = npt.NDArray[np.int64]
 _LARGEST = 1 << 61
@@ -104,7 +104,7 @@ class TokenRows:
 
 
 def number_rows(senders: Mapping[int, WindowedTokens], receivers: Mapping[int, WindowedTokens]) -> TokenRows:
-    """Pair the rows of all ranks of both sides, as `grafter.core.rows.tokens.match` pairs those of two."""
+    """Pair the rows of all ranks of both sides, as `grafter.core.tokens.matching.match` pairs those of two."""
     sides = _Side(senders), _Side(receivers)
     if len(sides[0].groups) == len(sides[1].groups) == 1 and _are_alike(sides[0].groups[0], sides[1].groups[0]):
         return _number_alike(*sides)

@@ -21,7 +21,7 @@ from grafter.core.plan.token_shares import (
 )
 from grafter.core.records import TokenCounts
 from grafter.core.roles import Role
-from grafter.core.rows.tokens import SequenceId
+from grafter.core.tokens.tokens import SequenceId
 from grafter.errors import LayoutError
 
 

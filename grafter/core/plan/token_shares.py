@@ -33,8 +33,8 @@ from grafter.core.layout.shares import (
     of_dtensors,
 )
 from grafter.core.layout.token_rows import RankRows, WindowedTokens
-from grafter.core.rows.matching import common_row_ndim, leading_row_dims
-from grafter.core.rows.tokens import Tokens
+from grafter.core.tokens.matching import common_row_ndim, leading_row_dims
+from grafter.core.tokens.tokens import Tokens
 from grafter.errors import LayoutError
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ import torch
 
 from grafter.core.points import OWN_TAGS, PointKey
 from grafter.core.roles import Role
-from grafter.core.rows.tokens import Tokens
+from grafter.core.tokens.tokens import Tokens
 from grafter.errors import DumpError, LayoutError
 from grafter.store.dumps.lazy_tensor import LazyTensor
 from grafter.store.dumps.pieces import LocalPart, find_pieces

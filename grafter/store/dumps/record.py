@@ -26,7 +26,7 @@ from grafter.core.layout.declared import DeclaredLayout
 from grafter.core.processes import is_from_signal_handler
 from grafter.core.records import Outcome, TensorStatistics
 from grafter.core.roles import Direction, Role
-from grafter.core.rows.tokens import TokenRuns
+from grafter.core.tokens.tokens import TokenRuns
 
 FORMAT_VERSION = 1
 METADATA_KEY = "grafter"

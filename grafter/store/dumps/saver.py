@@ -22,8 +22,8 @@ from grafter.core.points import PointKey
 from grafter.core.processes import is_from_signal_handler
 from grafter.core.records import Outcome
 from grafter.core.roles import Direction, RankIdentity
-from grafter.core.rows.tokens import TokenRuns
 from grafter.core.sizes import read_size
+from grafter.core.tokens.tokens import TokenRuns
 from grafter.core.untraced import unobserved
 from grafter.store.dumps.limits import Limits
 from grafter.store.dumps.record import DumpedLeaf, DumpRecord, Level, MetadataEncoder, safe_repr

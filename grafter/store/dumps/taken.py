@@ -20,8 +20,8 @@ from grafter.core.measures.stats import summarize
 from grafter.core.plan.token_shares import row_dims
 from grafter.core.points import PointKey
 from grafter.core.processes import is_from_signal_handler
-from grafter.core.rows.tokens import Tokens
 from grafter.core.tensor_access import is_dtensor
+from grafter.core.tokens.tokens import Tokens
 from grafter.errors import LayoutError, UsageError
 from grafter.store.dumps.record import DumpedLeaf, Level, safe_repr
 from grafter.store.dumps.snapshot import NothingToSave, Snapshot, saveable

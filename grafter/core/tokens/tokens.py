@@ -17,8 +17,8 @@ import numpy.typing as npt
 
 from grafter.core.processes import is_from_signal_handler
 from grafter.core.records import Record
-from grafter.core.rows.matching import TokenMatch, match, placed_runs
-from grafter.core.rows.sequences import as_text, from_text, prefix_hashes
+from grafter.core.tokens.matching import TokenMatch, match, placed_runs
+from grafter.core.tokens.sequences import as_text, from_text, prefix_hashes
 from grafter.errors import UsageError
 
 SequenceId = str | int
@@ -385,7 +385,7 @@ class TokenRuns(Record):
 
     Rows are those of the dim `t`, or of `b s` flattened. Rows that are no token (padding) are runs of sequence None.
     hashes: (sequence, base64) where its token ids were given from position 0 on: 8 bytes per beginning of it
-    (grafter/core/rows/sequences.py).
+    (grafter/core/tokens/sequences.py).
     """
 
     runs: tuple[tuple[str | int | None, int, int], ...]

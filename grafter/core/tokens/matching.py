@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from grafter.core.rows.sequences import pair_sequences
+from grafter.core.tokens.sequences import pair_sequences
 
 if TYPE_CHECKING:
-    from grafter.core.rows.tokens import Tokens
+    from grafter.core.tokens.tokens import Tokens
 
 
 _Numbers = npt.NDArray[np.int64]
