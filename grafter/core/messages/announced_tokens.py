@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field
 
-from grafter.core.layout.token_rows import WindowedTokens
+from grafter.core.layout.row_numbering import WindowedTokens
 from grafter.core.processes import is_from_signal_handler
 from grafter.core.tokens.sequences import as_text, from_text
 from grafter.core.tokens.tokens import SequenceId, Tokens

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from grafter.core.bounded_memory import Remembered
+from grafter.core.layout.row_numbering import RowNumbering, WindowedTokens, number_rows
 from grafter.core.layout.row_view import RowView
-from grafter.core.layout.token_rows import TokenRows, WindowedTokens, number_rows
 from grafter.core.messages.announced_tokens import resolved
 from grafter.core.messages.manifest import Header
 from grafter.core.plan.resharding import Resharding, reshard_between
@@ -32,7 +32,7 @@ class PairedRows:
     own: the tokens of each rank's rows. sender: the role that sends.
     """
 
-    tokens: TokenRows
+    tokens: RowNumbering
     sender: Role
     own: dict[tuple[Role, int], WindowedTokens]
     views: tuple[dict[tuple[Role, int], RowView], ...] = ()
@@ -92,7 +92,7 @@ def _told_tokens(headers: Sequence[Header]) -> dict[int, WindowedTokens]:
 
 
 def _reshard_rows(
-    senders: Sequence[Header], receivers: Sequence[Header], leaf: int, own: Sequence[OwnTokens], tokens: TokenRows
+    senders: Sequence[Header], receivers: Sequence[Header], leaf: int, own: Sequence[OwnTokens], tokens: RowNumbering
 ) -> tuple[Resharding, dict[tuple[Role, int], RowView]]:
     sides = (senders, receivers)
     views = [
@@ -117,7 +117,7 @@ def _reshard_rows(
 _reshardings: Remembered[Resharding] = Remembered(64)
 
 
-def why_no_rows(sender: Header, receiver: Header, tokens: TokenRows) -> str:
+def why_no_rows(sender: Header, receiver: Header, tokens: RowNumbering) -> str:
     """Why no token is in both sides' rows, and what to do."""
     only = [
         f"{count} are only at the {header.role}{f' ({names[0]}, say)' if (names := tokens.examples(side)) else ''}"

@@ -64,7 +64,7 @@ class RankRows:
 
 
 @dataclass(frozen=True, eq=False)
-class TokenRows:
+class RowNumbering:
     """How the rows of a point's senders and receivers pair. `ranks` of each side by role rank; side 0 sends.
 
     count: how many tokens both have. only_at: of each side, the tokens that the other has not got, ranks together.
@@ -103,7 +103,7 @@ class TokenRows:
         return ends
 
 
-def number_rows(senders: Mapping[int, WindowedTokens], receivers: Mapping[int, WindowedTokens]) -> TokenRows:
+def number_rows(senders: Mapping[int, WindowedTokens], receivers: Mapping[int, WindowedTokens]) -> RowNumbering:
     """Pair the rows of all ranks of both sides, as `grafter.core.tokens.matching.match` pairs those of two."""
     sides = _Side(senders), _Side(receivers)
     if len(sides[0].groups) == len(sides[1].groups) == 1 and _are_alike(sides[0].groups[0], sides[1].groups[0]):
@@ -126,7 +126,7 @@ def number_rows(senders: Mapping[int, WindowedTokens], receivers: Mapping[int, W
         of_groups = [_rank_rows(part, cuts, numbers, there[1 - side]) for part in np.split(own, begins)]
         ranks.append({rank: of_groups[group] for rank, group in sides[side].group_of.items()})
     alone = [cuts[kept[side] & ~there[1 - side]] for side in (0, 1)]
-    return TokenRows(
+    return RowNumbering(
         count,
         (ranks[0], ranks[1]),
         (int(alone[0][:, 2].sum()), int(alone[1][:, 2].sum())),
@@ -145,7 +145,7 @@ def _are_alike(a: WindowedTokens, b: WindowedTokens) -> bool:
     )
 
 
-def _number_alike(a: _Side, b: _Side) -> TokenRows:
+def _number_alike(a: _Side, b: _Side) -> RowNumbering:
     """Where both sides have the same batch, which is most often so: each row is its own partner."""
     tokens = a.groups[0].tokens
     if len(tokens.runs) <= FEW:
@@ -166,10 +166,10 @@ def _number_alike(a: _Side, b: _Side) -> TokenRows:
     ]
     met = runs[np.argsort(runs[:, 0], kind="stable"), :3]
     none = met[:0]
-    return TokenRows(count, (ranks[0], ranks[1]), (0, 0), (none, none), met, (tokens.sequences, tokens.sequences))
+    return RowNumbering(count, (ranks[0], ranks[1]), (0, 0), (none, none), met, (tokens.sequences, tokens.sequences))
 
 
-def _number_few(a: _Side, b: _Side) -> TokenRows:
+def _number_few(a: _Side, b: _Side) -> RowNumbering:
     """The same of few runs, such as a turn of a conversation: in plain numbers, a tenth of what NumPy's calls cost."""
     tokens, starts = a.groups[0].tokens, (a.groups[0].starts, b.groups[0].starts)
     met: list[tuple[int, int, int]] = []
@@ -195,7 +195,7 @@ def _number_few(a: _Side, b: _Side) -> TokenRows:
         for side, own in zip((a, b), kept, strict=True)
     ]
     there, names = np.array(sorted(met), dtype=np.int64).reshape(-1, 3), tokens.sequences
-    return TokenRows(both, (ranks[0], ranks[1]), (0, 0), (there[:0], there[:0]), there, (names, names))
+    return RowNumbering(both, (ranks[0], ranks[1]), (0, 0), (there[:0], there[:0]), there, (names, names))
 
 
 def _before(starts: tuple[int, ...], runs: _Numbers) -> _Numbers:
