@@ -20,7 +20,7 @@ from grafter.core.measures.stats import NO_DIFFERENCE, compare
 from grafter.core.messages.manifest import Header, Pair, store_keys
 from grafter.core.messages.states import NotMet
 from grafter.core.plan.decision import Decision, decide
-from grafter.core.plan.paired_rows import PairedRows
+from grafter.core.plan.row_pairing import RowPairing
 from grafter.core.plan.transfer_plan import TransferPlan, make_plan
 from grafter.core.points import PointKey
 from grafter.core.processes import Abandoned, PeerGone, is_from_signal_handler
@@ -81,7 +81,7 @@ class Meeting:
         self.stage: Stage = "pairing"
         self.point, self.call_site = key, header.call_site
         # Where rows are addressed by token: how they paired.
-        self.rows: PairedRows | None = None
+        self.rows: RowPairing | None = None
         # Of values without tensors, which are compared by their headers.
         self._plain_difference: Difference | None = None
         # Why a leaf has no figures.

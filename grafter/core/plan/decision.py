@@ -9,8 +9,8 @@ from typing import Literal
 from grafter.core.layout.row_view import RowView
 from grafter.core.messages.manifest import Header, Pair
 from grafter.core.messages.mismatch import find_mismatch, find_shared_gpu, find_structure_mismatch, find_unequal_leaf
-from grafter.core.plan.paired_rows import PairedRows, pair_rows, why_no_rows
 from grafter.core.plan.resharding import Resharding, reshard_leaf, why_not_resharded
+from grafter.core.plan.row_pairing import RowPairing, pair_rows, why_no_rows
 from grafter.core.roles import Direction
 from grafter.errors import LayoutError
 
@@ -29,7 +29,7 @@ class Decision:
     outcome: Literal["skipped", "failed", "compared"] | None = None
     reason: str | None = None
     reshardings: tuple[Resharding, ...] | None = None
-    rows: PairedRows | None = None
+    rows: RowPairing | None = None
 
     def rows_of(self, header: Header) -> list[RowView] | None:
         """For each leaf of a rank, the rows that have a partner; None where rows are not addressed by token."""

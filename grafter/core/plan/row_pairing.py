@@ -26,7 +26,7 @@ from grafter.errors import LayoutError
 
 
 @dataclass(frozen=True, eq=False)
-class PairedRows:
+class RowPairing:
     """Rows that are addressed by token: how they pair; and for each leaf, by role and role rank, those that do.
 
     own: the tokens of each rank's rows. sender: the role that sends.
@@ -64,7 +64,7 @@ class PairedRows:
         return 0 if header.role == self.sender else 1
 
 
-def pair_rows(senders: Sequence[Header], receivers: Sequence[Header]) -> tuple[PairedRows, tuple[Resharding, ...]]:
+def pair_rows(senders: Sequence[Header], receivers: Sequence[Header]) -> tuple[RowPairing, tuple[Resharding, ...]]:
     """How the rows of all these pair; and for each leaf, what goes where of those that do. Raises LayoutError.
 
     All give tokens, and their values are built alike. Where no token is in both sides' rows, there are no reshardings.
@@ -73,14 +73,14 @@ def pair_rows(senders: Sequence[Header], receivers: Sequence[Header]) -> tuple[P
     own = with_rows_alike(sides, [own_tokens(side, _told_tokens(side)) for side in sides])
     tokens = number_rows(own[0].tokens, own[1].tokens)
     if not tokens.count:
-        return PairedRows(tokens, senders[0].role, {}), ()
+        return RowPairing(tokens, senders[0].role, {}), ()
     found = [_reshard_rows(senders, receivers, leaf, own, tokens) for leaf in range(len(senders[0].leaves))]
     of_ranks = {
         (headers[0].role, rank): windowed
         for headers, side in zip((senders, receivers), own, strict=True)
         for rank, windowed in side.tokens.items()
     }
-    paired = PairedRows(tokens, senders[0].role, of_ranks, tuple(views for _, views in found))
+    paired = RowPairing(tokens, senders[0].role, of_ranks, tuple(views for _, views in found))
     return paired, tuple(resharding for resharding, _ in found)
 
 
