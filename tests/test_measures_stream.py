@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from grafter.core.measures.flat_chunks import CHUNK
 from grafter.core.measures.magnitudes import Magnitudes
-from grafter.core.measures.pair_stream import Measurement, PairStream, RowMeasures
+from grafter.core.measures.pair_stream import PairMeasurement, PairStream, RowMeasures
 from grafter.core.measures.rows import WORST_ROWS, Rows
 from grafter.core.measures.stats import compare
 from grafter.core.measures.ulps import UlpCounter, narrower
@@ -33,7 +33,7 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def measure(x: torch.Tensor, y: torch.Tensor, *, row_ndim: int = 0, step: int | None = None) -> Measurement:
+def measure(x: torch.Tensor, y: torch.Tensor, *, row_ndim: int = 0, step: int | None = None) -> PairMeasurement:
     """All of it, in blocks of `step` values."""
     stream = PairStream(x.shape, x.dtype, y.dtype, row_ndim=row_ndim)
     flat_x, flat_y = x.reshape(-1), y.reshape(-1)

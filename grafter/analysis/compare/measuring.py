@@ -15,7 +15,7 @@ from grafter.analysis.compare.alignment import Alignment, Block, Side, WholeTens
 from grafter.analysis.compare.record import Between, KlRecord, Measures, RowRecord, RowsRecord, UlpRecord
 from grafter.core.measures.flat_chunks import PACKED_FLOAT4, is_opaque
 from grafter.core.measures.magnitudes import Between as Bounds
-from grafter.core.measures.pair_stream import ByteStream, Measurement, PairStream
+from grafter.core.measures.pair_stream import ByteStream, PairMeasurement, PairStream
 from grafter.core.measures.rows import Divergence
 from grafter.core.records import Difference, TensorStatistics
 from grafter.errors import LayoutError
@@ -207,7 +207,7 @@ def _one_ahead(blocks: Iterator[Block], announce: Callable[[Block], None]) -> It
 # --- records
 
 
-def _measures(found: Measurement, alignment: Alignment, kl: list[KlRecord]) -> Measures:
+def _measures(found: PairMeasurement, alignment: Alignment, kl: list[KlRecord]) -> Measures:
     place = found.difference.max_abs_index
     return Measures(
         difference=found.difference
@@ -226,7 +226,7 @@ def _measures(found: Measurement, alignment: Alignment, kl: list[KlRecord]) -> M
     )
 
 
-def _rows(found: Measurement, alignment: Alignment) -> RowsRecord | None:
+def _rows(found: PairMeasurement, alignment: Alignment) -> RowsRecord | None:
     rows, shape = found.rows, alignment.row_shape
     if rows is None:
         return None

@@ -65,7 +65,7 @@ class RowMeasures:
 
 
 @dataclass(frozen=True)
-class Measurement:
+class PairMeasurement:
     """How far x is from y. `ulps` is None where a dtype is no floating one, or where the narrower one says it.
 
     magnitudes: (low, high, count) of |d|, where low <= |d| < high; the first bin is 0.
@@ -80,7 +80,7 @@ class Measurement:
     magnitudes: list[tuple[float, float, int]]
     x: TensorStatistics | None = None
     y: TensorStatistics | None = None
-    narrow: Measurement | None = None
+    narrow: PairMeasurement | None = None
     narrow_dtype: torch.dtype | None = None
 
 
@@ -163,7 +163,7 @@ class PairStream:
                 self._meter.measure(self._sums, self._done, pieces[0], pieces[1])
                 self._done += size
 
-    def finish(self) -> Measurement:
+    def finish(self) -> PairMeasurement:
         """What was measured; all values have been added."""
         if self._done != self._parts:
             raise RuntimeError(f"{self._done} of {self._parts} parts were measured.")
@@ -209,7 +209,7 @@ class PairStream:
 
     # --- at the end
 
-    def _finished(self, sums: RunSums, x: torch.dtype, y: torch.dtype) -> Measurement:
+    def _finished(self, sums: RunSums, x: torch.dtype, y: torch.dtype) -> PairMeasurement:
         difference = make_difference(self._shape, sums.pair, "full")
         of_x: TensorStatistics | None = None
         of_y: TensorStatistics | None = None
@@ -220,7 +220,7 @@ class PairStream:
         narrow = None
         if sums.narrow is not None and narrow_dtype is not None:
             narrow = self._finished(sums.narrow, narrow_dtype, narrow_dtype)
-        return Measurement(
+        return PairMeasurement(
             difference,
             _finish_ulps(sums.ulps, difference, x, y),
             _percentiles(sums.magnitudes, difference.max_abs),
@@ -302,9 +302,9 @@ class ByteStream:
         self._unequal += int(torch.count_nonzero(bits(x) != bits(y)))
         self._done += x.numel()
 
-    def finish(self) -> Measurement:
+    def finish(self) -> PairMeasurement:
         """What was measured; all values have been added. Of unequal values only their number is known."""
         if self._done != self._numel:
             raise RuntimeError(f"{self._done} of {self._numel} values were compared.")
         rows = None if self._unequal else RowMeasures(self._row_count, 0, [], {}, 0, 0, None)
-        return Measurement(byte_difference(self._unequal, self._numel), None, {}, rows, [])
+        return PairMeasurement(byte_difference(self._unequal, self._numel), None, {}, rows, [])
