@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from grafter import _process
 from grafter._process import IN_GRAPHS, hint_once
 from grafter.config.switch import enabled
-from grafter.core.points import CONTEXT_OPTIONS, NO_SURROUNDINGS, Surroundings, check_tags, split_options, surroundings
+from grafter.core.points import CONTEXT_OPTIONS, NO_CONTEXT, PointContext, check_tags, point_context, split_options
 from grafter.errors import UsageError
 
 if TYPE_CHECKING:
@@ -373,13 +373,13 @@ def _enter(arguments: dict[str, Any]) -> None:
             "belongs to a single dump."
         )
     check_tags(tags)
-    around = surroundings.get()
-    surroundings.set(Surroundings({**around.tags, **tags}, {**around.options, **options}, around))
+    around = point_context.get()
+    point_context.set(PointContext({**around.tags, **tags}, {**around.options, **options}, around))
 
 
 @_untraced
 def _leave() -> None:
-    surroundings.set(surroundings.get().outer or NO_SURROUNDINGS)
+    point_context.set(point_context.get().outer or NO_CONTEXT)
 
 
 @_left_alone

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from dump_parts import RankDumps
 
-from grafter.core.records import Difference, LeafRecord, LedgerRecord, RankSummary
+from grafter.core.records import Difference, LedgerLeaf, LedgerRecord, RankSummary
 from grafter.core.roles import Role
 from grafter.store.ledger import LedgerWriter
 
@@ -50,7 +50,7 @@ def record(
         "outcome": "sent" if sent else "compared" if direction == "compare" else "grafted",
         "call_site": "model.py:7 in forward", "participants": {"baseline": [0], "target": [0]},
         "bytes_received": 0 if sent else 1024, "seconds": {"pairing": 0.001 * (1 + layer), "exchange": 0.002},
-        "difference": own, "leaves": [LeafRecord(path="", shape=shape, dtype="float32", device="cpu", difference=own)],
+        "difference": own, "leaves": [LedgerLeaf(path="", shape=shape, dtype="float32", device="cpu", difference=own)],
     }  # fmt: skip
     return LedgerRecord(**{**fields, **changes})
 

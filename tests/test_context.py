@@ -11,7 +11,7 @@ import torch
 from jobs import Rank, succeed, two_jobs
 
 import grafter
-from grafter.core.points import NO_SURROUNDINGS, surroundings
+from grafter.core.points import NO_CONTEXT, point_context
 from grafter.errors import UsageError
 
 
@@ -21,7 +21,7 @@ def on(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def tags() -> dict[str, Any]:
-    return surroundings.get().tags
+    return point_context.get().tags
 
 
 pytestmark = pytest.mark.usefixtures("on")
@@ -32,7 +32,7 @@ def test_blocks_nest_inner_tags_win_and_the_outer_ones_come_back() -> None:
         with grafter.context(b=2, c=3):
             assert tags() == {"a": 1, "b": 2, "c": 3}
         assert tags() == {"a": 1, "b": 1}
-    assert surroundings.get() is NO_SURROUNDINGS
+    assert point_context.get() is NO_CONTEXT
 
 
 def test_an_exception_restores_what_was_before() -> None:

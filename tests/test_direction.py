@@ -12,7 +12,7 @@ from jobs import Jobs, Rank, succeed, two_jobs
 import grafter
 from grafter.config.direction_filters import DirectionFilters
 from grafter.config.settings.config import GrafterConfig
-from grafter.core.points import PHASE, PointKey
+from grafter.core.points import FORWARD, PointKey
 from grafter.core.roles import receiver_role, sender_role
 from grafter.errors import DirectionConflict, UsageError
 
@@ -113,8 +113,8 @@ def test_a_conflict_leaves_no_key_of_a_point_in_the_store(tmp_path: Path) -> Non
         keys = "\n".join(str(key) for key in jobs.store._store.list_keys())
         jobs.signals["looked"].set()
         succeed(jobs.wait())
-    assert f"/p/{PointKey('ok', (), 0, PHASE, 0).digest}" in keys
-    assert f"/p/{PointKey('x', (('both', True),), 0, PHASE, 0).digest}" not in keys
+    assert f"/p/{PointKey('ok', (), 0, FORWARD, 0).digest}" in keys
+    assert f"/p/{PointKey('x', (('both', True),), 0, FORWARD, 0).digest}" not in keys
 
 
 def conflict_on_one_side(rank: Rank) -> None:

@@ -241,12 +241,12 @@ def test_the_record_says_what_the_point_was(tmp_path: Path) -> None:
 
 @contextmanager
 def _tags(**tags: Any) -> Iterator[None]:
-    from grafter.core.points import Surroundings, surroundings
+    from grafter.core.points import PointContext, point_context
 
-    around = surroundings.get()
-    surroundings.set(Surroundings(tags, {}, around))
+    around = point_context.get()
+    point_context.set(PointContext(tags, {}, around))
     yield
-    surroundings.set(around)
+    point_context.set(around)
 
 
 def test_a_layout_that_does_not_fit_costs_itself_alone(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ from grafter.core.messages.states import (
     senders_outcome,
 )
 from grafter.core.messages.wire import Seal, Sealed
-from grafter.core.plan.decision import Decision
+from grafter.core.plan.decision import TransferDecision
 from grafter.core.processes import Abandoned, own_identity
 from grafter.errors import ProtocolError
 from grafter.wire.exchange.staging import Staging, new_block
@@ -162,7 +162,7 @@ def test_a_place_that_holds_less_than_the_tensors_is_refused() -> None:
         leaves=(spec_of("", torch.ones(100)),), extras_tensors=(), outbox=place_of(fd, 64), who="baseline rank 0"
     )
     with pytest.raises(Abandoned, match="says that it has posted 448 bytes"):
-        puller_of(os.getpid())._source(0, header, 0, Decision({}), None, "")  # type: ignore[arg-type]
+        puller_of(os.getpid())._source(0, header, 0, TransferDecision({}), None, "")  # type: ignore[arg-type]
     os.close(fd)
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from point_parts import header, pair, sides, spec
 
 from grafter.core.messages.mismatch import find_conflict, find_mismatch
-from grafter.core.plan.decision import Decision, decide
+from grafter.core.plan.decision import TransferDecision, decide
 
 
 def test_the_k_th_sender_serves_the_k_th_receiver() -> None:
@@ -49,7 +49,7 @@ def test_unequal_counts_fail_and_say_what_to_do(needs: str) -> None:
 
 
 def test_same_rank_leaves_the_shape_to_the_transform_and_identity_does_not() -> None:
-    def shapes(needs: str) -> Decision:
+    def shapes(needs: str) -> TransferDecision:
         return decide(
             "b2t",
             pair([header("baseline", 0)], [header("target", 0, leaves=(spec(5),), needs=needs)]),
@@ -77,7 +77,7 @@ def test_another_structure_or_another_plain_leaf_is_told_with_both_values() -> N
 
 def test_a_value_that_is_no_tensor_on_one_side_skips_and_a_failure_before_fails() -> None:
     nothing = pair([header("baseline", 0, leaves=(), nothing="the value is a str")], [header("target", 0)])
-    assert decide("b2t", nothing) == Decision({}, "skipped", "baseline rank 0: the value is a str")
+    assert decide("b2t", nothing) == TransferDecision({}, "skipped", "baseline rank 0: the value is a str")
     failure = pair([header("baseline", 0)], [header("target", 0, leaves=(), failure="ValueError: x", nothing="n")])
     assert decide("b2t", failure).outcome == "failed"
     assert "target rank 0 failed before the exchange: ValueError: x" in (decide("b2t", failure).reason or "")

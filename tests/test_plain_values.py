@@ -19,7 +19,7 @@ from point_parts import header, pair
 import grafter
 from grafter.analysis.run.run_summary import read_run_summary
 from grafter.core.leaves import NothingToOffer, take_apart
-from grafter.core.plan.decision import Decision, decide
+from grafter.core.plan.decision import TransferDecision, decide
 
 NAN = float("nan")
 EQUAL: dict[str, Any] = {
@@ -127,7 +127,7 @@ def test_a_tensor_on_one_side_and_a_number_on_the_other_is_an_error(tmp_path: Pa
 # --- live
 
 
-def decided(direction: Any, *values: Any, of_baseline: int = 1) -> Decision:
+def decided(direction: Any, *values: Any, of_baseline: int = 1) -> TransferDecision:
     """What becomes of a point to which each rank brings a value."""
     headers = []
     for number, value in enumerate(values):

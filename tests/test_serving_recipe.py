@@ -16,7 +16,7 @@ import grafter
 from grafter.config.settings.config import SETTING_FIELDS, GrafterConfig
 from grafter.config.settings.plan_file import PlanFile, read_plan_file
 from grafter.core.layout.dims import parse_dims
-from grafter.core.points import surroundings
+from grafter.core.points import point_context
 
 PAGE = (Path(__file__).parent.parent / "docs" / "serving-engines.md").read_text()
 VLLM = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)[0]
@@ -109,7 +109,7 @@ def test_tokens_of_a_vllm_batch_are_its_positions(monkeypatch: pytest.MonkeyPatc
             return "prepared"
 
         def _model_forward(self, input_ids: Any, positions: Any) -> None:
-            seen.append(surroundings.get().options["tokens"])
+            seen.append(point_context.get().options["tokens"])
 
     monkeypatch.setattr(grafter._calls, "_off", False)
     recipe("vllm", monkeypatch, GPUModelRunner)
@@ -126,7 +126,7 @@ def test_tokens_of_an_sglang_batch_are_its_positions(monkeypatch: pytest.MonkeyP
 
     class ModelRunner:
         def forward(self, forward_batch: Any) -> Any:
-            return surroundings.get().options["tokens"]
+            return point_context.get().options["tokens"]
 
     monkeypatch.setattr(grafter._calls, "_off", False)
     recipe("sglang", monkeypatch, ModelRunner)

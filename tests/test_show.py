@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from grafter.analysis.run.point_rows import merge_ranks
 from grafter.analysis.run.run_summary import find_run, read_run_summary
 from grafter.cli.show import log_bar, printable, report_run, show_run
-from grafter.core.records import CopyRecord, Difference, LeafRecord, LedgerRecord, RankSummary
+from grafter.core.records import CopyRecord, Difference, LedgerLeaf, LedgerRecord, RankSummary
 from grafter.core.roles import Role
 from grafter.errors import GrafterError
 from grafter.store.ledger import LedgerWriter
@@ -42,7 +42,7 @@ def record(role: Role, role_rank: int, sequence: int, **changes: Any) -> LedgerR
         "call_site": "model.py:7 in forward",
         "participants": {"baseline": [0], "target": [0, 1]},
         "seconds": {"pairing": 0.001, "exchange": 0.002},
-        "leaves": [LeafRecord(path="", shape=[2, 32, 128], dtype="torch.float32", device="cpu", difference=difference)],
+        "leaves": [LedgerLeaf(path="", shape=[2, 32, 128], dtype="torch.float32", device="cpu", difference=difference)],
         "difference": difference,
     }
     return LedgerRecord(**{**fields, **changes})
@@ -104,8 +104,8 @@ def test_a_point_is_one_row_with_its_worst_receiver(tmp_path: Path) -> None:
 def test_of_a_pytree_the_worst_leaf_is_shown(tmp_path: Path) -> None:
     """NaN on one side is worse than any number, and the leaf's path and shape go with it."""
     leaves = [
-        LeafRecord(path="ids", shape=[4], dtype="torch.int64", device="cpu", difference=Difference(rel=0.5)),
-        LeafRecord(
+        LedgerLeaf(path="ids", shape=[4], dtype="torch.int64", device="cpu", difference=Difference(rel=0.5)),
+        LedgerLeaf(
             path="weights", shape=[], dtype="torch.float32", device="cpu", difference=Difference(rel=0.1, nan=2)
         ),
     ]
@@ -392,7 +392,7 @@ def test_other_bits_are_marked_where_rel_does_not_show_them(difference: Differen
 def test_the_leaf_that_is_shown_is_one_that_differs(tmp_path: Path) -> None:
     """Of leaves whose rel is 0, one with other bits; before all of these, one of values that are no numbers."""
     leaves = [
-        LeafRecord(path=path, shape=[2], dtype="x", device="cpu", difference=Difference(**figures))
+        LedgerLeaf(path=path, shape=[2], dtype="x", device="cpu", difference=Difference(**figures))
         for path, figures in (
             ("['equal']", {"rel": 0.0, "mismatched_fraction": 0.0}),
             ("['bits']", {"mismatched_fraction": 0.5}),
@@ -407,10 +407,10 @@ def test_the_leaf_that_is_shown_is_one_that_differs(tmp_path: Path) -> None:
     assert row.leaf == "['zero']"
 
 
-def copy_leaf(checksum: str | None, rel: float, **changes: Any) -> list[LeafRecord]:
+def copy_leaf(checksum: str | None, rel: float, **changes: Any) -> list[LedgerLeaf]:
     copy = CopyRecord(ranks=[0, 1], checksum=checksum, **changes)
     difference = Difference(rel=rel, max_abs=rel, mismatched_fraction=1.0)
-    return [LeafRecord(path="", shape=[2], dtype="float32", device="cpu", difference=difference, copy_of=copy)]
+    return [LedgerLeaf(path="", shape=[2], dtype="float32", device="cpu", difference=difference, copy_of=copy)]
 
 
 @pytest.mark.parametrize("direction", ["compare", "b2t"])

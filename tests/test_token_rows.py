@@ -20,7 +20,7 @@ from grafter.core.layout.dtensor import read_dtensor
 from grafter.core.messages.announced_tokens import AnnouncedTokens, announce
 from grafter.core.messages.manifest import Header, Manifest, Pair, manifest_text, with_tokens_told_once
 from grafter.core.plan.assembly import assembled_leaves
-from grafter.core.plan.decision import Decision, decide
+from grafter.core.plan.decision import TransferDecision, decide
 from grafter.core.plan.transfer_plan import make_plan
 from grafter.core.tokens.tokens import Tokens
 from grafter.core.writing.write_back import WriteMode
@@ -45,7 +45,9 @@ def as_it_travels(headers: list[Header]) -> Manifest:
     return Manifest.model_validate_json(text)
 
 
-def moved(both: Pair, decision: Decision, sender: Batch, receiver: Batch, mode: WriteMode) -> list[torch.Tensor]:
+def moved(
+    both: Pair, decision: TransferDecision, sender: Batch, receiver: Batch, mode: WriteMode
+) -> list[torch.Tensor]:
     """What each receiver goes on with, by the plan, in one process."""
     plan = make_plan("ab" * 12, "b2t", both, decision, roster(len(sender.ranks), len(receiver.ranks)))
     staged = {value: torch.full(value.spec.shape, UNTOUCHED, dtype=torch.int64) for value in plan.values}

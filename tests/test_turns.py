@@ -18,7 +18,7 @@ from grafter.core.measures.stats import compare, summarize
 from grafter.core.messages.announced_tokens import AnnouncedTokens, announce
 from grafter.core.messages.manifest import Header, Manifest, Pair, manifest_text
 from grafter.core.messages.roster import Roster
-from grafter.core.plan.decision import Decision, decide
+from grafter.core.plan.decision import TransferDecision, decide
 from grafter.core.plan.transfer_plan import TransferPlan, make_plan
 from grafter.core.records import TensorStatistics
 from grafter.core.tokens.tokens import FEW, Tokens
@@ -38,7 +38,7 @@ def a_turn(length: int, start: int, **fields: Any) -> Pair:
     return Pair(side("baseline"), side("target"))
 
 
-def planned(pair: Pair, ranks: Roster, digest: str = "ab" * 12) -> tuple[Decision, TransferPlan]:
+def planned(pair: Pair, ranks: Roster, digest: str = "ab" * 12) -> tuple[TransferDecision, TransferPlan]:
     decision = decide("b2t", pair)
     return decision, make_plan(digest, "b2t", pair, decision, ranks, 0)
 

@@ -17,7 +17,7 @@ logger = logging.getLogger("grafter")
 _MARK = "_grafter_watched"
 
 
-class Watcher(Protocol):
+class ForwardWatcher(Protocol):
     """Sees each call of the model, and may replace what goes in and what comes out; None: does not care."""
 
     @property
@@ -28,31 +28,31 @@ class Watcher(Protocol):
 
 
 @dataclass(eq=False)
-class Watched:
+class WrappedForward:
     """A module whose `forward` is wrapped. `own`: the instance's own one that it had, if it had one."""
 
     own: Callable[..., Any] | None
-    watchers: list[Watcher] = field(default_factory=list)
+    watchers: list[ForwardWatcher] = field(default_factory=list)
 
 
-def watch_forward(module: torch.nn.Module, watcher: Watcher) -> Callable[[], None]:
+def watch_forward(module: torch.nn.Module, watcher: ForwardWatcher) -> Callable[[], None]:
     """Have the watcher see all calls; what is returned ends that. Several share one wrapper, in their order."""
     watched = watch_on(module)
     if watched is None:
-        watched = Watched(module.__dict__.get("forward"))
+        watched = WrappedForward(module.__dict__.get("forward"))
         module.__dict__["forward"] = _wrapper(module, watched)
     watched.watchers.append(watcher)
     # Weakly: an attachment outlives its model.
     return functools.partial(_stop, weakref.ref(module), watched, watcher)
 
 
-def watch_on(module: torch.nn.Module) -> Watched | None:
+def watch_on(module: torch.nn.Module) -> WrappedForward | None:
     """What is known of a module whose `forward` is wrapped."""
-    watched: Watched | None = getattr(module.__dict__.get("forward"), _MARK, None)
+    watched: WrappedForward | None = getattr(module.__dict__.get("forward"), _MARK, None)
     return watched
 
 
-def _wrapper(module: torch.nn.Module, watched: Watched) -> Callable[..., Any]:
+def _wrapper(module: torch.nn.Module, watched: WrappedForward) -> Callable[..., Any]:
     watchers, own = watched.watchers, watched.own
 
     def run(inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -83,7 +83,7 @@ def _wrapper(module: torch.nn.Module, watched: Watched) -> Callable[..., Any]:
     return types.MethodType(forward, module)
 
 
-def _stop(reference: weakref.ref[torch.nn.Module], watched: Watched, watcher: Watcher) -> None:
+def _stop(reference: weakref.ref[torch.nn.Module], watched: WrappedForward, watcher: ForwardWatcher) -> None:
     watched.watchers.remove(watcher)
     module = reference()
     if watched.watchers or module is None:

@@ -22,7 +22,7 @@ from grafter.core.tensor_access import is_dtensor
 from grafter.errors import UsageError
 from grafter.store.written_files import write_whole
 
-SCHEMA_VERSION = 1
+TREE_SCHEMA_VERSION = 1
 _FILE = re.compile(r"modules(?:\.rank(\d+))?\.json")
 
 
@@ -148,7 +148,7 @@ def _in_order(path: str, children: dict[str, dict[str, None]]) -> Iterator[str]:
 
 def write_trees(path: Path, trees: Sequence[ModuleTree], role: str = "baseline", role_rank: int = 0) -> None:
     """Write one rank's models to a file, which is there in full or not at all."""
-    content = _TreeFile(schema_version=SCHEMA_VERSION, role=role, role_rank=role_rank, models=tuple(trees))
+    content = _TreeFile(schema_version=TREE_SCHEMA_VERSION, role=role, role_rank=role_rank, models=tuple(trees))
     write_whole(path, json.dumps(content.model_dump(exclude_defaults=True), separators=(",", ":")))
 
 
@@ -177,9 +177,9 @@ def read_trees(path: Path) -> list[ModuleTree]:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
         raise UsageError(f"{path} is no module tree: {place + ': ' if place else ''}{first['msg']}.") from None
-    if content.schema_version != SCHEMA_VERSION:
+    if content.schema_version != TREE_SCHEMA_VERSION:
         raise UsageError(
-            f"{path} has version {content.schema_version} of the format, and this grafter reads {SCHEMA_VERSION}."
+            f"{path} has version {content.schema_version} of the format, and this grafter reads {TREE_SCHEMA_VERSION}."
         )
     if not content.models or any(not tree.modules or tree.modules[0].path for tree in content.models):
         raise UsageError(f"{path} is no module tree: it has no model, or one whose first module is not the model.")

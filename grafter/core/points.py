@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from grafter.errors import UsageError
 
-PHASE = "forward"
+FORWARD = "forward"
 
 # Arguments of `dump` that are never tags.
 OPTIONS = frozenset(
@@ -112,7 +112,7 @@ class PointKey(_KeyFields):
         """As messages show it."""
         parts = [f"{tag}={value!r}" for tag, value in self.identifying]
         parts.append(f"step={self.step}")
-        if self.phase != PHASE:
+        if self.phase != FORWARD:
             parts.append(f"phase={self.phase}")
         if self.occurrence:
             parts.append(f"occurrence={self.occurrence}")
@@ -143,7 +143,7 @@ class StepCounter:
         self._occurrences.clear()
 
     def next_key(
-        self, tags: Mapping[str, Any], identifying_tags: frozenset[str] | None, phase: str = PHASE
+        self, tags: Mapping[str, Any], identifying_tags: frozenset[str] | None, phase: str = FORWARD
     ) -> PointKey:
         """The key of a matched point; counts it. `identifying_tags` None: all but rank tags."""
         identifying = identify(tags, identifying_tags)
@@ -247,14 +247,14 @@ def call_site() -> str:
 
 
 @dataclass(frozen=True)
-class Surroundings:
+class PointContext:
     """What the enclosing `context` blocks add to a point; `outer` is what was around the innermost of them."""
 
     tags: dict[str, Any]
     options: dict[str, Any]
-    outer: Surroundings | None = None
+    outer: PointContext | None = None
 
 
-NO_SURROUNDINGS = Surroundings({}, {})
+NO_CONTEXT = PointContext({}, {})
 # A thread of its own starts without context, as contextvars do; so does an autograd thread.
-surroundings: ContextVar[Surroundings] = ContextVar("grafter_surroundings", default=NO_SURROUNDINGS)
+point_context: ContextVar[PointContext] = ContextVar("grafter_point_context", default=NO_CONTEXT)

@@ -8,11 +8,11 @@ from pydantic import BaseModel, ConfigDict
 
 from grafter.core.roles import Direction, Role
 
-Outcome = Literal[
+PointOutcome = Literal[
     "grafted", "compared", "sent", "skipped", "failed", "posted", "missed", "expired", "displaced"
 ]  # fmt: skip
 
-SCHEMA_VERSION = 1
+LEDGER_SCHEMA_VERSION = 1
 
 
 class Record(BaseModel):
@@ -64,7 +64,7 @@ class CopyRecord(Record):
     reason: str | None = None
 
 
-class LeafRecord(Record):
+class LedgerLeaf(Record):
     """One tensor of the point; a point that is a bare tensor has one leaf, whose path is empty."""
 
     path: str
@@ -106,7 +106,7 @@ class LedgerRecord(Record):
     """What happened to one point on one rank. `seconds` is by stage: snapshot, pairing, exchange, transform, agreement,
     write, statistics. `before`, `incoming` and `difference` are those of the worst leaf (by `rel`)."""
 
-    schema_version: int = SCHEMA_VERSION
+    schema_version: int = LEDGER_SCHEMA_VERSION
     sequence: int
     time: float
     name: str
@@ -117,7 +117,7 @@ class LedgerRecord(Record):
     direction: Direction
     role: Role
     role_rank: int
-    outcome: Outcome
+    outcome: PointOutcome
     reason: str | None = None
     call_site: str
     participants: dict[str, list[int]]
@@ -127,7 +127,7 @@ class LedgerRecord(Record):
     before: TensorStatistics | None = None
     incoming: TensorStatistics | None = None
     difference: Difference | None = None
-    leaves: list[LeafRecord] = []
+    leaves: list[LedgerLeaf] = []
     # None where rows are not addressed by token.
     tokens: TokenCounts | None = None
     # Of a point that was skipped since only one job came to it (`one_sided`): which.

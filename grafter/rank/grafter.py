@@ -31,7 +31,7 @@ from grafter.config.settings.config import GrafterConfig
 from grafter.core.messages.announced_models import AnnouncedHooks
 from grafter.core.messages.counts import Pending
 from grafter.core.messages.roster import PlayedFrom
-from grafter.core.points import LOOKED_AT, PHASE, StepCounter, call_site, split_options, surroundings
+from grafter.core.points import FORWARD, LOOKED_AT, StepCounter, call_site, point_context, split_options
 from grafter.core.sizes import read_size
 from grafter.errors import GrafterError, JoinError, RunError
 from grafter.rank.peer import start_peer
@@ -57,7 +57,7 @@ logger = logging.getLogger("grafter")
 
 # Bound once: each look-up would be a fiftieth of a call that no filter matches.
 _graph_task, _scopes = torch._C._current_graph_task_id, scopes.get
-_surroundings, _is_plain = surroundings.get, LOOKED_AT.isdisjoint
+_point_context, _is_plain = point_context.get, LOOKED_AT.isdisjoint
 # So long another thread may be at a point when this rank leaves, before it is asked whether it leaves with an error.
 _PATIENCE_SECONDS = 2.0
 
@@ -144,11 +144,11 @@ class Grafter:
         # Asked here, since a call costs as much as the answer: nearly every `dump` is in a plain forward pass.
         if (_graph_task() != -1 or _scopes()) and (recomputation := current_recomputation()) is not None:
             return self._repeated.take(recomputation, name, value, arguments, self.filters)
-        around = _surroundings()
+        around = _point_context()
         tags = {**around.tags, **arguments} if around.tags else arguments
         tags["name"] = name
         tags["step"] = self.steps.step
-        tags["phase"] = PHASE
+        tags["phase"] = FORWARD
         filters = self.filters
         if filters.unseen_tags:
             filters.unseen_tags -= tags.keys()

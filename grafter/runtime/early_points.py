@@ -19,9 +19,9 @@ from grafter.core.messages.counts import Pending
 from grafter.core.messages.manifest import Header
 from grafter.core.messages.offer import Offer
 from grafter.core.messages.participants import own_participants
-from grafter.core.points import PHASE, PointKey
+from grafter.core.points import FORWARD, PointKey
 from grafter.core.processes import is_from_signal_handler
-from grafter.core.records import Outcome
+from grafter.core.records import PointOutcome
 from grafter.core.roles import Direction, RankIdentity, sender_role
 from grafter.core.untraced import unobserved
 from grafter.runtime.meeting import Meeting
@@ -54,7 +54,7 @@ class EarlyPoint:
     slot: Slot | None = None
     nbytes: int = 0
 
-    def hold(self, session: Session, participants: Sequence[int], sequence: int) -> Outcome:
+    def hold(self, session: Session, participants: Sequence[int], sequence: int) -> PointOutcome:
         """Post it, or say that it is missed. Waits for ranks of the own job alone. Raises what ended the run."""
         named = {**self.tags, "name": self.key.name, "step": self.key.step, "phase": self.key.phase}
         header = self.header.changed(participants=tuple(participants))
@@ -77,7 +77,7 @@ class EarlyPoints:
         self.points: deque[EarlyPoint] = deque()
         self._kept: deque[EarlyPoint] = deque()
         # Of those that nobody will hear of, by what became of them.
-        self.forgotten: Counter[Outcome] = Counter()
+        self.forgotten: Counter[PointOutcome] = Counter()
 
     @property
     def pending(self) -> Pending:
@@ -94,7 +94,7 @@ class EarlyPoints:
         tags: dict[str, Any],
         site: str,
         module: str | None,
-    ) -> Outcome:
+    ) -> PointOutcome:
         """Keep a point, of which the value may be changed once this returns. `posted` or `missed`."""
         if options.ranks is not None:
             # Now: a process group may be gone by then.
@@ -106,7 +106,7 @@ class EarlyPoints:
             None, kept.offer, options, direction, site, kept.slot.place if kept.slot is not None else None,
             early=not is_sent,
         )  # fmt: skip
-        if key.phase == PHASE:
+        if key.phase == FORWARD:
             self._recomputations.keep(key, options, None, None)
         options = replace(options, extras=None, tokens=None)
         point = EarlyPoint(key, direction, header, options, tags, module, is_sent, kept.slot, kept.nbytes)
@@ -147,7 +147,7 @@ class EarlyPoints:
         while (point := self.next()) is not None:
             self._forget(point, "expired")
 
-    def _forget(self, point: EarlyPoint, sent: Outcome) -> None:
+    def _forget(self, point: EarlyPoint, sent: PointOutcome) -> None:
         self.give_up(point)
         self.forgotten[sent if point.is_sent else "missed"] += 1
 

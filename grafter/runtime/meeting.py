@@ -19,12 +19,12 @@ from grafter.core.measures.flat_chunks import checksum_of_values
 from grafter.core.measures.stats import NO_DIFFERENCE, compare
 from grafter.core.messages.manifest import Header, Pair, store_keys
 from grafter.core.messages.states import NotMet
-from grafter.core.plan.decision import Decision, decide
+from grafter.core.plan.decision import TransferDecision, decide
 from grafter.core.plan.row_pairing import RowPairing
 from grafter.core.plan.transfer_plan import TransferPlan, make_plan
 from grafter.core.points import PointKey
 from grafter.core.processes import Abandoned, PeerGone, is_from_signal_handler
-from grafter.core.records import SCHEMA_VERSION, CopyRecord, Difference, LeafRecord, LedgerLine, Outcome
+from grafter.core.records import LEDGER_SCHEMA_VERSION, CopyRecord, Difference, LedgerLeaf, LedgerLine, PointOutcome
 from grafter.core.roles import Direction, receiver_role
 from grafter.core.tensor_access import without_gradient
 from grafter.core.writing.write_back import WriteMode, Written
@@ -48,7 +48,7 @@ class _Course:
     posted it and gone on.
     """
 
-    decision: Decision
+    decision: TransferDecision
     plan: TransferPlan | None
     sides: Sides
     receivers: tuple[int, ...]
@@ -71,7 +71,7 @@ class Meeting:
         self._header, self._options, self._tags = header, options, tags
         self._seconds: dict[str, float] = {}
         self._stage_since = time.perf_counter()
-        self._leaf_records: list[LeafRecord] = []
+        self._leaf_records: list[LedgerLeaf] = []
         self._bytes_sent = self._bytes_received = 0
         self._sequence = 0
         self._is_receiver = session.place.role == receiver_role(direction)
@@ -89,7 +89,7 @@ class Meeting:
 
     def hold(
         self, leaves: Leaves | None, extras: list[torch.Tensor], stats: Stats, sequence: int
-    ) -> tuple[Any, Outcome]:
+    ) -> tuple[Any, PointOutcome]:
         """(what `dump` returns, outcome). Raises what ended the run, or PointFailed where the options say so."""
         self._sequence = sequence
         housekeeping = self._session.housekeeping
@@ -120,7 +120,7 @@ class Meeting:
         if self._header.role_rank in course.receivers:
             self._session.agreement.leave(self._key, course.receivers, error)
 
-    def _pass_by(self, not_met: NotMet) -> Outcome:
+    def _pass_by(self, not_met: NotMet) -> PointOutcome:
         """The two sides have not met, since one of them does not wait: the value goes on as it is."""
         session, header = self._session, self._header
         sides: Sides = (header.participants, ())
@@ -133,12 +133,12 @@ class Meeting:
 
     def _hold(
         self, pair: Pair, course: _Course, leaves: Leaves | None, extras: list[torch.Tensor], stats: Stats
-    ) -> tuple[Any, Outcome]:
+    ) -> tuple[Any, PointOutcome]:
         decision = course.decision
         plan = course.plan.of_point(self._key.digest) if course.plan is not None else None
         value = leaves.value if leaves is not None else None
         self.rows = decision.rows
-        outcome: Outcome
+        outcome: PointOutcome
         reason = decision.reason
         if decision.outcome is not None or leaves is None or plan is None:
             outcome = decision.outcome or "skipped"
@@ -173,7 +173,7 @@ class Meeting:
             except ValueError as error:
                 if is_from_signal_handler(error):
                     raise
-                decision = Decision({}, "failed", str(error))
+                decision = TransferDecision({}, "failed", str(error))
         return _Course(
             decision,
             plan,
@@ -182,7 +182,7 @@ class Meeting:
             is_posted=pair.is_posted(direction),
         )
 
-    def _outgoing(self, decision: Decision, leaves: Leaves) -> list[torch.Tensor]:
+    def _outgoing(self, decision: TransferDecision, leaves: Leaves) -> list[torch.Tensor]:
         rows = decision.rows_of(self._header)
         if rows is None:
             return leaves.tensors
@@ -190,7 +190,7 @@ class Meeting:
 
     def _send(
         self, pair: Pair, course: _Course, plan: TransferPlan, tensors: Sequence[torch.Tensor]
-    ) -> tuple[Outcome, str | None]:
+    ) -> tuple[PointOutcome, str | None]:
         session = self._session
         self.stage = "sending"
         session.expect_failures()
@@ -207,12 +207,12 @@ class Meeting:
             self.end_stage("exchange")
         return ("compared" if self._direction == "compare" else "sent"), None
 
-    def _receive(self, course: _Course, receiving: _Receiving) -> tuple[Outcome, str | None]:
+    def _receive(self, course: _Course, receiving: _Receiving) -> tuple[PointOutcome, str | None]:
         settled = self._session.agreement.settle(self._key, course.receivers, receiving)
         self._is_settled = True
         if settled.refusal is not None:
             self.end_stage("agreement")
-            outcome: Outcome = "failed"
+            outcome: PointOutcome = "failed"
         else:
             outcome = "compared" if self._direction == "compare" else "grafted"
         arrived = self._error_of(settled, receiving)
@@ -335,7 +335,9 @@ class Meeting:
         name = f"the transform {transform.path}" if transform is not None else "reading what came"
         return f"{who}: {name} failed with {type(error).__name__}: {error}{where}"
 
-    def _measure(self, decision: Decision, leaves: Leaves, incoming: Sequence[IncomingLeaf], stats: Stats) -> None:
+    def _measure(
+        self, decision: TransferDecision, leaves: Leaves, incoming: Sequence[IncomingLeaf], stats: Stats
+    ) -> None:
         records = []
         for index, (spec, target) in enumerate(zip(leaves.specs, leaves.tensors, strict=True)):
             record = _record_of(spec.path, spec.shape, spec.dtype, target.device, self._layout_of(index))
@@ -370,7 +372,7 @@ class Meeting:
             return "GRAFTER_STATS=off: no figures were taken"
         return self._no_figures or f"no figures of {missing or 'the tensor'} were taken"
 
-    def _copy(self, decision: Decision, leaf: int, target: torch.Tensor) -> CopyRecord | None:
+    def _copy(self, decision: TransferDecision, leaf: int, target: torch.Tensor) -> CopyRecord | None:
         """This rank's copy, where other receivers have copies that are to be compared with it, by all ledgers."""
         reshardings = decision.reshardings
         ranks = reshardings[leaf].copies_with(self._header.role_rank) if reshardings is not None else ()
@@ -413,7 +415,7 @@ class Meeting:
 
     # The end.
 
-    def _finish(self, course: _Course, outcome: Outcome, reason: str | None) -> None:
+    def _finish(self, course: _Course, outcome: PointOutcome, reason: str | None) -> None:
         session, receivers = self._session, course.receivers
         self.stage = "finishing"
         sent = not self._is_receiver and outcome in ("sent", "compared")
@@ -436,11 +438,11 @@ class Meeting:
         if self._session.place.role_rank == min(receivers or self._header.participants):
             self._session.failures.add(self._key.name, self._key, reason)
 
-    def _line(self, sides: Sides, outcome: Outcome, reason: str | None) -> LedgerLine:
+    def _line(self, sides: Sides, outcome: PointOutcome, reason: str | None) -> LedgerLine:
         key, place = self._key, self._session.place
         worst = max(self._leaf_records, key=_badness, default=None)
         return {
-            "schema_version": SCHEMA_VERSION,
+            "schema_version": LEDGER_SCHEMA_VERSION,
             "sequence": self._sequence,
             "time": time.time(),
             "name": key.name,
@@ -499,13 +501,13 @@ class _Receiving(Work):
 @lru_cache(maxsize=4096)
 def _record_of(
     path: str, shape: tuple[int, ...], dtype: str, device: torch.device, layout: DeclaredLayout | None
-) -> LeafRecord:
+) -> LedgerLeaf:
     """A leaf without figures. The same ones come again at every step."""
     where = str(layout) if layout is not None else None
-    return LeafRecord(path=path, shape=list(shape), dtype=dtype, device=str(device), layout=where)
+    return LedgerLeaf(path=path, shape=list(shape), dtype=dtype, device=str(device), layout=where)
 
 
-def _badness(record: LeafRecord) -> tuple[int, float, float]:
+def _badness(record: LedgerLeaf) -> tuple[int, float, float]:
     """Orders leaves by how far they differ; unequal infinities and NaN come first."""
     difference = record.difference
     if difference is None:

@@ -17,7 +17,7 @@ from grafter.core.messages.offer import Offer
 from grafter.core.messages.participants import own_participants
 from grafter.core.messages.roster import other_role
 from grafter.core.messages.states import OutboxPlace
-from grafter.core.points import PHASE, PointKey
+from grafter.core.points import FORWARD, PointKey
 from grafter.core.records import LedgerRecord
 from grafter.core.roles import Direction, RankIdentity
 from grafter.core.untraced import unobserved
@@ -82,7 +82,7 @@ class Meetings:
         self._dumps.finish(taken, outcome, grafted)
         if options.new_rows_only and meeting.rows is not None and outcome in ("grafted", "compared", "sent"):
             self._offers.windows.advance(key, meeting.rows.reached(header))
-        if key.phase == PHASE:
+        if key.phase == FORWARD:
             self._recomputations.keep(key, options, offer.leaves if outcome == "grafted" else None, grafted)
         self._tally.outcomes[outcome] += 1
         session.housekeeping.board.last_points.append((key, outcome))
@@ -101,7 +101,7 @@ class Meetings:
             self._dumps.finish_failed(taken, error)
             raise
         self._dumps.finish(taken, outcome)
-        if posting.key.phase == PHASE:
+        if posting.key.phase == FORWARD:
             self._recomputations.keep(posting.key, options, None, None)
         self._tally.outcomes[outcome] += 1
         posting.session.housekeeping.board.last_points.append((posting.key, outcome))

@@ -10,7 +10,7 @@ from grafter.core.messages.manifest import Header, store_keys
 from grafter.core.messages.offer import Offer
 from grafter.core.messages.states import OutboxPlace, open_state
 from grafter.core.points import PointKey
-from grafter.core.records import LedgerRecord, Outcome
+from grafter.core.records import LedgerRecord, PointOutcome
 from grafter.core.roles import Direction
 from grafter.runtime.session import Session
 from grafter.wire.outbox.entries import Entry
@@ -39,7 +39,7 @@ class Posting:
         self.session, self.key, self.direction, self._tags = session, key, direction, tags
         self._seconds: dict[str, float] = {}
 
-    def hold(self, offer: Offer, describe: Describe, sequence: int) -> Outcome:
+    def hold(self, offer: Offer, describe: Describe, sequence: int) -> PointOutcome:
         """`posted`, or what became of it at once. Waits for ranks of the own job alone, and only where this one leads.
 
         describe: makes the header of an offer that lies in the outbox, or nowhere.
@@ -59,7 +59,7 @@ class Posting:
         header = describe(kept.offer, self.place_of(kept.slot))
         return self.post(header, kept.slot, kept.nbytes, sequence)
 
-    def post(self, header: Header, slot: Slot | None, nbytes: int, sequence: int) -> Outcome:
+    def post(self, header: Header, slot: Slot | None, nbytes: int, sequence: int) -> PointOutcome:
         """The same, from what is in the outbox already. header: with its `place_of`."""
         session, started = self.session, time.perf_counter()
         place, roster = session.place, session.roster

@@ -8,7 +8,7 @@ from typing import Any
 from grafter.config.control.in_force import Verdict
 from grafter.config.direction_filters import DirectionFilters
 from grafter.config.options import OptionChooser
-from grafter.core.points import PHASE, split_options
+from grafter.core.points import FORWARD, split_options
 
 
 class TraceJudge:
@@ -21,7 +21,7 @@ class TraceJudge:
     def judge(self, filters: Sequence[DirectionFilters], name: str, arguments: dict[str, Any]) -> Verdict:
         """The verdict where any of these filters may match."""
         tags, given = split_options(arguments)
-        named = {**tags, "save": given.pop("save", None), "name": name, "phase": PHASE}
+        named = {**tags, "save": given.pop("save", None), "name": name, "phase": FORWARD}
         possible = {found for each in filters for found in each.could_match(named)}
         options = self._options.options_of(name, given)
         if not possible and not (self._has_gradients and options.gradients):

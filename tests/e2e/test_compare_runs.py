@@ -15,7 +15,7 @@ import torch
 from compare_parts import compared, told
 
 from grafter.config.settings.config import GrafterConfig
-from grafter.core.points import Surroundings, surroundings
+from grafter.core.points import PointContext, point_context
 from grafter.core.tokens.tokens import Tokens
 from grafter.rank.grafter import Grafter
 
@@ -144,9 +144,9 @@ def test_generate_agrees_with_one_forward_pass(tmp_path: Path) -> None:
             start, count = (cache.get_seq_length() if cache is not None else 0), arguments["input_ids"].shape[1]
             places = torch.arange(start, start + count).expand(2, -1)
             # `grafter.context` does nothing where grafting is off, as it is in the process of a test.
-            before = surroundings.set(Surroundings({}, {"tokens": Tokens.from_positions([0, 1], places)}))
+            before = point_context.set(PointContext({}, {"tokens": Tokens.from_positions([0, 1], places)}))
             result = forward_of(model, **arguments)
-            surroundings.reset(before)
+            point_context.reset(before)
             grafter.step()
             return result
 

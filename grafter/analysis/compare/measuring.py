@@ -14,7 +14,7 @@ import torch
 from grafter.analysis.compare.alignment import Alignment, Block, Side, WholeTensor
 from grafter.analysis.compare.record import Between, KlRecord, Measures, RowRecord, RowsRecord, UlpRecord
 from grafter.core.measures.flat_chunks import PACKED_FLOAT4, is_opaque
-from grafter.core.measures.magnitudes import Between as Bounds
+from grafter.core.measures.magnitudes import Bounds
 from grafter.core.measures.pair_stream import ByteStream, PairMeasurement, PairStream
 from grafter.core.measures.rows import Divergence
 from grafter.core.records import Difference, TensorStatistics

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from grafter.core.points import OWN_TAGS, PHASE, is_rank_tag
+from grafter.core.points import FORWARD, OWN_TAGS, is_rank_tag
 from grafter.core.records import Difference, LedgerRecord
 from grafter.core.roles import Role
 
@@ -22,12 +22,12 @@ class PointId:
 
     name: str
     tags: tuple[tuple[str, str], ...]
-    phase: str = PHASE
+    phase: str = FORWARD
     occurrence: int = 0
 
     def __str__(self) -> str:
         parts = [self.name, *(f"{tag}={value}" for tag, value in self.tags)]
-        if self.phase != PHASE:
+        if self.phase != FORWARD:
             parts.append(f"phase={self.phase}")
         if self.occurrence:
             parts.append(f"occurrence={self.occurrence}")

@@ -23,7 +23,7 @@ from grafter.analysis.report.dumped_pictures import MOST_PICTURES, draw_worst
 from grafter.analysis.report.page_data import Environment, Finding, PageData, PagePoint, PageVerdict
 from grafter.analysis.report.pictures import Picture
 from grafter.analysis.report.run_page import find_layer, flatten_facts, with_inputs
-from grafter.core.points import PHASE
+from grafter.core.points import FORWARD
 from grafter.errors import FilterError, GrafterError
 
 if TYPE_CHECKING:
@@ -196,7 +196,7 @@ def _point(order: int, record: PointRecord) -> PagePoint:
 def _label(record: PointRecord) -> str:
     """The label as `grafter show` writes it, without the step."""
     parts = [record.name, *(f"{tag}={value}" for tag, value in record.tags.items())]
-    if record.phase != PHASE:
+    if record.phase != FORWARD:
         parts.append(f"phase={record.phase}")
     if record.occurrence:
         parts.append(f"#{record.occurrence}")

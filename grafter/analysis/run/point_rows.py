@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from grafter.core.points import OWN_TAGS, PHASE, is_rank_tag
-from grafter.core.records import Difference, LeafRecord, LedgerRecord
+from grafter.core.points import FORWARD, OWN_TAGS, is_rank_tag
+from grafter.core.records import Difference, LedgerLeaf, LedgerRecord
 from grafter.core.roles import Role, receiver_role
 
 # From good to bad; a point is as bad as its worst rank.
@@ -79,7 +79,7 @@ class PointRow:
     def label(self) -> str:
         """The point as a person reads it: `layer layer_id=3`."""
         parts = [self.name, *(f"{tag}={value}" for tag, value in self.tags.items())]
-        if self.phase != PHASE:
+        if self.phase != FORWARD:
             parts.append(f"phase={self.phase}")
         if self.occurrence:
             parts.append(f"#{self.occurrence}")
@@ -188,7 +188,7 @@ def _why_unmeasured(receivers: list[LedgerRecord]) -> str | None:
 
 def _compare_copies(receivers: list[LedgerRecord]) -> tuple[UnequalCopies | None, str | None]:
     """Those of the worst leaf of which receivers have unequal copies; and why some copies could not be compared."""
-    held: dict[tuple[str, tuple[int, ...]], dict[int, LeafRecord]] = {}
+    held: dict[tuple[str, tuple[int, ...]], dict[int, LedgerLeaf]] = {}
     for record in receivers:
         for leaf in record.leaves if record.outcome in ("grafted", "compared") else ():
             if leaf.copy_of is not None:
@@ -214,7 +214,7 @@ def _unequal_replicas(group: list[LedgerRecord]) -> Difference | None:
     return next((replicas for replicas in compared if replicas.mismatched_fraction), None)
 
 
-def _worst_leaf(receivers: list[LedgerRecord]) -> tuple[LeafRecord | None, Difference | None]:
+def _worst_leaf(receivers: list[LedgerRecord]) -> tuple[LedgerLeaf | None, Difference | None]:
     """The leaf that differs most over all receivers, and by how much; without differences, the first leaf."""
     leaves = [leaf for record in receivers for leaf in record.leaves]
     compared = [leaf for leaf in leaves if leaf.difference is not None]

@@ -146,7 +146,7 @@ class BoxLists:
 
 
 @dataclass(frozen=True)
-class Region:
+class StridedRegion:
     """`sizes` of the region's dims; for each, the tensor's dim it runs along and how many steps of it one step takes.
 
     A fused dim (`h*d`) of the tensor serves two dims of a region: h with a step of the size of d, d with a step of 1.
@@ -192,7 +192,7 @@ class Frame:
             listed = [dim for own in side for dim in own.dims]
             self._starts.append([listed.index(dim) if dim in listed else -1 for dim in range(ndim)])
 
-    def regions(self, parts: Sequence[Shared]) -> tuple[Region, Region]:
+    def regions(self, parts: Sequence[Shared]) -> tuple[StridedRegion, StridedRegion]:
         """Where what is shared in each component lies in the sender's tensor, and where in the receiver's."""
         sizes = [size for part in parts for size in part.sizes]
         there = [start for part in parts for start in part.sender_starts]
@@ -201,6 +201,6 @@ class Frame:
         here.append(0)
         ordered = tuple([sizes[factor] for factor in self._order])
         return (
-            Region(tuple([there[n] for n in self._starts[0]]), ordered, self._along[0], self._steps[0]),
-            Region(tuple([here[n] for n in self._starts[1]]), ordered, self._along[1], self._steps[1]),
+            StridedRegion(tuple([there[n] for n in self._starts[0]]), ordered, self._along[0], self._steps[0]),
+            StridedRegion(tuple([here[n] for n in self._starts[1]]), ordered, self._along[1], self._steps[1]),
         )

@@ -26,7 +26,7 @@ _BATCH = 1 << 14
 _LEAST = 1 << 12
 
 
-class Between(NamedTuple):
+class Bounds(NamedTuple):
     """A number that is known to lie in [low, high]."""
 
     low: float
@@ -88,7 +88,7 @@ class Magnitudes:
         self._count_keys()
         return int(self._counts.sum()) + self._zeros
 
-    def percentile(self, thousandths: int) -> Between | None:
+    def percentile(self, thousandths: int) -> Bounds | None:
         """The nearest-rank percentile: the ceil(count * thousandths / 1000)-th smallest. None where nothing is counted.
 
         As the bounds of its bin, both 0 in the first bin.
@@ -99,7 +99,7 @@ class Magnitudes:
             return None
         rank = max(1, -(-total * thousandths // 1000))
         number = int(np.searchsorted(np.cumsum(counts), rank))
-        return Between(0.0, 0.0) if number == 0 else Between(_edge(number), _edge(number + 1))
+        return Bounds(0.0, 0.0) if number == 0 else Bounds(_edge(number), _edge(number + 1))
 
     def count_from(self, low: float) -> int:
         """How many lie in bins that begin at `low` or above."""

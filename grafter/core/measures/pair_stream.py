@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from grafter.core.measures.flat_chunks import CHUNK, FlatReader, are_paired, bits
-from grafter.core.measures.magnitudes import Between, Magnitudes
+from grafter.core.measures.magnitudes import Bounds, Magnitudes
 from grafter.core.measures.pair_chunks import CHUNKS, PairMeter, RunSums
 from grafter.core.measures.rows import WorstRow
 from grafter.core.measures.stats import byte_difference, check_pair, check_plain, make_difference, make_statistics
@@ -58,7 +58,7 @@ class RowMeasures:
     count: int
     differing: int
     worst: list[WorstRow]
-    percentiles: dict[str, Between]
+    percentiles: dict[str, Bounds]
     far: int
     nonfinite: int
     first_nonfinite: int | None
@@ -74,7 +74,7 @@ class PairMeasurement:
 
     difference: Difference
     ulps: Ulps | None
-    percentiles: dict[str, Between]
+    percentiles: dict[str, Bounds]
     # None where values are no numbers, and differ.
     rows: RowMeasures | None
     magnitudes: list[tuple[float, float, int]]
@@ -272,13 +272,13 @@ def _finish_ulps(sums: UlpSums, difference: Difference, x: torch.dtype, y: torch
     return Ulps(0, 0, 0.0) if difference.mismatched_fraction == 0 else Ulps(0, None, None)
 
 
-def _percentiles(counted: Magnitudes, largest: float | None) -> dict[str, Between]:
+def _percentiles(counted: Magnitudes, largest: float | None) -> dict[str, Bounds]:
     """Each by its bin; nothing is larger than the largest."""
-    found: dict[str, Between] = {}
+    found: dict[str, Bounds] = {}
     for name, thousandths in PERCENTILES.items():
         between = counted.percentile(thousandths)
         if between is not None and largest is not None:
-            found[name] = Between(min(between.low, largest), min(between.high, largest))
+            found[name] = Bounds(min(between.low, largest), min(between.high, largest))
     return found
 
 

@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from grafter.core.messages.wire import Sealed
-from grafter.core.records import Outcome
+from grafter.core.records import PointOutcome
 from grafter.core.roles import Direction
 from grafter.errors import ProtocolError
 
@@ -82,9 +82,9 @@ def receivers_account(state: str, reason: str) -> NotMet:
     return NotMet("failed" if state in (WITHDRAWN, FAILED) else "missed", told)
 
 
-def senders_outcome(state: str, direction: Direction) -> Outcome:
+def senders_outcome(state: str, direction: Direction) -> PointOutcome:
     """What the ledger of a sender says of an entry that has ended so."""
-    outcomes: dict[str, Outcome] = {
+    outcomes: dict[str, PointOutcome] = {
         TAKEN: "compared" if direction == "compare" else "sent",
         SKIPPED: "skipped",
         ONE_SIDED: "skipped",

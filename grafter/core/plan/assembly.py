@@ -12,7 +12,7 @@ from grafter.core.leaves import TensorSpec, decode_extras
 from grafter.core.measures.stats import difference
 from grafter.core.messages.manifest import Header, Pair
 from grafter.core.messages.roster import Roster
-from grafter.core.plan.decision import Decision
+from grafter.core.plan.decision import TransferDecision
 from grafter.core.plan.resharding import Resharding
 from grafter.core.plan.transfer_plan import Value
 from grafter.core.records import Difference
@@ -74,7 +74,7 @@ def received_extras(values: Values, header: Header, sender: int) -> dict[str, An
     return decode_extras(header.extras, tensors)
 
 
-def assembled_leaves(decision: Decision, values: Values, header: Header) -> list[Assembled]:
+def assembled_leaves(decision: TransferDecision, values: Values, header: Header) -> list[Assembled]:
     """The receiver's leaves, in the staged memory where they lie. Raises WriteRefused where this dtype has no sum."""
     leaves = []
     rows = decision.rows_of(header)

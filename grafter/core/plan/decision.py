@@ -16,7 +16,7 @@ from grafter.errors import LayoutError
 
 
 @dataclass(frozen=True)
-class Decision:
+class TransferDecision:
     """What happens at one point, the same on every participant.
 
     `sources` is, for each receiving role rank, the sending role ranks whose whole value it gets, in order. Where
@@ -38,23 +38,23 @@ class Decision:
         return [views[header.role, header.role_rank] for views in self.rows.views]
 
 
-def decide(direction: Direction, pair: Pair) -> Decision:
+def decide(direction: Direction, pair: Pair) -> TransferDecision:
     """One pure function of both manifests, computed by every participant."""
     senders, receivers = pair.senders(direction), pair.receivers(direction)
     failed = next((h for h in pair.headers if h.failure is not None), None)
     if failed is not None:
-        return Decision({}, "failed", f"{failed.who} failed before the exchange: {failed.failure}")
+        return TransferDecision({}, "failed", f"{failed.who} failed before the exchange: {failed.failure}")
     nothing = [h for h in pair.headers if h.nothing is not None]
     if nothing and direction == "compare" and all(h.nothing is not None and h.others for h in pair.headers):
         return _compare_plain(pair.headers)
     if nothing:
-        return Decision({}, "skipped", "; ".join(f"{h.who}: {h.nothing}" for h in nothing[:4]))
+        return TransferDecision({}, "skipped", "; ".join(f"{h.who}: {h.nothing}" for h in nothing[:4]))
     shared_gpu = find_shared_gpu(pair.headers)
     if shared_gpu is not None:
-        return Decision({}, "failed", shared_gpu)
+        return TransferDecision({}, "failed", shared_gpu)
     needs = {h.needs for h in receivers}
     if len(needs) != 1:
-        return Decision(
+        return TransferDecision(
             {}, "failed", f"the receivers ask for different things: {sorted(needs)}; give all one transform"
         )
     # Equal is transitive: all are compared with one.
@@ -62,7 +62,7 @@ def decide(direction: Direction, pair: Pair) -> Decision:
     others = (h for h in (*receivers, *senders) if h.others != first)
     unequal = next((u for h in others if (u := find_unequal_leaf(senders[0], h))), None)
     if unequal is not None:
-        return Decision({}, "failed", unequal)
+        return TransferDecision({}, "failed", unequal)
     if any(h.tokens is not None for h in pair.headers):
         return _by_token(senders, receivers, needs=next(iter(needs)))
     if needs == {"resharded"} or (needs == {"identity"} and any(h.layouts for h in pair.headers)):
@@ -71,23 +71,25 @@ def decide(direction: Direction, pair: Pair) -> Decision:
             return resharded
     if needs == {"all"}:
         everyone = tuple(h.role_rank for h in senders)
-        return Decision({h.role_rank: everyone for h in receivers})
+        return TransferDecision({h.role_rank: everyone for h in receivers})
     if needs == {"same_rank"}:
         return _pair_by_position(senders, receivers, same_shape=False)
     return _with_missing_layout(_identity(senders, receivers), senders, receivers)
 
 
-def _compare_plain(headers: Sequence[Header]) -> Decision:
+def _compare_plain(headers: Sequence[Header]) -> TransferDecision:
     """Values that are plain data alone: equal on all ranks or not."""
     unequal = next((u for h in headers[1:] if (u := find_unequal_leaf(headers[0], h)) is not None), None)
     if unequal is not None:
-        return Decision({}, "failed", unequal)
+        return TransferDecision({}, "failed", unequal)
     count = len(headers[0].others)
     what = "the value is no tensor, and is" if count == 1 else f"the {count} leaves are no tensors, and are"
-    return Decision({}, "compared", f"{what} equal on all ranks")
+    return TransferDecision({}, "compared", f"{what} equal on all ranks")
 
 
-def _with_missing_layout(decision: Decision, senders: Sequence[Header], receivers: Sequence[Header]) -> Decision:
+def _with_missing_layout(
+    decision: TransferDecision, senders: Sequence[Header], receivers: Sequence[Header]
+) -> TransferDecision:
     """What the rules for whole tensors refuse, layouts might do: say which side has declared none."""
     declared = next((h for h in (*senders, *receivers) if h.layouts), None)
     without = next((side for side in (senders, receivers) if not any(h.layouts for h in side) and len(side) > 1), None)
@@ -102,37 +104,37 @@ def _with_missing_layout(decision: Decision, senders: Sequence[Header], receiver
     )
 
 
-def _by_layout(senders: Sequence[Header], receivers: Sequence[Header], *, asked: bool) -> Decision | None:
+def _by_layout(senders: Sequence[Header], receivers: Sequence[Header], *, asked: bool) -> TransferDecision | None:
     """What the layouts say. None where a side declares none, so that the rules for whole tensors hold."""
     mismatch = find_structure_mismatch((*senders, *receivers))
     if mismatch is not None:
-        return Decision({}, "failed", mismatch)
+        return TransferDecision({}, "failed", mismatch)
     try:
         reshardings = [reshard_leaf(senders, receivers, leaf) for leaf in range(len(senders[0].leaves))]
     except LayoutError as error:
-        return Decision({}, "failed", str(error))
+        return TransferDecision({}, "failed", str(error))
     known = tuple(one for one in reshardings if one is not None)
     if len(known) == len(reshardings):
         lowest = (min(h.role_rank for h in senders),) if asked else ()
-        return Decision({h.role_rank: lowest for h in receivers}, reshardings=known)
+        return TransferDecision({h.role_rank: lowest for h in receivers}, reshardings=known)
     if asked or known:
-        return Decision({}, "failed", why_not_resharded(senders, receivers, reshardings, asked=asked))
+        return TransferDecision({}, "failed", why_not_resharded(senders, receivers, reshardings, asked=asked))
     return None
 
 
-def _by_token(senders: Sequence[Header], receivers: Sequence[Header], *, needs: str) -> Decision:
+def _by_token(senders: Sequence[Header], receivers: Sequence[Header], *, needs: str) -> TransferDecision:
     """Rows meet by the token that each is; all else is as layouts have it."""
     without = next((h for h in (*senders, *receivers) if h.tokens is None), None)
     if without is not None:
         given = next(h for h in (*senders, *receivers) if h.tokens is not None)
-        return Decision(
+        return TransferDecision(
             {},
             "failed",
             f"{given.who} gives tokens= ({given.call_site}), and {without.who} ({without.call_site}) does not, so its "
             "rows have no names. Give tokens= on every rank of both sides, or on none.",
         )
     if needs in ("all", "same_rank"):
-        return Decision(
+        return TransferDecision(
             {},
             "failed",
             'rows are addressed by token, and the transform asks for whole tensors of ranks. Use receives="resharded" '
@@ -140,30 +142,30 @@ def _by_token(senders: Sequence[Header], receivers: Sequence[Header], *, needs: 
         )
     mismatch = find_structure_mismatch((*senders, *receivers))
     if mismatch is not None:
-        return Decision({}, "failed", mismatch)
+        return TransferDecision({}, "failed", mismatch)
     try:
         rows, reshardings = pair_rows(senders, receivers)
     except LayoutError as error:
-        return Decision({}, "failed", str(error))
+        return TransferDecision({}, "failed", str(error))
     if not rows.tokens.count:
-        return Decision({}, "skipped", why_no_rows(senders[0], receivers[0], rows.tokens), rows=rows)
+        return TransferDecision({}, "skipped", why_no_rows(senders[0], receivers[0], rows.tokens), rows=rows)
     lowest = (min(h.role_rank for h in senders),) if needs == "resharded" else ()
-    return Decision({h.role_rank: lowest for h in receivers}, reshardings=reshardings, rows=rows)
+    return TransferDecision({h.role_rank: lowest for h in receivers}, reshardings=reshardings, rows=rows)
 
 
-def _identity(senders: Sequence[Header], receivers: Sequence[Header]) -> Decision:
+def _identity(senders: Sequence[Header], receivers: Sequence[Header]) -> TransferDecision:
     """Without a transform: a single sender serves every receiver of its shape, else the k-th serves the k-th."""
     if len(senders) == 1:
         mismatch = next((m for h in receivers if (m := find_mismatch(senders[0], h))), None)
         if mismatch is not None:
-            return Decision({}, "failed", mismatch)
-        return Decision({h.role_rank: (senders[0].role_rank,) for h in receivers})
+            return TransferDecision({}, "failed", mismatch)
+        return TransferDecision({h.role_rank: (senders[0].role_rank,) for h in receivers})
     return _pair_by_position(senders, receivers, same_shape=True)
 
 
-def _pair_by_position(senders: Sequence[Header], receivers: Sequence[Header], *, same_shape: bool) -> Decision:
+def _pair_by_position(senders: Sequence[Header], receivers: Sequence[Header], *, same_shape: bool) -> TransferDecision:
     if len(senders) != len(receivers):
-        return Decision(
+        return TransferDecision(
             {},
             "failed",
             f"{len(senders)} ranks send and {len(receivers)} receive, so rank k of one does not belong to rank k "
@@ -173,5 +175,5 @@ def _pair_by_position(senders: Sequence[Header], receivers: Sequence[Header], *,
     for sender, receiver in zip(senders, receivers, strict=True):
         mismatch = find_mismatch(sender, receiver) if same_shape else None
         if mismatch is not None:
-            return Decision({}, "failed", mismatch)
-    return Decision({r.role_rank: (s.role_rank,) for s, r in zip(senders, receivers, strict=True)})
+            return TransferDecision({}, "failed", mismatch)
+    return TransferDecision({r.role_rank: (s.role_rank,) for s, r in zip(senders, receivers, strict=True)})

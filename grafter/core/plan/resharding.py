@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from grafter.core.layout.coverage import Place, check_coverage, places, places_by_box
-from grafter.core.layout.overlap_table import Frame, Region, Shared, Table
+from grafter.core.layout.overlap_table import Frame, Shared, StridedRegion, Table
 from grafter.core.layout.shares import RoleShares, Share
 from grafter.core.layout.space import Numbers, Space, find_space
 from grafter.core.messages.manifest import Header
@@ -40,8 +40,8 @@ class CopyItem:
     sender: int
     receiver: int
     layer: int
-    source: Region
-    place: Region
+    source: StridedRegion
+    place: StridedRegion
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 
 from grafter.core.bounded_memory import Remembered
-from grafter.core.layout.overlap_table import Region
+from grafter.core.layout.overlap_table import StridedRegion
 from grafter.core.leaves import TensorSpec
 from grafter.core.messages.manifest import Pair
 from grafter.core.messages.roster import Roster
-from grafter.core.plan.decision import Decision
+from grafter.core.plan.decision import TransferDecision
 from grafter.core.plan.resharding import CopyItem, Resharding
 from grafter.core.roles import Direction, receiver_role, sender_role
 
@@ -61,8 +61,8 @@ class Piece:
     index: int
     spec: TensorSpec
     value: Value
-    source: Region | None = None
-    place: Region | None = None
+    source: StridedRegion | None = None
+    place: StridedRegion | None = None
 
     @property
     def offset(self) -> int:
@@ -108,7 +108,12 @@ class TransferPlan:
 
 
 def make_plan(
-    digest: str, direction: Direction, pair: Pair, decision: Decision, roster: Roster, graft_rank: int | None = None
+    digest: str,
+    direction: Direction,
+    pair: Pair,
+    decision: TransferDecision,
+    roster: Roster,
+    graft_rank: int | None = None,
 ) -> TransferPlan:
     """The transfers that a decision asks for; with `graft_rank`, only those of that rank.
 
@@ -137,7 +142,7 @@ def make_plan(
 
 
 def _work_out(
-    digest: str, direction: Direction, pair: Pair, decision: Decision, roster: Roster, graft_rank: int | None
+    digest: str, direction: Direction, pair: Pair, decision: TransferDecision, roster: Roster, graft_rank: int | None
 ) -> TransferPlan:
     planner = _Planner(direction, pair, decision, roster, graft_rank)
     if decision.reshardings is None:
@@ -153,7 +158,7 @@ def _work_out(
 
 class _Planner:
     def __init__(
-        self, direction: Direction, pair: Pair, decision: Decision, roster: Roster, graft_rank: int | None
+        self, direction: Direction, pair: Pair, decision: TransferDecision, roster: Roster, graft_rank: int | None
     ) -> None:
         self._sending, self._receiving = sender_role(direction), receiver_role(direction)
         self._senders = {header.role_rank: header for header in pair.side(self._sending).headers}

@@ -28,8 +28,7 @@ from grafter.core.points import PointKey, identify, traced_call_site
 from grafter.core.roles import Direction, receiver_role, sender_role
 from grafter.errors import GrafterError, RunError, UsageError
 from grafter.rank.grafter import Grafter
-from grafter.runtime.gradients.gradients import PHASE as BACKWARD
-from grafter.runtime.gradients.gradients import WatchedGradient
+from grafter.runtime.gradients.gradients import BACKWARD, WatchedGradient
 from grafter.runtime.meetings import Meetings
 from grafter.runtime.offer import OfferMaker
 from grafter.runtime.session import Session

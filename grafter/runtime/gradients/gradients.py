@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("grafter")
 
-PHASE = "backward"
+BACKWARD = "backward"
 _POLL_SECONDS = 0.0002
 _SLOWEST_POLL_SECONDS = 0.005
 # Asking the store costs a round trip for each gradient, so mail comes first.

@@ -15,10 +15,10 @@ from grafter.config.names import PointName
 from grafter.config.options import PointOptions
 from grafter.core.messages.offer import Offer
 from grafter.core.messages.participants import own_participants
-from grafter.core.points import call_site, check_tags, split_options, surroundings
+from grafter.core.points import call_site, check_tags, point_context, split_options
 from grafter.core.roles import Direction, receiver_role
 from grafter.errors import RunError, UsageError
-from grafter.runtime.gradients.gradients import PHASE, PendingGradients, SavedGradient, WatchedGradient
+from grafter.runtime.gradients.gradients import BACKWARD, PendingGradients, SavedGradient, WatchedGradient
 from grafter.runtime.meetings import among_holders
 from grafter.runtime.recompute.regions import current_recomputation
 from grafter.runtime.session import Session
@@ -72,7 +72,7 @@ class BackwardPoints:
         """Of the path of a tensor in the point's value: its gradient's point, where a filter matches that."""
         grafter = self._grafter
         steps, key_tags = grafter.steps, grafter.config.key_tags
-        around = surroundings.get()
+        around = point_context.get()
         own, _ = split_options(arguments)
         tags, given = split_options({**around.tags, **arguments})
         told_save = given.pop("save", None)
@@ -83,8 +83,8 @@ class BackwardPoints:
             recomputation = current_recomputation()
             if recomputation is not None:
                 # Its place in the order of the program is that of the forward pass.
-                return recomputation.next_kept(steps, point, own, key_tags, PHASE)  # type: ignore[no-any-return]
-            full = {**tags, "name": point, "step": steps.step, "phase": PHASE}
+                return recomputation.next_kept(steps, point, own, key_tags, BACKWARD)  # type: ignore[no-any-return]
+            full = {**tags, "name": point, "step": steps.step, "phase": BACKWARD}
             direction = grafter.filters.direction_of(full)
             saves = grafter.filters.saves({**full, "save": told_save}) and grafter.dumps.limits.allows_step(steps.step)
             saves = saves or (grafter.config.record and direction is not None)
@@ -94,7 +94,7 @@ class BackwardPoints:
             if not options.gradients:
                 return None
             check_tags(tags)
-            key = steps.next_key({**tags, "name": point}, key_tags, PHASE)
+            key = steps.next_key({**tags, "name": point}, key_tags, BACKWARD)
             options = replace(options, write="return", gradient="straight_through")
             if direction is None or grafter.config.records_alone:
                 return SavedGradient(key, dict(tags), options, call_site(), module, direction)
@@ -136,7 +136,7 @@ class BackwardPoints:
         grafter, key = self._grafter, saved.key
         if saved.came:
             # Backward through one graph twice: another firing of the same point.
-            key = grafter.steps.next_key({**saved.tags, "name": key.name}, grafter.config.key_tags, PHASE)
+            key = grafter.steps.next_key({**saved.tags, "name": key.name}, grafter.config.key_tags, BACKWARD)
         saved.came = True
         options = saved.options
         if saved.module is not None and not grafter.config.only_dumps and not self.is_early(options):
@@ -170,7 +170,7 @@ class BackwardPoints:
 
     def _choice_of(self, name: PointName) -> tuple[Direction | None, bool, PointOptions]:
         grafter = self._grafter
-        full = {**name.tags, "name": name.name, "step": grafter.steps.step, "phase": PHASE}
+        full = {**name.tags, "name": name.name, "step": grafter.steps.step, "phase": BACKWARD}
         direction = grafter.filters.direction_of(full)
         saves = grafter.filters.saves(full) and grafter.dumps.limits.allows_step(grafter.steps.step)
         saves = saves or (grafter.config.record and direction is not None)
@@ -185,7 +185,7 @@ class BackwardPoints:
         direction, saves, options = self._choice_of(name)
         if (direction is None and not saves) or not options.gradients:
             return
-        key = grafter.steps.next_key({**name.tags, "name": name.name}, grafter.config.key_tags, PHASE)
+        key = grafter.steps.next_key({**name.tags, "name": name.name}, grafter.config.key_tags, BACKWARD)
         options = replace(options, write="in_place", gradient="straight_through")
         site = f"the parameter {name.name}"
         if direction is None or grafter.config.records_alone:

@@ -24,7 +24,7 @@ import torch.utils.checkpoint
 
 from grafter.config.options import PointOptions
 from grafter.core.leaves import Leaves, NothingToOffer, take_apart
-from grafter.core.points import PointKey, StepCounter, surroundings
+from grafter.core.points import PointKey, StepCounter, point_context
 from grafter.core.writing.write_back import WriteMode
 from grafter.runtime.recompute.kept_writes import Kept
 from grafter.runtime.recompute.regions import (
@@ -105,14 +105,14 @@ class Recomputed:
         region, run = self.region, Recomputation(self.region)
         if region.is_adopted:
             end(region)
-        scopes_before, around = scopes.get(), surroundings.get()
+        scopes_before, around = scopes.get(), point_context.get()
         _torch_wraps.hold()
         scopes.set((*scopes_before, run))
-        surroundings.set(region.around)
+        point_context.set(region.around)
         try:
             outputs = self.function(*args, **kwargs)
         finally:
-            surroundings.set(around)
+            point_context.set(around)
             scopes.set(scopes_before)
             _torch_wraps.release()
         if region.is_differentiated:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.utils.checkpoint
 
-from grafter.core.points import PHASE, PointKey, StepCounter, Surroundings, identify, surroundings
+from grafter.core.points import FORWARD, PointContext, PointKey, StepCounter, identify, point_context
 from grafter.errors import UsageError
 
 # Whose point (the id of a Grafter's counter), its phase, its name, its identifying tags.
@@ -41,7 +41,7 @@ class Region:
     is_differentiated: bool
     is_whole: bool = True
     is_adopted: bool = False
-    around: Surroundings = field(default_factory=surroundings.get)
+    around: PointContext = field(default_factory=point_context.get)
     steps: dict[int, int] = field(default_factory=lambda: {id(counter): counter.step for counter in open_counters})
     kept: dict[Point, list[Any]] = field(default_factory=dict)
     # Of a user's own Function, whose recomputation has no start that we see: (graph task, recomputation).
@@ -75,13 +75,13 @@ class Recomputation:
         name: str,
         own: dict[str, Any],
         identifying_tags: frozenset[str] | None,
-        phase: str = PHASE,
+        phase: str = FORWARD,
     ) -> Any:
         """What the same firing of this point has kept in the forward pass; None if it did not fire or match there.
 
         own: the tags of the call itself. Raises UsageError where several points of the forward pass fit.
         """
-        tags = {**surroundings.get().tags, **own}
+        tags = {**point_context.get().tags, **own}
         point = (id(counter), phase, name, repr(identify(tags, identifying_tags)))
         if not self.region.is_whole and point not in self.region.kept:
             point = self._fitting(point, dict(identify(own, identifying_tags)))
@@ -108,7 +108,7 @@ class Recomputation:
 
     def why_unknown(self, name: str, site: str) -> str:
         """Of a point that matches a filter, and has no counterpart."""
-        known = sorted({str(firings[0].key) for point, firings in self.region.kept.items() if point[1] == PHASE})
+        known = sorted({str(firings[0].key) for point, firings in self.region.kept.items() if point[1] == FORWARD})
         if known:
             return (
                 f"the point {name!r} at {site} fires in a recomputation, and did not fire (so often) in the forward "
@@ -178,15 +178,15 @@ def _look_after_adopted() -> None:
     for scope in scopes.get():
         if isinstance(scope, Region) and scope.is_adopted:
             if scope in running:
-                scope.around = _common(scope.around, surroundings.get())
+                scope.around = _common(scope.around, point_context.get())
             else:
                 end(scope)
 
 
-def _common(one: Surroundings, other: Surroundings) -> Surroundings:
+def _common(one: PointContext, other: PointContext) -> PointContext:
     """The innermost context that both are in."""
     others = []
-    outer: Surroundings | None = other
+    outer: PointContext | None = other
     while outer is not None:
         others.append(outer)
         outer = outer.outer

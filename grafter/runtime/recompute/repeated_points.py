@@ -9,7 +9,7 @@ import torch
 
 from grafter.config.direction_filters import DirectionFilters
 from grafter.config.settings.config import GrafterConfig
-from grafter.core.points import PHASE, StepCounter, call_site, check_tags, split_options, surroundings
+from grafter.core.points import FORWARD, StepCounter, call_site, check_tags, point_context, split_options
 from grafter.errors import UsageError
 from grafter.runtime.rank_status import RankStatus
 from grafter.runtime.recompute.recompute import Recomputations
@@ -45,7 +45,7 @@ class RepeatedPoints:
             recomputation.has_cut |= kept.is_cut
             return kept.write_again(value)
         step = recomputation.step_of(self._steps)
-        tags = {**surroundings.get().tags, **own, "name": name, "step": step, "phase": PHASE}
+        tags = {**point_context.get().tags, **own, "name": name, "step": step, "phase": FORWARD}
         if self._rank_status.detached is None and self._filters_of(step, filters).direction_of(tags) is not None:
             raise UsageError(recomputation.why_unknown(name, call_site()))
         return value

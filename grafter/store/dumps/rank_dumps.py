@@ -16,7 +16,7 @@ from grafter.config.settings.config import GrafterConfig
 from grafter.core.messages.participants import own_participants
 from grafter.core.points import PointKey
 from grafter.core.processes import process_state
-from grafter.core.records import Outcome
+from grafter.core.records import PointOutcome
 from grafter.core.roles import Direction, RankIdentity
 from grafter.errors import ConfigError, GrafterError
 from grafter.store.dumps.limits import Limits
@@ -87,7 +87,7 @@ class RankDumps:
         return taken
 
     def finish(
-        self, taken: Taken | None, outcome: Outcome | None = None, grafted: Any = None, reason: str | None = None
+        self, taken: Taken | None, outcome: PointOutcome | None = None, grafted: Any = None, reason: str | None = None
     ) -> None:
         """What the point came to. grafted: what the program goes on with."""
         if taken is not None and self._saver is not None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grafter.core.filters.expression import parse_filter
-from grafter.core.points import OWN_TAGS, PHASE, PointKey, identify
+from grafter.core.points import FORWARD, OWN_TAGS, PointKey, identify
 from grafter.core.records import TensorStatistics
 from grafter.core.roles import Role
 from grafter.errors import DumpError
@@ -78,7 +78,7 @@ class Dumps:
         return self._by_digest.get(key.digest)
 
     def point(
-        self, name: str, /, *, step: int = 0, phase: str = PHASE, occurrence: int = 0, **tags: Any
+        self, name: str, /, *, step: int = 0, phase: str = FORWARD, occurrence: int = 0, **tags: Any
     ) -> DumpedPoint:
         """The one point of this name, step, phase, occurrence and these tags; tags that are left out may be anything.
 

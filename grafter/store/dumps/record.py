@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict
 
 from grafter.core.layout.declared import DeclaredLayout
 from grafter.core.processes import is_from_signal_handler
-from grafter.core.records import Outcome, TensorStatistics
+from grafter.core.records import PointOutcome, TensorStatistics
 from grafter.core.roles import Direction, Role
 from grafter.core.tokens.tokens import TokenRuns
 
@@ -94,7 +94,7 @@ class DumpRecord(_Record):
     tokens: TokenRuns | None = None
     # What the graft of this point came to; None where no filter of a direction matched.
     direction: Direction | None = None
-    outcome: Outcome | None = None
+    outcome: PointOutcome | None = None
     # GRAFTER_RECORD: this rank's header as it would have travelled, for a graft from this recording.
     header: str | None = None
 

@@ -20,7 +20,7 @@ from grafter.config.options import PointOptions
 from grafter.config.settings.config import GrafterConfig
 from grafter.core.points import PointKey
 from grafter.core.processes import is_from_signal_handler
-from grafter.core.records import Outcome
+from grafter.core.records import PointOutcome
 from grafter.core.roles import Direction, RankIdentity
 from grafter.core.sizes import read_size
 from grafter.core.tokens.tokens import TokenRuns
@@ -121,7 +121,7 @@ class Saver:
             return taken
 
     def finish(
-        self, taken: Taken, outcome: Outcome | None = None, grafted: Any = None, reason: str | None = None
+        self, taken: Taken, outcome: PointOutcome | None = None, grafted: Any = None, reason: str | None = None
     ) -> None:
         """The point is over: hand it to the writer. grafted: what the program goes on with, where a graft wrote it."""
         if outcome == "grafted":

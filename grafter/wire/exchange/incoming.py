@@ -24,7 +24,7 @@ from grafter.core.plan.assembly import (
     with_padding,
     without_padding,
 )
-from grafter.core.plan.decision import Decision
+from grafter.core.plan.decision import TransferDecision
 from grafter.core.plan.token_shares import layouts_of
 from grafter.core.points import PointKey
 from grafter.core.records import Difference
@@ -126,7 +126,7 @@ class Reception:
     place: RankIdentity
     roster: Roster
     pair: Pair
-    decision: Decision
+    decision: TransferDecision
     header: Header
     transform: UserTransform | None
 

@@ -30,7 +30,7 @@ from grafter.core.messages.states import (
 )
 from grafter.core.messages.wire import Sealed
 from grafter.core.processes import is_from_signal_handler
-from grafter.core.records import LedgerRecord, Outcome
+from grafter.core.records import LedgerRecord, PointOutcome
 from grafter.core.roles import Direction
 from grafter.errors import RunError
 from grafter.wire.outbox.claims import claimers
@@ -70,7 +70,7 @@ class Entry:
     is_over: bool = False
     record: LedgerRecord | None = None
     # Where it ended before its line was in the ledger.
-    ended: tuple[Outcome, str] | None = None
+    ended: tuple[PointOutcome, str] | None = None
 
 
 class Watchers(Protocol):
@@ -193,7 +193,7 @@ class Outbox:
         with self._lock:
             self._entries[entry.keys.base] = entry
 
-    def recorded(self, entry: Entry, record: LedgerRecord) -> Outcome:
+    def recorded(self, entry: Entry, record: LedgerRecord) -> PointOutcome:
         """The line of an entry, written; the outcome is `posted`, or what became of it already."""
         with self._lock:
             entry.record = record

@@ -20,7 +20,7 @@ from grafter.core.messages.manifest import Header, Pair, store_keys
 from grafter.core.messages.roster import Roster
 from grafter.core.messages.states import OutboxPlace
 from grafter.core.messages.wire import Seal
-from grafter.core.plan.decision import Decision
+from grafter.core.plan.decision import TransferDecision
 from grafter.core.plan.transfer_plan import TransferPlan, Value
 from grafter.core.processes import Abandoned, is_from_signal_handler
 from grafter.core.roles import Direction
@@ -41,7 +41,7 @@ class Puller:
         self._mapped: OrderedDict[tuple[int, int, int], mmap.mmap] = OrderedDict()
 
     def pull(
-        self, plan: TransferPlan, pair: Pair, decision: Decision, direction: Direction
+        self, plan: TransferPlan, pair: Pair, decision: TransferDecision, direction: Direction
     ) -> tuple[dict[Value, torch.Tensor], int]:
         """The values that the plan stages at this rank, complete, and the bytes that came. They lie in the staging
         memory until the next point. Raises Abandoned, with the reason, where they cannot be had."""
@@ -69,7 +69,7 @@ class Puller:
         return values, nbytes
 
     def _source(
-        self, sender: int, header: Header, index: int, decision: Decision, fetcher: Fetcher, base: str
+        self, sender: int, header: Header, index: int, decision: TransferDecision, fetcher: Fetcher, base: str
     ) -> torch.Tensor:
         """One tensor of a snapshot: as the plan takes pieces of it. base: of the entry's keys."""
         specs = header.leaves + header.extras_tensors
