@@ -162,9 +162,9 @@ class AttachedModels:
             models=tuple(model.name for model, _ in list(self._described.values())),
         )
 
-    def tell_at_end(self) -> None:
+    def warn_of_unused_settings(self) -> None:
         """What settings have asked for in vain."""
-        self._tell_unused_names()
+        self._warn_of_unused_names()
         if self.passes.is_warming_up:
             role = self._place.role
             logger.warning(
@@ -173,7 +173,7 @@ class AttachedModels:
                 self.passes.begun, "" if self.attachments else " (none was attached, so none was counted)",
             )  # fmt: skip
 
-    def _tell_unused_names(self) -> None:
+    def _warn_of_unused_names(self) -> None:
         """Of `models` that the user named, those that nothing was held by."""
         unused = [word for word in self._grafter.config.model_names if word not in self._names_found]
         if unused:
@@ -183,7 +183,7 @@ class AttachedModels:
                 role.upper(), ", ".join(unused), ", ".join(sorted(self._names_found)) or "none",
             )  # fmt: skip
 
-    def tell_which_are_only_here(self, roster: Roster) -> None:
+    def warn_of_modules_only_here(self, roster: Roster) -> None:
         only_here = roster.only_at(self._place.role)
         if only_here:
             logger.warning(

@@ -70,7 +70,7 @@ class Departure:
                 f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}" if error else ""
             )
         self.entry.close()
-        self.models.tell_at_end()
+        self.models.warn_of_unused_settings()
         say_goodbye(self.place, self.tally, self.filters, role_directory, only_dumps=self.config.only_dumps)
 
     def _end_early(self, session: Session | None, *, is_orderly: bool) -> None:

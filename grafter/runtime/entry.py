@@ -100,7 +100,7 @@ class Entry:
             self.session = session
             self._write_facts(self.session.run_directory, self.session.roster)
             session.housekeeping.board.hook_facts = self._models.hook_facts
-            self._models.tell_which_are_only_here(self.session.roster)
+            self._models.warn_of_modules_only_here(self.session.roster)
         return self.session
 
     def run_directory(self) -> Path:
