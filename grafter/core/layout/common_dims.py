@@ -92,7 +92,7 @@ def _without_sizes(dim: Dim) -> tuple[Factor, ...]:
     return tuple(Factor(factor.name) for factor in dim.factors)
 
 
-class Sizes:
+class GlobalSizes:
     """What is known of the factors' global sizes, and who said it."""
 
     def __init__(self) -> None:

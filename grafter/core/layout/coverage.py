@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 
 from grafter.core.layout.overlap import find_overlap
-from grafter.core.layout.overlap_table import BoxLists, Table
+from grafter.core.layout.overlap_table import BoxLists, OverlapTable
 from grafter.core.layout.shares import RoleShares, Share
 from grafter.core.layout.space import Boxes, Component, Space, SpaceBox
 from grafter.errors import LayoutError
 
 # For each component, the number of a rank's boxes among the distinct ones.
-Place = tuple[int, ...]
+BoxNumbers = tuple[int, ...]
 
 
-def places(side: RoleShares, space: Space, tables: Sequence[Table], *, sender: bool) -> Iterator[tuple[int, Place]]:
+def places(
+    side: RoleShares, space: Space, tables: Sequence[OverlapTable], *, sender: bool
+) -> Iterator[tuple[int, BoxNumbers]]:
     """The place of each rank that holds something. Equal shares are looked at once."""
     ranks, shares = list(side.shares), list(side.shares.values())
     columns: list[list[int]] = []
@@ -42,7 +44,7 @@ def places(side: RoleShares, space: Space, tables: Sequence[Table], *, sender: b
         yield rank, place
 
 
-def places_by_box(side: RoleShares, space: Space, table: Table) -> Iterator[tuple[int, list[Place]]]:
+def places_by_box(side: RoleShares, space: Space, table: OverlapTable) -> Iterator[tuple[int, list[BoxNumbers]]]:
     """Where a sender gives boxes, each of them is a part of its own: two ranks may have one of several in common."""
     (component,) = space.components
     for rank, share in side.shares.items():

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Shared:
+class Overlap:
     """What two boxes have in common: its sizes, and where it begins in the local dims of either side."""
 
     sizes: Numbers
@@ -28,14 +28,14 @@ class Shared:
     receiver_starts: Numbers
 
 
-class Table:
+class OverlapTable:
     """The distinct box lists of one component on both sides, and what they share."""
 
     def __init__(self, component: Component) -> None:
         self._component = component
         self.senders, self.receivers = BoxLists(), BoxLists()
-        self._by_sender: dict[int, dict[int, list[Shared]]] = {}
-        self._by_receiver: dict[int, dict[int, list[Shared]]] = {}
+        self._by_sender: dict[int, dict[int, list[Overlap]]] = {}
+        self._by_receiver: dict[int, dict[int, list[Overlap]]] = {}
 
     @cached_property
     def parts(self) -> list[int]:
@@ -46,39 +46,41 @@ class Table:
             for number, boxes in enumerate(self.senders.boxes)
         ]
 
-    def met_by_receiver(self, number: int) -> dict[int, list[Shared]]:
+    def overlaps_of_receiver(self, number: int) -> dict[int, list[Overlap]]:
         """What a receiver's list shares with each of the senders'."""
         if number not in self._by_receiver:
             ours = self.receivers.boxes[number]
             self._by_receiver[number] = {
-                other: [self._share(self.senders.boxes[other][b], ours[a]) for b, a in sorted((b, a) for a, b in pairs)]
-                for other, pairs in self.senders.meeting(ours).items()
+                other: [
+                    self._overlap(self.senders.boxes[other][b], ours[a]) for b, a in sorted((b, a) for a, b in pairs)
+                ]
+                for other, pairs in self.senders.overlapping(ours).items()
             }
         return self._by_receiver[number]
 
-    def met_by_sender(self, number: int) -> dict[int, list[Shared]]:
+    def overlaps_of_sender(self, number: int) -> dict[int, list[Overlap]]:
         """What a sender's list shares with each of the receivers', in the same order."""
         if number not in self._by_sender:
             theirs = self.senders.boxes[number]
             self._by_sender[number] = {
-                other: [self._share(theirs[a], self.receivers.boxes[other][b]) for a, b in sorted(pairs)]
-                for other, pairs in self.receivers.meeting(theirs).items()
+                other: [self._overlap(theirs[a], self.receivers.boxes[other][b]) for a, b in sorted(pairs)]
+                for other, pairs in self.receivers.overlapping(theirs).items()
             }
         return self._by_sender[number]
 
-    def takes(self, number: int) -> npt.NDArray[np.bool_]:
+    def receivers_of(self, number: int) -> npt.NDArray[np.bool_]:
         """For each of the receivers' lists, whether it needs something of a sender's."""
         taking = np.zeros(len(self.receivers.boxes), dtype=bool)
-        taking[list(self.receivers.meeting(self.senders.boxes[number]))] = True
+        taking[list(self.receivers.overlapping(self.senders.boxes[number]))] = True
         return taking
 
-    def _share(self, theirs: SpaceBox, ours: SpaceBox) -> Shared:
+    def _overlap(self, theirs: SpaceBox, ours: SpaceBox) -> Overlap:
         starts = tuple(map(max, theirs.starts, ours.starts))
         sizes = tuple(
             min(a + n, b + m) - start
             for start, a, n, b, m in zip(starts, theirs.starts, theirs.sizes, ours.starts, ours.sizes, strict=True)
         )
-        return Shared(
+        return Overlap(
             sizes, _local(self._component.sender, theirs, starts), _local(self._component.receiver, ours, starts)
         )
 
@@ -105,7 +107,7 @@ class BoxLists:
             self.boxes.append(boxes)
         return number
 
-    def meeting(self, boxes: Boxes) -> dict[int, list[tuple[int, int]]]:
+    def overlapping(self, boxes: Boxes) -> dict[int, list[tuple[int, int]]]:
         """The lists that share a place with `boxes`, in order; and of each, the pairs of (box of these, its box)."""
         found: dict[int, list[tuple[int, int]]] = {}
         entries, starts, reach, factor = self._index
@@ -171,7 +173,7 @@ class StridedRegion:
         )
 
 
-class Frame:
+class RegionMaker:
     """What all regions of one resharding have alike: the order of their dims, and how these run along the local ones.
 
     The factors of all components come in the order of the receiver's memory, so that it is written in order.
@@ -192,7 +194,7 @@ class Frame:
             listed = [dim for own in side for dim in own.dims]
             self._starts.append([listed.index(dim) if dim in listed else -1 for dim in range(ndim)])
 
-    def regions(self, parts: Sequence[Shared]) -> tuple[StridedRegion, StridedRegion]:
+    def regions(self, parts: Sequence[Overlap]) -> tuple[StridedRegion, StridedRegion]:
         """Where what is shared in each component lies in the sender's tensor, and where in the receiver's."""
         sizes = [size for part in parts for size in part.sizes]
         there = [start for part in parts for start in part.sender_starts]

@@ -61,7 +61,7 @@ class Mesh:
         return list(zip(*(self.coordinates[axis] for axis in axes), strict=True))
 
 
-def find_places(dims: Dims, members: Sequence[Member]) -> Mesh:
+def find_mesh(dims: Dims, members: Sequence[Member]) -> Mesh:
     """Raises LayoutError, naming axis and ranks, unless every place of the layout is held by equally many ranks."""
     placing = (*dims.split_axes, *dims.partial)
     mesh = Mesh({}, {}, len(members))

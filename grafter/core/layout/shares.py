@@ -18,7 +18,7 @@ from grafter.core.layout.cuts import cut_dim
 from grafter.core.layout.declared import Box, DeclaredLayout, names_of_boxes
 from grafter.core.layout.dims import LARGEST_SIZE, Dim, Dims, parse_dims
 from grafter.core.layout.overlap import find_overlap
-from grafter.core.layout.places import Member, find_places
+from grafter.core.layout.places import Member, find_mesh
 from grafter.core.layout.runs import Runs, from_parts
 from grafter.errors import LayoutError
 
@@ -112,7 +112,7 @@ def of_dims(members: Sequence[Member], layout: DeclaredLayout, dims: Dims) -> Ro
         # A peer's text was checked on the peer, but nothing that a peer sends is taken for granted.
         if len(member.shape) != len(dims.dims):
             raise LayoutError(f"{dims.text!r} names {len(dims.dims)} dims, and {member} has {list(member.shape)}.")
-    mesh = find_places(dims, members)
+    mesh = find_mesh(dims, members)
     tables = [cut_dim(number, dim, dims, members, mesh, layout) for number, dim in enumerate(dims.dims)]
     columns = [[table.runs[place] for place in table.places] for table in tables]
     runs_of_members = list(zip(*columns, strict=True)) if columns else [()] * len(members)

@@ -19,7 +19,7 @@ from itertools import product
 from math import prod
 from typing import NamedTuple
 
-from grafter.core.layout.common_dims import Sizes, fused_alike, named_alike
+from grafter.core.layout.common_dims import GlobalSizes, fused_alike, named_alike
 from grafter.core.layout.dims import Dim
 from grafter.core.layout.runs import Runs, clip, total
 from grafter.core.layout.shares import MOST_BOXES, RoleShares, Share
@@ -133,7 +133,7 @@ def find_space(sender: RoleShares, receiver: RoleShares) -> Space:
     """Raises LayoutError naming the dim where names or sizes of the two sides do not fit."""
     sending, receiving = named_alike(sender, receiver)
     by_boxes = any(share.boxes is not None for side in (sender, receiver) for share in side.shares.values())
-    sizes = Sizes()
+    sizes = GlobalSizes()
     sizes.learn(sender, sending)
     sizes.learn(receiver, receiving)
     sizes.solve([(sender, sending), (receiver, receiving)])
@@ -169,7 +169,7 @@ def _component(
     names: tuple[str, ...],
     sender: tuple[RoleShares, Sequence[Dim]],
     receiver: tuple[RoleShares, Sequence[Dim]],
-    sizes: Sizes,
+    sizes: GlobalSizes,
 ) -> Component:
     (sent, sending), (there, receiving) = sender, receiver
     unknown = [name for name in names if name not in sizes.known]

@@ -16,8 +16,8 @@ from itertools import product
 import numpy as np
 import numpy.typing as npt
 
-from grafter.core.layout.coverage import Place, check_coverage, places, places_by_box
-from grafter.core.layout.overlap_table import Frame, Shared, StridedRegion, Table
+from grafter.core.layout.coverage import BoxNumbers, check_coverage, places, places_by_box
+from grafter.core.layout.overlap_table import Overlap, OverlapTable, RegionMaker, StridedRegion
 from grafter.core.layout.shares import RoleShares, Share
 from grafter.core.layout.space import Numbers, Space, find_space
 from grafter.core.messages.manifest import Header
@@ -49,7 +49,7 @@ class _Holder:
     """A rank that has a part, and where among its boxes."""
 
     rank: int
-    place: Place
+    place: BoxNumbers
 
 
 class Resharding:
@@ -66,8 +66,8 @@ class Resharding:
         _check_receiver(receiver, first_summand_gets_all=first_summand_gets_all)
         self.sender, self.receiver = sender, receiver
         self.space: Space = find_space(sender, receiver)
-        self._tables = [Table(component) for component in self.space.components]
-        self._senders: dict[int, list[Place]] = {}
+        self._tables = [OverlapTable(component) for component in self.space.components]
+        self._senders: dict[int, list[BoxNumbers]] = {}
         if self._tables and any(share.boxes is not None for share in sender.shares.values()):
             self._senders.update(places_by_box(sender, self.space, self._tables[0]))
         else:
@@ -124,7 +124,7 @@ class Resharding:
         if receiver not in self._receivers:
             return
         numbers = self._receivers[receiver]
-        met = [table.met_by_receiver(number) for table, number in zip(self._tables, numbers, strict=True)]
+        met = [table.overlaps_of_receiver(number) for table, number in zip(self._tables, numbers, strict=True)]
         parts = [sorted({table.parts[number] for number in own}) for table, own in zip(self._tables, met, strict=True)]
         for part in product(*parts):
             for summand in range(self.sender.summands):
@@ -138,7 +138,7 @@ class Resharding:
         """What one sender gives, to whom: the same items that the receivers ask for, in their order for each."""
         summand = self.sender.shares[sender].summand
         for place in sorted(self._senders.get(sender, ()), key=self._part):
-            met = [table.met_by_sender(number) for table, number in zip(self._tables, place, strict=True)]
+            met = [table.overlaps_of_sender(number) for table, number in zip(self._tables, place, strict=True)]
             for receiver, replica in self._served(sender, self._part(place), summand, near):
                 numbers = self._receivers[receiver]
                 shared = [own[number] for own, number in zip(met, numbers, strict=True)]
@@ -184,7 +184,7 @@ class Resharding:
         if taking is None:
             mask = np.ones(len(self._receiver_ranks), dtype=bool)
             for table, number, column in zip(self._tables, part, self._receiver_numbers, strict=True):
-                mask &= table.takes(number)[column]
+                mask &= table.receivers_of(number)[column]
             taking = self._takers_of[part] = np.flatnonzero(mask)
         return taking
 
@@ -207,16 +207,16 @@ class Resharding:
 
     # What.
 
-    def _part(self, place: Place) -> _Part:
+    def _part(self, place: BoxNumbers) -> _Part:
         return tuple([table.parts[number] for table, number in zip(self._tables, place, strict=True)])
 
-    def _items(self, sender: int, receiver: int, layer: int, shared: Sequence[Sequence[Shared]]) -> Iterator[CopyItem]:
+    def _items(self, sender: int, receiver: int, layer: int, shared: Sequence[Sequence[Overlap]]) -> Iterator[CopyItem]:
         for combination in product(*shared):
-            yield CopyItem(sender, receiver, layer, *self._frame.regions(combination))
+            yield CopyItem(sender, receiver, layer, *self._region_maker.regions(combination))
 
     @cached_property
-    def _frame(self) -> Frame:
-        return Frame(self.space, len(self.sender.global_shape), len(self.receiver.global_shape))
+    def _region_maker(self) -> RegionMaker:
+        return RegionMaker(self.space, len(self.sender.global_shape), len(self.receiver.global_shape))
 
     def _check_coverage(self) -> None:
         if not all(component.volume for component in self.space.components):

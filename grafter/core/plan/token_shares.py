@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 _ROWS = Dim((Factor("t"),))
 # Where a rank tells the tokens of all ranks' rows, they are gone through row by row: a peer's claim is bounded.
-MOST_TOLD_ROWS = 1 << 24
+MOST_ANNOUNCED_ROWS = 1 << 24
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,8 +133,8 @@ class _CutTokens:
         sizes = [shares.global_shape[dim] for dim in dims or ()]
         if dims is None or prod(sizes) != windowed.tokens.rows:
             return None
-        if windowed.tokens.rows > MOST_TOLD_ROWS:
-            self.why_not = f" (Those of all ranks' rows may be {MOST_TOLD_ROWS} at most.)"
+        if windowed.tokens.rows > MOST_ANNOUNCED_ROWS:
+            self.why_not = f" (Those of all ranks' rows may be {MOST_ANNOUNCED_ROWS} at most.)"
             return None
         runs = tuple(shares.shares[rank].runs[dim] for dim in dims)
         known = self._known.get((id(windowed), runs))
