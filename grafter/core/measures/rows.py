@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from grafter.core.bounded_memory import BoundedMemory
 from grafter.core.measures.chunk_sums import TILE, squares_of_rows
 from grafter.core.measures.flat_chunks import CHUNK, PIECE
 from grafter.core.measures.magnitudes import Magnitudes
@@ -90,7 +91,8 @@ class Rows:
         self._waiting: list[tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]] = []
         self._waiting_rows = 0
         self._closed: list[tuple[int, float]] = []
-        self._layouts: dict[tuple[int, int], _Segments] = {}
+        # Rows and chunks overlap in few ways.
+        self._layouts: BoundedMemory[tuple[int, int], _Segments] = BoundedMemory(_MOST_LAYOUTS)
         self._begins_inside = start % width != 0
         # Of the row that is under way at the start, complete; and of the one that is under way at the end.
         self._opening: _Pieces | None = None
@@ -199,14 +201,8 @@ class Rows:
                 self._count_waiting()
 
     def _segments(self, start: int, count: int) -> _Segments:
-        """Remembered: rows and chunks meet in few ways."""
         key = start % self.width, count
-        found = self._layouts.get(key)
-        if found is None:
-            if len(self._layouts) >= _MOST_LAYOUTS:
-                self._layouts.clear()
-            found = self._layouts[key] = _find_segments(self.width, *key)
-        return found
+        return self._layouts.answer(key, lambda: _find_segments(self.width, *key))
 
     def _count_nonfinite(self, rows: NDArray[np.int64]) -> None:
         if len(rows):

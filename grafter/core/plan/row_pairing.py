@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from grafter.core.bounded_memory import Remembered
+from grafter.core.bounded_memory import BoundedMemory
 from grafter.core.layout.row_numbering import RowNumbering, WindowedTokens, number_rows
 from grafter.core.layout.row_view import RowView
 from grafter.core.messages.announced_tokens import resolved
@@ -21,7 +22,7 @@ from grafter.core.plan.token_shares import (
 )
 from grafter.core.records import TokenCounts
 from grafter.core.roles import Role
-from grafter.core.tokens.tokens import SequenceId
+from grafter.core.tokens.sequences import SequenceId
 from grafter.errors import LayoutError
 
 
@@ -113,8 +114,8 @@ def _reshard_rows(
     return _reshardings.answer(key, work_out), by_rank
 
 
-# The rows of the next step are others, and most often as many.
-_reshardings: Remembered[Resharding] = Remembered(64)
+# The next step has other rows, but most often as many of them.
+_reshardings: BoundedMemory[Any, Resharding] = BoundedMemory(64)
 
 
 def why_no_rows(sender: Header, receiver: Header, tokens: RowNumbering) -> str:

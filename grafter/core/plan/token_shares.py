@@ -20,7 +20,7 @@ from grafter.core.layout.declared import DeclaredLayout, Layout
 from grafter.core.layout.dims import LARGEST_SIZE, Dim, Dims, Factor, parse_dims
 from grafter.core.layout.places import Member
 from grafter.core.layout.row_numbering import RankRows, WindowedTokens
-from grafter.core.layout.row_view import RowView
+from grafter.core.layout.row_view import RowView, common_row_ndim, leading_row_dims
 from grafter.core.layout.runs import Runs, whole
 from grafter.core.layout.shares import (
     RoleShares,
@@ -33,7 +33,6 @@ from grafter.core.layout.shares import (
     of_dims,
     of_dtensors,
 )
-from grafter.core.tokens.matching import common_row_ndim, leading_row_dims
 from grafter.core.tokens.tokens import Tokens
 from grafter.errors import LayoutError
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from grafter.core.bounded_memory import Remembered
+from grafter.core.bounded_memory import BoundedMemory
 from grafter.core.layout.overlap_table import StridedRegion
 from grafter.core.leaves import TensorSpec
 from grafter.core.messages.manifest import Pair
@@ -137,7 +137,7 @@ def make_plan(
             for header in pair.headers
         ),
     )
-    known: Remembered[TransferPlan] = roster.memo.setdefault("plans of rows", Remembered(64))
+    known: BoundedMemory[Any, TransferPlan] = roster.memo.setdefault("plans of rows", BoundedMemory(64))
     return known.answer(key, work_out).of_point(digest)
 
 
