@@ -8,7 +8,7 @@
     mods     = '[' axis [':' qualifier ('+' qualifier)*] (',' ...)* ']'      outer to inner
     declaration = axis ':replicated' | axis ':=' axis of the job
 
-A text has one reading, which does not depend on the job: `parse_dims` is pure and remembers what it has read.
+The meaning of a text does not depend on the job. `parse_dims` caches its results.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _SIZE = re.compile(r"[0-9]+")
 _LONGEST = 2000
 _MOST_DIMS = 64
-# Sums of two of them stay within int64, in which torch counts.
+# Sums of two of them stay within int64, which torch uses for sizes.
 LARGEST_SIZE = 2**62
 
 
 @dataclass(frozen=True)
 class Factor:
-    """A dimension as the model knows it. `size` is the global one, where the text declares it."""
+    """A dimension as the model knows it. size: the global size, if the text declares it."""
 
     name: str
     size: int | None = None
@@ -40,7 +40,7 @@ class Factor:
 
 @dataclass(frozen=True)
 class Split:
-    """One mesh axis over which a dim is split; `zigzag`: each rank has the k-th and the k-th last of 2n chunks."""
+    """A mesh axis over which a dim is split. zigzag: coordinate k has the k-th and the k-th last of 2n chunks."""
 
     axis: str
     zigzag: bool = False
@@ -48,7 +48,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Dim:
-    """One dimension of the local tensor: its factors, outer first (none: size 1), and its splits, outer first."""
+    """A dimension of the local tensor: its factors (none: size 1) and its splits, both from outer to inner."""
 
     factors: tuple[Factor, ...]
     splits: tuple[Split, ...] = ()
@@ -64,7 +64,7 @@ class Dim:
 
 @dataclass(frozen=True)
 class Dims:
-    """A text that was read. `partial`: axes over which the values are summands; `renamed`: axis here -> of the job."""
+    """A parsed text. partial: axes over which the values are summands. renamed: axis in the text -> axis of the job."""
 
     text: str
     dims: tuple[Dim, ...]
@@ -82,11 +82,13 @@ class Dims:
 
 @lru_cache(maxsize=4096)
 def parse_dims(text: str) -> Dims:
-    """Read a layout. Raises LayoutError, with a mark under the character, where the text is none."""
+    """Parse a dims text. Raises LayoutError, with a mark under the character at fault."""
     return _Parser(text).layout()
 
 
 class _Parser:
+    """A recursive-descent parser of one dims text."""
+
     def __init__(self, text: str) -> None:
         self._text, self._at = text, 0
         self._names: set[str] = set()
@@ -114,8 +116,6 @@ class _Parser:
         self._check_apart(renamed)
         return Dims(self._text, tuple(dims), tuple(self._partial), replicated, renamed)
 
-    # The parts.
-
     def _dim(self) -> Dim:
         if self._next() == "(":
             self._take("(")
@@ -128,7 +128,7 @@ class _Parser:
             start = self._at
             if self._match(_SIZE) != "1":
                 self._fail(
-                    "a number is no dim; only `1` is, for a dim of size 1. A size is declared as `name=8`", start
+                    "a number is not a dim, except `1`, for a dim of size 1. A size is declared as `name=8`", start
                 )
             return Dim(())
         else:
@@ -198,7 +198,7 @@ class _Parser:
         start = self._at
         word = self._word("a qualifier")
         if word not in QUALIFIERS:
-            self._fail(f"{word!r} is no qualifier; legal are {', '.join(QUALIFIERS)}", start)
+            self._fail(f"{word!r} is not a qualifier; legal are {', '.join(QUALIFIERS)}", start)
         return word
 
     def _declarations(self) -> tuple[tuple[str, ...], dict[str, str]]:
@@ -231,7 +231,7 @@ class _Parser:
         return tuple(replicated), renamed
 
     def _check_apart(self, renamed: dict[str, str]) -> None:
-        """Two axes here must be two axes of the job."""
+        """Two axes of the text must be two axes of the job."""
         users: dict[str, str] = {}
         for axis in self._axes:
             other = users.setdefault(renamed.get(axis, axis), axis)
@@ -246,8 +246,6 @@ class _Parser:
         if axis in self._axes:
             self._fail(f"the axis {axis!r} is there twice ({self._axes[axis]} before)", start)
         self._axes[axis] = use
-
-    # Characters.
 
     def _next(self) -> str:
         return self._text[self._at : self._at + 1]
@@ -278,7 +276,7 @@ class _Parser:
 
     def _fail(self, why: str, at: int | None = None) -> NoReturn:
         place = self._at if at is None else at
-        # One character of the text is one column, so that the mark stands under it.
+        # One column for each character, so that the mark stands under the right one.
         shown = "".join(character if character.isprintable() else " " for character in self._text)
         found = "the end" if place >= len(self._text) else repr(self._text[place])
         raise LayoutError(f"dims, character {place + 1} ({found}): {why}.\n    {shown}\n    {' ' * place}^")
