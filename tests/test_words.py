@@ -36,7 +36,13 @@ REWRITTEN_SOURCES = [
     "grafter/analysis/locate",
     "grafter/analysis/plan_suggest",
     "grafter/analysis/report",
-    "grafter/core/writing",
+    "grafter/capture",
+    *(f"grafter/core/{name}" for name in ("filters", "layout", "measures", "plan", "tokens", "writing")),
+    *(
+        f"grafter/core/{name}.py"
+        for name in ("bounded_memory", "copying", "leaves", "patterns", "points", "processes", "records", "roles")
+    ),
+    *(f"grafter/core/{name}.py" for name in ("sizes", "tensor_access", "untraced", "user_transform")),
     "grafter/rank/offline",
     "grafter/rank/peer.py",
     "grafter/rank/job_environment.py",

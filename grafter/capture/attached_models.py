@@ -1,4 +1,4 @@
-"""The models that this rank has attached: their hooks' points, on the way to the rank's `dump_point`."""
+"""The models that this rank has attached. The points of their hooks go to the rank's `dump_point`."""
 
 from __future__ import annotations
 
@@ -42,22 +42,22 @@ _MOST_BYPASSED = 100
 
 
 class AttachedModels:
-    """Of one rank, in the order in which they were attached."""
+    """The attached models of one rank, in the order in which they were attached."""
 
     def __init__(self, grafter: PointHost, place: RankIdentity) -> None:
         config = grafter.config
         self._grafter, self._place = grafter, place
         self.naming = Naming(config.names, config.role)
-        # Told of each model that the program attaches by itself.
+        # Called with each model that the program itself attaches.
         self.before_attach: list[Callable[[torch.nn.Module], None]] = []
         self.attachments: list[Attachment] = []
         self._described: dict[Attachment, tuple[AnnouncedModel, ModelFacts]] = {}
         self.passes = ForwardPasses(config.warm_up)
-        # What was announced when this rank joined, and what models were found to be held by.
+        # The keys announced when this rank joined; the variables that were found to hold a model.
         self._keys_at_join: set[str] = set()
         self._names_found: set[str] = set()
         self._packed = PackedSequences()
-        # Where a hook can hand on another tensor, nothing needs to be written into the model's memory.
+        # A hook can return another tensor, so nothing needs to be written into the model's memory.
         self._hook_write = {} if "write" in config.model_fields_set else {"write": "return"}
 
     def attach(
@@ -71,9 +71,9 @@ class AttachedModels:
         naming: Naming | None = None,
         facts: ModelFacts | None = None,
     ) -> Attachment:
-        """Hooks on a model's modules. See `grafter.attach`.
+        """Put hooks on a model's modules. See `grafter.attach`.
 
-        naming, facts: of a model that is attached without a line in the program, whose own `attach` takes its place.
+        naming, facts: given if grafter attaches the model by itself; a later `attach` of the program replaces that.
         """
         grafter, config = self._grafter, self._grafter.config
         if name is not None and not _NAME.fullmatch(str(name)):
@@ -104,7 +104,6 @@ class AttachedModels:
             self.passes.wrap(model)
         if any(axis == "cp" and size > 1 for axis, _, size in grafter.offers.axes(None)):
             attachment.keep(self._packed.follow(model))
-        # What is attached until the first point is announced together, so that is when joining begins.
         if is_programs_own:
             self._warn_of_same_names(attachment, model)
         self.attachments.append(attachment)
@@ -112,13 +111,13 @@ class AttachedModels:
         return attachment
 
     def withdraw(self, attachment: Attachment) -> ModelFacts:
-        """Detach, as if it had never been attached; what was known of its model."""
+        """Detach, as if it had never been attached, and return the facts of its model."""
         attachment.detach()
         self.attachments.remove(attachment)
         return self._described.pop(attachment)[1]
 
     def facts_of(self, model: torch.nn.Module, first_call: str) -> ModelFacts:
-        """What tells this model from others. Called where the program holds it."""
+        """The facts that distinguish this model from others. Called while the program calls the model."""
         given, class_name = self._grafter.config.model_names, class_name_of(model)
         variables, arguments = variables_of(model)
         words = (*variables, *arguments, class_name)
@@ -133,11 +132,11 @@ class AttachedModels:
         )  # fmt: skip
 
     def _warn_of_same_names(self, attachment: Attachment, model: torch.nn.Module) -> None:
-        """Of two models with the same names, only the order of their calls says which is which."""
+        """Warn if two models have the same names, since then only the order of their calls distinguishes them."""
         if any(attachment.takes_names_of(other) for other in self.attachments):
             logger.warning(
-                "grafter: %s: this %s has the same names as one attached before, so their points are told apart by the "
-                "order of their calls alone. Give each a name: grafter.attach(model, name='policy').",
+                "grafter: %s: this %s has the same names as one attached before, so only the order of their calls "
+                "distinguishes their points. Give each a name: grafter.attach(model, name='policy').",
                 self._place.who, type(model).__name__,
             )  # fmt: skip
 
@@ -154,7 +153,7 @@ class AttachedModels:
         return AnnouncedHooks(modules if self.attachments else None, models)
 
     def hook_facts(self) -> HookFacts:
-        """For the board; called on any thread."""
+        """The facts for the status board. Any thread may call this."""
         attachments = list(self.attachments)
         return HookFacts(
             passes=self.passes.begun,
@@ -163,7 +162,7 @@ class AttachedModels:
         )
 
     def warn_of_unused_settings(self) -> None:
-        """What settings have asked for in vain."""
+        """Warn of settings that had no effect. Called at close."""
         self._warn_of_unused_names()
         if self.passes.is_warming_up:
             role = self._place.role
@@ -174,16 +173,17 @@ class AttachedModels:
             )  # fmt: skip
 
     def _warn_of_unused_names(self) -> None:
-        """Of `models` that the user named, those that nothing was held by."""
+        """Warn of names in the setting `models` that are not names of variables that hold a model."""
         unused = [word for word in self._grafter.config.model_names if word not in self._names_found]
         if unused:
             role = self._place.role
             logger.warning(
-                "grafter: %s: GRAFTER_%s_MODELS names %s, and no model was held by that (found: %s)", self._place.who,
-                role.upper(), ", ".join(unused), ", ".join(sorted(self._names_found)) or "none",
+                "grafter: %s: GRAFTER_%s_MODELS names %s, and no variable of this name held a model (found: %s)",
+                self._place.who, role.upper(), ", ".join(unused), ", ".join(sorted(self._names_found)) or "none",
             )  # fmt: skip
 
     def warn_of_modules_only_here(self, roster: Roster) -> None:
+        """Warn of modules with hooks that no rank of the other job has."""
         only_here = roster.only_at(self._place.role)
         if only_here:
             logger.warning(
@@ -193,7 +193,7 @@ class AttachedModels:
             )  # fmt: skip
 
     def write_trees(self, run_directory: Path, roster: Roster | None) -> None:
-        """For `grafter plan suggest`. A disk that is full costs them, not the run."""
+        """Write the module trees for `grafter plan suggest`. If the disk is full, the run continues without them."""
         try:
             write_module_trees(run_directory / self._place.role, self.attachments, self._place.role_rank, roster)
         except OSError as failure:
@@ -216,23 +216,20 @@ class AttachedModels:
 
 
 def _why_no_module(model: torch.nn.Module, texts: Sequence[str]) -> str:
-    """What was asked for and what there is, as one sentence."""
+    """The message that no module matches, with the classes that there are."""
     classes = sorted({type(module).__name__ for module in model.modules()})
     more = ", ..." if len(classes) > _CLASSES_SHOWN else ""
     shown = ", ".join(classes[:_CLASSES_SHOWN]) + more
     return f"no module of {type(model).__name__} matches {', '.join(map(repr, texts))}; its classes are {shown}"
 
 
-# The module trees of attached models, written for `grafter plan suggest`.
-
-
 def write_module_trees(
     directory: Path, attachments: Sequence[Attachment], role_rank: int, roster: Roster | None = None
 ) -> Path | None:
-    """Write what the hooked models of this rank are made of; None where lower ranks have the same modules.
+    """Write the module trees of this rank's models, and return the path; None if lower ranks have the same modules.
 
-    Called by every rank that has attached, at its first matched point and when it closes: then it is known which
-    tensors came. `directory` is the role's, and exists.
+    Every rank that has attached calls this at its first matched point, and at close, when the tensors that its hooks
+    saw are known. directory: that of the role; it must exist.
     """
     role = directory.name
     if not attachments or (role_rank and roster is not None and not _has_news(attachments, role, role_rank, roster)):
@@ -251,7 +248,7 @@ def _has_news(attachments: Sequence[Attachment], role: str, role_rank: int, rost
 
 
 def _with_tensors(attachment: Attachment) -> ModuleTree:
-    by_path = {points.path: tuple(sorted(points._names)) for points in attachment.points}
+    by_path = {points.path: points.tensor_paths for points in attachment.points}
     tree = attachment.tree
     nodes = (
         node.model_copy(update={"tensors": by_path[path]}) if by_path.get(path) else node

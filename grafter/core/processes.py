@@ -33,7 +33,7 @@ class ProcessIdentity(BaseModel):
         """Equal if two processes can open each other's memory, and see each other's user on a socket.
 
         Containers that share a pid and a network namespace may have different user namespaces: then each sees the other
-        as the user nobody, and may not read its memory.
+        as an unknown user, and may not read its memory.
         """
         return self.host, self.uid, self.user_namespace
 

@@ -92,7 +92,7 @@ class TokenCounts(Record):
 
     matched: rows of this rank that were paired with a row of the other side. only_here: its rows that the other side
     lacks. only_there: tokens of the other side that no rank of this side has. kept_out: rows of this rank that the
-    other side excludes (`start=`). only_here_tokens, only_there_tokens: the first ones, as `sequence:position..position`.
+    other side excludes (`start=`). only_here_tokens, only_there_tokens: the first, `sequence:position..position`.
     """
 
     matched: int

@@ -227,7 +227,7 @@ def _why_no_module(missing: str, module_name: str, function_name: str) -> str:
     near = _near(leaf, [module.name for module in pkgutil.iter_modules(searched)], prefix)
     file = Path(*module_name.split(".")).with_suffix(".py")
     hint = f" There is a file {file} here: write `{file}:{function_name}`." if file.is_file() else ""
-    return f"there is no module {missing!r} on this process's sys.path.{near}{hint} A transform's path is {_FORMS}."
+    return f"this process's sys.path has no module {missing!r}.{near}{hint} A transform's path is {_FORMS}."
 
 
 def _find_function(path: str, module: ModuleType, name: str) -> Callable[[GraftTransformInput], Any]:
