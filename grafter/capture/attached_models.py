@@ -8,12 +8,12 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from grafter.capture.adapters import mesh_axes
 from grafter.capture.attachment import Attachment
+from grafter.capture.captured_rank import CapturedRank
 from grafter.capture.compiled import find_site
 from grafter.capture.model_variables import ModelFacts, class_name_of, digest_of, variables_of
 from grafter.capture.module_tree import ModuleTree, write_trees
@@ -30,10 +30,6 @@ from grafter.core.roles import RankIdentity
 from grafter.errors import UsageError
 from grafter.wire.monitor.status_board import HookFacts
 
-if TYPE_CHECKING:
-    from grafter.runtime.point_host import PointHost
-
-
 logger = logging.getLogger("grafter")
 
 _NAME = re.compile(r"[^\W\d]\w*(\.\w+)*")
@@ -44,7 +40,7 @@ _MOST_BYPASSED = 100
 class AttachedModels:
     """The attached models of one rank, in the order in which they were attached."""
 
-    def __init__(self, grafter: PointHost, place: RankIdentity) -> None:
+    def __init__(self, grafter: CapturedRank, place: RankIdentity) -> None:
         config = grafter.config
         self._grafter, self._place = grafter, place
         self.naming = Naming(config.names, config.role)
@@ -201,13 +197,10 @@ class AttachedModels:
 
     def _offer(self, name: PointName, module: str, tensor: torch.Tensor) -> torch.Tensor:
         given = {**self._hook_write, **name.tags}
-        if self._packed.lengths is not None and self._has_zigzag(name):
+        if self._packed.lengths is not None and "zigzag" in str(self._grafter.options.options_of(name.name, {}).dims):
             given["seq_lens"] = self._packed.lengths
         value: torch.Tensor = self._grafter.dump_point(name.name, tensor, given, module)
         return value
-
-    def _has_zigzag(self, name: PointName) -> bool:
-        return "zigzag" in str(self._grafter.options.options_of(name.name, {}).dims)
 
     def _find_site(self, name: str, suffix: str, is_differentiated: bool) -> int:
         has_gradient = is_differentiated and self._grafter.has_gradients

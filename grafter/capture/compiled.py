@@ -17,18 +17,16 @@ import itertools
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 
+from grafter.capture.captured_rank import CapturedRank
 from grafter.capture.operators import define
 from grafter.core.points import PointKey, is_passed_over, split_options, traced_call_site
 from grafter.errors import UsageError
 from grafter.runtime.gradients.gradients import SavedGradient, WatchedGradient
 from grafter.runtime.recompute.regions import current_recomputation
-
-if TYPE_CHECKING:
-    from grafter.runtime.point_host import PointHost
 
 # Results of `find_site` that are not the number of a site.
 BREAK, NOTHING = -1, -2
@@ -45,7 +43,7 @@ class Site:
     suffix: for a hook's point, its path in the module's inputs or outputs. The module is known when the operator runs.
     """
 
-    grafter: PointHost
+    grafter: CapturedRank
     name: str
     arguments: tuple[tuple[str, Any], ...]
     call_site: str
@@ -86,7 +84,7 @@ _known: dict[Site, int] = {}
 # The operators declare that they change these, in the forward graph and in the backward graph.
 _token, _backward_token = torch.zeros(0), torch.zeros(0)
 # The expected gradients, by a number that the graph carries from a point to its gradient.
-_expected: dict[int, tuple[PointHost, WatchedGradient | SavedGradient]] = {}
+_expected: dict[int, tuple[CapturedRank, WatchedGradient | SavedGradient]] = {}
 _numbers = itertools.count()
 _hooked: weakref.WeakValueDictionary[int, Hooked] = weakref.WeakValueDictionary()
 _hook_numbers = itertools.count()
@@ -125,7 +123,7 @@ _as_constant._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def find_site(
-    grafter: PointHost,
+    grafter: CapturedRank,
     name: str,
     arguments: tuple[tuple[str, Any], ...],
     *,
@@ -272,30 +270,19 @@ def _gradient(gradient: torch.Tensor, token: torch.Tensor, number: torch.Tensor)
     return _as_promised(gradient, gradient if replaced is None else replaced)
 
 
-def _fake_notice(token: torch.Tensor, number: int) -> None:
-    return None
-
-
-def _fake_compare(value: torch.Tensor, token: torch.Tensor, hook: torch.Tensor, site: int) -> None:
-    return None
-
-
-def _fake_point(
-    value: torch.Tensor, token: torch.Tensor, hook: torch.Tensor, site: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _fake_point(value: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.empty_like(value), torch.empty((), dtype=torch.int64)
 
 
-def _fake_gradient(gradient: torch.Tensor, token: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
-    like: torch.Tensor = torch.empty_like(gradient)
-    return like
-
-
 _SCHEMA = "(Tensor value, Tensor(a!) token, Tensor hook, int site)"
-_compare_op = define(f"compare{_SCHEMA} -> ()", _compare, _fake_compare)
+_compare_op = define(f"compare{_SCHEMA} -> ()", _compare, lambda *_: None)
 _point_op = define(f"point{_SCHEMA} -> (Tensor, Tensor)", _point, _fake_point)
-_notice_op = define("notice(Tensor(a!) token, int number) -> ()", _notice, _fake_notice)
-_gradient_op = define("gradient(Tensor gradient, Tensor(a!) token, Tensor number) -> Tensor", _gradient, _fake_gradient)
+_notice_op = define("notice(Tensor(a!) token, int number) -> ()", _notice, lambda *_: None)
+_gradient_op = define(
+    "gradient(Tensor gradient, Tensor(a!) token, Tensor number) -> Tensor",
+    _gradient,
+    lambda gradient, *_: torch.empty_like(gradient),
+)
 
 
 class _Graft(torch.autograd.Function):

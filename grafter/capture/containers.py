@@ -145,7 +145,8 @@ class Arguments:
     """The names of a module's inputs: those of its `forward`, whether passed by position or by name."""
 
     def __init__(self, module: torch.nn.Module) -> None:
-        self._positional: list[str] = []
+        # The names of the positional arguments, and that of the further ones.
+        self.positional: list[str] = []
         self._rest = "args"
         try:
             parameters = inspect.signature(module.forward).parameters.values()
@@ -155,7 +156,7 @@ class Arguments:
             return
         for parameter in parameters:
             if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
-                self._positional.append(f".in.{parameter.name}")
+                self.positional.append(parameter.name)
             elif parameter.kind is parameter.VAR_POSITIONAL:
                 self._rest = parameter.name
 
@@ -179,6 +180,6 @@ class Arguments:
 
     def name_of(self, number: int) -> str:
         """The path of the argument at a position."""
-        if number < len(self._positional):
-            return self._positional[number]
-        return f".in.{self._rest}.{number - len(self._positional)}"
+        if number < len(self.positional):
+            return f".in.{self.positional[number]}"
+        return f".in.{self._rest}.{number - len(self.positional)}"

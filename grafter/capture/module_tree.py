@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -15,9 +14,9 @@ from pathlib import Path
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from grafter.capture.containers import Arguments
 from grafter.capture.naming import layer_id_at
 from grafter.capture.selection import select_modules, unwrapped, walk
-from grafter.core.processes import is_from_signal_handler
 from grafter.core.tensor_access import is_dtensor
 from grafter.errors import UsageError
 from grafter.store.written_files import write_whole
@@ -92,7 +91,7 @@ def tree_of(model: torch.nn.Module) -> ModuleTree:
                 path=_numbered_path(model, path),
                 class_name=type(module).__name__,
                 weights={name: _weight(value) for name, value in module._parameters.items() if value is not None},
-                arguments=_positional_arguments(module),
+                arguments=tuple(Arguments(module).positional),
                 can_be_called=path in with_points,
             )
         )
@@ -108,17 +107,6 @@ def _numbered_path(model: torch.nn.Module, path: str) -> str:
 
 def _weight(value: torch.Tensor) -> Weight:
     return Weight(shape=tuple(value.shape), dtype=str(value.dtype).removeprefix("torch."), is_global=is_dtensor(value))
-
-
-def _positional_arguments(module: torch.nn.Module) -> tuple[str, ...]:
-    try:
-        parameters = inspect.signature(module.forward).parameters.values()
-    except (TypeError, ValueError) as error:
-        if is_from_signal_handler(error):
-            raise
-        return ()
-    by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return tuple(parameter.name for parameter in parameters if parameter.kind in by_position)
 
 
 def merge_trees(trees: Sequence[ModuleTree]) -> ModuleTree:
@@ -155,17 +143,18 @@ def write_trees(path: Path, trees: Sequence[ModuleTree], role: str = "baseline",
 
 def read_role_trees(directory: Path) -> list[ModuleTree]:
     """The models of one role, merged from the files of its ranks. Raises UsageError if there are none."""
-    found = sorted((int(match[1] or 0), path) for path in _children(directory) if (match := _FILE.fullmatch(path.name)))
+    paths = list(directory.iterdir()) if directory.is_dir() else []
+    found = sorted((int(match[1] or 0), path) for path in paths if (match := _FILE.fullmatch(path.name)))
     if not found:
         raise UsageError(
             f"{directory} has no modules.json: run the two programs with `grafter run --attach` (or grafter.attach) "
             f"and a filter, and give the run's directory."
         )
-    return _joined_parts([tree for _, path in found for tree in read_trees(path)])
-
-
-def _children(directory: Path) -> list[Path]:
-    return list(directory.iterdir()) if directory.is_dir() else []
+    # Models of one class are parts of one model (pipeline stages), or copies.
+    by_class: dict[str, list[ModuleTree]] = {}
+    for tree in (tree for _, path in found for tree in read_trees(path)):
+        by_class.setdefault(tree.class_name, []).append(tree)
+    return [merge_trees(parts) for parts in by_class.values()]
 
 
 def read_trees(path: Path) -> list[ModuleTree]:
@@ -185,11 +174,3 @@ def read_trees(path: Path) -> list[ModuleTree]:
     if not content.models or any(not tree.modules or tree.modules[0].path for tree in content.models):
         raise UsageError(f"{path} is not a module tree: it has no model, or one whose first module is not the model.")
     return list(content.models)
-
-
-def _joined_parts(trees: list[ModuleTree]) -> list[ModuleTree]:
-    """One model for each class: models of one class are parts of it (pipeline stages), or copies."""
-    by_class: dict[str, list[ModuleTree]] = {}
-    for tree in trees:
-        by_class.setdefault(tree.class_name, []).append(tree)
-    return [merge_trees(parts) for parts in by_class.values()]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -20,23 +20,12 @@ def named_weights(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
 
     A tied weight is listed under each of its paths, since it may be untied in the other job.
     """
-    found: dict[str, torch.Tensor] = dict(_own_parameters(model))
+    found: dict[str, torch.Tensor] = {}
     for path, module in walk(model):
-        for name, buffer in module._buffers.items():
-            if buffer is not None and name not in module._non_persistent_buffers_set:
-                found[_joined(path, name)] = buffer
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None and name not in module._non_persistent_buffers_set:
+                found[f"{path}.{name}" if path else name] = tensor
     return sorted(found.items(), key=lambda item: item[0])
-
-
-def _own_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    for path, module in walk(model):
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                yield _joined(path, name), parameter
-
-
-def _joined(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
 
 
 def dump_weights(

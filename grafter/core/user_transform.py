@@ -117,17 +117,14 @@ class UserTransform:
         except Exception as error:
             if is_from_signal_handler(error):
                 raise
-            raise TransformError(f"transform {self.path!r} {_describe(error, self._file())}") from error
+            file = getattr(getattr(self.function, "__code__", None), "co_filename", None)
+            raise TransformError(f"transform {self.path!r} {_describe(error, file)}") from error
         if not isinstance(value, torch.Tensor):
             raise TransformError(
                 f"transform {self.path!r} returned {_kind(value)}, not a torch.Tensor. "
                 f"It must return the tensor to write: {_SIGNATURE}."
             )
         return value
-
-    def _file(self) -> str | None:
-        code = getattr(self.function, "__code__", None)
-        return None if code is None else code.co_filename
 
 
 def load_transform(path: str) -> UserTransform:

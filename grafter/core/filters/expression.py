@@ -14,6 +14,7 @@ import types
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from grafter.core.filters.operations import OPERATIONS
@@ -60,9 +61,9 @@ class Filter:
         """Whether a point with these tags matches. An absent tag is None. Never raises."""
         return self.matches(tags)
 
-    def __reduce__(self) -> tuple[Callable[[str, str], Filter], tuple[str, str]]:
+    def __reduce__(self) -> tuple[Callable[[str], Filter], tuple[str]]:
         # A copy in another process is parsed and checked again, since the compiled function cannot be pickled.
-        return _parse, (self.source, self.setting)
+        return partial(parse_filter, setting=self.setting), (self.source,)
 
 
 def parse_filter(source: str, *, setting: str, check_name: NameCheck | None = None) -> Filter:
@@ -82,10 +83,6 @@ def parse_filter(source: str, *, setting: str, check_name: NameCheck | None = No
         raise FilterError(_message(setting, fault.message, text, at)) from None
     matches = _compile(body, rewriter.functions)
     return Filter(source, frozenset(rewriter.names), setting, matches)
-
-
-def _parse(source: str, setting: str) -> Filter:
-    return parse_filter(source, setting=setting)
 
 
 def _on_one_line(text: str) -> str:

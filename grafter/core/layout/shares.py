@@ -148,7 +148,10 @@ def of_dtensors(members: Sequence[Member], layouts: Sequence[DeclaredLayout], di
     for member, layout in zip(members, layouts, strict=True):
         _check_runs(member, layout, first, checked)
         # Equal runs become one object, so that what follows from them is computed once, not for each rank.
-        runs = tuple(joined.get(own) or joined.setdefault(own, _joined(own)) for own in layout.runs or ())
+        runs = tuple(
+            joined.get(own) or joined.setdefault(own, from_parts((start, length) for start, length, _ in own))
+            for own in layout.runs or ()
+        )
         shares[member.role_rank] = Share(runs, summand=layout.summand[1] if layout.summand else 0)
     reduction, _, summands = first.summand or ("sum", 0, 1)
     text = f"DTensor of {list(global_shape)}"
@@ -189,10 +192,6 @@ def _check_runs(member: Member, layout: DeclaredLayout, first: DeclaredLayout, c
             local += length
         if local != size:
             raise LayoutError(f"the DTensor of {member} has {local} values in dim {dim}, and its local tensor {size}.")
-
-
-def _joined(runs: Runs) -> Runs:
-    return from_parts((start, length) for start, length, _ in runs)
 
 
 def of_boxes(members: Sequence[Member], layouts: Sequence[DeclaredLayout]) -> RoleShares:

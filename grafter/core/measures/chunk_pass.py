@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -68,13 +68,9 @@ def pass_over_pair(x: torch.Tensor, y: torch.Tensor, level: Literal["full", "lig
         _look_up_whole_numbers(*pair, sums)
         return sums
     sums = Sums()
-    space = _workspace.of(min(CHUNK, pair[0].parts))
     # The fast way recognises input that it must decline by overflow and NaN.
     with np.errstate(over="ignore", invalid="ignore"):
-        for start in range(0, pair[0].parts, CHUNK):
-            stop = min(start + CHUNK, pair[0].parts)
-            if stop - start != space.size:
-                space = _workspace.of(stop - start)
+        for start, stop, space in _chunks(pair[0].parts):
             _pair_chunk(*pair, start, stop, space, level, statistics, sums)
         _look_up_maximum(*pair, sums)
         _look_up_whole_numbers(*pair, sums)
@@ -87,22 +83,24 @@ def pass_over_tensor(tensor: torch.Tensor) -> list[TensorSums]:
     if tensor.device.type != "cpu":
         return tensor_in_rows(reader)
     sums: list[TensorSums] = []
-    space = _workspace.of(min(CHUNK, reader.parts))
+    wide = tensor.dtype in WIDE
     with np.errstate(over="ignore", invalid="ignore"):
-        for start in range(0, reader.parts, CHUNK):
-            stop = min(start + CHUNK, reader.parts)
-            if stop - start != space.size:
-                space = _workspace.of(stop - start)
+        for start, stop, space in _chunks(reader.parts):
             space.x.tensor.copy_(reader.read(start, stop))
-            sums += _tensor_chunk(space, tensor.dtype in WIDE)
+            squares = space.x.squares()
+            is_fast = is_exact(space.x, squares, wide)
+            sums += fast_tensors(space, [squares]) if is_fast else _tensor_sums(tensor_rows(space.x.tensor[None], wide))
     return sums
 
 
-def _tensor_chunk(space: Workspace, wide: bool) -> list[TensorSums]:
-    squares = space.x.squares()
-    if is_exact(space.x, squares, wide):
-        return fast_tensors(space, [squares])
-    return _tensor_sums(tensor_rows(space.x.tensor[None], wide))
+def _chunks(parts: int) -> Iterator[tuple[int, int, Workspace]]:
+    """(start, stop, workspace) of each chunk."""
+    space = _workspace.of(min(CHUNK, parts))
+    for start in range(0, parts, CHUNK):
+        stop = min(start + CHUNK, parts)
+        if stop - start != space.size:
+            space = _workspace.of(stop - start)
+        yield start, stop, space
 
 
 def _pair_chunk(

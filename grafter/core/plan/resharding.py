@@ -297,7 +297,11 @@ def why_not_resharded(
 ) -> str:
     """The message where some leaves have layouts and others have not, or a transform asks for what needs layouts."""
     leaf = next(number for number, one in enumerate(reshardings) if one is None)
-    side = next(side for side in (senders, receivers) if len(side) > 1 and not _declares(side, leaf))
+    side = next(
+        side
+        for side in (senders, receivers)
+        if len(side) > 1 and not any(header.layouts and header.layouts[leaf] is not None for header in side)
+    )
     path = senders[0].leaves[leaf].path
     who = f"the {side[0].role}, of {len(side)} ranks, declares no layout{f' of {path}' if path else ''}"
     if asked:
@@ -309,7 +313,3 @@ def why_not_resharded(
         f"{who}, and other leaves of the point have theirs on both sides. Give dims= for every leaf "
         "(`... # tp:replicated` where all ranks have the same), or dump it apart."
     )
-
-
-def _declares(side: Sequence[Header], leaf: int) -> bool:
-    return any(header.layouts and header.layouts[leaf] is not None for header in side)
