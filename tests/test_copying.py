@@ -190,7 +190,7 @@ def shapes() -> list[Any]:
 def test_a_copy_in_chunks_brings_every_element_and_asks_between_them(
     monkeypatch: pytest.MonkeyPatch, into: torch.Tensor, value: torch.Tensor
 ) -> None:
-    monkeypatch.setattr(copying, "CHUNK_BYTES", 500)
+    monkeypatch.setattr(copying, "COPY_CHUNK_BYTES", 500)
     monkeypatch.setattr(copying, "_MATRIX_BYTES", 500)
     monkeypatch.setattr(copying, "_MATRIX_CHUNK_BYTES", 500)
     asked: list[None] = []
@@ -201,7 +201,7 @@ def test_a_copy_in_chunks_brings_every_element_and_asks_between_them(
 
 
 def test_a_copy_ends_with_what_the_question_raises(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(copying, "CHUNK_BYTES", 400)
+    monkeypatch.setattr(copying, "COPY_CHUNK_BYTES", 400)
     into, asked = torch.zeros(1000), []
 
     def ask() -> None:
@@ -222,7 +222,7 @@ def test_a_short_copy_asks_nothing() -> None:
 
 def test_a_transposed_matrix_is_left_whole_until_it_is_very_large(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch is seven times as quick with a whole one as with its rows."""
-    monkeypatch.setattr(copying, "CHUNK_BYTES", 500)
+    monkeypatch.setattr(copying, "COPY_CHUNK_BYTES", 500)
     into = torch.empty(30, 100)
     value = torch.rand(100, 30).t()
     copying.copy(into, value, lambda: pytest.fail("asked"))

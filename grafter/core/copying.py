@@ -22,7 +22,7 @@ from grafter.core.processes import is_from_signal_handler
 _LONG_BYTES = 8 << 20
 _PAGE_BYTES = 4096
 # Takes 0.1 s in slow memory. Each chunk costs the 50 us of the second thread.
-CHUNK_BYTES = 64 << 20
+COPY_CHUNK_BYTES = 64 << 20
 # torch transposes this much in about a second.
 _MATRIX_BYTES, _MATRIX_CHUNK_BYTES = 1 << 30, 4 << 20
 # Of other classes, the memory at a tensor's address may not hold its values.
@@ -31,7 +31,7 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _Part = tuple["Future[None]", int, int, int]
 
 
-class _Helper:
+class _CopyThread:
     """This process's second thread for copies. A forked child, which does not inherit it, starts its own."""
 
     def __init__(self) -> None:
@@ -62,7 +62,7 @@ def _copy_parts(parts: queue.SimpleQueue[_Part]) -> None:
             done.set_result(None)
 
 
-_helper = _Helper()
+_helper = _CopyThread()
 
 
 def share_long_copies(allowed: bool) -> None:
@@ -77,7 +77,7 @@ def copy(into: torch.Tensor, value: torch.Tensor, between_chunks: Callable[[], N
     complete. Nothing is written after this returns or raises.
     """
     nbytes = value.numel() * value.element_size()
-    if between_chunks is None or nbytes <= CHUNK_BYTES or into.shape != value.shape:
+    if between_chunks is None or nbytes <= COPY_CHUNK_BYTES or into.shape != value.shape:
         _copy_chunk(into, value)
         return
     is_first = True
@@ -91,7 +91,7 @@ def copy(into: torch.Tensor, value: torch.Tensor, between_chunks: Callable[[], N
 def _chunks(into: torch.Tensor, value: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Both tensors, of one shape, in parts of at most CHUNK_BYTES, or of one element."""
     nbytes = value.numel() * value.element_size()
-    if nbytes <= CHUNK_BYTES or value.dim() == 0:
+    if nbytes <= COPY_CHUNK_BYTES or value.dim() == 0:
         yield into, value
     elif _is_transposed(into, value):
         yield from _transposed_chunks(into, value, nbytes)
@@ -99,7 +99,7 @@ def _chunks(into: torch.Tensor, value: torch.Tensor) -> Iterator[tuple[torch.Ten
         if _are_alike(into, value):
             into, value = into.view(-1), value.view(-1)
         rows = value.shape[0]
-        step = max(1, CHUNK_BYTES * rows // nbytes)
+        step = max(1, COPY_CHUNK_BYTES * rows // nbytes)
         for start in range(0, rows, step):
             count = min(step, rows - start)
             if count == 1:

@@ -16,7 +16,7 @@ from grafter.config.options import PointOptions
 from grafter.core.layout.declared import DeclaredLayout
 from grafter.core.leaves import Leaves
 from grafter.core.measures.flat_chunks import checksum_of_values
-from grafter.core.measures.stats import NO_DIFFERENCE, compare
+from grafter.core.measures.stats import ZERO_DIFFERENCE, compare
 from grafter.core.messages.manifest import Header, Pair, store_keys
 from grafter.core.messages.states import NotMet
 from grafter.core.plan.decision import TransferDecision, decide
@@ -142,7 +142,7 @@ class Meeting:
         reason = decision.reason
         if decision.outcome is not None or leaves is None or plan is None:
             outcome = decision.outcome or "skipped"
-            self._plain_difference = NO_DIFFERENCE if outcome == "compared" else None
+            self._plain_difference = ZERO_DIFFERENCE if outcome == "compared" else None
         elif not self._is_receiver:
             outcome, reason = self._send(pair, course, plan, self._outgoing(decision, leaves) + extras)
         else:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, Literal
 
-Method = Literal["search", "match", "fullmatch"]
+MatchMethod = Literal["search", "match", "fullmatch"]
 
 MAX_REPETITIONS = 1000  # RE2's own limit
 # Also bounds the time of one match, which is at most the compiled size of the pattern times the tag's length.
@@ -56,7 +56,7 @@ class PatternError(Exception):
         self.at = at
 
 
-def compile_pattern(pattern: str, method: Method) -> Callable[[Any], Literal[True] | None]:
+def compile_pattern(pattern: str, method: MatchMethod) -> Callable[[Any], Literal[True] | None]:
     """A function of a tag's value: True if the pattern is found in it; None if not, or if the value is not a text.
 
     Raises PatternError for an invalid pattern.

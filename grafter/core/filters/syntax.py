@@ -14,7 +14,7 @@ import difflib
 from collections.abc import Callable
 from typing import Any, cast
 
-from grafter.core.filters.regular_expressions import Method, PatternError, compile_pattern
+from grafter.core.filters.regular_expressions import MatchMethod, PatternError, compile_pattern
 
 MAX_DEPTH = 100
 _MAX_QUOTED = 60
@@ -236,9 +236,9 @@ class Rewriter:
         if name == "len":
             return _call("length", self.rewrite(arguments[0], depth))
         subject = self.rewrite(arguments[1], depth)
-        return _call(self._pattern(cast(Method, name), arguments[0]), subject)
+        return _call(self._pattern(cast(MatchMethod, name), arguments[0]), subject)
 
-    def _pattern(self, method: Method, node: ast.expr) -> str:
+    def _pattern(self, method: MatchMethod, node: ast.expr) -> str:
         """Compile a regular expression, and return the name of its function."""
         if not isinstance(node, ast.Constant) or not isinstance(node.value, str):
             raise Fault(f"the pattern must be a text in quotes: `{_usage(method)}`", node)

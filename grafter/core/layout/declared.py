@@ -20,8 +20,8 @@ from grafter.core.tensor_access import is_dtensor
 from grafter.errors import LayoutError
 
 # Fields of messages: what a peer sends is checked before anything is computed from it.
-Size = Annotated[int, Field(strict=True, ge=0, le=LARGEST_SIZE)]
-Sizes = tuple[Size, ...]
+DimSize = Annotated[int, Field(strict=True, ge=0, le=LARGEST_SIZE)]
+DimSizes = tuple[DimSize, ...]
 
 
 @dataclass(frozen=True)
@@ -125,13 +125,13 @@ class DeclaredLayout(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     dims: str | None = None
-    seq_lens: Sizes | None = None
-    global_shape: Sizes | None = None
-    runs: tuple[tuple[tuple[Size, Size, Size], ...], ...] | None = None
-    place: Sizes | None = None
+    seq_lens: DimSizes | None = None
+    global_shape: DimSizes | None = None
+    runs: tuple[tuple[tuple[DimSize, DimSize, DimSize], ...], ...] | None = None
+    place: DimSizes | None = None
     mesh: str | None = None
-    summand: tuple[str, Size, Size] | None = None
-    boxes: tuple[tuple[Sizes, Sizes, Sizes], ...] | None = None
+    summand: tuple[str, DimSize, DimSize] | None = None
+    boxes: tuple[tuple[DimSizes, DimSizes, DimSizes], ...] | None = None
 
     @model_validator(mode="after")
     def _is_of_one_kind(self) -> DeclaredLayout:

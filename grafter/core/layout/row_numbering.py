@@ -21,18 +21,8 @@ import numpy as np
 import numpy.typing as npt
 
 from grafter.core.layout.runs import Runs
-from grafter.core.tokens.runs import (
-    FEW,
-    Numbers,
-    begins_of,
-    cut_runs,
-    each_of,
-    joined_rows,
-    joined_runs,
-    placed_runs,
-    total,
-)
-from grafter.core.tokens.sequences import Hashes, SequenceId, common_codes
+from grafter.core.tokens.runs import FEW, begins_of, cut_runs, each_of, joined_rows, joined_runs, placed_runs, total
+from grafter.core.tokens.sequences import Hashes, Int64Array, SequenceId, common_codes
 from grafter.core.tokens.tokens import Tokens
 
 _MOST_EXAMPLES = 4
@@ -61,7 +51,7 @@ class RankRows:
     """
 
     runs: Runs
-    segments: Numbers
+    segments: Int64Array
     kept: int
     kept_out: int
 
@@ -87,8 +77,8 @@ class RowNumbering:
     ranks: tuple[dict[int, RankRows], dict[int, RankRows]]
     only_at: tuple[int, int]
     # Segments (code of the sequence, first position, count): those of one side alone, and those of both.
-    _alone: tuple[Numbers, Numbers] = field(repr=False)
-    _common: Numbers = field(repr=False)
+    _alone: tuple[Int64Array, Int64Array] = field(repr=False)
+    _common: Int64Array = field(repr=False)
     _names: tuple[_Names, _Names] = field(repr=False)
 
     def examples(self, side: int) -> list[str]:
@@ -165,7 +155,7 @@ def _number_alike(a: _Side, b: _Side) -> RowNumbering:
 _Starts = tuple[tuple[int, ...], tuple[int, ...]]
 
 
-def _alike_many(tokens: Tokens, starts: _Starts) -> tuple[Numbers, Numbers, list[int]]:
+def _alike_many(tokens: Tokens, starts: _Starts) -> tuple[Int64Array, Int64Array, list[int]]:
     """(segments that count on both sides, by sequence; their rows; how many rows count on each side)."""
     runs = placed_runs(tokens.runs)
     before = [_before(own, runs) for own in starts]
@@ -176,7 +166,7 @@ def _alike_many(tokens: Tokens, starts: _Starts) -> tuple[Numbers, Numbers, list
     return runs[np.argsort(runs[:, 0], kind="stable"), :3], joined_rows(runs[:, [3, 2]]), kept
 
 
-def _alike_few(tokens: Tokens, starts: _Starts) -> tuple[Numbers, Numbers, list[int]]:
+def _alike_few(tokens: Tokens, starts: _Starts) -> tuple[Int64Array, Int64Array, list[int]]:
     """As `_alike_many`, in plain Python: a tenth of the cost for a turn of a conversation, which has few runs."""
     common: list[tuple[int, int, int]] = []
     segments: list[tuple[int, int]] = []
@@ -197,11 +187,11 @@ def _alike_few(tokens: Tokens, starts: _Starts) -> tuple[Numbers, Numbers, list[
     return as_array, np.array(segments, dtype=np.int64).reshape(-1, 2), kept
 
 
-def _before(starts: tuple[int, ...], runs: Numbers) -> Numbers:
+def _before(starts: tuple[int, ...], runs: Int64Array) -> Int64Array:
     """How many rows of each run lie before its sequence's start."""
     if not starts:
         return np.zeros(len(runs), dtype=np.int64)
-    before: Numbers = np.clip(np.array(starts, dtype=np.int64)[runs[:, 0]] - runs[:, 1], 0, runs[:, 2])
+    before: Int64Array = np.clip(np.array(starts, dtype=np.int64)[runs[:, 0]] - runs[:, 1], 0, runs[:, 2])
     return before
 
 
@@ -237,7 +227,7 @@ class _Side:
         return found
 
 
-def _common_sequences(a: _Side, b: _Side) -> tuple[tuple[Numbers, Numbers], tuple[_Names, _Names], Numbers]:
+def _common_sequences(a: _Side, b: _Side) -> tuple[tuple[Int64Array, Int64Array], tuple[_Names, _Names], Int64Array]:
     """(codes of a's sequences, codes of b's), the names by code on each side, and the limits: see `common_codes`."""
     names_a, names_b = list(a.sequences), list(b.sequences)
     pairs, codes_b, limits = common_codes(names_a, a.hashes, names_b, b.hashes)
@@ -252,7 +242,9 @@ def _common_sequences(a: _Side, b: _Side) -> tuple[tuple[Numbers, Numbers], tupl
 _SEGMENT, _ROW, _KEPT, _SIDE, _GROUP = range(5)
 
 
-def _entries_of(sides: Sequence[_Side], codes: Sequence[Numbers], limits: Numbers) -> tuple[Numbers, Numbers]:
+def _entries_of(
+    sides: Sequence[_Side], codes: Sequence[Int64Array], limits: Int64Array
+) -> tuple[Int64Array, Int64Array]:
     """All runs of both sides as entries, cut where any run begins, ends, or begins to count; and the segments.
 
     Entries are (segment, local row, whether it counts, side, group), segments (sequence, first position, count).
@@ -271,7 +263,7 @@ def _entries_of(sides: Sequence[_Side], codes: Sequence[Numbers], limits: Number
     return np.concatenate([np.stack([segment, row], axis=1), runs[owner, 4:]], axis=1), segments
 
 
-def _runs_of(group: WindowedTokens, codes: Numbers, side: int, number: int, own: _Side) -> Numbers:
+def _runs_of(group: WindowedTokens, codes: Int64Array, side: int, number: int, own: _Side) -> Int64Array:
     """(code of the sequence, position, count, first row, whether it counts, side, group) of each run, but padding."""
     runs = placed_runs(group.tokens.runs)
     code_of = np.array([codes[own.sequences[name]] for name in group.tokens.sequences], dtype=np.int64)
@@ -290,15 +282,15 @@ def _runs_of(group: WindowedTokens, codes: Numbers, side: int, number: int, own:
     return both[both[:, 2] > 0]
 
 
-def _mark(count: int, numbers: Numbers) -> npt.NDArray[np.bool_]:
+def _mark(count: int, numbers: Int64Array) -> npt.NDArray[np.bool_]:
     marked = np.zeros(count, dtype=bool)
     marked[numbers] = True
     return marked
 
 
 def _numbered(
-    of_sides: tuple[Numbers, Numbers], segments: Numbers, is_common: npt.NDArray[np.bool_]
-) -> tuple[Numbers, int]:
+    of_sides: tuple[Int64Array, Int64Array], segments: Int64Array, is_common: npt.NDArray[np.bool_]
+) -> tuple[Int64Array, int]:
     """The number of the first row of each segment that both sides have, else -1; and how many rows both have."""
     first_group = [np.zeros(len(segments), dtype=np.int64), np.zeros(len(segments), dtype=np.int64)]
     row_there = np.zeros(len(segments), dtype=np.int64)
@@ -316,7 +308,9 @@ def _numbered(
     return numbers, int(counts.sum())
 
 
-def _rank_rows(entries: Numbers, segments: Numbers, numbers: Numbers, there: npt.NDArray[np.bool_]) -> RankRows:
+def _rank_rows(
+    entries: Int64Array, segments: Int64Array, numbers: Int64Array, there: npt.NDArray[np.bool_]
+) -> RankRows:
     """The rows of one group. there: the segments that the other side has, whether they count there or not."""
     entries = entries[entries[:, _KEPT] > 0]
     own = entries[:, _SEGMENT]

@@ -22,7 +22,8 @@ from math import prod
 import numpy as np
 import torch
 
-from grafter.core.tokens.runs import Numbers, each_of, total
+from grafter.core.tokens.runs import each_of, total
+from grafter.core.tokens.sequences import Int64Array
 
 
 def leading_row_dims(shape: Sequence[int], rows: int) -> list[int]:
@@ -52,7 +53,7 @@ class RowView:
 
     shape: tuple[int, ...]
     row_dims: tuple[int, ...]
-    segments: Numbers
+    segments: Int64Array
 
     @cached_property
     def count(self) -> int:

@@ -49,13 +49,13 @@ from grafter.core.measures.flat_chunks import CHUNK, PACKED_FLOAT4, are_paired, 
 from grafter.core.records import Difference, TensorStatistics
 from grafter.errors import UsageError
 
-Level = Literal["full", "light", "off"]
+StatisticsLevel = Literal["full", "light", "off"]
 
 # The difference of equal values that are not numbers.
-NO_DIFFERENCE = Difference(rel=0.0, rel_l2=0.0, max_abs=0.0, mean_abs=0.0, cosine=1.0, mismatched_fraction=0.0)
+ZERO_DIFFERENCE = Difference(rel=0.0, rel_l2=0.0, max_abs=0.0, mean_abs=0.0, cosine=1.0, mismatched_fraction=0.0)
 
 
-def summarize(tensor: torch.Tensor, level: Level) -> TensorStatistics | None:
+def summarize(tensor: torch.Tensor, level: StatisticsLevel) -> TensorStatistics | None:
     """The statistics of one plain strided tensor of any shape and dtype; None unless level is `full`.
 
     Raises UsageError for a quantised tensor, and for a dtype without numbers.
@@ -68,13 +68,13 @@ def summarize(tensor: torch.Tensor, level: Level) -> TensorStatistics | None:
     return make_statistics(tensor.numel(), sums)
 
 
-def difference(x: torch.Tensor, y: torch.Tensor, level: Level) -> Difference | None:
+def difference(x: torch.Tensor, y: torch.Tensor, level: StatisticsLevel) -> Difference | None:
     """How far x is from y; None if level is `off`. x, y and errors: see `compare`."""
     return None if level == "off" else _compare(x, y, level, statistics=False)[2]
 
 
 def compare(
-    x: torch.Tensor, y: torch.Tensor, level: Level
+    x: torch.Tensor, y: torch.Tensor, level: StatisticsLevel
 ) -> tuple[TensorStatistics | None, TensorStatistics | None, Difference | None]:
     """The statistics of x and of y (level `full`), and their difference, in one pass over both.
 
@@ -140,7 +140,7 @@ def check_pair(x: torch.dtype, y: torch.dtype) -> None:
 
 def byte_difference(unequal: int, count: int) -> Difference:
     """The difference of `count` values that are not numbers, `unequal` of which have different bytes."""
-    return Difference(mismatched_fraction=unequal / count) if unequal else NO_DIFFERENCE
+    return Difference(mismatched_fraction=unequal / count) if unequal else ZERO_DIFFERENCE
 
 
 class _Scaled(NamedTuple):

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from grafter.core.tokens.runs import Numbers, cut_runs, each_of, joined_rows, placed_runs
-from grafter.core.tokens.sequences import common_codes
+from grafter.core.tokens.runs import cut_runs, each_of, joined_rows, placed_runs
+from grafter.core.tokens.sequences import Int64Array, common_codes
 from grafter.core.tokens.tokens import Tokens
 
 
@@ -20,9 +20,9 @@ class TokenMatch:
     by_content: the sequences (of a, of b) whose ids differ and whose token ids agree.
     """
 
-    pairs: Numbers
-    only_a: Numbers
-    only_b: Numbers
+    pairs: Int64Array
+    only_a: Int64Array
+    only_b: Int64Array
     by_content: tuple[tuple[str | int, str | int], ...] = ()
 
     @property
@@ -31,7 +31,7 @@ class TokenMatch:
         return int(self.pairs[:, 2].sum())
 
     @property
-    def rows(self) -> tuple[Numbers, Numbers]:
+    def rows(self) -> tuple[Int64Array, Int64Array]:
         """The paired rows of a, and those of b, one by one: int64 [count] each."""
         return each_of(self.pairs[:, 0], self.pairs[:, 2]), each_of(self.pairs[:, 1], self.pairs[:, 2])
 
@@ -55,10 +55,10 @@ def match(a: Tokens, b: Tokens) -> TokenMatch:
     is_known = positions < limits[sequences]
     is_paired = (owners[0] >= 0) & (owners[1] >= 0) & is_known
 
-    def rows_of(side: int, numbers: Numbers) -> Numbers:
+    def rows_of(side: int, numbers: Int64Array) -> Int64Array:
         """The first row of each of these segments."""
         own = (runs_a, runs_b)[side][owners[side][numbers]]
-        rows: Numbers = own[:, 3] + positions[numbers] - own[:, 1]
+        rows: Int64Array = own[:, 3] + positions[numbers] - own[:, 1]
         return rows
 
     paired = np.flatnonzero(is_paired)
@@ -72,13 +72,13 @@ def match(a: Tokens, b: Tokens) -> TokenMatch:
     )
 
 
-def _owners(begins: Numbers, stops: Numbers, count: int) -> Numbers:
+def _owners(begins: Int64Array, stops: Int64Array, count: int) -> Int64Array:
     """For each of `count` segments the run that it lies in, or -1. The runs of one side do not overlap."""
     owners = np.full(count, -1, dtype=np.int64)
     owners[each_of(begins, stops - begins)] = np.repeat(np.arange(len(begins)), stops - begins)
     return owners
 
 
-def _in_order(stretches: Numbers) -> Numbers:
+def _in_order(stretches: Int64Array) -> Int64Array:
     """Stretches of rows by their first column, neighbours joined."""
     return joined_rows(stretches[np.argsort(stretches[:, 0], kind="stable")])

@@ -12,10 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from grafter.core.processes import is_from_signal_handler
-from grafter.core.tokens.sequences import SequenceId
+from grafter.core.tokens.sequences import Int64Array, SequenceId
 from grafter.errors import UsageError
-
-Numbers = npt.NDArray[np.int64]
 
 PADDING = -1
 # Beyond every position. Sums of two of them stay within int64.
@@ -28,29 +26,29 @@ class InvalidTokens(UsageError, ValueError):
     """Tokens that contradict themselves: impossible runs, or a token that is there twice."""
 
 
-def total(counts: Numbers) -> int:
+def total(counts: Int64Array) -> int:
     """The sum. Most often there is one count, and then this costs a tenth of NumPy's sum."""
     return int(counts[0]) if len(counts) == 1 else int(counts.sum())
 
 
-def begins_of(counts: Numbers) -> Numbers:
+def begins_of(counts: Int64Array) -> Int64Array:
     """Where each of some consecutive stretches begins."""
-    begins: Numbers = np.cumsum(counts) - counts
+    begins: Int64Array = np.cumsum(counts) - counts
     return begins
 
 
-def each_of(first: Numbers, counts: Numbers) -> Numbers:
+def each_of(first: Int64Array, counts: Int64Array) -> Int64Array:
     """The numbers of all stretches, one by one: int64 [sum of counts]. first, counts: int64 [n]."""
     return np.repeat(first - begins_of(counts), counts) + np.arange(total(counts))
 
 
-def placed_runs(runs: Numbers) -> Numbers:
+def placed_runs(runs: Int64Array) -> Int64Array:
     """(sequence, first position, count, first row) of each run that is not padding."""
     placed = np.concatenate([runs, begins_of(runs[:, 2])[:, None]], axis=1)
     return placed[placed[:, 0] >= 0]
 
 
-def joined_runs(runs: Numbers) -> Numbers:
+def joined_runs(runs: Int64Array) -> Int64Array:
     """(sequence, first position, count), neighbours that continue each other joined: the same tokens, the same runs."""
     if len(runs) < 2:
         return runs
@@ -58,7 +56,7 @@ def joined_runs(runs: Numbers) -> Numbers:
     return _merged(runs, (runs[1:, 0] == runs[:-1, 0]) & (continues | (runs[1:, 0] < 0)))
 
 
-def joined_rows(stretches: Numbers) -> Numbers:
+def joined_rows(stretches: Int64Array) -> Int64Array:
     """Stretches of rows, neighbours that continue each other joined. The last column is the count; each other one is a
     first row, and all of them must continue."""
     if len(stretches) < 2:
@@ -66,14 +64,14 @@ def joined_rows(stretches: Numbers) -> Numbers:
     return _merged(stretches, (stretches[1:, :-1] == stretches[:-1, :-1] + stretches[:-1, -1:]).all(axis=1))
 
 
-def _merged(stretches: Numbers, continues: npt.NDArray[np.bool_]) -> Numbers:
+def _merged(stretches: Int64Array, continues: npt.NDArray[np.bool_]) -> Int64Array:
     if not continues.any():
         return stretches
     first = np.concatenate([[0], np.flatnonzero(~continues) + 1])
     return np.concatenate([stretches[first, :-1], np.add.reduceat(stretches[:, -1], first)[:, None]], axis=1)
 
 
-def cut_runs(runs: Numbers, limits: Numbers) -> tuple[Numbers, Numbers, Numbers]:
+def cut_runs(runs: Int64Array, limits: Int64Array) -> tuple[Int64Array, Int64Array, Int64Array]:
     """Cut all sequences into segments where a run begins or ends, or where the limit of a sequence lies.
 
         runs      |-----------|           |-----|
@@ -103,7 +101,7 @@ def cut_runs(runs: Numbers, limits: Numbers) -> tuple[Numbers, Numbers, Numbers]
     return segments, numbers[: len(runs)], numbers[len(runs) : 2 * len(runs)]
 
 
-def few_runs(sequence_ids: Any, lengths: Any, starts: Any) -> tuple[tuple[SequenceId, ...], Numbers] | None:
+def few_runs(sequence_ids: Any, lengths: Any, starts: Any) -> tuple[tuple[SequenceId, ...], Int64Array] | None:
     """(sequences, runs) of short lists of plain numbers. None for anything else, and for values that make no sense."""
     starts = [0] * len(lengths) if starts is None and type(lengths) in (list, tuple) else starts
     if not all(type(given) in (list, tuple) for given in (sequence_ids, lengths, starts)):
@@ -124,7 +122,7 @@ def few_runs(sequence_ids: Any, lengths: Any, starts: Any) -> tuple[tuple[Sequen
     return tuple(numbers), np.array(runs, dtype=np.int64).reshape(-1, 3)
 
 
-def read_integers(value: Any, what: str) -> Numbers:
+def read_integers(value: Any, what: str) -> Int64Array:
     """A tensor, array or (nested) list of whole numbers, as int64. Raises UsageError, naming `what`, for others."""
     if hasattr(value, "detach"):
         value = value.detach().cpu().numpy()
@@ -141,7 +139,7 @@ def read_integers(value: Any, what: str) -> Numbers:
     return array.astype(np.int64)
 
 
-def read_sequence_ids(sequence_ids: Any, shape: tuple[int, ...]) -> tuple[Numbers, tuple[SequenceId, ...]]:
+def read_sequence_ids(sequence_ids: Any, shape: tuple[int, ...]) -> tuple[Int64Array, tuple[SequenceId, ...]]:
     """The number of each row's sequence among the ids (-1: None), flattened; and the ids. shape: that of the rows.
 
     Raises UsageError for ids of another shape, and for what is neither a whole number nor a text.
@@ -183,7 +181,7 @@ def _array_of_ids(ids: Any) -> npt.NDArray[Any]:
     return array.reshape(len(ids), -1) if nested else array
 
 
-def _numbered_one_by_one(ids: list[Any]) -> tuple[Numbers, tuple[SequenceId, ...]]:
+def _numbered_one_by_one(ids: list[Any]) -> tuple[Int64Array, tuple[SequenceId, ...]]:
     """As `read_sequence_ids`, for ids of any type."""
     numbers: dict[SequenceId, int] = {}
     codes = np.empty(len(ids), dtype=np.int64)
@@ -197,7 +195,7 @@ def _numbered_one_by_one(ids: list[Any]) -> tuple[Numbers, tuple[SequenceId, ...
     return codes, tuple(numbers)
 
 
-def in_order_of_rows(codes: Numbers, names: tuple[SequenceId, ...]) -> tuple[Numbers, tuple[SequenceId, ...]]:
+def in_order_of_rows(codes: Int64Array, names: tuple[SequenceId, ...]) -> tuple[Int64Array, tuple[SequenceId, ...]]:
     """Sequences numbered in the order of their first rows; those without a row are left out: (new numbers, names).
 
     codes: the sequence of each row, or of each run, in order. Padding, -1, keeps its number.
@@ -210,7 +208,7 @@ def in_order_of_rows(codes: Numbers, names: tuple[SequenceId, ...]) -> tuple[Num
     return renumbered, tuple(names[number] for number in kept.tolist())
 
 
-def runs_of_rows(codes: Numbers, places: Numbers) -> Numbers:
+def runs_of_rows(codes: Int64Array, places: Int64Array) -> Int64Array:
     """The runs of rows whose sequences and positions are given one by one, int64 [rows] each."""
     if not len(codes):
         return np.zeros((0, 3), dtype=np.int64)
@@ -220,7 +218,7 @@ def runs_of_rows(codes: Numbers, places: Numbers) -> Numbers:
     return np.stack([codes[first], places[first], counts], axis=1)
 
 
-def check_runs(sequences: tuple[SequenceId, ...], runs: Numbers, hashes: Mapping[int, Any] | None) -> None:
+def check_runs(sequences: tuple[SequenceId, ...], runs: Int64Array, hashes: Mapping[int, Any] | None) -> None:
     """Raise InvalidTokens for runs that other ranks would refuse to read, so that both sides decide alike."""
     if len(runs) <= FEW:
         rows = runs.tolist()
@@ -243,7 +241,7 @@ def check_runs(sequences: tuple[SequenceId, ...], runs: Numbers, hashes: Mapping
         raise InvalidTokens("tokens have hashes of no sequence.")
 
 
-def check_each_once(sequences: tuple[SequenceId, ...], runs: Numbers) -> None:
+def check_each_once(sequences: tuple[SequenceId, ...], runs: Int64Array) -> None:
     """Raise InvalidTokens for a token that several rows claim to be."""
     if len(runs) < 2:
         return

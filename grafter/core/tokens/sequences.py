@@ -22,7 +22,7 @@ from grafter.core.processes import is_from_signal_handler
 
 SequenceId = str | int
 Hashes = npt.NDArray[np.uint64]
-_Numbers = npt.NDArray[np.int64]
+Int64Array = npt.NDArray[np.int64]
 # (number in a, number in b, how many tokens are known to be the same; None: all, because the ids are equal).
 SequencePair = tuple[int, int, int | None]
 
@@ -35,7 +35,7 @@ def common_codes(
     hashes_a: Mapping[int, Hashes],
     ids_b: Sequence[SequenceId],
     hashes_b: Mapping[int, Hashes],
-) -> tuple[list[SequencePair], _Numbers, _Numbers]:
+) -> tuple[list[SequencePair], Int64Array, Int64Array]:
     """One code for each sequence of either side: those of a are their numbers, and b's paired sequences share them.
 
     Returns the pairs, the codes of b's sequences (int64 [n]), and for each code the position up to which both sides'
@@ -107,7 +107,7 @@ def _prefixes(shorter: Mapping[int, Hashes], longer: Mapping[int, Hashes]) -> li
     return found
 
 
-def prefix_hashes(codes: _Numbers, places: _Numbers, ids: _Numbers) -> dict[int, Hashes]:
+def prefix_hashes(codes: Int64Array, places: Int64Array, ids: Int64Array) -> dict[int, Hashes]:
     """For each sequence with a row of position 0: the hashes of its first 1, 2, ... tokens, uint64 [length].
 
     codes: the number of each row's sequence; negative for padding. places: its position. ids: its token id. All are
@@ -132,7 +132,7 @@ def prefix_hashes(codes: _Numbers, places: _Numbers, ids: _Numbers) -> dict[int,
     return found
 
 
-def _marks(places: _Numbers, ids: _Numbers) -> Hashes:
+def _marks(places: Int64Array, ids: Int64Array) -> Hashes:
     # Arrays of unsigned integers wrap around, as the formula requires.
     steps = (places.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
     return _mix(_mix(ids.astype(np.uint64)) + steps)

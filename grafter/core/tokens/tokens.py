@@ -21,7 +21,6 @@ from grafter.core.tokens.runs import (
     LARGEST,
     PADDING,
     InvalidTokens,
-    Numbers,
     check_each_once,
     check_runs,
     each_of,
@@ -33,7 +32,7 @@ from grafter.core.tokens.runs import (
     runs_of_rows,
     total,
 )
-from grafter.core.tokens.sequences import SequenceId, as_text, from_text, prefix_hashes
+from grafter.core.tokens.sequences import Int64Array, SequenceId, as_text, from_text, prefix_hashes
 from grafter.errors import UsageError
 
 
@@ -67,7 +66,7 @@ class Tokens:
     def __init__(
         self,
         sequences: tuple[SequenceId, ...],
-        runs: Numbers,
+        runs: Int64Array,
         hashes: Mapping[int, npt.NDArray[np.uint64]] | None = None,
     ) -> None:
         check_runs(sequences, runs, hashes)
@@ -202,14 +201,14 @@ class Tokens:
         sequence, start, count = self.runs[number].tolist()
         return (self.sequences[sequence] if sequence >= 0 else None), start + row - (int(ends[number]) - count)
 
-    def at_rows(self, rows: Numbers) -> Tokens:
+    def at_rows(self, rows: Int64Array) -> Tokens:
         """The tokens of some of the rows, in the order of `rows`, int64 [n]."""
         numbers, places = self._expanded()
         found = Tokens(self.sequences, runs_of_rows(numbers[rows], places[rows]))
         found.hashes = self.hashes
         return found
 
-    def _expanded(self) -> tuple[Numbers, Numbers]:
+    def _expanded(self) -> tuple[Int64Array, Int64Array]:
         """The sequence number and the position of each row."""
         numbers, starts, counts = self.runs.T
         return np.repeat(numbers, counts), each_of(starts, counts)
