@@ -130,7 +130,7 @@ def test_where_no_thread_can_start_nothing_is_left_to_be_copied_later(monkeypatc
     def fail(thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
-    monkeypatch.setattr(copying, "_helper", copying._Helper())
+    monkeypatch.setattr(copying, "_helper", copying._CopyThread())
     copying.share_long_copies(True)
     first, value = torch.empty(LONG), torch.rand(LONG)
     with monkeypatch.context() as patch:
