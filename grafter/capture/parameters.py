@@ -35,10 +35,10 @@ def dump_weights(
     rule says `write: return`."""
     weights = named_weights(model)
     for path, tensor in weights:
-        came = offer(naming.of_weight(model, path), tensor)
-        if came is not tensor:
+        result = offer(naming.of_weight(model, path), tensor)
+        if result is not tensor:
             with torch.no_grad():
-                local_tensor(tensor).data.copy_(local_tensor(came))
+                local_tensor(tensor).data.copy_(local_tensor(result))
     return len(weights)
 
 
@@ -46,9 +46,9 @@ def watch_gradients(
     model: torch.nn.Module,
     paths: Iterable[str],
     naming: Naming,
-    came: Callable[[PointName, torch.Tensor], None],
+    accumulated: Callable[[PointName, torch.Tensor], None],
 ) -> list[RemovableHandle]:
-    """Hooks on the parameters of the modules at these paths, which call `came` whenever a gradient was accumulated."""
+    """Hooks on the parameters of the modules at these paths, which report each accumulated gradient."""
     chosen = set(paths)
     handles: list[RemovableHandle] = []
     watched: set[int] = set()
@@ -61,7 +61,7 @@ def watch_gradients(
                 watched.add(id(parameter))
                 name = naming.of_weight(model, f"{path}.{own}" if path else own)
                 hooked: Any = parameter
-                handle = hooked.register_post_accumulate_grad_hook(partial(came, name))
+                handle = hooked.register_post_accumulate_grad_hook(partial(accumulated, name))
                 _put_first(hooked._post_accumulate_grad_hooks, handle.id)
                 handles.append(handle)
     return handles

@@ -117,11 +117,9 @@ class _Parser:
         return Dims(self._text, tuple(dims), tuple(self._partial), replicated, renamed)
 
     def _dim(self) -> Dim:
-        if self._next() == "(":
-            self._take("(")
+        if self._accept("("):
             factors = [self._spaced_factor()]
-            while self._next() == "*":
-                self._take("*")
+            while self._accept("*"):
                 factors.append(self._spaced_factor())
             self._take(")", "`*` or `)`")
         elif _SIZE.match(self._text, self._at):
@@ -149,9 +147,8 @@ class _Parser:
         if len(self._names) == _MOST_DIMS:
             self._fail(f"at most {_MOST_DIMS} names are read", start)
         self._names.add(name)
-        if self._next() != "=":
+        if not self._accept("="):
             return Factor(name)
-        self._take("=")
         start = self._at
         size = self._match(_SIZE)
         if size is None or not 1 <= int(size) <= LARGEST_SIZE:
@@ -159,32 +156,28 @@ class _Parser:
         return Factor(name, int(size))
 
     def _mods(self) -> tuple[Split, ...]:
-        splits: list[Split] = []
-        if self._next() != "[":
+        if not self._accept("["):
             return ()
-        self._take("[")
-        while True:
-            self._skip_spaces()
-            split = self._mod()
-            if split is not None:
-                splits.append(split)
-            self._skip_spaces()
-            if self._next() != ",":
-                break
-            self._take(",")
+        mods = [self._spaced_mod()]
+        while self._accept(","):
+            mods.append(self._spaced_mod())
         self._take("]", "`,` or `]`")
-        return tuple(splits)
+        return tuple(split for split in mods if split is not None)
+
+    def _spaced_mod(self) -> Split | None:
+        self._skip_spaces()
+        split = self._mod()
+        self._skip_spaces()
+        return split
 
     def _mod(self) -> Split | None:
         start = self._at
         axis = self._word("the name of a mesh axis, as in `h[tp]`; a dim that is not divided has no brackets")
         self._claim(axis, start, "split")
         qualifiers: list[str] = []
-        if self._next() == ":":
-            self._take(":")
+        if self._accept(":"):
             qualifiers.append(self._qualifier())
-            while self._next() == "+":
-                self._take("+")
+            while self._accept("+"):
                 qualifiers.append(self._qualifier())
         for one, other in _CONTRADICTIONS:
             if one in qualifiers and other in qualifiers:
@@ -204,16 +197,14 @@ class _Parser:
     def _declarations(self) -> tuple[tuple[str, ...], dict[str, str]]:
         replicated: list[str] = []
         renamed: dict[str, str] = {}
-        if self._next() != "#":
+        if not self._accept("#"):
             return (), {}
-        self._take("#")
         self._skip_spaces()
         while self._next():
             start = self._at
             axis = self._word("the name of a mesh axis")
             self._take(":", "`:replicated` or `:=`")
-            if self._next() == "=":
-                self._take("=")
+            if self._accept("="):
                 if axis in renamed:
                     self._fail(f"the axis {axis!r} is given another name twice", start)
                 renamed[axis] = self._word("the name of an axis of the job")
@@ -226,8 +217,8 @@ class _Parser:
                 replicated.append(axis)
             if self._next() not in ("", ",") and not self._next().isspace():
                 self._fail("a space must stand between two declarations")
-            while self._next() == "," or self._skip_spaces():
-                self._at += self._next() == ","
+            while self._accept(",") or self._skip_spaces():
+                pass
         return tuple(replicated), renamed
 
     def _check_apart(self, renamed: dict[str, str]) -> None:
@@ -263,10 +254,15 @@ class _Parser:
             self._fail(f"here must stand {what}")
         return word
 
-    def _take(self, character: str, what: str | None = None) -> None:
-        if self._next() != character:
-            self._fail(f"here must stand {what or f'`{character}`'}")
-        self._at += 1
+    def _accept(self, character: str) -> bool:
+        """Whether the next character is this one, which is then read."""
+        found = self._next() == character
+        self._at += found
+        return found
+
+    def _take(self, character: str, what: str) -> None:
+        if not self._accept(character):
+            self._fail(f"here must stand {what}")
 
     def _skip_spaces(self) -> bool:
         start = self._at

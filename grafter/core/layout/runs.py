@@ -3,7 +3,7 @@
     global dim      0  1  2  3  4  5  6  7
     local dim             0  1        2  3        runs: (2, 2, 0), (6, 2, 2)
 
-A run is (start in the global dim, length, start in the local dim). Every kind of layout comes down to runs.
+A run is (start in the global dim, length, start in the local dim). Every kind of layout is turned into runs.
 """
 
 from __future__ import annotations

@@ -254,5 +254,5 @@ def check_each_once(sequences: tuple[SequenceId, ...], runs: Int64Array) -> None
         raise InvalidTokens(
             f"the position {second[1]} of the sequence {sequences[second[0]]!r} is there twice, in the rows "
             f"{first[3] + second[1] - first[1]} and {second[3]}. Each token is one row; padding has a negative "
-            "position or the id None, and sequences of one batch have ids of their own."
+            "position or the id None, and the sequences of a batch have different ids."
         )
