@@ -71,7 +71,7 @@ class AttachedModels:
 
         naming, facts: given if grafter attaches the model by itself; a later `attach` of the program replaces that.
         """
-        grafter, config = self._grafter, self._grafter.config
+        config = self._grafter.config
         if name is not None and not _NAME.fullmatch(str(name)):
             raise UsageError(f"attach(name={name!r}): the name of a model is a word, such as 'policy'.")
         is_programs_own = naming is None
@@ -85,26 +85,34 @@ class AttachedModels:
         attachment = Attachment(model, selected, naming, self._offer, self._find_site, inputs=inputs, outputs=outputs)
         if not attachment.points:
             logger.warning("grafter: %s: %s", self._place.who, _why_no_module(model, texts))
-        if grafter.gradients is not None:
-            paths = [points.path for points in attachment.points]
-            attachment.keep(watch_gradients(model, paths, naming, grafter.gradients.pending.parameter_came))
-        is_announced = set(attachment.keys) <= self._keys_at_join
-        if grafter.has_begun and not config.only_dumps and not is_announced:
-            logger.warning(
-                "grafter: %s: this attach comes after the first point, so the names of its modules are not compared",
-                self._place.who,
-            )
         if config.axes is None and not axes_of_job():
             set_axes(**mesh_axes(model))
+        self._add_handles(attachment, model, naming)
         if is_programs_own and self.passes.is_warming_up:
             self.passes.wrap(model)
-        if any(axis == "cp" and size > 1 for axis, _, size in grafter.offers.axes(None)):
-            attachment.keep(self._packed.follow(model))
+        self._warn_if_late(attachment)
         if is_programs_own:
             self._warn_of_same_names(attachment, model)
         self.attachments.append(attachment)
         self._described[attachment] = self._describe(model, naming, facts), facts
         return attachment
+
+    def _add_handles(self, attachment: Attachment, model: torch.nn.Module, naming: Naming) -> None:
+        """Hooks for gradients of weights, and for the lengths of packed sequences, where they are needed."""
+        gradients = self._grafter.gradients
+        if gradients is not None:
+            paths = [points.path for points in attachment.points]
+            attachment.keep(watch_gradients(model, paths, naming, gradients.pending.parameter_came))
+        if any(axis == "cp" and size > 1 for axis, _, size in self._grafter.offers.axes(None)):
+            attachment.keep(self._packed.follow(model))
+
+    def _warn_if_late(self, attachment: Attachment) -> None:
+        is_announced = set(attachment.keys) <= self._keys_at_join
+        if self._grafter.has_begun and not self._grafter.config.only_dumps and not is_announced:
+            logger.warning(
+                "grafter: %s: this attach comes after the first point, so the names of its modules are not compared",
+                self._place.who,
+            )
 
     def withdraw(self, attachment: Attachment) -> ModelFacts:
         """Detach, as if it had never been attached, and return the facts of its model."""
