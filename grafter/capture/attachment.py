@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from grafter.capture.compiled import BREAK, number_of_hooks
 from grafter.capture.containers import Arguments, Found, find_tensors, replace_tensors
-from grafter.capture.copies import around, leave_hooks_out, stop_leaving_out
+from grafter.capture.copies import leave_hooks_out, modules_around, stop_leaving_out
 from grafter.capture.model_forward import watch_forward
 from grafter.capture.module_tree import tree_of
 from grafter.capture.naming import Naming
@@ -193,7 +193,7 @@ class Attachment:
                 self._hook(module, points, inputs, outputs)
             else:
                 self._stop_watching = watch_forward(module, _Watcher(points, inputs, outputs))
-        self._around: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet(around(model, self._modules))
+        self._around: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet(modules_around(model, self._modules))
         for module in self._around:
             leave_hooks_out(module)
         if selected:

@@ -41,7 +41,7 @@ def leave_hooks_out(module: torch.nn.Module) -> None:
     module.__dict__.setdefault(_SCRIPT, functools.partial(_bare, weakref.ref(module)))
 
 
-def around(model: torch.nn.Module, hooked: Collection[torch.nn.Module]) -> list[torch.nn.Module]:
+def modules_around(model: torch.nn.Module, hooked: Collection[torch.nn.Module]) -> list[torch.nn.Module]:
     """The modules of a model that contain hooked ones and have no hooks themselves.
 
     Hooks are left out of their states, too, since torch.jit.script replaces each part of a module.

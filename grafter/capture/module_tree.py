@@ -66,6 +66,7 @@ class ModuleTree(BaseModel):
 
     @property
     def class_name(self) -> str:
+        """The class of the model."""
         return self.modules[0].class_name
 
 

@@ -37,6 +37,7 @@ class TensorSpec(BaseModel):
 
     @property
     def torch_dtype(self) -> torch.dtype:
+        """The dtype. Raises ValueError if this torch does not have it."""
         dtype = getattr(torch, self.dtype, None)
         if not isinstance(dtype, torch.dtype):
             raise ValueError(

@@ -119,6 +119,7 @@ class StepCounter:
     _occurrences: dict[tuple[Any, ...], int] = field(default_factory=dict)
 
     def next_step(self) -> None:
+        """Begin the next step, in which occurrences count from 0."""
         self.step += 1
         self._occurrences.clear()
 

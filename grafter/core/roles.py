@@ -23,6 +23,7 @@ class RankIdentity:
 
     @property
     def who(self) -> str:
+        """The rank as messages name it, such as `target rank 3`."""
         return f"{self.role} rank {self.role_rank}"
 
 

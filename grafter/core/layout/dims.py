@@ -55,6 +55,7 @@ class Dim:
 
     @property
     def names(self) -> tuple[str, ...]:
+        """The names of the factors."""
         return tuple(factor.name for factor in self.factors)
 
     def __str__(self) -> str:
@@ -74,9 +75,11 @@ class Dims:
 
     @property
     def split_axes(self) -> tuple[str, ...]:
+        """All axes over which dims are split, as the text names them."""
         return tuple(split.axis for dim in self.dims for split in dim.splits)
 
     def axis_of_job(self, axis: str) -> str:
+        """The job's name for an axis of the text."""
         return self.renamed.get(axis, axis)
 
 

@@ -38,6 +38,7 @@ class Member(NamedTuple):
 
     @property
     def axes(self) -> dict[str, tuple[int, int]]:
+        """(coordinate, size) by axis."""
         return {axis: (at, size) for axis, at, size in self.placed}
 
     def __str__(self) -> str:

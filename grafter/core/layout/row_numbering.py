@@ -57,6 +57,7 @@ class RankRows:
 
     @cached_property
     def count(self) -> int:
+        """How many rows have a partner."""
         return total(self.segments[:, 1])
 
     @property

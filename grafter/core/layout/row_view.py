@@ -57,6 +57,7 @@ class RowView:
 
     @cached_property
     def count(self) -> int:
+        """How many rows count."""
         return total(self.segments[:, 1])
 
     @property
@@ -66,10 +67,12 @@ class RowView:
 
     @cached_property
     def rest(self) -> tuple[int, ...]:
+        """The dims that do not make up the rows."""
         return tuple(dim for dim in range(len(self.shape)) if dim not in self.row_dims)
 
     @cached_property
     def packed_shape(self) -> tuple[int, ...]:
+        """The shape of the rows that count, [count, ...]."""
         if self.row_dims == (0,):
             return (self.count, *self.shape[1:])
         return (self.count, *(self.shape[dim] for dim in self.rest))

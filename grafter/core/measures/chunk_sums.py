@@ -82,6 +82,7 @@ class ChunkBuffer:
         self._tiles = self.values.reshape(-1, TILE) if len(buffer) == CHUNK else None
 
     def squares(self) -> float:
+        """The sum of squares, the same for any number of threads."""
         if self._tiles is not None:
             return float(np.add.reduce(squares_of_rows(self._tiles)))
         result = 0.0
@@ -91,13 +92,16 @@ class ChunkBuffer:
         return result
 
     def total(self) -> float:
+        """The sum."""
         # On a chunk, torch's sum and abs are twice as fast as numpy's; numpy's dot, max and subtract as torch's.
         return self.tensor.sum().item()
 
     def dot(self, other: ChunkBuffer) -> float:
+        """The dot product, the same for any number of threads."""
         return sum(float(a.dot(b)) for a, b in zip(self._pieces, other._pieces, strict=True))
 
     def max_abs(self) -> float:
+        """The largest magnitude; NaN if a value is NaN."""
         return max(float(np.maximum.reduce(self.values)), -float(np.minimum.reduce(self.values)))
 
 

@@ -68,6 +68,7 @@ class Piece:
 
     @property
     def offset(self) -> int:
+        """Where the value begins in the staging memory, in bytes."""
         return self.value.offset
 
     def taken_from(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -102,12 +103,15 @@ class TransferPlan:
         )
 
     def outgoing(self, sender: int) -> tuple[Piece, ...]:
+        """The pieces that a rank sends."""
         return tuple(piece for piece in self.pieces if piece.sender == sender)
 
     def incoming(self, receiver: int) -> tuple[Piece, ...]:
+        """The pieces that a rank receives."""
         return tuple(piece for piece in self.pieces if piece.receiver == receiver)
 
     def values_of(self, receiver: int) -> tuple[Value, ...]:
+        """The values in a rank's staging memory."""
         return tuple(value for value in self.values if value.receiver == receiver)
 
 
