@@ -1,4 +1,4 @@
-"""Processes: identity, whether one is alive, how one ended, and exceptions of waits and of signal handlers."""
+"""Processes: the state of one, how one ended, heartbeats, and exceptions of waits and of signal handlers."""
 
 from __future__ import annotations
 
@@ -10,53 +10,7 @@ import time
 from pathlib import Path
 from typing import Protocol
 
-from pydantic import BaseModel, ConfigDict
-
 SILENT_AFTER_SECONDS = 60.0
-
-
-class ProcessIdentity(BaseModel):
-    """A process, by facts that another process can check. host: equal only where `/proc` and sockets are shared."""
-
-    model_config = ConfigDict(frozen=True)
-
-    host: str
-    hostname: str
-    uid: int
-    pid: int
-    start_time: int
-    # "" in records of versions without this field, and where there is no `/proc`.
-    user_namespace: str = ""
-
-    @property
-    def memory_domain(self) -> tuple[str, int, str]:
-        """Equal if two processes can open each other's memory, and see each other's user on a socket.
-
-        Containers that share a pid and a network namespace may have different user namespaces: then each sees the other
-        as an unknown user, and may not read its memory.
-        """
-        return self.host, self.uid, self.user_namespace
-
-
-def own_identity() -> ProcessIdentity:
-    """The identity of this process."""
-    return ProcessIdentity(
-        host=host_identity(),
-        hostname=socket.gethostname(),
-        uid=os.getuid(),
-        pid=os.getpid(),
-        start_time=process_state(os.getpid())[1],
-        user_namespace=_user_namespace(),
-    )
-
-
-def _user_namespace() -> str:
-    try:
-        return os.readlink("/proc/self/ns/user")
-    except OSError as error:
-        if is_from_signal_handler(error):
-            raise
-        return ""
 
 
 def host_identity() -> str:
@@ -79,22 +33,6 @@ def process_state(pid: int) -> tuple[str, int]:
             raise
         return "", 0
     return fields[0], int(fields[19])
-
-
-def how_gone(process: ProcessIdentity) -> str | None:
-    """None while a process of this host is alive; else a phrase that follows its name in a message."""
-    state, start_time = process_state(process.pid)
-    if state and state not in "ZX" and start_time == process.start_time:
-        return None
-    return (
-        f"is gone: its process (pid {process.pid} on {process.hostname}) has ended without closing, killed or crashed"
-    )
-
-
-def is_stopped(process: ProcessIdentity) -> bool:
-    """Whether a process of this host is stopped, by a debugger or Ctrl-Z."""
-    state, start_time = process_state(process.pid)
-    return state in ("T", "t") and start_time == process.start_time
 
 
 class HeartbeatWatch:
