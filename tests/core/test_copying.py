@@ -145,7 +145,7 @@ def test_where_no_thread_can_start_nothing_is_left_to_be_copied_later(monkeypatc
 
 def test_a_thread_that_has_no_memory_to_begin_in_keeps_no_copy_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     """The system makes it, and it ends before it runs a line, as under a limit of address space."""
-    monkeypatch.setattr(copying, "_helper", copying._Helper())
+    monkeypatch.setattr(copying, "_helper", copying._CopyThread())
     copying.share_long_copies(True)
     into, value = torch.empty(LONG), torch.rand(LONG)
     with monkeypatch.context() as patch:
