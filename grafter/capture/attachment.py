@@ -1,7 +1,7 @@
 """An attachment: hooks on the selected modules of one model, which turn their inputs and outputs into points.
 
-Only what is selected gets hooks, and a module without one costs nothing. The model that was given is called in many
-ways (`model.forward(x)` among them, which runs no hooks), so its own `forward` is wrapped instead.
+Only selected modules get hooks, and a module without hooks costs nothing. The model itself may be called by
+`model.forward(x)`, which runs no hooks, so its `forward` is wrapped instead.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from grafter.capture.compiled import BREAK, number_of_hooks
 from grafter.capture.containers import Arguments, Found, find_tensors, replace_tensors
-from grafter.capture.copies import around, leave_hooks_out, stop_leaving_out
+from grafter.capture.copies import leave_hooks_out, modules_around, stop_leaving_out
 from grafter.capture.model_forward import watch_forward
 from grafter.capture.module_tree import tree_of
 from grafter.capture.naming import Naming
@@ -27,10 +27,10 @@ from grafter.core.patterns import ROOT, Pattern
 from grafter.core.tensor_access import local_tensor
 from grafter.core.untraced import forget_compiled_code, untraced
 
-# Offers one tensor as a point: (name and tags, as which announcement it counts, tensor) -> what takes its place.
+# Offers one tensor as a point: (name and tags, the announcement that it counts as, tensor) -> the tensor to use.
 Offer = Callable[[PointName, str, torch.Tensor], torch.Tensor]
 # The same for code that is being compiled: (name, path below the module, whether autograd differentiates the tensor) ->
-# what `compiled.find_site` gives, whatever the tags are.
+# the result of `compiled.find_site`.
 FindSite = Callable[[str, str, bool], int]
 
 
@@ -39,7 +39,7 @@ def _break_the_graph(name: str, suffix: str, is_differentiated: bool) -> int:
 
 
 class ModulePoints:
-    """The points of one module. Names of its tensors are worked out when they are first met."""
+    """The points of one module. The names of its tensors are computed when the tensors first occur."""
 
     def __init__(
         self,
@@ -58,20 +58,20 @@ class ModulePoints:
         self.arguments = Arguments(module)
         self._naming, self._offer, self._find_site = naming, offer, find_site
         self._names: dict[str, PointName] = {}
-        # As which announcement each counts.
+        # The announcement that each counts as.
         self._announced: dict[str, str] = {}
-        # By the paths of tensors that come together: the order in which they are offered.
+        # By the paths of the tensors of one call: the order in which they are offered.
         self._orders: dict[tuple[str, ...], list[int]] = {}
 
     def take_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """What the module gets instead: the same objects where nothing was replaced."""
+        """The arguments that the module gets instead: the same objects if nothing was replaced."""
         self.fired = True
         found = self.arguments.find(args, kwargs)
         replacements = self._offer_all(found)
         return (args, kwargs) if replacements is None else self.arguments.replace(args, kwargs, iter(replacements))
 
     def take_output(self, value: Any) -> Any:
-        """What the module gives instead: the same object where nothing was replaced."""
+        """The output that the module gives instead: the same object if nothing was replaced."""
         self.fired = True
         if type(value) is torch.Tensor:
             return self._offer_one(".out", value)
@@ -81,7 +81,7 @@ class ModulePoints:
         return value if replacements is None else replace_tensors(value, iter(replacements))
 
     def find_sites(self, suffixes: tuple[str, ...], differentiated: tuple[bool, ...]) -> list[tuple[int, int]]:
-        """Of tensors with these paths, in code that is being compiled: (place, site) in the order of offering."""
+        """For tensors with these paths, in code that is being compiled: (place, site) in the order of offering."""
         sites = []
         for place in self._order(suffixes):
             name = self._names[suffixes[place]].name
@@ -89,13 +89,18 @@ class ModulePoints:
         return sites
 
     def tags_and_key(self, suffix: str) -> tuple[dict[str, Any], str]:
-        """The tags of one tensor's point, and as which announcement it counts."""
+        """The tags of one tensor's point, and the announcement that it counts as."""
         name = self._names.get(suffix) or self._named(suffix)
         return name.tags, self._announced[suffix]
 
     @property
+    def tensor_paths(self) -> tuple[str, ...]:
+        """The paths, below the module, of the tensors that have occurred, sorted."""
+        return tuple(sorted(self._names))
+
+    @property
     def keys(self) -> list[str]:
-        """As a rank announces them."""
+        """The keys under which a rank announces the module, and those of its tensors that have names themselves."""
         known = self._naming.known_tensors(self.name, self.path)
         return [self.name.key, *(name.tensor_key for name in known)]
 
@@ -109,7 +114,7 @@ class ModulePoints:
         return name
 
     def _offer_all(self, found: Found) -> list[torch.Tensor] | None:
-        """Offer all; what takes their places, or None where nothing does."""
+        """Offer all tensors; the tensors to use instead, or None if none was replaced."""
         if len(found) == 1:
             suffix, tensor = found[0]
             replacement = self._offer_one(suffix, tensor)
@@ -125,8 +130,7 @@ class ModulePoints:
         return _with_one_for_one([tensor for _, tensor in found], replacements)
 
     def _order(self, suffixes: tuple[str, ...]) -> list[int]:
-        """By their common names: the other program may have them in another order, and each point waits for the other
-        side."""
+        """The order of offering, by name: the other program may have another order, and each point waits for it."""
         order = self._orders.get(suffixes)
         if order is None:
             names = [self._names.get(suffix) or self._named(suffix) for suffix in suffixes]
@@ -136,7 +140,7 @@ class ModulePoints:
 
 
 def _with_one_for_one(tensors: list[torch.Tensor], replacements: list[torch.Tensor]) -> list[torch.Tensor]:
-    """The replacements, one for all places where one tensor stood: code asks for `key is query`."""
+    """The replacements, with one object for all places of one tensor, since code may test `key is query`."""
     first: dict[int, torch.Tensor] = {}
     for number, tensor in enumerate(tensors):
         known = first.setdefault(id(tensor), replacements[number])
@@ -146,7 +150,7 @@ def _with_one_for_one(tensors: list[torch.Tensor], replacements: list[torch.Tens
 
 
 class _Watcher:
-    """A module's points, as the model's own `forward` sees them."""
+    """The points of the model itself, as its wrapped `forward` uses them."""
 
     def __init__(self, points: ModulePoints, inputs: bool, outputs: bool) -> None:
         self.inputs = input_hook(points, untraced(points.take_inputs)) if inputs else None
@@ -169,17 +173,17 @@ class Attachment:
     ) -> None:
         self._handles: list[RemovableHandle] = []
         self._stop_watching: Callable[[], None] | None = None
-        # Weakly, as the handles of the hooks have them: an attachment outlives its model.
+        # Weakly, as in the handles of the hooks, since an attachment may outlive its model.
         self._modules: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
         self._takes_inputs = inputs
-        # For `grafter plan suggest`; the model may be gone when this is written down.
+        # For `grafter plan suggest`. The model may no longer exist when the tree is written.
         self.tree = tree_of(model)
         selected = select_modules(model, patterns)
         self.points: list[ModulePoints] = []
         families: dict[str, Family] = {}
         for path, module in selected:
             name = naming.of_module(model, path)
-            # Where one tensor may have a name of its own, no two modules need have the same ones.
+            # If a rule names single tensors, two modules need not have the same names.
             family = Family() if naming.names_tensors else families.setdefault(name.name, Family())
             self.points.append(ModulePoints(path, module, name, naming, offer, find_site, family))
         for (path, module), points in zip(selected, self.points, strict=True):
@@ -189,28 +193,28 @@ class Attachment:
                 self._hook(module, points, inputs, outputs)
             else:
                 self._stop_watching = watch_forward(module, _Watcher(points, inputs, outputs))
-        self._around: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet(around(model, self._modules))
+        self._around: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet(modules_around(model, self._modules))
         for module in self._around:
             leave_hooks_out(module)
         if selected:
             forget_compiled_code()
 
     def keep(self, handles: Iterable[RemovableHandle]) -> None:
-        """Hooks that go when this attachment does."""
+        """Remove these hooks, too, when this attachment is detached."""
         self._handles += handles
 
     @property
     def keys(self) -> list[str]:
-        """The modules, as a rank announces them, and those of their tensors that have names of their own."""
+        """The keys under which a rank announces the modules, and the tensors that have names themselves."""
         return [key for points in self.points for key in points.keys]
 
     def has_hooks_on(self, modules: Iterable[torch.nn.Module]) -> bool:
-        """Whether any of these modules is one of its own."""
+        """Whether any of these modules has hooks of this attachment."""
         return any(module in self._modules for module in modules)
 
     def takes_names_of(self, other: Attachment) -> bool:
-        """Whether it is on another model, some of whose points have the same names. Parts of one model, which have
-        layers of their own each, are none."""
+        """Whether `other` is on another model, and some points of both have the same names. Parts of one model, each
+        with its own layers, do not count."""
         if not other._modules or self.has_hooks_on(other._modules):
             return False
         own, others = set(self.keys), set(other.keys)
@@ -223,19 +227,19 @@ class Attachment:
         return len(self._handles)
 
     def never_fired(self) -> list[str]:
-        """Paths of selected modules that no call has reached."""
+        """The paths of selected modules that no call has reached."""
         return [points.path for points in self.points if not points.fired and not points.family.is_silent]
 
     def bypassed(self) -> list[str]:
-        """Paths of those that no call has reached though calls have reached parts of them: called by
-        `module.forward(...)`, say. None where inputs are no points, since then a call shows only when it is over."""
+        """The paths of modules that no call has reached though calls have reached their parts: they were called by
+        `module.forward(...)`, say. None if inputs are not points, since then a call is seen only when it ends."""
         if not self._takes_inputs:
             return []
         around_fired = {path for points in self.points if points.fired for path in _paths_above(points.path)}
         return [path or ROOT for path in self.never_fired() if path in around_fired]
 
     def detach(self) -> None:
-        """Take all hooks away. May be called twice."""
+        """Remove all hooks. May be called twice."""
         if not self._handles and self._stop_watching is None:
             return
         for handle in self._handles:
@@ -278,6 +282,6 @@ class Attachment:
 
 
 def _paths_above(path: str) -> list[str]:
-    """Of what a module is in, the model itself included."""
+    """The paths of the modules that contain a module, including the model itself."""
     segments = path.split(".") if path else []
     return [".".join(segments[:number]) for number in range(len(segments))]

@@ -1,14 +1,14 @@
 """Points inside a compiled region, without a break in its graph: operators that the compiler leaves where they are.
 
-An operator declares that it changes a token, so that it is neither removed nor moved past another point, and never that
-it changes the value: a comparison returns nothing, and a graft a new tensor. What a point is called, and whether any
-filter could ever match it, is settled when the code is traced; what matches is asked again at each call, since the step
-and the context change. Hooks of several modules may share a graph, so which of them is called travels with the value.
+An operator declares that it changes a token, so that it is neither removed nor moved past another point. It does not
+declare that it changes the value: a comparison returns nothing, and a graft a new tensor. A point's name, and whether
+any filter could ever match it, are known when the code is traced. Filters are evaluated at each call, since the step
+and the context change. Hooks of several modules may share a graph, so an argument says which of them is called.
 
-    grafter::compare    looks at a value
-    grafter::point      hands on what came in the place of a value, and the number of the gradient that is to come
+    grafter::compare    compares a value
+    grafter::point      returns what replaces a value, and the number of the gradient to come
     grafter::gradient   the same for that gradient, in the backward graph
-    grafter::notice     something that happens between points: a call of a model begins, or ends
+    grafter::notice     reports an event between points: a call of a model begins or ends
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import itertools
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -25,24 +25,22 @@ from grafter.capture.operators import define
 from grafter.core.points import PointKey, is_passed_over, split_options, traced_call_site
 from grafter.errors import UsageError
 from grafter.runtime.gradients.watched import SavedGradient, WatchedGradient
+from grafter.runtime.point_host import PointHost
 from grafter.runtime.recompute.regions import current_recomputation
 
-if TYPE_CHECKING:
-    from grafter.runtime.point_host import PointHost
-
-# What the code is traced into, in place of the number of a site.
+# Results of `find_site` that are not the number of a site.
 BREAK, NOTHING = -1, -2
 
 _NO_GRADIENT = -1
-# Of what a region keeps besides its points: the numbers of their gradients.
+# The phase under which a checkpointed region keeps the numbers of gradients.
 _NUMBERS = "number of the gradient"
 
 
 @dataclass(frozen=True)
 class Site:
-    """One point in compiled code: what its operator does when it runs.
+    """One point in compiled code, which its operator executes.
 
-    suffix: of a hook's point, where in its module's inputs or outputs it is; which module, is known when it runs.
+    suffix: for a hook's point, its path in the module's inputs or outputs. The module is known when the operator runs.
     """
 
     grafter: PointHost
@@ -55,17 +53,17 @@ class Site:
 
 
 class Hooked(Protocol):
-    """A module's points, as its hooks' operators ask for them."""
+    """A module's points, as the operators of its hooks use them."""
 
     fired: bool
 
     def tags_and_key(self, suffix: str) -> tuple[dict[str, Any], str]:
-        """The tags of the point with this suffix, and as which module's announcement it counts."""
+        """The tags of the point with this suffix, and the announcement that it counts as."""
         ...
 
 
 @dataclass(frozen=True)
-class _Call:
+class _OperatorCall:
     """One run of an operator."""
 
     site: Site
@@ -75,7 +73,7 @@ class _Call:
 
 @dataclass(frozen=True)
 class _KeptNumber:
-    """What a checkpointed region knows of a gradient: its recomputation makes the tensor with the number again."""
+    """The number of a gradient, kept by a checkpointed region, whose recomputation returns it again."""
 
     key: PointKey
     number: int
@@ -83,22 +81,22 @@ class _KeptNumber:
 
 _sites: list[Site] = []
 _known: dict[Site, int] = {}
-# Changed, as the operators say, in the forward graph and in the backward graph.
+# The operators declare that they change these, in the forward graph and in the backward graph.
 _token, _backward_token = torch.zeros(0), torch.zeros(0)
-# Gradients that are to come, by a number that the graph carries from the point to its gradient.
+# The expected gradients, by a number that the graph carries from a point to its gradient.
 _expected: dict[int, tuple[PointHost, WatchedGradient | SavedGradient]] = {}
 _numbers = itertools.count()
 _hooked: weakref.WeakValueDictionary[int, Hooked] = weakref.WeakValueDictionary()
 _hook_numbers = itertools.count()
 _noticed: list[Callable[[], None]] = []
-# Of a point that no hook has taken.
+# For a point that is not a hook's.
 NO_HOOK = torch.tensor(-1)
 
 
 def number_of_hooks(points: Hooked) -> torch.Tensor:
-    """How the operators of a module's hooks are told which module it is: int64, without dimensions.
+    """The number by which operators know the module of a hook: a tensor, int64, without dimensions.
 
-    A tensor, since a number would be a constant of the graph, which could then serve this one module alone.
+    A Python number would be a constant of the graph, which could then serve only this module.
     """
     number = next(_hook_numbers)
     _hooked[number] = points
@@ -106,8 +104,8 @@ def number_of_hooks(points: Hooked) -> torch.Tensor:
 
 
 def notice_in_graph(happens: Callable[[], None]) -> Callable[[], None]:
-    """Of a function that traced code cannot run itself: one that it can, which leaves an operator that runs it."""
-    # A text, as of the families of hooks: no graph is run for another function.
+    """A function that traced code can call, and that becomes an operator which calls `happens`."""
+    # Dynamo guards on this string, so that no graph is reused for another function.
     number = str(len(_noticed))
     _noticed.append(happens)
 
@@ -132,8 +130,10 @@ def find_site(
     has_gradient: bool,
     suffix: str | None = None,
 ) -> int:
-    """Called while code is traced: the number of a site, or BREAK (the call breaks the graph and runs as in eager
-    code), or NOTHING (no filter can ever match: the call is left out).
+    """The number of the site of a point in code that is being traced.
+
+    Or BREAK (the call breaks the graph and runs as in eager code), or NOTHING (no filter can ever match, and the call
+    is left out).
     """
     verdict = grafter.trace(name, dict(arguments))
     if verdict.kind != "operator":
@@ -155,9 +155,6 @@ def _users_line() -> str:
     return f"{own[-1].filename}:{own[-1].lineno} in {own[-1].name} (compiled)"
 
 
-# The operators as they run.
-
-
 def _compare(value: torch.Tensor, token: torch.Tensor, hook: torch.Tensor, site: int) -> None:
     call = _call_of(site, hook)
     if call is not None and not _is_replayed():
@@ -167,16 +164,16 @@ def _compare(value: torch.Tensor, token: torch.Tensor, hook: torch.Tensor, site:
 def _point(
     value: torch.Tensor, token: torch.Tensor, hook: torch.Tensor, site: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What is handed on, and the number of the gradient that is to come (below 0: none is)."""
+    """The value to use instead, and the number of the gradient to come (below 0: none)."""
     call = _call_of(site, hook)
     if call is None:
         return value.clone(), torch.tensor(_NO_GRADIENT)
     if _is_replayed():
         raise UsageError(
             f"the point {call.site.name!r} at {call.site.call_site} is in a part of compiled code that the backward "
-            "pass repeats, by other means than torch.utils.checkpoint's regions. What was grafted there is not kept "
-            "for that, nor is its gradient a point. Dump it outside of that part, compile without recomputation, or "
-            "only compare its forward value."
+            "pass repeats, by other means than torch.utils.checkpoint's regions. Grafted values are not kept for that, "
+            "and gradients there are not points. Dump it outside of that part, compile without recomputation, or only "
+            "compare its forward value."
         )
     result = _meet(call, value)
     number = _number_of_gradient(call) if call.site.has_gradient else _NO_GRADIENT
@@ -189,23 +186,23 @@ def _notice(token: torch.Tensor, number: int) -> None:
         _noticed[number]()
 
 
-def _call_of(number: int, hook: torch.Tensor) -> _Call | None:
-    """None: of a hook that is gone, or while the rank warms up."""
+def _call_of(number: int, hook: torch.Tensor) -> _OperatorCall | None:
+    """One run of an operator; None if its hook was removed, or while the rank warms up."""
     site = _sites[number]
     if site.grafter.is_warming_up:
         return None
     if site.suffix is None:
-        return _Call(site, dict(site.arguments), None)
+        return _OperatorCall(site, dict(site.arguments), None)
     points = _hooked.get(int(hook))
     if points is None:
         return None
     points.fired = True
     tags, module = points.tags_and_key(site.suffix)
-    return _Call(site, {**dict(site.arguments), **tags}, module)
+    return _OperatorCall(site, {**dict(site.arguments), **tags}, module)
 
 
 def _is_replayed() -> bool:
-    """Whether the backward pass repeats a part of the forward pass of which no region knows what was written there."""
+    """Whether the backward pass repeats a part of the forward pass whose grafted values no region has kept."""
     if torch._C._current_graph_task_id() == -1:
         return False
     with torch.no_grad():
@@ -213,19 +210,19 @@ def _is_replayed() -> bool:
 
 
 def _refuse_capture(what: str) -> None:
-    """Also where nothing matches now: the replay would not ask again."""
+    """Raise UsageError in a CUDA graph capture, even if nothing matches now: a replay would not evaluate filters."""
     if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():  # type: ignore[no-untyped-call]
         raise UsageError(
-            f"{what} is in a CUDA graph capture, whose replay would repeat this call's values and meet nobody. Compile "
-            "this part without CUDA graphs (`mode='default'`) while grafting."
+            f"{what} is in a CUDA graph capture, whose replay would repeat this call's values without the other job. "
+            "Compile this part without CUDA graphs (`mode='default'`) while grafting."
         )
 
 
-def _meet(call: _Call, value: torch.Tensor) -> torch.Tensor:
+def _meet(call: _OperatorCall, value: torch.Tensor) -> torch.Tensor:
     _refuse_capture(f"the point {call.site.name!r} at {call.site.call_site}")
     reset = traced_call_site.set(call.site.call_site)
     try:
-        # The graph around the operator records gradients; in here is only the value.
+        # The graph around the operator records gradients.
         with torch.no_grad():
             result: torch.Tensor = call.site.grafter.dump_point(
                 call.site.name, value, dict(call.arguments), call.module
@@ -236,18 +233,18 @@ def _meet(call: _Call, value: torch.Tensor) -> torch.Tensor:
 
 
 def _as_promised(value: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
-    """In memory of its own, and with the strides that the compiler was told of."""
+    """The result with the strides that the compiler expects, in memory that is not the value's."""
     if result is not value and result.stride() == torch.empty_like(value, device="meta").stride():
         return result
     return torch.empty_like(value).copy_(result)
 
 
-def _number_of_gradient(call: _Call) -> int:
+def _number_of_gradient(call: _OperatorCall) -> int:
     grafter, name = call.site.grafter, call.site.name
     assert grafter.gradients is not None
     recomputation = current_recomputation()
     if recomputation is not None and not recomputation.region.is_differentiated:
-        # The graph of the forward pass is differentiated, with the number that it had there.
+        # The forward pass's graph is differentiated, and has this number.
         own, _ = split_options(call.arguments)
         steps, key_tags = grafter.context.steps, grafter.context.config.key_tags
         kept: _KeptNumber | None = recomputation.next_kept(steps, name, own, key_tags, _NUMBERS)
@@ -274,40 +271,23 @@ def _gradient(gradient: torch.Tensor, token: torch.Tensor, number: torch.Tensor)
     return _as_promised(gradient, gradient if replaced is None else replaced)
 
 
-# The operators as the compiler knows them.
-
-
-def _fake_notice(token: torch.Tensor, number: int) -> None:
-    return None
-
-
-def _fake_compare(value: torch.Tensor, token: torch.Tensor, hook: torch.Tensor, site: int) -> None:
-    return None
-
-
-def _fake_point(
-    value: torch.Tensor, token: torch.Tensor, hook: torch.Tensor, site: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _fake_point(value: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.empty_like(value), torch.empty((), dtype=torch.int64)
 
 
-def _fake_gradient(gradient: torch.Tensor, token: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
-    like: torch.Tensor = torch.empty_like(gradient)
-    return like
-
-
 _SCHEMA = "(Tensor value, Tensor(a!) token, Tensor hook, int site)"
-_compare_op = define(f"compare{_SCHEMA} -> ()", _compare, _fake_compare)
+_compare_op = define(f"compare{_SCHEMA} -> ()", _compare, lambda *_: None)
 _point_op = define(f"point{_SCHEMA} -> (Tensor, Tensor)", _point, _fake_point)
-_notice_op = define("notice(Tensor(a!) token, int number) -> ()", _notice, _fake_notice)
-_gradient_op = define("gradient(Tensor gradient, Tensor(a!) token, Tensor number) -> Tensor", _gradient, _fake_gradient)
+_notice_op = define("notice(Tensor(a!) token, int number) -> ()", _notice, lambda *_: None)
+_gradient_op = define(
+    "gradient(Tensor gradient, Tensor(a!) token, Tensor number) -> Tensor",
+    _gradient,
+    lambda gradient, *_: torch.empty_like(gradient),
+)
 
 
-# What traced code calls.
-
-
-class _StraightThrough(torch.autograd.Function):
-    """The gradient of what comes out is that of what went in, as a graft with `write=return` has it in eager code."""
+class _Graft(torch.autograd.Function):
+    """A graft whose gradient passes unchanged to the replaced tensor, as with `write=return` in eager code."""
 
     @staticmethod
     def forward(ctx: Any, value: torch.Tensor, token: torch.Tensor, hook: torch.Tensor, site: int) -> torch.Tensor:
@@ -319,8 +299,8 @@ class _StraightThrough(torch.autograd.Function):
         return gradients[0], None, None, None
 
 
-class _WithGradient(torch.autograd.Function):
-    """The same, where the gradient is a point, too: an operator in the backward graph."""
+class _GraftWithGradient(torch.autograd.Function):
+    """A graft whose gradient is a point, too: an operator in the backward graph."""
 
     @staticmethod
     def forward(ctx: Any, value: torch.Tensor, token: torch.Tensor, hook: torch.Tensor, site: int) -> torch.Tensor:
@@ -336,16 +316,16 @@ class _WithGradient(torch.autograd.Function):
 
 
 def offer_traced(value: torch.Tensor, site: int, hook: torch.Tensor = NO_HOOK) -> torch.Tensor:
-    """What takes the place of the value: the value itself where it is only compared."""
+    """The value to use instead; the value itself if it is only compared."""
     kind = _kind_of(site)
     if kind == "compare":
         _compare_op(value, _token, hook, site)
         return value
     if kind == "gradient":
-        watched: torch.Tensor = _WithGradient.apply(value, _token, hook, site)  # type: ignore[no-untyped-call]
+        watched: torch.Tensor = _GraftWithGradient.apply(value, _token, hook, site)  # type: ignore[no-untyped-call]
         return watched
     if torch.is_grad_enabled() and value.requires_grad:
-        through: torch.Tensor = _StraightThrough.apply(value, _token, hook, site)  # type: ignore[no-untyped-call]
+        through: torch.Tensor = _Graft.apply(value, _token, hook, site)  # type: ignore[no-untyped-call]
         return through
     result: torch.Tensor = _point_op(value, _token, hook, site)[0]
     return result

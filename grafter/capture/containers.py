@@ -1,7 +1,7 @@
-"""Containers: the tensors in a module's inputs or outputs, each with its path, and the same containers with others.
+"""Containers: the tensors in a module's inputs or outputs, each with its path, and containers with other tensors.
 
-Tuples (named ones, too), lists, dicts, dataclasses, a library's output classes and whatever torch knows as a pytree are
-looked into. Anything else is passed on as it is.
+Tuples (also named ones), lists, dicts, dataclasses, output classes of libraries, and torch's registered pytrees are
+searched. Anything else is passed on unchanged.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Found = list[tuple[str, torch.Tensor]]
 
 
 def find_tensors(value: Any, suffix: str, found: Found, within: tuple[int, ...] = ()) -> None:
-    """Append the tensors of `value`, whose own path is `suffix`. `within`: the containers around it."""
+    """Append the tensors in `value` to `found`. suffix: the path of `value`. within: ids of containers around it."""
     if isinstance(value, torch.Tensor):
         found.append((suffix, value))
         return
@@ -51,14 +51,14 @@ def replace_tensors(value: Any, replacements: Iterator[torch.Tensor], within: tu
 
 
 class _Form(NamedTuple):
-    """How one class of containers is taken apart, and put together with other parts."""
+    """How one class of containers is taken apart and rebuilt with other parts."""
 
     parts: Callable[[Any], list[tuple[str, Any]]]
     rebuilt: Callable[[Any, list[Any]], Any]
 
 
 def is_looked_into(cls: type) -> bool:
-    """Whether instances of a class are containers, whose tensors are found."""
+    """Whether instances of a class are containers that are searched."""
     return _form_of_class(cls) is not None or cls in pytree.SUPPORTED_NODES
 
 
@@ -108,7 +108,7 @@ def _fields(value: Any) -> list[tuple[str, Any]]:
 
 
 def _dataclass_with(value: Any, new: list[Any]) -> Any:
-    # `dataclasses.replace` would run `__post_init__` again, and refuse fields that are no arguments.
+    # `dataclasses.replace` would run `__post_init__` again, and fail for fields that are not arguments.
     copied = copy.copy(value)
     for (name, old), child in zip(_fields(value), new, strict=True):
         if child is not old:
@@ -142,10 +142,11 @@ _REGISTERED = _Form(_registered_parts, _registered_with)
 
 
 class Arguments:
-    """Names for a module's inputs: those of its `forward`, whether they come by position or by name."""
+    """The names of a module's inputs: those of its `forward`, whether passed by position or by name."""
 
     def __init__(self, module: torch.nn.Module) -> None:
-        self._positional: list[str] = []
+        # The names of the positional arguments, and that of the further ones.
+        self.positional: list[str] = []
         self._rest = "args"
         try:
             parameters = inspect.signature(module.forward).parameters.values()
@@ -155,11 +156,12 @@ class Arguments:
             return
         for parameter in parameters:
             if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
-                self._positional.append(f".in.{parameter.name}")
+                self.positional.append(parameter.name)
             elif parameter.kind is parameter.VAR_POSITIONAL:
                 self._rest = parameter.name
 
     def find(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Found:
+        """The tensors in the arguments of one call."""
         found: Found = []
         for number, value in enumerate(args):
             find_tensors(value, self.name_of(number), found)
@@ -170,14 +172,14 @@ class Arguments:
     def replace(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], replacements: Iterator[torch.Tensor]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Both with other tensors, in the order of `find`."""
+        """The arguments with each tensor replaced by the next of `replacements`, in the order of `find`."""
         return (
             tuple(replace_tensors(value, replacements) for value in args),
             {name: replace_tensors(value, replacements) for name, value in kwargs.items()},
         )
 
     def name_of(self, number: int) -> str:
-        """Of an argument by its position."""
-        if number < len(self._positional):
-            return self._positional[number]
-        return f".in.{self._rest}.{number - len(self._positional)}"
+        """The path of the argument at a position."""
+        if number < len(self.positional):
+            return f".in.{self.positional[number]}"
+        return f".in.{self._rest}.{number - len(self.positional)}"

@@ -1,8 +1,7 @@
-"""Copies: what is pickled, saved, copied or scripted of an attached model is the model without grafter's hooks.
+"""Copies: what is pickled, saved, copied or scripted of an attached model has no hooks of grafter.
 
-Hooks cannot be pickled, a file with them could not be loaded where there is no grafter, and a copy that had them would
-offer the points of the model that it was made from. So an attached module gives its state without them, which is what
-`torch.save`, `pickle` and `copy` ask a module for.
+Hooks cannot be pickled, a file with them could not be loaded without grafter, and a copy with hooks would offer the
+points of its original. So the state of an attached module, used by `torch.save`, `pickle` and `copy`, leaves them out.
 """
 
 from __future__ import annotations
@@ -18,11 +17,11 @@ from grafter.capture.model_forward import watch_on
 from grafter.capture.passes import CountedForward
 
 _GIVE_STATE = "__getstate__"
-# What torch.jit.script asks a module for.
+# The method that torch.jit.script calls.
 _SCRIPT = "__prepare_scriptable__"
 _OURS = "grafter.capture."
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
-# Beside the hooks, what torch knows of each, by the same numbers.
+# Facts about hooks that torch keeps by the hooks' numbers.
 _FACTS = (
     "_forward_pre_hooks_with_kwargs",
     "_forward_hooks_with_kwargs",
@@ -30,28 +29,28 @@ _FACTS = (
 )
 
 
-# How many attachments each module has them left out for.
+# For how many attachments each module leaves its hooks out.
 _left_out_for: weakref.WeakKeyDictionary[torch.nn.Module, int] = weakref.WeakKeyDictionary()
 
 
 def leave_hooks_out(module: torch.nn.Module) -> None:
-    """From now on the module's state has none of our hooks. Called once by each attachment."""
+    """Leave our hooks out of the module's state from now on. Each attachment calls this once."""
     _left_out_for[module] = _left_out_for.get(module, 0) + 1
-    # By a weak reference: a module that refers to itself is freed late.
+    # A weak reference, since a module that refers to itself is freed late.
     module.__dict__.setdefault(_GIVE_STATE, functools.partial(_state_of, weakref.ref(module)))
     module.__dict__.setdefault(_SCRIPT, functools.partial(_bare, weakref.ref(module)))
 
 
-def around(model: torch.nn.Module, hooked: Collection[torch.nn.Module]) -> list[torch.nn.Module]:
-    """The modules of a model that have hooked ones inside, and are not hooked themselves.
+def modules_around(model: torch.nn.Module, hooked: Collection[torch.nn.Module]) -> list[torch.nn.Module]:
+    """The modules of a model that contain hooked ones and have no hooks themselves.
 
-    Hooks are left out of them, too: torch.jit.script puts what it is given for a part in the place of that part.
+    Hooks are left out of their states, too, since torch.jit.script replaces each part of a module.
     """
     return [m for m in model.modules() if m not in hooked and any(part in hooked for part in m.modules())]
 
 
 def stop_leaving_out(module: torch.nn.Module) -> None:
-    """Once no attachment is left, the module is as it was."""
+    """Restore the module once no attachment is left. Each attachment calls this once."""
     _left_out_for[module] = _left_out_for.get(module, 1) - 1
     if not _left_out_for[module]:
         del _left_out_for[module]
@@ -60,12 +59,12 @@ def stop_leaving_out(module: torch.nn.Module) -> None:
 
 
 def hooks_of_ours(hooks: dict[int, Any]) -> list[int]:
-    """The numbers of our hooks among these."""
+    """The numbers of grafter's hooks among these."""
     return [number for number, hook in hooks.items() if str(getattr(hook, "__module__", "")).startswith(_OURS)]
 
 
 def take_hooks_away(module: torch.nn.Module) -> None:
-    """Of a module that came by them by other means than its state."""
+    """Remove our hooks from a module that was not copied by its state."""
     for kind in _HOOKS:
         hooks = getattr(module, kind)
         for number in hooks_of_ours(hooks):
@@ -97,7 +96,7 @@ def _state_of(reference: weakref.ref[torch.nn.Module]) -> Any:
 
 
 def _bare(reference: weakref.ref[torch.nn.Module]) -> torch.nn.Module:
-    """A module with the same weights and parts, and without hooks. It is none that the program has made."""
+    """A module with the same weights and parts, and without hooks, for torch.jit.script."""
     module = reference()
     assert module is not None
     bare: torch.nn.Module = object.__new__(type(module))

@@ -1,4 +1,4 @@
-"""The model itself: programs call `model.forward(...)`, too, which runs no hooks, so its `forward` is wrapped."""
+"""The wrapped `forward` of a model: programs also call `model.forward(...)`, which runs no hooks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _MARK = "_grafter_watched"
 
 
 class ForwardWatcher(Protocol):
-    """Sees each call of the model, and may replace what goes in and what comes out; None: does not care."""
+    """Sees each call of the model, and may replace its inputs and its output; None: it does not."""
 
     @property
     def inputs(self) -> Callable[[tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]]] | None: ...
@@ -29,25 +29,25 @@ class ForwardWatcher(Protocol):
 
 @dataclass(eq=False)
 class WrappedForward:
-    """A module whose `forward` is wrapped. `own`: the instance's own one that it had, if it had one."""
+    """A wrapped `forward`. own: the instance's `forward` before, if it had one."""
 
     own: Callable[..., Any] | None
     watchers: list[ForwardWatcher] = field(default_factory=list)
 
 
 def watch_forward(module: torch.nn.Module, watcher: ForwardWatcher) -> Callable[[], None]:
-    """Have the watcher see all calls; what is returned ends that. Several share one wrapper, in their order."""
+    """Let the watcher see all calls until the returned function is called. Several share one wrapper, in order."""
     watched = watch_on(module)
     if watched is None:
         watched = WrappedForward(module.__dict__.get("forward"))
         module.__dict__["forward"] = _wrapper(module, watched)
     watched.watchers.append(watcher)
-    # Weakly: an attachment outlives its model.
+    # Weakly, since an attachment may outlive its model.
     return functools.partial(_stop, weakref.ref(module), watched, watcher)
 
 
 def watch_on(module: torch.nn.Module) -> WrappedForward | None:
-    """What is known of a module whose `forward` is wrapped."""
+    """The wrapped `forward` of a module, if there is one."""
     watched: WrappedForward | None = getattr(module.__dict__.get("forward"), _MARK, None)
     return watched
 
@@ -79,7 +79,7 @@ def _wrapper(module: torch.nn.Module, watched: WrappedForward) -> Callable[..., 
         return run(functools.partial(type(self).forward, self), args, kwargs)
 
     setattr(forward, _MARK, watched)
-    # A method, so that a deep copy of the model has one bound to the copy.
+    # A method, so that a deep copy of the model gets one bound to the copy.
     return types.MethodType(forward, module)
 
 

@@ -1,4 +1,4 @@
-"""Which variables of the program hold a model, and what else tells it from others of its class.
+"""Which variables of the program hold a model, and what else distinguishes it from others of its class.
 
 Both jobs' programs usually hold the same model in a variable of the same name: a global, a local of a function that
 runs, an attribute, a key of a dict, a place in a list (`models.1`).
@@ -22,17 +22,17 @@ from grafter.core.points import is_passed_over
 from grafter.core.processes import is_from_signal_handler
 from grafter.core.tensor_access import local_tensor
 
-# Values looked at of each weight.
+# How many values at either end of each weight are read.
 _VALUES = 64
-# How much a name says, the most first.
+# How much a kind of name says, the most first.
 _PLACE, _VARIABLE, _ATTRIBUTE, _ARGUMENT = 0, 1, 2, 3
-# What holds everything, and says nothing of what it is.
+# Names that say nothing about what they hold.
 _SAYS_NOTHING = frozenset({"_", "self", "cls", "module", "modules"})
 
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What tells a model from others. given_name: the user's, with which its points begin; None where there is none."""
+    """The facts that distinguish a model. given_name: the user's name for it, which begins the names of its points."""
 
     class_name: str
     variables: list[str]
@@ -41,7 +41,7 @@ class ModelFacts:
 
 
 def class_name_of(model: torch.nn.Module) -> str:
-    """The class of the model without wrappers; FSDP2 makes one of its own of each."""
+    """The name of the model's class, without wrappers and without the subclass that FSDP2 makes."""
     cls = type(unwrapped(model))
     if any(base.__name__ == "FSDPModule" for base in cls.__bases__):
         cls = cls.__bases__[-1]
@@ -49,10 +49,11 @@ def class_name_of(model: torch.nn.Module) -> str:
 
 
 def variables_of(model: torch.nn.Module) -> tuple[list[str], list[str]]:
-    """Names that hold the model now, the best first: its place in a list, globals and locals, attributes and keys. And
-    the arguments that do, which are the called functions' words for whatever they are given.
+    """(names that hold the model, the most telling first; names of arguments that hold it).
 
-    Called where the program calls a model: locals and arguments are those of the functions that run.
+    The names are its place in a list, globals and locals, attributes and keys. Names of arguments are the words of the
+    called functions for any model. Called while the program calls a model: locals and arguments are those of the
+    functions that run.
     """
     found: dict[str, int] = {}
     for thing in dict.fromkeys((model, unwrapped(model))):
@@ -79,7 +80,7 @@ def _names_of(thing: Any, *, with_containers: bool) -> Iterator[tuple[str, int]]
         elif isinstance(holder, (list, tuple)) and with_containers:
             places = [place for place, value in enumerate(holder) if value is thing]
             for name, rank in _names_of(holder, with_containers=False) if places else ():
-                # A loop over the list has a variable for each in turn.
+                # The variable of a loop over the list would hold each model in turn.
                 yield f"{name}.{places[0]}", _ARGUMENT if rank == _ARGUMENT else _PLACE
         elif isinstance(holder, torch.nn.Module) or type(holder).__module__.startswith("grafter."):
             continue
@@ -92,7 +93,7 @@ def _is_name(name: Any) -> bool:
 
 
 def _attributes(holder: Any) -> dict[str, Any]:
-    """Without running code of the object's own."""
+    """The attributes of an object, read without running its code."""
     try:
         return dict(object.__getattribute__(holder, "__dict__"))
     except (AttributeError, TypeError):
@@ -108,10 +109,10 @@ def _users_frames() -> Iterator[FrameType]:
 
 
 def _locals_of(frame: FrameType) -> dict[str, Any]:
-    """A function's variables, copied. What Python remembers of them would keep alive what the function deletes."""
+    """A copy of a function's variables. Python's cache of them, which would keep deleted values alive, is cleared."""
     variables = frame.f_locals
     found = dict(variables)
-    # Held by the frame, by `variables`, and by the call: then it is not what the function itself got from `locals()`.
+    # With three references (the frame, `variables`, the call), it is not a dict that the function got from `locals()`.
     if frame.f_code.co_flags & inspect.CO_OPTIMIZED and type(variables) is dict and sys.getrefcount(variables) <= 3:
         variables.clear()
     return found
@@ -123,7 +124,7 @@ def _arguments(frame: FrameType) -> tuple[str, ...]:
 
 
 def digest_of(model: torch.nn.Module) -> str:
-    """Of some values of each weight as this rank holds it, bit by bit; empty where they cannot be read."""
+    """A digest of some values of each weight, bit by bit, as this rank holds it; empty if they cannot be read."""
     digest = hashlib.blake2b(digest_size=12)
     try:
         for parameter in unwrapped(model).parameters():
@@ -134,6 +135,6 @@ def digest_of(model: torch.nn.Module) -> str:
     except (RuntimeError, ValueError, TypeError, AttributeError) as error:
         if is_from_signal_handler(error):
             raise
-        # Weights that are not there yet (lazy, on meta), or of a kind that has no values.
+        # Weights without values yet (lazy, on meta), or of a kind that has none.
         return ""
     return digest.hexdigest()

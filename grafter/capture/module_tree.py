@@ -1,12 +1,11 @@
 """Module trees: the modules of a job's models as data, which `grafter plan suggest` reads after the run.
 
-<run>/<role>/modules.json           of role rank 0
-<run>/<role>/modules.rank<r>.json   of a rank with modules that no rank before it has: another pipeline stage
+<run>/<role>/modules.json           by role rank 0
+<run>/<role>/modules.rank<r>.json   by a rank with modules that no lower rank has: another pipeline stage
 """
 
 from __future__ import annotations
 
-import inspect
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -15,9 +14,9 @@ from pathlib import Path
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from grafter.capture.containers import Arguments
 from grafter.capture.naming import layer_id_at
 from grafter.capture.selection import select_modules, unwrapped, walk
-from grafter.core.processes import is_from_signal_handler
 from grafter.core.tensor_access import is_dtensor
 from grafter.errors import UsageError
 from grafter.store.written_files import write_whole
@@ -27,7 +26,7 @@ _FILE = re.compile(r"modules(?:\.rank(\d+))?\.json")
 
 
 class Weight(BaseModel):
-    """A module's own parameter. shape: that on this rank; of a DTensor the global one, and `is_global` is True."""
+    """A parameter of a module. shape: that on this rank; for a DTensor the global one, and `is_global` is True."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -39,9 +38,9 @@ class Weight(BaseModel):
 class ModuleNode(BaseModel):
     """One module. path: without wrappers, and with a layer's own number where it has one.
 
-    arguments: the names of those that its `forward` takes by position. tensors: paths of tensors that its hooks have
-    seen (`.in.hidden_states`, `.out.0`); empty where it had no hooks or was never called. can_be_called: False also for
-    a further path of a module that has points under another one.
+    arguments: the names of the positional arguments of its `forward`. tensors: the paths of tensors that its hooks saw
+    (`.in.hidden_states`, `.out.0`); empty if it had no hooks or was never called. can_be_called: also False for a
+    further path of a module that has points under another one.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -55,20 +54,25 @@ class ModuleNode(BaseModel):
 
 
 class ModuleTree(BaseModel):
-    """A model's modules, parents before children and these in the model's order. The first is the model, path ''."""
+    """A model's modules, parents before children, children in the model's order. The first is the model, path ''.
+
+    own_paths: each module's path in this process, which may count a stage's layers from 0. It is not written.
+    """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     modules: tuple[ModuleNode, ...]
-    # Of each module, its path in this process, which may count a stage's layers from 0. Not written down.
     own_paths: tuple[str, ...] = Field(default=(), exclude=True)
 
     @property
     def class_name(self) -> str:
+        """The class of the model."""
         return self.modules[0].class_name
 
 
 class _TreeFile(BaseModel):
+    """The content of a file: the models of one rank."""
+
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     schema_version: int
@@ -78,7 +82,7 @@ class _TreeFile(BaseModel):
 
 
 def tree_of(model: torch.nn.Module) -> ModuleTree:
-    """A model as it stands; shapes and dtypes are read, values never."""
+    """The tree of a model. Shapes and dtypes are read, values are not."""
     model = unwrapped(model)
     nodes, paths = [], []
     with_points = {path for path, _ in select_modules(model, ())}
@@ -88,7 +92,7 @@ def tree_of(model: torch.nn.Module) -> ModuleTree:
                 path=_numbered_path(model, path),
                 class_name=type(module).__name__,
                 weights={name: _weight(value) for name, value in module._parameters.items() if value is not None},
-                arguments=_positional_arguments(module),
+                arguments=tuple(Arguments(module).positional),
                 can_be_called=path in with_points,
             )
         )
@@ -97,7 +101,7 @@ def tree_of(model: torch.nn.Module) -> ModuleTree:
 
 
 def _numbered_path(model: torch.nn.Module, path: str) -> str:
-    """The path with the numbers that layers themselves have: a pipeline stage counts its own from 0."""
+    """The path with the layers' own numbers, since a pipeline stage may count its layers from 0."""
     segments = path.split(".")
     return ".".join(str(layer_id_at(model, path, n)) if s.isdecimal() else s for n, s in enumerate(segments))
 
@@ -106,21 +110,10 @@ def _weight(value: torch.Tensor) -> Weight:
     return Weight(shape=tuple(value.shape), dtype=str(value.dtype).removeprefix("torch."), is_global=is_dtensor(value))
 
 
-def _positional_arguments(module: torch.nn.Module) -> tuple[str, ...]:
-    try:
-        parameters = inspect.signature(module.forward).parameters.values()
-    except (TypeError, ValueError) as error:
-        if is_from_signal_handler(error):
-            raise
-        return ()
-    by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return tuple(parameter.name for parameter in parameters if parameter.kind in by_position)
-
-
 def merge_trees(trees: Sequence[ModuleTree]) -> ModuleTree:
-    """Parts of one model, as pipeline stages have them: the modules of all, layers in the order of their numbers.
+    """The tree of a model of which parts (pipeline stages) are given, with layers in the order of their numbers.
 
-    Of a module that several have, the first one's is kept.
+    If several parts have a module, the first one is kept.
     """
     nodes: dict[str, ModuleNode] = {}
     children: dict[str, dict[str, None]] = {}
@@ -143,32 +136,30 @@ def _in_order(path: str, children: dict[str, dict[str, None]]) -> Iterator[str]:
         yield from _in_order(child, children)
 
 
-# Files.
-
-
 def write_trees(path: Path, trees: Sequence[ModuleTree], role: str = "baseline", role_rank: int = 0) -> None:
-    """Write one rank's models to a file, which is there in full or not at all."""
+    """Write one rank's models to a file, which appears whole or not at all."""
     content = _TreeFile(schema_version=TREE_SCHEMA_VERSION, role=role, role_rank=role_rank, models=tuple(trees))
     write_whole(path, json.dumps(content.model_dump(exclude_defaults=True), separators=(",", ":")))
 
 
 def read_role_trees(directory: Path) -> list[ModuleTree]:
-    """The models of one role, put together from what its ranks have written. Raises UsageError where there is none."""
-    found = sorted((int(match[1] or 0), path) for path in _children(directory) if (match := _FILE.fullmatch(path.name)))
+    """The models of one role, merged from the files of its ranks. Raises UsageError if there are none."""
+    paths = list(directory.iterdir()) if directory.is_dir() else []
+    found = sorted((int(match[1] or 0), path) for path in paths if (match := _FILE.fullmatch(path.name)))
     if not found:
         raise UsageError(
             f"{directory} has no modules.json: run the two programs with `grafter run --attach` (or grafter.attach) "
             f"and a filter, and give the run's directory."
         )
-    return _joined_parts([tree for _, path in found for tree in read_trees(path)])
-
-
-def _children(directory: Path) -> list[Path]:
-    return list(directory.iterdir()) if directory.is_dir() else []
+    # Models of one class are parts of one model (pipeline stages), or copies.
+    by_class: dict[str, list[ModuleTree]] = {}
+    for tree in (tree for _, path in found for tree in read_trees(path)):
+        by_class.setdefault(tree.class_name, []).append(tree)
+    return [merge_trees(parts) for parts in by_class.values()]
 
 
 def read_trees(path: Path) -> list[ModuleTree]:
-    """The models of one file. Raises UsageError for one that cannot be read."""
+    """The models of one file. Raises UsageError if it cannot be read."""
     try:
         content = _TreeFile.model_validate_json(path.read_bytes())
     except OSError as error:
@@ -176,19 +167,11 @@ def read_trees(path: Path) -> list[ModuleTree]:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
-        raise UsageError(f"{path} is no module tree: {place + ': ' if place else ''}{first['msg']}.") from None
+        raise UsageError(f"{path} is not a module tree: {place + ': ' if place else ''}{first['msg']}.") from None
     if content.schema_version != TREE_SCHEMA_VERSION:
         raise UsageError(
             f"{path} has version {content.schema_version} of the format, and this grafter reads {TREE_SCHEMA_VERSION}."
         )
     if not content.models or any(not tree.modules or tree.modules[0].path for tree in content.models):
-        raise UsageError(f"{path} is no module tree: it has no model, or one whose first module is not the model.")
+        raise UsageError(f"{path} is not a module tree: it has no model, or one whose first module is not the model.")
     return list(content.models)
-
-
-def _joined_parts(trees: list[ModuleTree]) -> list[ModuleTree]:
-    """Models of one class are parts of one, as pipeline stages are, or copies of it, of which the first counts."""
-    by_class: dict[str, list[ModuleTree]] = {}
-    for tree in trees:
-        by_class.setdefault(tree.class_name, []).append(tree)
-    return [merge_trees(parts) for parts in by_class.values()]

@@ -1,4 +1,4 @@
-"""Naming: a module's path in this program becomes the name and tags of its points, which both programs share.
+"""Naming: a module's path in this program becomes the name and tags of its points, which both jobs share.
 
 model.layers.3.self_attn, output        'model.layers.self_attn.out'  layer_id=3
 with  {path: "model.layers.{layer_id}.self_attn", name: attn}   ->    'attn.out'  layer_id=3
@@ -16,26 +16,25 @@ from grafter.capture.selection import module_at
 from grafter.config.names import LayerIdAt, NameRule, PointName
 from grafter.core.patterns import ROOT
 
-# A layer's own number: the attribute, and what a model's first layer has there (Megatron, transformers, torchtitan).
-_NUMBERS = (("layer_number", 1), ("layer_idx", 0), ("layer_id", 0))
+# Attributes with a layer's own number, and the number of a model's first layer (Megatron, transformers, torchtitan).
+_LAYER_NUMBERS = (("layer_number", 1), ("layer_idx", 0), ("layer_id", 0))
 
 
 class Naming:
-    """One job's names."""
+    """The names of one job's points. prefix: what all of them begin with."""
 
-    # What stands before all of them.
     prefix = ""
 
     def __init__(self, rules: Sequence[NameRule], role: str | None) -> None:
         self._rules = [rule for rule in rules if rule.role in (None, role)]
 
     def under(self, name: str) -> Naming:
-        """The same names behind that of a model; these where it has none."""
+        """The same names behind the name of a model; these names if it has none."""
         return PrefixedNaming(self, name) if name else self
 
     @property
     def names_tensors(self) -> bool:
-        """Whether a rule names one tensor of a module by itself."""
+        """Whether a rule names a single tensor of a module."""
         return any(rule.names_a_tensor for rule in self._rules)
 
     def of_module(self, root: torch.nn.Module, path: str) -> PointName:
@@ -45,18 +44,18 @@ class Naming:
         return replace(name, layer_id_at=numbers)
 
     def of_tensor(self, module: PointName, path: str, suffix: str) -> PointName:
-        """The name of one of a module's tensors, such as `.out.0`; a rule may name it by itself."""
+        """The name of one of a module's tensors, such as `.out.0`, which a rule may name."""
         ruled = self._ruled_tensor(module, path, suffix)
         return module.with_suffix(suffix) if ruled is None else ruled[1]
 
     def announced_as(self, module: PointName, path: str, suffix: str) -> str:
-        """As which announcement of either job one of a module's tensors counts."""
+        """The announcement of either job that one of a module's tensors counts as."""
         ruled = self._ruled_tensor(module, path, suffix)
         is_known = ruled is None or ruled[0].known_suffix == suffix
         return self.of_tensor(module, path, suffix).announced_as(module, suffix, is_known=is_known)
 
     def known_tensors(self, module: PointName, path: str) -> list[PointName]:
-        """Those of a module's tensors that have names of their own, as far as that is settled before the first call."""
+        """The names of a module's tensors that rules name, if they are known before the first call."""
         found = []
         for suffix in dict.fromkeys(rule.known_suffix for rule in self._rules):
             ruled = None if suffix is None else self._ruled_tensor(module, path, suffix)
@@ -72,7 +71,7 @@ class Naming:
         return None
 
     def of_weight(self, root: torch.nn.Module, path: str) -> PointName:
-        """The name of a parameter or buffer: by a rule for it, else by one for the module that owns it."""
+        """The name of a parameter or buffer: by a rule for it, else by one for its module."""
         owner, _, own = path.rpartition(".")
         ruled = self._ruled(path, _numbers_in(root, path))
         if ruled is not None:
@@ -90,7 +89,7 @@ class Naming:
 
 
 class PrefixedNaming(Naming):
-    """The plain names, those of the plan file's rules too, behind a model's own."""
+    """The names of another naming, behind the name of a model."""
 
     def __init__(self, plain: Naming, prefix: str) -> None:
         self._rules, self._plain, self.prefix = plain._rules, plain, prefix
@@ -110,7 +109,7 @@ class PrefixedNaming(Naming):
 
 
 def _numbers_in(root: torch.nn.Module, path: str) -> LayerIdAt:
-    """What `layer_id_at` says of this path, for as long as the model lives."""
+    """`layer_id_at` for this path, as long as the model exists."""
     model = weakref.ref(root)
 
     def numbers(position: int) -> int | str:
@@ -120,7 +119,7 @@ def _numbers_in(root: torch.nn.Module, path: str) -> LayerIdAt:
 
 
 def default_name(root: torch.nn.Module, path: str) -> PointName:
-    """The path without the number of its layer, the first in it, which becomes the tag `layer_id`."""
+    """The path without the first number in it, that of the layer, which becomes the tag `layer_id`."""
     segments = path.split(".") if path else []
     for number, segment in enumerate(segments):
         if segment.isdecimal():
@@ -130,9 +129,10 @@ def default_name(root: torch.nn.Module, path: str) -> PointName:
 
 
 def layer_id_at(root: torch.nn.Module | None, path: str, position: int) -> int | str:
-    """What a path's segment says of the layer: the number that the layer itself has, else the segment.
+    """The layer id in a segment of a path: the layer's own number, else the segment.
 
-    The layer knows better: a pipeline stage counts its own from 0. None: the model is gone.
+    A pipeline stage may count its layers from 0, so the layer's own number comes first. root: None if the model no
+    longer exists.
     """
     segments = path.split(".")
     segment = segments[position]
@@ -142,7 +142,7 @@ def layer_id_at(root: torch.nn.Module | None, path: str, position: int) -> int |
         layer = module_at(root, ".".join(segments[: position + 1])) if root is not None else None
     except AttributeError:
         layer = None
-    for attribute, first in _NUMBERS:
+    for attribute, first in _LAYER_NUMBERS:
         own = getattr(layer, attribute, None)
         if type(own) is int:
             return own - first

@@ -1,4 +1,4 @@
-"""Operators: how grafter's own are made known to torch, and kept from being repeated in a backward graph."""
+"""Operators: how grafter's are registered with torch, and kept from being repeated in a backward graph."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import torch
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils.checkpoint import CheckpointPolicy
 
-# They talk to another process, so no CUDA graph may hold them: inductor cuts its graphs around them.
+# They talk to another process, so no CUDA graph may contain them: inductor cuts its graphs around them.
 _TAGS = (torch.Tag.pt2_compliant_tag, *filter(None, [getattr(torch.Tag, "cudagraph_unsafe", None)]))
 
 _library: Any = torch.library.Library("grafter", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
 def define(schema: str, runs: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """An operator `grafter::...` that the compiler puts into its graphs, and autograd does not differentiate.
+    """An operator `grafter::...` that the compiler puts into its graphs, and that autograd does not differentiate.
 
-    runs: what it does, whatever the device. fake: the shapes, strides and dtypes of what it gives.
+    runs: its implementation for all devices. fake: the same for shapes, strides and dtypes only.
     """
     name = schema.partition("(")[0]
     _library.define(schema, tags=_TAGS)
@@ -30,7 +30,7 @@ def define(schema: str, runs: Callable[..., Any], fake: Callable[..., Any]) -> A
 
 
 def _above(name: str) -> Callable[..., Any]:
-    """What runs where autograd would record the operator, which is not differentiated itself (see _StraightThrough)."""
+    """The implementation for autograd, which calls the one below and records nothing."""
 
     def run(keyset: Any, *args: Any) -> Any:
         operator = getattr(torch.ops.grafter, name).default
@@ -46,7 +46,7 @@ def _above(name: str) -> Callable[..., Any]:
 
 
 def _save_for_backward(nodes: Any, count: int) -> None:
-    """In a checkpointed region the compiler repeats in the backward graph what is not marked to be saved, and only the
-    operator itself is there to be marked. The last `count` of the nodes are its own."""
+    """Mark the last `count` nodes, those of one operator, to be saved: in a checkpointed region, the compiler repeats
+    all others in the backward graph."""
     for node in itertools.islice(reversed(nodes), count):
         node.meta["recompute"] = CheckpointPolicy.MUST_SAVE

@@ -1,7 +1,7 @@
-"""Packed sequences: their global lengths, which megatron-core hands to a model's forward as `packed_seq_params`.
+"""Packed sequences: their global lengths, which megatron-core passes to a model's forward as `packed_seq_params`.
 
-Context parallelism cuts each packed sequence by itself, so where dims say `t[cp:zigzag]` nobody can tell which rows a
-rank holds without these lengths. A program's own `dump` gives them as `seq_lens=`; for hooks they are found here.
+Context parallelism cuts each packed sequence by itself, so for dims with `t[cp:zigzag]` the rows of a rank depend on
+these lengths. A program's `dump` gives them as `seq_lens=`. For hooks they are read here.
 """
 
 from __future__ import annotations
@@ -15,18 +15,21 @@ from torch.utils.hooks import RemovableHandle
 from grafter.errors import UsageError
 
 _ARGUMENT = "packed_seq_params"
-# The padded ones are those by which the tensors are cut, where there are any.
-_FIELDS = ("cu_seqlens_q_padded", "cu_seqlens_q")
+# Tensors are cut by the padded lengths, if there are any.
+_LENGTH_FIELDS = ("cu_seqlens_q_padded", "cu_seqlens_q")
 
 
 class PackedSequences:
-    """Of the call of a model that runs now: `lengths`, one number a sequence; None outside of a call, or unpacked."""
+    """The packed sequences of the current call of a model.
+
+    lengths: one number for each sequence; None outside of a call, and if the call has none.
+    """
 
     def __init__(self) -> None:
         self.lengths: tuple[int, ...] | None = None
 
     def follow(self, model: torch.nn.Module) -> list[RemovableHandle]:
-        """Hooks on the model itself, the first to be called and the last to be forgotten."""
+        """Hooks on the model itself, which are called first and last."""
         before = model.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True)
         after = model.register_forward_hook(self._after, always_call=True)
         return [before, after]
@@ -39,11 +42,11 @@ class PackedSequences:
 
 
 def packed_lengths(parameters: Any) -> tuple[int, ...] | None:
-    """Of megatron's PackedSeqParams; None where the call has none.
+    """The lengths in megatron's PackedSeqParams; None if the call has none.
 
-    Raises UsageError where its cumulative lengths are none: not one dim of integers that begin at 0 and never fall.
+    Raises UsageError unless its cumulative lengths are one dim of integers that begin at 0 and do not decrease.
     """
-    for field in _FIELDS:
+    for field in _LENGTH_FIELDS:
         bounds = getattr(parameters, field, None)
         if bounds is None:
             continue

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -18,50 +18,37 @@ from grafter.core.tensor_access import local_tensor
 def named_weights(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
     """(path without wrappers, tensor) of all parameters and persistent buffers, sorted by path.
 
-    A tied weight comes under each of its paths: the other job may have it untied.
+    A tied weight is listed under each of its paths, since it may be untied in the other job.
     """
-    found: dict[str, torch.Tensor] = dict(_own_parameters(model))
+    found: dict[str, torch.Tensor] = {}
     for path, module in walk(model):
-        for name, buffer in module._buffers.items():
-            if buffer is not None and name not in module._non_persistent_buffers_set:
-                found[_joined(path, name)] = buffer
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None and name not in module._non_persistent_buffers_set:
+                found[f"{path}.{name}" if path else name] = tensor
     return sorted(found.items(), key=lambda item: item[0])
-
-
-def _own_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    for path, module in walk(model):
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                yield _joined(path, name), parameter
-
-
-def _joined(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
 
 
 def dump_weights(
     model: torch.nn.Module, naming: Naming, offer: Callable[[PointName, torch.Tensor], torch.Tensor]
 ) -> int:
-    """Offer each; how many there were. What comes is in the weight, even where a rule says that it is returned."""
+    """Offer each weight as a point, and return how many there are. The result is written into the weight, even if a
+    rule says `write: return`."""
     weights = named_weights(model)
     for path, tensor in weights:
-        came = offer(naming.of_weight(model, path), tensor)
-        if came is not tensor:
+        result = offer(naming.of_weight(model, path), tensor)
+        if result is not tensor:
             with torch.no_grad():
-                local_tensor(tensor).data.copy_(local_tensor(came))
+                local_tensor(tensor).data.copy_(local_tensor(result))
     return len(weights)
-
-
-# Gradients of parameters: hooks that tell when one has been added up.
 
 
 def watch_gradients(
     model: torch.nn.Module,
     paths: Iterable[str],
     naming: Naming,
-    came: Callable[[PointName, torch.Tensor], None],
+    accumulated: Callable[[PointName, torch.Tensor], None],
 ) -> list[RemovableHandle]:
-    """Hooks on the own parameters of the modules at these paths, called each time their gradient has been added to."""
+    """Hooks on the parameters of the modules at these paths, which report each accumulated gradient."""
     chosen = set(paths)
     handles: list[RemovableHandle] = []
     watched: set[int] = set()
@@ -69,21 +56,21 @@ def watch_gradients(
         if path not in chosen:
             continue
         for own, parameter in module.named_parameters(recurse=False):
-            # Tied ones once.
+            # A tied parameter gets one hook.
             if parameter.requires_grad and id(parameter) not in watched:
                 watched.add(id(parameter))
                 name = naming.of_weight(model, f"{path}.{own}" if path else own)
                 hooked: Any = parameter
-                handle = hooked.register_post_accumulate_grad_hook(partial(came, name))
+                handle = hooked.register_post_accumulate_grad_hook(partial(accumulated, name))
                 _put_first(hooked._post_accumulate_grad_hooks, handle.id)
                 handles.append(handle)
     return handles
 
 
 def _put_first(hooks: dict[int, Any], own: int) -> None:
-    """Before the program's own: one of these may step an optimizer and drop the gradient.
+    """Move our hook before the program's hooks, which may step an optimizer and drop the gradient.
 
-    Autograd calls them in the order in which they were inserted, whatever `OrderedDict.move_to_end` says.
+    Autograd calls hooks in the order of insertion, which `OrderedDict.move_to_end` does not change.
     """
     for other in [key for key in hooks if key != own]:
         hooks[other] = hooks.pop(other)

@@ -1,7 +1,7 @@
-"""Forward passes: the outermost calls of a rank's models, counted; and the first ones, where they only warm them up.
+"""Forward passes: the outermost calls of a rank's models, counted, of which the first ones may be warm-up.
 
-While a rank warms up it has no points and counts no step, until the first pass begins that counts. What happens after
-a pass that does not count (a loss, a backward pass, the program's own `grafter.step()`) belongs to it.
+A rank that warms up has no points and counts no steps until the first pass that counts begins. What follows a warm-up
+pass (a loss, a backward pass, the program's `grafter.step()`) belongs to it.
 """
 
 from __future__ import annotations
@@ -22,29 +22,30 @@ from grafter.core.untraced import untraced
 
 
 class ForwardPasses:
-    """Of one rank. `wrap(model)` makes a model's calls count, those of `model.forward` among them."""
+    """The forward passes of one rank. `wrap(model)` counts a model's calls, including those of `model.forward`."""
 
     def __init__(self, warm_up: int) -> None:
-        """warm_up: how many first passes do not count."""
+        """warm_up: how many passes at the start do not count."""
         self.warm_up = warm_up
         self.begun = 0
-        # Whether no pass has begun that counts.
+        # Whether no pass that counts has begun.
         self.is_warming_up = warm_up > 0
-        # Told when one begins, before it counts, and when it ends: whether gradients were on then.
+        # Called when a pass begins, before it counts; and when one ends, with whether gradients were enabled.
         self.on_begin: list[Callable[[], None]] = []
         self.on_end: list[Callable[[bool], None]] = []
-        # Called once it is warm.
+        # Called when the first pass that counts begins.
         self.on_warm: Callable[[], None] = lambda: None
         self._around = threading.local()
-        # Weakly: the model has it.
+        # Weakly, since the model holds it.
         self._forwards: weakref.WeakValueDictionary[int, CountedForward] = weakref.WeakValueDictionary()
 
     def wrap(self, model: torch.nn.Module) -> None:
-        """Count from now on. A model is wrapped once."""
+        """Count a model's calls from now on. Each model is wrapped once."""
         if id(model) not in self._forwards:
             self._forwards[id(model)] = model.forward = CountedForward(model, self)
 
     def unwrap(self, model: torch.nn.Module) -> None:
+        """Leave a model as it was."""
         forward = self._forwards.pop(id(model), None)
         if forward is not None:
             forward.take_away()
@@ -56,41 +57,42 @@ class ForwardPasses:
         self._forwards.clear()
 
     def enter(self, model: int) -> None:
-        """`model`: which one is called. No model calls itself: where it was not left, an error has ended its call."""
+        """A call of a model (by its id) begins. If the model is in the list already, an error has ended that call."""
         around: list[int] = self._around.__dict__.setdefault("models", [])
         del around[around.index(model) if model in around else len(around) :]
         around.append(model)
         if len(around) == 1:
-            for tell in self.on_begin:
-                tell()
+            for notify in self.on_begin:
+                notify()
             self.begun += 1
             if self.is_warming_up and self.begun > self.warm_up:
                 self.is_warming_up = False
                 self.on_warm()
 
     def leave(self, model: int, has_gradients: bool) -> None:
+        """A call of a model (by its id) ends."""
         around: list[int] = self._around.models
         if model in around:
             del around[around.index(model) :]
         if not around:
-            for tell in self.on_end:
-                tell(has_gradients)
+            for notify in self.on_end:
+                notify(has_gradients)
 
 
 class CountedForward:
-    """A model's `forward` with a count around it. A copy or pickle of the model has the model's own in its place."""
+    """A model's `forward`, counted. A copy or pickle of the model has the model's own `forward` instead."""
 
     def __init__(self, model: torch.nn.Module, passes: ForwardPasses) -> None:
         self._model = model
         called = id(model)
         self._enter, self._leave = untraced(partial(passes.enter, called)), untraced(partial(passes.leave, called))
-        # No gradients are recorded while a graph runs; whether they are, is settled when it is made.
+        # Gradients are never enabled while a graph runs; whether they count as enabled is known when it is traced.
         self._enter_in_graph = notice_in_graph(partial(passes.enter, called))
-        self._leave_in_graph = {told: notice_in_graph(partial(passes.leave, called, told)) for told in (False, True)}
+        self._leave_in_graph = {on: notice_in_graph(partial(passes.leave, called, on)) for on in (False, True)}
         self._had_own = "forward" in model.__dict__
         self._inner = model.forward
         functools.update_wrapper(self, self._inner)
-        # Of a function that is to be exported, torch looks at these, too.
+        # torch reads this of a function that is exported.
         self.__code__ = getattr(self._inner, "__code__", None)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -109,10 +111,11 @@ class CountedForward:
 
     @property
     def own(self) -> Any:
-        """The instance's own `forward` that the model had, if it had one."""
+        """The instance's `forward` that the model had before, if it had one."""
         return self._inner if self._had_own else None
 
     def take_away(self) -> None:
+        """Restore the model's `forward`, unless the program has replaced it since."""
         if self._model.__dict__.get("forward") is self:
             if self._had_own:
                 self._model.forward = self._inner

@@ -8,25 +8,18 @@ import torch
 
 from grafter.core.patterns import Pattern
 
-# Modules that wrap another one and stand in its path without being part of the model.
-WRAPPER_SEGMENTS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+# Modules that wrap another one and are not part of the model.
 _WRAPPER_CLASSES = frozenset(
-    {
-        "DistributedDataParallel",
-        "DataParallel",
-        "FullyShardedDataParallel",
-        "OptimizedModule",
-        "CheckpointWrapper",
-        "Float16Module",
-    }
+    ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "OptimizedModule", "CheckpointWrapper")
+    + ("Float16Module",)
 )
 
 
 def select_modules(model: torch.nn.Module, patterns: tuple[Pattern, ...]) -> list[tuple[str, torch.nn.Module]]:
-    """(path without wrappers, module) of the selected ones, in the model's order.
+    """(path without wrappers, module) of the selected modules, in the model's order.
 
-    A path is selected that a positive pattern matches, or any where there is none, unless an excluding one matches it.
-    A module with several paths is selected once, by the first of its selected paths. Containers that nothing can call
+    A path is selected if a positive pattern matches it, or if there is none, unless an excluding one matches it. A
+    module with several paths is selected once, by its first selected path. Containers that cannot be called
     (ModuleList, ModuleDict) are left out.
     """
     positive = [pattern for pattern in patterns if not pattern.excludes]
@@ -42,9 +35,9 @@ def select_modules(model: torch.nn.Module, patterns: tuple[Pattern, ...]) -> lis
 
 
 def walk(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
-    """All modules but wrappers, with their paths as the model without wrappers would have them.
+    """(path, module) of all modules but wrappers, with the paths that they would have without wrappers.
 
-    A module that the model has in several places comes once for each.
+    A module that occurs in several places is listed once for each.
     """
     pending = [("", model)]
     while pending:
@@ -62,6 +55,7 @@ def walk(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
 
 
 def is_wrapper(module: torch.nn.Module) -> bool:
+    """Whether a module is one of the known wrappers, such as DistributedDataParallel."""
     return type(module).__name__ in _WRAPPER_CLASSES
 
 
@@ -69,19 +63,8 @@ def _can_be_called(module: torch.nn.Module) -> bool:
     return "forward" in module.__dict__ or type(module).forward is not torch.nn.Module.forward
 
 
-def clean_path(model: torch.nn.Module, raw: str) -> str:
-    """A path as `named_modules` gives it without the segments of wrappers (DDP's `module`, torch.compile's, ...)."""
-    segments, here = [], model
-    for segment in raw.split(".") if raw else ():
-        wrapped = is_wrapper(here) and segment in here._modules
-        here = here.get_submodule(segment)
-        if not wrapped and segment not in WRAPPER_SEGMENTS:
-            segments.append(segment)
-    return ".".join(segments)
-
-
 def module_at(model: torch.nn.Module, path: str) -> torch.nn.Module:
-    """The module at a path without wrappers. Raises AttributeError where there is none."""
+    """The module at a path without wrappers. Raises AttributeError if there is none."""
     here = unwrapped(model)
     for segment in path.split(".") if path else ():
         child = here._modules.get(segment)
@@ -92,7 +75,7 @@ def module_at(model: torch.nn.Module, path: str) -> torch.nn.Module:
 
 
 def unwrapped(module: torch.nn.Module) -> torch.nn.Module:
-    """What the wrappers around a module wrap."""
+    """The module inside all wrappers."""
     while is_wrapper(module):
         inner = next((child for child in module._modules.values() if child is not None), None)
         if inner is None:

@@ -1,9 +1,10 @@
 """A hook's points in code that is being compiled: operators in the graph, so that the hook does not break it.
 
-What is here runs while the compiler traces it, so it keeps to what that follows. What needs more is worked out by
-functions that the compiler calls, and takes the result of for a constant. They must give the same for all modules that
-share a graph, as the layers of a model do where each is compiled by itself. Such modules are a family: their points
-have the same names, and differ by tags alone. Traced code knows a family by a text, so that no graph serves two.
+The compiler traces this code, which uses only what the compiler supports. Other work is done by functions that the
+compiler calls, and whose results it takes as constants. They must return the same for all modules that share a graph,
+such as the layers of a model that are compiled one by one. Such modules are a family: their points have the same names,
+and differ only by tags. Traced code refers to a family by a string: Dynamo guards on this string, so that no graph is
+reused across families.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class HookedPoints(Protocol):
     def find_sites(self, suffixes: tuple[str, ...], differentiated: tuple[bool, ...]) -> list[tuple[int, int]]: ...
 
 
-# What cannot be traced, and what the compiler says to it.
+# A container that traced code cannot take apart.
 _UNKNOWN = "unknown"
 
 _family_numbers = itertools.count()
@@ -44,7 +45,7 @@ _codes: set[CodeType] = set()
 
 
 class Family:
-    """Modules of one attachment whose points have the same names."""
+    """The modules of one attachment whose points have the same names. text: by which traced code knows it."""
 
     def __init__(self) -> None:
         self.text = str(next(_family_numbers))
@@ -53,8 +54,8 @@ class Family:
         _families[self.text] = self
 
     def settle(self, suffixes: tuple[str, ...], differentiated: tuple[bool, ...]) -> tuple[tuple[int, int], ...] | None:
-        """Of tensors with these paths, which autograd may differentiate: (place, site) of each that is a point, in the
-        order in which they are offered. None: one of them can't be in a graph."""
+        """For tensors with these paths, (place, site) of each that is a point, in the order of offering; None if one of
+        them cannot be in a graph. differentiated: whether autograd differentiates each."""
         sites: list[tuple[int, int]] = []
         for place, site in next(iter(self.members)).find_sites(suffixes, differentiated):
             if site == BREAK:
@@ -66,19 +67,19 @@ class Family:
 
     @property
     def is_silent(self) -> bool:
-        """Whether their hooks are in compiled code, and none left an operator, which would tell who is called."""
+        """Whether the hooks are in compiled code without an operator that could report calls of the modules."""
         return self._is_traced and not self._has_operators
 
 
 def followed(hook: Callable[..., Any]) -> Callable[..., Any]:
-    """The compiler is to follow a hook where it is called, and not to compile it by itself."""
+    """Let the compiler trace a hook where it is called, and not compile it by itself."""
     _codes.add(hook.__code__)
     return hook
 
 
 def input_hook(points: HookedPoints, apart: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of (args, kwargs) that gives what the module gets instead. `apart` does it where this is not traced,
-    or cannot be."""
+    """A function of (args, kwargs) that returns the module's arguments. apart: does this in eager code, and where the
+    hook has to break the graph."""
     family, hook, names = points.family.text, points.hook, points.arguments
 
     @followed
@@ -88,12 +89,12 @@ def input_hook(points: HookedPoints, apart: Callable[..., Any]) -> Callable[...,
         if not torch.compiler.is_dynamo_compiling():
             return apart(args, kwargs)
         found: list[tuple[str, torch.Tensor]] = []
-        told = True
+        is_complete = True
         for place, value in enumerate(args):
-            told = _find(value, names.name_of(place), found) and told
+            is_complete = _find(value, names.name_of(place), found) and is_complete
         for name, value in kwargs.items():
-            told = _find(value, f".in.{name}", found) and told
-        offered = _offer(family, hook, found) if told else None
+            is_complete = _find(value, f".in.{name}", found) and is_complete
+        offered = _offer(family, hook, found) if is_complete else None
         if offered is None:
             _tell_of_break()
             return apart(args, kwargs)
@@ -106,7 +107,7 @@ def input_hook(points: HookedPoints, apart: Callable[..., Any]) -> Callable[...,
 
 
 def output_hook(points: HookedPoints, apart: Callable[..., Any]) -> Callable[..., Any]:
-    """The same for what the module gives."""
+    """A function of the module's output that returns the one to use. apart: see `input_hook`."""
     family, hook = points.family.text, points.hook
 
     @followed
@@ -126,7 +127,7 @@ def output_hook(points: HookedPoints, apart: Callable[..., Any]) -> Callable[...
 
 
 def _offer(family: str, hook: torch.Tensor, found: list[tuple[str, torch.Tensor]]) -> list[torch.Tensor] | None:
-    """What takes the places of all of them: none where all stay. None: this call has to break the graph."""
+    """The tensors to use instead of all; empty if none is replaced. None: this call has to break the graph."""
     suffixes = tuple([suffix for suffix, _ in found])
     differentiated = tuple([torch.is_grad_enabled() and tensor.requires_grad for _, tensor in found])
     sites = _settle(family, suffixes, differentiated)
@@ -154,7 +155,7 @@ def _tell_of_break() -> None:
 
 
 def _kind_of(cls: type) -> str:
-    """How a container of this class is taken apart and put together in traced code."""
+    """How traced code takes a container of this class apart and rebuilds it."""
     if cls in (tuple, list, dict, collections.OrderedDict):
         return cls.__name__
     if issubclass(cls, tuple) and hasattr(cls, "_fields"):
@@ -188,17 +189,17 @@ def _parts(value: Any, kind: str) -> list[tuple[str, Any]]:
 
 
 def _find(value: Any, suffix: str, found: list[tuple[str, torch.Tensor]]) -> bool:
-    """Append the tensors of `value`. False where there may be others that traced code cannot get at."""
+    """Append the tensors in `value`. False if there may be others that traced code cannot reach."""
     if isinstance(value, torch.Tensor):
         found.append((suffix, value))
         return type(value) is torch.Tensor or type(value) is torch.nn.Parameter
     if value is None or isinstance(value, (bool, int, float, str)):
         return True
     kind = _kind_of(type(value))
-    told = kind != _UNKNOWN
+    is_complete = kind != _UNKNOWN
     for name, child in _parts(value, kind):
-        told = _find(child, f"{suffix}.{name}", found) and told
-    return told
+        is_complete = _find(child, f"{suffix}.{name}", found) and is_complete
+    return is_complete
 
 
 def _rebuilt(value: Any, replacements: Any) -> Any:
@@ -225,10 +226,9 @@ def _rebuilt(value: Any, replacements: Any) -> Any:
     return dict(zip(value.keys(), children, strict=True))
 
 
-# Tracing: a call of a model that makes a program out of it (torch.jit.trace, torch.export, make_fx).
-#
-# Its values stand for others, so a point of it would mean nothing, and what a point does would become part of the
-# program. Hooks are silent there. torch.compile is none of these: its code is run in the model's place.
+# torch.jit.trace, torch.export and make_fx call a model to make a program of it. The values of such a call are only
+# examples, and what a point does would become part of the program, so hooks do nothing there. torch.compile differs:
+# its code runs in the model's place.
 
 logger = logging.getLogger("grafter")
 
@@ -239,11 +239,11 @@ _is_key_included = torch._C._dispatch_tls_is_dispatch_key_included
 _PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
 # Whether torch.export makes a program, by either of its ways. Code that the compiler traces may ask it.
 is_exporting: Any = getattr(torch.compiler, "is_exporting", lambda: False)
-_told = False
+_is_logged = False
 
 
 def is_being_traced() -> bool:
-    """Whether the call that runs now is one of those."""
+    """Whether the current call of a model makes a program of it."""
     if torch.compiler.is_dynamo_compiling():
         return bool(is_exporting())
     return _is_traced_now()
@@ -257,14 +257,14 @@ def _is_traced_now() -> bool:
         proxies = sys.modules.get("torch.fx.experimental.proxy_tensor")
         if proxies is None or proxies.get_proxy_mode() is None:
             return False
-    _tell_once()
+    _log_once()
     return True
 
 
-def _tell_once() -> None:
-    global _told
-    if not _told:
-        _told = True
+def _log_once() -> None:
+    global _is_logged
+    if not _is_logged:
+        _is_logged = True
         logger.info(
             "grafter: a model is being traced (torch.jit.trace, torch.export or make_fx): this call of it has no points"
         )

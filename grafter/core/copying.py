@@ -1,8 +1,8 @@
-"""Copies within one host's memory: a long one is shared by two threads, where the ranks leave a core idle for it, and
-made in chunks, between which its owner looks whether it is still wanted.
+"""Copies within one host's memory.
 
-torch copies with as many threads as it was given, and torchrun gives each rank one. But while one rank of a pair
-copies, the other waits for it.
+A long copy is shared by two threads if the ranks leave a core idle for the second one: torchrun gives each rank one
+thread, but while one rank of a pair copies, the other waits for it. A long copy is also made in chunks, and between
+chunks its owner checks whether it is still wanted.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ import torch
 
 from grafter.core.processes import is_from_signal_handler
 
-# Waking the other thread costs 50 us, in which one thread copies half a megabyte.
+# Waking the second thread costs 50 us, in which one thread copies half a megabyte.
 _LONG_BYTES = 8 << 20
 _PAGE_BYTES = 4096
-# Slow memory takes 0.1 s for it; a chunk costs the 50 us of the other thread.
+# Takes 0.1 s in slow memory. Each chunk costs the 50 us of the second thread.
 COPY_CHUNK_BYTES = 64 << 20
-# torch transposes so much in about a second.
+# torch transposes this much in about a second.
 _MATRIX_BYTES, _MATRIX_CHUNK_BYTES = 1 << 30, 4 << 20
-# Of anything else, what lies at its address is not what it shows, or nothing does.
+# Of other classes, the memory at a tensor's address may not hold its values.
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 _Part = tuple["Future[None]", int, int, int]
 
 
 class _CopyThread:
-    """This process's second thread for copies. A forked child has none of its threads, and gets its own."""
+    """This process's second thread for copies. A forked child, which does not inherit it, starts its own."""
 
     def __init__(self) -> None:
         self.is_allowed = False
@@ -40,7 +40,7 @@ class _CopyThread:
         self._parts: queue.SimpleQueue[_Part] = queue.SimpleQueue()
 
     def offer(self, part: _Part) -> None:
-        """It may be copied there; whoever offers it copies it where it can still be cancelled."""
+        """Offer a part of a copy to the thread. The caller copies it if it can still cancel it."""
         if self._process_id != os.getpid():
             parts: queue.SimpleQueue[_Part] = queue.SimpleQueue()
             try:
@@ -49,7 +49,7 @@ class _CopyThread:
             except RuntimeError as error:
                 if is_from_signal_handler(error):
                     raise
-                # The process may have no more threads, or is on its way out.
+                # The process may not start more threads, or is about to exit.
                 return
             self._parts, self._process_id = parts, os.getpid()
         self._parts.put(part)
@@ -67,15 +67,15 @@ _helper = _CopyThread()
 
 
 def share_long_copies(allowed: bool) -> None:
-    """Whether there is a core for a second thread, in this process."""
+    """Set whether this process has a core for a second thread."""
     _helper.is_allowed = allowed
 
 
 def copy(into: torch.Tensor, value: torch.Tensor, between_chunks: Callable[[], None] | None = None) -> None:
-    """`into.copy_(value)`, outside of autograd: into is no tensor that needs a gradient, or the `.data` of one.
+    """`into.copy_(value)`, outside of autograd: `into` must not require a gradient (use its `.data`).
 
-    between_chunks: called every 64 MiB; what it raises ends the copy there. Returns, and raises an interrupt, when all
-    of the chunk is copied: nothing is written afterwards.
+    between_chunks: called every 64 MiB; its exceptions end the copy there. An interrupt is raised when the chunk is
+    complete. Nothing is written after this returns or raises.
     """
     nbytes = value.numel() * value.element_size()
     if between_chunks is None or nbytes <= COPY_CHUNK_BYTES or into.shape != value.shape:
@@ -90,7 +90,7 @@ def copy(into: torch.Tensor, value: torch.Tensor, between_chunks: Callable[[], N
 
 
 def _chunks(into: torch.Tensor, value: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Both in parts of at most CHUNK_BYTES, or of one element. They have one shape."""
+    """Both tensors, of one shape, in parts of at most CHUNK_BYTES, or of one element."""
     nbytes = value.numel() * value.element_size()
     if nbytes <= COPY_CHUNK_BYTES or value.dim() == 0:
         yield into, value
@@ -110,14 +110,14 @@ def _chunks(into: torch.Tensor, value: torch.Tensor) -> Iterator[tuple[torch.Ten
 
 
 def _is_transposed(into: torch.Tensor, value: torch.Tensor) -> bool:
-    """Whether torch copies this as a transposition, which takes a seventh of the time, and only as a whole."""
+    """Whether torch copies this as a transposition: only as a whole, and in a seventh of the time."""
     return value.dim() == 2 and into.is_contiguous() and value.stride() == (1, value.shape[0])
 
 
 def _transposed_chunks(
     into: torch.Tensor, value: torch.Tensor, nbytes: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """A very large one in chunks all the same, each of which is first put together: a whole transposition again."""
+    """A very large transposition in chunks. Each is made contiguous first, to be a whole transposition again."""
     rows = value.shape[0]
     step = rows if nbytes <= _MATRIX_BYTES else max(1, _MATRIX_CHUNK_BYTES * rows // nbytes)
     for start in range(0, rows, step):
@@ -141,8 +141,8 @@ def _copy_in_two(into: int, value: int, nbytes: int) -> None:
     is_offered = False
     interrupt: BaseException | None = None
     while True:
-        # An interrupt, or what the handler of a signal raises, may come between any two steps, while the other thread
-        # still writes there. Each can be repeated.
+        # An interrupt, or a signal handler's exception, may come between any two steps, while the other thread still
+        # writes. Each step can be repeated.
         try:
             if not is_offered:
                 is_offered = True
@@ -161,7 +161,7 @@ def _copy_in_two(into: int, value: int, nbytes: int) -> None:
 
 
 def _are_alike(into: torch.Tensor, value: torch.Tensor) -> bool:
-    """Whether one's bytes, in their order, are the other's."""
+    """Whether a copy of the bytes, in order, is a copy of the values."""
     return (
         type(into) in _PLAIN
         and type(value) in _PLAIN

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from math import prod
 from typing import Any
 
 import torch
@@ -18,14 +19,14 @@ from grafter.core.processes import is_from_signal_handler
 from grafter.core.tensor_access import local_tensor
 from grafter.errors import UsageError
 
-# Numbers whose JSON form keeps apart what Python keeps apart.
+# Plain data: its JSON keeps values apart that Python keeps apart.
 _DATA = (str, int, float, bool, type(None))
-# Texts travel in headers, at every point.
+# Texts travel in the header of every point, so long ones are cut.
 _LONGEST_TEXT, _SHOWN_OF_TEXT = 1024, 200
 
 
 class TensorSpec(BaseModel):
-    """What the other side must know of a tensor before it moves. `dtype` as in `torch.float32`, without `torch.`."""
+    """What the other side must know of a tensor before it moves. dtype: its name without `torch.`, such as float32."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -36,6 +37,7 @@ class TensorSpec(BaseModel):
 
     @property
     def torch_dtype(self) -> torch.dtype:
+        """The dtype. Raises ValueError if this torch does not have it."""
         dtype = getattr(torch, self.dtype, None)
         if not isinstance(dtype, torch.dtype):
             raise ValueError(
@@ -45,10 +47,7 @@ class TensorSpec(BaseModel):
 
     @property
     def numel(self) -> int:
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
+        return prod(self.shape)
 
     @property
     def nbytes(self) -> int:
@@ -59,21 +58,24 @@ class TensorSpec(BaseModel):
 
 
 def spec_of(path: str, tensor: torch.Tensor) -> TensorSpec:
+    """The spec of a plain tensor at a path."""
     return _spec(path, tuple(tensor.shape), tensor.dtype, tensor.device.type)
 
 
 @lru_cache(maxsize=4096)
 def _spec(path: str, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> TensorSpec:
-    # The same tensors come again at every step, and a model that is validated costs ten times a look-up.
+    # Every step has the same tensors, and validating a model costs ten times a look-up.
     return TensorSpec(path=path, shape=shape, dtype=str(dtype).removeprefix("torch."), device=device)
 
 
-# Not frozen: made at every point, and freezing triples what that costs.
+# Not frozen: every point makes one, and freezing would triple its cost.
 @dataclass
 class Leaves:
-    """A value taken apart. `tensors` are local tensors without autograd wrappers, parallel to `paths` and `specs`.
+    """A value taken apart into its leaves.
 
-    `structure` names the containers, and `others` the leaves that are no tensors: both must be equal on both sides.
+    originals, tensors, specs: the tensors as the value holds them, as local tensors, and described; sorted by path.
+    structure: the paths of all leaves. others: the leaves that are plain data, as JSON by path. Both sides must have
+    equal ones.
     """
 
     value: Any
@@ -84,7 +86,7 @@ class Leaves:
     others: dict[str, str]
 
     def rebuilt(self, replaced: Sequence[torch.Tensor]) -> Any:
-        """The value with other tensors in it; the value itself if none is another."""
+        """The value with other tensors in it; the value itself if no tensor was replaced."""
         if all(new is old for new, old in zip(replaced, self.originals, strict=True)):
             return self.value
         if isinstance(self.value, torch.Tensor):
@@ -95,9 +97,9 @@ class Leaves:
 
 
 class NothingToOffer(Exception):
-    """This rank's value can't be grafted; the text says why and travels to the other side.
+    """This rank's value cannot be grafted. The text says why, and travels to the other side.
 
-    plain: path and value, as JSON, of a value that is plain data alone, and can be compared; else empty.
+    plain: the leaves as JSON by path, if the value is plain data alone, which can be compared; else empty.
     """
 
     def __init__(self, reason: str, plain: dict[str, str] | None = None) -> None:
@@ -106,7 +108,8 @@ class NothingToOffer(Exception):
 
 
 def take_apart(value: Any) -> Leaves:
-    """Raises NothingToOffer, with the reason, for a value that holds no tensor or holds what is no data."""
+    """The leaves of a tensor or a pytree. Raises NothingToOffer, with the reason, if it holds no tensor, or anything
+    that is neither a tensor nor plain data."""
     if isinstance(value, torch.Tensor):
         tensor = local_tensor(value)
         _check_storage("the value", tensor)
@@ -126,7 +129,7 @@ def take_apart(value: Any) -> Leaves:
     if not found:
         what = ", not a tensor" if "" in others else " and holds no tensor"
         raise NothingToOffer(f"the value is {_a(value)}{what}", others)
-    # By path, so that two dicts with another order of insertion are the same point.
+    # By path, so that the order of insertion into a dict does not matter.
     paths = sorted(found)
     originals = [found[path] for path in paths]
     tensors = [local_tensor(original) for original in originals]
@@ -138,7 +141,7 @@ def take_apart(value: Any) -> Leaves:
 
 
 def _as_json(leaf: Any) -> str:
-    """Type and value of a plain leaf, by which it is compared; of a long text its beginning and a checksum."""
+    """The type and value of a plain leaf, by which it is compared; for a long text, its beginning and a checksum."""
     if isinstance(leaf, str) and len(leaf) > _LONGEST_TEXT:
         checksum = hashlib.sha256(leaf.encode("utf-8", "surrogatepass")).hexdigest()
         leaf_text = f"{leaf[:_SHOWN_OF_TEXT]}... ({len(leaf)} characters, SHA-256 {checksum})"
@@ -147,13 +150,13 @@ def _as_json(leaf: Any) -> str:
 
 
 def flatten(value: Any) -> tuple[list[tuple[str, Any]], pytree.TreeSpec]:
-    """(path, leaf) of all leaves, and what puts them together again. The path is as in Python: `['kv'][0]`."""
+    """(path, leaf) of all leaves, and the tree that they form. A path is written as in Python: `['kv'][0]`."""
     try:
         flat, tree = pytree.tree_flatten_with_path(value)
     except ValueError as error:
         if is_from_signal_handler(error):
             raise
-        # A container registered without names for its parts (a library's own output class): they are numbered.
+        # A container that is registered without names for its parts (a library's output class): they are numbered.
         leaves, tree = pytree.tree_flatten(value)
         return [(f"[{number}]" if tree.num_children else "", leaf) for number, leaf in enumerate(leaves)], tree
     return [(pytree.keystr(key_path), leaf) for key_path, leaf in flat], tree
@@ -165,13 +168,8 @@ def _check_storage(name: str, tensor: torch.Tensor) -> None:
             f"{name} is a tensor inside a torch.func transform (vmap, grad, ...), where it has no one value"
         )
     if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized or tensor.is_meta:
-        kind = (
-            "on the meta device"
-            if tensor.is_meta
-            else "nested"
-            if tensor.is_nested
-            else f"{tensor.layout}, {tensor.dtype}"
-        )
+        special = "on the meta device" if tensor.is_meta else "nested" if tensor.is_nested else ""
+        kind = special or f"{tensor.layout}, {tensor.dtype}"
         raise NothingToOffer(f"{name} is a tensor without plain memory ({kind}); pass a dense one")
 
 
@@ -186,7 +184,8 @@ _TENSOR_MARK = "__grafter_tensor__"
 
 
 def encode_extras(extras: Any) -> tuple[str, list[torch.Tensor]]:
-    """Extras as JSON text, and the tensors in it, which travel as payload. Raises UsageError where it is no data."""
+    """Extras as JSON text, and the tensors in them, which travel as payload. Raises UsageError for anything else than
+    data."""
     if not isinstance(extras, Mapping):
         raise UsageError(f"extras must be a dict, not {_a(extras)}")
     tensors: list[torch.Tensor] = []
@@ -220,7 +219,7 @@ def _encode(value: Any, path: str, tensors: list[torch.Tensor]) -> Any:
 
 
 def decode_extras(text: str, tensors: Sequence[torch.Tensor]) -> dict[str, Any]:
-    """The other side's extras; tuples arrive as lists."""
+    """The other side's extras. Tuples arrive as lists."""
 
     def restore(mapping: dict[str, Any]) -> Any:
         if set(mapping) == {_TENSOR_MARK}:
@@ -229,16 +228,14 @@ def decode_extras(text: str, tensors: Sequence[torch.Tensor]) -> dict[str, Any]:
 
     decoded = json.loads(text, object_hook=restore)
     if not isinstance(decoded, dict):
-        raise ValueError("extras that came are not a dict")
+        raise ValueError("the extras received are not a dict")
     return decoded
 
 
-# The keys under which a rank announces single tensors.
-
-# Begins the key of one tensor's point; keys of modules begin with their names.
-_TENSOR_KEY_MARK = "\t"
+# Begins the key under which a rank announces one tensor's point; keys of modules begin with their names.
+TENSOR_KEY_MARK = "\t"
 
 
 def is_tensor_key(key: str) -> bool:
-    """Of what a rank has announced: whether it is one tensor's."""
-    return key.startswith(_TENSOR_KEY_MARK)
+    """Whether an announced key is that of one tensor, not of a module."""
+    return key.startswith(TENSOR_KEY_MARK)

@@ -1,4 +1,7 @@
-"""Patterns over names, as users write them, read before there is a model. Without torch."""
+"""Patterns over names, as users write them: those of `attach` over module paths, and `match` patterns over names.
+
+They are read before there is a model, and without torch.
+"""
 
 from __future__ import annotations
 
@@ -14,20 +17,21 @@ if TYPE_CHECKING:
     import torch
 
 
-# What the model itself is called, whose path is empty.
+# The name of the model itself, whose path is empty.
 ROOT = "root"
 _WORD = re.compile(r"[^\s,]+")
 
 
 @dataclass(frozen=True)
 class Pattern:
-    """One pattern as the user wrote it, without its `!`."""
+    """One pattern of `attach`. path, class_name: match patterns; one may be empty. excludes: whether it had a `!`."""
 
     path: str
     class_name: str
     excludes: bool
 
     def matches(self, path: str, module: torch.nn.Module) -> bool:
+        """Whether the pattern matches a module's path, and one of its classes."""
         if self.path and compile_match(self.path).fullmatch(path or ROOT) is None:
             return False
         if not self.class_name:
@@ -37,7 +41,7 @@ class Pattern:
 
 
 def read_patterns(texts: Iterable[str]) -> tuple[Pattern, ...]:
-    """Patterns, several in a text by commas or spaces. Raises UsageError for what is none."""
+    """The patterns in texts, separated by commas or spaces. Raises UsageError for an invalid one."""
     patterns = []
     for text in texts:
         if not isinstance(text, str):
@@ -47,13 +51,13 @@ def read_patterns(texts: Iterable[str]) -> tuple[Pattern, ...]:
 
 
 def _read_pattern(word: str, position: int) -> Pattern:
-    """`position`: the character of the text at which it begins, counted from 1."""
+    """position: the character of the text at which the word begins, counted from 1."""
     excludes = word.startswith("!")
     path, _, class_name = word.removeprefix("!").partition(":")
     if not path and not class_name:
         raise UsageError(
-            f"{word!r}, at character {position}, is no pattern; write a path, `:Class`, or `path:Class`, with `!` "
-            "before it for what is left out."
+            f"{word!r}, at character {position}, is not a pattern; write a path, `:Class`, or `path:Class`, with `!` "
+            "before it to exclude modules."
         )
     for part in filter(None, (path, class_name)):
         try:
@@ -63,12 +67,9 @@ def _read_pattern(word: str, position: int) -> Pattern:
     return Pattern(path, class_name, excludes)
 
 
-# Match patterns over names: `layers.{layer_id}.*`, as regular expressions.
-
 _PART = re.compile(r"(?P<star>\*+)|(?P<any>\?)|\{(?P<capture>[^{}]*)\}|(?P<brace>[{}])|(?P<literal>[^*?{}]+)")
 
-# In how many places a pattern may leave a choice that cannot be settled at once: a match takes about the name's length
-# to this power.
+# In how many places a pattern may be ambiguous: a match takes about the name's length to this power.
 MOST_CHOICES = 3
 
 
@@ -76,9 +77,9 @@ MOST_CHOICES = 3
 def compile_match(pattern: str) -> re.Pattern[str]:
     """The regular expression of a `match` pattern, for `fullmatch`.
 
-    `*` matches any run of characters, `?` one, `{name}` one path segment (one or more characters without a dot), all
-    else itself. The same `{name}` twice must match the same text. Raises ConfigError for braces that are no capture,
-    and for a pattern that could be read in so many ways that a match might take years.
+    `*` matches any run of characters, `?` one character, `{name}` one path segment (one or more characters without a
+    dot), anything else itself. The same `{name}` twice must match the same text. Raises ConfigError for braces that are
+    not a capture, and for a pattern so ambiguous that a match might take years.
     """
     if not pattern:
         raise ConfigError("match is empty; write `*` for all names.")
@@ -95,17 +96,19 @@ def compile_match(pattern: str) -> re.Pattern[str]:
 
 @dataclass
 class _Stretch:
-    """What a pattern has between two stars."""
+    """The part of a pattern between two stars.
+
+    choices: how many captures may end in several places. is_needed_later: whether a text that it captures must occur
+    again.
+    """
 
     expression: str = ""
     choices: int = 0
-    """Captures of which it is not settled, by where they begin, where they end."""
     is_needed_later: bool = False
-    """Whether what it captures must come again."""
 
     @property
     def is_settled(self) -> bool:
-        """Whether its earliest place leaves the most room for the rest, so that no other needs to be tried."""
+        """Whether only its earliest match needs to be tried, since that leaves the most room for the rest."""
         return not self.choices and not self.is_needed_later
 
 
@@ -125,7 +128,7 @@ def _read_stretches(pattern: str) -> list[_Stretch]:
         else:
             captures.add(name)
             stretch.expression += f"(?P<{name}>[^.]+)"
-            # It ends at the next dot or at the end of the name; before anything else it could end in many places.
+            # Before a dot, or at the end of the name, its end is known. Before anything else there are several.
             stretch.choices += pattern[part.end() : part.end() + 1] not in ("", ".")
             stretch.is_needed_later |= f"{{{name}}}" in pattern[part.end() :]
     return stretches
@@ -133,7 +136,7 @@ def _read_stretches(pattern: str) -> list[_Stretch]:
 
 def _capture_name(pattern: str, part: re.Match[str]) -> str:
     name = part["capture"]
-    # Names that start with `_` are kept for the groups of `_joined`.
+    # Names that start with `_` are reserved for the groups of `_joined`.
     if name is None or not (name.isidentifier() and name.isascii()) or name.startswith("_"):
         raise ConfigError(
             f"match {pattern!r}: braces name one path segment, such as {{layer_id}}; "

@@ -12,46 +12,35 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from types import FrameType
 from typing import Any, NamedTuple
 
+from grafter.core.bounded_memory import BoundedMemory
 from grafter.errors import UsageError
 
 FORWARD = "forward"
 
 # Arguments of `dump` that are never tags.
 OPTIONS = frozenset(
-    {
-        "extras",
-        "ranks",
-        "transform",
-        "write",
-        "gradient",
-        "dims",
-        "layout",
-        "axes",
-        "seq_lens",
-        "tokens",
-        "start",
-        "new_rows_only",
-        "wait",
-        "save",
-    }
+    ("extras", "ranks", "transform", "write", "gradient", "dims", "layout", "axes", "seq_lens", "tokens", "start")
+    + ("new_rows_only", "wait", "save")
 )
-# What a `context` may give to the points inside of it.
+# The options that a `context` may give to the points inside it.
 CONTEXT_OPTIONS = frozenset({"ranks", "axes", "tokens", "start", "new_rows_only"})
-# Set by grafter itself for every point.
+# Tags that grafter itself sets for every point.
 OWN_TAGS = frozenset({"name", "step", "phase", "occurrence"})
-# Arguments for which a call that no filter matches is looked at once more.
+# If a call that no filter matches has one of these arguments, it is checked once more.
 LOOKED_AT = OWN_TAGS | {"save"}
 
-# As in grafter.config.settings.plan_file, which imports pydantic: too dear where grafting is off. A test compares them.
+# The same values as in grafter.config.settings.plan_file, which imports pydantic and would cost time where grafting is
+# off. A test compares them.
 LEGAL_OPTIONS = {
     "write": ("in_place", "return"),
     "gradient": ("straight_through", "cut", "strict"),
     "wait": ("both", "job"),
 }
 _SCALARS = (str, int, float, bool, type(None))
-# Frames that stand between the user's line and ours: our own, and what wraps calls around them.
+# Files whose frames stand between the user's line and ours: our own, and those that wrap calls.
 _PASSED_OVER = (
     str(Path(__file__).parents[1]) + os.sep,
     f"{os.sep}contextlib.py",
@@ -61,25 +50,18 @@ _PASSED_OVER = (
 
 
 def is_rank_tag(tag: str) -> bool:
-    """Rank tags differ between ranks by nature, so they never identify a point."""
+    """Whether a tag differs between ranks by nature, so that it never identifies a point."""
     return tag == "rank" or tag.endswith("_rank")
 
 
 _MOST_REMEMBERED = 4096
-_encoded: dict[tuple[str, str], str] = {}
-
-
-def _encode_once(name: str, shown: str, identifying: tuple[tuple[str, Any], ...]) -> str:
-    # Remembered by `shown`, since 1, 1.0 and True are equal as keys of a dict.
-    known = _encoded.get((name, shown))
-    if known is None:
-        if len(_encoded) >= _MOST_REMEMBERED:
-            _encoded.clear()
-        known = _encoded[name, shown] = json.dumps([name, identifying])[1:-1]
-    return known
+# By the tags' repr, since 1, 1.0 and True are equal as keys of a dict.
+_encoded: BoundedMemory[tuple[str, str], str] = BoundedMemory(_MOST_REMEMBERED)
 
 
 class _KeyFields(NamedTuple):
+    """The fields of a PointKey."""
+
     name: str
     identifying: tuple[tuple[str, Any], ...]
     step: int
@@ -88,29 +70,27 @@ class _KeyFields(NamedTuple):
 
 
 class PointKey(_KeyFields):
-    """What identifies a point in both jobs. `identifying` holds only the tags that identify.
+    """What identifies a point in both jobs. identifying: the tags that do, sorted.
 
-    A named tuple, since one is made at every point.
+    A named tuple is cheap, and every point makes one.
     """
 
     _digest: str = ""
 
     @property
     def digest(self) -> str:
-        """24 hex digits, the same for the same point in both jobs: the point's place in the store."""
+        """24 hex digits, the same in both jobs, by which the store knows the point."""
         if not self._digest:
-            self._digest = self._worked_out()
+            # The JSON of all five fields. Name and tags stay from step to step, and are encoded once.
+            known = self.name, repr(self.identifying)
+            encoded = _encoded.answer(known, lambda: json.dumps([self.name, self.identifying])[1:-1])
+            canonical = f'[{encoded}, {self.step}, "{self.phase}", {self.occurrence}]'
+            self._digest = hashlib.blake2b(canonical.encode(), digest_size=12).hexdigest()
         return self._digest
-
-    def _worked_out(self) -> str:
-        # What `json.dumps` makes of all five. The first two stay from step to step, and are encoded once.
-        stays = _encode_once(self.name, repr(self.identifying), self.identifying)
-        canonical = f'[{stays}, {self.step}, "{self.phase}", {self.occurrence}]'
-        return hashlib.blake2b(canonical.encode(), digest_size=12).hexdigest()
 
     @property
     def text(self) -> str:
-        """As messages show it."""
+        """The key as messages show it."""
         parts = [f"{tag}={value!r}" for tag, value in self.identifying]
         parts.append(f"step={self.step}")
         if self.phase != FORWARD:
@@ -134,12 +114,13 @@ def identify(tags: Mapping[str, Any], identifying_tags: frozenset[str] | None) -
 
 @dataclass
 class StepCounter:
-    """The step, and how often each key was matched within it."""
+    """The current step, and how often each key was matched within it."""
 
     step: int = 0
     _occurrences: dict[tuple[Any, ...], int] = field(default_factory=dict)
 
     def next_step(self) -> None:
+        """Begin the next step, in which occurrences count from 0."""
         self.step += 1
         self._occurrences.clear()
 
@@ -156,7 +137,8 @@ class StepCounter:
 
 
 def check_tags(tags: dict[str, Any]) -> None:
-    """Refuse what cannot be a tag, and turn NumPy scalars and enums of str, int or float into Python's, in place."""
+    """Turn NumPy scalars and enums of str, int or float into Python's, in place. Raises UsageError for anything else
+    that is not a scalar."""
     for tag, value in tags.items():
         if type(value) not in _SCALARS:
             tags[tag] = _as_scalar(tag, value)
@@ -193,7 +175,7 @@ def _shown(value: Any) -> str:
 
 
 def split_options(arguments: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(tags, options) of one dump or context call; refuses names that are not free."""
+    """(tags, options) of one dump or context call. Raises UsageError for reserved names and illegal values."""
     tags: dict[str, Any] = {}
     options: dict[str, Any] = {}
     for name, value in arguments.items():
@@ -221,13 +203,13 @@ def _why_not_a_tag(name: str) -> str:
     return f"`{name}` is {sets_it[name]}; a tag needs another name."
 
 
-# The user's line of a point in compiled code, where no frame shows it.
+# The user's line of a point in compiled code, which has no frame for it.
 traced_call_site: ContextVar[str | None] = ContextVar("grafter_traced_call_site", default=None)
 
 
 @lru_cache(maxsize=_MOST_REMEMBERED)
 def is_passed_over(file: str) -> bool:
-    """Whether a frame's file is none of the user's."""
+    """Whether a frame's file is not one of the user's."""
     return any(part in file for part in _PASSED_OVER)
 
 
@@ -236,20 +218,15 @@ def call_site() -> str:
     traced = traced_call_site.get()
     if traced is not None:
         return traced
-    frame = sys._getframe(1)
-    while frame is not None:
-        code = frame.f_code
-        if not is_passed_over(code.co_filename):
-            return f"{code.co_filename}:{frame.f_lineno} in {code.co_name}"
-        if frame.f_back is None:
-            break
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and is_passed_over(frame.f_code.co_filename):
         frame = frame.f_back
-    return "unknown"
+    return "unknown" if frame is None else f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}"
 
 
 @dataclass(frozen=True)
 class PointContext:
-    """What the enclosing `context` blocks add to a point; `outer` is what was around the innermost of them."""
+    """What the enclosing `context` blocks add to a point. outer: the context outside of the innermost block."""
 
     tags: dict[str, Any]
     options: dict[str, Any]
@@ -258,7 +235,7 @@ class PointContext:
 
 NO_CONTEXT = PointContext({}, {})
 # A thread of its own starts without context, as contextvars do; so does an autograd thread.
-point_context: ContextVar[PointContext] = ContextVar("grafter_surroundings", default=NO_CONTEXT)
+point_context: ContextVar[PointContext] = ContextVar("grafter_point_context", default=NO_CONTEXT)
 
 
 def enter_context(arguments: dict[str, Any]) -> None:
@@ -295,7 +272,7 @@ def leave_context() -> None:
 def why_not_decorated(function: Any) -> str | None:
     """Why `context` cannot decorate a function; None if it can."""
     if isinstance(function, (type, classmethod)):
-        return "it is no function. Decorate a method, or put @classmethod above @grafter.context."
+        return "it is not a function. Decorate a method, or put @classmethod above @grafter.context."
     if (
         inspect.isgeneratorfunction(function)
         or inspect.iscoroutinefunction(function)

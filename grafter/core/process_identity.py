@@ -1,4 +1,4 @@
-"""The identity of a process of the run, which another process can check: whether it is still there, or stopped."""
+"""The identity of a process of the run, by which another process checks whether it is alive, or stopped."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from grafter.core.processes import host_identity, is_from_signal_handler, proces
 
 
 class ProcessIdentity(BaseModel):
-    """A process, in terms that another process can check. `host` is equal only where `/proc` and sockets are shared."""
+    """A process, by facts that another process can check. host: equal only where `/proc` and sockets are shared."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -20,20 +20,21 @@ class ProcessIdentity(BaseModel):
     uid: int
     pid: int
     start_time: int
-    # "" in what was written before there was this field, and where there is no `/proc`.
+    # "" in records of versions without this field, and where there is no `/proc`.
     user_namespace: str = ""
 
     @property
     def memory_domain(self) -> tuple[str, int, str]:
-        """Equal where two processes can open each other's memory, and see each other's user on a socket.
+        """Equal if two processes can open each other's memory, and see each other's user on a socket.
 
-        Containers that share a pid and a network namespace may still have user namespaces of their own: then each sees
-        the other as nobody, and may not look into it.
+        Containers that share a pid and a network namespace may have different user namespaces: then each sees the other
+        as an unknown user, and may not read its memory.
         """
         return self.host, self.uid, self.user_namespace
 
 
 def own_identity() -> ProcessIdentity:
+    """The identity of this process."""
     return ProcessIdentity(
         host=host_identity(),
         hostname=socket.gethostname(),
@@ -54,7 +55,7 @@ def _user_namespace() -> str:
 
 
 def how_gone(process: ProcessIdentity) -> str | None:
-    """None while a process of this host lives; else a phrase that follows its name."""
+    """None while a process of this host is alive; else a phrase that follows its name in a message."""
     state, start_time = process_state(process.pid)
     if state and state not in "ZX" and start_time == process.start_time:
         return None
@@ -64,5 +65,6 @@ def how_gone(process: ProcessIdentity) -> str | None:
 
 
 def is_stopped(process: ProcessIdentity) -> bool:
+    """Whether a process of this host is stopped, by a debugger or Ctrl-Z."""
     state, start_time = process_state(process.pid)
     return state in ("T", "t") and start_time == process.start_time

@@ -1,4 +1,4 @@
-"""Processes: whether one lives, how one ended, what a wait asks, and which exceptions signal handlers raised."""
+"""Processes: the state of one, how one ended, heartbeats, and exceptions of waits and of signal handlers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SILENT_AFTER_SECONDS = 60.0
 
 
 def host_identity() -> str:
-    """One boot of one machine, one pid namespace and one network namespace; unique where there is no `/proc`."""
+    """A text for one boot of a machine, one pid namespace and one network namespace; unique if there is no `/proc`."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot}/{os.readlink('/proc/self/ns/pid')}/{os.readlink('/proc/self/ns/net')}"
@@ -25,7 +25,7 @@ def host_identity() -> str:
 
 
 def process_state(pid: int) -> tuple[str, int]:
-    """(state letter, start time in clock ticks since boot) of a process; ("", 0) where it does not exist."""
+    """(state letter, start time in clock ticks since boot) of a process; ("", 0) if it does not exist."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError as error:
@@ -36,12 +36,13 @@ def process_state(pid: int) -> tuple[str, int]:
 
 
 class HeartbeatWatch:
-    """Remembers when each heartbeat of another host last changed, by the clock of this process."""
+    """The times at which the heartbeats of ranks on other hosts last changed, by the clock of this process."""
 
     def __init__(self) -> None:
         self._last: dict[int, tuple[str, float]] = {}
 
     def silent_seconds(self, graft_rank: int, beat: str) -> float:
+        """For how many seconds a rank's heartbeat has been `beat`."""
         now = time.monotonic()
         last = self._last.get(graft_rank)
         if last is None or last[0] != beat:
@@ -50,18 +51,15 @@ class HeartbeatWatch:
         return now - last[1]
 
 
-# What a wait for other ranks asks while it lasts, and how it can end early.
-
-
 class Watch(Protocol):
-    """What a transfer asks, at least four times a second, whether to go on."""
+    """The check that a transfer makes, at least four times a second, whether to continue."""
 
     def check(self) -> None:
-        """Raises RunError if the run is over, Abandoned if the other side has given this point up."""
+        """Raise RunError if the run is over, Abandoned if the other side has given this point up."""
 
 
 class Abandoned(Exception):
-    """The other side has given this point up; the text says why. The run goes on."""
+    """The other side has given this point up. The text says why. The run continues."""
 
 
 class PeerGone(Exception):
@@ -72,10 +70,8 @@ class PeerGone(Exception):
         self.graft_rank = graft_rank
 
 
-# How a process ended, in words.
-
-
 def describe_exit(exit_code: int | None) -> str:
+    """How a process ended, as a phrase that follows its name. exit_code: negative for a signal; None: unknown."""
     if exit_code is None:
         return "was lost: its keeper process was killed from outside"
     if exit_code < 0:
@@ -83,17 +79,14 @@ def describe_exit(exit_code: int | None) -> str:
     return f"exited with code {exit_code}"
 
 
-# Whether an exception was raised by a signal handler of the program, or by the call that it interrupted.
-
-
 def is_from_signal_handler(error: BaseException) -> bool:
     """Whether a Python signal handler raised this exception, which the calling function has caught.
 
-    A handler may run, and raise, between any two steps of the main thread. Its `TimeoutError` is then an OSError to
-    whoever catches those around a socket, and is not theirs. Python calls a handler with the frame that it interrupted,
-    which is also the frame that it returns to.
+    A handler may run, and raise, between any two steps of the main thread. Code that catches OSError around a socket
+    then also catches the handler's `TimeoutError`, which it must pass on. A handler is recognised by its arguments:
+    Python calls it with the frame that it interrupted, which is also its caller.
     """
-    # Not the frame that caught it. To ask that for its variables would make them live on in a cycle with the exception.
+    # Not from the frame that caught it: reading its variables would keep them alive in a cycle with the exception.
     traceback = error.__traceback__.tb_next if error.__traceback__ is not None else None
     while traceback is not None:
         frame, caller = traceback.tb_frame, traceback.tb_frame.f_back

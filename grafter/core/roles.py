@@ -1,16 +1,21 @@
-"""Roles: which job and rank this is, and which way a point's tensor goes between the two jobs."""
+"""Roles: which of the two jobs a process belongs to, and which way a point's tensor goes between the jobs."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
+Role = Literal["baseline", "target"]
+# Which way a point's tensor goes: from baseline to target, from target to baseline, or nowhere (it is compared).
+Direction = Literal["b2t", "t2b", "compare"]
+
+# Settings that both jobs must have alike.
 SHARED_SETTINGS = ("b2t_filter", "t2b_filter", "compare_filter", "key")
 
 
 @dataclass(frozen=True)
 class RankIdentity:
-    """Which rank of which job this process is."""
+    """Which rank of which job a process is."""
 
     role: Role
     role_rank: int
@@ -18,20 +23,15 @@ class RankIdentity:
 
     @property
     def who(self) -> str:
+        """The rank as messages name it, such as `target rank 3`."""
         return f"{self.role} rank {self.role_rank}"
 
 
-# Direction: which way a point's tensor goes, as the filters decide it.
-
-
-Direction = Literal["b2t", "t2b", "compare"]
-Role = Literal["baseline", "target"]
-
-
 def sender_role(direction: Direction) -> Role:
-    """Who sends. In a comparison the baseline sends and the target computes the difference."""
+    """The role that sends. In a comparison the baseline sends, and the target computes the difference."""
     return "target" if direction == "t2b" else "baseline"
 
 
 def receiver_role(direction: Direction) -> Role:
+    """The role that receives."""
     return "baseline" if direction == "t2b" else "target"

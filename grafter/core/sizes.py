@@ -1,4 +1,4 @@
-"""Sizes and step ranges as users write them: `512MiB`, `0-3,10,20-`. Imports no torch."""
+"""Sizes and ranges of steps as users write them: `512MiB`, `0-3,10,20-`. Imports no torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _STEPS = re.compile(r"(\d{1,18})(?:\s*(-)\s*(\d{1,18})?)?")
 
 
 def read_size(text: str) -> int:
-    """Bytes of `4096`, `512 MiB`, `1GiB`. Raises ValueError for anything else."""
+    """The number of bytes in `4096`, `512 MiB` or `1GiB`. Raises ValueError for other texts."""
     found = _SIZE.fullmatch(text.strip())
     if found is None or found[2].lower() not in _UNITS:
         raise ValueError("it must be a number of bytes, such as 4096, 512MiB or 10GiB")
@@ -20,7 +20,7 @@ def read_size(text: str) -> int:
 
 
 def read_steps(text: str) -> tuple[tuple[int, int | None], ...]:
-    """Ranges of steps, both ends included, of `0-3,10,20-`. Raises ValueError for anything else."""
+    """The ranges of steps in `0-3,10,20-`, both ends included. Raises ValueError for other texts."""
     ranges = []
     for part in text.split(","):
         found = _STEPS.fullmatch(part.strip())

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-# Most tensors are plain tensors, and every point asks several times.
+# Most tensors are of these classes, and every point checks several times.
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 

@@ -1,4 +1,4 @@
-"""Code of grafter's that the program's compiler and its dispatch modes do not see."""
+"""How grafter's own code is hidden from the program's compiler and from its dispatch modes."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-# Set while code that torch.compile has made, or is about to make, calls us.
+# Returns a callback while the caller is compiled code, or code that is about to be compiled.
 _compiled_caller = torch._C._dynamo.eval_frame.get_eval_frame_callback
 _WHY = "grafter is on: this hook breaks the compiled graph."
 
 
 def untraced(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function for positional arguments, as compiled code may call it."""
+    """A function of positional arguments that compiled code calls without tracing it."""
     apart: Callable[..., Any] | None = None
 
     def run(*args: Any) -> Any:
@@ -26,9 +26,9 @@ def untraced(function: Callable[..., Any]) -> Callable[..., Any]:
             apart = _disabled(function)
         return apart(*args)
 
-    # A copied model's hooks are known by it.
+    # The hooks of a copied model are recognised by their module.
     run.__module__ = function.__module__
-    # What `torch.compiler.disable` sets, which would import the compiler, and would cost more in eager code.
+    # As `torch.compiler.disable` sets them, which would import the compiler and cost more in eager code.
     run._torchdynamo_disable = True  # type: ignore[attr-defined]
     run._torchdynamo_disable_msg = _WHY  # type: ignore[attr-defined]
     return run
@@ -40,10 +40,10 @@ def _disabled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def forget_compiled_code() -> None:
-    """Code that was compiled without a hook never runs it, nor loses one that it was compiled with."""
+    """Drop all compiled code, which would never run a new hook, and would still run a removed one."""
     compiler = sys.modules.get("torch._dynamo")
     if compiler is not None:
-        # The frames between compiled code and a hook's own work are not for it, either.
+        # The compiler must not compile the frames between compiled code and a hook, either.
         compiler.eval_frame.skip_code(_RUN_CODE)
         compiler.eval_frame.skip_code(_disabled.__code__)
         compiler.reset()
@@ -52,13 +52,12 @@ def forget_compiled_code() -> None:
 _RUN_CODE = untraced(lambda: None).__code__
 
 
-# Operations of our own that the program's dispatch modes do not see.
-
-
 class unobserved:
-    """Our own operations are not the program's: selective checkpointing, which counts operations, must not see them.
+    """A context in which the program's dispatch modes see no operation: selective checkpointing counts operations, and
+    must not count ours.
 
-    A class, since it stands in every point and a generator costs four times as much."""
+    A class, since every point enters it, and a generator costs four times as much.
+    """
 
     __slots__ = ("_modes",)
 

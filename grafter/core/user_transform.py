@@ -1,8 +1,8 @@
-"""User transforms: the one-argument functions that turn what came into what is written.
+"""User transforms: the one-argument functions that turn the incoming tensors into the one that is written.
 
     def transform(graft_input: GraftTransformInput) -> torch.Tensor: ...
 
-`load_transform` finds one by its path, at start, so that a wrong path fails before any model has run.
+`load_transform` loads one by its path at the start, so that a wrong path fails before any model has run.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ _SIGNATURE = "def transform(graft_input: grafter.GraftTransformInput) -> torch.T
 
 @dataclass(frozen=True)
 class GraftTransformInput:
-    """What a transform is given. grafter fills every field; the defaults are for tests of your own transforms.
+    """The argument of a transform. grafter fills every field; the defaults are for tests of your own transforms.
 
     tags: name, step, phase and all tags of the point.
-    received_list: one tensor per sending rank that this transform receives, in role-rank order, each of the shape and
-        dtype that its sender had. The memory is grafter's and is used again after the write: return it, or something
+    received_list: one tensor per sending rank that this transform receives, in role-rank order, each with the shape and
+        dtype of its sender. The memory belongs to grafter, which reuses it after the write: return it, or something
         made of it, but do not keep it.
     received_extras_list: parallel to `received_list`: what that sender gave as `extras`, or None.
-    target: this rank's tensor before the write. Read it; never write into it: another rank may still abort the point.
+    target: this rank's tensor before the write. Never write into it: another rank may still abort the point.
     sender_ranks: role ranks of the senders, parallel to `received_list`.
     sender_layouts, target_layout: where these tensors lie in the global one, as `grafter.Layout`s (parallel to
-        `received_list`; resharded: of all senders); None where a side declares nothing.
+        `received_list`; for "resharded": of all senders); None if a side declares nothing.
     path: the leaf's path in a pytree, "" for a bare tensor.
     """
 
@@ -71,18 +71,18 @@ def transform(function: None = None, *, receives: Receives = "all") -> Callable[
 def transform(
     function: Function | None = None, *, receives: Receives = "all"
 ) -> Function | Callable[[Function], Function]:
-    """Mark a function as a transform and say which tensors it needs; only those are moved.
+    """Mark a function as a transform, and say which tensors it needs; only those are moved.
 
     receives: "all" (the default, also without this decorator): the whole tensor of every sender.
         "same_rank": only that of the sender which would serve this rank without a transform: `received_list` has
         length 1.
-        "resharded": this rank's own part of the senders' tensor, put together by the layouts of both sides:
-        `received_list` has length 1, and its tensor the shape of the target (without padding). The extras are those of
-        the lowest sending rank.
+        "resharded": this rank's own part of the senders' tensor, assembled by the layouts of both sides:
+        `received_list` has length 1, and its tensor has the shape of the target (without padding). The extras are those
+        of the lowest sending rank.
 
     Raises TransformError for any other value of `receives`.
     """
-    # A plain str, so that the value a user really passed can be looked at.
+    # As a plain str, so that any value can be checked.
     asked: str = receives
     if asked not in get_args(Receives):
         raise TransformError(f"receives={asked!r} is not known; legal values are {', '.join(get_args(Receives))}.")
@@ -96,18 +96,18 @@ def transform(
 
 @dataclass(frozen=True)
 class UserTransform:
-    """A loaded transform. `path` is as the user wrote it."""
+    """A loaded transform. path: as the user wrote it."""
 
     path: str
     function: Callable[[GraftTransformInput], Any]
     receives: Receives
 
     def __call__(self, graft_input: GraftTransformInput) -> torch.Tensor:
-        """Run the function without autograd, with a forked random state: no graft shifts the model's dropout.
+        """Run the function without autograd, with a forked random state, so that a graft does not change the dropout.
 
-        The random states that are restored are torch's of the CPU and, for a CUDA target, of its device. Raises
-        TransformError, chained and with the line of the user's file, when the function raises or returns no tensor.
-        What a signal handler of the program raises meanwhile passes as it is.
+        The random states restored are torch's for the CPU and, for a CUDA target, for its device. Raises
+        TransformError, chained and with the line of the user's file, if the function raises or does not return a
+        tensor. Exceptions of the program's signal handlers pass unchanged.
         """
         target = graft_input.target
         devices = [target.device] if target.is_cuda else []
@@ -117,7 +117,8 @@ class UserTransform:
         except Exception as error:
             if is_from_signal_handler(error):
                 raise
-            raise TransformError(f"transform {self.path!r} {_describe(error, self._file())}") from error
+            file = getattr(getattr(self.function, "__code__", None), "co_filename", None)
+            raise TransformError(f"transform {self.path!r} {_describe(error, file)}") from error
         if not isinstance(value, torch.Tensor):
             raise TransformError(
                 f"transform {self.path!r} returned {_kind(value)}, not a torch.Tensor. "
@@ -125,28 +126,22 @@ class UserTransform:
             )
         return value
 
-    def _file(self) -> str | None:
-        code = getattr(self.function, "__code__", None)
-        return None if code is None else code.co_filename
-
 
 def load_transform(path: str) -> UserTransform:
-    """Find the transform that `path` names and check that it can be called with one argument.
+    """Load the transform that `path` names, and check that it can be called with one argument.
 
-    path: `package.module.function`, `package.module:function` or `path/to/file.py:function` (a relative file is looked
-    up from the current directory). A module or file is executed at its first load; the same one again is not.
+    path: `package.module.function`, `package.module:function` or `path/to/file.py:function` (relative to the current
+    directory). A module or file is executed only at its first load.
 
-    Raises TransformError naming the path, what was looked for and near names.
+    Raises TransformError naming the path, what was looked for, and near names.
     """
     source, name = _split_path(path)
     module = _load_file(path, source) if _is_file(source) else _import_module(path, source, name)
-    function = _find_function(path, module, name)
-    _check_signature(path, function)
-    return UserTransform(path=path, function=function, receives=getattr(function, _RECEIVES_MARK, "all"))
+    return _checked(path, _find_function(path, module, name))
 
 
 def transform_of(function: Callable[[GraftTransformInput], Any]) -> UserTransform:
-    """A function given as it is, not by path, with the same checks; `path` is then its module and name.
+    """The transform of a function that is given itself, not by path. Its `path` is the function's module and name.
 
     Raises TransformError if it cannot be called with one argument.
     """
@@ -154,8 +149,7 @@ def transform_of(function: Callable[[GraftTransformInput], Any]) -> UserTransfor
     path = f"{getattr(function, '__module__', type(function).__module__)}.{name}"
     if inspect.isclass(function):
         raise TransformError(f"transform {path!r} is {_kind(function)}, not a function. A transform is `{_SIGNATURE}`.")
-    _check_signature(path, function)
-    return UserTransform(path=path, function=function, receives=getattr(function, _RECEIVES_MARK, "all"))
+    return _checked(path, function)
 
 
 def _split_path(path: str) -> tuple[str, str]:
@@ -177,7 +171,7 @@ def _is_file(source: str) -> bool:
 
 
 def _load_file(path: str, source: str) -> ModuleType:
-    """Execute a file as a module whose name no `import` statement would ever ask for; once per real file."""
+    """Execute a file, once, as a module with a name that no `import` statement uses."""
     file = Path(source).expanduser().resolve()
     if not file.is_file():
         raise TransformError(f"transform {path!r}: {_why_no_file(file)}")
@@ -189,7 +183,7 @@ def _load_file(path: str, source: str) -> ModuleType:
     if spec is None or spec.loader is None:
         raise TransformError(f"transform {path!r}: {file} is not a Python source file; its name must end in `.py`.")
     module = importlib.util.module_from_spec(spec)
-    # Registered first, as the import system does: dataclasses and typing look their module up while it runs.
+    # Registered first, as the import system does, since dataclasses and typing look the module up while it runs.
     sys.modules[module_name] = module
     try:
         spec.loader.exec_module(module)
@@ -215,7 +209,7 @@ def _import_module(path: str, module_name: str, function_name: str) -> ModuleTyp
         if is_from_signal_handler(error):
             raise
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
-        # A module that was found but imports another one that is missing has raised; it is not missing.
+        # A module that exists may import another one that is missing.
         if missing is not None and f"{module_name}.".startswith(f"{missing}."):
             raise TransformError(
                 f"transform {path!r}: {_why_no_module(missing, module_name, function_name)}"
@@ -230,13 +224,13 @@ def _why_no_module(missing: str, module_name: str, function_name: str) -> str:
     near = _near(leaf, [module.name for module in pkgutil.iter_modules(searched)], prefix)
     file = Path(*module_name.split(".")).with_suffix(".py")
     hint = f" There is a file {file} here: write `{file}:{function_name}`." if file.is_file() else ""
-    return f"there is no module {missing!r} on this process's sys.path.{near}{hint} A transform's path is {_FORMS}."
+    return f"this process's sys.path has no module {missing!r}.{near}{hint} A transform's path is {_FORMS}."
 
 
 def _find_function(path: str, module: ModuleType, name: str) -> Callable[[GraftTransformInput], Any]:
     place = module.__file__ if module.__name__.startswith("_grafter_transform_") else f"module {module.__name__!r}"
     if not hasattr(module, name):
-        # Only what the module defines itself: its imports are not what the user misspelt.
+        # Only the functions that the module itself defines.
         names = [n for n, v in vars(module).items() if inspect.isfunction(v) and v.__module__ == module.__name__]
         defined = f" It defines: {', '.join(names[:10])}." if names else " It defines no function."
         raise TransformError(f"transform {path!r}: {place} has no function {name!r}.{_near(name, names)}{defined}")
@@ -249,14 +243,15 @@ def _find_function(path: str, module: ModuleType, name: str) -> Callable[[GraftT
     return function
 
 
-def _check_signature(path: str, function: Callable[..., Any]) -> None:
+def _checked(path: str, function: Callable[[GraftTransformInput], Any]) -> UserTransform:
+    transform = UserTransform(path=path, function=function, receives=getattr(function, _RECEIVES_MARK, "all"))
     try:
         signature = inspect.signature(function)
     except ValueError as error:
         if is_from_signal_handler(error):
             raise
-        # Some functions written in C do not tell; they are found out at the first call.
-        return
+        # Some functions written in C have no signature; their first call shows whether they fit.
+        return transform
     try:
         signature.bind(None)
     except TypeError as error:
@@ -264,13 +259,11 @@ def _check_signature(path: str, function: Callable[..., Any]) -> None:
             f"transform {path!r} cannot be called with one argument: its signature is {signature} ({error}). "
             f"A transform is `{_SIGNATURE}`."
         ) from error
+    return transform
 
 
 def _describe(error: BaseException, file: str | None = None) -> str:
-    """`raised ValueError: text, at file:line, in function: source`.
-
-    The line is that of the innermost frame in `file`, else the innermost one.
-    """
+    """`raised ValueError: text, at file:line, in function: source`, of the innermost frame in `file`, else of all."""
     text = f"raised {type(error).__name__}: {error}"
     if isinstance(error, SyntaxError):
         return text

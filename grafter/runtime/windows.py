@@ -16,7 +16,9 @@ import numpy as np
 from grafter.config.options import PointOptions
 from grafter.core.messages.announced_tokens import AnnouncedTokens, announce
 from grafter.core.points import PointKey
-from grafter.core.tokens.tokens import FEW, SequenceId, Tokens
+from grafter.core.tokens.runs import FEW
+from grafter.core.tokens.sequences import SequenceId
+from grafter.core.tokens.tokens import Tokens
 from grafter.errors import UsageError
 
 # Of points and sequences together. The one that was longest unused is forgotten first, and then sent from its start.

@@ -15,6 +15,7 @@ from grafter.capture.parameters import named_weights
 from grafter.config.names import NameRule, PointName
 from grafter.config.settings.config import SETTING_FIELDS
 from grafter.config.settings.plan_file import read_plan_file
+from grafter.core.leaves import is_tensor_key
 from grafter.core.points import OPTIONS, OWN_TAGS
 from grafter.errors import ConfigError
 
@@ -252,3 +253,9 @@ def test_an_entry_for_one_tensor_is_enough_for_it_to_be_known(
     assert other_announced.isdisjoint(own) is not meet
     assert own_announced.isdisjoint(other) is not meet
     assert not own_announced.isdisjoint(own) and not other_announced.isdisjoint(other)
+
+
+def test_the_announcements_of_single_tensors_are_told_from_those_of_modules() -> None:
+    """Modules that only one job has are reported; tensors with names of their own are not."""
+    name = PointName("layer_out", {"layer_id": 3})
+    assert is_tensor_key(name.tensor_key) and not is_tensor_key(name.key)

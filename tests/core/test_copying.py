@@ -131,7 +131,7 @@ def test_where_no_thread_can_start_nothing_is_left_to_be_copied_later(monkeypatc
     def fail(*_: Any) -> int:
         raise RuntimeError("can't start new thread")
 
-    monkeypatch.setattr(copying, "_helper", copying._Helper())
+    monkeypatch.setattr(copying, "_helper", copying._CopyThread())
     copying.share_long_copies(True)
     first, value = torch.empty(LONG), torch.rand(LONG)
     with monkeypatch.context() as patch:
@@ -145,7 +145,7 @@ def test_where_no_thread_can_start_nothing_is_left_to_be_copied_later(monkeypatc
 
 def test_a_thread_that_has_no_memory_to_begin_in_keeps_no_copy_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     """The system makes it, and it ends before it runs a line, as under a limit of address space."""
-    monkeypatch.setattr(copying, "_helper", copying._Helper())
+    monkeypatch.setattr(copying, "_helper", copying._CopyThread())
     copying.share_long_copies(True)
     into, value = torch.empty(LONG), torch.rand(LONG)
     with monkeypatch.context() as patch:
@@ -203,7 +203,7 @@ def shapes() -> list[Any]:
 def test_a_copy_in_chunks_brings_every_element_and_asks_between_them(
     monkeypatch: pytest.MonkeyPatch, into: torch.Tensor, value: torch.Tensor
 ) -> None:
-    monkeypatch.setattr(copying, "CHUNK_BYTES", 500)
+    monkeypatch.setattr(copying, "COPY_CHUNK_BYTES", 500)
     monkeypatch.setattr(copying, "_MATRIX_BYTES", 500)
     monkeypatch.setattr(copying, "_MATRIX_CHUNK_BYTES", 500)
     asked: list[None] = []
@@ -214,7 +214,7 @@ def test_a_copy_in_chunks_brings_every_element_and_asks_between_them(
 
 
 def test_a_copy_ends_with_what_the_question_raises(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(copying, "CHUNK_BYTES", 400)
+    monkeypatch.setattr(copying, "COPY_CHUNK_BYTES", 400)
     into, asked = torch.zeros(1000), []
 
     def ask() -> None:
@@ -235,7 +235,7 @@ def test_a_short_copy_asks_nothing() -> None:
 
 def test_a_transposed_matrix_is_left_whole_until_it_is_very_large(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch is seven times as quick with a whole one as with its rows."""
-    monkeypatch.setattr(copying, "CHUNK_BYTES", 500)
+    monkeypatch.setattr(copying, "COPY_CHUNK_BYTES", 500)
     into = torch.empty(30, 100)
     value = torch.rand(100, 30).t()
     copying.copy(into, value, lambda: pytest.fail("asked"))

@@ -85,8 +85,8 @@ print(*sorted(name for name in new if name.startswith("grafter")))
     heavy, own = run_python(print_state % USE_EVERYTHING).split("\n")[:2]
     assert heavy == ""
     modules = [
-        "_calls", "_process", "config", "config.switch", "core", "core.layout", "core.layout.axes", "core.points",
-        "errors",
+        "_calls", "_process", "config", "config.switch", "core", "core.bounded_memory", "core.layout",
+        "core.layout.axes", "core.points", "errors",
     ]  # fmt: skip
     assert own.split() == ["grafter", *(f"grafter.{name}" for name in modules)]
 

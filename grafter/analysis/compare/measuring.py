@@ -12,9 +12,9 @@ import numpy as np
 import torch
 
 from grafter.analysis.compare.alignment import Alignment, Block, Side, WholeTensor
-from grafter.analysis.compare.record import Bounds, KlRecord, Measures, RowRecord, RowsRecord, UlpRecord
+from grafter.analysis.compare.record import Between, KlRecord, Measures, RowRecord, RowsRecord, UlpRecord
 from grafter.core.measures.flat_chunks import PACKED_FLOAT4, is_opaque
-from grafter.core.measures.magnitudes import Bounds as Bounds
+from grafter.core.measures.magnitudes import Bounds
 from grafter.core.measures.pair_stream import ByteStream, PairMeasurement, PairStream
 from grafter.core.measures.rows import Divergence
 from grafter.core.records import Difference, TensorStatistics
@@ -247,8 +247,8 @@ def _unravelled(number: int, shape: Sequence[int]) -> list[int]:
     return [int(place) for place in np.unravel_index(number, shape)] if shape else []
 
 
-def _bounds(percentiles: dict[str, Bounds]) -> dict[str, Bounds]:
-    return {name: Bounds(low=found.low, high=found.high) for name, found in percentiles.items()}
+def _bounds(percentiles: dict[str, Bounds]) -> dict[str, Between]:
+    return {name: Between(low=found.low, high=found.high) for name, found in percentiles.items()}
 
 
 def _by_power_of_two(magnitudes: list[tuple[float, float, int]]) -> dict[str, int]:

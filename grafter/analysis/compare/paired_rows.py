@@ -28,7 +28,8 @@ from grafter.analysis.compare.token_rows import (
     token_at,
 )
 from grafter.core.tokens.matching import TokenMatch, match
-from grafter.core.tokens.tokens import SequenceId, Tokens
+from grafter.core.tokens.sequences import SequenceId
+from grafter.core.tokens.tokens import Tokens
 
 _MOST_NAMED = 5
 

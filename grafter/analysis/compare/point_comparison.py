@@ -20,7 +20,7 @@ from grafter.analysis.compare.pairs import Pair
 from grafter.analysis.compare.record import LeafRecord, PointRecord, ReplicaRecord, SideRecord, TokenRecord, Verdict
 from grafter.analysis.compare.token_rows import RowSource, possible_row_ndims, tokens_of
 from grafter.config.thresholds import Threshold
-from grafter.core.tokens.matching import common_row_ndim
+from grafter.core.layout.row_view import common_row_ndim
 from grafter.core.tokens.tokens import Tokens
 from grafter.errors import GrafterError
 from grafter.store.dumps.lazy_tensor import LazyTensor

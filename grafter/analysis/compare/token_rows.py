@@ -23,12 +23,13 @@ import torch
 
 from grafter.analysis.compare.alignment import ROW_DIMS, Numbers, WholeTensor
 from grafter.core.layout.dims import Dim, Factor
+from grafter.core.layout.row_view import leading_row_dims
 from grafter.core.layout.runs import whole
 from grafter.core.layout.shares import RoleShares, Share
 from grafter.core.layout.space import rectangles
 from grafter.core.measures.flat_chunks import copyable
-from grafter.core.tokens.matching import leading_row_dims
-from grafter.core.tokens.tokens import SequenceId, Tokens
+from grafter.core.tokens.sequences import SequenceId
+from grafter.core.tokens.tokens import Tokens
 from grafter.errors import LayoutError
 from grafter.store.dumps.lazy_tensor import LazyTensor
 from grafter.store.dumps.point import DumpedPoint

@@ -1,6 +1,7 @@
-"""Adapters: where a rank stands on its framework's mesh, read from what the process has imported already.
+"""Adapters: where a rank stands on its framework's mesh, read from what the process has already imported.
 
-One small file a framework, each with `axes(model)`. None of them imports its framework. Later ones know better.
+There is one small file for each framework, with a function `axes(model)`. None of them imports its framework. Later
+ones override earlier ones.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from grafter.core.processes import is_from_signal_handler
 
 logger = logging.getLogger("grafter")
 
-# (what the process must have imported, the file here)
+# (the module that the process must have imported, the file here)
 _ADAPTERS = (
     ("torch.distributed.tensor", "device_mesh"),
     ("torch.distributed.fsdp", "fully_shard"),
@@ -26,9 +27,9 @@ _ADAPTERS = (
 
 
 def mesh_axes(model: Any) -> Axes:
-    """(coordinate, size) by axis, for this rank; empty where no framework is in use that has a mesh.
+    """(coordinate, size) by axis, for this rank; empty if no framework with a mesh is in use.
 
-    Nothing is communicated. A framework that cannot be read is told of and left out.
+    Nothing is communicated. A framework that cannot be read is left out with a warning.
     """
     found: Axes = {}
     for framework, file in _ADAPTERS:

@@ -9,6 +9,7 @@ from grafter.core.layout.axes import Axes
 
 
 def axes(model: Any) -> Axes:
+    """The axes of the meshes of all DTensors, and of the meshes that these were cut from."""
     from torch.distributed.tensor import DTensor
 
     found: Axes = {}
@@ -22,7 +23,7 @@ def axes(model: Any) -> Axes:
 
 
 def axes_of_mesh(mesh: Any) -> Axes:
-    """Its named axes; none for a mesh without names, or one that this rank is not in."""
+    """The named axes of a mesh; none if it has no names, or if this rank is not in it."""
     coordinate = mesh.get_coordinate()
     if not mesh.mesh_dim_names or coordinate is None:
         return {}

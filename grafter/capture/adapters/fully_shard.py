@@ -8,6 +8,7 @@ from grafter.core.layout.axes import Axes
 
 
 def axes(model: Any) -> Axes:
+    """The axis of the first parameter group's mesh."""
     from torch.distributed.fsdp import FSDPModule
 
     for module in model.modules():
@@ -27,5 +28,5 @@ def _parameter_groups(module: Any) -> list[Any]:
 
 def _axes_of(info: Any) -> Axes:
     if info.mesh.mesh_dim_names:
-        return {}  # its DTensors have said it; a mesh of two dims must have names
+        return {}  # read from its DTensors; a mesh of two dims must have names
     return {"fsdp": (info.shard_mesh_rank, info.shard_mesh_size)}

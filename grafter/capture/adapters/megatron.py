@@ -19,6 +19,7 @@ _AXES = {
 
 
 def axes(model: Any) -> Axes:
+    """The axes that are initialised."""
     state = sys.modules["megatron.core.parallel_state"]
     if not state.model_parallel_is_initialized():
         return {}

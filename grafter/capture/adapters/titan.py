@@ -1,6 +1,6 @@
 """torchtitan: all axes of the trainer's ParallelDims.
 
-`dp` is what it calls `batch`: who reads which part of the data.
+`dp` is its axis `batch`, along which ranks read different data.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ _BY_OTHER_NAMES = {"dp": "batch"}
 
 
 def axes(model: Any) -> Axes:
+    """The axes of the last ParallelDims that the trainer has made."""
     kind = sys.modules["torchtitan.distributed.parallel_dims"].ParallelDims
     dims = [thing for thing in gc.get_objects() if type(thing) is kind]
     if not dims:

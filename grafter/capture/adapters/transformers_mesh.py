@@ -9,6 +9,7 @@ from grafter.core.layout.axes import Axes
 
 
 def axes(model: Any) -> Axes:
+    """The axes of the first mesh that a module of the model has."""
     for module in model.modules():
         mesh = getattr(module, "_device_mesh", None)
         if mesh is None or not hasattr(mesh, "get_coordinate"):

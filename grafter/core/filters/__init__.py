@@ -1,7 +1,7 @@
-"""Filters: expressions over a point's tags that can reach nothing of Python.
+"""Filters: expressions over a point's tags, which have no access to Python.
 
-syntax                the whitelist, and the place and wording of a fault
-operations            what the operators do where a tag is absent or of another type
+syntax                the whitelist, and the place and text of a fault
+operations            what the operators do if a tag is absent or of another type
 regular_expressions   patterns, matched in linear time
-expression            a filter, compiled once; whether it could ever match
+expression            a filter, compiled once
 """

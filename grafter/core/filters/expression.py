@@ -2,8 +2,8 @@
 
     parse_filter("layer_id in (3, 4) and step >= 2", setting="GRAFTER_B2T_FILTER")
 
-An expression is parsed once, checked and rewritten (`syntax`), and compiled once, without builtins. Nothing that
-was written is executed as Python: only what `syntax` made of it. `docs/filters.md` describes the language.
+An expression is parsed once, checked and rewritten (`syntax`), and compiled once, without builtins. What is executed
+was made by `syntax`, never copied from the text. `docs/filters.md` describes the language.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import types
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from grafter.core.filters.operations import OPERATIONS
@@ -23,7 +24,7 @@ from grafter.errors import FilterError
 MAX_LENGTH = 10_000
 _SHOWN_WIDTH = 100
 
-# Operators of other languages, outside of quoted texts, and what to write instead.
+# Operators of other languages, and what to write instead.
 _SLIPS = {
     "&&": "write `and`",
     "||": "write `or`",
@@ -46,30 +47,30 @@ _TOKEN = re.compile(
 
 @dataclass(frozen=True)
 class Filter:
-    """One compiled filter. Call it with a point's tags; `matches` is the same at half the cost."""
+    """One compiled filter. Call it with a point's tags; `matches` does the same at half the cost.
+
+    source: the text as written. names: the tags that it reads. setting: where it was set, for messages.
+    """
 
     source: str
-    """As it was written."""
     names: frozenset[str]
-    """The tags that it reads."""
     setting: str = field(compare=False)
-    """Where it came from, for messages."""
     matches: Callable[[Mapping[str, Any]], bool] = field(compare=False, repr=False)
 
     def __call__(self, tags: Mapping[str, Any]) -> bool:
-        """Whether a point with these tags is meant. An absent tag is None. Never raises."""
+        """Whether a point with these tags matches. An absent tag is None. Never raises."""
         return self.matches(tags)
 
-    def __reduce__(self) -> tuple[Callable[[str, str], Filter], tuple[str, str]]:
-        # A copy in another process is parsed and checked again; the compiled function does not travel.
-        return _parse, (self.source, self.setting)
+    def __reduce__(self) -> tuple[Callable[[str], Filter], tuple[str]]:
+        # A copy in another process is parsed and checked again, since the compiled function cannot be pickled.
+        return partial(parse_filter, setting=self.setting), (self.source,)
 
 
 def parse_filter(source: str, *, setting: str, check_name: NameCheck | None = None) -> Filter:
-    """The filter that `source` describes. `setting` names where it was set, e.g. "GRAFTER_B2T_FILTER".
+    """The filter that `source` describes. setting: where it was set, such as "GRAFTER_B2T_FILTER".
 
-    check_name: where not every name may be read, what is wrong with one; None where nothing is.
-    Raises FilterError, with the position of the fault, for anything that filters do not have.
+    check_name: if not all names may be read, what is wrong with a name, or None. Raises FilterError, with the position
+    of the fault, for anything that filters do not have.
     """
     text = source.strip().replace("\r\n", "\n").replace("\r", "\n")
     try:
@@ -84,12 +85,8 @@ def parse_filter(source: str, *, setting: str, check_name: NameCheck | None = No
     return Filter(source, frozenset(rewriter.names), setting, matches)
 
 
-def _parse(source: str, setting: str) -> Filter:
-    return parse_filter(source, setting=setting)
-
-
 def _on_one_line(text: str) -> str:
-    """Line breaks outside of quoted texts become blanks, so that a long filter may be folded. Indices stay."""
+    """The text with line breaks outside of quoted texts as blanks: a long filter may be folded. Indices stay."""
     if len(text) > MAX_LENGTH:
         raise Fault(f"the filter has {len(text)} characters; {MAX_LENGTH} are allowed", 0)
 
@@ -119,7 +116,7 @@ def _parse_expression(text: str) -> ast.expr:
 
 
 def _explained(text: str, error: SyntaxError) -> Fault:
-    """Python's complaint in the words of somebody who writes a filter."""
+    """A syntax error of Python in terms of filters."""
     for token in _TOKEN.finditer(text):
         if token["slip"]:
             return Fault(_SLIPS.get(token[0]) or f"write `{token[0].lower()}`", token.start())
@@ -150,7 +147,7 @@ def _printable(text: str) -> str:
 
 
 def _compile(body: ast.expr, patterns: dict[str, Callable[..., Any]]) -> Callable[[Mapping[str, Any]], bool]:
-    """A function of the tags made from a rewritten expression; its only globals are the filter operations."""
+    """A rewritten expression as a function of the tags. Its only globals are the filter operations and patterns."""
     template = ast.parse("lambda tags: None", mode="eval")
     assert isinstance(template.body, ast.Lambda)
     template.body.body = ast.IfExp(body, ast.Constant(True), ast.Constant(False))

@@ -1,7 +1,7 @@
-"""What a filter's operators do at run time: as Python does, except that nothing raises and nothing grows.
+"""What a filter's operators do at run time: as in Python, except that they never raise and never need much memory.
 
-An operation that has no answer (an absent tag, a text where a number is needed, a division by zero) gives None, and a
-test that has no answer gives False. A filter can therefore meet any point.
+An operation without a result (an absent tag, a text where a number is needed, a division by zero) gives None, and a
+test without one gives False. A filter can therefore be applied to any point.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def ends_with(value: Any, suffix: Any) -> bool:
         return False
 
 
-# Under the names by which rewritten filters call them.
+# By the names that rewritten filters call.
 OPERATIONS: dict[str, Callable[..., Any]] = {
     function.__name__: function
     for function in (less, less_equal, greater, greater_equal, contains, add, negative, positive, length)

@@ -1,8 +1,7 @@
-r"""The regular expressions of filters: matched by RE2, in time that grows with the tag's length and never faster.
+r"""The regular expressions of filters, matched by RE2 in time linear in the tag's length.
 
-Python's `re` backtracks: `(a+)+$` takes exponential time on an unlucky name, and nothing can stop it. RE2 is imported
-only once a filter has a pattern. What RE2 lacks, or reads otherwise than Python, is refused with its place and a way
-out.
+Python's `re` backtracks: `(a+)+$` takes exponential time on some names, and cannot be stopped. RE2 is imported only
+when a filter has a pattern. What RE2 lacks, or reads differently from Python, is an error with an alternative.
 """
 
 from __future__ import annotations
@@ -16,9 +15,9 @@ from typing import Any, Literal
 MatchMethod = Literal["search", "match", "fullmatch"]
 
 MAX_REPETITIONS = 1000  # RE2's own limit
-# Also bounds the time of one match: RE2's slowest way takes the pattern's compiled size times the tag's length.
+# Also bounds the time of one match, which is at most the compiled size of the pattern times the tag's length.
 _MAX_MEMORY_BYTES = 1 << 20
-# Programs have far fewer names; of those with more, each new text costs about a microsecond.
+# Most programs have far fewer names. In others, each new text costs about a microsecond.
 _REMEMBERED_TEXTS = 4096
 
 # An escape, a class, or one character.
@@ -27,7 +26,7 @@ _REPETITION = re.compile(r"\{(?P<least>\d*)(?P<comma>,(?P<most>\d*))?\}")
 
 _TWO_TESTS = "write two tests, such as `search('a', name) and not search('b', name)`"
 _LEFT_OUT = "leave it out, since matching takes linear time without it"
-# What RE2's message quotes, what it is called, and what to write instead.
+# What RE2's message quotes, the name of it, and what to write instead.
 _LACKING = {
     "(?=": ("lookaheads", _TWO_TESTS),
     "(?!": ("lookaheads", _TWO_TESTS),
@@ -49,7 +48,7 @@ _FLAGS = ("other flags", "they have `(?i)`, `(?m)` and `(?s)`")
 
 
 class PatternError(Exception):
-    """Why a text is no pattern of filters. at: the index in it of what is at fault; None where that is the whole."""
+    """Why a text is not a pattern of filters. at: the index of the fault; None if it is the whole text."""
 
     def __init__(self, message: str, at: int | None = None) -> None:
         super().__init__(message)
@@ -58,16 +57,16 @@ class PatternError(Exception):
 
 
 def compile_pattern(pattern: str, method: MatchMethod) -> Callable[[Any], Literal[True] | None]:
-    """A function of a tag's value: True where the pattern is found in it, None where it is not or where it is no text.
+    """A function of a tag's value: True if the pattern is found in it; None if not, or if the value is not a text.
 
-    Raises PatternError.
+    Raises PatternError for an invalid pattern.
     """
     _check_repetitions(pattern)
     find = getattr(_compile(pattern), method)
 
     @lru_cache(_REMEMBERED_TEXTS)
     def found(text: str) -> Literal[True] | None:
-        # A text may have what UTF-8 has not (a lone surrogate); a filter meets any text.
+        # A text may have characters that UTF-8 lacks (a lone surrogate).
         return True if find(text.encode("utf-8", "replace")) is not None else None
 
     def found_in(subject: Any) -> Literal[True] | None:
@@ -102,7 +101,7 @@ def _message_of(error: Exception) -> str:
 
 
 def _check_repetitions(pattern: str) -> None:
-    """RE2 takes `{,3}` and `{99999999999}` for plain text, where Python's users mean a repetition."""
+    """Raise PatternError for `{,3}` and `{99999999999}`, which RE2 reads as plain text, and Python as repetitions."""
     for unit in _UNIT.finditer(pattern):
         found = _REPETITION.match(pattern, unit.start()) if unit[0] == "{" else None
         if found is None or found[0] == "{}":
@@ -115,14 +114,15 @@ def _check_repetitions(pattern: str) -> None:
             len(number) > 9 or int(number) > MAX_REPETITIONS for number in (found["least"], found["most"]) if number
         ):
             raise PatternError(
-                f"this is no regular expression of filters: they repeat at most {MAX_REPETITIONS} times", found.start()
+                f"filters repeat at most {MAX_REPETITIONS} times",
+                found.start(),
             )
         if found["most"] and int(found["least"]) > int(found["most"]):
             raise PatternError("the least number of a repetition is above its most", found.start())
 
 
 def _explained(pattern: str, message: str) -> PatternError:
-    """RE2's complaint in the words of somebody who writes a filter."""
+    """An error of RE2 in terms of filters."""
     kind, _, quoted = message.partition(": ")
     if "too large" in message or kind == "invalid repetition size":
         return PatternError(
@@ -145,7 +145,7 @@ def _explained(pattern: str, message: str) -> PatternError:
 
 
 def _place(pattern: str, fragment: str) -> int | None:
-    """Where `fragment` first stands as syntax, not as an escaped text."""
+    """The index of the first `fragment` that is syntax, not an escaped text."""
     places = (unit.start() for unit in _UNIT.finditer(pattern) if pattern.startswith(fragment, unit.start()))
     at = next(places, pattern.find(fragment))
     return at if at >= 0 else None

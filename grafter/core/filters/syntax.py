@@ -1,11 +1,10 @@
-"""The whitelist of filter syntax: each allowed node of Python's grammar is rewritten, every other one is a fault.
+"""The whitelist of filter syntax: allowed nodes of Python's grammar are rewritten, all others are faults.
 
     layer_id >= 2 and name.startswith('attn')
     ->  greater_equal(tags.get('layer_id'), 2) and starts_with(tags.get('name'), 'attn')
 
-What comes out holds only constants, `tags.get(...)`, boolean operators, `==`, `is`, membership in literals, and calls
-of compiled patterns and of the functions in `operations`: it is made here, node by node, and never copied from what was
-written.
+The result holds only constants, `tags.get(...)`, boolean operators, `==`, `is`, membership in literals, and calls of
+compiled patterns and of the functions in `operations`. It is made here node by node, never copied from the text.
 """
 
 from __future__ import annotations
@@ -58,12 +57,12 @@ _OTHER_NODES: dict[type[ast.AST], str] = {
 _COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
 
-# What is wrong with a name, in words; None where it may be read.
+# What is wrong with a name, as a text; None if it may be read.
 NameCheck = Callable[[str], str | None]
 
 
 class Fault(Exception):
-    """Something that filters do not have, and the node, or the character's index in the text, at which it stands."""
+    """Something that filters do not have. at: its node, or the index of its character in the text."""
 
     def __init__(self, message: str, at: ast.expr | int) -> None:
         super().__init__(message)
@@ -72,14 +71,14 @@ class Fault(Exception):
 
 
 def index_of(text: str, line: int, byte_column: int) -> int:
-    """The index in `text` of ast's position: lines count from 1, columns count bytes of UTF-8."""
+    """The index in `text` of a position of `ast`, whose lines count from 1 and whose columns count bytes of UTF-8."""
     lines = text.split("\n")
     before = sum(len(skipped) + 1 for skipped in lines[: line - 1])
     return before + len(lines[line - 1].encode()[:byte_column].decode(errors="ignore"))
 
 
 class Rewriter:
-    """Rewrites one expression. `names` are the tags that it reads; `functions` are its compiled patterns."""
+    """Rewrites one expression. names: the tags that it reads. functions: its compiled patterns."""
 
     def __init__(self, text: str, check_name: NameCheck | None = None) -> None:
         self._text = text
@@ -101,7 +100,7 @@ class Rewriter:
         }
 
     def rewrite_condition(self, node: ast.expr, depth: int = 0) -> ast.expr:
-        """As `rewrite`, where the value is used as true or false: a text or number there is always a slip."""
+        """As `rewrite`, for a value that is used as true or false: there a text or number is always a mistake."""
         if isinstance(node, ast.Constant) and type(node.value) in (str, int, float):
             written = self._written(node)
             tag = "name" if isinstance(node.value, str) else "layer_id"
@@ -120,7 +119,7 @@ class Rewriter:
         raise Fault(_OTHER_NODES.get(type(node), f"filters have no {type(node).__name__.lower()}"), node)
 
     def _written(self, node: ast.expr) -> str:
-        """The node as it was written, cut where it is long."""
+        """The node as it was written, shortened if it is long."""
         written = ast.get_source_segment(self._text, node) or ast.unparse(node)
         return written if len(written) <= _MAX_QUOTED else written[:_MAX_QUOTED] + "..."
 
@@ -172,7 +171,7 @@ class Rewriter:
         return self.rewrite(node, depth)
 
     def _index_of_operator(self, node: ast.BinOp, symbol: str) -> int:
-        # Between two operands there are only brackets, blanks and the operator.
+        # There are only brackets, blanks and the operator between two operands.
         end = index_of(self._text, node.left.end_lineno or 1, node.left.end_col_offset or 0)
         return self._text.find(symbol, end)
 
@@ -187,7 +186,7 @@ class Rewriter:
             right = self._right_side(op, right_node, is_last, depth)
             next_left = right
             if not is_last and not isinstance(right, ast.Constant):
-                # `a < b < c` evaluates b once. A temporary also keeps nested chains from doubling at each level.
+                # `a < b < c` evaluates b once. Without a temporary, nested chains would also double at each level.
                 self._temporaries += 1
                 name = f"middle{self._temporaries}"
                 right = ast.NamedExpr(ast.Name(name, ast.Store()), right)
@@ -210,7 +209,7 @@ class Rewriter:
             found = _call("contains", right, left)
             return ast.UnaryOp(ast.Not(), found) if isinstance(op, ast.NotIn) else found
         if isinstance(op, ast.Is | ast.IsNot) and not (_is_singleton(left_node) or _is_singleton(right_node)):
-            # Whether two equal numbers or texts are one object is an accident of the interpreter.
+            # Whether two equal numbers or texts are one object depends on the interpreter.
             word, instead = ("is", "==") if isinstance(op, ast.Is) else ("is not", "!=")
             raise Fault(f"`{word}` is for None, True and False; write `{instead}`", right_node)
         return ast.Compare(left, [op], [right])
@@ -240,7 +239,7 @@ class Rewriter:
         return _call(self._pattern(cast(MatchMethod, name), arguments[0]), subject)
 
     def _pattern(self, method: MatchMethod, node: ast.expr) -> str:
-        """Compile a regular expression now; its function's name."""
+        """Compile a regular expression, and return the name of its function."""
         if not isinstance(node, ast.Constant) or not isinstance(node.value, str):
             raise Fault(f"the pattern must be a text in quotes: `{_usage(method)}`", node)
         try:
@@ -252,7 +251,7 @@ class Rewriter:
         return name
 
     def _place_in_text(self, node: ast.Constant, index: int | None) -> ast.expr | int:
-        """Where the character at `index` of a quoted text stands in the filter; its quote where escapes hide that."""
+        """The index in the filter of the character at `index` of a quoted text; its node if escapes hide that."""
         written = ast.get_source_segment(self._text, node) or ""
         start = written.find(str(node.value))
         if index is None or start < 0:

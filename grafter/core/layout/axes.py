@@ -1,7 +1,7 @@
-"""The mesh axes of this job, and where this rank stands on each: said once, used by every layout.
+"""The mesh axes of this job, and where this rank stands on each: set once, used by every layout.
 
-They are this process's own facts, so they may be set before or after grafting is switched on, and cost nothing where
-it is off. What a call says (`dump(..., axes={"tp": (0, 2)})`) wins over what was set here, and that over
+They are facts about this process, so they may be set before or after grafting is switched on, and cost nothing where it
+is off. An argument of the call (`dump(..., axes={"tp": (0, 2)})`) overrides what is set here, which overrides
 GRAFTER_BASELINE_AXES and GRAFTER_TARGET_AXES.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from math import prod
 from typing import Any
 
 from grafter.errors import LayoutError
@@ -20,13 +21,13 @@ _axes: Axes = {}
 
 
 def set_axes(**axes: Any) -> None:
-    """Say where this rank stands on the job's mesh axes: `set_axes(tp=(rank, size), pp=(0, 1))`.
+    """Set where this rank stands on the job's mesh axes: `set_axes(tp=(rank, size), pp=(0, 1))`.
 
     axes: for each axis (coordinate, size), 0 <= coordinate < size, or the job's process group of that axis, from which
-        both are read. An axis that is named again is replaced; the others stay. `tp=None` takes one away.
+        both are read. An axis that is named again is replaced; the others stay. `tp=None` removes one.
 
-    Called by every rank of a job that declares layouts with `dims=`, each with its own coordinates, at any time before
-    the first such point. Raises LayoutError for anything else. Nothing is communicated.
+    Every rank of a job that declares layouts with `dims=` calls this with its own coordinates, before the first such
+    point. Raises LayoutError for any other value. Nothing is communicated.
     """
     given = {axis: place for axis, place in axes.items() if place is not None}
     checked = read_axes(given)
@@ -59,12 +60,12 @@ def set_mesh(device_mesh: Any) -> None:
 
 
 def axes_of_job() -> Axes:
-    """What was set in this process."""
+    """The axes that were set in this process."""
     return _axes
 
 
 def read_axes(axes: Any) -> Axes:
-    """Check what a user gave. Raises LayoutError naming the axis."""
+    """The axes that a user gave, checked. Raises LayoutError naming the axis."""
     if not isinstance(axes, Mapping):
         raise LayoutError(f"axes={axes!r}: it is a dict such as {{'tp': (rank, size)}}.")
     return {axis: _place(axis, value) for axis, value in axes.items()}
@@ -72,7 +73,7 @@ def read_axes(axes: Any) -> Axes:
 
 def _place(axis: Any, value: Any) -> tuple[int, int]:
     if not isinstance(axis, str) or not axis.isidentifier():
-        raise LayoutError(f"{axis!r} is no name for a mesh axis; it must be a word such as tp.")
+        raise LayoutError(f"{axis!r} is not a name for a mesh axis; it must be a word such as tp.")
     if callable(getattr(value, "rank", None)) and callable(getattr(value, "size", None)):
         coordinate, size = value.rank(), value.size()
         if coordinate < 0:
@@ -92,7 +93,10 @@ def _place(axis: Any, value: Any) -> tuple[int, int]:
 
 
 def read_axis_sizes(text: str) -> dict[str, int]:
-    """`dp=2 tp=4`, outermost first, as GRAFTER_BASELINE_AXES and GRAFTER_TARGET_AXES have it."""
+    """The sizes in `dp=2 tp=4`, outermost first: the form of GRAFTER_BASELINE_AXES and GRAFTER_TARGET_AXES.
+
+    Raises LayoutError naming the word that has another form.
+    """
     sizes: dict[str, int] = {}
     for word in text.replace(",", " ").split():
         axis, _, size = word.partition("=")
@@ -105,14 +109,12 @@ def read_axis_sizes(text: str) -> dict[str, int]:
 
 
 def axes_from_text(text: str, role_rank: int, role_world_size: int) -> Axes:
-    """A rank's place on the axes that a setting names: role ranks are numbered in row-major order.
+    """A rank's place on the axes that a setting names, over which role ranks are numbered in row-major order.
 
-    Raises LayoutError where the product of the sizes is not the number of ranks.
+    Raises LayoutError if the product of the sizes is not the number of ranks.
     """
     sizes = read_axis_sizes(text)
-    inner = 1
-    for size in sizes.values():
-        inner *= size
+    inner = prod(sizes.values())
     if inner != role_world_size:
         raise LayoutError(
             f"the axes {text!r} make {inner} ranks, and this job has {role_world_size}. Name every axis of its mesh in "

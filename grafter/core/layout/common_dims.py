@@ -1,8 +1,9 @@
-"""Common dims: what both sides call their dims, and which global sizes these have. Refused where it does not fit."""
+"""Common dims: what both sides call their dims, and the global sizes of these. LayoutError where they disagree."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 
 from grafter.core.layout.dims import Dim, Factor
 from grafter.core.layout.shares import RoleShares
@@ -10,15 +11,15 @@ from grafter.errors import LayoutError
 
 
 def named_alike(sender: RoleShares, receiver: RoleShares) -> tuple[tuple[Dim, ...], tuple[Dim, ...]]:
-    """The dims of both sides with names for all. Raises LayoutError where the names differ."""
+    """The dims of both sides, all of them with names. Raises LayoutError where the names differ."""
     if sender.dims is not None and receiver.dims is not None:
         sent = {name for dim in sender.dims for name in dim.names}
         there = {name for dim in receiver.dims for name in dim.names}
         if sent != there:
             raise LayoutError(
-                f"the dims have other names: {_list(sent - there)} only at {sender.who} ({sender.text!r}), "
+                f"the dims have different names: {_list(sent - there)} only at {sender.who} ({sender.text!r}), "
                 f"{_list(there - sent)} only at {receiver.who} ({receiver.text!r}). Name them alike on both sides; a "
-                "dim of size 1 that one side has not got is written `1`."
+                "dim of size 1 that one side lacks is written `1`."
             )
         return sender.dims, receiver.dims
     if sender.dims is None and receiver.dims is None:
@@ -56,7 +57,7 @@ def _by_position(sender: RoleShares, receiver: RoleShares) -> tuple[tuple[Dim, .
 
 
 def _borrowed(unnamed: RoleShares, named: RoleShares) -> tuple[Dim, ...]:
-    """Names for dims that have none: those of the other side, in its order."""
+    """The dims of a side that has no names for them, with the names of the other side, in its order."""
     assert named.dims is not None
     real = [Dim(_without_sizes(dim)) for dim in named.dims if dim.factors]
     shape = unnamed.global_shape
@@ -79,7 +80,7 @@ def _borrowed(unnamed: RoleShares, named: RoleShares) -> tuple[Dim, ...]:
 
 
 def fused_alike(sending: Sequence[Dim], receiving: Sequence[Dim]) -> tuple[tuple[Dim, ...], tuple[Dim, ...]]:
-    """Dims that both sides fuse alike, each as one factor of the name `(h*d)`."""
+    """The dims of both sides, where those that both fuse alike become one factor of the name `(h*d)`."""
     both = {dim.names for dim in sending} & {dim.names for dim in receiving}
 
     def as_one(dim: Dim) -> Dim:
@@ -93,12 +94,13 @@ def _without_sizes(dim: Dim) -> tuple[Factor, ...]:
 
 
 class GlobalSizes:
-    """What is known of the factors' global sizes, and who said it."""
+    """The known global sizes of factors, and which side said each."""
 
     def __init__(self) -> None:
         self.known: dict[str, tuple[int, str]] = {}
 
     def learn(self, side: RoleShares, dims: Sequence[Dim]) -> None:
+        """Add the sizes that a side declares, or holds. Raises LayoutError for a contradiction."""
         for dim, size in zip(dims, side.global_shape, strict=True):
             for factor in dim.factors:
                 if factor.size is not None:
@@ -128,23 +130,24 @@ class GlobalSizes:
             )
 
     def solve(self, sides: Sequence[tuple[RoleShares, Sequence[Dim]]]) -> None:
-        """A fused dim of which all sizes but one are known gives that one; until nothing new is found."""
-        found = True
-        while found:
-            found = False
-            for side, dims in sides:
-                for dim, size in zip(dims, side.global_shape, strict=True):
-                    unknown = [name for name in dim.names if name not in self.known]
-                    if len(dim.factors) < 2 or len(unknown) > 1:
-                        continue
-                    inside = 1
-                    for name in dim.names:
-                        inside *= self.known[name][0] if name not in unknown else 1
-                    if (inside == 0 or size % inside) if unknown else size != inside:
-                        known = ", ".join(
-                            f"{n}={self.known[n][0]} ({self.known[n][1]})" for n in dim.names if n in self.known
-                        )
-                        raise LayoutError(f"{dim} is {size} at {side.who}, which does not fit {known}.")
-                    if unknown:
-                        self._set(unknown[0], size // inside, f"{dim} at {side.who}")
-                        found = True
+        """Work out sizes from fused dims of which all factors but one are known, until none is new.
+
+        Raises LayoutError for a contradiction.
+        """
+        every = [(side, dim, size) for side, dims in sides for dim, size in zip(dims, side.global_shape, strict=True)]
+        fused = [(side, dim, size) for side, dim, size in every if len(dim.factors) > 1]
+        while sum(self._solve_one(*one) for one in fused):
+            pass
+
+    def _solve_one(self, side: RoleShares, dim: Dim, size: int) -> bool:
+        """Whether a fused dim gave the size of a factor that was unknown before."""
+        unknown = [name for name in dim.names if name not in self.known]
+        if len(unknown) > 1:
+            return False
+        inside = prod(self.known[name][0] for name in dim.names if name not in unknown)
+        if (inside == 0 or size % inside) if unknown else size != inside:
+            known = ", ".join(f"{n}={self.known[n][0]} ({self.known[n][1]})" for n in dim.names if n in self.known)
+            raise LayoutError(f"{dim} is {size} at {side.who}, which does not fit {known}.")
+        if unknown:
+            self._set(unknown[0], size // inside, f"{dim} at {side.who}")
+        return bool(unknown)

@@ -1,8 +1,9 @@
-"""Coverage: which boxes each rank of a role holds, and whether together they hold the whole."""
+"""Coverage: which boxes each rank of a role holds, and whether together they hold the whole tensor, each part once."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator, Sequence
+from math import prod
 
 from grafter.core.layout.overlap import find_overlap
 from grafter.core.layout.overlap_table import BoxLists, OverlapTable
@@ -10,14 +11,14 @@ from grafter.core.layout.shares import RoleShares, Share
 from grafter.core.layout.space import Boxes, Component, Space, SpaceBox
 from grafter.errors import LayoutError
 
-# For each component, the number of a rank's boxes among the distinct ones.
+# For each component, the number of a rank's list of boxes among the distinct ones.
 BoxNumbers = tuple[int, ...]
 
 
-def places(
+def box_numbers(
     side: RoleShares, space: Space, tables: Sequence[OverlapTable], *, sender: bool
 ) -> Iterator[tuple[int, BoxNumbers]]:
-    """The place of each rank that holds something. Equal shares are looked at once."""
+    """The box numbers of each rank that holds something. Equal shares are computed once."""
     ranks, shares = list(side.shares), list(side.shares.values())
     columns: list[list[int]] = []
     nothing: list[set[int]] = []
@@ -31,21 +32,21 @@ def places(
         }
         columns.append([numbers[key] for key in keys])
         nothing.append(_empty(lists, numbers.values()))
-    places = zip(*columns, strict=True) if columns else iter([()] * len(ranks))
+    tuples = zip(*columns, strict=True) if columns else iter([()] * len(ranks))
     some_hold_nothing = any(nothing)
-    for rank, share, place in zip(ranks, shares, places, strict=True):
-        if some_hold_nothing and any(number in empty for number, empty in zip(place, nothing, strict=True)):
+    for rank, share, own in zip(ranks, shares, tuples, strict=True):
+        if some_hold_nothing and any(number in empty for number, empty in zip(own, nothing, strict=True)):
             continue
-        # A dim of size 1 may be in no component, and held by nobody but one.
+        # A dim of size 1 may be in no component, and held by a single rank.
         if share.boxes is None and not all(share.runs):
             continue
         if share.boxes is not None and not any(all(box.size) for box in share.boxes):
             continue
-        yield rank, place
+        yield rank, own
 
 
-def places_by_box(side: RoleShares, space: Space, table: OverlapTable) -> Iterator[tuple[int, list[BoxNumbers]]]:
-    """Where a sender gives boxes, each of them is a part of its own: two ranks may have one of several in common."""
+def box_numbers_by_box(side: RoleShares, space: Space, table: OverlapTable) -> Iterator[tuple[int, list[BoxNumbers]]]:
+    """As `box_numbers`, where a sender gives boxes: each box is a part, since two ranks may have some in common."""
     (component,) = space.components
     for rank, share in side.shares.items():
         boxes = space.boxes(share, component, component.sender)
@@ -53,7 +54,7 @@ def places_by_box(side: RoleShares, space: Space, table: OverlapTable) -> Iterat
 
 
 def _keys(shares: Sequence[Share], dims: Sequence[int]) -> list[Hashable]:
-    """By identity: ranks at one place of a mesh share their runs, of which there may be many."""
+    """Keys that equal shares have in common. By identity: ranks at one place of a mesh share their many runs."""
     if any(share.boxes is not None for share in shares):
         return [id(share) for share in shares]
     if len(dims) == 1:
@@ -66,13 +67,10 @@ def _empty(lists: BoxLists, numbers: Iterable[int]) -> set[int]:
     return {number for number in numbers if not lists.boxes[number]}
 
 
-# Coverage: whether the senders of a point hold the whole of its tensor, each part once but for replicas.
-
-
 def check_coverage(component: Component, lists: Sequence[tuple[Boxes, str]], who: str) -> None:
     """Raise LayoutError for a region that no rank covers, or for parts that overlap without being the same.
 
-    `lists`: the distinct shares of one component, each with a rank that holds it.
+    lists: the distinct shares of one component, each with a rank that holds it.
     """
     boxes = [(box, holder) for own, holder in lists for box in own]
     overlap = find_overlap([box.starts for box, _ in boxes], [box.sizes for box, _ in boxes])
@@ -88,7 +86,7 @@ def check_coverage(component: Component, lists: Sequence[tuple[Boxes, str]], who
         where = ", ".join(f"{name} at {at}" for name, at in zip(component.names, hole, strict=True))
         raise LayoutError(
             f"the parts of {who} leave a hole: they hold {held} of {component.volume} places of "
-            f"{' x '.join(f'{n}={s}' for n, s in zip(component.names, component.sizes, strict=True))}, and nobody "
+            f"{' x '.join(f'{n}={s}' for n, s in zip(component.names, component.sizes, strict=True))}, and no rank "
             f"holds {where}. All ranks that hold a part take part in the point."
         )
 
@@ -97,16 +95,11 @@ def _first_hole(boxes: Sequence[SpaceBox], sizes: Sequence[int]) -> list[int]:
     """The first place, in row-major order, that is in none of the boxes, which do not overlap."""
     hole: list[int] = []
     for dim in range(len(sizes)):
-        inside = 1
-        for size in sizes[dim + 1 :]:
-            inside *= size
-        # Along this dim, what is held of each step changes only where a box begins or ends.
+        inside = prod(sizes[dim + 1 :])
+        # Along this dim, the number of held places in each step changes only where a box begins or ends.
         changes = {0: 0}
         for box in boxes:
-            held = box.volume
-            for before in range(dim + 1):
-                held //= box.sizes[before]
-            start = box.starts[dim]
+            held, start = prod(box.sizes[dim + 1 :]), box.starts[dim]
             changes[start] = changes.get(start, 0) + held
             changes[start + box.sizes[dim]] = changes.get(start + box.sizes[dim], 0) - held
         held = 0

@@ -1,4 +1,4 @@
-"""What one rank declares of where its tensor lies, as it travels in the header; and `Layout`, by which users say it."""
+"""What one rank declares of where its tensor lies, as its header holds it; and `Layout`, by which users declare it."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from grafter.core.layout.dims import LARGEST_SIZE, Dims, parse_dims
 from grafter.core.layout.dtensor import REDUCTIONS, read_dtensor
 from grafter.core.layout.overlap import find_overlap
+from grafter.core.layout.runs import Numbers
 from grafter.core.leaves import Leaves
 from grafter.core.tensor_access import is_dtensor
 from grafter.errors import LayoutError
 
-Numbers = tuple[int, ...]
-# As they travel: what a peer sends is checked before anything is computed from it.
+# Fields of messages: what a peer sends is checked before anything is computed from it.
 DimSize = Annotated[int, Field(strict=True, ge=0, le=LARGEST_SIZE)]
 DimSizes = tuple[DimSize, ...]
 
 
 @dataclass(frozen=True)
 class Box:
-    """A rectangle of the global tensor, and where its first value lies in the local one."""
+    """A rectangle of the global tensor, and where its first value lies in the local tensor."""
 
     offset: Numbers
     size: Numbers
@@ -43,7 +43,7 @@ class Layout:
         a rank fill its local tensor without overlapping; a rank that holds nothing has none.
     dims: names of the dims, such as "s b h", where the other side has them in another order.
 
-    Raises LayoutError for boxes that lie outside of the global tensor or over each other.
+    Raises LayoutError for boxes that leave the global tensor or overlap each other.
     """
 
     global_shape: Sequence[int]
@@ -59,9 +59,7 @@ class Layout:
         overlap = find_overlap([box.local_offset for box in boxes], [box.size for box in boxes])
         if overlap is not None:
             one, other = (boxes[number].local_offset for number in overlap)
-            raise LayoutError(
-                f"two boxes lie over each other in the local tensor: at {list(one)} and at {list(other)}."
-            )
+            raise LayoutError(f"two boxes overlap in the local tensor: at {list(one)} and at {list(other)}.")
         if self.dims is not None:
             names_of_boxes(self.dims, shape)
         object.__setattr__(self, "global_shape", shape)
@@ -72,9 +70,9 @@ def _box(box: Any, ndim: int, count: int) -> Box:
     if isinstance(box, Box):
         return box
     if not isinstance(box, (tuple, list)) or len(box) not in (2, 3):
-        raise LayoutError(f"{box!r} is no box; write (offset, size) or (offset, size, local_offset).")
+        raise LayoutError(f"{box!r} is not a box; write (offset, size) or (offset, size, local_offset).")
     if len(box) == 2 and count > 1:
-        raise LayoutError("where a rank has several boxes, each says where it begins in the local tensor.")
+        raise LayoutError("if a rank has several boxes, each must say where it begins in the local tensor.")
     parts = [_numbers(part, "a box") for part in box]
     if len(box) == 2:
         parts.append((0,) * ndim)
@@ -84,13 +82,13 @@ def _box(box: Any, ndim: int, count: int) -> Box:
 
 
 def names_of_boxes(text: str, global_shape: Sequence[int]) -> Dims:
-    """What a Layout's `dims` says, which is names and nothing more. Raises LayoutError where it says more."""
+    """The names that a Layout's `dims` gives. Raises LayoutError if it says more than names."""
     dims = parse_dims(text)
-    _names_only(dims, len(global_shape))
+    _check_count(dims, len(global_shape))
     if dims.split_axes or dims.partial:
         raise LayoutError(
-            f"the dims {text!r} of a Layout are names; its boxes say what a rank holds. Leave out what stands in "
-            "brackets."
+            f"the dims {text!r} of a Layout are names; its boxes say what a rank holds. Leave out the brackets and "
+            "what is in them."
         )
     for dim, size in zip(dims.dims, global_shape, strict=True):
         declared = [factor.size for factor in dim.factors if factor.size is not None]
@@ -117,10 +115,11 @@ def _numbers(value: Any, what: str) -> Numbers:
 
 
 class DeclaredLayout(BaseModel):
-    """One leaf's layout on one rank. Offsets that only all ranks' sizes give are worked out from all headers.
+    """One leaf's layout on one rank. Offsets that depend on the sizes at other ranks are worked out from all headers.
 
-    dims: the text, which says everything (kind dims) or only names (the other kinds).
-    runs, place, mesh, summand: as `DTensorLayout` has them. boxes: as (offset, size, local offset).
+    dims: the text, which says everything, or only names if there are runs or boxes. seq_lens: the lengths of packed
+    sequences. global_shape, runs, place, mesh, summand: of a DTensor, as `DTensorLayout` has them. boxes: of a Layout,
+    each (offset, size, local offset).
     """
 
     model_config = ConfigDict(frozen=True)
@@ -143,9 +142,9 @@ class DeclaredLayout(BaseModel):
         else:
             fits = self.dims is not None and self.global_shape is None and self.summand is None
         if not fits:
-            raise ValueError("a layout is dims, or what a DTensor says, or boxes")
+            raise ValueError("a layout is dims, or the facts of a DTensor, or boxes")
         if self.summand is not None and not (self.summand[0] in REDUCTIONS and self.summand[1] < self.summand[2]):
-            raise ValueError(f"{self.summand} is no summand")
+            raise ValueError(f"{self.summand} is not a summand")
         return self
 
     def __str__(self) -> str:
@@ -157,11 +156,11 @@ class DeclaredLayout(BaseModel):
 
 
 def declare_layouts(leaves: Leaves, dims: Any, layout: Any, seq_lens: Any) -> tuple[DeclaredLayout | None, ...]:
-    """What this rank says of each leaf; empty where it says nothing. Raises LayoutError where it does not fit."""
+    """What this rank declares of each leaf; empty if it declares nothing. Raises LayoutError for what does not fit."""
     if dims is None and layout is None and not any(map(is_dtensor, leaves.originals)):
         return ()
     if dims is not None and layout is not None:
-        raise LayoutError("dims= and layout= are two ways to say one thing; give one. (A Layout may name its dims.)")
+        raise LayoutError("dims= and layout= say the same thing; give one of them. (A Layout may name its dims.)")
     paths = [spec.path for spec in leaves.specs]
     layouts = tuple(
         declare(original, spec.shape, own_dims, own_layout, seq_lens)
@@ -179,9 +178,9 @@ def declare_layouts(leaves: Leaves, dims: Any, layout: Any, seq_lens: Any) -> tu
 def declare(
     tensor: torch.Tensor, shape: Sequence[int], dims: str | None, layout: Layout | None, seq_lens: Any
 ) -> DeclaredLayout | None:
-    """What this rank says of one tensor (`shape` is its local one); None where nothing is known.
+    """What this rank declares of one tensor, whose local shape is `shape`; None if nothing is known.
 
-    Raises LayoutError where what was given does not fit the tensor.
+    Raises LayoutError if what was given does not fit the tensor.
     """
     if layout is not None:
         if not isinstance(layout, Layout):
@@ -192,15 +191,8 @@ def declare(
     if is_dtensor(tensor):
         found = read_dtensor(tensor)
         if dims is not None:
-            _names_only(parse_dims(dims), len(shape))
-        return DeclaredLayout(
-            dims=dims,
-            global_shape=found.global_shape,
-            runs=found.runs,
-            place=found.place,
-            mesh=found.mesh,
-            summand=found.summand,
-        )
+            _check_count(parse_dims(dims), len(shape))
+        return DeclaredLayout(dims=dims, **vars(found))
     if dims is None:
         return None
     _check_fits(parse_dims(dims), shape)
@@ -230,18 +222,15 @@ def _of_boxes(layout: Layout, shape: Sequence[int]) -> DeclaredLayout:
 
 
 def _check_fits(dims: Dims, shape: Sequence[int]) -> None:
-    if len(dims.dims) != len(shape):
-        raise LayoutError(
-            f"dims {dims.text!r} names {len(dims.dims)} dims, and the tensor has {len(shape)}: {list(shape)}."
-        )
+    _check_count(dims, len(shape), f": {list(shape)}")
     for dim, size in zip(dims.dims, shape, strict=True):
         if not dim.factors and size != 1:
             raise LayoutError(f"dims {dims.text!r} has a dim of size 1, and the tensor {list(shape)} has {size} there.")
 
 
-def _names_only(dims: Dims, ndim: int) -> None:
+def _check_count(dims: Dims, ndim: int, shown: str = "") -> None:
     if len(dims.dims) != ndim:
-        raise LayoutError(f"dims {dims.text!r} names {len(dims.dims)} dims, and the tensor has {ndim}.")
+        raise LayoutError(f"dims {dims.text!r} names {len(dims.dims)} dims, and the tensor has {ndim}{shown}.")
 
 
 def _sequence_lengths(seq_lens: Any) -> Numbers | None:
@@ -253,7 +242,7 @@ def _sequence_lengths(seq_lens: Any) -> Numbers | None:
 
 
 def by_path(given: Any, paths: Sequence[str], option: str) -> list[Any]:
-    """`dims=` or `layout=` for each leaf: one for all, or a dict from a leaf's path or its last key.
+    """`dims=` or `layout=` of each leaf. given: one for all leaves, or a dict from a leaf's path or its last key.
 
     Raises LayoutError for a key that no leaf has.
     """
@@ -261,7 +250,7 @@ def by_path(given: Any, paths: Sequence[str], option: str) -> list[Any]:
         return [given] * len(paths)
     found: dict[str, Any] = {}
     if list(paths) == [""]:
-        raise LayoutError(f"{option}= is a dict, and the point is a bare tensor: give what the dict has for it, alone.")
+        raise LayoutError(f"{option}= is a dict, and the point is a bare tensor: give the value for it alone.")
     for key, value in given.items():
         matching = [path for path in paths if path in (key, f"[{key!r}]") or path.endswith((f"[{key!r}]", f".{key}"))]
         if not matching:

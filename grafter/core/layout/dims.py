@@ -8,7 +8,7 @@
     mods     = '[' axis [':' qualifier ('+' qualifier)*] (',' ...)* ']'      outer to inner
     declaration = axis ':replicated' | axis ':=' axis of the job
 
-A text has one reading, which does not depend on the job: `parse_dims` is pure and remembers what it has read.
+The meaning of a text does not depend on the job. `parse_dims` caches its results.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _SIZE = re.compile(r"[0-9]+")
 _LONGEST = 2000
 _MOST_DIMS = 64
-# Sums of two of them stay within int64, in which torch counts.
+# Sums of two of them stay within int64, which torch uses for sizes.
 LARGEST_SIZE = 2**62
 
 
 @dataclass(frozen=True)
 class Factor:
-    """A dimension as the model knows it. `size` is the global one, where the text declares it."""
+    """A dimension as the model knows it. size: the global size, if the text declares it."""
 
     name: str
     size: int | None = None
@@ -40,7 +40,7 @@ class Factor:
 
 @dataclass(frozen=True)
 class Split:
-    """One mesh axis over which a dim is split; `zigzag`: each rank has the k-th and the k-th last of 2n chunks."""
+    """A mesh axis over which a dim is split. zigzag: coordinate k has the k-th and the k-th last of 2n chunks."""
 
     axis: str
     zigzag: bool = False
@@ -48,13 +48,14 @@ class Split:
 
 @dataclass(frozen=True)
 class Dim:
-    """One dimension of the local tensor: its factors, outer first (none: size 1), and its splits, outer first."""
+    """A dimension of the local tensor: its factors (none: size 1) and its splits, both from outer to inner."""
 
     factors: tuple[Factor, ...]
     splits: tuple[Split, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
+        """The names of the factors."""
         return tuple(factor.name for factor in self.factors)
 
     def __str__(self) -> str:
@@ -64,7 +65,7 @@ class Dim:
 
 @dataclass(frozen=True)
 class Dims:
-    """A text that was read. `partial`: axes over which the values are summands; `renamed`: axis here -> of the job."""
+    """A parsed text. partial: axes over which the values are summands. renamed: axis in the text -> axis of the job."""
 
     text: str
     dims: tuple[Dim, ...]
@@ -74,19 +75,23 @@ class Dims:
 
     @property
     def split_axes(self) -> tuple[str, ...]:
+        """All axes over which dims are split, as the text names them."""
         return tuple(split.axis for dim in self.dims for split in dim.splits)
 
     def axis_of_job(self, axis: str) -> str:
+        """The job's name for an axis of the text."""
         return self.renamed.get(axis, axis)
 
 
 @lru_cache(maxsize=4096)
 def parse_dims(text: str) -> Dims:
-    """Read a layout. Raises LayoutError, with a mark under the character, where the text is none."""
+    """Parse a dims text. Raises LayoutError, with a mark under the character at fault."""
     return _Parser(text).layout()
 
 
 class _Parser:
+    """A recursive-descent parser of one dims text."""
+
     def __init__(self, text: str) -> None:
         self._text, self._at = text, 0
         self._names: set[str] = set()
@@ -114,21 +119,17 @@ class _Parser:
         self._check_apart(renamed)
         return Dims(self._text, tuple(dims), tuple(self._partial), replicated, renamed)
 
-    # The parts.
-
     def _dim(self) -> Dim:
-        if self._next() == "(":
-            self._take("(")
+        if self._accept("("):
             factors = [self._spaced_factor()]
-            while self._next() == "*":
-                self._take("*")
+            while self._accept("*"):
                 factors.append(self._spaced_factor())
             self._take(")", "`*` or `)`")
         elif _SIZE.match(self._text, self._at):
             start = self._at
             if self._match(_SIZE) != "1":
                 self._fail(
-                    "a number is no dim; only `1` is, for a dim of size 1. A size is declared as `name=8`", start
+                    "a number is not a dim, except `1`, for a dim of size 1. A size is declared as `name=8`", start
                 )
             return Dim(())
         else:
@@ -149,9 +150,8 @@ class _Parser:
         if len(self._names) == _MOST_DIMS:
             self._fail(f"at most {_MOST_DIMS} names are read", start)
         self._names.add(name)
-        if self._next() != "=":
+        if not self._accept("="):
             return Factor(name)
-        self._take("=")
         start = self._at
         size = self._match(_SIZE)
         if size is None or not 1 <= int(size) <= LARGEST_SIZE:
@@ -159,32 +159,28 @@ class _Parser:
         return Factor(name, int(size))
 
     def _mods(self) -> tuple[Split, ...]:
-        splits: list[Split] = []
-        if self._next() != "[":
+        if not self._accept("["):
             return ()
-        self._take("[")
-        while True:
-            self._skip_spaces()
-            split = self._mod()
-            if split is not None:
-                splits.append(split)
-            self._skip_spaces()
-            if self._next() != ",":
-                break
-            self._take(",")
+        mods = [self._spaced_mod()]
+        while self._accept(","):
+            mods.append(self._spaced_mod())
         self._take("]", "`,` or `]`")
-        return tuple(splits)
+        return tuple(split for split in mods if split is not None)
+
+    def _spaced_mod(self) -> Split | None:
+        self._skip_spaces()
+        split = self._mod()
+        self._skip_spaces()
+        return split
 
     def _mod(self) -> Split | None:
         start = self._at
         axis = self._word("the name of a mesh axis, as in `h[tp]`; a dim that is not divided has no brackets")
         self._claim(axis, start, "split")
         qualifiers: list[str] = []
-        if self._next() == ":":
-            self._take(":")
+        if self._accept(":"):
             qualifiers.append(self._qualifier())
-            while self._next() == "+":
-                self._take("+")
+            while self._accept("+"):
                 qualifiers.append(self._qualifier())
         for one, other in _CONTRADICTIONS:
             if one in qualifiers and other in qualifiers:
@@ -198,22 +194,20 @@ class _Parser:
         start = self._at
         word = self._word("a qualifier")
         if word not in QUALIFIERS:
-            self._fail(f"{word!r} is no qualifier; legal are {', '.join(QUALIFIERS)}", start)
+            self._fail(f"{word!r} is not a qualifier; legal are {', '.join(QUALIFIERS)}", start)
         return word
 
     def _declarations(self) -> tuple[tuple[str, ...], dict[str, str]]:
         replicated: list[str] = []
         renamed: dict[str, str] = {}
-        if self._next() != "#":
+        if not self._accept("#"):
             return (), {}
-        self._take("#")
         self._skip_spaces()
         while self._next():
             start = self._at
             axis = self._word("the name of a mesh axis")
             self._take(":", "`:replicated` or `:=`")
-            if self._next() == "=":
-                self._take("=")
+            if self._accept("="):
                 if axis in renamed:
                     self._fail(f"the axis {axis!r} is given another name twice", start)
                 renamed[axis] = self._word("the name of an axis of the job")
@@ -226,12 +220,12 @@ class _Parser:
                 replicated.append(axis)
             if self._next() not in ("", ",") and not self._next().isspace():
                 self._fail("a space must stand between two declarations")
-            while self._next() == "," or self._skip_spaces():
-                self._at += self._next() == ","
+            while self._accept(",") or self._skip_spaces():
+                pass
         return tuple(replicated), renamed
 
     def _check_apart(self, renamed: dict[str, str]) -> None:
-        """Two axes here must be two axes of the job."""
+        """Two axes of the text must be two axes of the job."""
         users: dict[str, str] = {}
         for axis in self._axes:
             other = users.setdefault(renamed.get(axis, axis), axis)
@@ -246,8 +240,6 @@ class _Parser:
         if axis in self._axes:
             self._fail(f"the axis {axis!r} is there twice ({self._axes[axis]} before)", start)
         self._axes[axis] = use
-
-    # Characters.
 
     def _next(self) -> str:
         return self._text[self._at : self._at + 1]
@@ -265,10 +257,15 @@ class _Parser:
             self._fail(f"here must stand {what}")
         return word
 
-    def _take(self, character: str, what: str | None = None) -> None:
-        if self._next() != character:
-            self._fail(f"here must stand {what or f'`{character}`'}")
-        self._at += 1
+    def _accept(self, character: str) -> bool:
+        """Whether the next character is this one, which is then read."""
+        found = self._next() == character
+        self._at += found
+        return found
+
+    def _take(self, character: str, what: str) -> None:
+        if not self._accept(character):
+            self._fail(f"here must stand {what}")
 
     def _skip_spaces(self) -> bool:
         start = self._at
@@ -278,7 +275,7 @@ class _Parser:
 
     def _fail(self, why: str, at: int | None = None) -> NoReturn:
         place = self._at if at is None else at
-        # One character of the text is one column, so that the mark stands under it.
+        # One column for each character, so that the mark stands under the right one.
         shown = "".join(character if character.isprintable() else " " for character in self._text)
         found = "the end" if place >= len(self._text) else repr(self._text[place])
         raise LayoutError(f"dims, character {place + 1} ({found}): {why}.\n    {shown}\n    {' ' * place}^")

@@ -1,7 +1,7 @@
-"""The layout of a DTensor, read from its mesh and placements: no annotation is needed, and none is trusted more.
+"""The layout of a DTensor, read from its mesh and placements, without an annotation by the user.
 
-`compute_local_shape_and_global_offset` is not enough: a strided shard (FSDP2 over tensor parallel) has several runs.
-So an index range is split by each placement in mesh order, as torch splits the values.
+`compute_local_shape_and_global_offset` is not enough, since a strided shard (FSDP2 over tensor parallel) has several
+runs. Each placement, in mesh order, splits the index range instead, as torch splits the values.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ REDUCTIONS = ("sum", "avg", "max", "min", "product")
 
 @dataclass(frozen=True)
 class DTensorLayout:
-    """What a DTensor says of itself. `place` is this rank's coordinate on the mesh, `mesh` stands for its ranks.
+    """The facts that a DTensor gives about itself.
 
-    summand: (reduction, which of the summands this rank holds, how many there are), where it is partial.
+    runs: for each dim. place: this rank's coordinate on the mesh. mesh: a digest of its shape and ranks. summand:
+    (reduction, which of the summands this rank holds, how many there are), if it is partial.
     """
 
     global_shape: tuple[int, ...]
@@ -31,7 +32,7 @@ class DTensorLayout:
 
 
 def read_dtensor(tensor: Any) -> DTensorLayout:
-    """Read it on this rank alone. Raises LayoutError for what has no plain reading."""
+    """The layout of a DTensor. Raises LayoutError for one that grafter cannot interpret. Nothing is communicated."""
     spec, local = tensor._spec, tensor._local_tensor
     mesh = spec.mesh
     place = mesh.get_coordinate()
@@ -65,7 +66,8 @@ def read_dtensor(tensor: Any) -> DTensorLayout:
 
 
 def _split(runs: Runs, factor: int, count: int) -> list[Runs]:
-    """As torch does: `factor` chunks (1, unless strided), each cut into `count`; coordinate k has every k-th."""
+    """The runs at each coordinate: `factor` chunks (1 unless strided), each cut into `count`, of which coordinate k has
+    the k-th."""
     parts: list[list[tuple[int, int]]] = [[] for _ in range(count)]
     for begin, end in _chunks(0, total(runs), factor):
         for coordinate, (low, high) in enumerate(_chunks(begin, end, count)):
@@ -74,13 +76,13 @@ def _split(runs: Runs, factor: int, count: int) -> list[Runs]:
 
 
 def _chunks(begin: int, end: int, count: int) -> list[tuple[int, int]]:
-    """`torch.chunk`, with empty chunks at the end where it gives fewer."""
+    """The ranges of `torch.chunk`, followed by empty ones if it gives fewer than `count`."""
     step = -(-(end - begin) // count)
     return [(min(begin + number * step, end), min(begin + (number + 1) * step, end)) for number in range(count)]
 
 
 def _shard_of(placement: Any, ndim: int) -> tuple[int, int]:
-    """(dim, split factor). By type, and the strided one first: in torch 2.13 it is no Shard, before it was one."""
+    """(dim, split factor). Exact types are compared: before torch 2.13, a strided shard is a subclass of Shard."""
     from torch.distributed.tensor import Shard
     from torch.distributed.tensor.placement_types import _StridedShard
 
@@ -101,8 +103,8 @@ def _reduction(placement: Any) -> str | None:
         return None
     if type(placement) is not Partial or placement.reduce_op not in REDUCTIONS:
         raise LayoutError(
-            f"a DTensor has the placement {placement!r}, whose summands have an operation of their own. Redistribute "
-            "it to Shard or Replicate before this point."
+            f"a DTensor has the placement {placement!r}, whose reduction grafter does not know. Redistribute it to "
+            "Shard or Replicate before this point."
         )
     return str(placement.reduce_op)
 

@@ -1,4 +1,4 @@
-"""Whether boxes lie over each other."""
+"""Overlap: whether any of some boxes share a place."""
 
 from __future__ import annotations
 
@@ -7,17 +7,16 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-Numbers = Sequence[int]
 _Matrix = npt.NDArray[np.int64]
 
-# Below this, arrays cost more than they save.
+# Up to this many boxes, plain Python is faster than arrays.
 _FEW = 8
-# Pairs of boxes looked at in one go: bounds the memory.
+# Pairs of boxes that are compared at once, which bounds the memory.
 _BLOCK = 1 << 20
 
 
-def find_overlap(starts: Sequence[Numbers], sizes: Sequence[Numbers]) -> tuple[int, int] | None:
-    """The numbers of two boxes that share a place, or None. Nothing is shared with an empty box."""
+def find_overlap(starts: Sequence[Sequence[int]], sizes: Sequence[Sequence[int]]) -> tuple[int, int] | None:
+    """The numbers of two boxes that share a place, or None. An empty box shares none."""
     if len(starts) <= _FEW:
         return next(
             (
@@ -37,21 +36,23 @@ def find_overlap(starts: Sequence[Numbers], sizes: Sequence[Numbers]) -> tuple[i
     return None if found is None else (int(kept[found[0]]), int(kept[found[1]]))
 
 
-def share_a_place(starts: Numbers, sizes: Numbers, other_starts: Numbers, other_sizes: Numbers) -> bool:
-    """Whether two boxes overlap; an empty one overlaps nothing."""
+def share_a_place(
+    starts: Sequence[int], sizes: Sequence[int], other_starts: Sequence[int], other_sizes: Sequence[int]
+) -> bool:
+    """Whether two boxes overlap. An empty box overlaps nothing."""
     return all(
         max(a, b) < min(a + n, b + m) for a, n, b, m in zip(starts, sizes, other_starts, other_sizes, strict=True)
     )
 
 
 def _search(low: _Matrix, high: _Matrix) -> tuple[int, int] | None:
-    """Pairs that meet along one dim, the one where fewest do, are looked at in the others."""
+    """Pairs that overlap along one dim, that with the fewest such pairs, are compared along the others."""
     counted = [_followers(low[:, dim], high[:, dim]) for dim in range(low.shape[1])]
     order, followers = min(counted, key=lambda item: int(item[1].sum()))
     low, high = low[order], high[order]
     begin = 0
     while begin < len(low):
-        # At least one box, and as many as make a block of pairs.
+        # At least one box, and as many as give a block of pairs.
         sums = np.cumsum(followers[begin:])
         end = begin + max(1, int(np.searchsorted(sums, _BLOCK)))
         one = np.repeat(np.arange(begin, end), followers[begin:end])
@@ -64,8 +65,8 @@ def _search(low: _Matrix, high: _Matrix) -> tuple[int, int] | None:
     return None
 
 
-def _followers(low: npt.NDArray[np.int64], high: npt.NDArray[np.int64]) -> tuple[_Matrix, _Matrix]:
-    """Boxes by their start along one dim, and for each how many of the next begin before it ends."""
+def _followers(low: _Matrix, high: _Matrix) -> tuple[_Matrix, _Matrix]:
+    """The boxes ordered by their start along one dim, and for each, how many of the next ones begin before it ends."""
     order = np.argsort(low, kind="stable")
     ends = np.searchsorted(low[order], high[order], side="left")
     return order, ends - np.arange(len(order)) - 1

@@ -1,4 +1,4 @@
-"""Meetings: within one component, which boxes of the senders share places with which boxes of the receivers."""
+"""The overlap table: within one component, which boxes of the senders overlap which boxes of the receivers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import numpy.typing as npt
 import torch
 
 from grafter.core.layout.overlap import share_a_place
-from grafter.core.layout.space import Boxes, Component, Numbers, SideDims, SpaceBox
+from grafter.core.layout.runs import Numbers
+from grafter.core.layout.space import Boxes, Component, SideDims, SpaceBox
 
 if TYPE_CHECKING:
     from grafter.core.layout.space import Space
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Overlap:
-    """What two boxes have in common: its sizes, and where it begins in the local dims of either side."""
+    """What two boxes have in common: its sizes, and where it begins in the local dims of each side."""
 
     sizes: Numbers
     sender_starts: Numbers
@@ -29,7 +30,7 @@ class Overlap:
 
 
 class OverlapTable:
-    """The distinct box lists of one component on both sides, and what they share."""
+    """The distinct box lists of one component on both sides, and their overlaps, computed when first asked for."""
 
     def __init__(self, component: Component) -> None:
         self._component = component
@@ -39,7 +40,7 @@ class OverlapTable:
 
     @cached_property
     def parts(self) -> list[int]:
-        """For each list of the senders, the first that is the same part of the tensor, wherever it lies in memory."""
+        """For each list of the senders, the first one that is the same part of the tensor, wherever in memory."""
         first: dict[object, int] = {}
         return [
             first.setdefault(frozenset(box.part for box in boxes), number)
@@ -47,32 +48,34 @@ class OverlapTable:
         ]
 
     def overlaps_of_receiver(self, number: int) -> dict[int, list[Overlap]]:
-        """What a receiver's list shares with each of the senders'."""
+        """The overlaps of a receiver's list with each of the senders' lists."""
         if number not in self._by_receiver:
             ours = self.receivers.boxes[number]
             self._by_receiver[number] = {
-                other: [self._share(self.senders.boxes[other][b], ours[a]) for b, a in sorted((b, a) for a, b in pairs)]
-                for other, pairs in self.senders.meeting(ours).items()
+                other: [
+                    self._overlap(self.senders.boxes[other][b], ours[a]) for b, a in sorted((b, a) for a, b in pairs)
+                ]
+                for other, pairs in self.senders.overlapping(ours).items()
             }
         return self._by_receiver[number]
 
     def overlaps_of_sender(self, number: int) -> dict[int, list[Overlap]]:
-        """What a sender's list shares with each of the receivers', in the same order."""
+        """The overlaps of a sender's list with each of the receivers' lists, in the same order."""
         if number not in self._by_sender:
             theirs = self.senders.boxes[number]
             self._by_sender[number] = {
-                other: [self._share(theirs[a], self.receivers.boxes[other][b]) for a, b in sorted(pairs)]
-                for other, pairs in self.receivers.meeting(theirs).items()
+                other: [self._overlap(theirs[a], self.receivers.boxes[other][b]) for a, b in sorted(pairs)]
+                for other, pairs in self.receivers.overlapping(theirs).items()
             }
         return self._by_sender[number]
 
-    def takes(self, number: int) -> npt.NDArray[np.bool_]:
-        """For each of the receivers' lists, whether it needs something of a sender's."""
+    def receivers_of(self, number: int) -> npt.NDArray[np.bool_]:
+        """For each of the receivers' lists, whether it overlaps a sender's list."""
         taking = np.zeros(len(self.receivers.boxes), dtype=bool)
-        taking[list(self.receivers.meeting(self.senders.boxes[number]))] = True
+        taking[list(self.receivers.overlapping(self.senders.boxes[number]))] = True
         return taking
 
-    def _share(self, theirs: SpaceBox, ours: SpaceBox) -> Overlap:
+    def _overlap(self, theirs: SpaceBox, ours: SpaceBox) -> Overlap:
         starts = tuple(map(max, theirs.starts, ours.starts))
         sizes = tuple(
             min(a + n, b + m) - start
@@ -84,7 +87,7 @@ class OverlapTable:
 
 
 def _local(side: SideDims, box: SpaceBox, starts: Numbers) -> Numbers:
-    """Where a place inside of a box lies in the local dims of a side."""
+    """The index, in the local dims of a side, of a place inside a box."""
     local = dict(zip(side.dims, box.local, strict=True))
     for dim, step, begin, start in zip(side.along, side.steps, box.starts, starts, strict=True):
         local[dim] += (start - begin) * step
@@ -92,26 +95,26 @@ def _local(side: SideDims, box: SpaceBox, starts: Numbers) -> Numbers:
 
 
 class BoxLists:
-    """The distinct lists of boxes of one side. Finds those that meet given boxes by bisection along one factor."""
+    """The distinct lists of boxes of one side. Those that overlap given boxes are found by bisection."""
 
     def __init__(self) -> None:
         self.boxes: list[Boxes] = []
         self._numbers: dict[Boxes, int] = {}
 
     def number(self, boxes: Boxes) -> int:
-        """The number of a list; of a new one, if it is new."""
+        """The number of a list, which is added if it is new."""
         number = self._numbers.setdefault(boxes, len(self.boxes))
         if number == len(self.boxes):
             self.boxes.append(boxes)
         return number
 
-    def meeting(self, boxes: Boxes) -> dict[int, list[tuple[int, int]]]:
-        """The lists that share a place with `boxes`, in order; and of each, the pairs of (box of these, its box)."""
+    def overlapping(self, boxes: Boxes) -> dict[int, list[tuple[int, int]]]:
+        """The lists that overlap `boxes`, in order, each with its pairs of (number in `boxes`, number in the list)."""
         found: dict[int, list[tuple[int, int]]] = {}
         entries, starts, reach, factor = self._index
         for own, box in enumerate(boxes):
             low = box.starts[factor]
-            # What begins before the box ends, from the first on that reaches into it.
+            # The boxes that begin before this one ends, from the first one that reaches into it.
             for _, number, other in entries[
                 bisect_right(reach, low) : bisect_right(starts, low + box.sizes[factor] - 1)
             ]:
@@ -142,14 +145,11 @@ class BoxLists:
         return entries, [entry[0] for entry in entries], reach, factor
 
 
-# A region: part of a tensor as a strided view, in the order of dims in which the receiver has it.
-
-
 @dataclass(frozen=True)
 class StridedRegion:
-    """`sizes` of the region's dims; for each, the tensor's dim it runs along and how many steps of it one step takes.
+    """A part of a tensor as a strided view, with dims in the order of the receiver's memory.
 
-    A fused dim (`h*d`) of the tensor serves two dims of a region: h with a step of the size of d, d with a step of 1.
+    A fused dim (`h*d`) of the tensor gives two dims of the region: h with steps of the size of d, d with steps of 1.
 
         starts       where the region begins, per dim of the tensor
         sizes[i]     runs along the tensor's dim `along[i]`, `steps[i]` at a time
@@ -161,7 +161,7 @@ class StridedRegion:
     steps: tuple[int, ...]
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The view of it; `tensor` has any strides."""
+        """The view of a tensor with any strides."""
         strides = tensor.stride()
         offset = tensor.storage_offset() + sum(
             start * stride for start, stride in zip(self.starts, strides, strict=True)
@@ -172,28 +172,28 @@ class StridedRegion:
 
 
 class RegionMaker:
-    """What all regions of one resharding have alike: the order of their dims, and how these run along the local ones.
+    """Makes the regions of one resharding, which share the order of their dims and how these run along the local dims.
 
-    The factors of all components come in the order of the receiver's memory, so that it is written in order.
+    The factors of all components are in the order of the receiver's memory, so that it is written in order.
     """
 
     def __init__(self, space: Space, sender_ndim: int, receiver_ndim: int) -> None:
         sides = [[c.sender for c in space.components], [c.receiver for c in space.components]]
         along = [[dim for own in side for dim in own.along] for side in sides]
         steps = [[step for own in side for step in own.steps] for side in sides]
-        # Factors, of one component after the other.
+        # The factors of all components, renumbered.
         self._order = sorted(range(len(along[1])), key=lambda factor: (along[1][factor], -steps[1][factor]))
         self._along = [tuple(own[factor] for factor in self._order) for own in along]
         self._steps = [tuple(own[factor] for factor in self._order) for own in steps]
-        # For each local dim, the number of its start among those of all components' dims; -1, which is the zero after
-        # them, for a dim of size 1 that is in none.
+        # For each local dim, the number of its start among those of all components' dims; -1, the zero after them, for
+        # a dim of size 1 that is in no component.
         self._starts = []
         for side, ndim in zip(sides, (sender_ndim, receiver_ndim), strict=True):
             listed = [dim for own in side for dim in own.dims]
             self._starts.append([listed.index(dim) if dim in listed else -1 for dim in range(ndim)])
 
     def regions(self, parts: Sequence[Overlap]) -> tuple[StridedRegion, StridedRegion]:
-        """Where what is shared in each component lies in the sender's tensor, and where in the receiver's."""
+        """The region of the sender's tensor and that of the receiver's. parts: one overlap for each component."""
         sizes = [size for part in parts for size in part.sizes]
         there = [start for part in parts for start in part.sender_starts]
         here = [start for part in parts for start in part.receiver_starts]

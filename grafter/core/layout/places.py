@@ -1,7 +1,7 @@
 """Places: which coordinates the ranks of one role have on the axes of a layout, and whether they make one tensor.
 
-Two ranks at one place would be two values for the same part of the tensor: replicas, if they say so, else a mistake
-that nobody would see (two data-parallel replicas with different batches are not one tensor).
+Two ranks at one place hold the same part of the tensor: replicas, if the layout says so. Otherwise it is an error that
+would go unnoticed, since data-parallel ranks with different batches do not hold one tensor.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import NamedTuple
 
 from grafter.core.layout.dims import Dims
@@ -18,9 +19,9 @@ Coordinates = tuple[int, ...]
 
 
 class Member(NamedTuple):
-    """One participant: its place on the axes of the job (axis, coordinate, size) and its tensor's local shape.
+    """One participant: its place on the axes of the job (axis, coordinate, size), and its tensor's local shape.
 
-    A tuple, since there is one for each rank of a large job at every new point.
+    A tuple is cheap, and a large job makes one for each rank at every new point.
     """
 
     role: str
@@ -29,7 +30,7 @@ class Member(NamedTuple):
     shape: tuple[int, ...]
 
     def on(self, axis: str) -> tuple[int, int] | None:
-        """(coordinate, size) on an axis of the job; None where this rank knows of none."""
+        """(coordinate, size) on an axis of the job; None if this rank does not know the axis."""
         for name, at, size in self.placed:
             if name == axis:
                 return at, size
@@ -37,6 +38,7 @@ class Member(NamedTuple):
 
     @property
     def axes(self) -> dict[str, tuple[int, int]]:
+        """(coordinate, size) by axis."""
         return {axis: (at, size) for axis, at, size in self.placed}
 
     def __str__(self) -> str:
@@ -45,9 +47,9 @@ class Member(NamedTuple):
 
 @dataclass(frozen=True)
 class Mesh:
-    """The axes that a layout mentions: their sizes, and the coordinates of all members, in order, on each.
+    """The axes that a layout mentions: their sizes, and the coordinates of all members on each, in order.
 
-    An axis that the job has not got is of size 1.
+    If a job does not have an axis, its size is 1. count: the number of members.
     """
 
     sizes: dict[str, int]
@@ -62,7 +64,10 @@ class Mesh:
 
 
 def find_mesh(dims: Dims, members: Sequence[Member]) -> Mesh:
-    """Raises LayoutError, naming axis and ranks, unless every place of the layout is held by equally many ranks."""
+    """The mesh that the members form on the axes of `dims`.
+
+    Raises LayoutError, naming axis and ranks, unless every place is held by equally many ranks.
+    """
     placing = (*dims.split_axes, *dims.partial)
     mesh = Mesh({}, {}, len(members))
     for axis in (*placing, *dims.replicated):
@@ -73,7 +78,7 @@ def find_mesh(dims: Dims, members: Sequence[Member]) -> Mesh:
 
 
 def _along(axis: str, members: Sequence[Member]) -> tuple[int, Sequence[int]]:
-    """The size of an axis of the job, and every member's coordinate on it."""
+    """The size of an axis of the job, and the coordinate of every member on it."""
     given = [member.on(axis) for member in members]
     first = given[0]
     for own, member in zip(given, members, strict=True):
@@ -129,9 +134,7 @@ def _why_one_place(dims: Dims, one: Member, other: Member) -> str:
 def _check_complete(dims: Dims, members: Sequence[Member], mesh: Mesh, axes: Sequence[str]) -> None:
     holders = Counter(mesh.places(axes))
     sizes = [mesh.sizes[axis] for axis in axes]
-    expected = 1
-    for size in sizes:
-        expected *= size
+    expected = prod(sizes)
     if len(holders) != expected:
         raise LayoutError(
             f"{dims.text!r} needs {expected} places, and no rank among {', '.join(map(str, members[:4]))}"
@@ -151,14 +154,12 @@ def _at(axes: Sequence[str], place: Coordinates) -> str:
 
 
 def _first_missing(holders: Collection[Coordinates], sizes: Sequence[int]) -> Coordinates:
-    """The lowest coordinates that nobody has; looked for along the holders, not along all products of sizes."""
+    """The lowest coordinates that no rank has. The search follows the holders, not all products of sizes."""
     place: list[int] = []
     known = set(holders)
     for number, size in enumerate(sizes):
-        below = 1
-        for other in sizes[number + 1 :]:
-            below *= other
-        # Of `size` coordinates one is not full, and at most as many are full as there are holders.
+        below = prod(sizes[number + 1 :])
+        # One of the `size` coordinates is not full, and no more are full than there are holders.
         full = Counter(own[number] for own in known)
         coordinate = next(one for one in range(size) if full[one] < below)
         place.append(coordinate)

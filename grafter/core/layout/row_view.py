@@ -1,60 +1,89 @@
-"""Row views: the rows of a local tensor that count, as a tensor [rows, ...]; and how values come back into them."""
+"""Row views: which dims of a local tensor count its rows, and the rows that count as a tensor [rows, ...].
+
+A tensor without names for its dims has one token for each combination of its first dims:
+
+    tokens     shape           row dims        a row
+    12         [1, 12, 32]     the first two   [32]
+    1          [1, 1, 32]      the first       [1, 32]
+                               or two          [32]
+
+One tensor alone may leave the choice open, but only if it has dims of size 1. Its rows then hold the same values either
+way, in another shape. Tensors that are compared with each other, such as those of a prefill and its decode steps, have
+rows of one shape, which decides.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from grafter.core.tokens.tokens import total
+from grafter.core.tokens.runs import each_of, total
+from grafter.core.tokens.sequences import Int64Array
 
-_Numbers = npt.NDArray[np.int64]
+
+def leading_row_dims(shape: Sequence[int], rows: int) -> list[int]:
+    """How many of the first dims may count the rows, fewest first; empty where no first dims have so many."""
+    return [count for count in range(1, len(shape) + 1) if prod(shape[:count]) == rows]
+
+
+def common_row_ndim(tensors: Iterable[tuple[int, Sequence[int]]]) -> int | None:
+    """How many dims a row has in all of these tensors, each given as (ndim, how many of its dims may count the rows).
+
+    The largest of several numbers that fit all; None where none does.
+    """
+    common: set[int] | None = None
+    for ndim, row_dims in tensors:
+        possible = {ndim - count for count in row_dims}
+        common = possible if common is None else common & possible
+    return max(common) if common else None
 
 
 @dataclass(frozen=True, eq=False)
 class RowView:
-    """shape: of the local tensor. row_dims: those of its dims that make up the rows, outer first: (t,), or (b, s).
+    """The rows of a local tensor that count.
 
-    segments: int64 [n, 2], (first row, count). One stretch of rows is a view of the tensor; any others are gathered.
+    shape: that of the local tensor. row_dims: those of its dims that make up the rows, outer first: (t,), or (b, s).
+    segments: int64 [n, 2], (first row, count). A single stretch of rows is a view of the tensor; others are gathered.
     """
 
     shape: tuple[int, ...]
     row_dims: tuple[int, ...]
-    segments: _Numbers
+    segments: Int64Array
 
     @cached_property
     def count(self) -> int:
+        """How many rows count."""
         return total(self.segments[:, 1])
 
     @property
     def rows(self) -> int:
-        """All rows of the tensor, those that do not count, too."""
-        rows = 1
-        for dim in self.row_dims:
-            rows *= self.shape[dim]
-        return rows
+        """All rows of the tensor, including those that do not count."""
+        return prod(self.shape[dim] for dim in self.row_dims)
 
     @cached_property
     def rest(self) -> tuple[int, ...]:
+        """The dims that do not make up the rows."""
         return tuple(dim for dim in range(len(self.shape)) if dim not in self.row_dims)
 
     @cached_property
     def packed_shape(self) -> tuple[int, ...]:
+        """The shape of the rows that count, [count, ...]."""
         if self.row_dims == (0,):
             return (self.count, *self.shape[1:])
         return (self.count, *(self.shape[dim] for dim in self.rest))
 
     @property
     def is_everything(self) -> bool:
-        """Whether all rows count, in their order, as they lie: then the packed tensor is the tensor itself."""
+        """Whether all rows count, in order: then the packed tensor is the tensor itself."""
         return self.row_dims == (0,) and self.count == self.shape[0] and len(self.segments) <= 1
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The rows that count, [count, ...]: memory of their own unless they are one stretch."""
+        """The rows that count, [count, ...]: a view if they are one stretch, else a copy."""
         by_rows = self._rows_first(tensor.detach())
         flat = self._flat(by_rows)
         if flat is not None:
@@ -64,7 +93,7 @@ class RowView:
         return by_rows[self._places(tensor.device)]
 
     def put(self, tensor: torch.Tensor, values: torch.Tensor) -> None:
-        """Write [count, ...] into the rows that count, into the tensor's memory; all others stay."""
+        """Write [count, ...] into the rows that count, in the tensor's memory. All other rows stay unchanged."""
         by_rows = self._rows_first(tensor)
         flat = self._flat(by_rows)
         values = values.to(device=tensor.device, dtype=tensor.dtype)
@@ -76,7 +105,7 @@ class RowView:
             flat.index_copy_(0, self._index.to(tensor.device), values)
 
     def local_index(self, index: Sequence[int]) -> list[int]:
-        """Where a place of [count, ...] lies in the tensor."""
+        """The index in the tensor of an index into [count, ...]."""
         place = [0] * len(self.shape)
         row = self.row_at(index[0])
         for dim in reversed(self.row_dims):
@@ -100,7 +129,7 @@ class RowView:
         return tensor if self.row_dims == (0,) else tensor.permute(*self.row_dims, *self.rest)
 
     def _flat(self, by_rows: torch.Tensor) -> torch.Tensor | None:
-        """Rows as one dim, where strides allow it without a copy."""
+        """The rows as one dim; None where the strides do not allow it without a copy."""
         if len(self.row_dims) == 1:
             return by_rows
         (outer, inner), (step, stride) = by_rows.shape[:2], by_rows.stride()[:2]
@@ -111,9 +140,7 @@ class RowView:
 
     @cached_property
     def _index(self) -> torch.Tensor:
-        first, counts = self.segments[:, 0], self.segments[:, 1]
-        within = np.arange(self.count) - np.repeat(np.cumsum(counts) - counts, counts)
-        return torch.from_numpy(np.repeat(first, counts) + within)
+        return torch.from_numpy(each_of(self.segments[:, 0], self.segments[:, 1]))
 
     def _places(self, device: torch.device) -> tuple[torch.Tensor, ...]:
         index, inner = self._index, self.shape[self.row_dims[1]]

@@ -3,7 +3,7 @@
     global dim      0  1  2  3  4  5  6  7
     local dim             0  1        2  3        runs: (2, 2, 0), (6, 2, 2)
 
-A run is (start in the global dim, length, start in the local dim). Pure, and the same for every kind of layout.
+A run is (start in the global dim, length, start in the local dim). Every kind of layout is turned into runs.
 """
 
 from __future__ import annotations
@@ -12,16 +12,19 @@ from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from operator import itemgetter
 
+# Sizes, starts or dims, one number each.
+Numbers = tuple[int, ...]
 Run = tuple[int, int, int]
 Runs = tuple[Run, ...]
 
 
 def whole(size: int) -> Runs:
+    """A dim that lies whole in one tensor."""
     return ((0, size, 0),) if size else ()
 
 
 def from_parts(parts: Iterable[tuple[int, int]]) -> Runs:
-    """Runs of (start, length) parts that follow one another in the local dim; neighbours are joined."""
+    """Runs of (start, length) parts that follow each other in the local dim. Neighbours are joined."""
     runs: list[Run] = []
     local = 0
     for start, length in parts:
@@ -41,7 +44,7 @@ def total(runs: Runs) -> int:
 
 
 def cut(runs: Runs, start: int, stop: int) -> list[tuple[int, int]]:
-    """The parts of a local dim's stretch [start, stop)."""
+    """The (start, length) parts of the global dim that lie in [start, stop) of the local one."""
     parts = []
     # The last run that begins at or before `start`, and those after it.
     for begin, length, local in runs[max(bisect_right(runs, start, key=itemgetter(2)) - 1, 0) :]:
@@ -63,9 +66,9 @@ def split_in_order(runs: Runs, sizes: Sequence[int]) -> list[Runs]:
 
 
 def split_zigzag(runs: Runs, count: int, sequence_lengths: Sequence[int] | None = None) -> list[Runs]:
-    """Of 2 * count chunks, coordinate k has the k-th and the k-th last: causal attention costs each the same.
+    """Of 2 * count equal chunks, coordinate k gets the k-th and the k-th last: causal attention costs each the same.
 
-    With sequence lengths (a packed dim), each sequence is cut so by itself. Lengths are divisible by 2 * count.
+    sequence_lengths: for a packed dim, of which each sequence is cut by itself. Lengths are divisible by 2 * count.
     """
     parts: list[list[tuple[int, int]]] = [[] for _ in range(count)]
     start = 0
@@ -79,7 +82,7 @@ def split_zigzag(runs: Runs, count: int, sequence_lengths: Sequence[int] | None 
 
 
 def clip(runs: Runs, size: int) -> Runs:
-    """Without what lies at or beyond `size`: the padding."""
+    """The runs without what lies at or beyond `size`, which is padding."""
     return tuple(
         (start, min(length, size - start), local) for start, length, local in runs if start < size and length > 0
     )

@@ -2,8 +2,8 @@
 
     headers of one role  ->  sizes per place  ->  offsets as prefix sums  ->  a Share per rank
 
-Nothing is assumed about how a library cuts a dim that does not divide: `chunk` gives 3, 3, 1 where `tensor_split` gives
-3, 2, 2, and both announce their sizes.
+How a library cuts a dim that does not divide evenly is not assumed: `chunk` gives 3, 3, 1 where `tensor_split` gives
+3, 2, 2. The sizes that ranks announce decide.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from grafter.core.layout.places import Member, find_mesh
 from grafter.core.layout.runs import Runs, from_parts
 from grafter.errors import LayoutError
 
-# A share in more parts than this is a mistake, or meant to do harm.
+# A share in more parts than this is an error, or an attack.
 MOST_BOXES = 1 << 20
 
 
 class Share(NamedTuple):
-    """What one rank holds: a product of runs, one per local dim; or boxes. `summand`: which, if it is partial."""
+    """What one rank holds: the product of runs for each local dim; or boxes. summand: which, if it is partial."""
 
     runs: tuple[Runs, ...] = ()
     boxes: tuple[Box, ...] | None = None
@@ -36,9 +36,11 @@ class Share(NamedTuple):
 
 @dataclass(frozen=True)
 class RoleShares:
-    """All ranks of a role. `dims`: the factors of each local dim (none: size 1); None where the dims have no names.
+    """The shares of all ranks of a role, by role rank.
 
-    global_shape: sizes of the local dims, put together. reduction: how `summands` tensors make the value.
+    who, text: the role and its layout, for messages. dims: the factors of each local dim (none: size 1); None if the
+    dims have no names. global_shape: the sizes of the local dims, put together. reduction: how `summands` tensors make
+    the value.
     """
 
     who: str
@@ -51,7 +53,7 @@ class RoleShares:
 
 
 def declared_alike(members: Sequence[Member], declared: Sequence[DeclaredLayout | None]) -> list[DeclaredLayout]:
-    """What all members declare; empty where none of them does. Raises LayoutError where they do not do it alike."""
+    """What the members declare; empty if none of them declares anything. Raises LayoutError if they differ."""
     first = declared[0]
     form = _form(first)
     for layout, member in zip(declared, members, strict=True):
@@ -60,7 +62,8 @@ def declared_alike(members: Sequence[Member], declared: Sequence[DeclaredLayout 
     return [layout for layout in declared if layout is not None]
 
 
-def _checked(shares: RoleShares) -> RoleShares:
+def with_legal_size(shares: RoleShares) -> RoleShares:
+    """The shares. Raises LayoutError if their sizes together exceed what torch can hold."""
     if any(size > LARGEST_SIZE for size in shares.global_shape):
         raise LayoutError(f"{shares.text!r} at {shares.who} makes a tensor of {list(shares.global_shape)}.")
     return shares
@@ -103,13 +106,10 @@ def _shown(layout: DeclaredLayout | None) -> str:
     return f"{layout}{summand}{lengths}"
 
 
-# --- dims
-
-
 def of_dims(members: Sequence[Member], layout: DeclaredLayout, dims: Dims) -> RoleShares:
-    """Members that all declare the same. Raises LayoutError where they do not fit together."""
+    """The shares of members that declare the same dims. Raises LayoutError if they do not fit together."""
     for member in members:
-        # A peer's text was checked on the peer, but nothing that a peer sends is taken for granted.
+        # The peer has checked its text, but what a peer sends is not trusted.
         if len(member.shape) != len(dims.dims):
             raise LayoutError(f"{dims.text!r} names {len(dims.dims)} dims, and {member} has {list(member.shape)}.")
     mesh = find_mesh(dims, members)
@@ -127,18 +127,16 @@ def of_dims(members: Sequence[Member], layout: DeclaredLayout, dims: Dims) -> Ro
         for member, runs, number in zip(members, runs_of_members, numbers, strict=True)
     }
     global_shape = tuple(table.size for table in tables)
-    return RoleShares(_role(members), dims.text, dims.dims, global_shape, shares, "sum", summands)
-
-
-# --- DTensor and boxes
+    return RoleShares(members[0].role, dims.text, dims.dims, global_shape, shares, "sum", summands)
 
 
 def dims_of(layout: DeclaredLayout) -> Dims | None:
+    """The parsed dims text of a layout, if it has one."""
     return parse_dims(layout.dims) if layout.dims is not None else None
 
 
 def of_dtensors(members: Sequence[Member], layouts: Sequence[DeclaredLayout], dims: Dims | None) -> RoleShares:
-    """Members whose tensors are DTensors. Raises LayoutError where they do not fit together."""
+    """The shares of members whose tensors are DTensors. Raises LayoutError if they do not fit together."""
     first = layouts[0]
     global_shape = first.global_shape or ()
     if dims is not None and len(dims.dims) != len(global_shape):
@@ -149,16 +147,19 @@ def of_dtensors(members: Sequence[Member], layouts: Sequence[DeclaredLayout], di
     checked: set[object] = set()
     for member, layout in zip(members, layouts, strict=True):
         _check_runs(member, layout, first, checked)
-        # One object for equal runs: what follows is then worked out once, and not for each rank.
-        runs = tuple(joined.get(own) or joined.setdefault(own, _joined(own)) for own in layout.runs or ())
+        # Equal runs become one object, so that what follows from them is computed once, not for each rank.
+        runs = tuple(
+            joined.get(own) or joined.setdefault(own, from_parts((start, length) for start, length, _ in own))
+            for own in layout.runs or ()
+        )
         shares[member.role_rank] = Share(runs, summand=layout.summand[1] if layout.summand else 0)
     reduction, _, summands = first.summand or ("sum", 0, 1)
     text = f"DTensor of {list(global_shape)}"
-    return RoleShares(_role(members), text, _named(dims), global_shape, shares, reduction, summands)
+    return RoleShares(members[0].role, text, _named(dims), global_shape, shares, reduction, summands)
 
 
 def _check_one_mesh(members: Sequence[Member], layouts: Sequence[DeclaredLayout], dims: Dims | None) -> None:
-    """All on one mesh, each at a place of its own; or on several that an axis sets apart which is replicated."""
+    """Raise LayoutError unless all are on one mesh, at different places, or on copies of it along a replicated axis."""
     replicated = [dims.axis_of_job(axis) for axis in dims.replicated] if dims is not None else []
     copies = [tuple((member.on(axis) or (0, 1))[0] for axis in replicated) for member in members]
     holders: dict[object, int] = {}
@@ -169,14 +170,14 @@ def _check_one_mesh(members: Sequence[Member], layouts: Sequence[DeclaredLayout]
             other = meshes.setdefault(copy, number)
         if other != number and (layouts[other].mesh != layout.mesh or layouts[other].place == layout.place):
             raise LayoutError(
-                f"the DTensors of {members[other]} and {members[number]} are two tensors, each on a mesh of its own. "
+                f"the DTensors of {members[other]} and {members[number]} are two tensors, on two meshes. "
                 'If they are copies, name the axis in which their ranks differ: dims="... # dp:replicated", with '
                 "set_axes or set_mesh; if not, give ranks= of those that share one."
             )
 
 
 def _check_runs(member: Member, layout: DeclaredLayout, first: DeclaredLayout, checked: set[object]) -> None:
-    """`checked`: what was found possible before, of this rank or another."""
+    """Raise LayoutError for impossible runs. checked: those that were found possible before, on any rank."""
     runs = layout.runs or ()
     if len(runs) != len(member.shape) or len(first.global_shape or ()) != len(member.shape):
         raise LayoutError(f"the DTensor of {member} has another number of dims than its local tensor.")
@@ -193,15 +194,12 @@ def _check_runs(member: Member, layout: DeclaredLayout, first: DeclaredLayout, c
             raise LayoutError(f"the DTensor of {member} has {local} values in dim {dim}, and its local tensor {size}.")
 
 
-def _joined(runs: Runs) -> Runs:
-    return from_parts((start, length) for start, length, _ in runs)
-
-
-def _of_boxes(members: Sequence[Member], layouts: Sequence[DeclaredLayout]) -> RoleShares:
+def of_boxes(members: Sequence[Member], layouts: Sequence[DeclaredLayout]) -> RoleShares:
+    """The shares of members that declare boxes. Raises LayoutError if they do not fit together."""
     first = layouts[0]
     global_shape = first.global_shape or ()
     shares: dict[int, Share] = {}
-    # Ranks are mostly alike in how their boxes fill the local tensor.
+    # The boxes of most ranks fill the local tensor in the same way.
     filled: set[object] = set()
     for member, layout in zip(members, layouts, strict=True):
         boxes = tuple(Box(offset, size, local) for offset, size, local in layout.boxes or ())
@@ -214,7 +212,7 @@ def _of_boxes(members: Sequence[Member], layouts: Sequence[DeclaredLayout]) -> R
         shares[member.role_rank] = Share(boxes=boxes)
     dims = names_of_boxes(first.dims, global_shape) if first.dims is not None else None
     text = f"Layout of {list(global_shape)}"
-    return RoleShares(_role(members), text, _named(dims), global_shape, shares)
+    return RoleShares(members[0].role, text, _named(dims), global_shape, shares)
 
 
 def _check_box(member: Member, box: Box, global_shape: tuple[int, ...]) -> None:
@@ -236,28 +234,18 @@ def _check_filled(member: Member, boxes: Sequence[Box]) -> None:
 
 
 def _named(dims: Dims | None) -> tuple[Dim, ...] | None:
-    """Only names: the placements, or the boxes, say how the dims are split."""
+    """The dims without splits: the placements, or the boxes, say how the dims are split."""
     return None if dims is None else tuple(Dim(dim.factors) for dim in dims.dims)
 
 
-def _role(members: Sequence[Member]) -> str:
-    return members[0].role
-
-
 def boxes_of(share: Share) -> tuple[Box, ...]:
-    """A share as boxes of the global tensor, for a transform that wants to know."""
+    """A share as boxes of the global tensor, for a transform that asks. Raises LayoutError for too many."""
     if share.boxes is not None:
         return share.boxes
     count = prod(map(len, share.runs))
     if count > MOST_BOXES:
         raise LayoutError(f"a share is {count} boxes, and at most {MOST_BOXES} are listed.")
-    boxes = []
-    for combination in product(*share.runs):
-        boxes.append(
-            Box(
-                tuple(start for start, _, _ in combination),
-                tuple(length for _, length, _ in combination),
-                tuple(local for _, _, local in combination),
-            )
-        )
-    return tuple(boxes)
+    # A combination has one run for each dim; the empty one is that of a tensor without dims.
+    return tuple(
+        Box(*zip(*combination, strict=True)) if combination else Box((), (), ()) for combination in product(*share.runs)
+    )

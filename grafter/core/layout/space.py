@@ -1,13 +1,13 @@
-"""The space in which both sides' shares meet: one coordinate per factor, whatever the order and fusion of the dims.
+"""The common space of both sides: one coordinate for each factor, whatever the order and fusion of the dims.
 
     baseline  s b (h*d)[tp]           target  b s h[tp] d
                     \\                            /
                 factors  s   b   h x d          h and d are one component: they are fused on one side
                         component per s, b, (h, d)
 
-Within a component a share is a list of boxes; a share is the product of its components. Where both sides fuse the same
-factors alike, the fused dim is taken as one factor, and nobody needs to know the sizes inside. Where a side gives
-boxes, all factors are one component.
+A share is the product of its parts in each component, and there it is a list of boxes. If both sides fuse the same
+factors alike, the fused dim is one factor, and the sizes inside it may be unknown. If a side gives boxes, all factors
+are one component.
 """
 
 from __future__ import annotations
@@ -21,15 +21,13 @@ from typing import NamedTuple
 
 from grafter.core.layout.common_dims import GlobalSizes, fused_alike, named_alike
 from grafter.core.layout.dims import Dim
-from grafter.core.layout.runs import Runs, clip, total
+from grafter.core.layout.runs import Numbers, Runs, clip, total
 from grafter.core.layout.shares import MOST_BOXES, RoleShares, Share
 from grafter.errors import LayoutError
 
-Numbers = tuple[int, ...]
-
 
 class SpaceBox(NamedTuple):
-    """A box of one component: per factor start and size; and per local dim of this side where it begins there."""
+    """A box of one component: the start and size for each factor, and where it begins in each local dim of its side."""
 
     starts: Numbers
     sizes: Numbers
@@ -41,7 +39,7 @@ class SpaceBox(NamedTuple):
 
     @property
     def part(self) -> tuple[Numbers, Numbers]:
-        """What it is of the tensor, wherever it lies in memory."""
+        """Which part of the tensor it is, wherever it lies in memory."""
         return self.starts, self.sizes
 
 
@@ -50,10 +48,10 @@ Boxes = tuple[SpaceBox, ...]
 
 @dataclass(frozen=True)
 class SideDims:
-    """How one side's local dims make up a component.
+    """The local dims of one side that make up a component.
 
-    `dims` are their numbers. For each factor, `along` and `steps` say which local dim it runs along, and how many
-    values of that dim one step of the factor covers.
+    dims: their numbers. along, steps: for each factor, the local dim that it runs along, and how many values of that
+    dim one step of the factor covers.
     """
 
     dims: Numbers
@@ -62,7 +60,7 @@ class SideDims:
 
     @cached_property
     def factors(self) -> list[list[int]]:
-        """For each of `dims`, the factors along it, outer first."""
+        """For each of `dims`, the numbers of the factors along it, outer first."""
         numbers = sorted(range(len(self.along)), key=lambda factor: -self.steps[factor])
         return [[factor for factor in numbers if self.along[factor] == dim] for dim in self.dims]
 
@@ -75,7 +73,7 @@ class SideDims:
 
 @dataclass(frozen=True)
 class Component:
-    """Factors that belong together, in the receiver's order, with global sizes (without padding)."""
+    """Factors that belong together, in the receiver's order, with their global sizes (without padding)."""
 
     names: tuple[str, ...]
     sizes: Numbers
@@ -96,13 +94,13 @@ class Component:
 
 @dataclass(frozen=True)
 class Space:
-    """`padded`: the receiver's local dims that hold padding, each with its global size without it."""
+    """The components of two sides' dims. padded: the receiver's padded local dims, and their sizes without it."""
 
     components: tuple[Component, ...]
     padded: dict[int, int]
 
     def boxes(self, share: Share, component: Component, side: SideDims) -> Boxes:
-        """A share's boxes in one component. A share that is given as boxes has only one component."""
+        """A share's boxes in one component. If the share is given as boxes, there is only one component."""
         if share.boxes is None:
             return _product(component, side, [share.runs[dim] for dim in side.dims])
         found: list[SpaceBox] = []
@@ -130,7 +128,7 @@ class Space:
 
 
 def find_space(sender: RoleShares, receiver: RoleShares) -> Space:
-    """Raises LayoutError naming the dim where names or sizes of the two sides do not fit."""
+    """The common space. Raises LayoutError naming the dim where names or sizes of the two sides do not fit."""
     sending, receiving = named_alike(sender, receiver)
     by_boxes = any(share.boxes is not None for side in (sender, receiver) for share in side.shares.values())
     sizes = GlobalSizes()
@@ -151,7 +149,7 @@ def find_space(sender: RoleShares, receiver: RoleShares) -> Space:
 
 
 def _groups(sending: Sequence[Dim], receiving: Sequence[Dim], *, one: bool) -> list[tuple[str, ...]]:
-    """Factors that are fused with one another on either side, in the receiver's order."""
+    """Factors that are fused with each other on either side, in the receiver's order. one: all in one group."""
     order = [name for dim in receiving for name in dim.names]
     if one:
         return [tuple(order)] if order else []
@@ -177,8 +175,7 @@ def _component(
         fused = next(dim for dim in (*sending, *receiving) if unknown[0] in dim.names)
         raise LayoutError(
             f"the size of {unknown[0]} is not known: {sent.text!r} at {sent.who}, {there.text!r} at {there.who}. "
-            f"Declare "
-            f"one of {fused}, such as `{str(fused).replace(unknown[0], unknown[0] + '=8', 1)}`."
+            f"Declare one of {fused}, such as `{str(fused).replace(unknown[0], unknown[0] + '=8', 1)}`."
         )
     known = {name: sizes.known[name][0] for name in names}
     return Component(
@@ -200,7 +197,7 @@ def _side(names: Sequence[str], dims: Sequence[Dim], sizes: dict[str, int]) -> S
 
 
 def _product(component: Component, side: SideDims, runs_of_dims: Sequence[Runs]) -> Boxes:
-    """Boxes of all combinations of runs. A run that cuts into a fused dim becomes several boxes."""
+    """The boxes of all combinations of runs. A run that cuts a fused dim becomes several boxes."""
     if len(component.names) == 1:
         runs = clip(runs_of_dims[0], component.sizes[0])
         return tuple([SpaceBox((start,), (length,), (local,)) for start, length, local in runs])
@@ -220,9 +217,9 @@ def _product(component: Component, side: SideDims, runs_of_dims: Sequence[Runs])
 
 
 def _cut(runs: Runs, sizes: Sequence[int]) -> list[tuple[Numbers, Numbers, Numbers]]:
-    """Runs of one dim as (starts, sizes, (start in the local dim,)) over its factors.
+    """The runs of one dim as (starts, sizes, (start in the local dim,)) over its factors.
 
-    Padding, which only a dim with one factor has, is left out.
+    Padding, which only a dim with one factor can have, is left out.
     """
     if len(sizes) == 1:
         return [((start,), (length,), (local,)) for start, length, local in clip(runs, sizes[0])]
@@ -239,8 +236,8 @@ def _cut(runs: Runs, sizes: Sequence[int]) -> list[tuple[Numbers, Numbers, Numbe
 def rectangles(start: int, stop: int, sizes: Sequence[int]) -> list[tuple[Numbers, Numbers]]:
     """The stretch [start, stop) of a row-major index over `sizes`, as (starts, lengths) of rectangles.
 
-    . . x x        a stretch that begins and ends inside of a row is up to three rectangles:
-    x x x x        the end of its first row, the full rows, the beginning of its last
+    . . x x        a stretch that begins and ends inside a row is up to three rectangles:
+    x x x x        the end of its first row, the full rows, the beginning of its last row
     x . . .
     """
     if start >= stop:

@@ -6,12 +6,11 @@ chunk_pass   the tensors, chunk by chunk, in bounded memory
 chunk_sums   the sums of one chunk
 stats        chunks combined into statistics and differences
 
-Of two dumps more is asked, and they come block by block:
+Two dumps are read block by block, and more is measured:
 
-pair_stream  blocks cut into the same chunks, each measured once, by this thread or by one that is free
-pair_chunks  what is measured of a few chunks at a time
+pair_stream  blocks cut into the same chunks, each measured once, by this thread or an idle one
+pair_chunks  the measures of a few chunks at a time
 magnitudes   how large the differences are: a histogram, and percentiles from it
-ulps         how many representable numbers lie between
-rows         the worst token
-kl           how far two distributions of logits are apart
+ulps         how many representable numbers lie between two values
+rows         the worst rows (tokens, say), and the KL divergence of logits
 """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -19,26 +19,27 @@ from grafter.core.measures.chunk_sums import (
     exact_rows,
     fast_pair,
     fast_tensors,
+    is_exact,
     tensor_rows,
 )
 from grafter.core.measures.flat_chunks import CHUNK, LONG, FlatReader, rounded_off, unequal
 
-# Chunks of a step on a device: 2 million values, 16 MiB for each of some ten float64 temporaries.
+# Chunks in one step on a device: 2 million values, 16 MiB for each of some ten float64 temporaries.
 DEVICE_ROWS = 70
 
 WIDE = (torch.float64, torch.complex128)
 
-# From here on, float64 does not hold every whole number.
+# From here on, float64 cannot represent every whole number.
 EXACT = 2.0**53
 
 
 class _OwnWorkspace(threading.local):
-    """A thread's buffers, kept from tensor to tensor: touching new memory costs as much as measuring a small one."""
+    """A thread's buffers, kept for the next tensor: touching new memory costs as much as measuring a small tensor."""
 
     largest: Workspace | None = None
 
     def of(self, size: int) -> Workspace:
-        """For chunks of this size."""
+        """The workspace for chunks of this size."""
         if self.largest is None:
             self.largest = Workspace(CHUNK)
         return self.largest if size == CHUNK else Workspace(size, self.largest)
@@ -49,7 +50,7 @@ _workspace = _OwnWorkspace()
 
 @dataclass(frozen=True)
 class Sums:
-    """One entry a chunk; `x` and `y` are empty where no statistics of the single tensors were asked for."""
+    """The sums of all chunks. x and y are empty if no statistics of the single tensors are wanted."""
 
     pair: list[PairSums] = field(default_factory=list)
     x: list[TensorSums] = field(default_factory=list)
@@ -57,7 +58,8 @@ class Sums:
 
 
 def pass_over_pair(x: torch.Tensor, y: torch.Tensor, level: Literal["full", "light"], statistics: bool) -> Sums:
-    """x, y: of one shape. On a device other than the CPU if either is there, with one synchronisation."""
+    """The sums of two tensors of one shape. If either is on a device other than the CPU, they are computed there, with
+    one synchronisation."""
     as_complex = x.is_complex() or y.is_complex()
     pair = FlatReader(x, as_complex), FlatReader(y, as_complex)
     device = x.device if x.device.type != "cpu" else y.device
@@ -66,13 +68,9 @@ def pass_over_pair(x: torch.Tensor, y: torch.Tensor, level: Literal["full", "lig
         _look_up_whole_numbers(*pair, sums)
         return sums
     sums = Sums()
-    space = _workspace.of(min(CHUNK, pair[0].parts))
-    # Overflow and NaN are how the fast way finds input that it must decline.
+    # The fast way recognises input that it must decline by overflow and NaN.
     with np.errstate(over="ignore", invalid="ignore"):
-        for start in range(0, pair[0].parts, CHUNK):
-            stop = min(start + CHUNK, pair[0].parts)
-            if stop - start != space.size:
-                space = _workspace.of(stop - start)
+        for start, stop, space in _chunks(pair[0].parts):
             _pair_chunk(*pair, start, stop, space, level, statistics, sums)
         _look_up_maximum(*pair, sums)
         _look_up_whole_numbers(*pair, sums)
@@ -85,22 +83,24 @@ def pass_over_tensor(tensor: torch.Tensor) -> list[TensorSums]:
     if tensor.device.type != "cpu":
         return tensor_in_rows(reader)
     sums: list[TensorSums] = []
-    space = _workspace.of(min(CHUNK, reader.parts))
+    wide = tensor.dtype in WIDE
     with np.errstate(over="ignore", invalid="ignore"):
-        for start in range(0, reader.parts, CHUNK):
-            stop = min(start + CHUNK, reader.parts)
-            if stop - start != space.size:
-                space = _workspace.of(stop - start)
+        for start, stop, space in _chunks(reader.parts):
             space.x.tensor.copy_(reader.read(start, stop))
-            sums += _tensor_chunk(space, tensor.dtype in WIDE)
+            squares = space.x.squares()
+            is_fast = is_exact(space.x, squares, wide)
+            sums += fast_tensors(space, [squares]) if is_fast else _tensor_sums(tensor_rows(space.x.tensor[None], wide))
     return sums
 
 
-def _tensor_chunk(space: Workspace, wide: bool) -> list[TensorSums]:
-    squares = space.x.squares()
-    if space.is_exact(space.x, squares, wide):
-        return fast_tensors(space, [squares])
-    return _entries(TensorSums, tensor_rows(space.x.tensor[None], wide))
+def _chunks(parts: int) -> Iterator[tuple[int, int, Workspace]]:
+    """(start, stop, workspace) of each chunk."""
+    space = _workspace.of(min(CHUNK, parts))
+    for start in range(0, parts, CHUNK):
+        stop = min(start + CHUNK, parts)
+        if stop - start != space.size:
+            space = _workspace.of(stop - start)
+        yield start, stop, space
 
 
 def _pair_chunk(
@@ -115,7 +115,7 @@ def _pair_chunk(
 ) -> None:
     """Append the sums of one chunk."""
     wide = x.dtype in WIDE or y.dtype in WIDE
-    # Compared first: this reads memory at twice the speed of the conversion, which then finds its input in cache.
+    # Bits are compared first: this reads memory twice as fast as the conversion, which then finds its input in cache.
     mismatched = _compare_bits(x, y, start, stop, space)
     same_bits = mismatched == 0
     space.x.tensor.copy_(x.read(start, stop))
@@ -140,7 +140,7 @@ def _pair_chunk(
 
 
 def _compare_bits(x: FlatReader, y: FlatReader, start: int, stop: int, space: Workspace) -> int | None:
-    """How many parts differ in their bits, which ones in space.unequal; None: the dtypes differ, convert first."""
+    """How many parts differ in their bits; space.unequal says which. None: the dtypes differ, so convert first."""
     if x.dtype != y.dtype:
         return None
     if x.flat_bits is not None and y.flat_bits is not None:
@@ -152,7 +152,7 @@ def _compare_bits(x: FlatReader, y: FlatReader, start: int, stop: int, space: Wo
 
 
 def _lost(x: FlatReader, y: FlatReader, start: int, stop: int, space: Workspace) -> torch.Tensor | None:
-    """What float64 lost of the differences; None where it holds all numbers."""
+    """What float64 lost of the differences; None if it represents all numbers."""
     if x.dtype not in LONG and y.dtype not in LONG:
         return None
     if not any(reader.dtype in LONG and row.max_abs() >= EXACT for reader, row in ((x, space.x), (y, space.y))):
@@ -161,7 +161,7 @@ def _lost(x: FlatReader, y: FlatReader, start: int, stop: int, space: Workspace)
 
 
 def first_maximum(pair: Sequence[PairSums]) -> int | None:
-    """The chunk that holds the first maximum of |d|; None if d is 0 everywhere. Never leaves float64's range."""
+    """The number of the chunk with the first maximum of |d|; None if d is 0 everywhere. Cannot overflow."""
 
     def size(chunk: int) -> tuple[float, float]:
         mantissa, exponent = math.frexp(pair[chunk].d_max)
@@ -172,7 +172,7 @@ def first_maximum(pair: Sequence[PairSums]) -> int | None:
 
 
 def _look_up_maximum(x: FlatReader, y: FlatReader, sums: Sums) -> None:
-    """Fill in the place of the maximum in the one entry that holds it, where the fast way left it out."""
+    """Fill in the index of the maximum in the one entry that has it, if the fast way left it out."""
     chunk = first_maximum(sums.pair)
     if chunk is None or sums.pair[chunk].d_index != UNKNOWN_INDEX:
         return
@@ -192,7 +192,7 @@ def _look_up_maximum(x: FlatReader, y: FlatReader, sums: Sums) -> None:
 
 
 def _look_up_whole_numbers(x: FlatReader, y: FlatReader, sums: Sums) -> None:
-    """In the entry that holds the maximum, the two numbers as they are, where float64 may not hold them."""
+    """Put the exact two numbers into the entry with the maximum, if float64 may not represent them."""
     if x.dtype not in LONG and y.dtype not in LONG:
         return
     chunk = first_maximum(sums.pair)
@@ -203,11 +203,8 @@ def _look_up_whole_numbers(x: FlatReader, y: FlatReader, sums: Sums) -> None:
     sums.pair[chunk] = sums.pair[chunk]._replace(x_at=values[0], y_at=values[1])
 
 
-# --- many chunks at once, as rows
-
-
 def pass_in_rows(x: FlatReader, y: FlatReader, device: torch.device, statistics: bool, rows: int = DEVICE_ROWS) -> Sums:
-    """The same sums by `exact_rows`, `rows` chunks a step, all on `device`; one transfer to the host at the end."""
+    """As `pass_over_pair`, by `exact_rows` on `device`, `rows` chunks a step, and one transfer to the host."""
     wide = x.dtype in WIDE or y.dtype in WIDE
     steps = []
     for start, stop in _row_ranges(x.parts, rows):
@@ -230,16 +227,16 @@ def pass_in_rows(x: FlatReader, y: FlatReader, device: torch.device, statistics:
 
 
 def tensor_in_rows(reader: FlatReader, rows: int = DEVICE_ROWS) -> list[TensorSums]:
-    """The same for one tensor, on its own device."""
+    """As `pass_over_tensor`, by `tensor_rows` on the tensor's device."""
     steps = [
         tensor_rows(reader.read(start, stop).double().view(-1, min(CHUNK, stop - start)), reader.dtype in WIDE)
         for start, stop in _row_ranges(reader.parts, rows)
     ]
-    return _entries(TensorSums, torch.cat(steps).cpu()) if steps else []
+    return _tensor_sums(torch.cat(steps).cpu()) if steps else []
 
 
 def _row_ranges(parts: int, rows: int) -> list[tuple[int, int]]:
-    """Steps of whole chunks, and one of what is left."""
+    """Ranges of at most `rows` whole chunks, and one of the rest."""
     whole = parts // CHUNK * CHUNK
     ranges = [(start, min(start + rows * CHUNK, whole)) for start in range(0, whole, rows * CHUNK)]
     return ranges + [(whole, parts)] if whole < parts else ranges
@@ -248,9 +245,9 @@ def _row_ranges(parts: int, rows: int) -> list[tuple[int, int]]:
 def _append(sums: Sums, tables: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]) -> None:
     sums.pair.extend(PairSums._make(row) for row in tables[0].tolist())
     if tables[1] is not None and tables[2] is not None:
-        sums.x.extend(_entries(TensorSums, tables[1]))
-        sums.y.extend(_entries(TensorSums, tables[2]))
+        sums.x.extend(_tensor_sums(tables[1]))
+        sums.y.extend(_tensor_sums(tables[2]))
 
 
-def _entries(kind: type[TensorSums], table: torch.Tensor) -> list[TensorSums]:
-    return [kind._make(row) for row in table.tolist()]
+def _tensor_sums(table: torch.Tensor) -> list[TensorSums]:
+    return [TensorSums._make(row) for row in table.tolist()]

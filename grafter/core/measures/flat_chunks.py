@@ -8,9 +8,9 @@
             # # # #  #        <- whole rows, one copy
             # # . .  .        <- head of the last row
 
-The chunks are the same for every stride and device, so that what is summed by chunk does not depend on the layout.
-A complex tensor is read as its parts: real, imaginary, real, ..., as if its shape had a last dimension of 2. So is one
-of packed float4 values, two in each byte: that of the lower four bits comes first, and both are read as float32.
+The chunks are the same for all strides and devices, so sums by chunk do not depend on the layout.
+A complex tensor is read as its parts: real, imaginary, real, ..., as if its shape had a last dimension of 2. A tensor
+of packed float4 values has two in each byte: the lower four bits are the first one, and both are read as float32.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from typing import Any
 import torch
 from numpy.typing import NDArray
 
-# OpenBLAS splits a dot product of more than 10000 numbers over threads, and the digits then depend on their number;
-# torch splits anything of 32768 or more. 9984 is the largest multiple of 128 below the one, and three pieces the most
-# below the other. The buffers of a chunk are then 700 KiB, in a core's own cache of 1 MiB; two pieces cost 5 % more.
+# OpenBLAS splits a dot product of more than 10000 numbers over its threads, on whose number the digits then depend;
+# torch splits anything of 32768 or more. 9984 is the largest multiple of 128 below the first limit, and three pieces
+# stay below the second. The buffers of a chunk are 700 KiB, within a core's cache of 1 MiB; two pieces cost 5 % more.
 PIECE = 9984
 CHUNK = 3 * PIECE
 
 _INTEGER_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-# float64 does not hold all of their values.
+# Dtypes with values that float64 cannot represent.
 LONG = (torch.int64, torch.uint64)
 # Older versions of torch do not have it.
 PACKED_FLOAT4 = getattr(torch, "float4_e2m1fn_x2", None)
@@ -43,7 +43,7 @@ _INTEGERS = frozenset(
 
 @lru_cache(maxsize=1)
 def _float4_pairs() -> torch.Tensor:
-    """[256, 2]: the two values of each byte, as float32, which holds them exactly. 1 bit of sign, 2 of exponent, 1."""
+    """[256, 2]: the two values of each byte (1 sign, 2 exponent and 1 mantissa bit), exactly, as float32."""
     positive = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
     values = torch.cat([positive, -positive])
     byte = torch.arange(256)
@@ -52,15 +52,15 @@ def _float4_pairs() -> torch.Tensor:
 
 @lru_cache(maxsize=64)
 def are_paired(x: torch.dtype, y: torch.dtype) -> bool:
-    """Whether each element is read as two parts: where either is complex, or both are packed float4 values."""
+    """Whether each element is read as two parts: if either dtype is complex, or both are packed float4."""
     return x.is_complex or y.is_complex or (x == y == PACKED_FLOAT4)
 
 
 class FlatReader:
-    """Reads ranges of the flattened parts of one plain strided tensor; never writes to it.
+    """Reads ranges of the flattened parts of one plain strided tensor, and never writes to it.
 
-    tensor: any shape, strides and device, on which a conjugate or negative bit may be set. as_complex: read a real
-    tensor as complex, its imaginary parts zero (to meet a complex one).
+    tensor: of any shape, strides and device; a conjugate or negative bit may be set. as_complex: read a real tensor as
+    complex, with imaginary parts of zero, to compare it with a complex one.
     """
 
     def __init__(self, tensor: torch.Tensor, as_complex: bool = False) -> None:
@@ -91,9 +91,9 @@ class FlatReader:
         return self._tensor.device
 
     def read(self, start: int, stop: int) -> torch.Tensor:
-        """Parts start..stop, 1-D, contiguous, of the tensor's own (real) dtype: a view, or a copy of that range only.
+        """Parts start..stop, 1-D, contiguous, of the tensor's (real) dtype: a view, or a copy of this range only.
 
-        start and stop are even where the tensor is read as complex.
+        start and stop must be even if the tensor is read as complex.
         """
         if self._flat is not None:
             return self._flat[start:stop]
@@ -113,7 +113,7 @@ class FlatReader:
 
 
 def gather(tensor: torch.Tensor, start: int, stop: int, out: torch.Tensor) -> None:
-    """Copy elements start..stop of the flattened index of `tensor` into `out`, 1-D of stop - start elements."""
+    """Copy the elements start..stop of the flattened index of `tensor` into `out`, 1-D [stop - start]."""
     if tensor.ndim <= 1:
         out.copy_(tensor.reshape(1)[start:stop] if tensor.ndim == 0 else tensor[start:stop])
         return
@@ -139,18 +139,18 @@ def gather(tensor: torch.Tensor, start: int, stop: int, out: torch.Tensor) -> No
 
 
 def bits(parts: torch.Tensor) -> torch.Tensor:
-    """The same memory as integers of the same width, so that equality is of bits."""
+    """The same memory as integers of the same width, whose equality is that of bits."""
     return parts.view(_INTEGER_OF_SIZE[parts.element_size()])
 
 
 @lru_cache(maxsize=64)
 def is_opaque(dtype: torch.dtype) -> bool:
-    """Whether torch holds the bytes of this dtype and does not read them as numbers: they can be equal or not."""
+    """Whether torch stores values of this dtype without reading them as numbers: they are equal or not, no more."""
     return not (dtype in _INTEGERS or dtype.is_complex or dtype.is_floating_point)
 
 
 def copyable(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor; or, of a dtype of which torch copies no values, its memory as integers of the same width."""
+    """The tensor; if torch cannot copy values of its dtype, its memory as integers of the same width."""
     return bits(tensor) if is_opaque(tensor.dtype) or tensor.dtype is PACKED_FLOAT4 else tensor
 
 
@@ -159,11 +159,11 @@ def _is_integer(dtype: torch.dtype) -> bool:
 
 
 def unequal(x: torch.Tensor, y: torch.Tensor, x_double: torch.Tensor, y_double: torch.Tensor) -> torch.Tensor:
-    """Where two chunks differ in their bits after promotion: bool, 1-D; two NaNs of different bits still differ here.
+    """Where two chunks differ in their bits after promotion: bool, 1-D. NaNs of different bits differ.
 
-    x, y: 1-D parts; x_double, y_double: the same in float64, which holds every floating dtype exactly. Integers of
-    different dtypes meet in int64 and compare exactly; an integer meets a floating number in float64, and differs from
-    each one if float64 does not hold it.
+    x, y: 1-D parts. x_double, y_double: the same in float64, which represents every floating dtype exactly. Integers of
+    different dtypes are compared exactly, in int64. An integer and a floating number are compared in float64, and
+    differ if float64 cannot represent the integer.
     """
     if x.dtype == y.dtype:
         return bits(x) != bits(y)
@@ -176,13 +176,13 @@ def unequal(x: torch.Tensor, y: torch.Tensor, x_double: torch.Tensor, y_double: 
     x_wide, y_wide = x.to(torch.int64), y.to(torch.int64)
     result = x_wide != y_wide
     if torch.uint64 in (x.dtype, y.dtype):
-        # One of the two wrapped to a negative number, or really is negative: a value that the other dtype lacks.
+        # A negative number: of the signed dtype, or wrapped from the unsigned one. The other dtype lacks this value.
         result |= (x_wide < 0) | (y_wide < 0)
     return result
 
 
 def rounded_off(parts: torch.Tensor, double: torch.Tensor) -> torch.Tensor:
-    """What float64 lost of each of some whole numbers: `parts - double`, which float64 holds. Both of one shape.
+    """What float64 lost of each whole number: `parts - double`, exactly, in float64. Both have one shape.
 
     Zeros for dtypes other than LONG.
     """
@@ -192,20 +192,18 @@ def rounded_off(parts: torch.Tensor, double: torch.Tensor) -> torch.Tensor:
     low, high = whole & (_HALF - 1), whole >> 32
     if parts.dtype is torch.uint64:
         high = high & (_HALF - 1)
-    # Each step is exact: what is subtracted lies within 2**33 of what it is subtracted from.
+    # Each step is exact: the two operands of the subtraction differ by less than 2**33.
     return (high.double() * _HALF - double) + low.double()
 
 
-# A checksum of a tensor's values, by which ranks that hold copies of it are compared without sending them.
-
-# Parts that are hashed at once.
+# Parts that a checksum reads at once.
 _STEP = 1 << 20
 
 
 def checksum_of_values(tensor: torch.Tensor) -> str:
-    """SHA-256 of dtype, shape, and the values in the order of the flattened index, whatever the strides and the device.
+    """SHA-256 of dtype, shape and the values in the order of the flattened index, whatever the strides and the device.
 
-    Every NaN counts as the same one; -0.0 and 0.0 are two values.
+    Ranks compare copies of a tensor by it. All NaNs are equal; -0.0 and 0.0 differ.
     """
     found = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)} ".encode())
     reader = FlatReader(tensor)

@@ -1,40 +1,41 @@
-"""How values are spread: a histogram by size, 8 bins per power of two, which merges exactly whatever the order.
+"""The distribution of values: a histogram with 8 bins per power of two, which merges exactly in any order.
 
     bin of v >= 0:  the exponent and the three upper bits of the mantissa of v as a float64
 
     1.0   1.125   1.25   1.375   1.5   1.625   1.75   1.875   2.0
      |------|------|------|------|------|------|------|------|
 
-A percentile is then known up to its bin: at most 12.5 % wide, and the counts are integers, so no digit depends on how
-the values were cut into pieces or on who counted them.
+A percentile is known up to its bin, which is at most 12.5 % wide. Counts are integers, so no digit depends on how the
+values were cut into pieces, or on the threads that counted them.
 """
 
 from __future__ import annotations
 
+import math
 import struct
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-# The bits of a float64 that is not negative, without the lower 49: 11 of exponent and 3 of mantissa.
+# Without its lower 49 bits, a non-negative float64 has 11 bits of exponent and 3 of mantissa.
 _SHIFT = 49
 _BINS = 1 << 14
-# Few bins are kept until so many are there: a count over the whole table has a fixed cost. Many are counted at once.
+# Fewer bins are collected first, since each count over the whole table has a fixed cost.
 _BATCH = 1 << 14
 _LEAST = 1 << 12
 
 
 class Bounds(NamedTuple):
-    """A number that is known to lie in [low, high]."""
+    """The bounds of a number: it lies in [low, high]."""
 
     low: float
     high: float
 
 
 class Magnitudes:
-    """Counts of numbers >= 0 (float64; Inf allowed, NaN not) by size."""
+    """A histogram of numbers >= 0 (float64; Inf is allowed, NaN is not)."""
 
     def __init__(self) -> None:
         self._counts: NDArray[np.int64] = np.zeros(_BINS, dtype=np.int64)
@@ -43,7 +44,7 @@ class Magnitudes:
         self._filled = 0
 
     def add(self, values: NDArray[np.float64]) -> None:
-        """Count these: 1-D, contiguous, none negative."""
+        """Count values: 1-D, contiguous, none negative."""
         count = len(values)
         if count >= _BATCH:
             self._count(np.right_shift(values.view(np.int64), _SHIFT))
@@ -56,7 +57,7 @@ class Magnitudes:
         self._filled += count
 
     def count_over(self, values: NDArray[np.float64]) -> None:
-        """The same, and `values` are overwritten: of many, this takes half the time."""
+        """As `add`, and overwrite `values`, which takes half the time if there are many."""
         if len(values) < _BATCH:
             self.add(values)
             return
@@ -68,30 +69,29 @@ class Magnitudes:
         self._zeros += count
 
     def merge(self, other: Magnitudes) -> None:
-        """Count what `other` has counted, too."""
+        """Add the counts of `other`."""
         other._count_keys()
         self._counts += other._counts
         self._zeros += other._zeros
 
     def bins(self) -> list[tuple[float, float, int]]:
-        """(low, high, count) of each bin that holds any, in order; values v have low <= v < high.
+        """(low, high, count) of each bin that is not empty, in order. Its values v have low <= v < high.
 
-        Zero is counted in the first bin, from 0 to 2**-1022 / 8, in which no other value of a dtype narrower than
-        float64 can lie.
+        Zero is in the first bin, from 0 to 2**-1022 / 8, in which no dtype narrower than float64 has another value.
         """
         counts = self._all_counts()
         return [(_edge(number), _edge(number + 1), int(counts[number])) for number in np.flatnonzero(counts).tolist()]
 
     @property
     def count(self) -> int:
-        """How many were counted."""
+        """How many values were counted."""
         self._count_keys()
         return int(self._counts.sum()) + self._zeros
 
     def percentile(self, thousandths: int) -> Bounds | None:
-        """The nearest-rank percentile: the ceil(count * thousandths / 1000)-th smallest. None where nothing is counted.
+        """The nearest-rank percentile, the ceil(count * thousandths / 1000)-th smallest value; None if there is none.
 
-        As the bounds of its bin, both 0 in the first bin.
+        Given as the bounds of its bin; both are 0 for the first bin.
         """
         counts = self._all_counts()
         total = int(counts.sum())
@@ -102,7 +102,7 @@ class Magnitudes:
         return Bounds(0.0, 0.0) if number == 0 else Bounds(_edge(number), _edge(number + 1))
 
     def count_from(self, low: float) -> int:
-        """How many lie in bins that begin at `low` or above."""
+        """How many values lie in bins that begin at `low` or above."""
         counts = self._all_counts()
         return int(counts[_bin_from(low) :].sum())
 
@@ -118,7 +118,7 @@ class Magnitudes:
             self._filled = 0
 
     def _count(self, keys: NDArray[np.int64]) -> None:
-        # torch's, since numpy's keeps other threads waiting.
+        # torch's bincount releases the GIL; numpy's does not.
         found = torch.bincount(torch.from_numpy(keys)).numpy()
         self._counts[: len(found)] += found
 
@@ -126,13 +126,7 @@ class Magnitudes:
 def _edge(number: int) -> float:
     """The least value of a bin."""
     bits = number << _SHIFT
-    # What follows the largest number is infinite, and so is what follows that.
-    return float("inf") if bits >= 0x7FF << 52 else _float_of(bits)
-
-
-def _float_of(bits: int) -> float:
-    value: Any = struct.unpack("<d", struct.pack("<Q", bits))[0]
-    return float(value)
+    return math.inf if bits >= 0x7FF << 52 else float(struct.unpack("<d", struct.pack("<Q", bits))[0])
 
 
 def _bin_from(low: float) -> int:

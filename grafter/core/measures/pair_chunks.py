@@ -1,10 +1,10 @@
-"""The chunks of a pair measured: a meter has the buffers of one thread, and what it finds goes into sums that merge.
+"""The measures of a pair's chunks: a meter has the buffers of one thread, and its sums can be merged.
 
     x, y       bits apart    as float64      statistics of each       d = x - y       |d|            by size
                ULPs, equal?  squares, rows   sums, extremes           squares, rows   sum, largest   histogram
 
-A chunk stays in a core's cache while it goes through these steps. `PairSums` and `TensorSums` are, to the last digit,
-those of `chunk_pass`.
+A chunk stays in a core's cache during these steps. `PairSums` and `TensorSums` equal those of `chunk_pass` to the last
+digit.
 """
 
 from __future__ import annotations
@@ -19,9 +19,8 @@ from numpy.typing import NDArray
 from grafter.core.measures.chunk_pass import EXACT, WIDE
 from grafter.core.measures.chunk_sums import (
     TILE,
-    UNKNOWN_INDEX,
+    ChunkBuffer,
     PairSums,
-    Row,
     TensorSums,
     Workspace,
     are_comparable,
@@ -37,16 +36,15 @@ from grafter.core.measures.magnitudes import Magnitudes
 from grafter.core.measures.rows import Rows
 from grafter.core.measures.ulps import NO_ULPS, UlpCounter, UlpSums, narrower, part_dtype
 
-# How many are measured with one call each step: a call costs as much as ten thousand values.
+# Chunks that each call measures: a call costs as much as ten thousand values.
 CHUNKS = 4
 
 
 @dataclass
 class RunSums:
-    """What is known of a run of chunks, the first of which begins at the flattened index that `rows` was given.
+    """The sums of a run of consecutive chunks.
 
-    largest: (exponent, mantissa) of the largest |d| so far. narrow: the same in the narrower dtype, where that is
-    asked.
+    largest: (exponent, mantissa) of the largest |d| so far. narrow: the same sums in the narrower dtype, if wanted.
     """
 
     rows: Rows
@@ -59,7 +57,7 @@ class RunSums:
     narrow: RunSums | None = None
 
     def merge(self, later: RunSums) -> None:
-        """Append the run that follows."""
+        """Append the sums of the run that follows."""
         self.rows.merge(later.rows)
         self.pair += later.pair
         self.x += later.x
@@ -71,16 +69,16 @@ class RunSums:
             self.narrow.merge(later.narrow)
 
     def count_ulps(self, found: UlpSums) -> None:
-        """Add those of a chunk, or of a run."""
+        """Add the ULPs of a chunk, or of a run."""
         known = self.ulps
         self.ulps = UlpSums(known.counted + found.counted, max(known.largest, found.largest), known.total + found.total)
 
 
 class PairMeter:
-    """Measures chunks of x against y: whole ones, at most CHUNKS at a time, or a single one that is shorter.
+    """Measures chunks of x against y: whole ones, at most CHUNKS at a time, or a single shorter one.
 
-    x, y: the dtypes. parts: how many there are in all. statistics: whether those of x and of y are wanted, too. narrow:
-    whether to measure once more in the narrower dtype, where they differ.
+    x, y: the dtypes. parts: how many parts each tensor has. statistics: whether those of x and of y are wanted, too.
+    narrow: whether to measure again in the narrower dtype, if the dtypes differ.
     """
 
     def __init__(
@@ -101,12 +99,12 @@ class PairMeter:
             self._narrow = PairMeter(self.narrow_dtype, self.narrow_dtype, parts, statistics=False)
 
     def sums(self, width: int, start: int = 0) -> RunSums:
-        """Of nothing yet. width: how many parts a row has; start: the flattened index of the first chunk to come."""
+        """Empty sums. width: how many parts a row has. start: the flattened index of the run's first chunk."""
         narrow = self._narrow.sums(width, start) if self._narrow is not None else None
         return RunSums(Rows(width, start), narrow=narrow)
 
     def measure(self, sums: RunSums, start: int, x: torch.Tensor, y: torch.Tensor) -> None:
-        """Add the chunks that begin at `start`: 1-D, contiguous parts on the CPU. Not written to."""
+        """Add the chunks that begin at `start`: 1-D, contiguous parts on the CPU, which are not written to."""
         if self._narrow is not None and self.narrow_dtype is not None and sums.narrow is not None:
             self._narrow.measure(sums.narrow, start, x.to(self.narrow_dtype), y.to(self.narrow_dtype))
         self._measure(sums, start, x, y)
@@ -117,7 +115,7 @@ class PairMeter:
         panel = self._panel
         mismatched = self._mismatched(x, y)
         same_bits = x.dtype == y.dtype and not any(mismatched)
-        # One tensor after the other, so that each is still in the core's cache when it is gone through again.
+        # One tensor after the other, so that each is still in the core's cache when it is read again.
         of_x = self._of_one(panel.x, sums.rows, start, x)
         of_y = of_x if same_bits or of_x is None else self._of_one(panel.y, sums.rows, start, y)
         if of_x is not None and same_bits:
@@ -131,7 +129,7 @@ class PairMeter:
             self._any_chunk(sums, start, x, y, same_bits)
 
     def _mismatched(self, x: torch.Tensor, y: torch.Tensor) -> list[int]:
-        """How many parts of each chunk differ in their bits after promotion; so do two NaNs of different bits."""
+        """How many parts of each chunk differ in their bits after promotion. NaNs of different bits differ."""
         if self._ulps is not None:
             apart = self._ulps.subtract(x, y)
         elif x.dtype == y.dtype:
@@ -141,19 +139,17 @@ class PairMeter:
         size = self._panel.size
         return [int(np.count_nonzero(apart[at : at + size])) for at in range(0, len(apart), size)]
 
-    # --- finite values of ordinary size
-
-    def _of_one(self, row: _Row, rows: Rows, start: int, source: torch.Tensor) -> _OfOne | None:
-        """The sums of x or of y, which is left in its row of the panel. None: some values are no ordinary ones."""
+    def _of_one(self, row: _Chunks, rows: Rows, start: int, source: torch.Tensor) -> _OneSideSums | None:
+        """The sums of x or of y, left in its buffer. None if some values are not finite or not of ordinary size."""
         row.flat.copy_(source)
         tiles, squares = row.squares()
         if not all(value < math.inf for value in squares) or (self._wide and not all(map(is_safe, row.max_abs()))):
             return None
         row_squares = rows.squares(start, row.values, tiles)
         if not self._statistics:
-            return _OfOne(squares, row_squares)
+            return _OneSideSums(squares, row_squares)
         totals = row.totals()
-        # The same numbers in half of the bytes.
+        # float32 has the same numbers in half the bytes.
         values = source.view(row.by_chunk.shape).numpy() if source.dtype is torch.float32 else row.by_chunk.numpy()
         lows, highs = (of(values, axis=1).tolist() for of in (np.minimum.reduce, np.maximum.reduce))
         if min(lows) >= 0.0 or max(highs) <= 0.0:
@@ -165,10 +161,10 @@ class PairMeter:
         sums = []
         for n, (total, low, high) in enumerate(zip(totals, lows, highs, strict=True)):
             centred = self._centred(row, n, squares[n], total) if low < high else 0.0
-            sums.append(TensorSums(row.size, 0.0, total, absolutes[n], centred, low, high, 0.0, 0.0))
-        return _OfOne(squares, row_squares, sums, smallest >= self._tiny)
+            sums.append(TensorSums(row.size, 0.0, total, absolutes[n], centred, low, high))
+        return _OneSideSums(squares, row_squares, sums, smallest >= self._tiny)
 
-    def _centred(self, row: _Row, chunk: int, squares: float, total: float) -> float:
+    def _centred(self, row: _Chunks, chunk: int, squares: float, total: float) -> float:
         centred = centred_from_sums(row.size, squares, total)
         if centred is not None:
             return centred
@@ -176,13 +172,10 @@ class PairMeter:
         space.x.tensor.copy_(row.by_chunk[chunk])
         return centred_squares(space, space.x, squares, total)
 
-    def _equal_chunks(self, sums: RunSums, start: int, x: torch.Tensor, of_x: _OfOne) -> None:
+    def _equal_chunks(self, sums: RunSums, start: int, x: torch.Tensor, of_x: _OneSideSums) -> None:
         sums.rows.add(start, len(x), np.zeros_like(of_x.row_squares), of_x.row_squares, of_x.row_squares)
         sums.magnitudes.add_zeros(len(x))
-        sums.pair += [
-            PairSums(0.0, own, 0.0, own, own, 0.0, 0.0, 0.0, 0.0, UNKNOWN_INDEX, 0.0, 0.0, 0.0, 0.0, 0.0)
-            for own in of_x.squares
-        ]
+        sums.pair += [PairSums(x_squares=own, y_squares=own, products=own) for own in of_x.squares]
         sums.x += of_x.sums
         sums.y += of_x.sums
         if self._ulps is not None:
@@ -195,14 +188,14 @@ class PairMeter:
         x: torch.Tensor,
         y: torch.Tensor,
         mismatched: list[int],
-        of_x: _OfOne,
-        of_y: _OfOne,
+        of_x: _OneSideSums,
+        of_y: _OneSideSums,
     ) -> bool:
-        """False, and nothing is added, where differences are no ordinary numbers."""
+        """False, and nothing is added, if some differences are not of ordinary size."""
         panel = self._panel
         squares = list(zip(of_x.squares, of_y.squares, strict=True))
         products = [None if are_comparable(*own) else panel.product(n) for n, own in enumerate(squares)]
-        # From here on x is d.
+        # From here on, x holds d.
         d = panel.x
         lost = self._lost(x, y)
         np.subtract(d.values, panel.y.values, out=d.values)
@@ -218,10 +211,19 @@ class PairMeter:
             product = products[n]
             if product is None:
                 product = products_from_squares(*squares[n], d_squares[n])
+            x_squares, y_squares = squares[n]
             pair = PairSums(
-                0.0, squares[n][0], 0.0, squares[n][1], product, 0.0, d_squares[n], absolute, largest[n],
-                UNKNOWN_INDEX, 0.0, 0.0, mismatched[n], 0.0, 0.0,
-            )  # fmt: skip
+                0.0,
+                x_squares,
+                0.0,
+                y_squares,
+                product,
+                0.0,
+                d_squares[n],
+                absolute,
+                largest[n],
+                mismatched=mismatched[n],
+            )
             at = n * panel.size
             sums.pair.append(self._placed(sums, pair, d.values[at : at + panel.size], x[at:], y[at:]))
         sums.x += of_x.sums
@@ -233,7 +235,7 @@ class PairMeter:
         return True
 
     def _lost(self, x: torch.Tensor, y: torch.Tensor) -> NDArray[np.float64] | None:
-        """What float64 lost of the differences of the panel's x and y; None where it holds all numbers."""
+        """What float64 lost of the differences of the panel's x and y; None if it represents all numbers."""
         if x.dtype not in LONG and y.dtype not in LONG:
             return None
         sides = ((x, self._panel.x), (y, self._panel.y))
@@ -246,7 +248,7 @@ class PairMeter:
     def _placed(
         sums: RunSums, pair: PairSums, d: NDArray[np.float64] | None, x: torch.Tensor, y: torch.Tensor
     ) -> PairSums:
-        """The place of the maximum is looked up where it is the largest so far: the values are not kept."""
+        """The sums with the index of the maximum, looked up if it is the largest so far: values are not kept."""
         if not pair.d_max:
             return pair
         mantissa, exponent = math.frexp(pair.d_max)
@@ -259,10 +261,8 @@ class PairMeter:
         index = int(d.argmax())
         return pair._replace(d_index=float(index), x_at=_number(x[index]), y_at=_number(y[index]))
 
-    # --- any others
-
     def _any_chunk(self, sums: RunSums, start: int, x: torch.Tensor, y: torch.Tensor, same_bits: bool) -> None:
-        """Values that are not finite, whose squares leave float64, or whole numbers that it does not hold."""
+        """Add one chunk of any values: not finite, very large, or whole numbers that float64 cannot represent."""
         x_double, y_double = x.double(), y.double()
         mask = unequal(x, y, x_double, y_double)
         lost = None
@@ -290,13 +290,13 @@ class PairMeter:
 
 
 def _number(part: torch.Tensor) -> float:
-    """As a whole number where float64 may not hold it."""
+    """A part's value; a whole number if float64 may not represent it."""
     return part.item() if part.dtype in LONG else part.double().item()
 
 
 @dataclass(frozen=True)
-class _OfOne:
-    """Of finite chunks of one tensor: the squares of each, those of its rows, and what statistics need."""
+class _OneSideSums:
+    """The sums of finite chunks of one tensor: the squares of each, those of its rows, and those for statistics."""
 
     squares: list[float]
     row_squares: NDArray[np.float64]
@@ -304,8 +304,8 @@ class _OfOne:
     all_normal: bool = False
 
 
-class _Row:
-    """Chunks of float64, as torch and as numpy, flat and one by one."""
+class _Chunks:
+    """A buffer of several chunks of float64, as torch and as numpy, flat and chunk by chunk."""
 
     def __init__(self, flat: torch.Tensor) -> None:
         self.flat = flat
@@ -315,9 +315,9 @@ class _Row:
         self._tiles = self.values.reshape(-1, TILE) if self.size == CHUNK else None
 
     def squares(self) -> tuple[NDArray[np.float64] | None, list[float]]:
-        """Of each tile of TILE values, where the chunks are whole; and of each chunk."""
+        """The squares of each tile of TILE values, if the chunks are whole; and those of each chunk."""
         if self._tiles is None:
-            return None, [Row(chunk).squares() for chunk in self.by_chunk]
+            return None, [ChunkBuffer(chunk).squares() for chunk in self.by_chunk]
         tiles = squares_of_rows(self._tiles)
         return tiles, np.add.reduce(tiles.reshape(len(self.by_chunk), -1), axis=1).tolist()
 
@@ -334,12 +334,12 @@ class _Row:
 
 
 class _Panel:
-    """The buffers of so many chunks: x, which becomes d; y; and d, which is for passing use."""
+    """The buffers of several chunks: x, which becomes d; y; and d, for temporary values."""
 
     def __init__(self, buffer: torch.Tensor) -> None:
-        self.x, self.y, self.d = (_Row(row) for row in buffer)
+        self.x, self.y, self.d = (_Chunks(row) for row in buffer)
         self.count, self.size, self.chunks = buffer.shape[1], self.x.size, len(self.x.by_chunk)
 
     def product(self, chunk: int) -> float:
         """sum(x * y) of one chunk."""
-        return Row(self.x.by_chunk[chunk]).dot(Row(self.y.by_chunk[chunk]))
+        return ChunkBuffer(self.x.by_chunk[chunk]).dot(ChunkBuffer(self.y.by_chunk[chunk]))

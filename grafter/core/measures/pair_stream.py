@@ -1,15 +1,15 @@
-"""A pair of tensors measured block by block: values come once, in the order of the flattened index, and are not kept.
+"""A pair of tensors, measured block by block: each value is given once, in the order of the flattened index.
 
     blocks, of any size   |      |         |   |            |
     chunks, always CHUNK  |    |    |    |    |    |    |  |      -> PairSums, TensorSums, Rows, Magnitudes, UlpSums
-    runs of chunks        |                  |              |      -> by the thread that is free, merged in their order
+    runs of chunks        |                  |              |      -> measured by idle threads, merged in order
 
-What one block leaves over after its last whole chunk waits for the next, so no digit depends on the blocks or on who
-measured them, and what comes out of the sums is what `stats.compare` gives for the whole tensors. What is held: one
-chunk of each side, and some 30 numbers a chunk (0.1 % of what was read).
+The rest of a block after its last whole chunk waits for the next block, so no digit depends on the blocks or on the
+threads, and the results are those of `stats.compare` for the whole tensors. Memory: one chunk of each side, and some 30
+numbers for each chunk (0.1 % of the values).
 
-Where the dtypes differ, the pair is measured once more with both in the narrower dtype: the baseline's float32 against
-the target's bfloat16 then shows what is left when the rounding itself is taken away.
+If the dtypes differ, the pair is measured again with both in the narrower dtype. A float32 baseline against a bfloat16
+target then shows the difference without that of the rounding.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from grafter.core.measures.stats import byte_difference, check_pair, check_plain
 from grafter.core.measures.ulps import UlpSums, narrower, part_dtype
 from grafter.core.records import Difference, TensorStatistics
 
-# Chunks that are handed to another thread together: 2 MiB of float32, half a millisecond or more.
+# Chunks that are given to another thread together: 2 MiB of float32, half a millisecond or more.
 _RUN = 4 * CHUNKS
 
 # In thousandths, as `Magnitudes.percentile` takes them.
 PERCENTILES = {"p50": 500, "p90": 900, "p99": 990, "p99_9": 999}
-# A row is far off where its rel is so many times the median row's.
+# A row is far off if its rel exceeds this many times that of the median row.
 FAR = 10.0
 
 
 @dataclass(frozen=True)
 class Ulps:
-    """Over the `counted` positions at which both values have one sign and are normal; None where there is none."""
+    """The distances in ULPs at the `counted` positions where both values are normal and of one sign; None if none."""
 
     counted: int
     max: int | None
@@ -50,9 +50,10 @@ class Ulps:
 
 @dataclass(frozen=True)
 class RowMeasures:
-    """Over the rows. `percentiles` are of the rows' rel. `far`: rows whose rel lies above FAR times the median's.
+    """The measures of the rows.
 
-    nonfinite: rows with unequal non-finite values, and the number of the first.
+    percentiles: of the rows' rel. far: how many rows have a rel above FAR times the median's. nonfinite: how many rows
+    have unequal non-finite values. first_nonfinite: the number of the first of them.
     """
 
     count: int
@@ -66,16 +67,16 @@ class RowMeasures:
 
 @dataclass(frozen=True)
 class PairMeasurement:
-    """How far x is from y. `ulps` is None where a dtype is no floating one, or where the narrower one says it.
+    """How far x is from y.
 
-    magnitudes: (low, high, count) of |d|, where low <= |d| < high; the first bin is 0.
-    narrow: everything once more in `narrow_dtype`, where the dtypes differ and both are floating.
+    ulps: None if a dtype is not floating, or if `narrow` has them. rows: None if values are not numbers, and differ.
+    magnitudes: (low, high, count) of |d|, where low <= |d| < high; the first bin is 0. narrow: all measures again in
+    `narrow_dtype`, if the dtypes differ and both are floating.
     """
 
     difference: Difference
     ulps: Ulps | None
     percentiles: dict[str, Bounds]
-    # None where values are no numbers, and differ.
     rows: RowMeasures | None
     magnitudes: list[tuple[float, float, int]]
     x: TensorStatistics | None = None
@@ -86,7 +87,7 @@ class PairMeasurement:
 
 @dataclass
 class _Waiting:
-    """What is left of the blocks so far: less than a chunk."""
+    """The values after the last whole chunk, less than a chunk."""
 
     x: torch.Tensor
     y: torch.Tensor
@@ -94,11 +95,11 @@ class _Waiting:
 
 
 class PairStream:
-    """Measures x against y; see `stats` for what each number means.
+    """Measures x against y. `stats` defines the numbers.
 
-    shape: of both; row_ndim: how many of its leading dims count the rows. statistics: whether those of x and of y are
-    wanted, too. Dtypes of numbers only, packed ones only both (UsageError; see `ByteStream`). Not for several
-    threads at once; of `helpers`, threads that have nothing to do measure parts of large blocks.
+    shape: of both tensors. x, y: their dtypes, of numbers; either none or both packed. row_ndim: how many leading dims
+    count the rows. statistics: whether those of x and of y are wanted, too. helpers: its idle threads measure parts of
+    large blocks. Only one thread may use a stream. Raises UsageError for other dtypes (see `ByteStream`).
     """
 
     def __init__(
@@ -128,9 +129,9 @@ class PairStream:
         self._done = 0
 
     def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
-        """The next values of both, in the order of the flattened index: of any shape, on the CPU, as many of each.
+        """Add the next values of both, in the order of the flattened index: any shape, on the CPU, as many of each.
 
-        Nothing of them is held once this returns.
+        The tensors are not kept when this returns.
         """
         readers = FlatReader(x, self._as_complex), FlatReader(y, self._as_complex)
         at, end = 0, readers[0].parts
@@ -164,20 +165,18 @@ class PairStream:
                 self._done += size
 
     def finish(self) -> PairMeasurement:
-        """What was measured; all values have been added."""
+        """The measures, once all values have been added."""
         if self._done != self._parts:
             raise RuntimeError(f"{self._done} of {self._parts} parts were measured.")
         return self._finished(self._sums, *self._dtypes)
-
-    # --- runs of chunks
 
     def _new_meter(self) -> PairMeter:
         return PairMeter(*self._dtypes, self._parts, statistics=self._statistics)
 
     def _share(self, helpers: Executor, readers: tuple[FlatReader, FlatReader], at: int, chunks: int) -> None:
-        """Measure so many whole chunks of a block: each run by a helper, if one takes it before this thread does."""
+        """Measure whole chunks of a block in runs, each by a helper, or by this thread if it gets there first."""
         runs = [
-            _Run(self, readers, at + first * CHUNK, self._done + first * CHUNK, min(_RUN, chunks - first))
+            _ChunkRun(self, readers, at + first * CHUNK, self._done + first * CHUNK, min(_RUN, chunks - first))
             for first in range(0, chunks, _RUN)
         ]
         futures: list[Future[RunSums]] = [helpers.submit(run.measured) for run in runs]
@@ -187,14 +186,14 @@ class PairStream:
                 self._sums.merge(sums if sums is not None else future.result())
         finally:
             for run, future in zip(runs, futures, strict=True):
-                # What was cancelled stays in the helpers' queue for a while; the block does not.
+                # A cancelled run stays in the helpers' queue for a while, and must not keep the block.
                 future.cancel()
                 run.let_go()
         self._done += chunks * CHUNK
 
     def measure_run(self, readers: tuple[FlatReader, FlatReader], at: int, start: int, chunks: int) -> RunSums:
-        """The sums of chunks that begin at `at` of the block and at `start` of the whole. By any thread."""
-        # list's own pop and append are whole, whatever the other threads do.
+        """The sums of chunks that begin at `at` in the block and at `start` in the tensor. For any thread."""
+        # A list's pop and append are atomic.
         try:
             meter = self._idle_meters.pop()
         except IndexError:
@@ -207,13 +206,11 @@ class PairStream:
         self._idle_meters.append(meter)
         return sums
 
-    # --- at the end
-
     def _finished(self, sums: RunSums, x: torch.dtype, y: torch.dtype) -> PairMeasurement:
         difference = make_difference(self._shape, sums.pair, "full")
         of_x: TensorStatistics | None = None
         of_y: TensorStatistics | None = None
-        # The narrower pair has none of its own.
+        # The narrower pair has no statistics.
         if self._statistics and sums is self._sums:
             of_x, of_y = make_statistics(self._numel, sums.x), make_statistics(self._numel, sums.y)
         narrow_dtype = self._meter.narrow_dtype if sums.narrow is not None else None
@@ -244,8 +241,8 @@ class PairStream:
         )
 
 
-class _Run:
-    """Some chunks of a block, until they are measured."""
+class _ChunkRun:
+    """A run of a block's chunks, until they are measured."""
 
     def __init__(
         self, stream: PairStream, readers: tuple[FlatReader, FlatReader], at: int, start: int, chunks: int
@@ -268,12 +265,12 @@ def _finish_ulps(sums: UlpSums, difference: Difference, x: torch.dtype, y: torch
     counted, largest, total = sums
     if counted:
         return Ulps(counted, largest, total / counted)
-    # Nothing but zeros, say: equal is equal.
+    # Only zeros, say.
     return Ulps(0, 0, 0.0) if difference.mismatched_fraction == 0 else Ulps(0, None, None)
 
 
 def _percentiles(counted: Magnitudes, largest: float | None) -> dict[str, Bounds]:
-    """Each by its bin; nothing is larger than the largest."""
+    """The bounds of each percentile, which do not exceed the largest value."""
     found: dict[str, Bounds] = {}
     for name, thousandths in PERCENTILES.items():
         between = counted.percentile(thousandths)
@@ -282,13 +279,10 @@ def _percentiles(counted: Magnitudes, largest: float | None) -> dict[str, Bounds
     return found
 
 
-# Values of a dtype that torch does not read as numbers, compared block by block: how many have other bytes.
-
-
 class ByteStream:
-    """As `PairStream`, of two tensors of one such dtype (UsageError for two).
+    """Compares two tensors of one dtype that torch does not read as numbers, block by block, as `PairStream` does.
 
-    row_ndim: how many dims count the rows.
+    row_ndim: how many leading dims count the rows. Raises UsageError for two dtypes.
     """
 
     def __init__(self, shape: Sequence[int], x: torch.dtype, y: torch.dtype, *, row_ndim: int) -> None:
@@ -298,12 +292,12 @@ class ByteStream:
         self._done = self._unequal = 0
 
     def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
-        """The next values of both, as many of each."""
+        """Add the next values of both, as many of each."""
         self._unequal += int(torch.count_nonzero(bits(x) != bits(y)))
         self._done += x.numel()
 
     def finish(self) -> PairMeasurement:
-        """What was measured; all values have been added. Of unequal values only their number is known."""
+        """The measures, once all values have been added. Only the number of unequal values is known."""
         if self._done != self._numel:
             raise RuntimeError(f"{self._done} of {self._numel} values were compared.")
         rows = None if self._unequal else RowMeasures(self._row_count, 0, [], {}, 0, 0, None)

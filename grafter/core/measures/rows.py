@@ -1,15 +1,15 @@
-"""Row measures: the worst row (a token, say), which the average over a thousand good ones would hide.
+"""Row measures: the worst rows (tokens, say), which the average over a thousand good ones would hide.
 
-A row is a run of `width` parts of the flattened index. Chunks do not end where rows end, so a chunk is
+A row is a run of `width` parts of the flattened index. Chunks do not end where rows end, so a chunk has
 
         head           the rest of a row that began before
-        middle         whole rows, whose sums are taken in one call
-        tail           the beginning of a row that goes on in the next chunk
+        middle         whole rows, whose sums one call computes
+        tail           the beginning of a row that continues in the next chunk
 
-and a row in pieces has the sum of its pieces, by math.fsum. The rel of a row is that of `stats`, over this row alone.
+and the pieces of a row are added by math.fsum. The rel of a row is that of `stats`, over this row alone.
 
-Runs of chunks may be counted apart, by several threads, and are then merged in their order: a run that begins inside of
-a row keeps the pieces of it (`_opening`) until it is known what came before.
+Several threads may count runs of chunks, which are then merged in order. A run that begins inside a row keeps the
+pieces of this row (`_opening`) until it is merged with the run before it.
 """
 
 from __future__ import annotations
@@ -23,19 +23,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from grafter.core.bounded_memory import BoundedMemory
 from grafter.core.measures.chunk_sums import TILE, squares_of_rows
 from grafter.core.measures.flat_chunks import CHUNK, PIECE
 from grafter.core.measures.magnitudes import Magnitudes
 
 # How many of the worst rows are named.
 WORST_ROWS = 8
-# Rows whose sums wait, so that the rels of many are taken in one call.
+# Rows whose sums are collected, so that one call computes the rels of many.
 _BATCH = 2048
 _MOST_LAYOUTS = 64
 
 
 class RowPiece(NamedTuple):
-    """Sums over one piece of a row, in units of 4**exponent."""
+    """The sums over one piece of a row, in units of 4**exponent."""
 
     d_squares: float
     both_squares: float
@@ -43,17 +44,18 @@ class RowPiece(NamedTuple):
 
 
 class WorstRow(NamedTuple):
-    """A row by its number, and its rel."""
+    """The number of a row, and its rel."""
 
     row: int
     rel: float
 
 
 class _Segments(NamedTuple):
-    """What chunks have of rows, cut where rows and where chunks begin.
+    """Some chunks, cut where rows and where chunks begin.
 
-    begins: of each segment, from the first chunk on. whole: which of them are whole rows, and rows: their numbers, from
-    the row on in which the first chunk begins. parts: the others, and the row that each ends, or None.
+    begins: the begin of each segment within the chunks. whole: the segments that are whole rows. rows: the numbers of
+    these rows, counted from the row in which the first chunk begins. parts: the other segments, each with the row that
+    it ends, or None.
     """
 
     begins: NDArray[np.int64]
@@ -63,7 +65,7 @@ class _Segments(NamedTuple):
 
 
 class _Pieces:
-    """The pieces so far of one row, and whether unequal non-finite values are among them."""
+    """The pieces of one row so far, and whether they have unequal non-finite values."""
 
     def __init__(self) -> None:
         self.sums: list[RowPiece] = []
@@ -75,9 +77,9 @@ class _Pieces:
 
 
 class Rows:
-    """Rows of a pair of tensors, fed chunk by chunk in the order of the flattened index. `width` >= 1.
+    """The rows of a pair of tensors, fed chunk by chunk in the order of the flattened index. width: at least 1.
 
-    start: the flattened index at which it begins; what comes before is counted by another, which merges this one.
+    start: the flattened index of the first chunk. What lies before it is counted by another `Rows`, which merges this.
     """
 
     def __init__(self, width: int, start: int = 0) -> None:
@@ -86,29 +88,30 @@ class Rows:
         self.first_nonfinite: int | None = None
         self._rel = Magnitudes()
         self._worst: list[tuple[float, int]] = []
-        # Sums of squares of whole rows, d's and both tensors', and the number of each; and rels of rows in pieces.
+        # Whole rows: their numbers, and the sums of squares of d and of both tensors. Rows in pieces: number and rel.
         self._waiting: list[tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]] = []
         self._waiting_rows = 0
         self._closed: list[tuple[int, float]] = []
-        self._layouts: dict[tuple[int, int], _Segments] = {}
+        # Rows and chunks overlap in few ways.
+        self._layouts: BoundedMemory[tuple[int, int], _Segments] = BoundedMemory(_MOST_LAYOUTS)
         self._begins_inside = start % width != 0
-        # Of the row that is under way at the start, complete; and of the one that is under way at the end.
+        # The pieces of the row in which the first chunk begins, once it has ended; and of the row that has not ended.
         self._opening: _Pieces | None = None
         self._opening_row = 0
         self._pieces = _Pieces()
 
     @property
     def rel(self) -> Magnitudes:
-        """How the rels of all rows so far are spread."""
+        """The distribution of the rels of all rows so far."""
         self._count_waiting()
         return self._rel
 
     def squares(
         self, start: int, values: NDArray[np.float64], tiles: NDArray[np.float64] | None = None
     ) -> NDArray[np.float64]:
-        """The sums of squares of all that chunks from the flattened index `start` on have of rows.
+        """The sum of squares of each segment of the chunks that begin at the flattened index `start`.
 
-        tiles: of each TILE values, where they are known and begin where the chunks do.
+        tiles: the sums of each TILE values, if they are known.
         """
         if tiles is not None and not (self.width % TILE or start % TILE):
             return np.add.reduceat(tiles, self._segments(start, len(values)).begins // TILE)
@@ -129,18 +132,18 @@ class Rows:
         return sums
 
     def add(self, start: int, count: int, *squares: NDArray[np.float64]) -> None:
-        """Chunks of `count` finite values in all. squares: what `squares` gives of d, of x, and of y."""
+        """Add chunks of `count` finite values. squares: the results of `squares` for d, for x, and for y."""
         self._add(start, count, squares, 0, None)
 
     def add_any(self, start: int, x: torch.Tensor, y: torch.Tensor, lost: torch.Tensor | None = None) -> None:
-        """A chunk of any float64 values: what is not finite is left out, and unequal such values are counted.
+        """Add a chunk of any float64 values. Non-finite ones are left out, and rows with unequal ones counted.
 
         lost: what float64 lost of x - y.
         """
         finite = x.isfinite() & y.isfinite()
         unequal = (~finite & (x != y) & ~(x.isnan() & y.isnan())).numpy()
         x_clean, y_clean = (v.where(finite, 0.0).numpy() for v in (x, y))
-        # A power of two of which the largest square is near 1: scaling by it is exact.
+        # Scaling by a power of two is exact, and brings the largest square near 1.
         largest = max(float(np.abs(v).max(initial=0.0)) for v in (x_clean, y_clean))
         exponent = math.frexp(largest)[1] if largest else 0
         x_clean, y_clean = np.ldexp(x_clean, -exponent), np.ldexp(y_clean, -exponent)
@@ -151,9 +154,9 @@ class Rows:
         self._add(start, len(x), squares, exponent, unequal)
 
     def merge(self, later: Rows) -> None:
-        """Count what `later` has counted, which begins where this one has come to."""
+        """Add the counts of `later`, which begins where this one ends."""
         if later._begins_inside and later._opening is None:
-            # All of it lies within one row.
+            # It lies within one row.
             self._pieces.extend(later._pieces)
         else:
             if later._opening is not None:
@@ -168,7 +171,7 @@ class Rows:
             self._keep(entry)
 
     def worst(self) -> list[WorstRow]:
-        """The rows of the largest rel, the first of equals first; none whose rel is 0."""
+        """The rows with the largest rels, the first of equal ones first. Rows with rel 0 are left out."""
         self._count_waiting()
         return [WorstRow(-row, rel) for rel, row in sorted(self._worst, reverse=True)]
 
@@ -180,7 +183,7 @@ class Rows:
         exponent: int,
         unequal: NDArray[np.bool_] | None,
     ) -> None:
-        """All in units of 2**exponent. unequal: where non-finite values differ; None: nowhere."""
+        """Add chunks in units of 2**exponent. unequal: where non-finite values differ; None: nowhere."""
         segments = self._segments(start, count)
         d, both = squares[0], squares[1] + squares[2]
         first = start // self.width
@@ -199,14 +202,8 @@ class Rows:
                 self._count_waiting()
 
     def _segments(self, start: int, count: int) -> _Segments:
-        """Remembered: rows and chunks meet in few ways."""
         key = start % self.width, count
-        found = self._layouts.get(key)
-        if found is None:
-            if len(self._layouts) >= _MOST_LAYOUTS:
-                self._layouts.clear()
-            found = self._layouts[key] = _find_segments(self.width, *key)
-        return found
+        return self._layouts.answer(key, lambda: _find_segments(self.width, *key))
 
     def _count_nonfinite(self, rows: NDArray[np.int64]) -> None:
         if len(rows):
@@ -226,12 +223,12 @@ class Rows:
             self._count(np.array(rows), np.array(rels))
 
     def _count(self, numbers: NDArray[np.int64], rel: NDArray[np.float64]) -> None:
-        """Rows by their numbers, in order, and their rels."""
+        """Count rows, given by their numbers in order, and their rels."""
         self._rel.add(rel)
         self._keep_worst(numbers, rel)
 
     def _end_row(self, row: int) -> None:
-        """A row in pieces has come to its end."""
+        """End a row in pieces."""
         if self._begins_inside and self._opening is None:
             self._opening, self._opening_row = self._pieces, row
             self._pieces = _Pieces()
@@ -239,7 +236,7 @@ class Rows:
             self._close_row(row)
 
     def _close_row(self, row: int) -> None:
-        """All pieces of the row are there."""
+        """Count a row in pieces, all of which are known."""
         if self._pieces.is_nonfinite:
             self._count_nonfinite(np.array([row]))
         self._closed.append((row, _rel(self._pieces.sums)))
@@ -251,13 +248,13 @@ class Rows:
         worst = self._worst
         if rel.max() <= (worst[0][0] if len(worst) == WORST_ROWS else 0.0):
             return
-        # The largest of these, and all that equal the last of them, so that the first of equals is among them.
+        # Stable, so that the first of equal rows is among them.
         order = np.argsort(-rel, kind="stable")[:WORST_ROWS]
         for number in order:
             value = float(rel[number])
             if value <= 0.0:
                 break
-            # By the negative row: of equals the first row counts as the worse.
+            # The negative row, since the first of equal rows counts as the worst.
             self._keep((value, -int(numbers[number])))
 
     def _keep(self, entry: tuple[float, int]) -> None:
@@ -268,7 +265,7 @@ class Rows:
 
 
 def _find_segments(width: int, start: int, count: int) -> _Segments:
-    """Of chunks that begin `start` values into a row."""
+    """The segments of chunks that begin `start` values into a row."""
     # A row may begin in the middle of a chunk, and a chunk in the middle of a row.
     begins = np.union1d(np.arange(-start % width, count, width), np.arange(0, count, CHUNK))
     ends = np.append(begins[1:], count)
@@ -289,7 +286,7 @@ def _rel(pieces: list[RowPiece]) -> float:
     """sum(d^2) / sum(x^2 + y^2) of a row in pieces."""
     if not any(piece.d_squares for piece in pieces):
         return 0.0
-    # In the unit of the largest piece; what underflows then is too small to matter.
+    # In the unit of the largest piece: what underflows is too small to matter.
     unit = max(piece.exponent for piece in pieces if piece.both_squares)
     d_squares, both = (
         math.fsum(math.ldexp(piece[field], 2 * (piece.exponent - unit)) for piece in pieces) for field in (0, 1)
@@ -297,18 +294,18 @@ def _rel(pieces: list[RowPiece]) -> float:
     return d_squares / both
 
 
-# KL(A||B) of logits, in float64: how much is lost where B's distribution stands for A's.
-#
-# p = softmax(a), q = softmax(b) along one dim KL = sum(p * (log p - log q)) in nats, never below 0
-#
-# Logits that are -inf in both have no part in it (a masked token); -inf in B alone makes the divergence infinite.
-
-# Rows of a step: some ten float64 temporaries of them are held at once.
+# Rows of a step: some ten float64 temporaries of this size are in memory at once.
 _STEP_BYTES = 2 << 20
 
 
 class Divergence:
-    """Rows of logits, block by block; only sums are kept."""
+    """KL(A||B) of rows of logits, in float64, fed block by block: what is lost if B's distribution replaces A's.
+
+        p = softmax(a), q = softmax(b)
+        KL = sum(p * (log p - log q))    in nats, never below 0
+
+    Logits that are -inf in both have no share in it (a masked token). -inf in B alone makes the divergence infinite.
+    """
 
     def __init__(self) -> None:
         self._sums: list[float] = []
@@ -318,7 +315,7 @@ class Divergence:
         self.worst_row: int | None = None
 
     def add(self, a: torch.Tensor, b: torch.Tensor) -> None:
-        """[rows, n] of both, real, of any dtype, whole along the dim of the logits."""
+        """Add rows of both: [rows, n], real, of any dtype, whole along the dim of the logits."""
         step = max(1, _STEP_BYTES // (8 * max(1, a.shape[1])))
         for start in range(0, a.shape[0], step):
             self._add_step(a[start : start + step].double(), b[start : start + step].double())
@@ -327,21 +324,21 @@ class Divergence:
         log_p, log_q = a.log_softmax(1), b.log_softmax(1)
         p = log_p.exp()
         terms = (p * (log_p - log_q)).where(p > 0, 0.0)
-        # NaN logits have p NaN, which is not > 0.
+        # p is NaN for NaN logits, and is not > 0.
         undefined = log_p.isnan().any(1) | log_q.isnan().any(1)
-        # Rounding may leave a sum of -1e-17 where both are the same.
+        # Rounding may leave a sum of -1e-17 if both are the same.
         rows = terms.sum(1).clamp_(min=0.0).where(~undefined, 0.0)
         self.undefined += int(undefined.sum())
         values = rows.tolist()
         largest = max(values, default=0.0)
         if largest > self.largest:
             self.largest, self.worst_row = largest, self.rows + values.index(largest)
-        # A step is some rows: their sums are exactly rounded, and do not depend on how many make a step.
+        # All rows are added at the end, exactly rounded, so the result does not depend on the steps.
         self._sums.extend(values)
         self.rows += len(values)
 
     def mean(self) -> float | None:
-        """Over the rows in which it is defined; None where there is none."""
+        """The mean over the rows for which it is defined; None if there are none."""
         defined = self.rows - self.undefined
         if not defined:
             return None

@@ -1,6 +1,6 @@
-"""What a tensor holds, and how far two are apart: defined once, used everywhere.
+"""Statistics of a tensor, and how far two tensors are apart: defined once, used everywhere.
 
-x is the receiver's value before the write, y is what came; d = x - y, computed in float64.
+x is the receiver's value before the write, y is the incoming value, and d = x - y is computed in float64.
 
     rel                  sum(d^2) / sum(x^2 + y^2). The field's 1 - 2*sum(xy)/sum(x^2+y^2), without its cancellation.
     rel_l2               |d| / |y|; inf where y is all zero and x is not.
@@ -10,28 +10,27 @@ x is the receiver's value before the write, y is what came; d = x - y, computed 
     cosine               sum(xy) / (|x| |y|), within [-1, 1]; 0 where exactly one is all zero.
     mismatched_fraction  values whose bits differ after promotion to a common dtype, over all values; NaN equals NaN,
                          but -0.0 and 0.0 are mismatched (they differ by 0).
-    nan, inf             how many *unequal* values are non-finite: nan where exactly one of the two is NaN, inf where
-                         one is infinite and the other is another number. They are left out of every sum and maximum,
-                         and a rule must fail where they are not 0. Equal non-finite values differ by 0.
+    nan, inf             how many *unequal* values are non-finite: nan if exactly one of the two is NaN, inf if one is
+                         infinite and the other is another number. They are left out of every sum and maximum, and a
+                         rule must fail if they are not 0. Equal non-finite values differ by 0.
 
-Whole numbers that float64 does not hold (int64 and uint64 from 2^53 on) are subtracted exactly before d is rounded to
-float64, so unequal ones never differ by 0; `max_abs_values` has them as they are.
+Whole numbers that float64 cannot represent (int64 and uint64 from 2^53 on) are subtracted exactly before d is rounded
+to float64, so unequal ones never differ by 0. `max_abs_values` has them exactly.
 
-Two all-zero, or two empty, tensors: rel 0, rel_l2 0, cosine 1. Where no value at all could be compared, the fields
-are None. A complex tensor is its real and imaginary parts: one more dimension of size 2 in `max_abs_index`, twice as
-many values. So is one of packed float4 values, two in a byte, the lower four bits first. A dtype whose bytes torch does
-not read as numbers (`bits8`, `uint4`, ...) has `mismatched_fraction` alone, unless all bytes are equal.
+Two tensors that are empty or all zero have rel 0, rel_l2 0 and cosine 1. If no value can be compared, the fields are
+None. A complex tensor counts as its real and imaginary parts: one more dimension of size 2 in `max_abs_index`, twice as
+many values. So does one of packed float4 values, two in a byte, the lower four bits first. A dtype whose bytes torch
+does not read as numbers (`bits8`, `uint4`, ...) has only `mismatched_fraction`, unless all bytes are equal.
 
-Statistics of one tensor are over its finite values (None where it has none), std is the population's (divided by n),
-nan and inf count all its own.
+Statistics of one tensor are over its finite values (None if it has none). std is that of the population (divided by n);
+nan and inf count all of the tensor's.
 
-level `full` gives everything; `light`, what costs about one pass: a Difference with rel, rel_l2, max_abs with its
-index and values, mismatched_fraction, nan and inf, and no statistics of the single tensors; `off`, nothing.
+Level `full` gives everything. `light` costs about one pass: a Difference with rel, rel_l2, max_abs with its index and
+values, mismatched_fraction, nan and inf, and no statistics of the single tensors. `off` gives nothing.
 
-In three steps: sums of each chunk (`chunk_sums.py`), combined by `math.fsum`, made into records. Chunks are
-fixed on the flattened index (`flat_chunks.py`), so that neither strides nor order nor the number of threads
-changes a digit. No step holds more than a few chunks in memory; CUDA tensors stay on their device, and the host waits
-for it once.
+There are three steps: sums of each chunk (`chunk_sums.py`) are combined by `math.fsum` and made into records. Chunks
+are fixed on the flattened index (`flat_chunks.py`), so that neither strides nor order nor the number of threads change
+a digit. No step has more than a few chunks in memory. CUDA tensors stay on their device, and the host waits once.
 """
 
 from __future__ import annotations
@@ -52,12 +51,12 @@ from grafter.errors import UsageError
 
 StatisticsLevel = Literal["full", "light", "off"]
 
-# Of what is equal, and no numbers.
+# The difference of equal values that are not numbers.
 ZERO_DIFFERENCE = Difference(rel=0.0, rel_l2=0.0, max_abs=0.0, mean_abs=0.0, cosine=1.0, mismatched_fraction=0.0)
 
 
 def summarize(tensor: torch.Tensor, level: StatisticsLevel) -> TensorStatistics | None:
-    """Statistics of one plain strided tensor of any shape and dtype. None unless level is `full`.
+    """The statistics of one plain strided tensor of any shape and dtype; None unless level is `full`.
 
     Raises UsageError for a quantised tensor, and for a dtype without numbers.
     """
@@ -70,18 +69,18 @@ def summarize(tensor: torch.Tensor, level: StatisticsLevel) -> TensorStatistics 
 
 
 def difference(x: torch.Tensor, y: torch.Tensor, level: StatisticsLevel) -> Difference | None:
-    """How far x is from y, of equal shapes; dtypes, strides and devices may differ. None if level is `off`."""
+    """How far x is from y; None if level is `off`. x, y and errors: see `compare`."""
     return None if level == "off" else _compare(x, y, level, statistics=False)[2]
 
 
 def compare(
     x: torch.Tensor, y: torch.Tensor, level: StatisticsLevel
 ) -> tuple[TensorStatistics | None, TensorStatistics | None, Difference | None]:
-    """Statistics of x and of y (level `full`), and their difference, in one pass over both.
+    """The statistics of x and of y (level `full`), and their difference, in one pass over both.
 
-    x, y: plain strided tensors of one shape; any strides, dtypes and devices (on CUDA if either is). Neither is
-    written to, no random state is used. Raises UsageError for unequal shapes, for quantised dtypes, and for two dtypes
-    of which one has no numbers, or of which one is packed.
+    x, y: plain strided tensors of one shape, with any strides, dtypes and devices (computed on CUDA if either is
+    there). Neither is written to, and no random state is used. Raises UsageError for unequal shapes, for quantised
+    dtypes, and for two dtypes of which one is packed or is not read as numbers.
     """
     return (None, None, None) if level == "off" else _compare(x, y, level, statistics=level == "full")
 
@@ -110,7 +109,7 @@ def _compare(
 
 
 def check_plain(dtype: torch.dtype, layout: torch.layout = torch.strided) -> None:
-    """Raise UsageError where a tensor of this dtype and layout holds no plain numbers."""
+    """Raise UsageError if a tensor of this dtype and layout does not hold plain numbers."""
     check_layout(dtype, layout)
     if is_opaque(dtype):
         raise UsageError(
@@ -121,7 +120,7 @@ def check_plain(dtype: torch.dtype, layout: torch.layout = torch.strided) -> Non
 
 @lru_cache(maxsize=64)
 def check_layout(dtype: torch.dtype, layout: torch.layout) -> None:
-    """Raise UsageError where a tensor has no plain memory of one value after the other."""
+    """Raise UsageError if a tensor of this dtype and layout does not hold one value after the other in memory."""
     if layout is not torch.strided or str(dtype).startswith(("torch.q", "torch.quint")):
         raise UsageError(
             f"statistics: a tensor of dtype {dtype} and layout {layout} holds no plain numbers. Dequantise or"
@@ -131,7 +130,7 @@ def check_layout(dtype: torch.dtype, layout: torch.layout) -> None:
 
 @lru_cache(maxsize=64)
 def check_pair(x: torch.dtype, y: torch.dtype) -> None:
-    """Raise UsageError where values of these two dtypes have no difference."""
+    """Raise UsageError if values of these two dtypes cannot be compared."""
     if x != y and (is_opaque(x) or is_opaque(y) or PACKED_FLOAT4 in (x, y)):
         raise UsageError(
             f"statistics: values of the dtypes {x} and {y} cannot be compared: one of them is packed, or torch does not"
@@ -140,15 +139,12 @@ def check_pair(x: torch.dtype, y: torch.dtype) -> None:
 
 
 def byte_difference(unequal: int, count: int) -> Difference:
-    """Of `count` values that are no numbers, of which so many have other bytes."""
+    """The difference of `count` values that are not numbers, `unequal` of which have different bytes."""
     return Difference(mismatched_fraction=unequal / count) if unequal else ZERO_DIFFERENCE
 
 
-# --- combined
-
-
 class _Scaled(NamedTuple):
-    """value * 2**exponent: a sum whose size may lie outside float64."""
+    """A sum that may leave float64's range: value * 2**exponent."""
 
     value: float
     exponent: int
@@ -177,11 +173,8 @@ def _combine(values: Sequence[float], exponents: Sequence[float]) -> _Scaled:
     return _Scaled(math.fsum(_ldexp(value, exponent - unit) for value, exponent in present), unit)
 
 
-# --- made into records
-
-
 def make_statistics(numel: int, sums: Sequence[TensorSums]) -> TensorStatistics:
-    """The record of all chunks' sums, in order. numel: of the tensor, complex numbers counted once."""
+    """The record of all chunks' sums, in order. numel: that of the tensor, with complex numbers counted once."""
     present = [chunk for chunk in sums if chunk.finite]
     nan, inf = int(sum(chunk.nan for chunk in sums)), int(sum(chunk.inf for chunk in sums))
     if not present:
@@ -204,7 +197,7 @@ def make_statistics(numel: int, sums: Sequence[TensorSums]) -> TensorStatistics:
 
 
 def _columns(sums: Sequence[TensorSums] | Sequence[PairSums]) -> Any:
-    """The same fields, each of them of all chunks."""
+    """The sums of all chunks, transposed: each field holds the values of all chunks."""
     return type(sums[0])._make(zip(*sums, strict=True))
 
 
@@ -220,7 +213,7 @@ def _standard_deviation(sums: Sequence[TensorSums], finite: float, total: _Scale
 
 
 def make_difference(shape: list[int], sums: Sequence[PairSums], level: str) -> Difference:
-    """The same of a pair; `shape` is that of the parts: of complex tensors with a last dimension of 2."""
+    """The record of a pair. shape: that of the parts; for complex tensors it has a last dimension of 2."""
     parts = math.prod(shape)
     if not parts:
         full = level == "full"
@@ -245,7 +238,7 @@ def make_difference(shape: list[int], sums: Sequence[PairSums], level: str) -> D
 
 
 def _from_squares(columns: Any, compared: int, level: str) -> dict[str, float]:
-    """rel and rel_l2, and of level `full` mean_abs and cosine. columns: PairSums, each field of all chunks."""
+    """rel and rel_l2; at level `full` also mean_abs and cosine. columns: see `_columns`."""
     x_squares = _combine(columns.x_squares, [2 * exponent for exponent in columns.x_exponent])
     y_squares = _combine(columns.y_squares, [2 * exponent for exponent in columns.y_exponent])
     d_squares = _combine(columns.d_squares, [2 * exponent for exponent in columns.d_exponent])
@@ -272,7 +265,7 @@ def _cosine(products: _Scaled, x_squares: _Scaled, y_squares: _Scaled) -> float:
     if not x_squares.value or not y_squares.value:
         return 1.0 if x_squares.value == y_squares.value else 0.0
     if x_squares == y_squares:
-        # No root, so that equal tensors have exactly 1.
+        # Without a root, equal tensors have exactly 1.
         return min(1.0, max(-1.0, products.over(x_squares)))
     x_norm, y_norm = x_squares.root(), y_squares.root()
     norms = _Scaled(x_norm.value * y_norm.value, x_norm.exponent + y_norm.exponent)

@@ -18,8 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from grafter.core.layout.row_numbering import WindowedTokens
 from grafter.core.processes import is_from_signal_handler
-from grafter.core.tokens.sequences import as_text, from_text
-from grafter.core.tokens.tokens import SequenceId, Tokens
+from grafter.core.tokens.sequences import SequenceId, as_text, from_text
+from grafter.core.tokens.tokens import Tokens
 from grafter.errors import LayoutError, UsageError
 
 _Numbers = npt.NDArray[np.int64]

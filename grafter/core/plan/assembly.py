@@ -1,4 +1,4 @@
-"""Assembly: what came, made into what a receiver works with: a tensor per sender, or its own leaves put together."""
+"""Assembly: the incoming values become what a receiver works with: a tensor per sender, or its own leaves assembled."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Values = dict[Value, torch.Tensor]
 # Not frozen: made at every point, and freezing triples what that costs.
 @dataclass
 class Received:
-    """What one sender sent: its leaves in the order of their paths, and its extras."""
+    """What one sender has sent: its leaves in the order of their paths, and its extras."""
 
     sender_rank: int
     specs: tuple[TensorSpec, ...]
@@ -35,11 +35,11 @@ class Received:
 
 @dataclass(frozen=True)
 class Assembled:
-    """One of the receiver's own leaves, put together from pieces, without padding: of the shape `held`.
+    """One of the receiver's own leaves, assembled from pieces, without padding: of the shape `held`.
 
-    room: the staged memory that `tensor` is a part of, with place for the padding; None where it is another's.
-    replicas: how far the copies are apart that were compared; None where there was but one. copies: the sending role
-    ranks of the first of them, and of the one that is furthest from it.
+    room: the staged memory, with room for the padding, that contains `tensor`; None if there is none. replicas: how far
+    the compared copies are apart; None if there is one copy. copies: the sending role ranks of the first copy, and of
+    the one that differs most from it.
     """
 
     tensor: torch.Tensor
@@ -68,7 +68,7 @@ def received_by_sender(values: Values, pair: Pair, role: Role, roster: Roster) -
 
 
 def received_extras(values: Values, header: Header, sender: int) -> dict[str, Any] | None:
-    """Extras are small and are kept by users: they get memory of their own."""
+    """The extras of one sender, copied, since users keep them; None if it gave none."""
     if header.extras is None:
         return None
     tensors = [
@@ -80,7 +80,7 @@ def received_extras(values: Values, header: Header, sender: int) -> dict[str, An
 
 
 def assembled_leaves(decision: TransferDecision, values: Values, header: Header) -> list[Assembled]:
-    """The receiver's leaves, in the staged memory where they lie. Raises WriteRefused where this dtype has no sum."""
+    """The receiver's leaves, in the staged memory. Raises WriteRefused if summands of the dtype cannot be reduced."""
     leaves = []
     rows = decision.rows_of(header)
     for index, resharding in enumerate(decision.reshardings or ()):
@@ -101,6 +101,7 @@ def assembled_leaves(decision: TransferDecision, values: Values, header: Header)
 
 
 def without_padding(tensor: torch.Tensor, held: Sequence[int]) -> torch.Tensor:
+    """The view of a tensor that leaves out its padding. held: the sizes without it."""
     for dim, size in enumerate(held):
         if size != tensor.shape[dim]:
             tensor = tensor.narrow(dim, 0, size)
@@ -108,9 +109,9 @@ def without_padding(tensor: torch.Tensor, held: Sequence[int]) -> torch.Tensor:
 
 
 def with_padding(target: torch.Tensor, value: torch.Tensor, room: torch.Tensor | None = None) -> torch.Tensor:
-    """The value, and around it the target's padding, bit for bit.
+    """A tensor of the target's shape that holds the value, and the target's padding, bit for bit.
 
-    room: memory of the target's shape and dtype in which the value lies already; without it, a new tensor.
+    room: memory of the target's shape and dtype that already contains the value; without it, a new tensor is made.
     """
     if room is None:
         room = target.detach().clone()
@@ -126,7 +127,7 @@ def with_padding(target: torch.Tensor, value: torch.Tensor, room: torch.Tensor |
 
 
 def _compare_replicas(layers: Sequence[torch.Tensor], resharding: Resharding) -> tuple[Difference | None, int, int]:
-    """How far the copy that differs most is from the first of its summand, and both layers; None for a single copy."""
+    """How far the worst copy is from the first copy of its summand, and both layers; None for a single copy."""
     worst: tuple[Difference | None, int, int] = (None, 0, 0)
     for first in range(0, len(layers), resharding.replicas):
         for other in range(first + 1, first + resharding.replicas):
@@ -137,7 +138,7 @@ def _compare_replicas(layers: Sequence[torch.Tensor], resharding: Resharding) ->
 
 
 def _ranks_of(resharding: Resharding, header: Header, layer: int) -> tuple[int, ...]:
-    """The senders from whose pieces a layer is made. Where copies are compared, it does not matter who is near."""
+    """The senders of a layer's pieces. If copies are compared, these do not depend on who shares a host."""
     if resharding.replicas == 1:
         return ()
     items = resharding.incoming(header.role_rank, lambda sender, receiver: True)
@@ -149,9 +150,9 @@ def _badness(found: Difference) -> tuple[int, float, float]:
 
 
 def reduce_summands(summands: Sequence[torch.Tensor], resharding: Resharding) -> torch.Tensor:
-    """In float32 or better, in the order of the ranks; integers in their own dtype, as torch adds them.
+    """The summands reduced in the order of the ranks, in float32 or better; integers in their own dtype.
 
-    The first summand's memory may become the result. Raises WriteRefused where this dtype has no such reduction.
+    The first summand's memory may become the result. Raises WriteRefused if the dtype does not have the reduction.
     """
     if len(summands) == 1:
         return summands[0]
@@ -161,7 +162,7 @@ def reduce_summands(summands: Sequence[torch.Tensor], resharding: Resharding) ->
             f"summands of {dtype} have no {reduction}, and {resharding.sender.text!r} at {resharding.sender.who} is "
             "partial. Dump the tensor after its reduction, or in a dtype that adds."
         )
-    # The staged memory is ours, so what is wide enough is added up where it lies.
+    # The staged memory is ours, so summands of a wide dtype are added in place.
     result = summands[0].to(reduced_dtype(dtype))
     for summand in summands[1:]:
         if reduction in ("sum", "avg"):
@@ -174,7 +175,7 @@ def reduce_summands(summands: Sequence[torch.Tensor], resharding: Resharding) ->
 
 
 def reduced_dtype(dtype: torch.dtype) -> torch.dtype:
-    """In which summands of a dtype are put together."""
+    """The dtype in which summands of a dtype are reduced."""
     if dtype.is_complex:
         return torch.promote_types(dtype, torch.complex64)
     if dtype.is_floating_point:

@@ -17,12 +17,12 @@ from grafter.errors import LayoutError
 
 @dataclass(frozen=True)
 class TransferDecision:
-    """What happens at one point, the same on every participant.
+    """What moves at one point, the same on every participant.
 
-    `sources` is, for each receiving role rank, the sending role ranks whose whole value it gets, in order. Where
-    layouts decide, `reshardings` has for each leaf what goes where, and `sources` whose extras a receiver gets. Where
-    rows are addressed by token, `rows` says which, and `reshardings` are of these rows alone, [tokens, ...]. Where
-    `outcome` is not None, nothing moves, and `reason` says why; `compared`: the values hold no tensors, and are equal.
+    sources: for each receiving role rank, the sending role ranks whose whole values it gets, in order. reshardings: if
+    layouts decide, what goes where of each leaf; `sources` then says whose extras a receiver gets. rows: if rows are
+    addressed by token, which pair; `reshardings` are then of these rows alone, [tokens, ...]. outcome: if it is not
+    None, nothing moves, and `reason` says why. "compared": the values hold no tensors, and are equal.
     """
 
     sources: dict[int, tuple[int, ...]]
@@ -32,18 +32,22 @@ class TransferDecision:
     rows: RowPairing | None = None
 
     def rows_of(self, header: Header) -> list[RowView] | None:
-        """For each leaf of a rank, the rows that have a partner; None where rows are not addressed by token."""
+        """For each leaf of a rank, the rows that have a partner; None if rows are not addressed by token."""
         if self.rows is None:
             return None
         return [views[header.role, header.role_rank] for views in self.rows.views]
 
 
+def _failed(reason: str) -> TransferDecision:
+    return TransferDecision({}, "failed", reason)
+
+
 def decide(direction: Direction, pair: Pair) -> TransferDecision:
-    """One pure function of both manifests, computed by every participant."""
+    """The decision that follows from both manifests."""
     senders, receivers = pair.senders(direction), pair.receivers(direction)
     failed = next((h for h in pair.headers if h.failure is not None), None)
     if failed is not None:
-        return TransferDecision({}, "failed", f"{failed.who} failed before the exchange: {failed.failure}")
+        return _failed(f"{failed.who} failed before the exchange: {failed.failure}")
     nothing = [h for h in pair.headers if h.nothing is not None]
     if nothing and direction == "compare" and all(h.nothing is not None and h.others for h in pair.headers):
         return _compare_plain(pair.headers)
@@ -51,18 +55,16 @@ def decide(direction: Direction, pair: Pair) -> TransferDecision:
         return TransferDecision({}, "skipped", "; ".join(f"{h.who}: {h.nothing}" for h in nothing[:4]))
     shared_gpu = find_shared_gpu(pair.headers)
     if shared_gpu is not None:
-        return TransferDecision({}, "failed", shared_gpu)
+        return _failed(shared_gpu)
     needs = {h.needs for h in receivers}
     if len(needs) != 1:
-        return TransferDecision(
-            {}, "failed", f"the receivers ask for different things: {sorted(needs)}; give all one transform"
-        )
-    # Equal is transitive: all are compared with one.
+        return _failed(f"the receivers ask for different things: {sorted(needs)}; give all one transform")
+    # Equality is transitive, so all are compared with one.
     first = senders[0].others
     others = (h for h in (*receivers, *senders) if h.others != first)
     unequal = next((u for h in others if (u := find_unequal_leaf(senders[0], h))), None)
     if unequal is not None:
-        return TransferDecision({}, "failed", unequal)
+        return _failed(unequal)
     if any(h.tokens is not None for h in pair.headers):
         return _by_token(senders, receivers, needs=next(iter(needs)))
     if needs == {"resharded"} or (needs == {"identity"} and any(h.layouts for h in pair.headers)):
@@ -78,19 +80,19 @@ def decide(direction: Direction, pair: Pair) -> TransferDecision:
 
 
 def _compare_plain(headers: Sequence[Header]) -> TransferDecision:
-    """Values that are plain data alone: equal on all ranks or not."""
+    """The decision about values that are plain data: whether they are equal on all ranks."""
     unequal = next((u for h in headers[1:] if (u := find_unequal_leaf(headers[0], h)) is not None), None)
     if unequal is not None:
-        return TransferDecision({}, "failed", unequal)
+        return _failed(unequal)
     count = len(headers[0].others)
-    what = "the value is no tensor, and is" if count == 1 else f"the {count} leaves are no tensors, and are"
+    what = "the value is not a tensor, and is" if count == 1 else f"the {count} leaves are not tensors, and are"
     return TransferDecision({}, "compared", f"{what} equal on all ranks")
 
 
 def _with_missing_layout(
     decision: TransferDecision, senders: Sequence[Header], receivers: Sequence[Header]
 ) -> TransferDecision:
-    """What the rules for whole tensors refuse, layouts might do: say which side has declared none."""
+    """The decision; if the rules for whole tensors fail and layouts might do, with which side has declared none."""
     declared = next((h for h in (*senders, *receivers) if h.layouts), None)
     without = next((side for side in (senders, receivers) if not any(h.layouts for h in side) and len(side) > 1), None)
     if decision.outcome != "failed" or declared is None or without is None:
@@ -105,48 +107,44 @@ def _with_missing_layout(
 
 
 def _by_layout(senders: Sequence[Header], receivers: Sequence[Header], *, asked: bool) -> TransferDecision | None:
-    """What the layouts say. None where a side declares none, so that the rules for whole tensors hold."""
+    """The decision by layouts. None if a side declares none, so that the rules for whole tensors apply."""
     mismatch = find_structure_mismatch((*senders, *receivers))
     if mismatch is not None:
-        return TransferDecision({}, "failed", mismatch)
+        return _failed(mismatch)
     try:
         reshardings = [reshard_leaf(senders, receivers, leaf) for leaf in range(len(senders[0].leaves))]
     except LayoutError as error:
-        return TransferDecision({}, "failed", str(error))
+        return _failed(str(error))
     known = tuple(one for one in reshardings if one is not None)
     if len(known) == len(reshardings):
         lowest = (min(h.role_rank for h in senders),) if asked else ()
         return TransferDecision({h.role_rank: lowest for h in receivers}, reshardings=known)
     if asked or known:
-        return TransferDecision({}, "failed", why_not_resharded(senders, receivers, reshardings, asked=asked))
+        return _failed(why_not_resharded(senders, receivers, reshardings, asked=asked))
     return None
 
 
 def _by_token(senders: Sequence[Header], receivers: Sequence[Header], *, needs: str) -> TransferDecision:
-    """Rows meet by the token that each is; all else is as layouts have it."""
+    """The decision where rows are addressed by token. The other dims follow the layouts."""
     without = next((h for h in (*senders, *receivers) if h.tokens is None), None)
     if without is not None:
         given = next(h for h in (*senders, *receivers) if h.tokens is not None)
-        return TransferDecision(
-            {},
-            "failed",
+        return _failed(
             f"{given.who} gives tokens= ({given.call_site}), and {without.who} ({without.call_site}) does not, so its "
-            "rows have no names. Give tokens= on every rank of both sides, or on none.",
+            "rows have no names. Give tokens= on every rank of both sides, or on none."
         )
     if needs in ("all", "same_rank"):
-        return TransferDecision(
-            {},
-            "failed",
+        return _failed(
             'rows are addressed by token, and the transform asks for whole tensors of ranks. Use receives="resharded" '
-            "(it gets the rows that have a partner, [rows, ...]), or leave tokens= away.",
+            "(it gets the rows that have a partner, [rows, ...]), or leave tokens= away."
         )
     mismatch = find_structure_mismatch((*senders, *receivers))
     if mismatch is not None:
-        return TransferDecision({}, "failed", mismatch)
+        return _failed(mismatch)
     try:
         rows, reshardings = pair_rows(senders, receivers)
     except LayoutError as error:
-        return TransferDecision({}, "failed", str(error))
+        return _failed(str(error))
     if not rows.tokens.count:
         return TransferDecision({}, "skipped", why_no_rows(senders[0], receivers[0], rows.tokens), rows=rows)
     lowest = (min(h.role_rank for h in senders),) if needs == "resharded" else ()
@@ -158,22 +156,20 @@ def _identity(senders: Sequence[Header], receivers: Sequence[Header]) -> Transfe
     if len(senders) == 1:
         mismatch = next((m for h in receivers if (m := find_mismatch(senders[0], h))), None)
         if mismatch is not None:
-            return TransferDecision({}, "failed", mismatch)
+            return _failed(mismatch)
         return TransferDecision({h.role_rank: (senders[0].role_rank,) for h in receivers})
     return _pair_by_position(senders, receivers, same_shape=True)
 
 
 def _pair_by_position(senders: Sequence[Header], receivers: Sequence[Header], *, same_shape: bool) -> TransferDecision:
     if len(senders) != len(receivers):
-        return TransferDecision(
-            {},
-            "failed",
+        return _failed(
             f"{len(senders)} ranks send and {len(receivers)} receive, so rank k of one does not belong to rank k "
             "of the other. Give a transform that says what each receiver makes of all the senders' tensors "
-            "(transforms/ has one that concatenates).",
+            "(transforms/ has one that concatenates)."
         )
     for sender, receiver in zip(senders, receivers, strict=True):
         mismatch = find_mismatch(sender, receiver) if same_shape else None
         if mismatch is not None:
-            return TransferDecision({}, "failed", mismatch)
+            return _failed(mismatch)
     return TransferDecision({r.role_rank: (s.role_rank,) for s, r in zip(senders, receivers, strict=True)})

@@ -1,9 +1,9 @@
-"""Resharding: which values of one tensor go from which sender to which receiver. Pure; every participant computes it.
+"""Resharding: which values of one tensor go from which sender to which receiver. Every participant computes it.
 
     sender's share  x  receiver's share   in each component   ->   pieces: a region there, a region here
 
-A rank asks only for the pieces that touch it. What is common to all (names, sizes, who holds what) is worked out once
-for both manifests, in time linear in their ranks; the pieces of one rank in time linear in their number.
+A rank computes only its own pieces, in time linear in their number. What all ranks share (names, sizes, who holds what)
+is computed once for both manifests, in time linear in the number of ranks.
 """
 
 from __future__ import annotations
@@ -16,16 +16,18 @@ from itertools import product
 import numpy as np
 import numpy.typing as npt
 
-from grafter.core.layout.coverage import BoxNumbers, check_coverage, places, places_by_box
+from grafter.core.layout.coverage import BoxNumbers, box_numbers, box_numbers_by_box, check_coverage
 from grafter.core.layout.overlap_table import Overlap, OverlapTable, RegionMaker, StridedRegion
+from grafter.core.layout.runs import Numbers
 from grafter.core.layout.shares import RoleShares, Share
-from grafter.core.layout.space import Numbers, Space, find_space
+from grafter.core.layout.space import Space, find_space
 from grafter.core.messages.manifest import Header
 from grafter.core.plan.token_shares import find_shares, whole_tensor
 from grafter.errors import LayoutError
 
-# A part of the tensor, whichever ranks hold it: as a place, the lowest of the numbers that are the same part.
+# A part of the tensor, whichever ranks hold it: for each component, the lowest box number of the same part.
 _Part = tuple[int, ...]
+# (sender, receiver) -> whether the two role ranks share a host.
 Near = Callable[[int, int], bool]
 
 
@@ -33,8 +35,8 @@ Near = Callable[[int, int], bool]
 class CopyItem:
     """Values that go from a sender to a receiver (role ranks).
 
-    `layer`: which of the values that the receiver stages, if it gets several of the same part: the summands of a
-    partial tensor, or replicas to be compared.
+    layer: which of the receiver's staged values they belong to, if it stages several of one leaf: the summands of a
+    partial tensor, or replicas to be compared. source, place: where they lie in the sender's tensor and in the value.
     """
 
     sender: int
@@ -46,14 +48,19 @@ class CopyItem:
 
 @dataclass(frozen=True)
 class _Holder:
-    """A rank that has a part, and where among its boxes."""
+    """A rank that holds a part, and the box numbers of that part."""
 
     rank: int
     place: BoxNumbers
 
 
 class Resharding:
-    """One tensor between two roles. Role ranks everywhere; raises LayoutError where the two do not fit."""
+    """What goes where of one tensor between two roles. All ranks are role ranks.
+
+    check_replicas: whether the copies of a part are compared. first_summand_gets_all: whether a partial target may be
+    written. replicas: how many copies of each part are compared; 1: none are. Raises LayoutError if the shares of the
+    two roles do not fit.
+    """
 
     def __init__(
         self,
@@ -69,14 +76,14 @@ class Resharding:
         self._tables = [OverlapTable(component) for component in self.space.components]
         self._senders: dict[int, list[BoxNumbers]] = {}
         if self._tables and any(share.boxes is not None for share in sender.shares.values()):
-            self._senders.update(places_by_box(sender, self.space, self._tables[0]))
+            self._senders.update(box_numbers_by_box(sender, self.space, self._tables[0]))
         else:
             self._senders.update(
-                (rank, [place]) for rank, place in places(sender, self.space, self._tables, sender=True)
+                (rank, [place]) for rank, place in box_numbers(sender, self.space, self._tables, sender=True)
             )
         self._receivers = {
             rank: place
-            for rank, place in places(receiver, self.space, self._tables, sender=False)
+            for rank, place in box_numbers(receiver, self.space, self._tables, sender=False)
             if not self.gets_zeros(rank)
         }
         self._holders: dict[tuple[_Part, int], list[_Holder]] = {}
@@ -87,21 +94,17 @@ class Resharding:
         self._check_coverage()
         for share in receiver.shares.values() if self.space.padded else ():
             self.space.held_sizes(share, receiver.global_shape)
-        self._replicas = max(map(len, self._holders.values()), default=1) if check_replicas else 1
+        self.replicas = max(map(len, self._holders.values()), default=1) if check_replicas else 1
         self._check_replicas = check_replicas
+        self._takers_of: dict[_Part, npt.NDArray[np.int64]] = {}
 
     @property
     def layers(self) -> int:
-        """How many values a receiver stages: one, or one per summand, or one per replica that is compared."""
-        return self.sender.summands * self._replicas
-
-    @property
-    def replicas(self) -> int:
-        """How many copies of each part are compared; 1: none are."""
-        return self._replicas
+        """How many values of one leaf a receiver stages: one for each summand and each replica that is compared."""
+        return self.sender.summands * self.replicas
 
     def copies_with(self, receiver: int) -> tuple[int, ...]:
-        """The receivers, this one among them, that hold the same part and are to be compared; empty where none are."""
+        """The receivers that hold the same part as this one, which is among them; empty if they are not compared."""
         return self._copies_of.get(receiver, ())
 
     @cached_property
@@ -112,7 +115,7 @@ class Resharding:
         return {rank: tuple(ranks) for ranks in alike.values() if len(ranks) > 1 for rank in ranks}
 
     def gets_zeros(self, receiver: int) -> bool:
-        """A summand that is not the first: the value is the first's."""
+        """Whether a receiver's value becomes zeros, because the first summand gets the whole value."""
         return self.receiver.shares[receiver].summand > 0
 
     def held_sizes(self, receiver: int, shape: Sequence[int]) -> Numbers:
@@ -120,7 +123,7 @@ class Resharding:
         return self.space.held_sizes(self.receiver.shares[receiver], shape)
 
     def incoming(self, receiver: int, near: Near) -> Iterator[CopyItem]:
-        """What one receiver gets, from whom. `near(sender, receiver)`: whether the two share a host."""
+        """What one receiver gets from whom."""
         if receiver not in self._receivers:
             return
         numbers = self._receivers[receiver]
@@ -131,25 +134,23 @@ class Resharding:
                 holders = self._holders.get((part, summand), ())
                 for replica, holder in enumerate(self._serving(part, holders, receiver, near) if holders else ()):
                     shared = [own[number] for own, number in zip(met, holder.place, strict=True)]
-                    layer = summand * self._replicas + replica
+                    layer = summand * self.replicas + replica
                     yield from self._items(holder.rank, receiver, layer, shared)
 
     def outgoing(self, sender: int, near: Near) -> Iterator[CopyItem]:
-        """What one sender gives, to whom: the same items that the receivers ask for, in their order for each."""
+        """What one sender gives to whom: the items of `incoming`, for each receiver in the same order."""
         summand = self.sender.shares[sender].summand
         for place in sorted(self._senders.get(sender, ()), key=self._part):
             met = [table.overlaps_of_sender(number) for table, number in zip(self._tables, place, strict=True)]
             for receiver, replica in self._served(sender, self._part(place), summand, near):
                 numbers = self._receivers[receiver]
                 shared = [own[number] for own, number in zip(met, numbers, strict=True)]
-                yield from self._items(sender, receiver, summand * self._replicas + replica, shared)
-
-    # Who.
+                yield from self._items(sender, receiver, summand * self.replicas + replica, shared)
 
     def _serving(self, part: _Part, holders: Sequence[_Holder], receiver: int, near: Near) -> list[_Holder]:
-        """The replicas that serve a receiver: all of them to be compared, else one, near, and in turn."""
-        if self._replicas > 1:
-            return [holders[number % len(holders)] for number in range(self._replicas)]
+        """The replicas that serve a receiver: all if they are compared, else one in turn, of its host if possible."""
+        if self.replicas > 1:
+            return [holders[number % len(holders)] for number in range(self.replicas)]
         if len(holders) == 1:
             return [holders[0]]
         candidates = [holder for holder in holders if near(holder.rank, receiver)] or holders
@@ -157,16 +158,14 @@ class Resharding:
         return [candidates[turn % len(candidates)]]
 
     def _served(self, sender: int, part: _Part, summand: int, near: Near) -> Iterator[tuple[int, int]]:
-        """The receivers that a sender serves with a part, and as which of its replicas; as `_serving` has it."""
+        """The receivers that a sender serves with a part, and as which replica: the inverse of `_serving`."""
         holders = [holder.rank for holder in self._holders[part, summand]]
         near_holders: list[int] = []
         for turn, row in enumerate(self._takers(part)):
             receiver = self._receiver_ranks[row]
-            if self._replicas > 1:
+            if self.replicas > 1:
                 yield from (
-                    (receiver, replica)
-                    for replica in range(self._replicas)
-                    if holders[replica % len(holders)] == sender
+                    (receiver, replica) for replica in range(self.replicas) if holders[replica % len(holders)] == sender
                 )
             elif len(holders) == 1:
                 yield receiver, 0
@@ -184,13 +183,9 @@ class Resharding:
         if taking is None:
             mask = np.ones(len(self._receiver_ranks), dtype=bool)
             for table, number, column in zip(self._tables, part, self._receiver_numbers, strict=True):
-                mask &= table.takes(number)[column]
+                mask &= table.receivers_of(number)[column]
             taking = self._takers_of[part] = np.flatnonzero(mask)
         return taking
-
-    @cached_property
-    def _takers_of(self) -> dict[_Part, npt.NDArray[np.int64]]:
-        return {}
 
     @cached_property
     def _receiver_ranks(self) -> list[int]:
@@ -202,25 +197,23 @@ class Resharding:
 
     @cached_property
     def _receiver_numbers(self) -> list[npt.NDArray[np.int64]]:
-        """Per component, the number of each receiver's boxes."""
+        """For each component, the box numbers of all receivers."""
         return [np.array(column, dtype=np.int64) for column in zip(*self._receivers.values(), strict=True)]
-
-    # What.
 
     def _part(self, place: BoxNumbers) -> _Part:
         return tuple([table.parts[number] for table, number in zip(self._tables, place, strict=True)])
 
     def _items(self, sender: int, receiver: int, layer: int, shared: Sequence[Sequence[Overlap]]) -> Iterator[CopyItem]:
         for combination in product(*shared):
-            yield CopyItem(sender, receiver, layer, *self._frame.regions(combination))
+            yield CopyItem(sender, receiver, layer, *self._region_maker.regions(combination))
 
     @cached_property
-    def _frame(self) -> RegionMaker:
+    def _region_maker(self) -> RegionMaker:
         return RegionMaker(self.space, len(self.sender.global_shape), len(self.receiver.global_shape))
 
     def _check_coverage(self) -> None:
         if not all(component.volume for component in self.space.components):
-            # A tensor without values, of which nobody holds anything.
+            # A tensor without values.
             return
         holder_of: list[dict[int, int]] = [{} for _ in self._tables]
         for (part, _), holders in self._holders.items():
@@ -240,7 +233,7 @@ class Resharding:
             )
             raise LayoutError(
                 f"the parts of {self.sender.text} at {who} leave a hole: it is cut into {expected} parts, the ranks of "
-                f"the point hold {len(self._holders)} of them, and nobody holds {self._named(*missing)}. All ranks "
+                f"the point hold {len(self._holders)} of them, and no rank holds {self._named(*missing)}. All ranks "
                 "that hold a part take part in the point."
             )
 
@@ -257,27 +250,23 @@ def _check_receiver(receiver: RoleShares, *, first_summand_gets_all: bool) -> No
         return
     if not first_summand_gets_all:
         raise LayoutError(
-            f"{receiver.text!r} at {receiver.who} is partial: its ranks hold summands, and a value has no one way "
-            "to be shared out among them. Graft it after its reduction, or set GRAFTER_PARTIAL_TARGET=first: the "
-            "first rank gets the value, the others zeros."
+            f"{receiver.text!r} at {receiver.who} is partial: its ranks hold summands, and a value can be split "
+            "into summands in many ways. Graft it after its reduction, or set GRAFTER_PARTIAL_TARGET=first: the first "
+            "rank gets the value, the others zeros."
         )
     if receiver.reduction != "sum":
         raise LayoutError(
-            f"{receiver.text!r} at {receiver.who} is partial by {receiver.reduction}, and a value and zeros have it "
-            "only as their sum. Graft it after its reduction."
+            f"{receiver.text!r} at {receiver.who} is partial by {receiver.reduction}, and only the sum of a value and "
+            "zeros is the value. Graft it after its reduction."
         )
 
 
-# What goes where of one leaf, as the layouts of both sides say. Pure.
-
-
 def reshard_leaf(senders: Sequence[Header], receivers: Sequence[Header], leaf: int) -> Resharding | None:
-    """None where a side declares no layout of it. Raises LayoutError."""
+    """What goes where of one leaf by the layouts of both sides; None if a side declares none. Raises LayoutError."""
     sides = []
     for headers in (senders, receivers):
         shares = find_shares(headers, leaf)
         if shares is None and len(headers) == 1:
-            # One rank holds all that there is.
             shares = whole_tensor(headers[0], leaf)
         if shares is None:
             return None
@@ -288,7 +277,7 @@ def reshard_leaf(senders: Sequence[Header], receivers: Sequence[Header], leaf: i
 def reshard_between(
     sides: Sequence[RoleShares], senders: Sequence[Header], receivers: Sequence[Header], leaf: int
 ) -> Resharding:
-    """From the shares of the senders to those of the receivers. Raises LayoutError where the parts have two dtypes."""
+    """The resharding from the senders' shares to the receivers'. Raises LayoutError if the parts have two dtypes."""
     for header in senders[1:]:
         if header.leaves[leaf].dtype != senders[0].leaves[leaf].dtype:
             raise LayoutError(
@@ -306,9 +295,13 @@ def reshard_between(
 def why_not_resharded(
     senders: Sequence[Header], receivers: Sequence[Header], reshardings: Sequence[Resharding | None], *, asked: bool
 ) -> str:
-    """Some leaves would go by layouts and others by ranks, or a transform asks for what layouts alone can give."""
+    """The message where some leaves have layouts and others have not, or a transform asks for what needs layouts."""
     leaf = next(number for number, one in enumerate(reshardings) if one is None)
-    side = next(side for side in (senders, receivers) if len(side) > 1 and not _declares(side, leaf))
+    side = next(
+        side
+        for side in (senders, receivers)
+        if len(side) > 1 and not any(header.layouts and header.layouts[leaf] is not None for header in side)
+    )
     path = senders[0].leaves[leaf].path
     who = f"the {side[0].role}, of {len(side)} ranks, declares no layout{f' of {path}' if path else ''}"
     if asked:
@@ -320,7 +313,3 @@ def why_not_resharded(
         f"{who}, and other leaves of the point have theirs on both sides. Give dims= for every leaf "
         "(`... # tp:replicated` where all ranks have the same), or dump it apart."
     )
-
-
-def _declares(side: Sequence[Header], leaf: int) -> bool:
-    return any(header.layouts and header.layouts[leaf] is not None for header in side)

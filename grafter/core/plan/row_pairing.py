@@ -1,11 +1,12 @@
-"""Rows that meet by the token that each is: which of them pair, and what goes where of each leaf. Pure."""
+"""Row pairing: which rows of a point pair, by the token that each of them is, and what goes where of each leaf."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from grafter.core.bounded_memory import Remembered
+from grafter.core.bounded_memory import BoundedMemory
 from grafter.core.layout.row_numbering import RowNumbering, WindowedTokens, number_rows
 from grafter.core.layout.row_view import RowView
 from grafter.core.messages.announced_tokens import resolved
@@ -21,15 +22,16 @@ from grafter.core.plan.token_shares import (
 )
 from grafter.core.records import TokenCounts
 from grafter.core.roles import Role
-from grafter.core.tokens.tokens import SequenceId
+from grafter.core.tokens.sequences import SequenceId
 from grafter.errors import LayoutError
 
 
 @dataclass(frozen=True, eq=False)
 class RowPairing:
-    """Rows that are addressed by token: how they pair; and for each leaf, by role and role rank, those that do.
+    """How the rows of a point pair by token.
 
-    own: the tokens of each rank's rows. sender: the role that sends.
+    tokens: the numbering of the rows. sender: the role that sends. own: the tokens of each rank's rows, by role and
+    role rank. views: for each leaf, the rows of each rank that have a partner.
     """
 
     tokens: RowNumbering
@@ -38,7 +40,7 @@ class RowPairing:
     views: tuple[dict[tuple[Role, int], RowView], ...] = ()
 
     def counts(self, header: Header) -> TokenCounts:
-        """What one rank's ledger says of it."""
+        """The counts for one rank's ledger."""
         here = self._side(header)
         rows = self.tokens.ranks[here][header.role_rank]
         return TokenCounts(
@@ -51,13 +53,13 @@ class RowPairing:
         )
 
     def name(self, header: Header, leaf: int, place: int) -> str:
-        """`sequence:position` of row `place` among those of a rank that have a partner."""
+        """`sequence:position` of row `place`, counted among the rows of a rank that have a partner."""
         row = self.views[leaf][header.role, header.role_rank].row_at(place)
         sequence, position = self.own[header.role, header.role_rank].tokens.token_at(row)
         return f"{sequence}:{position}"
 
     def reached(self, header: Header) -> dict[SequenceId, int]:
-        """For each sequence, as this side calls it, the position after its last token that has a partner."""
+        """For each sequence, by its id on this side, the position after its last token that has a partner."""
         return self.tokens.reached(self._side(header))
 
     def _side(self, header: Header) -> int:
@@ -65,12 +67,13 @@ class RowPairing:
 
 
 def pair_rows(senders: Sequence[Header], receivers: Sequence[Header]) -> tuple[RowPairing, tuple[Resharding, ...]]:
-    """How the rows of all these pair; and for each leaf, what goes where of those that do. Raises LayoutError.
+    """How the rows of these ranks pair; and for each leaf, what goes where of the rows that do.
 
-    All give tokens, and their values are built alike. Where no token is in both sides' rows, there are no reshardings.
+    All headers give tokens, and all values have one structure. If no token is in both sides' rows, there are no
+    reshardings. Raises LayoutError if tokens and tensors, or the layouts of the ranks, do not fit together.
     """
     sides = (senders, receivers)
-    own = with_rows_alike(sides, [own_tokens(side, _told_tokens(side)) for side in sides])
+    own = with_rows_alike(sides, [own_tokens(side, _announced_tokens(side)) for side in sides])
     tokens = number_rows(own[0].tokens, own[1].tokens)
     if not tokens.count:
         return RowPairing(tokens, senders[0].role, {}), ()
@@ -84,7 +87,7 @@ def pair_rows(senders: Sequence[Header], receivers: Sequence[Header]) -> tuple[R
     return paired, tuple(resharding for resharding, _ in found)
 
 
-def _told_tokens(headers: Sequence[Header]) -> dict[int, WindowedTokens]:
+def _announced_tokens(headers: Sequence[Header]) -> dict[int, WindowedTokens]:
     try:
         return resolved([(header.role_rank, header.tokens) for header in headers if header.tokens is not None])
     except LayoutError as error:
@@ -113,12 +116,12 @@ def _reshard_rows(
     return _reshardings.answer(key, work_out), by_rank
 
 
-# The rows of the next step are others, and most often as many.
-_reshardings: Remembered[Resharding] = Remembered(64)
+# The next step has other rows, but most often as many of them.
+_reshardings: BoundedMemory[Any, Resharding] = BoundedMemory(64)
 
 
 def why_no_rows(sender: Header, receiver: Header, tokens: RowNumbering) -> str:
-    """Why no token is in both sides' rows, and what to do."""
+    """The message for a point without a token that is in both sides' rows."""
     only = [
         f"{count} are only at the {header.role}{f' ({names[0]}, say)' if (names := tokens.examples(side)) else ''}"
         for side, (header, count) in enumerate(zip((sender, receiver), tokens.only_at, strict=True))
@@ -126,5 +129,5 @@ def why_no_rows(sender: Header, receiver: Header, tokens: RowNumbering) -> str:
     ]
     return (
         f"no token is in both sides' rows that count{': ' if only else ''}{', '.join(only)}. Give equal sequence ids, "
-        f"or token_ids= on both sides."
+        "or token_ids= on both sides."
     )

@@ -1,9 +1,9 @@
-"""Token shares: what each rank of a role holds of a tensor whose rows are tokens.
+"""Shares from headers: those that the headers of a role declare, and those of a tensor whose rows are tokens.
 
     dims "b s h[tp]", local [2, 8, 64]   ->   [rows, 64] of the global [tokens that both have, 128]
 
-Which rows a rank holds, its tokens say; the other dims are cut as its layout has it, among the ranks that hold the same
-rows. Axes over which the rows are split say nothing that the tokens do not.
+The tokens say which rows a rank holds. The other dims are cut as its layout says, among the ranks that hold the same
+rows. Axes over which the rows are split add nothing to what the tokens say.
 """
 
 from __future__ import annotations
@@ -20,20 +20,19 @@ from grafter.core.layout.declared import DeclaredLayout, Layout
 from grafter.core.layout.dims import LARGEST_SIZE, Dim, Dims, Factor, parse_dims
 from grafter.core.layout.places import Member
 from grafter.core.layout.row_numbering import RankRows, WindowedTokens
-from grafter.core.layout.row_view import RowView
+from grafter.core.layout.row_view import RowView, common_row_ndim, leading_row_dims
 from grafter.core.layout.runs import Runs, whole
 from grafter.core.layout.shares import (
     RoleShares,
     Share,
-    _checked,
-    _of_boxes,
     boxes_of,
     declared_alike,
     dims_of,
+    of_boxes,
     of_dims,
     of_dtensors,
+    with_legal_size,
 )
-from grafter.core.tokens.matching import common_row_ndim, leading_row_dims
 from grafter.core.tokens.tokens import Tokens
 from grafter.errors import LayoutError
 
@@ -42,22 +41,22 @@ if TYPE_CHECKING:
 
 
 _ROWS = Dim((Factor("t"),))
-# Where a rank tells the tokens of all ranks' rows, they are gone through row by row: a peer's claim is bounded.
+# If a rank announces the tokens of all ranks' rows, each row is computed, so a peer's claim is bounded.
 MOST_ANNOUNCED_ROWS = 1 << 24
 
 
 @dataclass(frozen=True, eq=False)
 class OwnTokens:
-    """The tokens of each rank's own rows; and of each leaf, for each rank, the dims that make up the rows."""
+    """The tokens of each rank's own rows; and for each leaf, the dims of each rank that make up the rows."""
 
     tokens: dict[int, WindowedTokens]
     row_dims: list[dict[int, tuple[int, ...]]]
 
 
-def own_tokens(headers: Sequence[Header], told: Mapping[int, WindowedTokens]) -> OwnTokens:
-    """Where a layout cuts the rows, a rank may have told the tokens of all of them.
+def own_tokens(headers: Sequence[Header], announced: Mapping[int, WindowedTokens]) -> OwnTokens:
+    """The tokens of each rank's rows. If a layout cuts the rows, a rank may announce the tokens of all ranks' rows.
 
-    Raises LayoutError where a tensor has no rows of tokens, or another number of them than were told.
+    Raises LayoutError if a tensor has no rows of tokens, or another number of them than were announced.
     """
     found: dict[int, WindowedTokens] = {}
     dims: list[dict[int, tuple[int, ...]]] = []
@@ -66,7 +65,7 @@ def own_tokens(headers: Sequence[Header], told: Mapping[int, WindowedTokens]) ->
         dims.append({})
         for header in headers:
             rank, shape = header.role_rank, header.leaves[leaf].shape
-            windowed = found.get(rank, told[rank])
+            windowed = found.get(rank, announced[rank])
             own = dims[leaf][rank] = _row_dims_of(header, leaf, windowed.tokens.rows)
             rows = prod(shape[dim] for dim in own)
             if rows != windowed.tokens.rows and rank not in found:
@@ -78,9 +77,9 @@ def own_tokens(headers: Sequence[Header], told: Mapping[int, WindowedTokens]) ->
 
 
 def with_rows_alike(sides: Sequence[Sequence[Header]], own: Sequence[OwnTokens]) -> list[OwnTokens]:
-    """Where only sizes say which dims count the rows, those by which a row has as many dims on all ranks of both sides.
+    """`own`, with row dims such that a row has as many dims on all ranks of both sides, where only sizes say which.
 
-    What a pass of one token leaves open, the other side's rows decide.
+    If a pass of one token leaves the choice open, the other side's rows decide.
     """
     found = [OwnTokens(side.tokens, [dict(dims) for dims in side.row_dims]) for side in own]
     for leaf in range(len(sides[0][0].leaves)):
@@ -99,14 +98,14 @@ def with_rows_alike(sides: Sequence[Sequence[Header]], own: Sequence[OwnTokens])
 
 
 def _possible_row_dims(header: Header, leaf: int, own: OwnTokens) -> list[int]:
-    """How many dims may count the rows of one rank's leaf."""
+    """The possible numbers of row dims of one rank's leaf."""
     if _dims(header, leaf) is not None:
         return [len(own.row_dims[leaf][header.role_rank])]
     return leading_row_dims(header.leaves[leaf].shape, own.tokens[header.role_rank].tokens.rows)
 
 
 class _CutTokens:
-    """Tokens of all rows, cut as the dims cut the rows. Ranks of the same rows get the same object."""
+    """Cuts the tokens of all ranks' rows as the dims cut the rows. Ranks with the same rows get the same object."""
 
     def __init__(self, headers: Sequence[Header]) -> None:
         self._headers = headers
@@ -125,7 +124,7 @@ class _CutTokens:
             return None
 
     def of_rank(self, rank: int, leaf: int, windowed: WindowedTokens) -> WindowedTokens | None:
-        """None where the tokens are not those of all rows."""
+        """The tokens of one rank's rows; None if `windowed` are not those of all ranks' rows."""
         shares = self._shares
         if shares is None or shares.dims is None or leaf > 0:
             return None
@@ -145,9 +144,9 @@ class _CutTokens:
 
 
 def row_dims(dims: Sequence[Dim] | None, shape: Sequence[int], rows: int) -> tuple[int, ...] | None:
-    """The dims that make up the rows: `t`, or `b` and `s` (either may be alone, or both fused), numbered by `b` first.
+    """The dims that make up the rows, outer first: `t`, or `b` and `s` (either alone, or both fused).
 
-    Without names, the first dims that have as many rows together. None where there are none.
+    Without names, the first dims that have this many rows together. None if there are none.
     """
     if dims is None:
         return next((tuple(range(count)) for count in leading_row_dims(shape, rows)), None)
@@ -161,17 +160,17 @@ def row_dims(dims: Sequence[Dim] | None, shape: Sequence[int], rows: int) -> tup
     return None
 
 
-def _row_dims_of(header: Header, leaf: int, told: int) -> tuple[int, ...]:
+def _row_dims_of(header: Header, leaf: int, announced: int) -> tuple[int, ...]:
     shape, dims = header.leaves[leaf].shape, _dims(header, leaf)
-    found = row_dims(dims.dims if dims is not None else None, shape, told)
+    found = row_dims(dims.dims if dims is not None else None, shape, announced)
     if found is None or (dims is not None and len(dims.dims) != len(shape)):
         path = header.leaves[leaf].path
         named = f"the dims {dims.text!r}" if dims is not None else "no names for its dims"
         raise LayoutError(
-            f"{header.who} gives tokens= for {told} rows of {path or 'a tensor'} {list(shape)} with {named}, where "
-            f"{'no first dims have so many rows' if dims is None else 'no dim is `t`, nor `b` or `s`'}. Name the dims "
-            'of the rows, such as dims="t h[tp]" or dims="b s h", and give tokens for each of them; or leave tokens= '
-            "away."
+            f"{header.who} gives tokens= for {announced} rows of {path or 'a tensor'} {list(shape)} with {named}, "
+            f"where {'no first dims have so many rows' if dims is None else 'no dim is `t`, nor `b` or `s`'}. Name the "
+            'dims of the rows, such as dims="t h[tp]" or dims="b s h", and give tokens for each of them; or leave '
+            "tokens= away."
         )
     return found
 
@@ -183,17 +182,17 @@ def _dims(header: Header, leaf: int) -> Dims | None:
     return None if layout is None else dims_of(layout)
 
 
-def _why_other_rows(header: Header, leaf: int, rows: int, told: int) -> str:
+def _why_other_rows(header: Header, leaf: int, rows: int, announced: int) -> str:
     path = header.leaves[leaf].path
     return (
-        f"{header.who} announces {told} rows by its tokens=, and {path or 'its tensor'} of "
+        f"{header.who} announces {announced} rows by its tokens=, and {path or 'its tensor'} of "
         f"{list(header.leaves[leaf].shape)} has {rows}. Give tokens for the rows of the tensor, padding included "
         f"(start= keeps rows out). The call: {header.call_site}."
     )
 
 
 def _tokens_at(tokens: Tokens, runs: Sequence[Runs], sizes: Sequence[int]) -> Tokens:
-    """The tokens of one rank's rows, in its order, of those of all rows."""
+    """The tokens of one rank's rows, in its order, from those of all rows."""
     rows = np.zeros(1, dtype=np.int64)
     for own, size in zip(runs, sizes, strict=True):
         places = np.concatenate([np.arange(start, start + count) for start, count, _ in own] or [np.arange(0)])
@@ -204,7 +203,7 @@ def _tokens_at(tokens: Tokens, runs: Sequence[Runs], sizes: Sequence[int]) -> To
 def row_views(
     headers: Sequence[Header], leaf: int, row_dims_of: Mapping[int, tuple[int, ...]], rows: Mapping[int, RankRows]
 ) -> dict[int, RowView]:
-    """How each rank's local tensor becomes [rows that have a partner, ...]."""
+    """For each rank, the rows of its local tensor that have a partner."""
     return {
         header.role_rank: RowView(
             header.leaves[leaf].shape, row_dims_of[header.role_rank], rows[header.role_rank].segments
@@ -216,7 +215,7 @@ def row_views(
 def key_of_shares(
     headers: Sequence[Header], leaf: int, views: Mapping[int, RowView], rows: Mapping[int, RankRows]
 ) -> Hashable:
-    """All that the shares of a role follow from: the same in the next step, though its rows are others."""
+    """Everything that the shares of a role follow from: the same in the next step, which has other rows."""
     return tuple(
         (header.role_rank, view.packed_shape, view.row_dims, rows[header.role_rank].runs)
         + (header.axes, header.role, header.leaves[leaf].dtype, _fields_of(declared_of(header, leaf)))
@@ -226,7 +225,7 @@ def key_of_shares(
 
 
 def _fields_of(layout: DeclaredLayout | None) -> Hashable:
-    """Compared by its fields, since as a model it costs ten times as much."""
+    """The fields of a layout. Comparing them costs a tenth of comparing the models."""
     return None if layout is None else tuple(layout.__dict__.values())
 
 
@@ -245,7 +244,7 @@ def token_shares(
         if views[rank].count:
             groups.setdefault(rows[rank].runs, []).append(header)
         else:
-            # Ranks without rows may be alike, and are none that hold the same.
+            # Ranks without rows have equal runs, but do not hold the same rows.
             shares[rank] = Share(((),) * len(views[rank].packed_shape))
     first: RoleShares | None = None
     for runs, group in groups.items():
@@ -263,7 +262,7 @@ def token_shares(
 
 
 def _of_one_group(headers: Sequence[Header], leaf: int, views: Mapping[int, RowView]) -> RoleShares:
-    """Ranks that hold the same rows: their shares of a tensor of one row, [1, ...]."""
+    """The shares of ranks that hold the same rows, of a tensor of one row, [1, ...]."""
     members: list[Member] = []
     layouts: list[DeclaredLayout | None] = []
     for header in headers:
@@ -289,7 +288,7 @@ def _of_one_group(headers: Sequence[Header], leaf: int, views: Mapping[int, RowV
 
 
 def _of_one_row(layout: DeclaredLayout | None, view: RowView) -> DeclaredLayout | None:
-    """What a DTensor says, without its rows. What a dims text says is looked at without them."""
+    """A DTensor's layout without its rows. Other layouts are unchanged, since their dims are read without the rows."""
     if layout is None or layout.runs is None or layout.global_shape is None:
         return layout
     runs, shape = layout.runs, layout.global_shape
@@ -301,45 +300,44 @@ def _of_one_row(layout: DeclaredLayout | None, view: RowView) -> DeclaredLayout 
     )
 
 
-# The shares of a tensor that the headers of one role declare.
-
-
 def find_shares(headers: Sequence[Header], leaf: int) -> RoleShares | None:
-    """None where this role declares nothing. Raises LayoutError where what its ranks declare does not fit together."""
+    """The shares that a role declares; None if it declares nothing. Raises LayoutError if its ranks do not fit."""
     members = [member_of(header, leaf) for header in headers]
     present = declared_alike(members, [declared_of(header, leaf) for header in headers])
     if not present:
         return None
     if present[0].runs is not None:
-        return _checked(of_dtensors(members, present, dims_of(present[0])))
+        return with_legal_size(of_dtensors(members, present, dims_of(present[0])))
     if present[0].boxes is not None:
-        return _checked(_of_boxes(members, present))
-    return _checked(of_dims(members, present[0], parse_dims(present[0].dims or "")))
+        return with_legal_size(of_boxes(members, present))
+    return with_legal_size(of_dims(members, present[0], parse_dims(present[0].dims or "")))
 
 
 def whole_tensor(header: Header, leaf: int) -> RoleShares:
-    """A role of one rank that declares nothing: its tensor is the whole one."""
+    """The share of a role of one rank that declares nothing: its tensor is the whole one."""
     shape = member_of(header, leaf).shape
     share = Share(tuple(whole(size) for size in shape))
-    return _checked(RoleShares(header.role, "the whole tensor", None, shape, {header.role_rank: share}))
+    return with_legal_size(RoleShares(header.role, "the whole tensor", None, shape, {header.role_rank: share}))
 
 
 def member_of(header: Header, leaf: int) -> Member:
+    """A rank as a member of its role. Raises LayoutError for an impossible shape."""
     shape = header.leaves[leaf].shape
     for size in shape:
         if not 0 <= size <= LARGEST_SIZE:
-            raise LayoutError(f"{header.who} says that its tensor is {list(shape)}.")
+            raise LayoutError(f"{header.who} announces a tensor of the impossible shape {list(shape)}.")
     return Member(header.role, header.role_rank, header.axes, shape)
 
 
 def declared_of(header: Header, leaf: int) -> DeclaredLayout | None:
+    """What a rank declares of a leaf. Raises LayoutError if it does not have one layout for each leaf."""
     if header.layouts and len(header.layouts) != len(header.leaves):
         raise LayoutError(f"{header.who} has {len(header.leaves)} tensors and {len(header.layouts)} layouts.")
     return header.layouts[leaf] if header.layouts else None
 
 
 def layouts_of(headers: Sequence[Header], leaf: int) -> dict[int, Layout] | None:
-    """Every rank's layout as boxes, for a transform that wants to know; None where there is none that fits."""
+    """Every rank's layout as boxes, for a transform; None if the role declares none, or if its ranks do not fit."""
     try:
         found = find_shares(headers, leaf)
         if found is None:

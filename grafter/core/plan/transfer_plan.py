@@ -1,7 +1,7 @@
-"""The plan of one point: which bytes go from whom to whom, and where they land. Pure; every participant computes it.
+"""The plan of one point: which bytes go from whom to whom, and where they land. Every participant computes it.
 
-Each receiver has one staging memory. It holds values: whole tensors of senders, or the receiver's own tensor put
-together from pieces of many. Every piece lands at its final place in its value.
+Each receiver has one staging memory. It holds values: whole tensors of senders, or the receiver's own tensor, assembled
+from pieces of many. Every piece lands at its final place in its value.
 
     receiver's staging   |   value 0   |pad|   value 1   |pad|  ...
     offset               0                  ^ a multiple of ALIGNMENT
@@ -12,11 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 
-from grafter.core.bounded_memory import Remembered
+from grafter.core.bounded_memory import BoundedMemory
 from grafter.core.layout.overlap_table import StridedRegion
 from grafter.core.leaves import TensorSpec
 from grafter.core.messages.manifest import Pair
@@ -25,16 +26,17 @@ from grafter.core.plan.decision import TransferDecision
 from grafter.core.plan.resharding import CopyItem, Resharding
 from grafter.core.roles import Direction, receiver_role, sender_role
 
-# Enough for every dtype, and for the widest vector loads of a copy.
+# Enough for every dtype and for the widest vector loads.
 ALIGNMENT_BYTES = 64
 
 
 @dataclass(frozen=True)
 class Value:
-    """A tensor in a receiver's staging. `index` counts the tensors of one sender: its leaves, then those of its extras.
+    """A tensor in a receiver's staging memory.
 
-    sender: whose whole tensor it is, as a graft rank; None where it is the receiver's own leaf, put together. `layer`:
-    which of several of the same leaf (summands, replicas).
+    sender: the graft rank whose whole tensor it is; None if it is the receiver's own leaf, assembled. index: counts the
+    tensors of one sender: its leaves, then those of its extras. layer: which of several of one leaf it is (summands,
+    replicas).
     """
 
     receiver: int
@@ -45,15 +47,15 @@ class Value:
     layer: int = 0
 
     def __hash__(self) -> int:
-        # Without the spec, whose hash costs more than all the rest of a look-up.
+        # Without the spec, whose hash costs more than the rest of a look-up.
         return hash((self.receiver, self.offset))
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Values on their way from one rank to another.
+    """Values that go from one rank to another, of the shape and dtype `spec`.
 
-    spec: what moves. source, place: where it lies in the sender's tensor and in the value, where it is a part of them.
+    source, place: where they lie in the sender's tensor and in the staged value; None: they are all of it.
     """
 
     sender: int
@@ -66,21 +68,25 @@ class Piece:
 
     @property
     def offset(self) -> int:
+        """Where the value begins in the staging memory, in bytes."""
         return self.value.offset
 
     def taken_from(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sender's view of what moves."""
+        """The view of the sender's tensor that moves."""
         return tensor if self.source is None else self.source.of(tensor)
 
     def landing(self, value: torch.Tensor) -> torch.Tensor:
-        """Where it lands in the staged value."""
+        """The view of the staged value that the piece fills."""
         return value if self.place is None else self.place.of(value)
 
 
-# Not frozen: made at every point, and freezing triples what that costs.
+# Not frozen: every point makes one, and freezing would triple its cost.
 @dataclass
 class TransferPlan:
-    """`pieces` and `values` are those of one rank where the plan was made for one. All ranks are graft ranks."""
+    """The transfers of one point. If it was made for one rank, `pieces` and `values` are those of this rank.
+
+    All ranks are graft ranks. memo: what follows from the plan, once it is computed, for all points that share it.
+    """
 
     digest: str
     members: tuple[int, ...]
@@ -88,22 +94,24 @@ class TransferPlan:
     pieces: tuple[Piece, ...]
     values: tuple[Value, ...]
     staging_bytes: dict[int, int]
-    # What follows from it, once it has been worked out, for all points that have this plan.
     memo: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def of_point(self, digest: str) -> TransferPlan:
-        """The same plan for another point: of the same manifests, or of as many rows."""
+        """The same plan for another point with the same manifests, or with as many rows."""
         return TransferPlan(
             digest, self.members, self.generation, self.pieces, self.values, self.staging_bytes, self.memo
         )
 
     def outgoing(self, sender: int) -> tuple[Piece, ...]:
+        """The pieces that a rank sends."""
         return tuple(piece for piece in self.pieces if piece.sender == sender)
 
     def incoming(self, receiver: int) -> tuple[Piece, ...]:
+        """The pieces that a rank receives."""
         return tuple(piece for piece in self.pieces if piece.receiver == receiver)
 
     def values_of(self, receiver: int) -> tuple[Value, ...]:
+        """The values in a rank's staging memory."""
         return tuple(value for value in self.values if value.receiver == receiver)
 
 
@@ -119,13 +127,10 @@ def make_plan(
 
     Raises ValueError for a dtype that this torch does not have.
     """
-
-    def work_out() -> TransferPlan:
-        return _work_out(digest, direction, pair, decision, roster, graft_rank)
-
+    planner = partial(_Planner, direction, pair, decision, roster, graft_rank)
     if decision.rows is None:
-        return work_out()
-    # Which rows they are, the plan does not say: those of the next step have the same one.
+        return planner().plan(digest)
+    # The plan does not depend on which rows they are, so the next step has the same one.
     key = (
         direction,
         graft_rank,
@@ -137,26 +142,13 @@ def make_plan(
             for header in pair.headers
         ),
     )
-    known: Remembered[TransferPlan] = roster.memo.setdefault("plans of rows", Remembered(64))
-    return known.answer(key, work_out).of_point(digest)
-
-
-def _work_out(
-    digest: str, direction: Direction, pair: Pair, decision: TransferDecision, roster: Roster, graft_rank: int | None
-) -> TransferPlan:
-    planner = _Planner(direction, pair, decision, roster, graft_rank)
-    if decision.reshardings is None:
-        planner.plan_whole_tensors()
-    else:
-        planner.plan_resharding()
-    members = tuple(sorted(roster.graft_rank(header.role, header.role_rank) for header in pair.headers))
-    generation = max(header.generation for header in pair.headers)
-    return TransferPlan(
-        digest, members, generation, tuple(planner.pieces), tuple(planner.values), planner.staging_bytes
-    )
+    known: BoundedMemory[Any, TransferPlan] = roster.memo.setdefault("plans of rows", BoundedMemory(64))
+    return known.answer(key, lambda: planner().plan(digest)).of_point(digest)
 
 
 class _Planner:
+    """Makes one plan; with a graft rank, only the transfers of that rank."""
+
     def __init__(
         self, direction: Direction, pair: Pair, decision: TransferDecision, roster: Roster, graft_rank: int | None
     ) -> None:
@@ -165,11 +157,21 @@ class _Planner:
         self._receivers = {header.role_rank: header for header in pair.side(self._receiving).headers}
         self._decision, self._roster, self._only = decision, roster, graft_rank
         self._hosts = [member.process.host for member in roster.all]
-        self.pieces: list[Piece] = []
-        self.values: list[Value] = []
-        self.staging_bytes: dict[int, int] = {}
+        self._headers = pair.headers
+        self._pieces: list[Piece] = []
+        self._values: list[Value] = []
+        self._staging_bytes: dict[int, int] = {}
 
-    def plan_whole_tensors(self) -> None:
+    def plan(self, digest: str) -> TransferPlan:
+        if self._decision.reshardings is None:
+            self._plan_whole_tensors()
+        else:
+            self._plan_resharding()
+        members = tuple(sorted(self._roster.graft_rank(header.role, header.role_rank) for header in self._headers))
+        generation = max(header.generation for header in self._headers)
+        return TransferPlan(digest, members, generation, tuple(self._pieces), tuple(self._values), self._staging_bytes)
+
+    def _plan_whole_tensors(self) -> None:
         for receiver_rank, sources in self._decision.sources.items():
             receiver = self._to(receiver_rank)
             if not self._concerns(receiver, [self._from(source) for source in sources]):
@@ -179,9 +181,9 @@ class _Planner:
                 offset = self._place_whole(receiver, source, self._senders[source].leaves, 0, offset)
                 extras = self._senders[source].extras_tensors
                 offset = self._place_whole(receiver, source, extras, len(self._senders[source].leaves), offset)
-            self.staging_bytes[receiver] = offset
+            self._staging_bytes[receiver] = offset
 
-    def plan_resharding(self) -> None:
+    def _plan_resharding(self) -> None:
         staged = {rank: self._stage(rank) for rank in self._receivers if self._only in (None, self._to(rank))}
         specs: dict[tuple[int, str, tuple[int, ...]], TensorSpec] = {}
         for index, resharding in enumerate(self._decision.reshardings or ()):
@@ -196,7 +198,7 @@ class _Planner:
                     leaf = self._senders[item.sender].leaves[index]
                     spec = specs[known] = leaf.model_copy(update={"shape": item.place.sizes})
                 sender = self._from(item.sender)
-                self.pieces.append(Piece(sender, value.receiver, index, spec, value, item.source, item.place))
+                self._pieces.append(Piece(sender, value.receiver, index, spec, value, item.source, item.place))
         self._plan_extras(staged)
 
     def _items_of(self, resharding: Resharding) -> Iterator[CopyItem]:
@@ -214,7 +216,7 @@ class _Planner:
         return self._roster.graft_rank(self._receiving, receiver_rank)
 
     def _plan_extras(self, staged: dict[int, dict[tuple[int, int], Value]]) -> None:
-        """A transform that asked for the assembled value gets the extras of the lowest sender beside it."""
+        """A transform that asks for the assembled value also gets the extras of the lowest sender."""
         lowest = min(self._senders)
         extras = self._senders[lowest].extras_tensors
         for rank, sources in self._decision.sources.items():
@@ -223,8 +225,8 @@ class _Planner:
                 continue
             if rank not in staged:
                 staged[rank] = self._stage(rank)
-            leaves, offset = len(self._senders[lowest].leaves), self.staging_bytes[receiver]
-            self.staging_bytes[receiver] = self._place_whole(receiver, lowest, extras, leaves, offset)
+            leaves, offset = len(self._senders[lowest].leaves), self._staging_bytes[receiver]
+            self._staging_bytes[receiver] = self._place_whole(receiver, lowest, extras, leaves, offset)
 
     def _concerns(self, receiver: int, senders: Sequence[int]) -> bool:
         return self._only is None or self._only == receiver or self._only in senders
@@ -232,18 +234,18 @@ class _Planner:
     def _place_whole(
         self, receiver: int, source: int, specs: Sequence[TensorSpec], first_index: int, offset: int
     ) -> int:
-        """One sender's tensors, one after the other; where the next begins."""
+        """Place one sender's tensors one after the other; the offset behind them."""
         sender = self._from(source)
         for index, spec in enumerate(specs, first_index):
             value = Value(receiver, sender, index, offset, spec)
             if self._only in (None, receiver, sender):
-                self.values.append(value)
-                self.pieces.append(Piece(sender, receiver, index, spec, value))
+                self._values.append(value)
+                self._pieces.append(Piece(sender, receiver, index, spec, value))
             offset += _aligned(spec.nbytes)
         return offset
 
     def _stage(self, receiver_rank: int) -> dict[tuple[int, int], Value]:
-        """The receiver's own leaves, in the sender's dtype, once per layer; by (leaf, layer)."""
+        """The staged values of a receiver's own leaves, in the sender's dtype, by (leaf, layer)."""
         receiver, header = self._to(receiver_rank), self._receivers[receiver_rank]
         sender = next(iter(self._senders.values()))
         values: dict[tuple[int, int], Value] = {}
@@ -255,8 +257,8 @@ class _Planner:
             for layer in range(resharding.layers):
                 values[index, layer] = Value(receiver, None, index, offset, spec, layer)
                 offset += _aligned(spec.nbytes)
-        self.staging_bytes[receiver] = offset
-        self.values += values.values()
+        self._staging_bytes[receiver] = offset
+        self._values += values.values()
         return values
 
     def _near(self, sender: int, receiver: int) -> bool:

@@ -29,8 +29,7 @@ from grafter.core.roles import receiver_role, sender_role
 from grafter.errors import GrafterError, RunError, UsageError
 from grafter.rank.grafter import Grafter
 from grafter.runtime.dispatch import Dispatch
-from grafter.runtime.gradients.watched import PHASE as BACKWARD
-from grafter.runtime.gradients.watched import WatchedGradient
+from grafter.runtime.gradients.watched import BACKWARD, WatchedGradient
 from grafter.runtime.local_value import LocalValues, Point
 from grafter.runtime.session import Session
 from grafter.store.dumps.taken import Taken

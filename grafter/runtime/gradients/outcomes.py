@@ -9,7 +9,7 @@ from grafter.core.messages.participants import own_participants
 from grafter.core.point_fate import PointFate, fate_of
 from grafter.errors import RunError
 from grafter.runtime.dispatch import Dispatch, among_holders
-from grafter.runtime.gradients.watched import NO_GRADIENT, PHASE, SavedGradient, WatchedGradient
+from grafter.runtime.gradients.watched import BACKWARD, NO_GRADIENT, SavedGradient, WatchedGradient
 from grafter.runtime.local_value import Point, PointTools
 from grafter.runtime.rank_context import RankContext
 from grafter.runtime.session import Session
@@ -50,7 +50,7 @@ class GradientOutcomes:
         if saved.came:
             # Backward through one graph twice: another firing of the same point.
             tags, key_tags = {**point.tags, "name": point.key.name}, self._context.config.key_tags
-            point = point._replace(key=self._context.steps.next_key(tags, key_tags, PHASE))
+            point = point._replace(key=self._context.steps.next_key(tags, key_tags, BACKWARD))
         saved.came = True
         self._dumps.finish(self._take(self._dispatch.with_holders(point), gradient))
 

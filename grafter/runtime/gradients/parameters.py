@@ -16,7 +16,7 @@ from grafter.core.roles import Direction, receiver_role
 from grafter.core.untraced import untraced
 from grafter.errors import UsageError
 from grafter.runtime.gradients.outcomes import GradientOutcomes
-from grafter.runtime.gradients.watched import PHASE, SavedGradient, WatchedGradient
+from grafter.runtime.gradients.watched import BACKWARD, SavedGradient, WatchedGradient
 from grafter.runtime.local_value import Point, PointTools
 from grafter.runtime.rank_context import RankContext
 
@@ -93,7 +93,7 @@ class ParameterGradients:
     def _choose(self, name: PointName) -> tuple[Direction | None, bool, PointOptions]:
         """(direction, whether it is saved, options)."""
         rules, step = self._context.rules, self._context.steps.step
-        full = {**name.tags, "name": name.name, "step": step, "phase": PHASE}
+        full = {**name.tags, "name": name.name, "step": step, "phase": BACKWARD}
         direction = rules.filters.direction_of(full)
         saves = self._dumps.accepts(direction, step, is_chosen=rules.filters.saves(full))
         return direction, saves, rules.options.options_of(name.name, {})
@@ -107,7 +107,7 @@ class ParameterGradients:
         direction, saves, options = self._choose(name)
         if (direction is None and not saves) or not options.gradients:
             return
-        key = context.steps.next_key({**name.tags, "name": name.name}, context.config.key_tags, PHASE)
+        key = context.steps.next_key({**name.tags, "name": name.name}, context.config.key_tags, BACKWARD)
         options = replace(options, write="in_place", gradient="straight_through")
         site = f"the parameter {name.name}"
         point = Point(key, direction, options, dict(name.tags), site, is_parameter=True)

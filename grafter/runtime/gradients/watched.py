@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from grafter.store.dumps.taken import Taken
 
-PHASE = "backward"
+BACKWARD = "backward"
 NO_GRADIENT = "no gradient came to this point"
 
 

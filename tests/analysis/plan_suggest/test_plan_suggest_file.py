@@ -241,7 +241,7 @@ def test_of_two_copies_of_a_model_one_counts() -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "is no module tree"),
+        ("", "is not a module tree"),
         ("{}", "schema_version: Field required"),
         ('{"schema_version": 9, "role": "baseline", "role_rank": 0, "models": []}', "has version 9"),
         ('{"schema_version": 1, "role": "baseline", "role_rank": 0, "models": []}', "it has no model"),

@@ -222,7 +222,7 @@ def test_any_one_filter_is_enough(name: str) -> None:
         ("backend", "mpi", "auto, gloo, nccl"),
         ("stats", "no", "full, light, off"),
         ("attach", "model.*, a.{b", "'a.{b' of attach, at character 10"),
-        ("attach", "!", "at character 1, is no pattern"),
+        ("attach", "!", "at character 1, is not a pattern"),
         ("log_level", "loud", "debug, info, warning, error"),
         ("on_transform_error", "ignore", "skip, raise"),
         ("on_peer_loss", "skip", "raise, detach"),

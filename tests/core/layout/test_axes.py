@@ -53,7 +53,7 @@ def test_a_place_outside_of_its_axis_is_refused_and_nothing_is_set(place: Any) -
 
 
 def test_an_axis_is_a_word_and_axes_a_dict() -> None:
-    with pytest.raises(LayoutError, match="'a b' is no name for a mesh axis"):
+    with pytest.raises(LayoutError, match="'a b' is not a name for a mesh axis"):
         read_axes({"a b": (0, 1)})
     with pytest.raises(LayoutError, match=r"it is a dict such as \{'tp': \(rank, size\)\}"):
         read_axes((0, 1))

@@ -222,10 +222,10 @@ def test_placements_that_torch_itself_keeps_apart_are_refused() -> None:
     from torch.distributed.tensor._ops._embedding_ops import _MaskPartial
 
     for masked in (_MaskPartial(offset_shape=torch.Size((6,)), offset_dim=0), OwnPartial()):
-        assert "whose summands have an operation of their own. Redistribute it to Shard or Replicate" in refusal(masked)
+        assert "whose reduction grafter does not know. Redistribute it to Shard or Replicate" in refusal(masked)
     assert "of the class OwnShard, which grafter does not know" in refusal(OwnShard(0))
     assert "of the class OwnReplicate, which grafter does not know" in refusal(OwnReplicate())
-    assert "an operation of their own" in refusal(Partial("bitwise"))
+    assert "whose reduction grafter does not know" in refusal(Partial("bitwise"))
 
 
 def test_a_dtensor_in_another_shard_order_is_refused() -> None:
@@ -276,7 +276,7 @@ def of_mesh(mesh: str, place: int, dims: str | None = None) -> DeclaredLayout:
 
 
 TWO_TENSORS = (
-    "the DTensors of baseline rank {} and baseline rank {} are two tensors, each on a mesh of its own. If they are "
+    "the DTensors of baseline rank {} and baseline rank {} are two tensors, on two meshes. If they are "
     'copies, name the axis in which their ranks differ: dims="... # dp:replicated", with set_axes or set_mesh; if not, '
     "give ranks= of those that share one."
 )

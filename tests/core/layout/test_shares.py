@@ -119,8 +119,7 @@ def test_zigzag_gives_the_kth_and_the_kth_last_of_twice_as_many_chunks(cp: int) 
 def test_zigzag_goes_only_where_it_divides() -> None:
     text = refusal(role_headers("baseline", "b s[cp:zigzag]", [(1, 3)] * 2, on_axis("cp", 2)))
     assert text == (
-        "'b s[cp:zigzag]': s[cp:zigzag] cuts 6 into 2 x 2 equal chunks, which does not go. Pad each sequence to a "
-        "multiple of 4."
+        "'b s[cp:zigzag]': s[cp:zigzag] cannot cut 6 into 2 x 2 equal chunks. Pad each sequence to a multiple of 4."
     )
     text = refusal(role_headers("baseline", "b s[cp:zigzag]", [(1, 3), (1, 5)], on_axis("cp", 2)))
     assert text.endswith("s[cp:zigzag] gives every rank as much, and the ranks of cp hold [3, 5].")
@@ -153,7 +152,7 @@ def test_packed_sequences_need_their_lengths() -> None:
     assert "seq_lens= makes 12, and the ranks hold 8 together" in refusal(
         role_headers("baseline", "t[cp:zigzag] h", [(4, 1)] * 2, places, seq_lens=[4, 8])
     )
-    assert "cuts 6 into 2 x 2 equal chunks" in refusal(
+    assert "cannot cut 6 into 2 x 2 equal chunks" in refusal(
         role_headers("baseline", "t[cp:zigzag] h", [(4, 1)] * 2, places, seq_lens=[6, 2])
     )
     both = [{"cp": (r % 2, 2), "sp": (r // 2, 2)} for r in range(4)]
@@ -204,9 +203,9 @@ def test_a_stretch_of_a_local_dim_is_cut_as_a_list_would_be(data: st.DataObject)
         ((4, "x"), [], "global_shape: .* must be whole numbers"),
         (4, [], "global_shape: 4 must be whole numbers"),
         ((4, 4), [(0, 0)], "a box: 0 must be whole numbers"),
-        ((4, 4), ["box"], "'box' is no box; write"),
-        ((4, 4), [((0, 0), (2, 4)), ((2, 0), (2, 4))], "each says where it begins in the local tensor"),
-        ((4, 4), [((0, 0), (2, 4), (0, 0)), ((2, 0), (2, 4), (1, 0))], "two boxes lie over each other"),
+        ((4, 4), ["box"], "'box' is not a box; write"),
+        ((4, 4), [((0, 0), (2, 4)), ((2, 0), (2, 4))], "each must say where it begins in the local tensor"),
+        ((4, 4), [((0, 0), (2, 4), (0, 0)), ((2, 0), (2, 4), (1, 0))], "two boxes overlap"),
     ],
 )
 def test_boxes_that_are_none_are_refused_at_once(shape: Any, boxes: list[Any], why: str) -> None:
@@ -234,7 +233,7 @@ def test_many_boxes_are_checked_in_one_pass() -> None:
     """A thousand sequences are two thousand boxes."""
     boxes = [((2 * n, 0), (1, 4), (n, 0)) for n in range(2000)]
     assert len(Layout((4000, 4), boxes).boxes) == 2000
-    with pytest.raises(LayoutError, match=r"two boxes lie over each other in the local tensor: at \[7, 0\] and at"):
+    with pytest.raises(LayoutError, match=r"two boxes overlap in the local tensor: at \[7, 0\] and at"):
         Layout((4000, 4), [*boxes, ((1, 0), (1, 2), (7, 2))])
 
 
@@ -333,7 +332,7 @@ def test_a_peer_that_says_no_true_shape_or_fewer_layouts_than_tensors_is_refused
     (header,) = role_headers("baseline", "b h", [(2, 2)])
     for shape in ((-1, 2), (2, 2**63)):
         leaf = header.leaves[0].model_copy(update={"shape": shape})
-        assert "says that its tensor is" in refusal([header.model_copy(update={"leaves": (leaf,)})])
+        assert "announces a tensor of the impossible shape" in refusal([header.model_copy(update={"leaves": (leaf,)})])
     two = header.model_copy(update={"leaves": header.leaves * 2})
     assert "has 2 tensors and 1 layouts" in refusal([two])
     assert "names 2 dims, and baseline rank 0 has [2]" in refusal(role_headers("baseline", "b h", [(2,)]))

@@ -56,10 +56,10 @@ def refusal(sender: list[Header], receiver: list[Header], **options: bool) -> st
 
 def test_dims_have_the_same_names_on_both_sides() -> None:
     assert refusal(side("baseline", "b s h", (2, 3, 4)), side("target", "b t d", (2, 3, 4))) == (
-        "the dims have other names: h, s only at baseline ('b s h'), d, t only at target ('b t d'). Name them alike on "
-        "both sides; a dim of size 1 that one side has not got is written `1`."
+        "the dims have different names: h, s only at baseline ('b s h'), d, t only at target ('b t d'). Name them "
+        "alike on both sides; a dim of size 1 that one side lacks is written `1`."
     )
-    assert "the dims have other names: b only at baseline ('b s h'), none only at target ('s h')" in refusal(
+    assert "the dims have different names: b only at baseline ('b s h'), none only at target ('s h')" in refusal(
         side("baseline", "b s h", (1, 3, 4)), side("target", "s h", (3, 4))
     )
 
@@ -279,8 +279,8 @@ def test_interleaved_qkv_against_separate_parts_as_boxes_with_key_heads_held_twi
 def test_a_partial_receiver_is_refused_unless_the_first_gets_all() -> None:
     sender, receiver = side("baseline", "h", (4,)), side("target", "h[tp:partial]", (4,), (4,))
     assert refusal(sender, receiver) == (
-        "'h[tp:partial]' at target is partial: its ranks hold summands, and a value has no one way to be shared out "
-        "among them. Graft it after its reduction, or set GRAFTER_PARTIAL_TARGET=first: the first rank gets the value, "
+        "'h[tp:partial]' at target is partial: its ranks hold summands, and a value can be split into summands in "
+        "many ways. Graft it after its reduction, or set GRAFTER_PARTIAL_TARGET=first: the first rank gets the value, "
         "the others zeros."
     )
     first = reshard(sender, receiver, first_summand_gets_all=True)
@@ -295,7 +295,7 @@ def test_a_receiver_whose_summands_are_no_sum_is_refused_in_any_case() -> None:
         for n in range(2)
     ]
     receiver = role_headers("target", None, [(4,), (4,)], layouts=layouts)
-    assert "is partial by max, and a value and zeros have it only as their sum" in refusal(
+    assert "is partial by max, and only the sum of a value and zeros is the value" in refusal(
         side("baseline", None, (4,)), receiver, first_summand_gets_all=True
     )
 
@@ -331,12 +331,12 @@ def test_a_hole_among_boxes_is_named_by_its_first_place() -> None:
     parts = [((2, 4), [((row, 0), (2, 4), (0, 0))]) for row in (0, 4)]
     text = refusal(boxes("baseline", (6, 4), *parts, dims="s h"), side("target", "s h", (6, 4)))
     assert text == (
-        "the parts of Layout of [6, 4] at baseline leave a hole: they hold 16 of 24 places of s=6 x h=4, and nobody "
+        "the parts of Layout of [6, 4] at baseline leave a hole: they hold 16 of 24 places of s=6 x h=4, and no rank "
         "holds s at 2, h at 0. All ranks that hold a part take part in the point."
     )
     parts = [((2, 3), [((row, 0), (2, 3), (0, 0))]) for row in (0, 2)]
     text = refusal(boxes("baseline", (4, 4), *parts, dims="s h"), side("target", "s h", (4, 4)))
-    assert "nobody holds s at 0, h at 3" in text
+    assert "no rank holds s at 0, h at 3" in text
 
 
 def test_boxes_that_overlap_without_being_copies_are_refused_naming_both_ranks() -> None:
@@ -357,7 +357,7 @@ def test_a_part_of_a_mesh_that_nobody_brought_is_named() -> None:
     ]
     sender = role_headers("baseline", None, [(2, 2)] * 3, layouts=layouts)
     text = refusal(sender, side("target", "s h", (4, 4)))
-    assert "it is cut into 4 parts, the ranks of the point hold 3 of them, and nobody holds s 2:4, h 2:4" in text
+    assert "it is cut into 4 parts, the ranks of the point hold 3 of them, and no rank holds s 2:4, h 2:4" in text
 
 
 def test_a_summand_that_nobody_brought_is_named() -> None:
@@ -366,7 +366,7 @@ def test_a_summand_that_nobody_brought_is_named() -> None:
         for n in (0, 2)
     ]
     sender = role_headers("baseline", None, [(4,)] * 2, layouts=layouts)
-    assert "and nobody holds s 0:4, summand 1" in refusal(sender, side("target", "s", (4,)))
+    assert "and no rank holds s 0:4, summand 1" in refusal(sender, side("target", "s", (4,)))
 
 
 # --- overlap

@@ -21,7 +21,8 @@ from grafter.core.messages.roster import Roster
 from grafter.core.plan.decision import TransferDecision, decide
 from grafter.core.plan.transfer_plan import TransferPlan, make_plan
 from grafter.core.records import TensorStatistics
-from grafter.core.tokens.tokens import FEW, Tokens
+from grafter.core.tokens.runs import FEW
+from grafter.core.tokens.tokens import Tokens
 
 
 def a_turn(length: int, start: int, **fields: Any) -> Pair:

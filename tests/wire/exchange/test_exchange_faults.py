@@ -156,7 +156,7 @@ def copy_slowly(rank: Rank, count: list[int]) -> None:
             rank.wait_for("go on", 90)
         copy_chunk(into, value)
 
-    copying.CHUNK_BYTES = MIB  # type: ignore[misc]
+    copying.COPY_CHUNK_BYTES = MIB  # type: ignore[misc]
     copying._copy_chunk = copy_and_count
 
 

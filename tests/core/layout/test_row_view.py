@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from point_parts import header, pair, spec
 
 from grafter.core.layout.declared import DeclaredLayout
+from grafter.core.layout.row_view import common_row_ndim, leading_row_dims
 from grafter.core.messages.announced_tokens import announce
 from grafter.core.messages.manifest import Header
 from grafter.core.plan.decision import decide
-from grafter.core.tokens.matching import common_row_ndim, leading_row_dims
 from grafter.core.tokens.tokens import Tokens
 
 # One conversation of 12 tokens, 32 values each.

@@ -14,7 +14,7 @@ from point_parts import header, pair, roster, spec
 from token_batches import UNTOUCHED, WIDTH, Batch, HeldRows, Row, Token, any_rows, batches, code, tokens_of
 from torch.distributed.tensor import Replicate, Shard
 
-from grafter.core.layout import token_rows
+from grafter.core.layout import row_numbering
 from grafter.core.layout.declared import DeclaredLayout
 from grafter.core.layout.dtensor import read_dtensor
 from grafter.core.messages.announced_tokens import AnnouncedTokens, announce
@@ -75,7 +75,7 @@ def moved(
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.data(), st.booleans(), st.sampled_from(["in_place", "return"]), st.sampled_from([0, token_rows.FEW]))
+@given(st.data(), st.booleans(), st.sampled_from(["in_place", "return"]), st.sampled_from([0, row_numbering.FEW]))
 def test_each_row_gets_the_value_of_its_token_and_all_others_stay(
     data: st.DataObject, windows: bool, write: str, few: int
 ) -> None:
@@ -89,7 +89,7 @@ def test_each_row_gets_the_value_of_its_token_and_all_others_stay(
             for column, number in enumerate(held.columns):
                 held.by_rows[row, column] = code(token, number) if token else -1
     both = Pair(as_it_travels(sender.headers("baseline")), as_it_travels(receiver.headers("target")))
-    with patch.object(token_rows, "FEW", few):
+    with patch.object(row_numbering, "FEW", few):
         decision = decide("b2t", both)
     met = all_kept(sender) & all_kept(receiver)
     if not met:
@@ -223,13 +223,13 @@ def test_a_peer_that_announces_rows_that_it_has_not_got_is_refused() -> None:
 
 
 @settings(max_examples=100, deadline=None)
-@given(batches(windows=False), batches(windows=False), st.sampled_from([0, token_rows.FEW]))
+@given(batches(windows=False), batches(windows=False), st.sampled_from([0, row_numbering.FEW]))
 def test_how_far_a_sequence_got_is_told_alike_on_both_sides(sender: Batch, receiver: Batch, few: int) -> None:
     both = pair(sender.headers("baseline"), receiver.headers("target"))
     decision = decide("b2t", both)
     met = all_kept(sender) & all_kept(receiver)
     reached = {name: max(p for n, p in met if n == name) + 1 for name in {name for name, _ in met}}
     assert decision.rows is not None
-    with patch.object(token_rows, "FEW", few):
+    with patch.object(row_numbering, "FEW", few):
         told = [decision.rows.reached(side.headers[0]) for side in (both.baseline, both.target)]
     assert told == [reached, reached]

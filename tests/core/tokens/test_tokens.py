@@ -149,8 +149,8 @@ def test_no_rows_are_tokens_too() -> None:
         (lambda: Tokens.from_positions(7, [0]), "not int"),
         (lambda: Tokens.from_positions([[[1]]], [[[1]]]), "positions has 3 dims"),
         (lambda: Tokens.from_positions(1, 2), "positions has 0 dims"),
-        (lambda: Tokens.from_positions([[1, 1], [1]], [[0, 1], [2, 3]]), "other lengths"),
-        (lambda: Tokens.from_positions([[1, 1]], [[0, 1], [2]]), "positions: its rows have other lengths"),
+        (lambda: Tokens.from_positions([[1, 1], [1]], [[0, 1], [2, 3]]), "differ in length"),
+        (lambda: Tokens.from_positions([[1, 1]], [[0, 1], [2]]), "positions: its rows differ in length"),
         (lambda: Tokens.from_positions([1], [1 << 62]), "too large"),
         (lambda: Tokens.from_positions([1, 1], [0, 1], token_ids=[5]), r"token_ids is \[1\], and positions \[2\]"),
         (
