@@ -10,8 +10,8 @@ import pytest
 from compare_parts import compared, json_told, random, sides, told
 from dump_parts import RankDumps
 
-from grafter.analysis.compare.record import FindingRecord, Measures, PointRecord, json_schema
-from grafter.analysis.compare.verdict import innermost_culprits, split_name, with_severity
+from grafter.analysis.compare.comparison_records import FindingRecord, Measures, PointRecord, json_schema
+from grafter.analysis.compare.conclusion import innermost_culprits, split_name, with_severity
 
 X = random(4, 8)
 

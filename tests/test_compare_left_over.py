@@ -15,7 +15,7 @@ from dump_parts import RankDumps
 
 from grafter.analysis.compare import comparison as comparison_module
 from grafter.analysis.compare import point_comparison
-from grafter.analysis.compare.record import LeafRecord
+from grafter.analysis.compare.comparison_records import LeafRecord
 from grafter.config.settings.config import GrafterConfig
 from grafter.rank.grafter import Grafter
 

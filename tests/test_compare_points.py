@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grafter.analysis.compare.alignment import Alignment
+from grafter.analysis.compare.comparison_records import LeafRecord, Measures, PointRecord
 from grafter.analysis.compare.measuring import measure_pair
-from grafter.analysis.compare.record import LeafRecord, Measures, PointRecord
 from grafter.core.layout.dims import parse_dims
 from grafter.core.layout.runs import whole
 from grafter.core.layout.shares import RoleShares, Share

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grafter.analysis.compare.comparison import Choice, compare
-from grafter.analysis.compare.record import PointRecord
+from grafter.analysis.compare.comparison_records import PointRecord
 from grafter.core.rows.tokens import Tokens
 from grafter.store.dumps.reader import open_dumps
 

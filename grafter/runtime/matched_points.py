@@ -29,8 +29,8 @@ from grafter.runtime.rank_status import RankStatus
 from grafter.runtime.recompute.recompute import Recomputations
 from grafter.runtime.session import Session
 from grafter.runtime.windows import ends_of
+from grafter.store.dumps.pending_record import Taken
 from grafter.store.dumps.rank_dumps import RankDumps
-from grafter.store.dumps.taken import Taken
 from grafter.store.recording import RecordedPart
 
 logger = logging.getLogger("grafter")

@@ -28,8 +28,8 @@ from grafter.runtime.posting import Posting
 from grafter.runtime.rank_summary import Tally
 from grafter.runtime.recompute.recompute import Recomputations
 from grafter.runtime.session import Session
+from grafter.store.dumps.pending_record import Taken
 from grafter.store.dumps.rank_dumps import RankDumps
-from grafter.store.dumps.taken import Taken
 
 
 class Meetings:

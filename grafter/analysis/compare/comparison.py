@@ -17,10 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from grafter.analysis.compare.other_leaves import Which
-from grafter.analysis.compare.pairs import Pair, alone, find_pairs
-from grafter.analysis.compare.point_comparison import Compared, PointTask, compare_point, describe
-from grafter.analysis.compare.record import (
+from grafter.analysis.compare.comparison_records import (
     ComparisonHeader,
     FindingKind,
     FindingRecord,
@@ -28,7 +25,10 @@ from grafter.analysis.compare.record import (
     PointRecord,
     SummaryRecord,
 )
-from grafter.analysis.compare.verdict import Chosen, describe_verdict, innermost_culprits, with_severity
+from grafter.analysis.compare.conclusion import Chosen, describe_verdict, innermost_culprits, with_severity
+from grafter.analysis.compare.other_leaves import Which
+from grafter.analysis.compare.point_comparison import Compared, PointTask, compare_point, describe
+from grafter.analysis.compare.point_pairs import Pair, alone, find_pairs
 from grafter.config.thresholds import Threshold, Thresholds
 from grafter.core.filters.expression import parse_filter
 from grafter.core.patterns import compile_match

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from grafter.analysis.compare.alignment import Alignment, Block, Side, WholeTensor
-from grafter.analysis.compare.record import Between, KlRecord, Measures, RowRecord, RowsRecord, UlpRecord
+from grafter.analysis.compare.comparison_records import Between, KlRecord, Measures, RowRecord, RowsRecord, UlpRecord
 from grafter.core.measures.flat_chunks import PACKED_FLOAT4, is_opaque
 from grafter.core.measures.magnitudes import Between as Bounds
 from grafter.core.measures.pair_stream import ByteStream, Measurement, PairStream

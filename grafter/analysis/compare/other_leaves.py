@@ -8,13 +8,13 @@ from typing import Any, Literal
 
 import torch
 
-from grafter.analysis.compare.pairs import Pair
-from grafter.analysis.compare.record import LeafRecord
+from grafter.analysis.compare.comparison_records import LeafRecord
+from grafter.analysis.compare.point_pairs import Pair
 from grafter.errors import GrafterError
+from grafter.store.dumps.pending_record import checksum
 from grafter.store.dumps.point import DumpedPoint
 from grafter.store.dumps.record import MAX_REPR, TENSOR_MARK, DumpedLeaf
 from grafter.store.dumps.record_file import shown
-from grafter.store.dumps.taken import checksum
 
 
 def with_unsaved(leaves: Sequence[LeafRecord], pair: Pair, *, with_values: bool) -> list[LeafRecord]:

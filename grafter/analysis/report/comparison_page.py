@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
-from grafter.analysis.compare.pairs import Pair, find_pairs
-from grafter.analysis.compare.record import (
+from grafter.analysis.compare.comparison_records import (
     ComparisonHeader,
     FindingRecord,
     LeafRecord,
@@ -19,6 +18,7 @@ from grafter.analysis.compare.record import (
     SummaryRecord,
     read_line,
 )
+from grafter.analysis.compare.point_pairs import Pair, find_pairs
 from grafter.analysis.report.dumped_pictures import MOST_PICTURES, draw_worst
 from grafter.analysis.report.page_data import Environment, Finding, PageData, PagePoint, PageVerdict
 from grafter.analysis.report.pictures import Picture

@@ -14,7 +14,7 @@ from grafter.errors import GrafterError
 
 if TYPE_CHECKING:
     from grafter.analysis.compare.alignment import WholeTensor
-    from grafter.analysis.compare.pairs import Pair
+    from grafter.analysis.compare.point_pairs import Pair
     from grafter.store.dumps.point import DumpedPoint, Which
     from grafter.store.dumps.reader import Dumps
 
@@ -61,7 +61,7 @@ def has_role_dumps(directory: Path) -> bool:
 
 
 def _pair_up(points: Sequence[PagePoint], a: Dumps, b: Dumps) -> list[tuple[PagePoint, Pair]]:
-    from grafter.analysis.compare.pairs import Pair
+    from grafter.analysis.compare.point_pairs import Pair
 
     dumped = {}
     for one in a.points:
@@ -117,8 +117,8 @@ def _read_pair(pair: Pair, leaf: str, which: Which) -> tuple[WholeTensor, WholeT
     """Both jobs' whole tensors. If the points were paired by token: the rows that both jobs have."""
     if not pair.by_token:
         return _reader(pair.a[0], leaf, which), _reader(pair.b[0], leaf, which)
-    from grafter.analysis.compare.paired_rows import PairedRows
-    from grafter.analysis.compare.token_rows import RowSource, tokens_of
+    from grafter.analysis.compare.gathered_rows import RowSource, tokens_of
+    from grafter.analysis.compare.row_pairing import PairedRows
 
     sides = []
     for points in (pair.a, pair.b):

@@ -8,12 +8,11 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
-from grafter.analysis.locate.judgement import judge
+from grafter.analysis.locate.added_error import judge
 from grafter.analysis.locate.measure import measure_run
 from grafter.analysis.locate.verdict import Verdict
 from grafter.analysis.report.dumped_pictures import draw_run
 from grafter.analysis.report.page_data import Finding, PageData, PagePoint
-from grafter.analysis.report.run_files import ROLES, RunFiles, has_ledgers, read_run_files
 from grafter.analysis.report.run_page import (
     MEASURED,
     as_page_verdict,
@@ -22,6 +21,7 @@ from grafter.analysis.report.run_page import (
     read_points,
     run_findings,
 )
+from grafter.analysis.report.run_reading import ROLES, RunFiles, has_ledgers, read_run_files
 from grafter.errors import DumpError
 from grafter.store.dumps.record_file import opened
 

@@ -11,14 +11,13 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from grafter.analysis.compare.verdict import split_name
-from grafter.analysis.locate.judgement import judge
+from grafter.analysis.compare.conclusion import split_name
+from grafter.analysis.locate.added_error import judge
 from grafter.analysis.locate.measure import RunMeasurement, measure_run
-from grafter.analysis.locate.verdict import Verdict
-from grafter.analysis.locate.wording import describe_number
+from grafter.analysis.locate.verdict import Verdict, describe_number
 from grafter.analysis.report.dumped_pictures import draw_run
 from grafter.analysis.report.page_data import Environment, Finding, PageData, PagePoint, PageVerdict
-from grafter.analysis.report.run_files import ROLES, RunFiles, read_run_files
+from grafter.analysis.report.run_reading import ROLES, RunFiles, read_run_files
 from grafter.analysis.run.point_rows import PointRow, group_points, merge_ranks
 from grafter.analysis.run.run_findings import find_notes, find_problems
 from grafter.core.records import Difference, LedgerRecord, Role

@@ -34,7 +34,7 @@ from grafter.wire.monitor.waits import Wait
 
 if TYPE_CHECKING:
     from grafter.runtime.gradients.points import BackwardPoints
-    from grafter.store.dumps.taken import Taken
+    from grafter.store.dumps.pending_record import Taken
 
 logger = logging.getLogger("grafter")
 

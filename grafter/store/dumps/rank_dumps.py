@@ -20,8 +20,8 @@ from grafter.core.records import Outcome
 from grafter.core.roles import Direction, Place
 from grafter.errors import ConfigError, GrafterError
 from grafter.store.dumps.limits import Limits
+from grafter.store.dumps.pending_record import Taken, rows_to_save
 from grafter.store.dumps.saver import Saver
-from grafter.store.dumps.taken import Taken, rows_to_save
 from grafter.store.dumps.writer import refuse_earlier_dumps
 from grafter.store.run_files import write_run_facts
 

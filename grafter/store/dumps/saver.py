@@ -26,6 +26,7 @@ from grafter.core.rows.tokens import TokenRuns
 from grafter.core.sizes import read_size
 from grafter.core.untraced import unobserved
 from grafter.store.dumps.limits import Limits
+from grafter.store.dumps.pending_record import Parts, Taken, leaf_of, tensors_of
 from grafter.store.dumps.record import DumpedLeaf, DumpRecord, Level, MetadataEncoder, safe_repr
 from grafter.store.dumps.snapshot import (
     Buffers,
@@ -36,7 +37,6 @@ from grafter.store.dumps.snapshot import (
     snapshot_bytes,
     take_snapshot,
 )
-from grafter.store.dumps.taken import Parts, Taken, leaf_of, tensors_of
 from grafter.store.dumps.termination import Termination
 from grafter.store.dumps.writer import Backlog, earlier_dumps, file_name, record_metadata, record_text, write_tensors
 from grafter.store.written_files import LineFile

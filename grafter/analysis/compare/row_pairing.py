@@ -18,7 +18,7 @@ from itertools import product
 import numpy as np
 import numpy.typing as npt
 
-from grafter.analysis.compare.token_rows import (
+from grafter.analysis.compare.gathered_rows import (
     RowSource,
     TokenRows,
     described,

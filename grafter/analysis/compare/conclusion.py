@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from grafter.analysis.compare.record import FindingRecord, PointRecord, Severity
+from grafter.analysis.compare.comparison_records import FindingRecord, PointRecord, Severity
 
 # Of A and of B: how many points a filter chose, and of how many.
 Chosen = tuple[tuple[int, int], tuple[int, int]]

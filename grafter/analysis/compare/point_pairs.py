@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from grafter.analysis.compare.record import FindingRecord
+from grafter.analysis.compare.comparison_records import FindingRecord
 from grafter.store.dumps.point import DumpedPoint
 
 _MOST_NAMED = 5

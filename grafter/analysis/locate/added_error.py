@@ -22,8 +22,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from grafter.analysis.locate.measure import Measurement, PointId, RunMeasurement
-from grafter.analysis.locate.verdict import PointVerdict, Verdict
-from grafter.analysis.locate.wording import describe_inputs, describe_verdict
+from grafter.analysis.locate.verdict import PointVerdict, Verdict, describe_inputs, describe_verdict
 
 FLOOR_FACTOR = 16.0
 PEER_FACTOR = 100.0

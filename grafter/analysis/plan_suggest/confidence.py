@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from grafter.analysis.plan_suggest.pairs import Confidence, Found, Fused, Left, Pair, Side
 from grafter.analysis.plan_suggest.shapes import Relation
+from grafter.analysis.plan_suggest.suggestion import Confidence, Found, Fused, Left, Pair, Side
 from grafter.analysis.plan_suggest.tree import Module, Region
 from grafter.analysis.plan_suggest.vocabulary import ALIKE, KNOWN, SAME, class_likeness, name_likeness
 

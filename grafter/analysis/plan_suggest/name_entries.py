@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from grafter.analysis.plan_suggest.pairs import Confidence, NamedPair, Side, Suggestion
+from grafter.analysis.plan_suggest.suggestion import Confidence, NamedPair, Side, Suggestion
 from grafter.core.patterns import ROOT
 
 _LAYER = "{layer_id}"

@@ -6,9 +6,9 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
-from grafter.analysis.plan_suggest.pairs import Confidence, NamedLeft, NamedPair, Pair, Side, Suggestion
-from grafter.analysis.plan_suggest.region import match_regions
+from grafter.analysis.plan_suggest.region_matching import match_regions
 from grafter.analysis.plan_suggest.shapes import Relation, common_ratios, relate
+from grafter.analysis.plan_suggest.suggestion import Confidence, NamedLeft, NamedPair, Pair, Side, Suggestion
 from grafter.analysis.plan_suggest.tree import Module, linked, region_of
 from grafter.analysis.plan_suggest.vocabulary import KNOWN, name_likeness
 from grafter.capture.module_tree import ModuleTree
