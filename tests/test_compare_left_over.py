@@ -15,7 +15,7 @@ from dump_parts import RankDumps
 
 from grafter.analysis.compare import comparison as comparison_module
 from grafter.analysis.compare import point_comparison
-from grafter.analysis.compare.comparison_records import LeafRecord
+from grafter.analysis.compare.comparison_records import ComparedLeaf
 from grafter.config.settings.config import GrafterConfig
 from grafter.rank.grafter import Grafter
 
@@ -112,7 +112,7 @@ def test_a_fault_of_our_own_is_an_error_of_its_point(tmp_path: Path, monkeypatch
         for name in "xyz":
             side.add(name, random(3))
 
-    def failing(pair: Any) -> list[LeafRecord]:
+    def failing(pair: Any) -> list[ComparedLeaf]:
         if pair.a[0].name == "y":
             raise fault
         return []

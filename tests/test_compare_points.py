@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grafter.analysis.compare.alignment import Alignment
-from grafter.analysis.compare.comparison_records import LeafRecord, Measures, PointRecord
+from grafter.analysis.compare.comparison_records import ComparedLeaf, Measures, PointRecord
 from grafter.analysis.compare.measuring import measure_pair
 from grafter.core.layout.dims import parse_dims
 from grafter.core.layout.runs import whole
@@ -262,7 +262,7 @@ def test_values_as_a_graft_left_them(tmp_path: Path) -> None:
     assert [leaf_which(p.leaves[0]) for p in points] == [("value", "grafted"), ("value", "value")]
 
 
-def leaf_which(leaf: LeafRecord) -> tuple[str, str]:
+def leaf_which(leaf: ComparedLeaf) -> tuple[str, str]:
     assert leaf.a is not None and leaf.b is not None
     return leaf.a.which, leaf.b.which
 

@@ -13,7 +13,7 @@ from grafter.config.settings.plan_file import read_plan_file
 from grafter.config.thresholds import (
     KL_MEASURES,
     MEASURES,
-    NO_DIFFERENCE,
+    NO_DIFFERENCE_ALLOWED,
     THRESHOLD_FIELDS,
     Threshold,
     Thresholds,
@@ -35,9 +35,9 @@ def test_the_first_pattern_that_matches_decides() -> None:
 
 def test_without_rules_no_difference_is_allowed() -> None:
     """The rule that then holds for every name is bitwise equality."""
-    assert Thresholds([]).rule_for("any") is NO_DIFFERENCE
-    assert NO_DIFFERENCE.holds(GOOD)
-    assert not NO_DIFFERENCE.holds(GOOD | {"mismatched_fraction": 1e-9})
+    assert Thresholds([]).rule_for("any") is NO_DIFFERENCE_ALLOWED
+    assert NO_DIFFERENCE_ALLOWED.holds(GOOD)
+    assert not NO_DIFFERENCE_ALLOWED.holds(GOOD | {"mismatched_fraction": 1e-9})
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from typer.testing import CliRunner, Result
 import grafter
 from grafter.analysis.run.run_summary import read_run_summary
 from grafter.cli.main import app
-from grafter.config.control.change import Change, Decision, Proposal, proposal_place
+from grafter.config.control.change import Change, ChangeDecision, Proposal, proposal_place
 from grafter.core.messages.wire import Seal
 from grafter.core.records import LedgerRecord
 from grafter.errors import ProtocolError
@@ -199,7 +199,7 @@ def forge_proposal(port: int) -> None:
     assert access._client.seal.ignored.count == 1
 
 
-def until_decided(access: RunAccess, number: int) -> Decision:
+def until_decided(access: RunAccess, number: int) -> ChangeDecision:
     deadline = time.monotonic() + FAR
     while (decision := read_decision(access._client, number)) is None:
         assert time.monotonic() < deadline

@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 
 from grafter.cli.control_table import recorder_lines
 from grafter.cli.main import app
-from grafter.config.control.change import OPTION_OF, Answer, Change, Decision, Proposal, State
-from grafter.config.control.in_force import InForce, Verdict
+from grafter.config.control.change import OPTION_OF, Change, ChangeAnswer, ChangeDecision, Proposal, State
+from grafter.config.control.in_force import InForce, TraceVerdict
 from grafter.config.control.recorders import NONE_HERE, RecorderChange, RecorderState, recorder_states, why_none
 from grafter.config.direction_filters import DirectionFilters
 from grafter.config.options import OptionChooser
@@ -238,13 +238,13 @@ def test_a_change_of_recorders_that_says_nothing_or_too_much_is_refused(given: d
 @given(idle=st.lists(st.booleans(), min_size=1, max_size=6))
 def test_a_change_is_refused_where_it_would_change_nothing_anywhere(idle: list[bool]) -> None:
     """One rank with a recorder is enough; a rank that refuses is told first."""
-    answers = {f"rank {n}": Answer(step=n, idle=NONE_HERE if one else None) for n, one in enumerate(idle)}
+    answers = {f"rank {n}": ChangeAnswer(step=n, idle=NONE_HERE if one else None) for n, one in enumerate(idle)}
     decision = decide(answers, [], seconds=1)
     if all(idle):
         assert (decision.refused or "").startswith("it would change nothing on any rank: no grafter.RequestRecorder")
     else:
-        assert decision == Decision(step=len(idle))
-    assert decide({**answers, "last": Answer.refusal("no")}, [], seconds=1) == Decision(refused="last: no")
+        assert decision == ChangeDecision(step=len(idle))
+    assert decide({**answers, "last": ChangeAnswer.refusal("no")}, [], seconds=1) == ChangeDecision(refused="last: no")
 
 
 def test_a_recorder_is_told_in_short_whatever_its_server_gave_it(tmp_path: Path) -> None:
@@ -288,7 +288,9 @@ def test_wrong_usage_is_told_before_anything_is_asked(arguments: list[str], told
 
 def make_control(*, saves: bool = True) -> RankControl:
     place = Place("baseline", 0, 1)
-    return RankControl(START, place, StepCounter(), lambda *_: Verdict("operator", only_compares=True), saves=saves)
+    return RankControl(
+        START, place, StepCounter(), lambda *_: TraceVerdict("operator", only_compares=True), saves=saves
+    )
 
 
 def test_what_an_interrupt_keeps_from_being_taken_over_comes_again() -> None:

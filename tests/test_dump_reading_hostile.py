@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 import grafter
 from grafter.errors import DumpError
-from grafter.store.dumps.record import FORMAT_VERSION
+from grafter.store.dumps.record import DUMP_FORMAT_VERSION
 
 VALUE = torch.arange(24, dtype=torch.float32).view(4, 6)
 
@@ -426,12 +426,12 @@ def test_a_file_that_a_line_names_and_that_is_gone_is_told(tmp_path: Path) -> No
 def test_a_newer_version_says_to_update(known: bool, tmp_path: Path) -> None:
     """In a line, and in a file without one."""
     dumps = RankDumps(tmp_path)
-    record = dumps.record("x", {"": VALUE}, format_version=FORMAT_VERSION + 1)
-    dumps.write_line(json.dumps(record if known else {"format_version": FORMAT_VERSION + 1, "order": "first"}))
+    record = dumps.record("x", {"": VALUE}, format_version=DUMP_FORMAT_VERSION + 1)
+    dumps.write_line(json.dumps(record if known else {"format_version": DUMP_FORMAT_VERSION + 1, "order": "first"}))
     with pytest.raises(DumpError, match=r"rank0.dumps.jsonl:1: a newer grafter.*Update grafter"):
         grafter.open_dumps(tmp_path)
     dumps.lines.unlink()
-    dumps.add("x", VALUE, line=False, format_version=FORMAT_VERSION + 1)
+    dumps.add("x", VALUE, line=False, format_version=DUMP_FORMAT_VERSION + 1)
     with pytest.raises(DumpError, match=r"000000-x.safetensors: a newer grafter.*Update grafter"):
         grafter.open_dumps(tmp_path)
 

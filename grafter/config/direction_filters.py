@@ -11,13 +11,13 @@ from grafter.core.roles import Direction
 from grafter.errors import DirectionConflict
 
 if TYPE_CHECKING:
-    from grafter.config.options import DumpChoice
+    from grafter.config.options import DumpFilter
 
 
 class DirectionFilters:
     """The filters that are set, and what they have met: at close, one that never matched is told."""
 
-    def __init__(self, filters: Mapping[Direction, Filter], dumps: DumpChoice | None = None) -> None:
+    def __init__(self, filters: Mapping[Direction, Filter], dumps: DumpFilter | None = None) -> None:
         """dumps: which points are saved, whatever their direction."""
         self._filters = list(filters.items())
         self._dumps = dumps
@@ -29,7 +29,7 @@ class DirectionFilters:
         if dumps is not None:
             if dumps.matcher is not None:
                 self.matchers += (dumps.matcher,)
-            read |= dumps.filter.names if dumps.filter is not None else set()
+            read |= dumps.expression.names if dumps.expression is not None else set()
         self._matched: set[Direction] = set()
         self._read = frozenset(read - {"name", "step", "phase"})
         self._had_directions = bool(self._filters)
@@ -100,8 +100,8 @@ class DirectionFilters:
         """The filters as they are told; and those of them that have matched."""
         own = [f"{d}: {f.source}" for d, f in self._filters]
         matched = {f"{d}: {f.source}" for d, f in self._filters if d in self._matched}
-        if self._dumps is not None and self._dumps.filter is not None:
-            text = f"dump: {self._dumps.filter.source}"
+        if self._dumps is not None and self._dumps.expression is not None:
+            text = f"dump: {self._dumps.expression.source}"
             own.append(text)
             if not self._dumps.never_matched():
                 matched.add(text)

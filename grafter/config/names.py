@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
-from grafter.core.leaves import _TENSOR_MARK
+from grafter.core.leaves import TENSOR_MARK
 from grafter.core.patterns import compile_match
 from grafter.core.points import OPTIONS, OWN_TAGS
 
@@ -41,7 +41,7 @@ class PointName:
     @property
     def tensor_key(self) -> str:
         """The same of one tensor, which has a name of its own."""
-        return _TENSOR_MARK + self.key
+        return TENSOR_MARK + self.key
 
     def announced_as(self, module: PointName, suffix: str, *, is_known: bool) -> str:
         """The keys under which ranks of either job may have announced this point of `module`, as one text, in the order

@@ -144,12 +144,12 @@ def _load_transforms(config: GrafterConfig) -> dict[str, UserTransform]:
 # Which points are saved: a rule of the plan file says it, else the call's `save=`, else the dump filter.
 
 
-class DumpChoice:
+class DumpFilter:
     """One rank's choice. Asked under the lock of its points, but for `matcher`."""
 
     def __init__(self, config: GrafterConfig) -> None:
         self._config = config
-        self.filter = config.saved_points
+        self.expression = config.saved_points
         self._has_rules = any(rule.has("save") for rule in config.own_rules)
         self._has_matched = False
 
@@ -159,11 +159,11 @@ class DumpChoice:
         only a call's own `save=True` can save it."""
         if any(rule.save for rule in self._config.own_rules):
             return self._is_meant
-        return self.filter.matches if self.filter is not None else None
+        return self.expression.matches if self.expression is not None else None
 
     def saves(self, tags: Mapping[str, Any]) -> bool:
         """tags: those of the point, its own name, step and phase, and the option `save` where the call has it."""
-        if self.filter is None and not self._has_rules:
+        if self.expression is None and not self._has_rules:
             # Most runs save nothing, and each of their points asks.
             return bool(tags.get("save"))
         meant = self._is_meant(tags)
@@ -173,15 +173,15 @@ class DumpChoice:
     def could_save(self, tags: Mapping[str, Any], known: frozenset[str]) -> bool:
         """Whether a point with these tags is saved, or could be with another step or other tags than `known`."""
         said = self._said(tags)
-        if said is not None or self.filter is None:
+        if said is not None or self.expression is None:
             return bool(said)
-        return bool(self.filter.names - known) or "step" in self.filter.names or self.filter(tags)
+        return bool(self.expression.names - known) or "step" in self.expression.names or self.expression(tags)
 
     def _is_meant(self, tags: Mapping[str, Any]) -> bool:
         said = self._said(tags)
         if said is not None:
             return said
-        return self.filter is not None and self.filter.matches(tags)
+        return self.expression is not None and self.expression.matches(tags)
 
     def _said(self, tags: Mapping[str, Any]) -> bool | None:
         if self._has_rules:
@@ -192,4 +192,4 @@ class DumpChoice:
         return said
 
     def never_matched(self) -> list[str]:
-        return [f"dump: {self.filter.source}"] if self.filter is not None and not self._has_matched else []
+        return [f"dump: {self.expression.source}"] if self.expression is not None and not self._has_matched else []

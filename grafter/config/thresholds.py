@@ -19,7 +19,7 @@ from grafter.core.filters.expression import Filter, parse_filter
 from grafter.core.patterns import compile_match
 from grafter.errors import ConfigError
 
-Value = float | int | None
+MeasureValue = float | int | None
 
 # What a rule may read. With `narrow_` before it, the same of both tensors in the narrower of the two dtypes.
 MEASURES = (
@@ -71,7 +71,7 @@ class Threshold:
     def matches(self, name: str) -> bool:
         return compile_match(self.match).fullmatch(name) is not None
 
-    def holds(self, values: Mapping[str, Value]) -> bool:
+    def holds(self, values: Mapping[str, MeasureValue]) -> bool:
         """Whether the measures satisfy it. One that is not there, or None, satisfies no comparison."""
         nonfinite = ["nan", "inf"]
         if any(name.startswith(_NARROW) for name in self.names):
@@ -97,7 +97,7 @@ def complain_of_measure(name: str) -> str | None:
 
 
 # Where nobody said what a difference may be, none may be.
-NO_DIFFERENCE = Threshold("*", "mismatched_fraction == 0", "without thresholds")
+NO_DIFFERENCE_ALLOWED = Threshold("*", "mismatched_fraction == 0", "without thresholds")
 
 
 class Thresholds:
@@ -109,7 +109,7 @@ class Thresholds:
     def rule_for(self, name: str) -> Threshold | None:
         """The first rule that matches; None where none does."""
         if not self.rules:
-            return NO_DIFFERENCE
+            return NO_DIFFERENCE_ALLOWED
         return next((rule for rule in self.rules if rule.matches(name)), None)
 
     def never_matched(self, names: Iterable[str]) -> list[Threshold]:

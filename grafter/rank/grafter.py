@@ -24,7 +24,7 @@ from grafter.capture.attached_models import AttachedModels
 from grafter.capture.attachment import Attachment
 from grafter.capture.parameters import dump_weights
 from grafter.capture.traced import is_being_traced
-from grafter.config.control.in_force import Verdict
+from grafter.config.control.in_force import TraceVerdict
 from grafter.config.direction_filters import DirectionFilters
 from grafter.config.options import OptionChooser
 from grafter.config.settings.config import GrafterConfig
@@ -101,7 +101,7 @@ class Grafter:
         if config.warm_up:
             self._begin_warm_up()
         self.dumps = RankDumps(config, self._place, self.offers.axes, lambda: self.entry.run_directory())
-        self.filters = DirectionFilters(config.filters, self.dumps.choice)
+        self.filters = DirectionFilters(config.filters, self.dumps.filter)
         judge = TraceJudge(self.options, has_gradients=self.has_gradients).judge
         self.control = RankControl(config, self._place, self.steps, judge, saves=self.saves_points)
         begun = Begun(Memory(read_size(config.outbox_bytes)))
@@ -245,7 +245,9 @@ class Grafter:
         self.meetings.stats = coming.in_force.stats
         self.options.take_over(coming.config)
         dumped = coming.in_force.dumped_steps
-        self.dumps.take_over(coming.config, coming.choice, (dumped.first, dumped.end) if dumped is not None else None)
+        self.dumps.take_over(
+            coming.config, coming.dump_filter, (dumped.first, dumped.end) if dumped is not None else None
+        )
 
     def attach(
         self,
@@ -275,7 +277,7 @@ class Grafter:
             lambda name, tensor: Grafter.dump_point(self, name.name, tensor, {**given, **name.tags}),
         )
 
-    def trace(self, name: str, arguments: dict[str, Any]) -> Verdict:
+    def trace(self, name: str, arguments: dict[str, Any]) -> TraceVerdict:
         """How a point in code that is being compiled is taken.
 
         An operator where nothing needs to be written into the value's memory; else the call breaks the graph. Nothing,

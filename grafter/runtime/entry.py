@@ -21,7 +21,7 @@ from grafter.errors import JoinError
 from grafter.runtime.hooked_models import HookedModels
 from grafter.runtime.rank_control import RankControl
 from grafter.runtime.session import Begun, Joining, Session
-from grafter.store.dumps.rank_dumps import open_run
+from grafter.store.dumps.rank_dumps import open_standalone_run
 from grafter.store.ledger import write_summary
 from grafter.store.recording import write_rank_facts
 from grafter.wire.store_client import HostedStore
@@ -72,7 +72,7 @@ class Entry:
         `joined`.
         """
         if self._config.only_dumps:
-            self._alone_directory = open_run(self._config, self._place)
+            self._alone_directory = open_standalone_run(self._config, self._place)
             self._write_facts(self._alone_directory, None)
             return
         config, store = self._config, None

@@ -29,7 +29,7 @@ from grafter.runtime.rank_status import RankStatus
 from grafter.runtime.recompute.recompute import Recomputations
 from grafter.runtime.session import Session
 from grafter.runtime.windows import ends_of
-from grafter.store.dumps.pending_record import Taken
+from grafter.store.dumps.pending_record import PendingRecord
 from grafter.store.dumps.rank_dumps import RankDumps
 from grafter.store.recording import RecordedPart
 
@@ -209,7 +209,7 @@ class MatchedPoints:
         site: str,
         direction: Direction,
         module: str | None,
-    ) -> Taken | None:
+    ) -> PendingRecord | None:
         """What is saved of a point that is grafted or compared, as it is now."""
         part = self.recorded_part(offer, options, direction, site, module)
         starts = offer.tokens.starts if offer.tokens is not None else ()

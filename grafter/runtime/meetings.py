@@ -28,7 +28,7 @@ from grafter.runtime.posting import Posting
 from grafter.runtime.rank_summary import Tally
 from grafter.runtime.recompute.recompute import Recomputations
 from grafter.runtime.session import Session
-from grafter.store.dumps.pending_record import Taken
+from grafter.store.dumps.pending_record import PendingRecord
 from grafter.store.dumps.rank_dumps import RankDumps
 
 
@@ -60,7 +60,7 @@ class Meetings:
         options: PointOptions,
         tags: dict[str, Any],
         site: str,
-        taken: Taken | None = None,
+        taken: PendingRecord | None = None,
     ) -> Any:
         """Meet the other side at one point; what `dump` returns. taken: the point as it is saved, where it is."""
         named = {**tags, "name": key.name, "step": key.step, "phase": key.phase}
@@ -88,7 +88,9 @@ class Meetings:
         session.housekeeping.board.last_points.append((key, outcome))
         return grafted
 
-    def _post(self, posting: Posting, offer: Offer, options: PointOptions, site: str, taken: Taken | None) -> Any:
+    def _post(
+        self, posting: Posting, offer: Offer, options: PointOptions, site: str, taken: PendingRecord | None
+    ) -> Any:
         """The part of a sender that does not wait; what `dump` returns: the value."""
 
         def describe(told: Offer, place: OutboxPlace | None) -> Header:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     import torch
 
-    from grafter.config.control.in_force import Verdict
+    from grafter.config.control.in_force import TraceVerdict
     from grafter.config.direction_filters import DirectionFilters
     from grafter.config.names import PointName
     from grafter.config.options import OptionChooser
@@ -73,4 +73,4 @@ class PointHost(Protocol):
 
     def dump_point(self, name: str, value: Any, arguments: dict[str, Any], module: str | None = None) -> Any: ...
 
-    def trace(self, name: str, arguments: dict[str, Any]) -> Verdict: ...
+    def trace(self, name: str, arguments: dict[str, Any]) -> TraceVerdict: ...

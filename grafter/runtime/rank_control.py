@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from grafter.config.control.change import (
-    Answer,
-    Decision,
+    ChangeAnswer,
+    ChangeDecision,
     Proposal,
     State,
     answer_place,
@@ -26,10 +26,10 @@ from grafter.config.control.change import (
     question_place,
     state_place,
 )
-from grafter.config.control.in_force import InForce, Judge, TracedPoints, Verdict
+from grafter.config.control.in_force import InForce, Judge, TracedPoints, TraceVerdict
 from grafter.config.control.recorders import recorder_states, why_none
 from grafter.config.direction_filters import DirectionFilters
-from grafter.config.options import DumpChoice
+from grafter.config.options import DumpFilter
 from grafter.config.settings.config import GrafterConfig
 from grafter.core.messages.roster import Roster
 from grafter.core.messages.wire import read_message
@@ -57,7 +57,7 @@ class TakingOver:
     in_force: InForce
     config: GrafterConfig
     filters: DirectionFilters
-    choice: DumpChoice | None
+    dump_filter: DumpFilter | None
     number: int | None = None
     proposal: Proposal | None = None
 
@@ -68,7 +68,7 @@ class _InHand:
 
     number: int
     proposal: Proposal
-    answer: Answer
+    answer: ChangeAnswer
     accepted: InForce | None
     filters: DirectionFilters | None
     since: float
@@ -185,7 +185,7 @@ class RankControl:
 
     # On the compiler's.
 
-    def trace(self, filters: DirectionFilters, name: str, arguments: dict[str, Any]) -> Verdict:
+    def trace(self, filters: DirectionFilters, name: str, arguments: dict[str, Any]) -> TraceVerdict:
         """How a point in code that is being compiled is taken. filters: those in force."""
         with self._changed:
             return self._traced.trace(self.filters_ahead(filters), name, arguments)
@@ -256,7 +256,7 @@ class RankControl:
             except ProtocolError as error:
                 # Whoever wrote it may not: that ends the change, and not the run.
                 logger.warning("grafter: %s refuses change %d of the run: %s", self._place.who, self._number, error)
-                put_decision(client, self._number, Decision(refused=str(error)[:1000]))
+                put_decision(client, self._number, ChangeDecision(refused=str(error)[:1000]))
                 self._number += 1
 
     def _judge(self, number: int, proposal: Proposal) -> _InHand:
@@ -284,9 +284,9 @@ class RankControl:
             logger.exception("grafter: %s cannot judge change %d of the run", self._place.who, number)
             why_not = f"{type(error).__name__}: {error}"
         if why_not is not None:
-            return _InHand(number, proposal, Answer.refusal(why_not), None, None, now)
+            return _InHand(number, proposal, ChangeAnswer.refusal(why_not), None, None, now)
         idle = why_none() if proposal.change.action == "record" else None
-        return _InHand(number, proposal, Answer(step=step, idle=idle), accepted, filters, now)
+        return _InHand(number, proposal, ChangeAnswer(step=step, idle=idle), accepted, filters, now)
 
     def _learn(self, client: StoreClient) -> bool:
         """Whether the proposal in hand is decided, and then what that means here."""
@@ -333,5 +333,5 @@ class RankControl:
 
     def _made_ready(self, step: int, in_force: InForce, number: int | None, proposal: Proposal | None) -> TakingOver:
         config = in_force.configured(self._config)
-        filters, choice = in_force.filters(self._config, saves=self._saves)
-        return TakingOver(step, in_force, config, filters, choice, number, proposal)
+        filters, dump_filter = in_force.filters(self._config, saves=self._saves)
+        return TakingOver(step, in_force, config, filters, dump_filter, number, proposal)

@@ -152,7 +152,7 @@ class RecordedRank:
 
 
 @dataclass(frozen=True)
-class Recording:
+class RoleRecording:
     """The recording of one role, with all its ranks. problems: what could not be read, while the rest was."""
 
     directory: Path
@@ -189,7 +189,7 @@ def find_recording(directory: str | os.PathLike[str], role: RoleName) -> tuple[P
     return path, facts
 
 
-def open_recording(directory: str | os.PathLike[str], role: RoleName) -> Recording:
+def open_recording(directory: str | os.PathLike[str], role: RoleName) -> RoleRecording:
     """Everything except the tensors. directory: the role's, or that of the run. Raises DumpError, which names the
     fault.
     """
@@ -211,7 +211,7 @@ def open_recording(directory: str | os.PathLike[str], role: RoleName) -> Recordi
             )
         )  # fmt: skip
     problems = tuple(map(str, dumps.problems)) if dumps is not None else ()
-    return Recording(path, role, tuple(ranks), problems)
+    return RoleRecording(path, role, tuple(ranks), problems)
 
 
 def _role_directory(path: Path, role: RoleName) -> Path:

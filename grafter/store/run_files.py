@@ -55,7 +55,7 @@ def _command() -> list[str]:
 # Each role's first rank writes its role's file when it comes to that step, so a change that was agreed and never came
 # to anything is in none.
 
-FILE_NAME = "control.jsonl"
+CONTROL_LOG_NAME = "control.jsonl"
 _LINES_SHOWN = 8
 
 
@@ -74,7 +74,7 @@ class HistoryLine(BaseModel):
 
 def append_history(role_directory: Path, line: HistoryLine) -> None:
     """Raises OSError."""
-    file = LineFile(role_directory / FILE_NAME)
+    file = LineFile(role_directory / CONTROL_LOG_NAME)
     try:
         file.append(line.model_dump_json().encode())
     finally:
@@ -84,7 +84,7 @@ def append_history(role_directory: Path, line: HistoryLine) -> None:
 def read_history(run_directory: Path) -> dict[str, list[HistoryLine]]:
     """By role. A last line without its newline is left out. Raises GrafterError where a line is none."""
     found = {}
-    for path in sorted(run_directory.glob(f"*/{FILE_NAME}")):
+    for path in sorted(run_directory.glob(f"*/{CONTROL_LOG_NAME}")):
         lines = []
         for number, text in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
             try:

@@ -78,7 +78,7 @@ class AlignedDim:
 
 
 @dataclass(frozen=True)
-class Block:
+class AlignedBlock:
     """A box of the aligned dims."""
 
     starts: Numbers
@@ -103,15 +103,15 @@ class Side:
     def tensor(self) -> WholeTensor:
         return self._tensor
 
-    def read(self, block: Block) -> torch.Tensor:
+    def read(self, block: AlignedBlock) -> torch.Tensor:
         """The block's values, of the shape of its sizes; a view of the file's memory where that is possible."""
         return self._aligned(self._tensor.read(*self._box(block)), block)
 
-    def will_read(self, block: Block) -> None:
+    def will_read(self, block: AlignedBlock) -> None:
         """A hint that the block is read next."""
         self._tensor.will_read(*self._box(block))
 
-    def copies(self, block: Block) -> Iterator[tuple[Numbers, torch.Tensor]]:
+    def copies(self, block: AlignedBlock) -> Iterator[tuple[Numbers, torch.Tensor]]:
         """Every copy of it, with the ranks that have it."""
         for ranks, copy in self._tensor.copies(*self._box(block)):
             yield ranks, self._aligned(copy, block)
@@ -123,7 +123,7 @@ class Side:
             found[own.dim] += own.step * place
         return found + list(aligned[len(self._along) :])
 
-    def _box(self, block: Block) -> tuple[Numbers, Numbers]:
+    def _box(self, block: AlignedBlock) -> tuple[Numbers, Numbers]:
         offset, size = [0] * self._ndim, [1] * self._ndim
         for dim, factors in enumerate(self._factors):
             cut = self._cut(factors, block)
@@ -134,11 +134,11 @@ class Side:
         return tuple(offset), tuple(size)
 
     @staticmethod
-    def _cut(factors: Sequence[int], block: Block) -> int:
+    def _cut(factors: Sequence[int], block: AlignedBlock) -> int:
         """The first factor of a dim of which more than one value is needed: those inside of it are read whole."""
         return next((n for n, factor in enumerate(factors) if block.sizes[factor] > 1), len(factors) - 1)
 
-    def _aligned(self, box: torch.Tensor, block: Block) -> torch.Tensor:
+    def _aligned(self, box: torch.Tensor, block: AlignedBlock) -> torch.Tensor:
         shape: list[int] = []
         narrowed: list[tuple[int, int, int]] = []
         for factors in self._factors:
@@ -197,7 +197,7 @@ class Alignment:
     def row_shape(self) -> Numbers:
         return self.shape[: self.row_ndim]
 
-    def blocks(self, most_numel: int, *, last_dim_whole: bool = False) -> Iterator[Block]:
+    def blocks(self, most_numel: int, *, last_dim_whole: bool = False) -> Iterator[AlignedBlock]:
         """Blocks of at most so many values (of one value of the last dim's length, if that must be whole)."""
         shape = self.shape
         if not all(shape):
@@ -206,7 +206,7 @@ class Alignment:
             most_numel = max(most_numel, shape[-1])
         cut = next((dim for dim in range(len(shape)) if prod(shape[dim + 1 :]) <= most_numel), 0)
         if not shape:
-            yield Block((), ())
+            yield AlignedBlock((), ())
             return
         step = max(1, most_numel // prod(shape[cut + 1 :]))
         inner = (0,) * (len(shape) - cut - 1)
@@ -215,7 +215,7 @@ class Alignment:
             before = tuple(int(place) for place in np.unravel_index(number, shape[:cut])) if cut else ()
             for start in range(0, shape[cut], step):
                 size = min(step, shape[cut] - start)
-                yield Block((*before, start, *inner), (*(1 for _ in before), size, *shape[cut + 1 :]))
+                yield AlignedBlock((*before, start, *inner), (*(1 for _ in before), size, *shape[cut + 1 :]))
 
 
 def _named(dims: Sequence[AlignedDim], name: str, a: WholeTensor, b: WholeTensor) -> AlignedDim:

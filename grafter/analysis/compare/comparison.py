@@ -18,17 +18,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from grafter.analysis.compare.comparison_records import (
+    ComparedLeaf,
     ComparisonHeader,
     FindingKind,
     FindingRecord,
-    LeafRecord,
     PointRecord,
     SummaryRecord,
 )
 from grafter.analysis.compare.conclusion import Chosen, describe_verdict, innermost_culprits, with_severity
 from grafter.analysis.compare.other_leaves import Which
 from grafter.analysis.compare.point_comparison import Compared, PointTask, compare_point, describe
-from grafter.analysis.compare.point_pairs import Pair, alone, find_pairs
+from grafter.analysis.compare.point_pairs import PointPair, alone, find_pairs
 from grafter.config.thresholds import Threshold, Thresholds
 from grafter.core.filters.expression import parse_filter
 from grafter.core.patterns import compile_match
@@ -120,7 +120,7 @@ def _chosen(dumps: Dumps, expression: str | None) -> list[DumpedPoint]:
     return [point for point in dumps.points if matches(point.tags)]
 
 
-def _tasks(a: Dumps, b: Dumps, pairs: Sequence[Pair], thresholds: Thresholds, choice: Choice) -> list[PointTask]:
+def _tasks(a: Dumps, b: Dumps, pairs: Sequence[PointPair], thresholds: Thresholds, choice: Choice) -> list[PointTask]:
     places = [{id(point): place for place, point in enumerate(own.points)} for own in (a, b)]
     return [
         PointTask(
@@ -171,7 +171,7 @@ def _of_directories(a: Dumps, b: Dumps) -> Iterator[FindingRecord]:
             yield FindingRecord(what="note", text=f"{side}: {note}")
 
 
-def _of_points(points: Sequence[PointRecord], pairs: Sequence[Pair]) -> Iterator[FindingRecord]:
+def _of_points(points: Sequence[PointRecord], pairs: Sequence[PointPair]) -> Iterator[FindingRecord]:
     """What a reader of the list should not have to look for in the points themselves."""
     for point, pair in zip(points, pairs, strict=True):
         if point.verdict == "error":
@@ -199,7 +199,7 @@ def _of_points(points: Sequence[PointRecord], pairs: Sequence[Pair]) -> Iterator
             yield _of_point(point, "other_rows", text)
 
 
-def _of_copies(point: PointRecord, leaf: LeafRecord) -> FindingRecord:
+def _of_copies(point: PointRecord, leaf: ComparedLeaf) -> FindingRecord:
     """Copies that differ, whether the rule allows it or not: it is meant for the difference of two programs."""
     worst = max(leaf.replicas, key=lambda one: (not one.passed, one.difference.rel or 0.0))
     judged = "within" if worst.passed else "beyond"

@@ -17,11 +17,11 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from grafter.core.records import Difference, TensorStatistics
 
-SCHEMA_VERSION = 1
+COMPARISON_SCHEMA_VERSION = 1
 
 # failed: beyond its threshold. allowed: the same, and --allow names it. error: it could not be compared, or no rule is
 # for it. skipped: neither side holds values (a level that saves none).
-Verdict = Literal["passed", "failed", "allowed", "error", "skipped"]
+ComparisonVerdict = Literal["passed", "failed", "allowed", "error", "skipped"]
 # Of a failed point: a module's output that is bad where all its inputs are good; or where one is bad, too; or unknown,
 # since no input of it was compared, or the point is no module's output.
 Severity = Literal["culprit", "inherited", "unknown"]
@@ -36,7 +36,7 @@ class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore", ser_json_inf_nan="strings")
 
 
-class Between(_Record):
+class BoundsRecord(_Record):
     """A number known up to its bin: low <= number <= high."""
 
     low: float
@@ -74,7 +74,7 @@ class RowsRecord(_Record):
     far: int
     nonfinite: int
     first_nonfinite: list[int] | None = None
-    percentiles: dict[str, Between] = {}
+    percentiles: dict[str, BoundsRecord] = {}
     worst: list[RowRecord] = []
 
 
@@ -98,7 +98,7 @@ class Measures(_Record):
     difference: Difference
     max_abs_index_b: list[int] | None = None
     ulps: UlpRecord | None = None
-    percentiles: dict[str, Between] = {}
+    percentiles: dict[str, BoundsRecord] = {}
     magnitudes: dict[str, int] = {}
     rows: RowsRecord | None = None
     kl: list[KlRecord] = []
@@ -131,11 +131,11 @@ class ReplicaRecord(_Record):
     passed: bool
 
 
-class LeafRecord(_Record):
+class ComparedLeaf(_Record):
     """One tensor of the point; a bare tensor's path is empty. values: every measure by its name in a rule."""
 
     path: str
-    verdict: Verdict
+    verdict: ComparisonVerdict
     reason: str | None = None
     a: SideRecord | None = None
     b: SideRecord | None = None
@@ -166,7 +166,7 @@ class ComparisonHeader(_Record):
     """The first line."""
 
     kind: Literal["comparison"] = "comparison"
-    schema_version: int = SCHEMA_VERSION
+    schema_version: int = COMPARISON_SCHEMA_VERSION
     grafter_version: str
     a: str
     b: str
@@ -199,13 +199,13 @@ class PointRecord(_Record):
     occurrence: int
     call_site_a: str | None = None
     call_site_b: str | None = None
-    verdict: Verdict
+    verdict: ComparisonVerdict
     severity: Severity | None = None
     rule: str | None = None
     reason: str | None = None
     worst_leaf: str | None = None
     values: dict[str, float | int | None] = {}
-    leaves: list[LeafRecord] = []
+    leaves: list[ComparedLeaf] = []
     tokens: TokenRecord | None = None
     seconds: float = 0.0
 

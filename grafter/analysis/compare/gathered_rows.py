@@ -103,7 +103,7 @@ def _row_dims(tensor: WholeTensor, rows: int, row_ndim: int | None = None) -> li
     )
 
 
-class TokenRows:
+class GatheredRows:
     """Rows of several sources as one tensor: runs of (source, first row, count), one after the other.
 
     All sources have one dtype and, without rows, one shape and the same dims. Raises LayoutError where they have not.

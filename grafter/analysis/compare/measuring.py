@@ -11,10 +11,17 @@ from math import prod
 import numpy as np
 import torch
 
-from grafter.analysis.compare.alignment import Alignment, Block, Side, WholeTensor
-from grafter.analysis.compare.comparison_records import Between, KlRecord, Measures, RowRecord, RowsRecord, UlpRecord
+from grafter.analysis.compare.alignment import AlignedBlock, Alignment, Side, WholeTensor
+from grafter.analysis.compare.comparison_records import (
+    BoundsRecord,
+    KlRecord,
+    Measures,
+    RowRecord,
+    RowsRecord,
+    UlpRecord,
+)
 from grafter.core.measures.flat_chunks import PACKED_FLOAT4, is_opaque
-from grafter.core.measures.magnitudes import Between as Bounds
+from grafter.core.measures.magnitudes import Between
 from grafter.core.measures.pair_stream import ByteStream, Measurement, PairStream
 from grafter.core.measures.rows import Divergence
 from grafter.core.records import Difference, TensorStatistics
@@ -92,7 +99,7 @@ class _Reader:
         self._ranks: list[set[int]] = []
         self._first_ranks: set[int] = set()
 
-    def read(self, block: Block, *, with_copies: bool) -> torch.Tensor:
+    def read(self, block: AlignedBlock, *, with_copies: bool) -> torch.Tensor:
         """The block's first copy."""
         if self.side.tensor.replicas <= 1 or not with_copies:
             return self.side.read(block)
@@ -153,7 +160,7 @@ class _Pass:
             if not self._only_kl:
                 self.stream.add(b, a)
 
-    def _will_read(self, block: Block) -> None:
+    def _will_read(self, block: AlignedBlock) -> None:
         self._a.side.will_read(block)
         self._b.side.will_read(block)
 
@@ -192,9 +199,9 @@ def _has_kl(dtype: torch.dtype) -> bool:
     return not (dtype.is_complex or is_opaque(dtype) or dtype is PACKED_FLOAT4)
 
 
-def _one_ahead(blocks: Iterator[Block], announce: Callable[[Block], None]) -> Iterator[Block]:
+def _one_ahead(blocks: Iterator[AlignedBlock], announce: Callable[[AlignedBlock], None]) -> Iterator[AlignedBlock]:
     """The blocks, each of which is announced before the one before it is given."""
-    waiting: Block | None = None
+    waiting: AlignedBlock | None = None
     for block in blocks:
         announce(block)
         if waiting is not None:
@@ -247,8 +254,8 @@ def _unravelled(number: int, shape: Sequence[int]) -> list[int]:
     return [int(place) for place in np.unravel_index(number, shape)] if shape else []
 
 
-def _bounds(percentiles: dict[str, Bounds]) -> dict[str, Between]:
-    return {name: Between(low=found.low, high=found.high) for name, found in percentiles.items()}
+def _bounds(percentiles: dict[str, Between]) -> dict[str, BoundsRecord]:
+    return {name: BoundsRecord(low=found.low, high=found.high) for name, found in percentiles.items()}
 
 
 def _by_power_of_two(magnitudes: list[tuple[float, float, int]]) -> dict[str, int]:

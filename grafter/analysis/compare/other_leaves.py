@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 import torch
 
-from grafter.analysis.compare.comparison_records import LeafRecord
-from grafter.analysis.compare.point_pairs import Pair
+from grafter.analysis.compare.comparison_records import ComparedLeaf
+from grafter.analysis.compare.point_pairs import PointPair
 from grafter.errors import GrafterError
 from grafter.store.dumps.pending_record import checksum
 from grafter.store.dumps.point import DumpedPoint
@@ -17,7 +17,7 @@ from grafter.store.dumps.record import MAX_REPR, TENSOR_MARK, DumpedLeaf
 from grafter.store.dumps.record_file import shown
 
 
-def with_unsaved(leaves: Sequence[LeafRecord], pair: Pair, *, with_values: bool) -> list[LeafRecord]:
+def with_unsaved(leaves: Sequence[ComparedLeaf], pair: PointPair, *, with_values: bool) -> list[ComparedLeaf]:
     """The leaves, and those that a rank of either side did not save: what passed without them is `skipped`.
 
     with_values: whether the values of both sides were compared; a rank that has none then lacks them.
@@ -36,10 +36,10 @@ def with_unsaved(leaves: Sequence[LeafRecord], pair: Pair, *, with_values: bool)
             found.append(leaf.model_copy(update={"verdict": "skipped", "reason": why}))
         else:
             found.append(leaf.model_copy(update={"reason": f"{leaf.reason}; {why}"}))
-    return found + [LeafRecord(path=path, verdict="skipped", reason=why) for path, why in lost.items()]
+    return found + [ComparedLeaf(path=path, verdict="skipped", reason=why) for path, why in lost.items()]
 
 
-def with_missing_ranks(leaves: Sequence[LeafRecord], pair: Pair) -> list[LeafRecord]:
+def with_missing_ranks(leaves: Sequence[ComparedLeaf], pair: PointPair) -> list[ComparedLeaf]:
     """The leaves; where ranks that take part left no dump of the point, what passed without them is `skipped`."""
     lacking = [
         f"{side}'s ranks {sorted(missing)}"
@@ -69,7 +69,7 @@ def _unsaved(points: Sequence[DumpedPoint], with_values: bool) -> Iterator[tuple
                 yield from ((leaf.path, f"{who}: {shown(why)}") for leaf in record.leaves)
 
 
-def compare_others(pair: Pair, *, keep_equal: bool = False) -> list[LeafRecord]:
+def compare_others(pair: PointPair, *, keep_equal: bool = False) -> list[ComparedLeaf]:
     """The leaves that are no tensors, where they are not the same: rank by rank where both sides have the same ranks,
     else (and of rows paired by token) by the values that there are. keep_equal: those that are the same, too."""
     paths = dict.fromkeys(
@@ -80,31 +80,31 @@ def compare_others(pair: Pair, *, keep_equal: bool = False) -> list[LeafRecord]:
         try:
             leaf = _compare_other(pair, path) or _equal(pair, path, keep_equal=keep_equal)
         except GrafterError as error:
-            leaf = LeafRecord(path=path, verdict="error", reason=str(error))
+            leaf = ComparedLeaf(path=path, verdict="error", reason=str(error))
         if leaf is not None:
             found.append(leaf)
     return found
 
 
-def _equal(pair: Pair, path: str, *, keep_equal: bool) -> LeafRecord | None:
+def _equal(pair: PointPair, path: str, *, keep_equal: bool) -> ComparedLeaf | None:
     """Of a leaf that is the same: that it is, or that its repr alone is, which may leave out what differs."""
     if any(_is_cut_short(point, path) for point in (*pair.a, *pair.b)):
         reason = f"only the first {MAX_REPR} characters of its repr were saved, and these are equal"
-        return LeafRecord(path=path, verdict="skipped", reason=reason)
+        return ComparedLeaf(path=path, verdict="skipped", reason=reason)
     if not keep_equal:
         return None
     if any(_was_replaced(point, path) for point in (*pair.a, *pair.b)):
-        return LeafRecord(path=path, verdict="skipped", reason="only its repr was saved, which is equal")
-    return LeafRecord(
+        return ComparedLeaf(path=path, verdict="skipped", reason="only its repr was saved, which is equal")
+    return ComparedLeaf(
         path=path, verdict="passed", reason="it is no tensor, and is equal", values={"mismatched_fraction": 0.0}
     )
 
 
-def _compare_other(pair: Pair, path: str) -> LeafRecord | None:
+def _compare_other(pair: PointPair, path: str) -> ComparedLeaf | None:
     """None: they are the same. Raises GrafterError where an array among them cannot be read."""
     sides = pair.a, pair.b
     if any(_is_array_without_file(point, path) for points in sides for point in points):
-        return LeafRecord(path=path, verdict="skipped", reason="it is an array, whose values were not saved")
+        return ComparedLeaf(path=path, verdict="skipped", reason="it is an array, whose values were not saved")
     a, b = ([_by_rank(point, path) for point in points] for points in sides)
     if pair.by_token or a[0].keys() != b[0].keys():
         only = _differing(a, b)
@@ -115,14 +115,14 @@ def _compare_other(pair: Pair, path: str) -> LeafRecord | None:
         return None
     if not any(a) or not any(b):
         there = "A" if any(a) else "B"
-        return LeafRecord(path=path, verdict="error", reason=f"only {there} has this part of the point, no tensor")
+        return ComparedLeaf(path=path, verdict="error", reason=f"only {there} has this part of the point, no tensor")
     values = _described_values(*differing[0])
     if any(_was_replaced(point, path) for points in sides for point in points):
-        return LeafRecord(path=path, verdict="skipped", reason=f"only its repr was saved, and that differs: {values}")
+        return ComparedLeaf(path=path, verdict="skipped", reason=f"only its repr was saved, and that differs: {values}")
     if pair.by_token:
         reason = f"it is no tensor, so it is not paired by token, and differs: {values}"
-        return LeafRecord(path=path, verdict="skipped", reason=reason)
-    return LeafRecord(path=path, verdict="failed", reason=f"it is no tensor, and differs: {values}")
+        return ComparedLeaf(path=path, verdict="skipped", reason=reason)
+    return ComparedLeaf(path=path, verdict="failed", reason=f"it is no tensor, and differs: {values}")
 
 
 def _described_values(a: str, b: str) -> str:
@@ -184,7 +184,7 @@ Which = Literal["value", "grafted"]
 _OF_LAYOUT = 4
 
 
-def compare_checksums(pair: Pair, which: Which) -> LeafRecord:
+def compare_checksums(pair: PointPair, which: Which) -> ComparedLeaf:
     """Without values, the checksums of the ranks' own tensors, where both sides have them and are laid out alike."""
     sides = (pair.a, pair.b)
     # Without a checksum of one side no file of the other need be read.
@@ -199,10 +199,10 @@ def compare_checksums(pair: Pair, which: Which) -> LeafRecord:
     try:
         sums = [_checksums(points, which) if has_sums else [] for points in sides]
     except GrafterError as error:
-        return LeafRecord(path="", verdict="error", reason=str(error))
+        return ComparedLeaf(path="", verdict="error", reason=str(error))
     known = all(one[-1] is not None for side in sums for one in side) and all(sums)
     if known and sums[0] == sums[1]:
-        return LeafRecord(path="", verdict="passed", reason="equal by checksum", values={"mismatched_fraction": 0.0})
+        return ComparedLeaf(path="", verdict="passed", reason="equal by checksum", values={"mismatched_fraction": 0.0})
     said = ""
     if known and [s[:-1] for s in sums[0]] == [s[:-1] for s in sums[1]]:
         said = " Their checksums differ."
@@ -214,7 +214,7 @@ def compare_checksums(pair: Pair, which: Which) -> LeafRecord:
         for record in point.records.values()
         if record.file is None
     }
-    return LeafRecord(path="", verdict="skipped", reason=f"no values to compare: {'; '.join(sorted(reasons))}.{said}")
+    return ComparedLeaf(path="", verdict="skipped", reason=f"no values to compare: {'; '.join(sorted(reasons))}.{said}")
 
 
 def _checksum_of(leaf: DumpedLeaf, which: Which) -> str | None:

@@ -8,12 +8,12 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 
 from grafter.analysis.compare.comparison_records import (
-    LeafRecord,
+    ComparedLeaf,
+    ComparisonVerdict,
     PointRecord,
     ReplicaRecord,
     SideRecord,
     TokenRecord,
-    Verdict,
 )
 from grafter.analysis.compare.gathered_rows import RowSource, possible_row_ndims, tokens_of
 from grafter.analysis.compare.measuring import Measured, Value, measure_pair, with_row_tokens
@@ -24,8 +24,8 @@ from grafter.analysis.compare.other_leaves import (
     with_missing_ranks,
     with_unsaved,
 )
-from grafter.analysis.compare.point_pairs import Pair
-from grafter.analysis.compare.row_pairing import PairedRows
+from grafter.analysis.compare.point_pairs import PointPair
+from grafter.analysis.compare.row_pairing import RowPairing
 from grafter.config.thresholds import Threshold
 from grafter.core.rows.matching import common_row_ndim
 from grafter.core.rows.tokens import Tokens
@@ -34,7 +34,7 @@ from grafter.store.dumps.lazy_tensor import LazyTensor
 from grafter.store.dumps.point import DumpedPoint
 
 # The worse, the later.
-_ORDER: Sequence[Verdict] = ("passed", "skipped", "allowed", "failed", "error")
+_ORDER: Sequence[ComparisonVerdict] = ("passed", "skipped", "allowed", "failed", "error")
 _WITHOUT_NARROW = "narrow_"
 
 
@@ -46,7 +46,7 @@ class PointTask:
     may measure parts of it.
     """
 
-    pair: Pair
+    pair: PointPair
     order: int
     order_b: int
     which: Which
@@ -110,12 +110,12 @@ def compare_point(task: PointTask) -> Compared:
     return Compared(record, bytes_read)
 
 
-def _compare_leaves(task: PointTask) -> tuple[list[LeafRecord], TokenRecord | None, int]:
+def _compare_leaves(task: PointTask) -> tuple[list[ComparedLeaf], TokenRecord | None, int]:
     pair = task.pair
     if not any(_has_tensors(point) for point in (*pair.a, *pair.b)):
         leaves = with_unsaved(compare_others(pair, keep_equal=True), pair, with_values=False)
         leaves = with_missing_ranks(leaves, pair)
-        return leaves or [LeafRecord(path="", verdict="skipped", reason="neither side has a leaf here")], None, 0
+        return leaves or [ComparedLeaf(path="", verdict="skipped", reason="neither side has a leaf here")], None, 0
     with_values = _holds_values(pair.a) and _holds_values(pair.b)
     if with_values:
         leaves, tokens, bytes_read = _compare_tensors(task)
@@ -123,14 +123,14 @@ def _compare_leaves(task: PointTask) -> tuple[list[LeafRecord], TokenRecord | No
         leaves, tokens, bytes_read = [compare_checksums(pair, task.which)], None, 0
     leaves = with_missing_ranks(with_unsaved(leaves, pair, with_values=with_values) + compare_others(pair), pair)
     if not leaves:
-        leaves = [LeafRecord(path="", verdict="skipped", reason="neither side has a tensor here")]
+        leaves = [ComparedLeaf(path="", verdict="skipped", reason="neither side has a tensor here")]
     return leaves, tokens, bytes_read
 
 
-def _compare_tensors(task: PointTask) -> tuple[list[LeafRecord], TokenRecord | None, int]:
+def _compare_tensors(task: PointTask) -> tuple[list[ComparedLeaf], TokenRecord | None, int]:
     pair = task.pair
     paths = dict.fromkeys(path for point in (*pair.a, *pair.b) for path in point.paths)
-    leaves: list[LeafRecord] = []
+    leaves: list[ComparedLeaf] = []
     tokens: TokenRecord | None = None
     bytes_read = 0
     for path in paths:
@@ -139,7 +139,7 @@ def _compare_tensors(task: PointTask) -> tuple[list[LeafRecord], TokenRecord | N
             tokens = tokens or own_tokens
             bytes_read += count
         except GrafterError as error:
-            leaf = LeafRecord(path=path, verdict="error", reason=str(error))
+            leaf = ComparedLeaf(path=path, verdict="error", reason=str(error))
         leaves.append(leaf)
     return leaves, tokens, bytes_read
 
@@ -154,21 +154,21 @@ def _holds_values(points: Sequence[DumpedPoint]) -> bool:
     return all(any(record.file is not None for record in point.records.values()) for point in points)
 
 
-def _compare_leaf(task: PointTask, path: str) -> tuple[LeafRecord, TokenRecord | None, int]:
+def _compare_leaf(task: PointTask, path: str) -> tuple[ComparedLeaf, TokenRecord | None, int]:
     """One tensor. Raises GrafterError where it cannot be read, or the two do not fit together."""
     pair = task.pair
     missing = [side for side, points in (("A", pair.a), ("B", pair.b)) if not all(path in p.paths for p in points)]
     if missing:
         there = "B" if missing == ["A"] else "A"
-        return LeafRecord(path=path, verdict="error", reason=f"only {there} has this tensor of the point"), None, 0
+        return ComparedLeaf(path=path, verdict="error", reason=f"only {there} has this tensor of the point"), None, 0
     which = [_which(task, point, path) for point in (pair.a[0], pair.b[0])]
     kl_dims = task.rule.kl_dims if task.rule is not None else frozenset()
     tokens: TokenRecord | None = None
     if pair.by_token:
-        rows = PairedRows(*_rows_of_both(task, path))
+        rows = RowPairing(*_rows_of_both(task, path))
         tokens = _token_record(rows, pair)
         if not tokens.paired:
-            return LeafRecord(path=path, verdict="error", reason="no token is on both sides"), tokens, 0
+            return ComparedLeaf(path=path, verdict="error", reason="no token is on both sides"), tokens, 0
         measured = measure_pair(rows.a, rows.b, kl_dims=kl_dims, block_bytes=task.block_bytes, helpers=task.helpers)
         measured = Measured(
             with_row_tokens(measured.measures, rows.token_at),
@@ -215,7 +215,7 @@ def _rows_of_both(task: PointTask, path: str) -> list[list[tuple[RowSource, Toke
     ]
 
 
-def _token_record(rows: PairedRows, pair: Pair) -> TokenRecord:
+def _token_record(rows: RowPairing, pair: PointPair) -> TokenRecord:
     only_a, only_b = rows.only_a, rows.only_b
     return TokenRecord(
         paired=rows.paired,
@@ -230,7 +230,7 @@ def _token_record(rows: PairedRows, pair: Pair) -> TokenRecord:
     )
 
 
-def _judged(task: PointTask, path: str, measured: Measured) -> LeafRecord:
+def _judged(task: PointTask, path: str, measured: Measured) -> ComparedLeaf:
     rule = task.rule
     replicas = [
         ReplicaRecord(
@@ -242,7 +242,7 @@ def _judged(task: PointTask, path: str, measured: Measured) -> LeafRecord:
         )
         for one in measured.replicas
     ]
-    verdict: Verdict = "passed"
+    verdict: ComparisonVerdict = "passed"
     reason = None
     if rule is not None and not rule.holds(measured.values):
         verdict, reason = "failed", why_failed(rule, measured.values)
@@ -257,7 +257,7 @@ def _judged(task: PointTask, path: str, measured: Measured) -> LeafRecord:
     values = {
         name: value for name, value in measured.values.items() if has_narrow or not name.startswith(_WITHOUT_NARROW)
     }
-    return LeafRecord(
+    return ComparedLeaf(
         path=path, verdict=verdict, reason=reason, measures=measured.measures, values=values, replicas=replicas
     )
 
@@ -301,8 +301,8 @@ def _side(tensor: LazyTensor, which: Which) -> SideRecord:
     )
 
 
-def _worst_leaf(leaves: Sequence[LeafRecord]) -> LeafRecord | None:
-    def badness(leaf: LeafRecord) -> tuple[int, bool, float, float]:
+def _worst_leaf(leaves: Sequence[ComparedLeaf]) -> ComparedLeaf | None:
+    def badness(leaf: ComparedLeaf) -> tuple[int, bool, float, float]:
         rel, mismatched = leaf.values.get("rel"), leaf.values.get("mismatched_fraction")
         # Equal by checksum, or by value, is equal.
         return _ORDER.index(leaf.verdict), rel is None and mismatched != 0, float(rel or 0.0), float(mismatched or 0.0)
@@ -310,7 +310,7 @@ def _worst_leaf(leaves: Sequence[LeafRecord]) -> LeafRecord | None:
     return max(leaves, key=badness, default=None)
 
 
-def _worst(leaves: Sequence[LeafRecord]) -> tuple[Verdict, str | None]:
+def _worst(leaves: Sequence[ComparedLeaf]) -> tuple[ComparisonVerdict, str | None]:
     worst = _worst_leaf(leaves)
     if worst is None:
         return "skipped", None
@@ -320,6 +320,6 @@ def _worst(leaves: Sequence[LeafRecord]) -> tuple[Verdict, str | None]:
     return worst.verdict, reason
 
 
-def _let_go(pair: Pair) -> None:
+def _let_go(pair: PointPair) -> None:
     for point in (*pair.a, *pair.b):
         point.let_go()

@@ -21,7 +21,7 @@ _MOST_LOOKED_FOR = 100
 
 
 @dataclass(frozen=True)
-class Pair:
+class PointPair:
     """Points to compare: one of each side; or, `by_token`, any number of either."""
 
     a: tuple[DumpedPoint, ...]
@@ -41,10 +41,10 @@ _Group = tuple[str, str, str]
 
 def find_pairs(
     a: Sequence[DumpedPoint], b: Sequence[DumpedPoint]
-) -> tuple[list[Pair], list[DumpedPoint], list[DumpedPoint]]:
+) -> tuple[list[PointPair], list[DumpedPoint], list[DumpedPoint]]:
     """The pairs, in the order of A's points; and the points that only A, and that only B, has."""
     groups_a, groups_b = _grouped(a), _grouped(b)
-    pairs: dict[int, Pair] = {}
+    pairs: dict[int, PointPair] = {}
     used: set[int] = set()
     for group, of_a in groups_a.items():
         of_b = groups_b.get(group, [])
@@ -63,7 +63,7 @@ def _grouped(points: Iterable[DumpedPoint]) -> dict[_Group, list[DumpedPoint]]:
     return groups
 
 
-def _pairs_of_group(a: list[DumpedPoint], b: list[DumpedPoint]) -> list[Pair]:
+def _pairs_of_group(a: list[DumpedPoint], b: list[DumpedPoint]) -> list[PointPair]:
     if not b:
         return []
     if all(_has_tokens(point) for point in (*a, *b)):
@@ -72,7 +72,7 @@ def _pairs_of_group(a: list[DumpedPoint], b: list[DumpedPoint]) -> list[Pair]:
         if not (same_keys and all(_same_rows(point, by_digest[point.key.digest]) for point in a)):
             return _pairs_by_token(a, b)
     others = {point.key.digest: point for point in b}
-    return [Pair((point,), (others[point.key.digest],)) for point in a if point.key.digest in others]
+    return [PointPair((point,), (others[point.key.digest],)) for point in a if point.key.digest in others]
 
 
 def _has_tokens(point: DumpedPoint) -> bool:
@@ -84,7 +84,7 @@ def _same_rows(a: DumpedPoint, b: DumpedPoint) -> bool:
     return [record.tokens for record in a.records.values()] == [record.tokens for record in b.records.values()]
 
 
-def _pairs_by_token(a: list[DumpedPoint], b: list[DumpedPoint]) -> list[Pair]:
+def _pairs_by_token(a: list[DumpedPoint], b: list[DumpedPoint]) -> list[PointPair]:
     """All with all; or step by step, where a token comes again because each step is a batch of its own (a trainer's).
 
     Where it comes again on one side alone, that may be a server, which computes a preempted request's rows anew: then
@@ -92,12 +92,12 @@ def _pairs_by_token(a: list[DumpedPoint], b: list[DumpedPoint]) -> list[Pair]:
     """
     again_a, again_b = _tokens_come_again(a), _tokens_come_again(b)
     if not (again_a or again_b):
-        return [Pair(tuple(a), tuple(b), by_token=True)]
+        return [PointPair(tuple(a), tuple(b), by_token=True)]
     if again_a != again_b and not (_meet_in_their_steps(a, b) if again_b else _meet_in_their_steps(b, a)):
-        return [Pair(tuple(a), tuple(b), by_token=True)]
+        return [PointPair(tuple(a), tuple(b), by_token=True)]
     steps_b = _by_step(b)
     return [
-        Pair(tuple(points), tuple(steps_b[step]), by_token=True)
+        PointPair(tuple(points), tuple(steps_b[step]), by_token=True)
         for step, points in _by_step(a).items()
         if step in steps_b
     ]

@@ -19,8 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from grafter.analysis.compare.gathered_rows import (
+    GatheredRows,
     RowSource,
-    TokenRows,
     described,
     joined,
     keep_longer,
@@ -32,7 +32,7 @@ from grafter.core.rows.tokens import SequenceId, TokenMatch, Tokens, match
 _MOST_NAMED = 5
 
 
-class PairedRows:
+class RowPairing:
     """Of several points of each side, given as their rows and which tokens these are.
 
     a, b: the rows that both sides have, round by round, within one in the order of A's.
@@ -61,7 +61,7 @@ class PairedRows:
                 rows += own.in_sources(found.pairs[:, [column, 2]])
                 own.keep_alone(alone)
         self.a, self.b = (
-            TokenRows(who, [source for source, _ in side], rows)
+            GatheredRows(who, [source for source, _ in side], rows)
             for who, side, rows in zip("AB", sides, runs, strict=True)
         )
         self.paired = sum(found.count for _, found in self._met)

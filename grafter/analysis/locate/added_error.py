@@ -21,7 +21,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 
-from grafter.analysis.locate.measure import Measurement, PointId, RunMeasurement
+from grafter.analysis.locate.measure import PointId, PointMeasurement, RunMeasurement
 from grafter.analysis.locate.verdict import PointVerdict, Verdict, describe_inputs, describe_verdict
 
 FLOOR_FACTOR = 16.0
@@ -83,7 +83,7 @@ def _rows(
     return rows
 
 
-def _why_unmeasured(grafted: Measurement, alone: Measurement) -> str | None:
+def _why_unmeasured(grafted: PointMeasurement, alone: PointMeasurement) -> str | None:
     if grafted.problems:
         return grafted.problems[0]
     if grafted.rel is not None:

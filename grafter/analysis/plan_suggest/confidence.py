@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from grafter.analysis.plan_suggest.shapes import Relation
-from grafter.analysis.plan_suggest.suggestion import Confidence, Found, Fused, Left, Pair, Side
-from grafter.analysis.plan_suggest.tree import Module, Region
+from grafter.analysis.plan_suggest.suggestion import Confidence, Found, Fused, Left, ModulePair, Side
+from grafter.analysis.plan_suggest.tree import Module, ModuleRegion
 from grafter.analysis.plan_suggest.vocabulary import ALIKE, KNOWN, SAME, class_likeness, name_likeness
 
 # The margin by which a pair's score must exceed the next best one of either module, so that no other is a close match.
@@ -21,7 +21,7 @@ def judge_leaf(
     like_baseline: Sequence[Module],
     like_target: Sequence[Module],
     ratios: tuple[int, ...],
-) -> Pair:
+) -> ModulePair:
     """The pair of two modules with weights.
 
     like_baseline: modules of the target whose shapes fit the baseline's; like_target: the other way round. The
@@ -53,10 +53,10 @@ def judge_leaf(
     else:
         confidence = Confidence.low
         reasons.append("another fits nearly as well")
-    return Pair(baseline, target, confidence, tuple(reasons), relation)
+    return ModulePair(baseline, target, confidence, tuple(reasons), relation)
 
 
-def judge_holder(baseline: Module, target: Module, overlap: float, surest: Confidence, *, alone: bool) -> Pair:
+def judge_holder(baseline: Module, target: Module, overlap: float, surest: Confidence, *, alone: bool) -> ModulePair:
     """The pair of two modules that hold others.
 
     overlap: the share of their modules that are pairs.
@@ -71,16 +71,18 @@ def judge_holder(baseline: Module, target: Module, overlap: float, surest: Confi
         confidence = Confidence.medium
     else:
         confidence = Confidence.low
-    return Pair(baseline, target, confidence, tuple(reason for reason in reasons if reason), same_inputs=overlap == 1)
+    return ModulePair(
+        baseline, target, confidence, tuple(reason for reason in reasons if reason), same_inputs=overlap == 1
+    )
 
 
-def judge_bare(baseline: Module, target: Module) -> Pair:
+def judge_bare(baseline: Module, target: Module) -> ModulePair:
     """The pair of two modules without weights. Without shapes to compare, the confidence is never high."""
     known = name_likeness(baseline.segment, target.segment) >= KNOWN
     alike = class_likeness(baseline.node.class_name, target.node.class_name) > 0
     confidence = Confidence.medium if known and alike else Confidence.low
     reasons = ("no weights to compare", name_reason(baseline, target), "classes alike" if alike else "classes unlike")
-    return Pair(baseline, target, confidence, reasons)
+    return ModulePair(baseline, target, confidence, reasons)
 
 
 def shape_reason(baseline: Module, target: Module, relation: Relation) -> str:
@@ -141,8 +143,8 @@ def _could_be_divided(baseline: Module, target: Module) -> bool:
 
 
 def reasons_left(
-    baseline: Region,
-    target: Region,
+    baseline: ModuleRegion,
+    target: ModuleRegion,
     found: Found,
     fused: list[Fused],
     relation: Callable[[Module, Module], Relation],
@@ -154,7 +156,10 @@ def reasons_left(
     parts = {part: one for one in fused for part in one.parts}
     wholes = {one.whole: one for one in fused}
     left = []
-    sides: tuple[tuple[Side, Region, Region], ...] = (("baseline", baseline, target), ("target", target, baseline))
+    sides: tuple[tuple[Side, ModuleRegion, ModuleRegion], ...] = (
+        ("baseline", baseline, target),
+        ("target", target, baseline),
+    )
     for side, own, other in sides:
         for stack in own.stacks:
             if stack not in in_stacks:

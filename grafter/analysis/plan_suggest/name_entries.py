@@ -16,7 +16,7 @@ _AS_PATTERN = {"in": "i?", "out": "ou?"}
 
 
 @dataclass(frozen=True)
-class Entry:
+class NameEntry:
     """One entry of the plan file's `names`."""
 
     role: Side
@@ -40,7 +40,7 @@ def common_name(pair: NamedPair) -> str:
     return ".".join(segments) or ROOT
 
 
-def module_entries(pair: NamedPair) -> list[Entry]:
+def module_entries(pair: NamedPair) -> list[NameEntry]:
     """The entries for each role. None if both modules already have one name, or if one of them cannot be called."""
     if not (pair.pair.baseline.node.can_be_called and pair.pair.target.node.can_be_called):
         return []
@@ -48,8 +48,8 @@ def module_entries(pair: NamedPair) -> list[Entry]:
         return []
     name = common_name(pair)
     return [
-        Entry("baseline", _as_pattern(pair.baseline_path), name),
-        Entry("target", _as_pattern(pair.target_path), name),
+        NameEntry("baseline", _as_pattern(pair.baseline_path), name),
+        NameEntry("target", _as_pattern(pair.target_path), name),
     ]
 
 
@@ -62,13 +62,13 @@ def default_pattern(path: str) -> tuple[str, str]:
     return path or ROOT, ""
 
 
-def tensor_entries(pair: NamedPair) -> list[Entry]:
+def tensor_entries(pair: NamedPair) -> list[NameEntry]:
     """The entries for the first input and the first output, if the two programs give them different names."""
     if not (pair.pair.baseline.node.can_be_called and pair.pair.target.node.can_be_called):
         return []
     name, path = common_name(pair), _as_pattern(pair.target_path) or ROOT
     suffixes = [_first_inputs(pair) if pair.pair.same_inputs else None, _first_outputs(pair)]
-    return [Entry("target", f"{path}{theirs}", f"{name}{ours}") for ours, theirs in filter(None, suffixes)]
+    return [NameEntry("target", f"{path}{theirs}", f"{name}{ours}") for ours, theirs in filter(None, suffixes)]
 
 
 def _first_inputs(pair: NamedPair) -> tuple[str, str] | None:
@@ -103,7 +103,7 @@ def _as_pattern(path: str) -> str:
     return ".".join(_AS_PATTERN.get(segment, segment) for segment in path.split("."))
 
 
-def entries_aside(suggestion: Suggestion, used: Iterable[Entry]) -> list[Entry]:
+def entries_aside(suggestion: Suggestion, used: Iterable[NameEntry]) -> list[NameEntry]:
     """Entries for modules whose default name is given to another module, so that a name stands for only one in each
     job.
     """
@@ -123,7 +123,7 @@ def entries_aside(suggestion: Suggestion, used: Iterable[Entry]) -> list[Entry]:
         for path in paths:
             name, _ = default_pattern(path)
             if name in taken and _as_pattern(path) not in named and path not in keeps_name:
-                aside.append(Entry(role, _as_pattern(path), f"{role}_only.{name}"))
+                aside.append(NameEntry(role, _as_pattern(path), f"{role}_only.{name}"))
     return aside
 
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 
 from grafter.analysis.plan_suggest.name_entries import (
-    Entry,
+    NameEntry,
     entries_aside,
     module_entries,
     tensor_entries,
@@ -91,7 +91,7 @@ def _header(suggestion: Suggestion, others: tuple[str, ...]) -> Iterator[str]:
         yield f"# Not compared: {other}."
 
 
-def _entries(named: NamedPair) -> list[Entry]:
+def _entries(named: NamedPair) -> list[NameEntry]:
     return module_entries(named) + tensor_entries(named)
 
 

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from grafter.analysis.plan_suggest.confidence import judge_bare, judge_holder, judge_leaf, reasons_left
 from grafter.analysis.plan_suggest.shapes import Relation, fused_ratio, relate
-from grafter.analysis.plan_suggest.suggestion import Confidence, Found, Fused, Pair
-from grafter.analysis.plan_suggest.tree import Module, Region
+from grafter.analysis.plan_suggest.suggestion import Confidence, Found, Fused, ModulePair
+from grafter.analysis.plan_suggest.tree import Module, ModuleRegion
 from grafter.analysis.plan_suggest.vocabulary import FUSED, OPPOSED, class_likeness, meanings_of, name_likeness
 
 _SHAPE_SCORE = {"equal": 4.0, "divided": 3.8, "padded": 3.0, "transposed": 2.5, "different": -1.5, "none": -1.5}
@@ -22,7 +22,7 @@ _LEAF_THRESHOLD, _HOLDER_THRESHOLD, _BARE_THRESHOLD, _STACK_THRESHOLD = 3.0, 2.5
 Score = Callable[[Module, Module], float]
 
 
-def match_regions(baseline: Region, target: Region, ratios: tuple[int, ...]) -> Found:
+def match_regions(baseline: ModuleRegion, target: ModuleRegion, ratios: tuple[int, ...]) -> Found:
     """Pair the modules of two regions whose roots are a pair. `ratios`: by what tensor parallelism may divide."""
     return _RegionMatcher(baseline, target, ratios).match()
 
@@ -30,7 +30,7 @@ def match_regions(baseline: Region, target: Region, ratios: tuple[int, ...]) -> 
 class _RegionMatcher:
     """The matching of two regions, step by step."""
 
-    def __init__(self, baseline: Region, target: Region, ratios: tuple[int, ...]) -> None:
+    def __init__(self, baseline: ModuleRegion, target: ModuleRegion, ratios: tuple[int, ...]) -> None:
         self._baseline, self._target, self._ratios = baseline, target, ratios
         self._relations: dict[tuple[Module, Module], Relation] = {}
         self._partners: dict[Module, list[Module]] = {}  # of both sides; a fused module has several
@@ -163,7 +163,7 @@ class _RegionMatcher:
 
     def _judged_leaf(
         self, a: Module, b: Module, ours: list[Module], theirs: list[Module], scores: NDArray[np.float64]
-    ) -> Pair:
+    ) -> ModulePair:
         row, column = ours.index(a), theirs.index(b)
         rivals = np.concatenate([np.delete(scores[row], column), np.delete(scores[:, column], row)])
         margin = float(scores[row, column] - rivals.max()) if rivals.size else np.inf
@@ -172,7 +172,7 @@ class _RegionMatcher:
         like_theirs = [other for other in ours if self._relation(other, b).fits_as(relation)]
         return judge_leaf(a, b, relation, margin, like_ours, like_theirs, self._ratios)
 
-    def _judged_holder(self, a: Module, b: Module, of_leaves: dict[Module, Confidence]) -> Pair:
+    def _judged_holder(self, a: Module, b: Module, of_leaves: dict[Module, Confidence]) -> ModulePair:
         ours = _with_weights(a)
         surest = min((of_leaves.get(leaf, Confidence.high) for leaf in ours), default=Confidence.low)
         rivals = [m for m in self._baseline.inner if m is not a and _with_weights(m) == ours]
@@ -223,7 +223,7 @@ def _may_be_fused(module: Module) -> bool:
     return not meanings or not meanings.isdisjoint(FUSED)
 
 
-def _groups(whole: Module, other: Region, by_name: bool) -> Iterator[tuple[Module, ...]]:
+def _groups(whole: Module, other: ModuleRegion, by_name: bool) -> Iterator[tuple[Module, ...]]:
     """Neighbours on the other side that `whole` may contain: those that its name says, or any run of two to four."""
     wanted = [FUSED[meaning] for meaning in meanings_of(whole.segment) if meaning in FUSED]
     by_parent: dict[Module | None, list[Module]] = {}

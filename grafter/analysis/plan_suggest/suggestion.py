@@ -21,7 +21,7 @@ class Confidence(IntEnum):
 
 
 @dataclass(frozen=True)
-class Pair:
+class ModulePair:
     """Two modules with the same meaning.
 
     same_inputs: everything in one is also in the other, so their inputs are the same.
@@ -58,7 +58,7 @@ class Fused:
 class Found:
     """The pairs of two regions, or of whole trees. stacks: paired lists of layers; `unlike`: how they differ."""
 
-    pairs: list[Pair] = field(default_factory=list)
+    pairs: list[ModulePair] = field(default_factory=list)
     left: list[Left] = field(default_factory=list)
     stacks: list[tuple[Module, Module, str]] = field(default_factory=list)
 
@@ -69,7 +69,7 @@ class NamedPair:
 
     baseline_path: str
     target_path: str
-    pair: Pair
+    pair: ModulePair
     layers: int
 
 

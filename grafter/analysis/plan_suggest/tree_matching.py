@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from grafter.analysis.plan_suggest.region_matching import match_regions
 from grafter.analysis.plan_suggest.shapes import Relation, common_ratios, relate
-from grafter.analysis.plan_suggest.suggestion import Confidence, NamedLeft, NamedPair, Pair, Side, Suggestion
+from grafter.analysis.plan_suggest.suggestion import Confidence, ModulePair, NamedLeft, NamedPair, Side, Suggestion
 from grafter.analysis.plan_suggest.tree import Module, linked, region_of
 from grafter.analysis.plan_suggest.vocabulary import KNOWN, name_likeness
 from grafter.capture.module_tree import ModuleTree
@@ -71,7 +71,7 @@ class _Place:
 class _Votes:
     """The results of all layers for one pair of patterns."""
 
-    pairs: list[Pair] = field(default_factory=list)
+    pairs: list[ModulePair] = field(default_factory=list)
 
     @property
     def weight(self) -> tuple[int, int]:

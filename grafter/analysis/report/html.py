@@ -19,7 +19,7 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
-from grafter.analysis.report.page_data import OWN_FACTS, Finding, PageData, PagePoint
+from grafter.analysis.report.page_data import OWN_FACTS, PageData, PageFinding, PagePoint
 from grafter.errors import UsageError
 
 _SCRIPTS = ("reading.js", "theme.js", "findings.js", "charts.js", "picture.js", "table.js", "page.js")
@@ -146,7 +146,7 @@ def bound_page(page: PageData) -> PageData:
         points = sorted(ranked[:MOST_POINTS], key=lambda point: point.order)
         findings.insert(
             0,
-            Finding(
+            PageFinding(
                 "note",
                 f"the page shows {MOST_POINTS} of {len(page.points)} points: those with problems, then those that "
                 "differ most. The ledgers hold all.",
@@ -154,7 +154,7 @@ def bound_page(page: PageData) -> PageData:
         )
     if len(findings) > MOST_FINDINGS:
         left_out = len(findings) - MOST_FINDINGS
-        findings = [*findings[:MOST_FINDINGS], Finding("note", f"{left_out} more are not shown here.")]
+        findings = [*findings[:MOST_FINDINGS], PageFinding("note", f"{left_out} more are not shown here.")]
     return replace(page, points=tuple(points), findings=tuple(findings))
 
 

@@ -20,7 +20,7 @@ TROUBLES = frozenset({"failed", "skipped", "error"})
 
 
 @dataclass(frozen=True)
-class Finding:
+class PageFinding:
     """One sentence that a reader should see before any figure."""
 
     level: FindingLevel
@@ -112,7 +112,7 @@ class PageData:
     source: str
     sides: tuple[str, str]
     points: tuple[PagePoint, ...]
-    findings: tuple[Finding, ...] = ()
+    findings: tuple[PageFinding, ...] = ()
     verdict: PageVerdict | None = None
     environments: tuple[Environment, ...] = ()
     pictures: tuple[Picture, ...] = ()
@@ -125,7 +125,7 @@ class PageData:
 
 # A page's figures as TensorBoard scalars: one curve per measure and point, over steps.
 
-MEASURES = ("rel", "max_abs")
+SCALAR_MEASURES = ("rel", "max_abs")
 
 
 def write_scalars(points: Sequence[PagePoint], directory: Path) -> int:
@@ -151,7 +151,7 @@ def write_scalars(points: Sequence[PagePoint], directory: Path) -> int:
 
 
 def _scalars(point: PagePoint) -> list[tuple[str, float]]:
-    found = [(name, point.difference[name]) for name in MEASURES if name in point.difference]
+    found = [(name, point.difference[name]) for name in SCALAR_MEASURES if name in point.difference]
     if point.nonfinite:
         found = [(name, math.nan) for name, _ in found] or [("rel", math.nan)]
     if point.added is not None:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 if TYPE_CHECKING:
-    from grafter.analysis.compare.alignment import Alignment, Block, WholeTensor
+    from grafter.analysis.compare.alignment import AlignedBlock, Alignment, WholeTensor
 
 MOST_ROWS, MOST_COLUMNS = 96, 160
 BINS = 64
@@ -115,7 +115,7 @@ def draw_pair(order: int, leaf: str, a: WholeTensor, b: WholeTensor) -> Picture:
     return Picture(order, leaf, tuple(a.shape), heatmaps, _count(alignment, span))
 
 
-def _blocks(alignment: Alignment) -> Iterator[tuple[Block, torch.Tensor, torch.Tensor]]:
+def _blocks(alignment: Alignment) -> Iterator[tuple[AlignedBlock, torch.Tensor, torch.Tensor]]:
     """The values of both jobs in float64, one block at a time; complex values as their magnitude."""
     for block in alignment.blocks(_BLOCK_NUMEL):
         yield block, _as_real(alignment.a.read(block)), _as_real(alignment.b.read(block))
@@ -149,7 +149,7 @@ class _Grid:
         self._cells = (min(self._sizes[0], MOST_ROWS), min(self._sizes[1], MOST_COLUMNS))
         self._largest = np.zeros(self._cells)
 
-    def add(self, block: Block, gap: torch.Tensor) -> None:
+    def add(self, block: AlignedBlock, gap: torch.Tensor) -> None:
         row = self._dims[0]
         others = tuple(dim for dim in range(gap.ndim) if dim not in self._dims)
         flat = gap.amax(dim=others).numpy() if others else gap.numpy()

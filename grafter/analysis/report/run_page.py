@@ -16,7 +16,7 @@ from grafter.analysis.locate.added_error import judge
 from grafter.analysis.locate.measure import RunMeasurement, measure_run
 from grafter.analysis.locate.verdict import Verdict, describe_number
 from grafter.analysis.report.dumped_pictures import draw_run
-from grafter.analysis.report.page_data import Environment, Finding, PageData, PagePoint, PageVerdict
+from grafter.analysis.report.page_data import Environment, PageData, PageFinding, PagePoint, PageVerdict
 from grafter.analysis.report.run_reading import ROLES, RunFiles, read_run_files
 from grafter.analysis.run.point_rows import PointRow, group_points, merge_ranks
 from grafter.analysis.run.run_findings import find_notes, find_problems
@@ -28,12 +28,12 @@ GRAFTING = ("b2t", "t2b")
 _LAYER_TAG = re.compile(r"(^|_)(layer|block)(_|$)")
 _LAYER_IN_NAME = re.compile(r"(?:^|[._])(?:layers?|blocks?|h)[._](\d+)(?=[._]|$)")
 
-MEASURED = (
+RUN_MEASURED = (
     "rel = sum((x-y)²) / sum(x²+y²): 0 for equal tensors, 1 for unrelated ones, 2 for opposite ones; computed before "
     "the write. x is the receiver's tensor, y is the received one."
 )
 _AS_LOCATE = "Judged as `grafter locate` judges without a floor."
-NOT_ADDED = (
+RUN_NOT_ADDED = (
     "Nothing was grafted in this run, so each difference includes the error of earlier points. What a point itself "
     "adds is measured by a run with --b2t, or by `grafter locate`, which does both runs."
     " If a module's inputs were compared as well, the page shows them beside its output."
@@ -59,8 +59,8 @@ def make_run_page(directory: Path) -> PageData:
         environments=read_environments(run),
         pictures=pictures,
         pictures_note=pictures_note,
-        measured=MEASURED,
-        adds_note="" if any(point.added is not None for point in points) else NOT_ADDED,
+        measured=RUN_MEASURED,
+        adds_note="" if any(point.added is not None for point in points) else RUN_NOT_ADDED,
     )
 
 
@@ -192,13 +192,13 @@ def _module_and_side(point: PagePoint) -> tuple[str | None, bool]:
 # What was found.
 
 
-def run_findings(run: RunFiles, title: str = "") -> tuple[Finding, ...]:
+def run_findings(run: RunFiles, title: str = "") -> tuple[PageFinding, ...]:
     """What a reader should know before any figure: problems first. `title` names the run if there are several."""
     rows = merge_ranks(run.ledgers, run.key_tags)
     head = f"{title}: " if title else ""
-    problems = [Finding("problem", head + text) for text in find_problems(rows, run.summaries)]
-    notes = [Finding("note", head + text) for text in find_notes(run.ledgers, rows, run.summaries)]
-    damaged = [Finding(finding.level, head + finding.text) for finding in run.findings]
+    problems = [PageFinding("problem", head + text) for text in find_problems(rows, run.summaries)]
+    notes = [PageFinding("note", head + text) for text in find_notes(run.ledgers, rows, run.summaries)]
+    damaged = [PageFinding(finding.level, head + finding.text) for finding in run.findings]
     return (*damaged, *problems, *notes)
 
 

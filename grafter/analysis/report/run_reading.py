@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from grafter.analysis.report.page_data import Finding
+from grafter.analysis.report.page_data import PageFinding
 from grafter.core.records import LedgerRecord, RankSummary, Role
 from grafter.errors import GrafterError
 
@@ -35,7 +35,7 @@ class RunFiles:
     ledgers: list[tuple[Role, int, list[LedgerRecord]]] = field(default_factory=list)
     summaries: list[RankSummary] = field(default_factory=list)
     facts: dict[Role, dict[str, Any]] = field(default_factory=dict)
-    findings: list[Finding] = field(default_factory=list)
+    findings: list[PageFinding] = field(default_factory=list)
 
     @property
     def key_tags(self) -> frozenset[str] | None:
@@ -71,7 +71,7 @@ def read_run_files(directory: Path) -> RunFiles:
         if isinstance(facts, dict):
             run.facts[role] = facts
         elif facts is not None:
-            run.findings.append(Finding("problem", f"{role}/run.json is not a JSON object; it is ignored."))
+            run.findings.append(PageFinding("problem", f"{role}/run.json is not a JSON object; it is ignored."))
     return run
 
 
@@ -82,7 +82,7 @@ def _of_ranks(run: RunFiles, role: Role, ending: str) -> Iterator[tuple[int, Pat
         if number.isascii() and number.isdigit() and len(number) < 10:
             found.append((int(number), path))
         else:
-            run.findings.append(Finding("note", f"{role}/{path.name} does not have a rank's name; it is ignored."))
+            run.findings.append(PageFinding("note", f"{role}/{path.name} does not have a rank's name; it is ignored."))
     yield from sorted(found)
 
 
@@ -106,12 +106,12 @@ def _read_ledger(run: RunFiles, path: Path) -> list[LedgerRecord]:
                     continue
                 records[record.sequence] = record
     except (OSError, GrafterError) as error:
-        run.findings.append(Finding("problem", f"{_place(run, path)} cannot be read: {error}"))
+        run.findings.append(PageFinding("problem", f"{_place(run, path)} cannot be read: {error}"))
     for text in bad[:_BAD_LINES_SHOWN]:
-        run.findings.append(Finding("problem", f"{_place(run, path)}: {text}; it is ignored."))
+        run.findings.append(PageFinding("problem", f"{_place(run, path)}: {text}; it is ignored."))
     if len(bad) > _BAD_LINES_SHOWN:
         more = len(bad) - _BAD_LINES_SHOWN
-        run.findings.append(Finding("problem", f"{_place(run, path)}: {more} more lines are not records."))
+        run.findings.append(PageFinding("problem", f"{_place(run, path)}: {more} more lines are not records."))
     return [records[sequence] for sequence in sorted(records)]
 
 
@@ -122,7 +122,9 @@ def _read_summary(run: RunFiles, path: Path) -> None:
     try:
         run.summaries.append(RankSummary.model_validate_json(content))
     except (ValidationError, RecursionError) as error:
-        run.findings.append(Finding("problem", f"{_place(run, path)} is not a summary ({_why(error)}); it is ignored."))
+        run.findings.append(
+            PageFinding("problem", f"{_place(run, path)} is not a summary ({_why(error)}); it is ignored.")
+        )
 
 
 def _read_json(run: RunFiles, path: Path) -> Any:
@@ -132,7 +134,7 @@ def _read_json(run: RunFiles, path: Path) -> Any:
     try:
         return json.loads(content)
     except (ValueError, RecursionError) as error:
-        run.findings.append(Finding("problem", f"{_place(run, path)} is not JSON ({_why(error)}); it is ignored."))
+        run.findings.append(PageFinding("problem", f"{_place(run, path)} is not JSON ({_why(error)}); it is ignored."))
         return None
 
 
@@ -141,11 +143,11 @@ def _read_text(run: RunFiles, path: Path) -> bytes | None:
         with _opened(path) as descriptor, os.fdopen(os.dup(descriptor), "rb") as file:
             content = file.read(_LONGEST_FACTS + 1)
     except (OSError, GrafterError) as error:
-        run.findings.append(Finding("problem", f"{_place(run, path)} cannot be read: {error}"))
+        run.findings.append(PageFinding("problem", f"{_place(run, path)} cannot be read: {error}"))
         return None
     if len(content) > _LONGEST_FACTS:
         run.findings.append(
-            Finding("problem", f"{_place(run, path)} is longer than {_LONGEST_FACTS} bytes; it is ignored.")
+            PageFinding("problem", f"{_place(run, path)} is longer than {_LONGEST_FACTS} bytes; it is ignored.")
         )
         return None
     return content

@@ -15,7 +15,7 @@ from grafter.analysis.report.page_data import PageData
 from grafter.errors import GrafterError, UsageError
 from grafter.store.written_files import write_whole
 
-FILE_NAME = "report.html"
+REPORT_NAME = "report.html"
 
 
 def make_page(places: Sequence[Path]) -> PageData:

@@ -59,7 +59,7 @@ class Proposal(_Message):
     time: float
 
 
-class Answer(_Message):
+class ChangeAnswer(_Message):
     """Of one rank: the step that it is in, and does not end before the decision; or why it refuses. idle: why the
     change, accepted, would change nothing here; where that is so everywhere, it is refused."""
 
@@ -68,11 +68,11 @@ class Answer(_Message):
     idle: Annotated[str, Field(max_length=_LONGEST_REASON)] | None = None
 
     @classmethod
-    def refusal(cls, reason: str) -> Answer:
+    def refusal(cls, reason: str) -> ChangeAnswer:
         return cls(refused=reason if len(reason) <= _LONGEST_REASON else reason[: _LONGEST_REASON - 3] + "...")
 
 
-class Decision(_Message):
+class ChangeDecision(_Message):
     """Of all: the first step in which the change is in force; or why it never is."""
 
     step: _Step | None = None

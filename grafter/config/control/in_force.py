@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from grafter.config.direction_filters import DirectionFilters
-from grafter.config.options import DumpChoice
+from grafter.config.options import DumpFilter
 from grafter.config.settings.config import GrafterConfig
 from grafter.config.settings.field_types import FILTER_FIELDS, DumpLevel
 from grafter.errors import UsageError
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 _FILTERS = (*FILTER_FIELDS.values(), "dump_filter")
-_FIELDS = (
+_CHANGEABLE_FIELDS = (
     *_FILTERS, "stats", "windows", "start", "new_rows_only", "dump_level", "dump_steps", "dump_max_bytes",
     "dump_max_points",
 )  # fmt: skip
@@ -60,7 +60,7 @@ class InForce(BaseModel):
 
     @classmethod
     def at_start(cls, config: GrafterConfig) -> InForce:
-        return cls(**{name: getattr(config, name) for name in _FIELDS})
+        return cls(**{name: getattr(config, name) for name in _CHANGEABLE_FIELDS})
 
     def after(self, change: Change, step: int) -> InForce:
         """As this change leaves it, from `step` on. Raises UsageError where it makes no sense, ConfigError for a value
@@ -101,7 +101,7 @@ class InForce(BaseModel):
         values = {name: getattr(start, name) for name in start.model_fields_set}
         # What stood there is in the other fields; the file itself may have changed since.
         values.pop("plan", None)
-        values |= {name: getattr(self, name) for name in _FIELDS}
+        values |= {name: getattr(self, name) for name in _CHANGEABLE_FIELDS}
         self._refuse_equal_filters()
         if self.dumped_steps is not None:
             if values["dump_filter"] is not None:
@@ -135,7 +135,7 @@ class InForce(BaseModel):
 
     def filters(
         self, start: GrafterConfig, *, saves: bool, in_any_step: bool = False
-    ) -> tuple[DirectionFilters, DumpChoice | None]:
+    ) -> tuple[DirectionFilters, DumpFilter | None]:
         """The filters, compiled, and what decides which points are saved. saves: whether this rank saves any.
 
         Raises as `configured` does.
@@ -143,8 +143,8 @@ class InForce(BaseModel):
         if self.is_off:
             return DirectionFilters({}), None
         config = self.configured(start, in_any_step=in_any_step)
-        choice = DumpChoice(config) if saves else None
-        return DirectionFilters(config.filters, choice), choice
+        dump_filter = DumpFilter(config) if saves else None
+        return DirectionFilters(config.filters, dump_filter), dump_filter
 
     @property
     def window(self) -> tuple[Any, ...]:
@@ -199,13 +199,13 @@ def _given(values: dict[str, object]) -> dict[str, object]:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class TraceVerdict:
     """How a point in compiled code is taken, and whether it is only compared (or saved) there."""
 
     kind: Literal["operator", "break", "nothing"]
     only_compares: bool
 
-    def serves(self, wanted: Verdict) -> bool:
+    def serves(self, wanted: TraceVerdict) -> bool:
         """Whether code that was traced with this verdict does what another one wants. Each operator asks the filters
         again at each call, and a break is a call as in eager code."""
         if self.kind == "break" or wanted.kind == "nothing":
@@ -215,7 +215,7 @@ class Verdict:
         return wanted.only_compares or not self.only_compares
 
 
-Judge = Callable[[Sequence[DirectionFilters], str, dict[str, Any]], Verdict]
+Judge = Callable[[Sequence[DirectionFilters], str, dict[str, Any]], TraceVerdict]
 
 
 class TracedPoints:
@@ -224,9 +224,9 @@ class TracedPoints:
     def __init__(self, judge: Judge) -> None:
         """judge: the verdict of a point with this name and these arguments, whichever of the filters matches."""
         self._judge = judge
-        self._points: dict[tuple[str, str], tuple[dict[str, Any], Verdict]] = {}
+        self._points: dict[tuple[str, str], tuple[dict[str, Any], TraceVerdict]] = {}
 
-    def trace(self, filters: Sequence[DirectionFilters], name: str, arguments: dict[str, Any]) -> Verdict:
+    def trace(self, filters: Sequence[DirectionFilters], name: str, arguments: dict[str, Any]) -> TraceVerdict:
         """filters: those in force, and all that may follow without the code being traced again."""
         verdict = self._judge(filters, name, dict(arguments))
         known = name, repr(sorted(arguments.items()))

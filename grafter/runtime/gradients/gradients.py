@@ -34,7 +34,7 @@ from grafter.wire.monitor.waits import Wait
 
 if TYPE_CHECKING:
     from grafter.runtime.gradients.points import BackwardPoints
-    from grafter.store.dumps.pending_record import Taken
+    from grafter.store.dumps.pending_record import PendingRecord
 
 logger = logging.getLogger("grafter")
 
@@ -65,7 +65,7 @@ class WatchedGradient:
     met: bool = False
     # Its step is over, and it had not come by then.
     ended: bool = False
-    taken: Taken | None = None
+    taken: PendingRecord | None = None
 
 
 @dataclass

@@ -30,7 +30,7 @@ from grafter.store.dumps.writer import StoredTensor
 
 # Many of these may wait for the disk; with slots, Python's collector has half as much to look at.
 @dataclass(slots=True)
-class TakenLeaf:
+class PendingLeaf:
     """One tensor of the point: `value` as the program came to it, `grafted` as it went on; or why there is none."""
 
     path: str
@@ -43,14 +43,14 @@ class TakenLeaf:
 
 
 @dataclass(eq=False, slots=True)
-class Taken:
+class PendingRecord:
     """One point that is to be written. Nothing in it is the program's any more."""
 
     order: int
     key: PointKey
     level: Level
     fields: dict[str, Any]
-    leaves: list[TakenLeaf] = field(default_factory=list)
+    leaves: list[PendingLeaf] = field(default_factory=list)
     # By their number, as `extras` in the record names them.
     extras: dict[int, Snapshot] = field(default_factory=dict)
     reasons: list[str] = field(default_factory=list)
@@ -74,7 +74,7 @@ class Parts:
     """A point's value taken apart for saving, which may hold anything: what cannot be saved is told."""
 
     def __init__(self, value: Any, options: PointOptions | None) -> None:
-        self.leaves: list[tuple[TakenLeaf, torch.Tensor]] = []
+        self.leaves: list[tuple[PendingLeaf, torch.Tensor]] = []
         self.others: list[tuple[str, Any]] = []
         self.reasons: list[str] = []
         self.unsaved: dict[str, str] = {}
@@ -92,8 +92,8 @@ class Parts:
                 self.unsaved[path] = str(reason)
                 continue
             spec = spec_of(path, local)
-            taken = TakenLeaf(path, spec.shape, spec.dtype, str(local.device))
-            self.leaves.append((taken, local))
+            pending = PendingLeaf(path, spec.shape, spec.dtype, str(local.device))
+            self.leaves.append((pending, local))
             originals.append(leaf)
         if not self.leaves and not self.reasons:
             self.reasons.append("the value holds no tensor")
@@ -119,20 +119,20 @@ class Parts:
             leaf.layout = layout
 
 
-def leaf_of(leaf: TakenLeaf, taken: Taken) -> DumpedLeaf:
+def leaf_of(leaf: PendingLeaf, pending: PendingRecord) -> DumpedLeaf:
     figures: dict[str, Any] = {}
     for prefix, snapshot in (("", leaf.value), ("grafted_", leaf.grafted)):
         if snapshot is None:
             continue
-        if taken.level == "full" and snapshot.stored_as is not None:
+        if pending.level == "full" and snapshot.stored_as is not None:
             figures["stored_as"] = snapshot.stored_as
-        elif taken.level == "checksum":
+        elif pending.level == "checksum":
             figures[f"{prefix}checksum"] = checksum(snapshot.stored)
-        elif taken.level == "statistics":
+        elif pending.level == "statistics":
             try:
                 figures[f"{prefix}statistics"] = summarize(snapshot.values, "full")
             except (UsageError, RuntimeError) as error:
-                taken.reasons.append(f"{leaf.path or 'the tensor'}: no statistics: {error}")
+                pending.reasons.append(f"{leaf.path or 'the tensor'}: no statistics: {error}")
     if not figures and leaf.layout is None:
         return _plain_leaf(leaf.path, leaf.shape, leaf.dtype, leaf.device)
     return DumpedLeaf(
@@ -146,15 +146,15 @@ def _plain_leaf(path: str, shape: tuple[int, ...], dtype: str, device: str) -> D
     return DumpedLeaf(path=path, shape=shape, dtype=dtype, device=device)
 
 
-def tensors_of(taken: Taken) -> dict[str, StoredTensor]:
+def tensors_of(pending: PendingRecord) -> dict[str, StoredTensor]:
     """The tensors of the file by name."""
     named: dict[str, StoredTensor] = {}
-    for leaf in taken.leaves:
+    for leaf in pending.leaves:
         if leaf.value is not None:
             named[f"value{leaf.path}"] = leaf.value.stored
         if leaf.grafted is not None:
             named[f"grafted{leaf.path}"] = leaf.grafted.stored
-    named.update({f"extras{number}": snapshot.stored for number, snapshot in taken.extras.items()})
+    named.update({f"extras{number}": snapshot.stored for number, snapshot in pending.extras.items()})
     return named
 
 

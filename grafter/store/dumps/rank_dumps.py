@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from grafter.config.options import DumpChoice, PointOptions
+from grafter.config.options import DumpFilter, PointOptions
 from grafter.config.settings.config import GrafterConfig
 from grafter.core.messages.participants import own_participants
 from grafter.core.points import PointKey
@@ -20,7 +20,7 @@ from grafter.core.records import Outcome
 from grafter.core.roles import Direction, Place
 from grafter.errors import ConfigError, GrafterError
 from grafter.store.dumps.limits import Limits
-from grafter.store.dumps.pending_record import Taken, rows_to_save
+from grafter.store.dumps.pending_record import PendingRecord, rows_to_save
 from grafter.store.dumps.saver import Saver
 from grafter.store.dumps.writer import refuse_earlier_dumps
 from grafter.store.run_files import write_run_facts
@@ -42,16 +42,19 @@ class RankDumps:
         begin."""
         self._config, self._place = config, place
         self._axes_of, self._find_run_directory = axes_of, find_run_directory
-        self.choice = DumpChoice(config)
+        self.filter = DumpFilter(config)
         self.limits = Limits(config.dump_steps, config.dump_max_bytes, config.dump_max_points, place.who)
         self._saver: Saver | None = None
         self._has_told_fork = False
 
-    def take_over(self, config: GrafterConfig, choice: DumpChoice | None, also: tuple[int, int] | None) -> None:
-        """From now on by this configuration's limits. choice: None where nothing is saved. also: steps from the one on
-        and before the other, whose points are saved whatever the limit of steps."""
-        if choice is not None:
-            self.choice = choice
+    def take_over(self, config: GrafterConfig, dump_filter: DumpFilter | None, also: tuple[int, int] | None) -> None:
+        """Use this configuration's limits from now on.
+
+        dump_filter: None keeps the present one. also: (first, end) of steps whose points are saved whatever the limit
+        of steps says.
+        """
+        if dump_filter is not None:
+            self.filter = dump_filter
         self.limits.change(config.dump_steps, config.dump_max_bytes, config.dump_max_points)
         if also is not None:
             self.limits.also_allow(*also)
@@ -72,7 +75,7 @@ class RankDumps:
         site: str,
         header: str | None = None,
         starts: tuple[int, ...] = (),
-    ) -> Taken | None:
+    ) -> PendingRecord | None:
         """The point as it is now; None where a limit leaves it out. `finish` is to follow. header: where the point is
         recorded for a later graft, which no limit leaves out. starts: where rows of the point's tokens begin to count;
         those before are not saved, unless it is recorded."""
@@ -81,24 +84,28 @@ class RankDumps:
             options, rows = rows_to_save(value, options, starts)
             value = value if rows is None else rows.of(value)
         participants, axes = own_participants(self._place, options.ranks), self._axes_of(options.axes)
-        taken = self.open().take(key, tags, value, options, site, participants, axes, direction, header)
-        if taken is not None:
-            taken.rows = rows
-        return taken
+        pending = self.open().take(key, tags, value, options, site, participants, axes, direction, header)
+        if pending is not None:
+            pending.rows = rows
+        return pending
 
     def finish(
-        self, taken: Taken | None, outcome: Outcome | None = None, grafted: Any = None, reason: str | None = None
+        self,
+        pending: PendingRecord | None,
+        outcome: Outcome | None = None,
+        grafted: Any = None,
+        reason: str | None = None,
     ) -> None:
         """What the point came to. grafted: what the program goes on with."""
-        if taken is not None and self._saver is not None:
-            if taken.rows is not None and outcome == "grafted":
-                grafted = taken.rows.of(grafted)
-            self._saver.finish(taken, outcome, grafted, reason)
+        if pending is not None and self._saver is not None:
+            if pending.rows is not None and outcome == "grafted":
+                grafted = pending.rows.of(grafted)
+            self._saver.finish(pending, outcome, grafted, reason)
 
-    def finish_failed(self, taken: Taken | None, error: BaseException) -> None:
+    def finish_failed(self, pending: PendingRecord | None, error: BaseException) -> None:
         """The point ended with an error; what it held is saved all the same."""
         text = str(error).splitlines()[0] if isinstance(error, GrafterError) and str(error) else ""
-        self.finish(taken, reason=f"the meeting ended with {type(error).__name__}: {text}")
+        self.finish(pending, reason=f"the meeting ended with {type(error).__name__}: {text}")
 
     def tell_fork(self, name: str, site: str) -> None:
         """A forked process has no thread that writes. It goes on without dumps, which is said once in each."""
@@ -129,13 +136,13 @@ class RankDumps:
 # A run that only dumps: no other job, no store. What the ranks of a job must agree on, they know without asking.
 
 
-def open_run(config: GrafterConfig, place: Place) -> Path:
+def open_standalone_run(config: GrafterConfig, place: Place) -> Path:
     """The run's directory, made, with `<role>/run.json` in it. Called once by every rank of the job, on its own.
 
     Raises ConfigError where the ranks could not come to one name, and, with nothing written, where this rank's dumps of
     an earlier run are there.
     """
-    run_name = config.run_name or find_run_name(place, os.environ)
+    run_name = config.run_name or find_standalone_run_name(place, os.environ)
     directory = Path(config.dir) / run_name
     refuse_earlier_dumps(directory / place.role, place.role_rank, place.who)
     (directory / place.role).mkdir(parents=True, exist_ok=True)
@@ -145,7 +152,7 @@ def open_run(config: GrafterConfig, place: Place) -> Path:
     return directory
 
 
-def find_run_name(place: Place, environ: Mapping[str, str]) -> str:
+def find_standalone_run_name(place: Place, environ: Mapping[str, str]) -> str:
     """The same on every rank of one job, and another one in the next run: of a single rank the time; else what
     torchrun gives all its ranks, or, on one machine, which torchrun it is. Raises ConfigError where nothing says it."""
     if place.role_world_size == 1:

@@ -27,7 +27,7 @@ from grafter.core.processes import is_from_signal_handler
 from grafter.core.records import DirectionName, Outcome, Role, TensorStatistics
 from grafter.core.rows.tokens import TokenRuns
 
-FORMAT_VERSION = 1
+DUMP_FORMAT_VERSION = 1
 METADATA_KEY = "grafter"
 
 Level = Literal["full", "statistics", "checksum"]
@@ -59,7 +59,7 @@ class DumpedLeaf(_Record):
 class DumpRecord(_Record):
     """One point on one rank. `order` counts this rank's dumped points over the whole run, in the program's order."""
 
-    format_version: int = FORMAT_VERSION
+    format_version: int = DUMP_FORMAT_VERSION
     order: int
     time: float
     name: str

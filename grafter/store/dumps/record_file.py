@@ -12,7 +12,7 @@ from pathlib import Path
 from pydantic import BaseModel, ValidationError
 
 from grafter.errors import DumpError
-from grafter.store.dumps.record import FORMAT_VERSION, METADATA_KEY, DumpRecord, Problem
+from grafter.store.dumps.record import DUMP_FORMAT_VERSION, METADATA_KEY, DumpRecord, Problem
 from grafter.store.dumps.tensor_file import LONGEST_HEADER, TensorFile, read_header
 
 _LONGEST_LINE = LONGEST_HEADER
@@ -84,7 +84,7 @@ def _read_record(text: bytes, where: str, role_rank: int) -> DumpRecord:
         raise _NoRecord(f"not a record: {f'{shown(place)}: ' if place else ''}{shown(first['msg'])}") from None
     except RecursionError:
         raise _NoRecord("not a record: it is nested too deep") from None
-    if record.format_version > FORMAT_VERSION:
+    if record.format_version > DUMP_FORMAT_VERSION:
         _refuse_version(record.format_version, where)
     _check_record(record, role_rank)
     return record
@@ -95,14 +95,14 @@ def _check_version(text: bytes, where: str) -> None:
         version = _Version.model_validate_json(text).format_version
     except (ValidationError, RecursionError):
         return
-    if version > FORMAT_VERSION:
+    if version > DUMP_FORMAT_VERSION:
         _refuse_version(version, where)
 
 
 def _refuse_version(version: int, where: str) -> None:
     raise NewerFormat(
         f"{where}: a newer grafter wrote it, in version {version} of the format, and this one reads up to version "
-        f"{FORMAT_VERSION}. Update grafter here."
+        f"{DUMP_FORMAT_VERSION}. Update grafter here."
     )
 
 
@@ -131,14 +131,14 @@ def _check_record(record: DumpRecord, role_rank: int) -> None:
 # The directory itself is the user's word and may be a link. What lies in it is not trusted: no part of a path is
 # followed if it is a link, and what was opened is then looked at, not what a name stood for a moment before.
 
-_FILE = re.compile(r"rank(?P<rank>0|[1-9][0-9]{0,8})/(?P<name>[^/\0]+\.safetensors)")
+_TENSOR_FILE_PATH = re.compile(r"rank(?P<rank>0|[1-9][0-9]{0,8})/(?P<name>[^/\0]+\.safetensors)")
 _NOTHING_FOLLOWED = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
 _LONGEST_SHOWN = 120
 
 
 def rank_of_file(file: str) -> int | None:
     """The rank below which a record's `file` lies; None where it is no path of the format."""
-    found = _FILE.fullmatch(file)
+    found = _TENSOR_FILE_PATH.fullmatch(file)
     if found is None or found["name"].startswith("."):
         return None
     return int(found["rank"])

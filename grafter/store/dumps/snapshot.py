@@ -93,7 +93,7 @@ def take_snapshot(local: torch.Tensor, buffers: Buffers) -> Snapshot:
     change it. local: as `saveable` gave it. Called without grad."""
     dtype, shape, nbytes = local.dtype, tuple(local.shape), snapshot_bytes(local)
     is_native = dtype in SAFETENSORS_NAMES
-    if nbytes <= SMALL_BYTES and _is_plain_memory(local):
+    if nbytes <= SMALL_TENSOR_BYTES and _is_plain_memory(local):
         # Without torch's operations: each lets go of the interpreter's lock, and the thread that writes would come and
         # go between them.
         data: bytes | memoryview | torch.Tensor
@@ -144,7 +144,7 @@ def _copy(source: torch.Tensor, target: torch.Tensor) -> list[Any]:
 # another (`SharedBuffer`), so that those are at home in huge pages, too.
 
 # Of what shares a buffer with others.
-SMALL_BYTES = 1 << 16
+SMALL_TENSOR_BYTES = 1 << 16
 _GRANULE_BYTES = 1 << 20
 _HUGE_PAGE_BYTES = 1 << 21
 # Parts begin at multiples of it: the size of a cache line.
@@ -203,7 +203,7 @@ class Buffers:
 
     def take(self, nbytes: int, *, pinned: bool = False) -> torch.Tensor:
         """A uint8 tensor in host memory of at least `nbytes`; pinned where an accelerator copies into it."""
-        if nbytes <= SMALL_BYTES and not pinned:
+        if nbytes <= SMALL_TENSOR_BYTES and not pinned:
             return _new(nbytes, pinned=False)
         capacity = capacity_of(nbytes, pinned=pinned)
         with self._lock:
@@ -239,7 +239,7 @@ class Buffers:
         """buffer: as it was taken."""
         if buffer is None:
             return
-        if isinstance(buffer, torch.Tensor) and buffer.numel() <= SMALL_BYTES and not buffer.is_pinned():
+        if isinstance(buffer, torch.Tensor) and buffer.numel() <= SMALL_TENSOR_BYTES and not buffer.is_pinned():
             return
         # A signal may end the program while its thread holds the lock, and that then waits for this one.
         if self._is_abandoned or not self._lock.acquire(timeout=1.0):
@@ -285,7 +285,7 @@ def capacity_of(nbytes: int, *, pinned: bool) -> int:
     Pinned memory is taken whole, the rest of it as it is written to: so a small pinned buffer is not much larger than
     what is asked for.
     """
-    granule = SMALL_BYTES if pinned else _GRANULE_BYTES
+    granule = SMALL_TENSOR_BYTES if pinned else _GRANULE_BYTES
     if nbytes >= _HUGE_PAGE_BYTES:
         granule = _HUGE_PAGE_BYTES
     return max(1, -(-nbytes // granule)) * granule
@@ -296,7 +296,7 @@ def _new(nbytes: int, *, pinned: bool) -> torch.Tensor:
         # A tensor made there could not be written to outside of it.
         with torch.inference_mode(False):
             return _new(nbytes, pinned=pinned)
-    if pinned or nbytes <= SMALL_BYTES:
+    if pinned or nbytes <= SMALL_TENSOR_BYTES:
         return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=pinned)
     return torch.frombuffer(_huge_pages(nbytes), dtype=torch.uint8)
 

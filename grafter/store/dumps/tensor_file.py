@@ -42,7 +42,7 @@ _DTYPES = {
 
 
 @dataclass(frozen=True)
-class Entry:
+class TensorEntry:
     """One tensor of a file. `begin` and `end` are from the start of the file; `dtype` without `torch.`."""
 
     dtype: str
@@ -57,7 +57,7 @@ class TensorFile:
 
     where: str
     size: int
-    entries: dict[str, Entry]
+    entries: dict[str, TensorEntry]
     metadata: dict[str, str] = field(repr=False)
 
 
@@ -118,7 +118,7 @@ def _parsed(text: bytes) -> dict[str, Any]:
     return header
 
 
-def _entry(name: str, described: Any, start: int) -> Entry:
+def _entry(name: str, described: Any, start: int) -> TensorEntry:
     if not isinstance(described, dict):
         raise _Unsound(f"its header has no description of the tensor {name[:80]!r}.")
     dtype, shape, offsets = described.get("dtype"), described.get("shape"), described.get("data_offsets")
@@ -130,14 +130,14 @@ def _entry(name: str, described: Any, start: int) -> Entry:
     begin, end = offsets
     if end - begin != prod(shape) * itemsize:
         raise _Unsound(f"the tensor {name[:80]!r} is {dtype}{shape}, and has {end - begin} bytes. The file is damaged.")
-    return Entry(own, tuple(shape), start + begin, start + end)
+    return TensorEntry(own, tuple(shape), start + begin, start + end)
 
 
 def _are_sizes(value: Any) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(type(size) is int and 0 <= size <= _LARGEST_SIZE for size in value)
 
 
-def _check_regions(entries: dict[str, Entry], start: int, size: int) -> None:
+def _check_regions(entries: dict[str, TensorEntry], start: int, size: int) -> None:
     at = start
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
         if entry.end > size:

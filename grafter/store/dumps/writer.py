@@ -141,7 +141,7 @@ logger = logging.getLogger("grafter")
 _TELL_AFTER_SECONDS = 10.0
 
 
-class Backlog:
+class WriteQueue:
     """Jobs of one rank. What is used from several threads: all of it."""
 
     def __init__(self, limit_bytes: int, who: str) -> None:

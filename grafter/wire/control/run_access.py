@@ -11,7 +11,7 @@ from pathlib import Path
 
 from grafter.config.control.change import (
     Change,
-    Decision,
+    ChangeDecision,
     Proposal,
     State,
     decision_place,
@@ -50,7 +50,7 @@ class Agreed:
     """A change that was decided. number: as ranks and files name it."""
 
     number: int
-    decision: Decision
+    decision: ChangeDecision
 
 
 class RunAccess:
@@ -142,7 +142,7 @@ class RunAccess:
         try:
             return Agreed(number, self._await_decision(number, seconds))
         except KeyboardInterrupt:
-            rank_status = put_decision(self._client, number, Decision(refused="it was withdrawn"))
+            rank_status = put_decision(self._client, number, ChangeDecision(refused="it was withdrawn"))
             if rank_status.step is None:
                 raise
             return Agreed(number, rank_status)
@@ -164,7 +164,7 @@ class RunAccess:
                 self._await_decision(number, asked.seconds)
             number += 1
 
-    def _await_decision(self, number: int, seconds: float) -> Decision:
+    def _await_decision(self, number: int, seconds: float) -> ChangeDecision:
         deadline = time.monotonic() + seconds
         while True:
             decision = read_decision(self._client, number) or try_to_decide(
