@@ -51,17 +51,12 @@ from grafter.config.settings.given_settings import (
     refuse_unknown_fields,
     refuse_unknown_variables,
 )
-from grafter.config.settings.plan_file import RULE_CONDITIONS, RULE_FIELDS, Rule
+from grafter.config.settings.plan_file import Rule
 from grafter.config.switch import PREFIX, read_variable
 from grafter.core.filters.expression import Filter, parse_filter
 from grafter.core.patterns import read_patterns
 from grafter.core.points import is_rank_tag
 from grafter.errors import ConfigError, FilterError, UsageError
-
-# Where a field of a rule is called otherwise in the configuration.
-_RULE_FALLBACK = {"transform": "transform_path"}
-_ABSENT = object()
-_MAX_CACHED_RULE_VALUES = 100_000
 
 
 class GrafterConfig(BaseModel):
@@ -230,30 +225,6 @@ class GrafterConfig(BaseModel):
         """Keys of metadata that dumps leave out."""
         keys = frozenset(key.strip() for key in self.dump_exclude.split(",") if key.strip())
         return frozenset() if keys == {"none"} else keys
-
-    @cached_property
-    def _rule_values(self) -> dict[tuple[str, str], Any]:
-        return {}
-
-    def rule_value(self, field: str, name: str, default: Any = None) -> Any:
-        """The value of a rule's field for the point `name`: that of the first rule whose `match` fits and which has the
-        field, else the configuration's own, else `default` (also where the configuration's own is None).
-        """
-        value = self._rule_values.get((field, name), _ABSENT)
-        if value is _ABSENT:
-            value = self._first_rule_value(field, name)
-            if len(self._rule_values) >= _MAX_CACHED_RULE_VALUES:  # names that never repeat
-                self._rule_values.clear()
-            self._rule_values[field, name] = value
-        return default if value is None else value
-
-    def _first_rule_value(self, field: str, name: str) -> Any:
-        if field not in RULE_FIELDS or field in RULE_CONDITIONS:
-            raise KeyError(f"rules have no field {field!r}")
-        rule = self.rule_for(field, name)
-        if rule is not None:
-            return getattr(rule, field) or None
-        return getattr(self, _RULE_FALLBACK.get(field, field), None)
 
     def rule_for(self, field: str, name: str) -> Rule | None:
         """The first rule for the point `name` in this job that has the field."""

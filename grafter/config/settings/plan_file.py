@@ -316,6 +316,5 @@ class Rule(BaseModel):
 
 
 RULE_FIELDS = tuple(Rule.model_fields)
-# What a rule is for, not what it sets; and fields whose empty text means "none for these names".
-RULE_CONDITIONS = ("match", "role")
+# Fields whose empty text means "none for these names".
 RULE_FIELDS_THAT_MAY_BE_EMPTY = ("transform", "dims")
