@@ -33,7 +33,7 @@ from grafter.store.dumps.directory import find_role_directory
 from grafter.store.dumps.point import DumpedPoint
 from grafter.store.dumps.reader import Dumps, open_dumps
 from grafter.store.dumps.record import DumpRecord
-from grafter.store.dumps.record_file import opened, shown
+from grafter.store.dumps.record_file import read_file, shown
 from grafter.store.written_files import write_whole
 
 # A process is started for each.
@@ -298,8 +298,7 @@ def _read(path: Path, name: str, model: type[Model]) -> Model | None:
     """The content of the file; None if there is no such file. Raises DumpError for anything else."""
     if not os.path.lexists(path / name):
         return None
-    with opened(path, name) as descriptor, os.fdopen(os.dup(descriptor), "rb") as file:
-        text = file.read(_LONGEST_FACTS)
+    text = read_file(path, name, _LONGEST_FACTS)
     try:
         return model.model_validate_json(text)
     except (ValidationError, RecursionError) as error:

@@ -10,10 +10,11 @@ import torch
 
 from grafter.analysis.compare.comparison_records import ComparedLeaf
 from grafter.analysis.compare.point_pairs import PointPair
+from grafter.core.leaves import TENSOR_MARK
 from grafter.errors import GrafterError
 from grafter.store.dumps.pending_record import checksum
 from grafter.store.dumps.point import DumpedPoint
-from grafter.store.dumps.record import MAX_REPR, TENSOR_MARK, DumpedLeaf
+from grafter.store.dumps.record import MAX_REPR, DumpedLeaf
 from grafter.store.dumps.record_file import shown
 
 

@@ -1,4 +1,7 @@
-"""One rank's dumps, as its points see them: which are saved, and a saver once there is a run to save into."""
+"""One rank's dumps: which points are saved, and the saver. Also the run that only dumps, without another job.
+
+The ranks of a run that only dumps have no store, so each derives the run's name and directory by itself.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ logger = logging.getLogger("grafter")
 
 
 class RankDumps:
-    """Used under the lock of the rank's points. Nothing is opened before the first point is saved."""
+    """The dumps of one rank. Used under the lock of its points; opens no file before the first point is saved."""
 
     def __init__(
         self,
@@ -38,8 +41,9 @@ class RankDumps:
         axes_of: Callable[[Any], tuple[tuple[str, int, int], ...]],
         find_run_directory: Callable[[], Path],
     ) -> None:
-        """axes_of: this rank's place on the mesh, of what a call says. find_run_directory: may wait for the run to
-        begin."""
+        """axes_of: this rank's place on the mesh, from the call's `axes`. find_run_directory: may wait for the run to
+        begin.
+        """
         self._config, self._place = config, place
         self._axes_of, self._find_run_directory = axes_of, find_run_directory
         self.filter = DumpFilter(config)
@@ -60,7 +64,7 @@ class RankDumps:
             self.limits.also_allow(*also)
 
     def open(self) -> Saver:
-        """Raises ConfigError where the directory holds an earlier run's dumps."""
+        """The saver, created at the first call. Raises ConfigError if the directory holds dumps of an earlier run."""
         if self._saver is None:
             self._saver = Saver(self._config, self._place, self._find_run_directory() / self._place.role, self.limits)
         return self._saver
@@ -76,9 +80,11 @@ class RankDumps:
         header: str | None = None,
         starts: tuple[int, ...] = (),
     ) -> PendingRecord | None:
-        """The point as it is now; None where a limit leaves it out. `finish` is to follow. header: where the point is
-        recorded for a later graft, which no limit leaves out. starts: where rows of the point's tokens begin to count;
-        those before are not saved, unless it is recorded."""
+        """Take the point as it is now, to be completed by `finish`. None if a limit leaves it out.
+
+        header: given if the point is recorded for a later graft; no limit leaves such a point out. starts: the position
+        from which the rows of each sequence count; rows before it are saved only in a recording.
+        """
         rows = None
         if starts and header is None:
             options, rows = rows_to_save(value, options, starts)
@@ -96,19 +102,19 @@ class RankDumps:
         grafted: Any = None,
         reason: str | None = None,
     ) -> None:
-        """What the point came to. grafted: what the program goes on with."""
+        """Complete a point that `take` returned. grafted: the value with which the program continues."""
         if pending is not None and self._saver is not None:
             if pending.rows is not None and outcome == "grafted":
                 grafted = pending.rows.of(grafted)
             self._saver.finish(pending, outcome, grafted, reason)
 
     def finish_failed(self, pending: PendingRecord | None, error: BaseException) -> None:
-        """The point ended with an error; what it held is saved all the same."""
+        """Complete a point that ended with an error; its value is saved as well."""
         text = str(error).splitlines()[0] if isinstance(error, GrafterError) and str(error) else ""
         self.finish(pending, reason=f"the meeting ended with {type(error).__name__}: {text}")
 
     def tell_fork(self, name: str, site: str) -> None:
-        """A forked process has no thread that writes. It goes on without dumps, which is said once in each."""
+        """Warn once that this process was forked: it has no writing thread, so it saves no points."""
         if not self._has_told_fork:
             self._has_told_fork = True
             logger.warning(
@@ -126,21 +132,18 @@ class RankDumps:
             self._saver.flush()
 
     def close(self) -> dict[str, int]:
-        """Everything is on disk when this returns: how many points were saved, and how many lost."""
+        """Write everything to disk. Returns how many points were `saved`, and how many `lost`."""
         if self._saver is None:
             return {}
         self._saver.close()
         return dict(self._saver.outcomes)
 
 
-# A run that only dumps: no other job, no store. What the ranks of a job must agree on, they know without asking.
-
-
 def open_standalone_run(config: GrafterConfig, place: Place) -> Path:
-    """The run's directory, made, with `<role>/run.json` in it. Called once by every rank of the job, on its own.
+    """Create the directory of a run that only dumps, with `<role>/run.json` in it. Every rank calls it once.
 
-    Raises ConfigError where the ranks could not come to one name, and, with nothing written, where this rank's dumps of
-    an earlier run are there.
+    Raises ConfigError if the ranks cannot derive one name. Also raises it, and writes nothing, if the directory holds
+    this rank's dumps of an earlier run.
     """
     run_name = config.run_name or find_standalone_run_name(place, os.environ)
     directory = Path(config.dir) / run_name
@@ -153,8 +156,11 @@ def open_standalone_run(config: GrafterConfig, place: Place) -> Path:
 
 
 def find_standalone_run_name(place: Place, environ: Mapping[str, str]) -> str:
-    """The same on every rank of one job, and another one in the next run: of a single rank the time; else what
-    torchrun gives all its ranks, or, on one machine, which torchrun it is. Raises ConfigError where nothing says it."""
+    """A name that is the same on every rank of the job and differs between runs.
+
+    A single rank uses the time. Several ranks use the run id that torchrun gives them or, on one machine, torchrun's
+    process. Raises ConfigError if neither exists.
+    """
     if place.role_world_size == 1:
         return time.strftime("%Y%m%d-%H%M%S")
     run_id = environ.get("TORCHELASTIC_RUN_ID", "").strip()
@@ -167,6 +173,6 @@ def find_standalone_run_name(place: Place, environ: Mapping[str, str]) -> str:
             return f"job-{starter}-{started}"
     raise ConfigError(
         f"the {place.role} job has {place.role_world_size} ranks and only dumps, so there is no store through which "
-        "they could agree on a name for the run, and each would write into a directory of its own. Set "
-        "GRAFTER_RUN_NAME to one new name on all ranks (or give torchrun an --rdzv-id of its own for each run)."
+        "they could agree on a name for the run, and each would write into a separate directory. Set "
+        "GRAFTER_RUN_NAME to one new name on all ranks (or give torchrun a new --rdzv-id for each run)."
     )

@@ -1,4 +1,9 @@
-"""Records read back: a rank's lines, and the record that each file of tensors has of itself."""
+"""Reads records: a rank's lines, and the record inside each file of tensors. Opens files below a role's directory.
+
+The directory itself is the user's choice and may be a link. Its contents are not trusted: no part of a path is
+followed if it is a link, nothing outside of the directory is opened, opening a pipe cannot block, and checks are made
+on the open descriptor, not on the name.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +24,7 @@ _LONGEST_LINE = LONGEST_HEADER
 
 
 class NewerFormat(DumpError):
-    """A newer grafter wrote the file: no fault of one file, but of this version for all of them."""
+    """A newer grafter wrote the file. All files of the run have that format, so reading stops."""
 
 
 class _Version(BaseModel):
@@ -31,12 +36,12 @@ def lines_name(role_rank: int) -> str:
 
 
 def read_lines(directory: Path, role_rank: int, problems: list[Problem]) -> Iterator[DumpRecord]:
-    """The records of one rank's lines; what is no record is told in `problems`, and the rest is read.
+    """The records of one rank's lines. A line that is not a record is added to `problems`, and the rest is read.
 
-    Raises DumpError where the file cannot be opened, or where a newer grafter wrote it.
+    Raises DumpError if the file cannot be opened, and NewerFormat if a newer grafter wrote it.
     """
     name = lines_name(role_rank)
-    with opened(directory, name) as descriptor, os.fdopen(os.dup(descriptor), "rb") as file:
+    with opened(directory, name) as descriptor, open(descriptor, "rb", closefd=False) as file:
         number = 0
         while line := file.readline(_LONGEST_LINE):
             number += 1
@@ -54,13 +59,13 @@ def read_lines(directory: Path, role_rank: int, problems: list[Problem]) -> Iter
 
 
 def read_record_of_file(directory: Path, relative: str, role_rank: int) -> DumpRecord:
-    """What a file of tensors says of itself. Raises DumpError for a file that is none."""
+    """The record inside a file of tensors. Raises DumpError if the file has none, or is damaged."""
     with opened(directory, relative) as descriptor:
         return record_in(read_header(descriptor, f"{directory}/{shown(relative)}"), role_rank)
 
 
 def record_in(file: TensorFile, role_rank: int) -> DumpRecord:
-    """Raises DumpError where the file's metadata has no record, or another rank's."""
+    """The record in the file's metadata. Raises DumpError if it has none, or that of another rank."""
     text = file.metadata.get(METADATA_KEY)
     if text is None:
         raise DumpError(f"{file.where}: its metadata has no {METADATA_KEY!r}, so it is no dump of grafter.")
@@ -71,7 +76,7 @@ def record_in(file: TensorFile, role_rank: int) -> DumpRecord:
 
 
 class _NoRecord(Exception):
-    pass
+    """The text is not a record; the message says why."""
 
 
 def _read_record(text: bytes, where: str, role_rank: int) -> DumpRecord:
@@ -107,7 +112,7 @@ def _refuse_version(version: int, where: str) -> None:
 
 
 def _check_record(record: DumpRecord, role_rank: int) -> None:
-    """What the types cannot say. What is checked here, the rest of the package takes for granted."""
+    """Check what the types cannot express. The rest of the package relies on it."""
     if record.role_rank != role_rank:
         raise _NoRecord(f"it is of role rank {record.role_rank}, and stands among those of rank {role_rank}")
     if not 0 <= record.role_rank < record.role_world_size:
@@ -126,18 +131,13 @@ def _check_record(record: DumpRecord, role_rank: int) -> None:
         raise _NoRecord("a leaf has a negative size")
 
 
-# Files below a role's directory, opened so that a name or a link can lead nowhere else, and a pipe cannot block.
-#
-# The directory itself is the user's word and may be a link. What lies in it is not trusted: no part of a path is
-# followed if it is a link, and what was opened is then looked at, not what a name stood for a moment before.
-
 _TENSOR_FILE_PATH = re.compile(r"rank(?P<rank>0|[1-9][0-9]{0,8})/(?P<name>[^/\0]+\.safetensors)")
 _NOTHING_FOLLOWED = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
 _LONGEST_SHOWN = 120
 
 
 def rank_of_file(file: str) -> int | None:
-    """The rank below which a record's `file` lies; None where it is no path of the format."""
+    """The rank in whose folder a record's `file` lies; None if the path does not have the format's form."""
     found = _TENSOR_FILE_PATH.fullmatch(file)
     if found is None or found["name"].startswith("."):
         return None
@@ -146,7 +146,7 @@ def rank_of_file(file: str) -> int | None:
 
 @contextmanager
 def opened(directory: Path, relative: str) -> Iterator[int]:
-    """A descriptor of a plain file below `directory`, closed at the end. Raises DumpError for anything else."""
+    """A descriptor of a plain file below `directory`, closed at the end of the block. Raises DumpError for all else."""
     where = f"{directory}/{shown(relative)}"
     parts = relative.split("/")
     if not all(parts) or any(part in (".", "..") or "\0" in part for part in parts):
@@ -156,7 +156,7 @@ def opened(directory: Path, relative: str) -> Iterator[int]:
         held.append(os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
         for part in parts[:-1]:
             held.append(os.open(part, _NOTHING_FOLLOWED | os.O_DIRECTORY, dir_fd=held[-1]))
-        # Without O_NONBLOCK, opening a pipe that nobody writes to would wait for ever.
+        # Without O_NONBLOCK, opening a pipe without a writer would wait forever.
         held.append(os.open(parts[-1], _NOTHING_FOLLOWED | os.O_NONBLOCK, dir_fd=held[-1]))
         if not stat.S_ISREG(os.fstat(held[-1]).st_mode):
             raise DumpError(f"{where}: this is no plain file, and dumps are plain files.")
@@ -166,6 +166,12 @@ def opened(directory: Path, relative: str) -> Iterator[int]:
     finally:
         for descriptor in reversed(held):
             os.close(descriptor)
+
+
+def read_file(directory: Path, relative: str, most_bytes: int) -> bytes:
+    """The first `most_bytes` of a plain file below `directory`. Raises DumpError as `opened` does."""
+    with opened(directory, relative) as descriptor, open(descriptor, "rb", closefd=False) as file:
+        return file.read(most_bytes)
 
 
 def _why(error: OSError | ValueError) -> str:
@@ -179,7 +185,7 @@ def _why(error: OSError | ValueError) -> str:
 
 
 def listed(directory: Path, relative: str) -> list[str]:
-    """The names in a directory below `directory`, sorted; none where it is a link or no directory."""
+    """The names in a folder of `directory`, sorted; empty if it is missing, a link, or not a directory."""
     try:
         outer = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError:
@@ -197,7 +203,7 @@ def listed(directory: Path, relative: str) -> list[str]:
 
 
 def shown(text: str) -> str:
-    """A name from a file, as a message may show it."""
+    """A text from a file for a message: printable, and of bounded length."""
     if len(text) <= _LONGEST_SHOWN and text.isprintable():
         return text
     plain = "".join(character if character.isprintable() else "?" for character in text[: _LONGEST_SHOWN + 1])

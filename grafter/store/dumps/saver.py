@@ -1,8 +1,8 @@
-"""The saver: takes a point as it is at the call, and sees to it that it is written, once, whatever comes after.
+"""The saver: takes a point as it is at the call, and writes it exactly once, whatever happens afterwards.
 
-at the call     limits; the snapshot; metadata encoded                  (`take`, on the program's thread)
-after a graft   a second snapshot, and what the point came to           (`finish`)
-in background   figures or the file, then the line                      (`_write`, on the backlog's thread)
+at the call     limits; snapshots; encoded metadata                     (`take`, on the program's thread)
+after a graft   second snapshots, and the outcome of the point          (`finish`)
+in background   figures or the file, then the line                      (`_write`, on the write queue's thread)
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 
 from grafter.config.options import PointOptions
 from grafter.config.settings.config import GrafterConfig
+from grafter.config.settings.field_types import DumpLevel
 from grafter.core.points import PointKey
 from grafter.core.processes import is_from_signal_handler
 from grafter.core.records import Outcome
@@ -27,7 +28,7 @@ from grafter.core.sizes import read_size
 from grafter.core.untraced import unobserved
 from grafter.store.dumps.limits import Limits
 from grafter.store.dumps.pending_record import Parts, PendingRecord, leaf_of, tensors_of
-from grafter.store.dumps.record import DumpedLeaf, DumpRecord, Level, MetadataEncoder, safe_repr
+from grafter.store.dumps.record import DumpedLeaf, DumpRecord, MetadataEncoder, safe_repr
 from grafter.store.dumps.snapshot import (
     Buffers,
     NothingToSave,
@@ -44,18 +45,18 @@ from grafter.store.written_files import LineFile
 logger = logging.getLogger("grafter")
 
 _LONGEST_RECORD = 1 << 24
-# A process that is to end waits no longer than this for one file.
+# How long a process that is about to end waits for one file.
 _PATIENCE_SECONDS = 60.0
-# In the order of the record, with what stands where nothing is said.
-_NO_FIELDS = {name: field.get_default() for name, field in DumpRecord.model_fields.items()}
+# The fields of a record in their order, with their defaults.
+_NO_FIELDS = {name: field.get_default(call_default_factory=True) for name, field in DumpRecord.model_fields.items()}
 _UNFINISHED = "the process ended, or the run did, while this point met the other side"
 
 
 class Saver:
-    """One rank's dumps. `take` and `finish` are called under the lock of its points."""
+    """The writer of one rank's dumps. `take` and `finish` are called under the lock of its points."""
 
     def __init__(self, config: GrafterConfig, place: Place, role_directory: Path, limits: Limits) -> None:
-        """Raises ConfigError where the directory holds this rank's dumps of an earlier run."""
+        """Raises ConfigError if the directory holds this rank's dumps of an earlier run."""
         self._place, self._directory = place, role_directory
         self._exclude = config.dump_exclude_keys
         self._rank_name = f"rank{place.role_rank}"
@@ -71,7 +72,7 @@ class Saver:
         self._order = 0
         self._unfinished: dict[int, PendingRecord] = {}
         self._is_closed = False
-        # Written by the backlog's thread.
+        # Written by the write queue's thread.
         self.outcomes: Counter[str] = Counter()
         self._has_told_failure = False
         self._termination = Termination(self._end_all)
@@ -91,15 +92,15 @@ class Saver:
         direction: Direction | None = None,
         header: str | None = None,
     ) -> PendingRecord | None:
-        """The point as it is now; None where a limit is reached. The value may be changed once this returns.
+        """Take the point as it is now; None if a limit is reached. The value may be changed once this returns.
 
-        value: a tensor or any pytree; what of it cannot be saved is told in the record. header: this rank's header as
-        it travels, for a graft from this recording: what is to be grafted later is saved in full, whatever dumps leave
-        out. Waits while the backlog is full.
+        value: a tensor or any pytree; the record says what cannot be saved. header: this rank's header, if the point is
+        recorded for a later graft; such a point is saved in full, whatever dumps leave out. Waits while the write
+        queue is full.
         """
         with unobserved(), torch.no_grad():
             parts = Parts(value, options)
-            level: Level = options.dump_level if header is None else "full"
+            level: DumpLevel = options.dump_level if header is None else "full"
             nbytes = sum(snapshot_bytes(tensor) for _, tensor in parts.leaves) if level == "full" else 0
             if header is None and not self._limits.take(nbytes):
                 return None
@@ -123,7 +124,7 @@ class Saver:
     def finish(
         self, pending: PendingRecord, outcome: Outcome | None = None, grafted: Any = None, reason: str | None = None
     ) -> None:
-        """The point is over: hand it to the writer. grafted: what the program goes on with, where a graft wrote it."""
+        """Hand the completed point to the writer. grafted: the value after a graft wrote it."""
         if outcome == "grafted":
             with unobserved(), torch.no_grad():
                 parts = Parts(grafted, None)
@@ -138,15 +139,15 @@ class Saver:
         self._hand_over(pending)
 
     def end_step(self) -> None:
-        """What was dumped before this step is on disk when this returns; this step's points may be under way."""
+        """Wait until the points of earlier steps are on disk. Those of this step may still be waiting."""
         self._write_queue.wait_for_last_step()
 
     def flush(self) -> None:
-        """All points that are over are on disk when this returns."""
+        """Wait until all completed points are on disk."""
         self._write_queue.flush()
 
     def close(self) -> None:
-        """Everything is on disk when this returns, also points in the middle of a meeting."""
+        """Write everything to disk, including points whose exchange is unfinished, and end the writing thread."""
         if self._is_closed:
             return
         self._is_closed = True
@@ -156,7 +157,7 @@ class Saver:
         self._log.close()
 
     def _end_all(self) -> None:
-        """Also called by a signal's handler, in the middle of anything: what is half taken is written as it is."""
+        """Write all points as they are. A signal handler may call this at any time, even in the middle of `take`."""
         for pending in list(self._unfinished.values()):
             if not pending.is_over:
                 pending.reasons.append(_UNFINISHED)
@@ -165,7 +166,7 @@ class Saver:
 
     def _hand_over(self, pending: PendingRecord) -> None:
         pending.is_over = True
-        # Whoever comes in between, as SIGTERM may, hands it over once more, which the writer sees.
+        # A SIGTERM handler may run in between and hand it over as well; `_write` ignores the second one.
         if pending.order in self._unfinished:
             self._write_queue.put(partial(self._write, pending))
             self._unfinished.pop(pending.order, None)
@@ -185,7 +186,7 @@ class Saver:
         except (RuntimeError, MemoryError, NotImplementedError) as error:
             if is_from_signal_handler(error):
                 raise
-            # Out of memory, or a dtype that cannot be copied: it costs this tensor, not the run.
+            # Out of memory, or a dtype that cannot be copied: only this tensor is lost, not the run.
             pending.reasons.append(f"{what or 'the tensor'}: {type(error).__name__}: {safe_repr(str(error))}")
             return None
 
@@ -220,7 +221,7 @@ class Saver:
                 pending.extras[number] = snapshot
         fields["not_encoded"], fields["excluded"] = encoder.not_encoded, tuple(encoder.excluded)
 
-    # On the backlog's thread.
+    # On the write queue's thread.
 
     def _write(self, pending: PendingRecord) -> None:
         if pending.is_written:
@@ -257,7 +258,7 @@ class Saver:
             try:
                 write_tensors(f"{self._directory}/{file}", tensors, record_metadata(text))
             except Exception as error:
-                # The line is small, and may have room where the tensors have not.
+                # The line is small and may still fit on the disk.
                 lost = f"the file could not be written: {type(error).__name__}: {error}"
                 self._log.append(record_text({**record, "file": None, "reason": lost}).encode())
                 raise
@@ -279,8 +280,8 @@ class Saver:
         if not self._has_told_failure:
             self._has_told_failure = True
             logger.error(
-                "grafter: %s: the dump of %s is lost, and so may be others, which are counted (rank summary) and not "
-                "told one by one; the run goes on: %s: %s",
+                "grafter: %s: the dump of %s is lost; the run continues. Others may be lost too: the rank summary "
+                "counts them, and they are not reported one by one: %s: %s",
                 self._place.who, pending.key, type(error).__name__, error,
             )  # fmt: skip
 

@@ -4,9 +4,9 @@
     n, little-endian      JSON: name -> dtype, shape,      the tensors' bytes, row-major, little-endian, without gaps
                           [begin, end) in the rest
 
-Own code, and not `safetensors.safe_open`, for three reasons: that takes a path, which may have come to mean another
-file since it was checked, where this takes the descriptor that was checked; it has no word for dtypes that a dump
-stores as others; and it reads a header of up to 100 MB before anyone has asked whether there is reason to.
+It does not use `safetensors.safe_open` for three reasons. That function takes a path, which may name another file than
+the one that was checked; this module takes the checked descriptor. It cannot read dtypes that a dump stores as others.
+And it reads headers of up to 100 MB.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ import torch
 
 from grafter.errors import DumpError
 
-# Of what a file may claim. A header holds names and the point's metadata.
+# Limits of what a file may claim. A header holds names and the point's metadata.
 LONGEST_HEADER = 1 << 26
 _MOST_DIMS = 64
-# From here on, bytes: files that are mapped without setting memory aside, at a descriptor each while they are.
+# The size in bytes from which a file is mapped without reserving memory; each such mapping holds a descriptor.
 _LARGE_FILE = 1 << 30
 _LARGEST_SIZE = 1 << 62
 
-# safetensors' names of dtypes -> torch's, without `torch.`; and how many bytes one value has.
+# safetensors' names of dtypes -> torch's, without `torch.`, and the bytes of one value.
 _DTYPES = {
     "BOOL": ("bool", 1), "U8": ("uint8", 1), "I8": ("int8", 1), "U16": ("uint16", 2), "I16": ("int16", 2),
     "U32": ("uint32", 4), "I32": ("int32", 4), "U64": ("uint64", 8), "I64": ("int64", 8), "F16": ("float16", 2),
@@ -43,7 +43,7 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One tensor of a file. `begin` and `end` are from the start of the file; `dtype` without `torch.`."""
+    """One tensor of a file. begin, end: bytes from the start of the file. dtype: without `torch.`."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -53,7 +53,7 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class TensorFile:
-    """What a header says, checked against the file: `size` in bytes, its entries, and its metadata."""
+    """A header that was checked against its file. where: the file, for messages. size: in bytes."""
 
     where: str
     size: int
@@ -62,7 +62,7 @@ class TensorFile:
 
 
 def read_header(descriptor: int, where: str) -> TensorFile:
-    """Raises DumpError, naming the file (`where`) and what is wrong, for whatever is no sound safetensors file."""
+    """The header of a safetensors file. Raises DumpError that names `where` and the fault if the file is not sound."""
     try:
         return _read_header(descriptor, where)
     except _Unsound as unsound:
@@ -70,7 +70,7 @@ def read_header(descriptor: int, where: str) -> TensorFile:
 
 
 class _Unsound(Exception):
-    pass
+    """The file is not a sound safetensors file; the message says why."""
 
 
 def _read_header(descriptor: int, where: str) -> TensorFile:
@@ -155,10 +155,10 @@ def _check_regions(entries: dict[str, TensorEntry], start: int, size: int) -> No
 def map_tensor(
     descriptor: int, file: TensorFile, name: str, dtype: torch.dtype, shape: tuple[int, ...]
 ) -> torch.Tensor:
-    """The bytes of an entry as a tensor of this dtype and shape, which must need exactly as many; nothing is copied.
+    """The bytes of an entry as a CPU tensor of this dtype and shape, without a copy.
 
-    The memory is the file's pages, read when first touched. Writing to it changes this process's copy of a page, and
-    never the file. Raises DumpError where bytes and shape do not fit, or where a bool is neither 0 nor 1.
+    The memory is the file's pages, read when first touched. Writing to it changes this process's copy of a page, never
+    the file. Raises DumpError if bytes and shape do not fit, or if a bool is neither 0 nor 1.
     """
     entry = file.entries[name]
     count = entry.end - entry.begin
@@ -173,7 +173,7 @@ def map_tensor(
     except (RuntimeError, OSError, ValueError) as error:
         raise DumpError(f"{file.where}: it cannot be mapped: {str(error).splitlines()[0]}") from error
     if dtype is torch.bool and int(raw.max()) > 1:
-        # What torch makes of such a bool is undefined.
+        # torch's behaviour for such a bool is undefined.
         raise DumpError(f"{file.where}: the bool tensor {name!r} has bytes that are neither 0 nor 1. It is damaged.")
     if entry.begin % dtype.itemsize:
         raw = raw.clone()
@@ -181,11 +181,11 @@ def map_tensor(
 
 
 def _mapped(descriptor: int, size: int) -> torch.Tensor:
-    """The open file itself, and no name of it, as bytes that are this process's own once they are written to."""
+    """The open file as bytes, copy-on-write. Uses the descriptor, because a path may name another file by now."""
     if size < _LARGE_FILE:
-        # torch keeps no descriptor, so that any number of tensors can live.
+        # torch keeps no descriptor, so any number of tensors can exist.
         return torch.from_file(f"/dev/fd/{descriptor}", shared=False, size=size, dtype=torch.uint8)
-    # Without it the system refuses a file that is larger than the memory, since all of it could be written to.
+    # Without MAP_NORESERVE, the system refuses files larger than memory, because all of it could be written to.
     flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
     pages = mmap.mmap(descriptor, size, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
     return torch.frombuffer(pages, dtype=torch.uint8)
@@ -198,19 +198,16 @@ def _empty(file: TensorFile, dtype: torch.dtype, shape: tuple[int, ...]) -> torc
         raise DumpError(f"{file.where}: no tensor can have the shape {list(shape)}: {error}") from error
 
 
-# What will be read soon, said to the system: it then reads a file while this process still works on what came before.
-#
-# Mapped memory is otherwise read when it is touched, a few pages at a time, and who touches it waits.
-
 _WILL_NEED: int | None = getattr(mmap, "MADV_WILLNEED", None)
-# Of a view with gaps, so many times its own bytes may be read for it.
+# How many times the bytes of a view with gaps may be read for it.
 _MOST_GAPS = 4
 
 
 def will_read(view: torch.Tensor) -> None:
-    """Start to read the pages of a view of a mapped file. A hint: nothing happens where the system knows no such.
+    """Have the system read the pages of a view of a mapped file ahead, while this process works on something else.
 
-    No page of memory that is no file's is harmed by it; a view with large gaps is left to be read when it is touched.
+    Otherwise they are read when they are touched, a few at a time. This is a hint: it is skipped if the system does not
+    support it, or if the view has large gaps. It is harmless for memory that belongs to no file.
     """
     if _WILL_NEED is None or not view.numel():
         return
