@@ -72,9 +72,9 @@ def test_unequal_non_finite_values_fail_any_rule(expression: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("attn: rell <= 1", r"`rell` is no measure; did you mean `rel`\? \(column 1\)"),
+        ("attn: rell <= 1", r"`rell` is not a measure; did you mean `rel`\? \(column 1\)"),
         ("attn: rel <= 1 or narow_rel < 1", r"did you mean `narrow_rel`\? \(column 13\)"),
-        ("attn: layer_id == 3", "`layer_id` is no measure; measures are rel, rel_l2"),
+        ("attn: layer_id == 3", "`layer_id` is not a measure; measures are rel, rel_l2"),
         ("attn: rel = 1", "compare with `==`"),
         ("attn: __import__('os')", "filters have no function `__import__`"),
         ("attn: rel <=", "something is missing at the end"),
@@ -127,7 +127,7 @@ def test_thresholds_of_a_plan_file(tmp_path: Path) -> None:
         ("thresholds:\n  - {match: a, requir: rel < 1}\n", r"plan.yaml:2:16: 'requir' is no field .* mean require\?"),
         ("thresholds:\n  - {match: a}\n", "plan.yaml:2:5: an entry of thresholds needs `require`"),
         ("thresholds:\n  - {match: '{', require: rel < 1}\n", "plan.yaml:2:13: match"),
-        ("thresholds:\n  - {match: a, require: rell < 1}\n", r"plan.yaml:2:25: require: `rell` is no measure"),
+        ("thresholds:\n  - {match: a, require: rell < 1}\n", r"plan.yaml:2:25: require: `rell` is not a measure"),
         ("thresholds: 3\n", "thresholds is a list"),
         ("threshold:\n", r"did you mean thresholds\?"),
     ],

@@ -323,7 +323,7 @@ def test_windows_dumps_and_recorders_change_at_one_step_in_both_jobs(tmp_path: P
 
         nobody = run.ctl("record", "off")
         assert nobody.exit_code == 1
-        assert "would change nothing on any rank: no grafter.RequestRecorder lives in its process" in nobody.stderr
+        assert "would change nothing on any rank: its process has no grafter.RequestRecorder" in nobody.stderr
         jobs.signals["make a recorder"].set()
         wait_until(lambda: "recorder of target rank 0: on, 1000 to a batch" in run.ctl("status").stdout)
         bare = step_of(run.ctl("record", "--exclude", "logits", "--wait", str(FAR)))

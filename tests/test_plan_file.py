@@ -97,11 +97,11 @@ def test_an_empty_plan_file_sets_nothing(plan: Path, text: str) -> None:
         ("rules:\n  match: a", "2:3", "rules is a list"),
         ("rules:\n  - 3", "2:5", "a rule is a list of `field: value`"),
         ("rules:\n  - write: return", "2:5", "needs `match`"),
-        ("rules:\n  - match: a\n    wirte: return", "3:5", "'wirte' is no field of a rule. Did you mean write?"),
+        ("rules:\n  - match: a\n    wirte: return", "3:5", "'wirte' is not a field of a rule. Did you mean write?"),
         (
             "rules:\n  - match: a\n    dimensions: b s h",
             "3:5",
-            "'dimensions' is no field of a rule. Legal: match, role",
+            "'dimensions' is not a field of a rule. Legal: match, role",
         ),
         ("rules:\n  - match: a\n    dims: b s h[tp", "3:11", "here must stand `,` or `]`"),
         ("rules:\n  - match: a\n    write: retrn", "3:12", "legal: in_place, return; did you mean return?"),

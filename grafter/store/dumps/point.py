@@ -1,4 +1,4 @@
-"""One dumped point of a job: what each rank recorded of it, each rank's tensors, and the whole ones they make."""
+"""One dumped point of a job: each rank's record and tensors, and the whole tensors that they form."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from grafter.store.dumps.tensor_file import map_tensor, read_header
 
 Which = Literal["value", "grafted"]
 
-# What a file's own record and its line must say alike.
+# The fields that a file's own record and its line must have in common.
 _SAME_IN_BOTH = ("order", "name", "tags", "step", "phase", "occurrence", "role", "role_rank")
 
 
 class DumpedPoint:
-    """One point, merged over the ranks of a job. Nothing is read from its files before it is asked for.
+    """One point, merged over the ranks of a job. Its files are read only when a method needs them.
 
-    key: name, identifying tags, step, phase and occurrence; also as fields. records: by role rank.
+    key: name, identifying tags, step, phase and occurrence, which are also attributes. records: by role rank.
     tags: as filters see them: those of the lowest rank, and name, step, phase, occurrence.
     """
 
@@ -38,9 +38,9 @@ class DumpedPoint:
         self._directory = directory
         self.key = key
         self.records: dict[int, DumpRecord] = dict(sorted(records.items()))
-        # Not kept alive from here: each holds mapped files, of which a process cannot have any number.
+        # Weak, because each reader holds mapped files, and a process can have only so many of them.
         self._lazy: WeakValueDictionary[tuple[str, Which], LazyTensor] = WeakValueDictionary()
-        # Undeclared tensors that were found to be the same on all ranks.
+        # The tensors without a declared layout that were found to be equal on all ranks.
         self._copies: set[tuple[str, Which]] = set()
 
     @property
@@ -79,13 +79,13 @@ class DumpedPoint:
 
     @property
     def missing_ranks(self) -> tuple[int, ...]:
-        """Ranks that share the point, as those that are here say, and of which there is no record."""
+        """The ranks without a record that take part in the point according to the others' records."""
         shared = {rank for record in self.records.values() for rank in record.participants}
         return tuple(sorted(shared - self.records.keys()))
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """The paths of its tensors; of a point that is a bare tensor, one that is empty."""
+        """The paths of its tensors; a bare tensor has the empty path."""
         return tuple(dict.fromkeys(leaf.path for record in self.records.values() for leaf in record.leaves))
 
     def __str__(self) -> str:
@@ -94,22 +94,20 @@ class DumpedPoint:
     def __repr__(self) -> str:
         return f"<DumpedPoint {self.key.text} on {self.role} ranks {list(self.ranks)}>"
 
-    # Tensors.
-
     def ranks_with(self, path: str = "", which: Which = "value") -> tuple[int, ...]:
         """The ranks whose files hold this tensor.
 
-        There are none at levels that save no tensors, and none for `grafted` where no graft wrote.
+        Levels below `full` save no tensors, and there is a `grafted` one only if a graft wrote.
         """
         return tuple(rank for rank in self.records if self._has(rank, path, which))
 
     def local(self, rank: int, path: str = "", which: Which = "value") -> torch.Tensor:
-        """One rank's own tensor, on the CPU, with the shape and dtype it had there; its memory is the mapped file's.
+        """One rank's own tensor on the CPU, with its shape and dtype on that rank. Its memory is the mapped file.
 
-        which: `value`, as it was when the program came to the point, or `grafted`, as the program went on with it.
+        which: `value`, the tensor before the point, or `grafted`, the tensor after a graft changed it.
 
-        Writing to the tensor never changes the file, only this tensor. Raises DumpError where there is none, or where
-        the file is damaged or says otherwise than its record.
+        Writing to the tensor never changes the file. Raises DumpError if there is no such tensor, or if the file is
+        damaged or contradicts its record.
         """
         record = self._record(rank)
         leaf = self._leaf(rank, path)
@@ -132,13 +130,13 @@ class DumpedPoint:
             return map_tensor(descriptor, file, name, _torch_dtype(leaf, file.where), leaf.shape)
 
     def reader(self, path: str = "", which: Which = "value") -> LazyTensor:
-        """The whole tensor of all ranks, to be read box by box, so that it may be larger than memory.
+        """The whole tensor of all ranks, to be read box by box; it may be larger than memory.
 
-        Parts are put together by the layouts that the ranks declared. Where nothing is declared, one rank's tensor is
-        the whole one; those of several ranks must be the same bit for bit, which is looked at here, once. Files stay
-        mapped as long as the reader, or a tensor that it gave, is alive.
+        The parts are assembled by the layouts that the ranks declared. Without declared layouts, each rank's tensor is
+        the whole one; the ranks' tensors must then be equal bit for bit, which is checked once, here. Files stay mapped
+        as long as the reader, or a tensor that it returned, is alive.
 
-        Raises DumpError naming point and ranks where the parts make no whole tensor.
+        Raises DumpError that names point and ranks if the parts form no whole tensor.
         """
         found = self._lazy.get((path, which)) or self._make_reader(path, which)
         if found.is_undeclared and found.replicas > 1 and (path, which) not in self._copies:
@@ -156,7 +154,7 @@ class DumpedPoint:
         return self.reader(path, which).read()
 
     def extras(self, rank: int) -> dict[str, Any] | None:
-        """The extras that one rank gave at the point, with its tensors; tuples are lists. None: there were none."""
+        """The extras that one rank gave at the point, with their tensors; tuples are lists. None: it gave none."""
         record = self._record(rank)
         if record.extras is None:
             return None
@@ -165,13 +163,15 @@ class DumpedPoint:
         return restored
 
     def other(self, rank: int, path: str) -> Any:
-        """A leaf of one rank's value that is no tensor, as it was encoded; NumPy's arrays are tensors. None: there is
-        none, or it is None."""
+        """A leaf of one rank's value that is not a tensor, as it was encoded; NumPy arrays are tensors.
+
+        None if there is no such leaf, or if it is None.
+        """
         record = self._record(rank)
         return self._restored(record.others.get(path), record, rank)
 
     def tokens(self, rank: int) -> Tokens | None:
-        """Which token each row of one rank's tensor is; None where that was not said."""
+        """The token of each row of one rank's tensor; None if the rank gave no tokens. Raises DumpError."""
         record = self._record(rank)
         if record.tokens is None:
             return None
@@ -184,8 +184,6 @@ class DumpedPoint:
         """Unmap the files that readers of this point have opened; reading opens them again."""
         for tensor in list(self._lazy.values()):
             tensor.let_go()
-
-    # The steps.
 
     def _who(self, rank: int) -> str:
         return f"{self.key.text} on {self.role} rank {rank}"
@@ -215,12 +213,12 @@ class DumpedPoint:
             with opened(self._directory, record.file) as descriptor:
                 return f"{which}{path}" in read_header(descriptor, record.file).entries
         except DumpError:
-            # It is damaged, and reading it says so.
+            # The file is damaged; reading the tensor raises the error.
             return True
 
     def _check_same(self, line: DumpRecord, own: DumpRecord, where: str) -> None:
         for name in _SAME_IN_BOTH:
-            # As texts, in which NaN is NaN, and 1, 1.0 and True are apart.
+            # Compared as texts, in which NaN equals NaN, and 1, 1.0 and True differ.
             said, own_value = repr(getattr(line, name)), repr(getattr(own, name))
             if said != own_value:
                 raise DumpError(
@@ -239,7 +237,7 @@ class DumpedPoint:
     def _make_reader(self, path: str, which: Which) -> LazyTensor:
         ranks = self.ranks_with(path, which)
         if not ranks:
-            # Says why, in the words for one rank.
+            # Raises the error that says why.
             self.local(self.ranks[0], path, which)
         parts = tuple(self._part(rank, path) for rank in ranks)
         who = f"{self.key.text}{f', leaf {path}' if path else ''} at {self.role}"
