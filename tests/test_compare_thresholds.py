@@ -124,7 +124,7 @@ def test_thresholds_of_a_plan_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("thresholds:\n  - {match: a, requir: rel < 1}\n", r"plan.yaml:2:16: 'requir' is no field .* mean require\?"),
+        ("thresholds:\n  - {match: a, requir: rel < 1}\n", r"plan.yaml:2:16: .requir. is not a field .* require\?"),
         ("thresholds:\n  - {match: a}\n", "plan.yaml:2:5: an entry of thresholds needs `require`"),
         ("thresholds:\n  - {match: '{', require: rel < 1}\n", "plan.yaml:2:13: match"),
         ("thresholds:\n  - {match: a, require: rell < 1}\n", r"plan.yaml:2:25: require: `rell` is not a measure"),

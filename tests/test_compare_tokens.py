@@ -166,7 +166,7 @@ def test_a_row_that_is_wrong_only_when_it_comes_again_is_named(tmp_path: Path) -
     assert measures.rows.differing == 1
     assert (measures.rows.worst[0].sequence, measures.rows.worst[0].position) == ("a", 2)
     (finding,) = comparison.findings
-    assert "6 tokens are on both sides (2 rows are there once more), 2 only in A and 0 only in B" in finding.text
+    assert "6 tokens are on both sides (2 rows repeat a token), 2 only in A and 0 only in B" in finding.text
 
 
 def test_a_further_step_of_the_same_tokens_never_agrees_unseen(tmp_path: Path) -> None:
@@ -181,9 +181,9 @@ def test_a_further_step_of_the_same_tokens_never_agrees_unseen(tmp_path: Path) -
     (point,) = comparison.points
     assert (point.verdict, point.tokens and (point.tokens.paired, point.tokens.again)) == ("passed", (8, 0))
     (finding,) = comparison.findings
-    assert (finding.what, finding.is_error) == ("only_in_b", True) and "computed anew" in finding.text
+    assert (finding.what, finding.is_error) == ("only_in_b", True) and "computed again" in finding.text
     assert comparison.summary.exit_code == 2
-    assert "1 point has tokens once more" in comparison.summary.sentence
+    assert "1 point repeats tokens that another step has" in comparison.summary.sentence
     assert "--filter 'step != 1'" in finding.text
     assert compared(tmp_path, filter="step != 1").summary.exit_code == 0
 

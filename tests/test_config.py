@@ -173,7 +173,7 @@ def test_misspelt_variables_are_told_first_all_at_once_with_suggestions() -> Non
     assert "GRAFTER_ROL: did you mean GRAFTER_ROLE?" in message
     assert "DUMPER_GRAFTER_MASTER_PROT: did you mean DUMPER_GRAFTER_MASTER_PORT?" in message
     assert "GRAFTER_role: did you mean GRAFTER_ROLE?" in message
-    assert "GRAFTER_XYZZY: no setting" in message
+    assert "GRAFTER_XYZZY: there is no setting" in message
     assert "TIMEOUT" not in message
     assert "plan file" in fault(GRAFTER_RULES="[]")
 

@@ -241,7 +241,8 @@ def test_a_change_is_refused_where_it_would_change_nothing_anywhere(idle: list[b
     answers = {f"rank {n}": ChangeAnswer(step=n, idle=NONE_HERE if one else None) for n, one in enumerate(idle)}
     decision = decide(answers, [], seconds=1)
     if all(idle):
-        assert (decision.refused or "").startswith("it would change nothing on any rank: no grafter.RequestRecorder")
+        expected = "it would change nothing on any rank: its process has no grafter.RequestRecorder"
+        assert (decision.refused or "").startswith(expected)
     else:
         assert decision == ChangeDecision(step=len(idle))
     assert decide({**answers, "last": ChangeAnswer.refusal("no")}, [], seconds=1) == ChangeDecision(refused="last: no")

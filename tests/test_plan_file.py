@@ -67,7 +67,7 @@ def test_an_empty_plan_file_sets_nothing(plan: Path, text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "place", "words"),
     [
-        ("stats: off\n\ntimout: 5", "3:1", "'timout' is no field. Did you mean timeout?"),
+        ("stats: off\n\ntimout: 5", "3:1", "'timout' is not a field. Did you mean timeout?"),
         ("zzzzzz: 5", "1:1", "Legal: role, "),
         ("rule: []", "1:1", "Did you mean rules?"),
         ("Timeout: 5", "1:1", "Did you mean timeout?"),
@@ -86,8 +86,8 @@ def test_an_empty_plan_file_sets_nothing(plan: Path, text: str) -> None:
         ("timeout: !!binary aGk=", "1:10", "is not allowed"),
         ("!!python/dict {timeout: 3}", "1:1", "`field: value`"),
         ("<<: *a", "1:5", "not YAML"),
-        ("<<: {timeout: 3}", "1:1", "'<<' is no field"),
-        ("a: &a [*a]", "1:1", "no field"),
+        ("<<: {timeout: 3}", "1:1", "'<<' is not a field"),
+        ("a: &a [*a]", "1:1", "not a field"),
         ("timeout: 'abc", "1:14", "not YAML: while scanning a quoted scalar"),
         ("timeout: 3\n\tstats: off", "2:1", "not YAML"),
         ("timeout: 3\n---\nstats: off", "2:1", "not YAML"),

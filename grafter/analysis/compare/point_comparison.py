@@ -1,4 +1,4 @@
-"""One pair of points compared: its tensors found on both sides, measured, and judged by the rule of its name."""
+"""Compares one pair of points: finds its tensors on both sides, measures them, and judges them by its rule."""
 
 from __future__ import annotations
 
@@ -16,9 +16,8 @@ from grafter.analysis.compare.comparison_records import (
     TokenRecord,
 )
 from grafter.analysis.compare.gathered_rows import RowSource, possible_row_ndims, tokens_of
-from grafter.analysis.compare.measuring import Measured, Value, measure_pair, with_row_tokens
+from grafter.analysis.compare.measuring import Measured, measure_pair, with_row_tokens
 from grafter.analysis.compare.other_leaves import (
-    Which,
     compare_checksums,
     compare_others,
     with_missing_ranks,
@@ -26,23 +25,23 @@ from grafter.analysis.compare.other_leaves import (
 )
 from grafter.analysis.compare.point_pairs import PointPair
 from grafter.analysis.compare.row_pairing import RowPairing
-from grafter.config.thresholds import Threshold
+from grafter.config.thresholds import MeasureValue, Threshold
 from grafter.core.rows.matching import common_row_ndim
 from grafter.core.rows.tokens import Tokens
 from grafter.errors import GrafterError
 from grafter.store.dumps.lazy_tensor import LazyTensor
-from grafter.store.dumps.point import DumpedPoint
+from grafter.store.dumps.point import DumpedPoint, Which
 
-# The worse, the later.
+# From best to worst.
 _ORDER: Sequence[ComparisonVerdict] = ("passed", "skipped", "allowed", "failed", "error")
 _WITHOUT_NARROW = "narrow_"
 
 
 @dataclass(frozen=True)
 class PointTask:
-    """What to compare, and how. `order`, `order_b`: the places of the points among all of their side.
+    """One pair to compare, and how. order, order_b: the places of the points among all points of their side.
 
-    rule: the threshold of its name, None where none covers it. is_allowed: whether it may fail. helpers: threads that
+    rule: the threshold for its name; None if no rule matches. is_allowed: whether it may fail. helpers: threads that
     may measure parts of it.
     """
 
@@ -58,14 +57,14 @@ class PointTask:
 
 @dataclass(frozen=True)
 class Compared:
-    """What came of a task."""
+    """The result of a task."""
 
     record: PointRecord
     bytes_read: int
 
 
 def compare_point(task: PointTask) -> Compared:
-    """Reads the files of both sides; what is wrong with one is the verdict `error` of this point, and no exception."""
+    """Compare a pair of points. A fault of a file becomes the verdict `error` of this point, not an exception."""
     began = time.monotonic()
     try:
         leaves, tokens, bytes_read = _compare_leaves(task)
@@ -75,14 +74,14 @@ def compare_point(task: PointTask) -> Compared:
     except MemoryError:
         leaves, tokens, bytes_read, verdict, reason = [], None, 0, "error", "it needs more memory than there is"
     except Exception as error:
-        # A fault of grafter's own costs this point, not the others.
-        reason = f"a fault of grafter's own, which is worth a report: {type(error).__name__}: {error}"
+        # A bug must only cost this point, not the others.
+        reason = f"a bug of grafter, please report it: {type(error).__name__}: {error}"
         leaves, tokens, bytes_read, verdict = [], None, 0, "error"
     finally:
         _let_go(task.pair)
     if task.rule is None and verdict != "skipped":
         verdict = "error"
-        reason = "no threshold is for this name; add one, or a last one for `*`"
+        reason = "no threshold matches this name; add one, or a last one for `*`"
     if verdict == "failed" and task.is_allowed:
         verdict = "allowed"
     first, other = task.pair.a[0], task.pair.b[0]
@@ -145,23 +144,23 @@ def _compare_tensors(task: PointTask) -> tuple[list[ComparedLeaf], TokenRecord |
 
 
 def _has_tensors(point: DumpedPoint) -> bool:
-    """Whether its value has tensors, saved or not."""
+    """Whether the point's value has tensors, saved or not."""
     return any(record.leaves or record.unsaved for record in point.records.values())
 
 
 def _holds_values(points: Sequence[DumpedPoint]) -> bool:
-    """Whether there are files of tensors; of a point that is a mere structure, there is nothing to hold."""
+    """Whether all of the points have a file of tensors."""
     return all(any(record.file is not None for record in point.records.values()) for point in points)
 
 
 def _compare_leaf(task: PointTask, path: str) -> tuple[ComparedLeaf, TokenRecord | None, int]:
-    """One tensor. Raises GrafterError where it cannot be read, or the two do not fit together."""
+    """Compare one tensor. Raises GrafterError if it cannot be read, or if the two sides do not fit together."""
     pair = task.pair
     missing = [side for side, points in (("A", pair.a), ("B", pair.b)) if not all(path in p.paths for p in points)]
     if missing:
         there = "B" if missing == ["A"] else "A"
         return ComparedLeaf(path=path, verdict="error", reason=f"only {there} has this tensor of the point"), None, 0
-    which = [_which(task, point, path) for point in (pair.a[0], pair.b[0])]
+    which = [point.effective(path, task.which) for point in (pair.a[0], pair.b[0])]
     kl_dims = task.rule.kl_dims if task.rule is not None else frozenset()
     tokens: TokenRecord | None = None
     if pair.by_token:
@@ -188,22 +187,17 @@ def _compare_leaf(task: PointTask, path: str) -> tuple[ComparedLeaf, TokenRecord
     return leaf, tokens, measured.bytes_read
 
 
-def _which(task: PointTask, point: DumpedPoint, path: str) -> Which:
-    """`grafted` where that is asked for and a graft changed the tensor; else what the program came with."""
-    return "grafted" if task.which == "grafted" and point.ranks_with(path, "grafted") else "value"
-
-
 def _reader(task: PointTask, point: DumpedPoint, path: str) -> LazyTensor:
-    return point.reader(path, _which(task, point, path))
+    return point.reader(path, point.effective(path, task.which))
 
 
 def _rows_of_both(task: PointTask, path: str) -> list[list[tuple[RowSource, Tokens]]]:
     """The rows of both sides' points.
 
-    Which dims count the rows is decided over all points, because a pass of one token leaves it open.
+    All points together decide which dims count the rows, because a pass of one token leaves it open.
     """
     sides = [
-        [(_reader(task, point, path), tokens_of(point, path, _which(task, point, path))) for point in points]
+        [(_reader(task, point, path), tokens_of(point, path, point.effective(path, task.which))) for point in points]
         for points in (task.pair.a, task.pair.b)
     ]
     possible = [[possible_row_ndims(tensor, tokens.rows) for tensor, tokens in side] for side in sides]
@@ -262,13 +256,13 @@ def _judged(task: PointTask, path: str, measured: Measured) -> ComparedLeaf:
     )
 
 
-def _copy_holds(rule: Threshold, values: dict[str, Value]) -> bool:
-    """Copies have no KL of their own: a rule that reads nothing else is one for the pair alone."""
+def _copy_holds(rule: Threshold, values: dict[str, MeasureValue]) -> bool:
+    """Whether a copy satisfies a rule. Copies have no KL, so a rule that reads only the KL does not apply to them."""
     return rule.holds(values) or all("kl" in name.split("_") for name in rule.names)
 
 
-def why_failed(rule: Threshold, values: dict[str, Value]) -> str:
-    """What the rule read, such as `rel 0.031, max_abs 2`; or the non-finite values that no rule allows."""
+def why_failed(rule: Threshold, values: dict[str, MeasureValue]) -> str:
+    """The measures that a failed rule reads, such as `rel 0.031, max_abs 2`; or the unequal non-finite values."""
     nonfinite = {name: values.get(name) for name in ("nan", "inf") if values.get(name)}
     if nonfinite:
         listed = " and ".join(f"{count} {name}" for name, count in nonfinite.items())
@@ -277,7 +271,7 @@ def why_failed(rule: Threshold, values: dict[str, Value]) -> str:
     return f"{read}, where the rule is {rule.require}"
 
 
-def describe(value: Value) -> str:
+def describe(value: MeasureValue) -> str:
     """A measure in a sentence."""
     if value is None:
         return "unknown"
@@ -304,7 +298,7 @@ def _side(tensor: LazyTensor, which: Which) -> SideRecord:
 def _worst_leaf(leaves: Sequence[ComparedLeaf]) -> ComparedLeaf | None:
     def badness(leaf: ComparedLeaf) -> tuple[int, bool, float, float]:
         rel, mismatched = leaf.values.get("rel"), leaf.values.get("mismatched_fraction")
-        # Equal by checksum, or by value, is equal.
+        # Equal leaves without a rel are equal.
         return _ORDER.index(leaf.verdict), rel is None and mismatched != 0, float(rel or 0.0), float(mismatched or 0.0)
 
     return max(leaves, key=badness, default=None)

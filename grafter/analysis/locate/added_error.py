@@ -1,4 +1,4 @@
-"""Which points add error: the judgement, from measurements alone.
+"""Judges which points add error, from measurements alone.
 
 `added` is a point's difference when everything before it was grafted. The ledger computes it before the write, so it is
 the error of what the target computed from the baseline's values. A point adds error when `added` exceeds its limit:

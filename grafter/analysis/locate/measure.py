@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from grafter.core.points import OWN_TAGS, PHASE, is_rank_tag
-from grafter.core.records import Difference, LedgerRecord, Role
-
-RankLedger = tuple[Role, int, list[LedgerRecord]]
+from grafter.core.records import Difference, LedgerRecord
+from grafter.store.ledger import RankLedger
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The verdict as data: one row per point, and the conclusion."""
+"""The verdict of `grafter locate`: one row per point and the conclusion, as data, as JSON and in words."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ class PointVerdict:
 
     @property
     def judged(self) -> bool:
+        """Whether the point was judged at all."""
         return self.judged_by is not None
 
 
@@ -52,6 +53,7 @@ class Verdict:
 
     @property
     def guilty(self) -> tuple[str, ...]:
+        """The points that add error."""
         return tuple(point.point for point in self.points if point.guilty)
 
     @property
@@ -60,9 +62,6 @@ class Verdict:
         if self.named is not None:
             return 1
         return 0 if self.points and all(point.judged for point in self.points) else 2
-
-
-# A verdict as JSON.
 
 
 def verdict_as_json(verdict: Verdict) -> str:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from grafter.analysis.plan_suggest.shapes import Relation
-from grafter.analysis.plan_suggest.suggestion import Confidence, Found, Fused, Left, ModulePair, Side
+from grafter.analysis.plan_suggest.suggestion import Confidence, Found, Fused, Left, ModulePair
 from grafter.analysis.plan_suggest.tree import Module, ModuleRegion
 from grafter.analysis.plan_suggest.vocabulary import ALIKE, KNOWN, SAME, class_likeness, name_likeness
+from grafter.core.roles import RoleName
 
 # The margin by which a pair's score must exceed the next best one of either module, so that no other is a close match.
 _CLEAR, _NARROW = 1.0, 0.3
@@ -139,9 +140,6 @@ def _could_be_divided(baseline: Module, target: Module) -> bool:
     return any(len(weight.shape) > 1 for weight in weights) and not all(weight.is_global for weight in weights)
 
 
-# Why a module was left without a pair, in words.
-
-
 def reasons_left(
     baseline: ModuleRegion,
     target: ModuleRegion,
@@ -156,7 +154,7 @@ def reasons_left(
     parts = {part: one for one in fused for part in one.parts}
     wholes = {one.whole: one for one in fused}
     left = []
-    sides: tuple[tuple[Side, ModuleRegion, ModuleRegion], ...] = (
+    sides: tuple[tuple[RoleName, ModuleRegion, ModuleRegion], ...] = (
         ("baseline", baseline, target),
         ("target", target, baseline),
     )
@@ -182,7 +180,7 @@ def reasons_left(
     return left
 
 
-def _fits(relation: Callable[[Module, Module], Relation], side: Side, own: Module, other: Module) -> bool:
+def _fits(relation: Callable[[Module, Module], Relation], side: RoleName, own: Module, other: Module) -> bool:
     return relation(own, other).fits if side == "baseline" else relation(other, own).fits
 
 

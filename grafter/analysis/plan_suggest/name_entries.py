@@ -6,8 +6,9 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from grafter.analysis.plan_suggest.suggestion import Confidence, NamedPair, Side, Suggestion
+from grafter.analysis.plan_suggest.suggestion import Confidence, NamedPair, Suggestion
 from grafter.core.patterns import ROOT
+from grafter.core.roles import RoleName
 
 _LAYER = "{layer_id}"
 _NUMBER = re.compile(r"\d+|\{\w+\}")
@@ -19,7 +20,7 @@ _AS_PATTERN = {"in": "i?", "out": "ou?"}
 class NameEntry:
     """One entry of the plan file's `names`."""
 
-    role: Side
+    role: RoleName
     path: str
     name: str
 
@@ -109,7 +110,7 @@ def entries_aside(suggestion: Suggestion, used: Iterable[NameEntry]) -> list[Nam
     """
     taken = {entry.name for entry in used}
     aside = []
-    roles: tuple[Side, ...] = ("baseline", "target")
+    roles: tuple[RoleName, ...] = ("baseline", "target")
     for role in roles:
         named = {entry.path for entry in used if entry.role == role}
         paths = [pair.baseline_path if role == "baseline" else pair.target_path for pair in suggestion.pairs]

@@ -1,4 +1,8 @@
-"""not divided. A negative ratio divides the parts."""
+"""How the weights of two modules relate: equal, divided by a ratio of tensor parallelism, padded, transposed, or fused.
+
+A ratio above 1 means that the target's weight is smaller by this factor, one below -1 that the baseline's is; 1: not
+divided. For fused weights, a negative ratio divides the parts.
+"""
 
 from __future__ import annotations
 

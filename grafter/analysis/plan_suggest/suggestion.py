@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Literal
 
 from grafter.analysis.plan_suggest.shapes import NO_WEIGHTS, Relation
 from grafter.analysis.plan_suggest.tree import Module
-
-Side = Literal["baseline", "target"]
+from grafter.core.roles import RoleName
 
 
 class Confidence(IntEnum):
@@ -39,7 +37,7 @@ class ModulePair:
 class Left:
     """A module that has no pair, and the reason."""
 
-    side: Side
+    side: RoleName
     module: Module
     reason: str
 
@@ -48,7 +46,7 @@ class Left:
 class Fused:
     """One module that contains the weights of several modules of the other side, joined in the first dim."""
 
-    side: Side
+    side: RoleName
     whole: Module
     parts: tuple[Module, ...]
     ratio: int
@@ -77,7 +75,7 @@ class NamedPair:
 class NamedLeft:
     """A module without a pair, over all layers, and the reason."""
 
-    side: Side
+    side: RoleName
     path: str
     class_name: str
     reason: str
@@ -97,4 +95,5 @@ class Suggestion:
     ratio: int = 1
 
     def of_confidence(self, confidence: Confidence) -> list[NamedPair]:
+        """The pairs with this confidence."""
         return [named for named in self.pairs if named.pair.confidence is confidence]

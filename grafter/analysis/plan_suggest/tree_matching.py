@@ -8,11 +8,12 @@ from dataclasses import dataclass, field, replace
 
 from grafter.analysis.plan_suggest.region_matching import match_regions
 from grafter.analysis.plan_suggest.shapes import Relation, common_ratios, relate
-from grafter.analysis.plan_suggest.suggestion import Confidence, ModulePair, NamedLeft, NamedPair, Side, Suggestion
+from grafter.analysis.plan_suggest.suggestion import Confidence, ModulePair, NamedLeft, NamedPair, Suggestion
 from grafter.analysis.plan_suggest.tree import Module, linked, region_of
 from grafter.analysis.plan_suggest.vocabulary import KNOWN, name_likeness
 from grafter.capture.module_tree import ModuleTree
 from grafter.core.points import OPTIONS, OWN_TAGS
+from grafter.core.roles import RoleName
 
 
 def match_trees(baseline: ModuleTree, target: ModuleTree) -> Suggestion:
@@ -84,7 +85,7 @@ class _TreeMatcher:
     def __init__(self, ratios: tuple[int, ...]) -> None:
         self._ratios = ratios
         self._votes: dict[tuple[str, str], _Votes] = {}
-        self._left: dict[tuple[Side, str], NamedLeft] = {}
+        self._left: dict[tuple[RoleName, str], NamedLeft] = {}
 
     def match(self, baseline: _Place, target: _Place, cap: Confidence, why_capped: str) -> None:
         """Two modules that are a pair, and all modules below them. No pair below is surer than `cap`."""
@@ -122,9 +123,9 @@ class _TreeMatcher:
 
     def pairs(self) -> Iterator[NamedPair]:
         """One-to-one over all layers: if kinds of layers disagree, the surer pair stays."""
-        taken: dict[tuple[Side, str], str] = {}
+        taken: dict[tuple[RoleName, str], str] = {}
         for (ours, theirs), votes in sorted(self._votes.items(), key=lambda item: item[1].weight, reverse=True):
-            sides: tuple[tuple[Side, str, str], ...] = (("baseline", ours, theirs), ("target", theirs, ours))
+            sides: tuple[tuple[RoleName, str, str], ...] = (("baseline", ours, theirs), ("target", theirs, ours))
             if any((side, own) in taken for side, own, _ in sides):
                 for side, own, other in sides:
                     if (side, own) not in taken:

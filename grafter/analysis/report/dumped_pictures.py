@@ -123,16 +123,11 @@ def _read_pair(pair: PointPair, leaf: str, which: Which) -> tuple[WholeTensor, W
     sides = []
     for points in (pair.a, pair.b):
         readers = [_reader(point, leaf, which) for point in points]
-        own = [tokens_of(point, leaf, _which(point, leaf, which)) for point in points]
+        own = [tokens_of(point, leaf, point.effective(leaf, which)) for point in points]
         sides.append([(RowSource(reader, each.rows), each) for reader, each in zip(readers, own, strict=True)])
     rows = RowPairing(*sides)
     return rows.a, rows.b
 
 
 def _reader(point: DumpedPoint, leaf: str, which: Which) -> WholeTensor:
-    return point.reader(leaf, _which(point, leaf, which))
-
-
-def _which(point: DumpedPoint, leaf: str, which: Which) -> Which:
-    """`grafted` if it is asked for and a graft changed the tensor; otherwise `value`."""
-    return which if point.ranks_with(leaf, which) else "value"
+    return point.reader(leaf, point.effective(leaf, which))

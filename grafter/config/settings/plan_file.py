@@ -227,7 +227,6 @@ class _PlanReader:
 
     def _name_rule(self, node: Node) -> NameRule:
         values, nodes = self._fields(node, "an entry of names", NAME_FIELDS, ("path", "name"))
-        self._check_pattern(values["path"], nodes["path"])
         return self._validated(NameRule, values, nodes, node)
 
     def _threshold(self, node: Node) -> Threshold:

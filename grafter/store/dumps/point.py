@@ -145,6 +145,10 @@ class DumpedPoint:
         self._lazy[path, which] = found
         return found
 
+    def effective(self, path: str, which: Which) -> Which:
+        """`grafted` if `which` says so and a graft changed the tensor on some rank; otherwise `value`."""
+        return "grafted" if which == "grafted" and self.ranks_with(path, "grafted") else "value"
+
     def whole(self, path: str = "", which: Which = "value") -> torch.Tensor:
         """The whole tensor, as `reader(...).read()` returns it.
 
