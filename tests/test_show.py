@@ -427,7 +427,8 @@ def test_receivers_copies_are_compared_by_their_ledgers(direction: str, tmp_path
             if name == "equal"
             else [
                 "the receiver's replicas differ at 1 point, though they were declared copies; the worst is layer "
-                "layer_id=0 at step 0, on target 0 and target 1 (rel to the received values: target 0 0.1, target 1 0.2)."
+                "layer_id=0 at step 0, on target 0 and target 1 (rel to the received values: target 0 "
+                "0.1, target 1 0.2)."
             ]
         )
 

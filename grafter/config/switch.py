@@ -47,7 +47,7 @@ def _refuse_misspelt(environ: Mapping[str, str]) -> None:
             name = variable.removeprefix(prefix)
             if variable.startswith(prefix) and text.strip() and sorted(name[:6].upper()) == sorted("ENABLE"):
                 raise ConfigError(
-                    f"{variable} is no setting of grafter, so grafting is off. Did you mean {prefix}ENABLE?"
+                    f"{variable} is not a setting of grafter, so grafting is off. Did you mean {prefix}ENABLE?"
                 )
 
 

@@ -32,6 +32,8 @@ FindingKind = Literal[
 
 
 class _JsonRecord(BaseModel):
+    """The base of all lines and their parts: frozen."""
+
     # Unknown fields are ignored: a newer grafter may have written the line.
     model_config = ConfigDict(frozen=True, extra="ignore", ser_json_inf_nan="strings")
 

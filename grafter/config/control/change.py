@@ -27,6 +27,8 @@ _Step = Annotated[int, Field(strict=True, ge=0, le=1 << 60)]
 
 
 class _Message(BaseModel):
+    """The base of all messages: frozen, and without unknown fields."""
+
     # Not ignored: an unknown field would be a change that this version does not make.
     model_config = ConfigDict(frozen=True, extra="forbid")
 

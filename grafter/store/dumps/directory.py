@@ -128,8 +128,8 @@ def _add(
         found.problems.append(
             Problem(
                 where,
-                f"the records {files[record.file]} and {record.order} name one file, {shown(record.file)}; the first "
-                "one counts",
+                f"the records {files[record.file]} and {record.order} name the same file, {shown(record.file)}; the "
+                "first one counts",
             )
         )
     else:
@@ -148,8 +148,8 @@ def _look_at_files(found: DumpDirectory, role_rank: int, records: dict[int, Dump
             others.append(name)
     if others:
         found.notes.append(
-            f"rank{role_rank}/ has {len(others)} files that are no dumps, such as {shown(others[0])}: a write that was "
-            "broken off, if its name ends so"
+            f"rank{role_rank}/ has {len(others)} files that are not dumps, such as {shown(others[0])}: interrupted "
+            "writes, if they end in .tmp"
         )
     for file, order in files.items():
         if file not in there:
@@ -165,14 +165,14 @@ def _look_at_files(found: DumpDirectory, role_rank: int, records: dict[int, Dump
             continue
         if record.file != file:
             found.problems.append(
-                Problem(file, f"no line names it, and it says that it is {shown(str(record.file))}; it is left out")
+                Problem(file, f"no line names it, and its own record names {shown(str(record.file))}; it is left out")
             )
         else:
             _add(records, files, record, file, found)
     if unnamed:
         found.notes.append(
             f"rank{role_rank}/ has {len(unnamed)} files that no line names, such as {shown(unnamed[0])}: the process "
-            "ended between writing the two. What they say of themselves is taken"
+            "ended before it wrote the lines. The records inside the files are used"
         )
 
 
@@ -188,8 +188,8 @@ def _keep_one_job(found: DumpDirectory) -> None:
                 found.problems.append(
                     Problem(
                         lines_name(role_rank),
-                        f"record {record.order} is of a {record.role} of {record.role_world_size} ranks, and others "
-                        f"are of a {job[0]} of {job[1]}; two runs were mixed. It is left out",
+                        f"record {record.order} belongs to a {record.role} of {record.role_world_size} ranks, the "
+                        f"others to a {job[0]} of {job[1]}; two runs were mixed. It is left out",
                     )
                 )
         found.records[role_rank] = [r for r in records if (r.role, r.role_world_size) == job]
@@ -204,6 +204,6 @@ def _read_run_facts(found: DumpDirectory) -> dict[str, Any] | None:
         found.problems.append(Problem("run.json", f"it cannot be read ({str(error)[:200]})"))
         return None
     if not isinstance(facts, dict):
-        found.problems.append(Problem("run.json", "it is no JSON object"))
+        found.problems.append(Problem("run.json", "it is not a JSON object"))
         return None
     return facts

@@ -73,5 +73,5 @@ class Limits:
     def _leave_out(self, limit: LimitName, why: str) -> None:
         if limit not in self._has_told:
             self._has_told.add(limit)
-            logger.warning("grafter: %s: %s: such points are not saved, only counted", self._who, why)
+            logger.warning("grafter: %s: %s: such points are counted, not saved", self._who, why)
         self.left_out[limit] += 1

@@ -137,7 +137,7 @@ def _copies(headers: list[Header]) -> Pieces:
     if len(shapes) > 1:
         first, other = headers[0], next(h for h in headers if h.leaves[0].shape != headers[0].leaves[0].shape)
         raise LayoutError(
-            f"nothing says how the parts of {len(headers)} ranks make one tensor: {first.leaves[0]} at {first.who}, "
+            f"no layout says how the parts of {len(headers)} ranks make one tensor: {first.leaves[0]} at {first.who}, "
             f"{other.leaves[0]} at {other.who}. Declare dims= at the dump, or in a rule of the plan file."
         )
     receiver = whole_tensor(headers[0], 0)

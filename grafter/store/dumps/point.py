@@ -113,7 +113,7 @@ class DumpedPoint:
         leaf = self._leaf(rank, path)
         if record.file is None:
             why = record.reason or f"it was saved at the level {record.level!r}"
-            raise DumpError(f"{self._who(rank)}: there is no tensor of it, because {why}.")
+            raise DumpError(f"{self._who(rank)}: it has no saved tensor, because {why}.")
         name = f"{which}{path}"
         with opened(self._directory, record.file) as descriptor:
             file = read_header(descriptor, f"{self._directory}/{shown(record.file)}")
@@ -124,7 +124,7 @@ class DumpedPoint:
             stored_as = leaf.stored_as or leaf.dtype
             if entry.dtype != stored_as or (leaf.stored_as is None and entry.shape != leaf.shape):
                 raise DumpError(
-                    f"{file.where}: the record says {stored_as}{list(leaf.shape)} of {name!r}, and the file has "
+                    f"{file.where}: its record says {stored_as}{list(leaf.shape)} of {name!r}, and the file has "
                     f"{entry.dtype}{list(entry.shape)}."
                 )
             return map_tensor(descriptor, file, name, _torch_dtype(leaf, file.where), leaf.shape)
@@ -182,7 +182,7 @@ class DumpedPoint:
         try:
             return Tokens.from_record(record.tokens)
         except ValueError as error:
-            raise DumpError(f"{self._who(rank)}: its tokens are none: {error}") from error
+            raise DumpError(f"{self._who(rank)}: its tokens are damaged: {error}") from error
 
     def let_go(self) -> None:
         """Unmap the files that readers of this point have opened; reading opens them again."""
@@ -226,16 +226,16 @@ class DumpedPoint:
             said, own_value = repr(getattr(line, name)), repr(getattr(own, name))
             if said != own_value:
                 raise DumpError(
-                    f"{where}: its own record says {name} {shown(own_value)}, and the line that names it says "
-                    f"{shown(said)}. One of the two was changed, or copied from another run."
+                    f"{where}: its own record says {name} {shown(own_value)}, but the line that names it says "
+                    f"{shown(said)}. One of them was changed, or copied from another run."
                 )
 
     def _why_absent(self, rank: int, path: str, which: Which, where: str) -> str:
         if which == "grafted":
-            return f"{self._who(rank)}: no graft changed {path or 'it'} there, so there is only its `value`."
+            return f"{self._who(rank)}: no graft changed {path or 'it'} there, so only its `value` exists."
         reason = self.records[rank].reason
         if reason is not None:
-            return f"{self._who(rank)}: there is no tensor {which + path!r} of it, because {shown(reason)}."
+            return f"{self._who(rank)}: it has no tensor {which + path!r}, because {shown(reason)}."
         return f"{where}: it has no tensor {which + path!r}, which its record describes. It is damaged."
 
     def _make_reader(self, path: str, which: Which) -> LazyTensor:
@@ -261,7 +261,7 @@ class DumpedPoint:
         if differing:
             worst = differing[0]
             raise DumpError(
-                f"{found.who}: nothing says how the tensors of ranks {list(found.ranks)} make one, and they are no "
+                f"{found.who}: no layout says how the tensors of ranks {list(found.ranks)} make one, and they are not "
                 f"copies: ranks {list(worst.ranks)} and {list(worst.other_ranks)} differ in {worst.count} of "
                 f"{prod(found.shape)} values, first at {list(worst.index)}. Declare dims= at the dump, or in a rule of "
                 f"the plan file; or read each rank's own with `local`.{self._what_is_missing()}"

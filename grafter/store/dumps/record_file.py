@@ -28,6 +28,8 @@ class NewerFormat(DumpError):
 
 
 class _Version(BaseModel):
+    """The version of a record whose other fields cannot be read."""
+
     format_version: int
 
 
@@ -50,7 +52,7 @@ def read_lines(directory: Path, role_rank: int, problems: list[Problem]) -> Iter
                 if len(line) == _LONGEST_LINE:
                     problems.append(Problem(where, f"it is longer than {_LONGEST_LINE} bytes, so the rest is not read"))
                 else:
-                    problems.append(Problem(where, "it breaks off; the process ended in the middle of it, probably"))
+                    problems.append(Problem(where, "it is incomplete; the process probably ended while writing it"))
                 return
             try:
                 yield _read_record(line, f"{directory}/{where}", role_rank)
@@ -68,11 +70,11 @@ def record_in(file: TensorFile, role_rank: int) -> DumpRecord:
     """The record in the file's metadata. Raises DumpError if it has none, or that of another rank."""
     text = file.metadata.get(METADATA_KEY)
     if text is None:
-        raise DumpError(f"{file.where}: its metadata has no {METADATA_KEY!r}, so it is no dump of grafter.")
+        raise DumpError(f"{file.where}: its metadata has no {METADATA_KEY!r}, so it is not a dump of grafter.")
     try:
         return _read_record(text.encode(errors="replace"), file.where, role_rank)
     except _NoRecord as reason:
-        raise DumpError(f"{file.where}: its metadata is no record: {reason}") from None
+        raise DumpError(f"{file.where}: its metadata is not a record: {reason}") from None
 
 
 class _NoRecord(Exception):
@@ -88,7 +90,7 @@ def _read_record(text: bytes, where: str, role_rank: int) -> DumpRecord:
         place = ".".join(map(str, first["loc"]))
         raise _NoRecord(f"not a record: {f'{shown(place)}: ' if place else ''}{shown(first['msg'])}") from None
     except RecursionError:
-        raise _NoRecord("not a record: it is nested too deep") from None
+        raise _NoRecord("not a record: it is nested too deeply") from None
     if record.format_version > DUMP_FORMAT_VERSION:
         _refuse_version(record.format_version, where)
     _check_record(record, role_rank)
@@ -114,9 +116,9 @@ def _refuse_version(version: int, where: str) -> None:
 def _check_record(record: DumpRecord, role_rank: int) -> None:
     """Check what the types cannot express. The rest of the package relies on it."""
     if record.role_rank != role_rank:
-        raise _NoRecord(f"it is of role rank {record.role_rank}, and stands among those of rank {role_rank}")
+        raise _NoRecord(f"it belongs to role rank {record.role_rank}, but is among those of rank {role_rank}")
     if not 0 <= record.role_rank < record.role_world_size:
-        raise _NoRecord(f"role rank {record.role_rank} of {record.role_world_size} ranks is no place")
+        raise _NoRecord(f"role rank {record.role_rank} of {record.role_world_size} ranks is not possible")
     if record.order < 0 or record.occurrence < 0 or record.format_version < 1:
         raise _NoRecord("order, occurrence or format_version is below what they count from")
     if record.file is not None and rank_of_file(record.file) != role_rank:
@@ -126,7 +128,7 @@ def _check_record(record: DumpRecord, role_rank: int) -> None:
         )
     paths = [leaf.path for leaf in record.leaves]
     if len(set(paths)) != len(paths):
-        raise _NoRecord("two of its leaves have one path")
+        raise _NoRecord("two of its leaves have the same path")
     if any(size < 0 for leaf in record.leaves for size in leaf.shape):
         raise _NoRecord("a leaf has a negative size")
 
@@ -150,7 +152,7 @@ def opened(directory: Path, relative: str) -> Iterator[int]:
     where = f"{directory}/{shown(relative)}"
     parts = relative.split("/")
     if not all(parts) or any(part in (".", "..") or "\0" in part for part in parts):
-        raise DumpError(f"{where}: this is no path inside of the directory; nothing outside of it is read.")
+        raise DumpError(f"{where}: this is not a path inside the directory; nothing outside of it is read.")
     held: list[int] = []
     try:
         held.append(os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
@@ -159,7 +161,7 @@ def opened(directory: Path, relative: str) -> Iterator[int]:
         # Without O_NONBLOCK, opening a pipe without a writer would wait forever.
         held.append(os.open(parts[-1], _NOTHING_FOLLOWED | os.O_NONBLOCK, dir_fd=held[-1]))
         if not stat.S_ISREG(os.fstat(held[-1]).st_mode):
-            raise DumpError(f"{where}: this is no plain file, and dumps are plain files.")
+            raise DumpError(f"{where}: this is not a plain file, but dumps are plain files.")
         yield held[-1]
     except (OSError, ValueError) as error:
         raise DumpError(f"{where}: {_why(error)}") from error
@@ -178,9 +180,7 @@ def _why(error: OSError | ValueError) -> str:
     if isinstance(error, FileNotFoundError):
         return "there is no such file. It was moved or deleted, or the directory was copied in part."
     if isinstance(error, OSError) and error.errno in (40, 62, 20):  # ELOOP on Linux and macOS, ENOTDIR
-        return (
-            "it, or the directory it lies in, is a symbolic link or no directory; dumps are plain files in plain ones."
-        )
+        return "it or its directory is a symbolic link, or not a directory; dumps are plain files in plain directories."
     return f"it cannot be read: {error.strerror if isinstance(error, OSError) else error}."
 
 

@@ -76,16 +76,16 @@ class _Unsound(Exception):
 def _read_header(descriptor: int, where: str) -> TensorFile:
     size = os.fstat(descriptor).st_size
     if size < 10:
-        raise _Unsound(f"it has {size} bytes and is no safetensors file. It was truncated, probably.")
+        raise _Unsound(f"it has {size} bytes and is not a safetensors file. It was probably truncated.")
     length = int.from_bytes(_bytes_at(descriptor, 0, 8), "little")
     if length > size - 8:
-        raise _Unsound(f"its header claims {length} bytes, and the file has {size}. It was truncated, or is damaged.")
+        raise _Unsound(f"its header claims {length} bytes, and the file has {size}. It was truncated or is damaged.")
     if not 2 <= length <= LONGEST_HEADER:
         raise _Unsound(f"its header claims {length} bytes; between 2 and {LONGEST_HEADER} are read. It is damaged.")
     header = _parsed(_bytes_at(descriptor, 8, length))
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise _Unsound("its __metadata__ is no map from text to text.")
+        raise _Unsound("its __metadata__ is not a map from text to text.")
     entries = {name: _entry(name, described, 8 + length) for name, described in header.items()}
     _check_regions(entries, 8 + length, size)
     return TensorFile(where, size, entries, metadata)
@@ -106,15 +106,15 @@ def _parsed(text: bytes) -> dict[str, Any]:
     def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) != len(pairs):
-            raise _Unsound("a name is there twice in its header.")
+            raise _Unsound("its header has a name twice.")
         return found
 
     try:
         header = json.loads(text.decode(), object_pairs_hook=each_once)
     except (ValueError, RecursionError) as error:
-        raise _Unsound(f"its header is no JSON ({str(error)[:100]}). It is damaged.") from None
+        raise _Unsound(f"its header is not JSON ({str(error)[:100]}). It is damaged.") from None
     if not isinstance(header, dict):
-        raise _Unsound("its header is no JSON object.")
+        raise _Unsound("its header is not a JSON object.")
     return header
 
 
@@ -123,9 +123,9 @@ def _entry(name: str, described: Any, start: int) -> TensorEntry:
         raise _Unsound(f"its header has no description of the tensor {name[:80]!r}.")
     dtype, shape, offsets = described.get("dtype"), described.get("shape"), described.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in _DTYPES:
-        raise _Unsound(f"the tensor {name[:80]!r} has the dtype {str(dtype)[:40]!r}, which is none of this format.")
+        raise _Unsound(f"the tensor {name[:80]!r} has the dtype {str(dtype)[:40]!r}, which this format does not have.")
     if not (_are_sizes(shape) and len(shape) <= _MOST_DIMS and _are_sizes(offsets) and len(offsets) == 2):
-        raise _Unsound(f"the tensor {name[:80]!r} has no shape or no place in the file that could be.")
+        raise _Unsound(f"the tensor {name[:80]!r} has an impossible shape or place in the file.")
     own, itemsize = _DTYPES[dtype]
     begin, end = offsets
     if end - begin != prod(shape) * itemsize:
@@ -145,7 +145,7 @@ def _check_regions(entries: dict[str, TensorEntry], start: int, size: int) -> No
                 f"the tensor {name[:80]!r} ends at byte {entry.end}, and the file has {size}. It was truncated."
             )
         if entry.begin != at:
-            fault = "lies over another" if entry.begin < at else "leaves a gap before it"
+            fault = "overlaps another" if entry.begin < at else "leaves a gap before it"
             raise _Unsound(f"the tensor {name[:80]!r} {fault}. The file is damaged.")
         at = entry.end
     if at != size:
