@@ -322,4 +322,4 @@ def test_a_shape_that_a_record_only_claims_takes_no_memory(tmp_path: Path) -> No
     b.add("x", BATCH, "t h", line=False)
     b.write_line(json.dumps(record))
     point = one(tmp_path)
-    assert point.verdict == "error" and "the record says" in str(point.reason)
+    assert point.verdict == "error" and "record says" in str(point.reason)

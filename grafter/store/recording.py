@@ -1,4 +1,4 @@
-"""Reads a recording: what one role recorded, rank by rank, in program order.
+"""A recording: what one role recorded, rank by rank, in program order; and what it holds besides the dumped values.
 
     facts of each rank    rank<r>.recording.json        was it recorded at all, with which filters, with how many ranks
     points                the dumps of each rank         grafter.open_dumps, and the recorded part of each point
@@ -57,10 +57,12 @@ class RecordedPoint:
 
     @property
     def tags(self) -> dict[str, Any]:
+        """The tags of the recorded call."""
         return dict(self.record.tags)
 
     @property
     def is_gradient(self) -> bool:
+        """Whether the point is a gradient."""
         return self.record.phase == "backward"
 
     @property
@@ -162,6 +164,7 @@ class RoleRecording:
 
     @property
     def shared_settings(self) -> dict[str, str]:
+        """The settings of the recorded job that the live job must share."""
         return self.ranks[0].facts.shared_settings
 
 
@@ -196,7 +199,7 @@ def open_recording(directory: str | os.PathLike[str], role: RoleName) -> RoleRec
     path, first = find_recording(directory, role)
     size = first.role_world_size
     facts = [_facts_of(path, rank, first) for rank in range(size)]
-    dumps = open_dumps(path) if _has_dumps(path) else None
+    dumps = open_dumps(path) if any(name.endswith(".dumps.jsonl") for name in os.listdir(path)) else None
     by_rank = _points_by_rank(dumps, size) if dumps is not None else {}
     ranks = []
     for rank in range(size):
@@ -240,10 +243,6 @@ def _facts_of(path: Path, rank: int, first: RankFacts) -> RankFacts:
     if (facts.role, facts.role_rank, facts.role_world_size) != (first.role, rank, first.role_world_size):
         raise DumpError(f"{path}/{facts_name(rank)}: it belongs to another rank or another job than {facts_name(0)}.")
     return facts
-
-
-def _has_dumps(path: Path) -> bool:
-    return any(name.endswith(".dumps.jsonl") for name in os.listdir(path))
 
 
 def _points_by_rank(dumps: Dumps, size: int) -> dict[int, tuple[RecordedPoint, ...]]:
@@ -305,10 +304,6 @@ def _read(path: Path, name: str, model: type[Model]) -> Model | None:
         raise DumpError(f"{path}/{name}: it cannot be read: {shown(str(error).splitlines()[0])}.") from None
 
 
-# What a recording keeps besides the dumped values.
-#
-# For each point, this is the header as it would have been sent; for each rank, what it would have announced.
-
 RECORDING_VERSION = 1
 
 
@@ -347,6 +342,7 @@ class RankFacts(BaseModel):
 
 
 def facts_name(role_rank: int) -> str:
+    """The name of the file with one rank's facts."""
     return f"rank{role_rank}.recording.json"
 
 

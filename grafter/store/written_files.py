@@ -87,6 +87,7 @@ class LineFile:
         self._end += len(whole)
 
     def close(self) -> None:
+        """Close the file; later calls do nothing."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1

@@ -86,10 +86,10 @@ class AlignedBlock:
 
 
 class Side:
-    """One side's tensor, read in the order of the aligned dims."""
+    """One side's tensor, read in the order of the aligned dims. tensor: in its own order of dims."""
 
     def __init__(self, tensor: WholeTensor, along: Sequence[Along], sizes: Numbers) -> None:
-        self._tensor, self._along, self._full = tensor, tuple(along), sizes
+        self.tensor, self._along, self._full = tensor, tuple(along), sizes
         self._ndim = len(tensor.shape)
         # The factors of each dim of the tensor, outer first.
         self._factors = [
@@ -99,22 +99,17 @@ class Side:
         listed = [factor for own in self._factors for factor in own]
         self._order = [listed.index(factor) for factor in range(len(along))]
 
-    @property
-    def tensor(self) -> WholeTensor:
-        """The whole tensor in its own order of dims."""
-        return self._tensor
-
     def read(self, block: AlignedBlock) -> torch.Tensor:
         """The values of a block, with its sizes as shape; a view of the file's memory if possible."""
-        return self._aligned(self._tensor.read(*self._box(block)), block)
+        return self._aligned(self.tensor.read(*self._box(block)), block)
 
     def will_read(self, block: AlignedBlock) -> None:
         """Hint that the block is read next."""
-        self._tensor.will_read(*self._box(block))
+        self.tensor.will_read(*self._box(block))
 
     def copies(self, block: AlignedBlock) -> Iterator[tuple[Numbers, torch.Tensor]]:
         """Every copy of a block, with the ranks that hold it."""
-        for ranks, copy in self._tensor.copies(*self._box(block)):
+        for ranks, copy in self.tensor.copies(*self._box(block)):
             yield ranks, self._aligned(copy, block)
 
     def index(self, aligned: Sequence[int]) -> list[int]:
@@ -157,8 +152,8 @@ class Side:
 class Alignment:
     """Two tensors in one order of dims: the rows first, then the rest in A's order, then the dim named `last`.
 
-    dims: the aligned dims. row_ndim: the number of them that count rows. Raises LayoutError if names or sizes of the
-    two sides do not fit together.
+    dims: the aligned dims. row_ndim: the number of them that count rows. row_dims, row_shape: the names and sizes of
+    those. Raises LayoutError if names or sizes of the two sides do not fit together.
     """
 
     def __init__(self, a: WholeTensor, b: WholeTensor, *, last: str | None = None) -> None:
@@ -180,7 +175,9 @@ class Alignment:
         rest = [dim for dim in dims if dim not in rows and dim is not self.last]
         self.dims: tuple[AlignedDim, ...] = (*rows, *rest, *([self.last] if self.last is not None else []))
         self.row_ndim = len(rows)
+        self.row_dims = [dim.name for dim in rows]
         self.shape: Numbers = tuple(dim.size for dim in self.dims)
+        self.row_shape: Numbers = self.shape[: self.row_ndim]
         self.a = Side(a, [dim.a for dim in self.dims], self.shape)
         self.b = Side(b, [dim.b for dim in self.dims], self.shape)
 
@@ -189,16 +186,6 @@ class Alignment:
         """The name of A's last dim, or of its inner factor if it is fused; None if the tensor has no dims."""
         last = max(self.dims, key=lambda dim: (dim.a.dim, -dim.a.step), default=None)
         return last.name if last is not None else None
-
-    @property
-    def row_dims(self) -> list[str]:
-        """The names of the dims that count rows."""
-        return [dim.name for dim in self.dims[: self.row_ndim]]
-
-    @property
-    def row_shape(self) -> Numbers:
-        """The sizes of the dims that count rows."""
-        return self.shape[: self.row_ndim]
 
     def blocks(self, most_numel: int, *, last_dim_whole: bool = False) -> Iterator[AlignedBlock]:
         """Blocks of at most `most_numel` values. With `last_dim_whole`, a block holds at least the whole last dim."""

@@ -109,7 +109,10 @@ def compare(a: Dumps, b: Dumps, choice: Choice, progress: Progress = lambda done
         *alone("a", only_a, points_b),
         *alone("b", only_b, points_a),
         *_of_points(points, pairs),
-        *_of_rules(thresholds, points),
+        *(
+            FindingRecord(what="note", text=f"the threshold {str(rule)!r} decided no point")
+            for rule in thresholds.never_matched(point.name for point in points)
+        ),
     ]
     bytes_read = sum(one.bytes_read for one in compared)
     # Only a filter leaves points out.
@@ -216,11 +219,6 @@ def _of_point(point: PointRecord, what: FindingKind, text: str, *, is_error: boo
     return FindingRecord(
         what=what, text=text, name=point.name, points=[point.label], is_error=is_error, is_skip=not is_error
     )
-
-
-def _of_rules(thresholds: Thresholds, points: Sequence[PointRecord]) -> Iterator[FindingRecord]:
-    for rule in thresholds.never_matched([point.name for point in points]):
-        yield FindingRecord(what="note", text=f"the threshold {str(rule)!r} decided no point")
 
 
 def _header(a: Dumps, b: Dumps, choice: Choice) -> ComparisonHeader:

@@ -129,12 +129,9 @@ def _divergence(failed: Sequence[PointRecord], judged: int) -> str:
     if culprits and first not in innermost_culprits(failed):
         sentence += f". The first module that turns good inputs bad is at {culprits[0].label}"
     elif culprits:
-        sentence += f"; {_counted(len(culprits), 'other module')} {_verb(culprits)} good inputs bad, too"
+        verb = "turns" if len(culprits) == 1 else "turn"
+        sentence += f"; {_counted(len(culprits), 'other module')} {verb} good inputs bad, too"
     return f"{sentence}. {len(failed)} of {judged} points differ."
-
-
-def _verb(culprits: Sequence[PointRecord]) -> str:
-    return "turns" if len(culprits) == 1 else "turn"
 
 
 def _clause(reason: str | None) -> str:

@@ -233,7 +233,7 @@ def _checksums(points: Sequence[DumpedPoint], which: Which) -> list[tuple[object
             tuple(axis for axis in record.axes if axis[2] > 1) if leaf.layout is not None else (),
             _checksum_of(leaf, which)
             if record.file is None
-            else checksum(point.local(rank, leaf.path, _which_on(point, rank, leaf.path, which)).contiguous()),
+            else checksum(_stored(point, rank, leaf.path, which).contiguous()),
         )
         for point in points
         for rank, record in point.records.items()
@@ -241,5 +241,6 @@ def _checksums(points: Sequence[DumpedPoint], which: Which) -> list[tuple[object
     ]
 
 
-def _which_on(point: DumpedPoint, rank: int, path: str, which: Which) -> Which:
-    return "grafted" if which == "grafted" and rank in point.ranks_with(path, "grafted") else "value"
+def _stored(point: DumpedPoint, rank: int, path: str, which: Which) -> torch.Tensor:
+    is_grafted = which == "grafted" and rank in point.ranks_with(path, "grafted")
+    return point.local(rank, path, "grafted" if is_grafted else "value")

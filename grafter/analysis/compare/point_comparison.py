@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from grafter.analysis.compare.comparison_records import (
     ComparedLeaf,
@@ -34,7 +34,6 @@ from grafter.store.dumps.point import DumpedPoint, Which
 
 # From best to worst.
 _ORDER: Sequence[ComparisonVerdict] = ("passed", "skipped", "allowed", "failed", "error")
-_WITHOUT_NARROW = "narrow_"
 
 
 @dataclass(frozen=True)
@@ -69,16 +68,11 @@ def compare_point(task: PointTask) -> Compared:
     try:
         leaves, tokens, bytes_read = _compare_leaves(task)
         verdict, reason = _worst(leaves)
-    except GrafterError as error:
-        leaves, tokens, bytes_read, verdict, reason = [], None, 0, "error", str(error)
-    except MemoryError:
-        leaves, tokens, bytes_read, verdict, reason = [], None, 0, "error", "it needs more memory than there is"
     except Exception as error:
-        # A bug must only cost this point, not the others.
-        reason = f"a bug of grafter, please report it: {type(error).__name__}: {error}"
-        leaves, tokens, bytes_read, verdict = [], None, 0, "error"
+        leaves, tokens, bytes_read, verdict, reason = [], None, 0, "error", _describe_error(error)
     finally:
-        _let_go(task.pair)
+        for point in (*task.pair.a, *task.pair.b):
+            point.let_go()
     if task.rule is None and verdict != "skipped":
         verdict = "error"
         reason = "no threshold matches this name; add one, or a last one for `*`"
@@ -107,6 +101,15 @@ def compare_point(task: PointTask) -> Compared:
         seconds=time.monotonic() - began,
     )
     return Compared(record, bytes_read)
+
+
+def _describe_error(error: Exception) -> str:
+    if isinstance(error, GrafterError):
+        return str(error)
+    if isinstance(error, MemoryError):
+        return "it needs more memory than there is"
+    # A bug must only cost this point, not the others.
+    return f"a bug of grafter, please report it: {type(error).__name__}: {error}"
 
 
 def _compare_leaves(task: PointTask) -> tuple[list[ComparedLeaf], TokenRecord | None, int]:
@@ -169,10 +172,7 @@ def _compare_leaf(task: PointTask, path: str) -> tuple[ComparedLeaf, TokenRecord
         if not tokens.paired:
             return ComparedLeaf(path=path, verdict="error", reason="no token is on both sides"), tokens, 0
         measured = measure_pair(rows.a, rows.b, kl_dims=kl_dims, block_bytes=task.block_bytes, helpers=task.helpers)
-        measured = Measured(
-            with_row_tokens(measured.measures, rows.token_at),
-            *(measured.values, measured.a, measured.b, measured.replicas, measured.bytes_read),
-        )
+        measured = replace(measured, measures=with_row_tokens(measured.measures, rows.token_at))
     else:
         whole = [_reader(task, point, path) for point in (pair.a[0], pair.b[0])]
         measured = measure_pair(*whole, kl_dims=kl_dims, block_bytes=task.block_bytes, helpers=task.helpers)
@@ -248,9 +248,7 @@ def _judged(task: PointTask, path: str, measured: Measured) -> ComparedLeaf:
             f"rel {describe(worst.difference.rel)}, {_fraction(worst.difference.mismatched_fraction)} of the values"
         )
     has_narrow = measured.measures.narrow is not None
-    values = {
-        name: value for name, value in measured.values.items() if has_narrow or not name.startswith(_WITHOUT_NARROW)
-    }
+    values = {name: value for name, value in measured.values.items() if has_narrow or not name.startswith("narrow_")}
     return ComparedLeaf(
         path=path, verdict=verdict, reason=reason, measures=measured.measures, values=values, replicas=replicas
     )
@@ -312,8 +310,3 @@ def _worst(leaves: Sequence[ComparedLeaf]) -> tuple[ComparisonVerdict, str | Non
     if reason is not None and worst.path:
         reason = f"{worst.path}: {reason}"
     return worst.verdict, reason
-
-
-def _let_go(pair: PointPair) -> None:
-    for point in (*pair.a, *pair.b):
-        point.let_go()

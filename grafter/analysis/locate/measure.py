@@ -73,10 +73,11 @@ def point_id(record: LedgerRecord, key_tags: Collection[str] | None = None) -> P
         for tag, value in sorted(record.tags.items())
         if tag not in OWN_TAGS and (not is_rank_tag(tag) if key_tags is None else tag in key_tags)
     }
-    return PointId(record.name, tuple((t, _as_text(v)) for t, v in tags.items()), record.phase, record.occurrence)
+    return PointId(record.name, tuple((t, as_text(v)) for t, v in tags.items()), record.phase, record.occurrence)
 
 
-def _as_text(value: Any) -> str:
+def as_text(value: Any) -> str:
+    """The value of a tag as JSON, as `PointId.tags` holds it."""
     return json.dumps(value, sort_keys=True, ensure_ascii=False)
 
 

@@ -30,7 +30,7 @@ def judge_leaf(
     """
     likeness = name_likeness(baseline.segment, target.segment)
     alone = len(like_baseline) == len(like_target) == 1
-    reasons = [shape_reason(baseline, target, relation), name_reason(baseline, target)]
+    reasons = [_shape_reason(baseline, target, relation), _name_reason(baseline, target)]
     undivided = bool(ratios) and relation.kind == "equal" and likeness < SAME and _could_be_divided(baseline, target)
     in_order = relation.fits and _same_place(baseline, target, like_baseline, like_target)
     if alone:
@@ -65,7 +65,7 @@ def judge_holder(baseline: Module, target: Module, overlap: float, surest: Confi
     alone: no other module holds the same.
     """
     known = name_likeness(baseline.segment, target.segment) >= KNOWN
-    reasons = [holder_reason(overlap), name_reason(baseline, target)]
+    reasons = [_holder_reason(overlap), _name_reason(baseline, target)]
     if overlap == 1 and (known or alone):
         confidence = max(surest, Confidence.medium) if known else surest
     elif known or overlap == 1:
@@ -82,30 +82,30 @@ def judge_bare(baseline: Module, target: Module) -> ModulePair:
     known = name_likeness(baseline.segment, target.segment) >= KNOWN
     alike = class_likeness(baseline.node.class_name, target.node.class_name) > 0
     confidence = Confidence.medium if known and alike else Confidence.low
-    reasons = ("no weights to compare", name_reason(baseline, target), "classes alike" if alike else "classes unlike")
+    reasons = ("no weights to compare", _name_reason(baseline, target), "classes alike" if alike else "classes unlike")
     return ModulePair(baseline, target, confidence, reasons)
 
 
-def shape_reason(baseline: Module, target: Module, relation: Relation) -> str:
+def _shape_reason(baseline: Module, target: Module, relation: Relation) -> str:
     if relation.kind == "divided":
         dims = sorted({dim for _, dim in relation.split})
         side = "the target's" if relation.ratio > 1 else "the baseline's"
         return f"shapes equal, {side} divided by {abs(relation.ratio)} in dim {', '.join(map(str, dims))}"
     text = {
         "equal": "shapes equal",
-        "padded": f"shapes equal but for padded rows ({shapes_of(baseline)}, {shapes_of(target)})",
-        "transposed": f"shapes transposed ({shapes_of(baseline)}, {shapes_of(target)})",
-    }.get(relation.kind, f"shapes differ ({shapes_of(baseline)}, {shapes_of(target)})")
+        "padded": f"shapes equal but for padded rows ({_shapes_of(baseline)}, {_shapes_of(target)})",
+        "transposed": f"shapes transposed ({_shapes_of(baseline)}, {_shapes_of(target)})",
+    }.get(relation.kind, f"shapes differ ({_shapes_of(baseline)}, {_shapes_of(target)})")
     return text + (f" but for {', '.join(relation.missing)}, which only one side has" if relation.missing else "")
 
 
-def holder_reason(overlap: float) -> str:
+def _holder_reason(overlap: float) -> str:
     if overlap == 1:
         return "all in it is paired"
     return f"{overlap:.0%} of what is in it is paired" if overlap else "nothing in it is paired"
 
 
-def name_reason(baseline: Module, target: Module) -> str:
+def _name_reason(baseline: Module, target: Module) -> str:
     if not baseline.segment or not target.segment:
         return "" if baseline.segment or target.segment else "the models themselves"
     lists = baseline.parent, target.parent
@@ -124,7 +124,7 @@ def _likeness_in_words(ours: str, theirs: str) -> str:
     return "alike" if likeness >= ALIKE else "unlike"
 
 
-def shapes_of(module: Module) -> str:
+def _shapes_of(module: Module) -> str:
     """`256x128`, or the shapes of several weights."""
     return ", ".join("x".join(map(str, weight.shape)) or "scalar" for weight in module.weights.values())
 
@@ -191,7 +191,7 @@ def _whole_reason(one: Fused) -> str:
 
 
 def _leaf_reason(module: Module, fitting: list[Module], partner: dict[Module, Module], fused: set[Module]) -> str:
-    shapes = shapes_of(module)
+    shapes = _shapes_of(module)
     if not fitting:
         return f"no module there has weights of {shapes}"
     taken = [f"{other.segment} ({partner[other].segment})" for other in fitting if other in partner]

@@ -61,8 +61,6 @@ class _RegionMatcher:
         found.left = reasons_left(self._baseline, self._target, found, self._fused, self._relation)
         return found
 
-    # Lists of layers.
-
     def _match_stacks(self) -> list[tuple[Module, Module, str]]:
         ours, theirs = self._baseline.stacks, self._target.stacks
         alone = len(ours) == len(theirs) == 1
@@ -77,8 +75,6 @@ class _RegionMatcher:
         alike = shapes.total() * 2 / max(1, a.children[0].shapes.total() + b.children[0].shapes.total())
         place = _name_score(a.parent, b.parent) if a.parent and b.parent else 0.0
         return 2 * max(ratio, alike) + 2 * (len(a.children) == len(b.children)) + _name_score(a, b) / 2 + place / 2
-
-    # Fused modules.
 
     def _find_fused(self) -> Iterator[Fused]:
         """Find fused modules, by name first: TP may make a fused weight the size of one part. Then by sums, if nothing
@@ -109,8 +105,6 @@ class _RegionMatcher:
     def _has_like(self, leaf: Module, others: Sequence[Module]) -> bool:
         both_ways = (*self._ratios, *(-ratio for ratio in self._ratios))
         return any(relate(leaf.weights, other.weights, both_ways).fits for other in others)
-
-    # Scores.
 
     def _relation(self, a: Module, b: Module) -> Relation:
         relation = self._relations.get((a, b))
@@ -158,8 +152,6 @@ class _RegionMatcher:
         common = sum(any(p in theirs for p in self._partners.get(leaf, ())) for leaf in ours)
         common += sum(any(p in ours for p in self._partners.get(leaf, ())) for leaf in theirs)
         return common / max(1, len(ours) + len(theirs))
-
-    # Judgements.
 
     def _judged_leaf(
         self, a: Module, b: Module, ours: list[Module], theirs: list[Module], scores: NDArray[np.float64]

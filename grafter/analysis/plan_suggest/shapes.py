@@ -37,6 +37,7 @@ class Relation:
 
     @property
     def fits(self) -> bool:
+        """Whether the two can hold the same weights."""
         return self.kind not in ("different", "none")
 
     def fits_as(self, other: Relation) -> bool:

@@ -20,17 +20,16 @@ from grafter.analysis.compare.comparison_records import (
 )
 from grafter.analysis.compare.point_pairs import PointPair, find_pairs
 from grafter.analysis.report.dumped_pictures import MOST_PICTURES, draw_worst
-from grafter.analysis.report.page_data import Environment, PageData, PageFinding, PagePoint, PageVerdict
+from grafter.analysis.report.page_data import Environment, PageData, PageFinding, PagePoint, PageVerdict, bad_lines
 from grafter.analysis.report.pictures import Picture
 from grafter.analysis.report.run_page import find_layer, flatten_facts, with_inputs
-from grafter.core.points import PHASE
+from grafter.analysis.run.point_rows import point_label
 from grafter.errors import FilterError, GrafterError
 
 if TYPE_CHECKING:
     from grafter.store.dumps.reader import Dumps
 
 _LONGEST_LINE = 1 << 26
-_BAD_LINES_SHOWN = 5
 _NOT_FINITE = {"nan", "inf"}
 
 DUMPS_MEASURED = (
@@ -96,36 +95,27 @@ def read_comparison(path: Path) -> PageData:
 
 def read_lines(path: Path) -> Lines:
     """The lines of a file. Raises GrafterError if it cannot be read."""
-    lines = Lines()
+    read: list[ComparisonHeader | PointRecord | FindingRecord | SummaryRecord] = []
     bad: list[str] = []
     try:
         with path.open("rb") as file:
             for number, line in enumerate(iter(lambda: file.readline(_LONGEST_LINE), b""), start=1):
                 try:
-                    _sort_in(lines, read_line(line.decode()))
+                    read.append(read_line(line.decode()))
                 except (ValidationError, ValueError, RecursionError):
                     bad.append(f"line {number} is not a line of a comparison")
     except OSError as error:
         raise GrafterError(f"{path} cannot be read: {error.strerror}.") from error
-    lines.damaged = [PageFinding("problem", f"{path.name}: {text}; it is ignored.") for text in bad[:_BAD_LINES_SHOWN]]
-    if len(bad) > _BAD_LINES_SHOWN:
-        lines.damaged.append(
-            PageFinding("problem", f"{path.name}: {len(bad) - _BAD_LINES_SHOWN} more lines are damaged.")
-        )
+    lines = Lines(
+        header=next((line for line in read if isinstance(line, ComparisonHeader)), None),
+        points=[line for line in read if isinstance(line, PointRecord)],
+        findings=[line for line in read if isinstance(line, FindingRecord)],
+        summary=next((line for line in read if isinstance(line, SummaryRecord)), None),
+        damaged=bad_lines(path.name, bad),
+    )
     if lines.summary is None:
         lines.damaged.append(PageFinding("problem", f"{path.name} has no last line: the comparison was interrupted."))
     return lines
-
-
-def _sort_in(lines: Lines, line: ComparisonHeader | PointRecord | FindingRecord | SummaryRecord) -> None:
-    if isinstance(line, PointRecord):
-        lines.points.append(line)
-    elif isinstance(line, FindingRecord):
-        lines.findings.append(line)
-    elif isinstance(line, SummaryRecord):
-        lines.summary = line
-    else:
-        lines.header = line
 
 
 def make_comparison_page(lines: Lines, a: Dumps | None, b: Dumps | None, source: str) -> PageData:
@@ -173,7 +163,7 @@ def _point(order: int, record: PointRecord) -> PagePoint:
         call_site = f"A: {call_site}\nB: {record.call_site_b}"
     return PagePoint(
         order=order,
-        label=_label(record),
+        label=point_label(record.name, record.tags, record.phase, record.occurrence),
         name=record.name,
         tags=record.tags,
         step=record.step,
@@ -193,16 +183,6 @@ def _point(order: int, record: PointRecord) -> PagePoint:
         leaf=record.worst_leaf or "",
         call_site=call_site,
     )
-
-
-def _label(record: PointRecord) -> str:
-    """The label as `grafter show` writes it, without the step."""
-    parts = [record.name, *(f"{tag}={value}" for tag, value in record.tags.items())]
-    if record.phase != PHASE:
-        parts.append(f"phase={record.phase}")
-    if record.occurrence:
-        parts.append(f"#{record.occurrence}")
-    return " ".join(parts)
 
 
 def _values(record: PointRecord) -> dict[str, float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +20,8 @@ from grafter.analysis.report.run_page import (
     read_points,
     run_findings,
 )
-from grafter.analysis.report.run_reading import ROLES, RunFiles, has_ledgers, read_run_files
+from grafter.analysis.report.run_reading import RunFiles, has_ledgers, read_run_files
+from grafter.core.roles import ROLES
 from grafter.errors import DumpError
 from grafter.store.dumps.record_file import opened
 
@@ -56,7 +56,7 @@ def make_locate_page(directory: Path) -> PageData:
         source=str(directory),
         sides=ROLES,
         points=tuple(points),
-        findings=tuple(_sorted(findings + dump_findings)),
+        findings=tuple(sorted(findings + dump_findings, key=lambda finding: finding.level != "problem")),
         verdict=as_page_verdict(verdict, points, (verdict.inputs,)) if verdict is not None else None,
         environments=read_environments(runs[ALONE]),
         pictures=pictures,
@@ -65,10 +65,6 @@ def make_locate_page(directory: Path) -> PageData:
         "others are given the baseline's values.",
         adds_note="" if GRAFTED in runs else _NOT_FINISHED,
     )
-
-
-def _sorted(findings: Sequence[PageFinding]) -> list[PageFinding]:
-    return sorted(findings, key=lambda finding: finding.level != "problem")
 
 
 def _read_verdict(directory: Path, runs: dict[str, RunFiles], findings: list[PageFinding]) -> Verdict | None:

@@ -27,6 +27,16 @@ class PageFinding:
     text: str
 
 
+_BAD_LINES_SHOWN = 5
+
+
+def bad_lines(place: str, faults: Sequence[str]) -> list[PageFinding]:
+    """The findings about the damaged lines of one file, at most five and a count."""
+    found = [PageFinding("problem", f"{place}: {text}; it is ignored.") for text in faults[:_BAD_LINES_SHOWN]]
+    more = len(faults) - _BAD_LINES_SHOWN
+    return found + ([PageFinding("problem", f"{place}: {more} more lines are damaged.")] if more > 0 else [])
+
+
 @dataclass(frozen=True)
 class PageVerdict:
     """One sentence, and the facts behind it.
@@ -83,6 +93,7 @@ class PagePoint:
 
     @property
     def is_trouble(self) -> bool:
+        """Whether a reader should see the point first."""
         return self.outcome in TROUBLES
 
     @property

@@ -53,9 +53,7 @@ class Heatmap:
 
 @dataclass(frozen=True)
 class Histogram:
-    """The values of both jobs in BINS equal bins from low to high. Values that are not finite are
-    counted separately.
-    """
+    """The values of both jobs in BINS equal bins from low to high. Non-finite values are counted separately."""
 
     low: float
     high: float
@@ -70,8 +68,7 @@ class Picture:
     """All pictures of one point's tensor.
 
     order: the point's. why_none: why there are no pictures. magnitudes: (e, number of |a - b| from 2**e up to
-    2**(e+1)); None
-    instead of e: the number of zeros.
+    2**(e+1)); None instead of e: the number of zeros.
     """
 
     order: int

@@ -13,15 +13,16 @@ from typing import Any
 
 from grafter.analysis.compare.conclusion import split_name
 from grafter.analysis.locate.added_error import judge
-from grafter.analysis.locate.measure import RunMeasurement, measure_run
+from grafter.analysis.locate.measure import PointId, RunMeasurement, as_text, measure_run
 from grafter.analysis.locate.verdict import Verdict, describe_number
 from grafter.analysis.report.dumped_pictures import draw_run
 from grafter.analysis.report.page_data import Environment, PageData, PageFinding, PagePoint, PageVerdict
-from grafter.analysis.report.run_reading import ROLES, RunFiles, read_run_files
+from grafter.analysis.report.run_reading import RunFiles, read_run_files
 from grafter.analysis.run.point_rows import PointRow, group_points, merge_ranks
 from grafter.analysis.run.run_findings import find_notes, find_problems
 from grafter.core.records import Difference, LedgerRecord, Role
-from grafter.core.roles import receiver_role
+from grafter.core.roles import ROLES, receiver_role
+from grafter.store.ledger import RankLedger
 
 DIFFERENCES = ("rel", "rel_l2", "max_abs", "mean_abs", "cosine", "mismatched_fraction")
 GRAFTING = ("b2t", "t2b")
@@ -257,7 +258,7 @@ def _judge_grafts(run: RunFiles, points: Sequence[PagePoint]) -> Verdict | None:
     """The verdict on what the grafted points add, judged against each other. None if nothing was grafted."""
     if all(point.added is None for point in points):
         return None
-    grafted: list[tuple[Role, int, list[LedgerRecord]]] = [
+    grafted: list[RankLedger] = [
         (role, rank, [record for record in records if record.direction in GRAFTING])
         for role, rank, records in run.ledgers
     ]
@@ -279,16 +280,9 @@ def as_page_verdict(verdict: Verdict, points: Sequence[PagePoint], details: tupl
 
 
 def point_id(point: PagePoint) -> str:
-    """The name of the point over all steps, as `grafter.analysis.locate.measure.PointId` writes it."""
-    parts = [point.name]
-    parts += [
-        f"{tag}={json.dumps(value, sort_keys=True, ensure_ascii=False)}" for tag, value in sorted(point.tags.items())
-    ]
-    if point.phase != "forward":
-        parts.append(f"phase={point.phase}")
-    if point.occurrence:
-        parts.append(f"occurrence={point.occurrence}")
-    return " ".join(parts)
+    """The name of the point over all steps, as in the verdict of `grafter locate`."""
+    tags = tuple((tag, as_text(value)) for tag, value in sorted(point.tags.items()))
+    return str(PointId(point.name, tags, point.phase, point.occurrence))
 
 
 def describe_divergence(points: Sequence[PagePoint]) -> PageVerdict | None:

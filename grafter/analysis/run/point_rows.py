@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -77,12 +77,7 @@ class PointRow:
     @property
     def label(self) -> str:
         """The point in one text: `layer layer_id=3`."""
-        parts = [self.name, *(f"{tag}={value}" for tag, value in self.tags.items())]
-        if self.phase != PHASE:
-            parts.append(f"phase={self.phase}")
-        if self.occurrence:
-            parts.append(f"#{self.occurrence}")
-        return " ".join(parts)
+        return point_label(self.name, self.tags, self.phase, self.occurrence)
 
     @property
     def is_trouble(self) -> bool:
@@ -93,6 +88,13 @@ class PointRow:
         """The row as one line of JSON; NaN and Infinity as in the ledger."""
         replicas = self.replicas.model_dump() if self.replicas is not None else None
         return json.dumps({**asdict(self), "replicas": replicas})
+
+
+def point_label(name: str, tags: Mapping[str, Any], phase: str, occurrence: int) -> str:
+    """A point without its step in one text: `layer layer_id=3 phase=backward #1`."""
+    parts = [name, *(f"{tag}={value}" for tag, value in tags.items())]
+    parts += [f"phase={phase}"] if phase != PHASE else []
+    return " ".join(parts + ([f"#{occurrence}"] if occurrence else []))
 
 
 def list_ranks(ledgers: Iterable[RankLedger]) -> list[PointRow]:

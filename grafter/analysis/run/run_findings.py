@@ -41,7 +41,9 @@ def find_notes(ledgers: list[RankLedger], rows: list[PointRow], summaries: list[
     unmatched = count_unmatched(summaries)
     notes += [_filter_note(text, list(unmatched)) for text in _common([s.filters_never_matched for s in summaries])]
     for tag in _common([s.tags_never_seen for s in summaries]):
-        notes.append(f"no point had the tag {tag}, which a filter reads{_near(tag, _seen_tags(rows))}")
+        near = difflib.get_close_matches(tag, sorted({own for row in rows for own in row.tags}), n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        notes.append(f"no point had the tag {tag}, which a filter reads{hint}")
     if unmatched:
         shown = [f"{name} ({_counts(counts)})" for name, counts in list(unmatched.items())[:_NAMES_SHOWN]]
         more = f", and {len(unmatched) - _NAMES_SHOWN} more" if len(unmatched) > _NAMES_SHOWN else ""
@@ -131,7 +133,7 @@ def _hook_notes(summaries: list[RankSummary]) -> list[str]:
                 f"module.forward(...), which runs no hooks; or their parts called one by one): {_shown(bypassed)}"
             )
         # Only modules that no rank called: one rank may never need an expert that others call.
-        silent = [_called(path) for path in _common([summary.hooks_never_fired for summary in own])]
+        silent = [path or "root" for path in _common([summary.hooks_never_fired for summary in own])]
         silent = [path for path in silent if path not in bypassed]
         if silent:
             notes.append(f"modules of the {role} with hooks that no call reached: {_shown(silent)}")
@@ -146,10 +148,6 @@ def _lost_gradient_notes(summaries: list[RankSummary]) -> list[str]:
         for s in summaries
         if s.gradients_lost
     ]
-
-
-def _called(path: str) -> str:
-    return path or "root"
 
 
 def _shown(names: list[str]) -> str:
@@ -174,15 +172,6 @@ def _filter_note(text: str, names: list[str]) -> str:
     near = [name for pair in wanted for name in difflib.get_close_matches(pair[0] or pair[1], names, n=2)]
     hint = f"; there are points named {', '.join(dict.fromkeys(near))}" if near else ""
     return f"a filter never matched: {text}{hint}"
-
-
-def _near(tag: str, tags: list[str]) -> str:
-    near = difflib.get_close_matches(tag, tags, n=1)
-    return f"; did you mean {near[0]}?" if near else ""
-
-
-def _seen_tags(rows: list[PointRow]) -> list[str]:
-    return sorted({tag for row in rows for tag in row.tags})
 
 
 def find_problems(rows: list[PointRow], summaries: list[RankSummary], attach: str | None = None) -> list[str]:

@@ -109,20 +109,25 @@ class State(_Message):
 
 
 def proposal_place(run_prefix: str, number: int) -> str:
+    """The store key of the proposal of a change; numbers count from 1."""
     return f"{run_prefix}/control/{number}"
 
 
 def answer_place(run_prefix: str, number: int, graft_rank: int) -> str:
+    """The store key of a rank's answer to a proposal."""
     return f"{proposal_place(run_prefix, number)}/answer/{graft_rank}"
 
 
 def decision_place(run_prefix: str, number: int) -> str:
+    """The store key of the decision on a proposal."""
     return f"{proposal_place(run_prefix, number)}/decision"
 
 
 def question_place(run_prefix: str) -> str:
+    """The store key of the counter that asks all ranks for their states."""
     return f"{run_prefix}/control/question"
 
 
 def state_place(run_prefix: str, graft_rank: int) -> str:
+    """The store key of a rank's state."""
     return f"{run_prefix}/control/state/{graft_rank}"

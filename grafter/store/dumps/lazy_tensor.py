@@ -14,7 +14,6 @@ from math import prod
 
 import torch
 
-from grafter.core.layout.shares import RoleShares
 from grafter.core.plan.assembly import reduce_summands, reduced_dtype
 from grafter.core.plan.resharding import Resharding
 from grafter.errors import DumpError, GrafterError, UsageError
@@ -46,7 +45,12 @@ class LazyTensor:
 
     shape: of the whole tensor, without padding. dtype: of the tensors that `read` returns: that of the parts, or
     float32 or better if the parts are summands. stored_dtype: that of the parts. dim_names: such as
-    ("b", "s", "(h*d)"); None if no names were declared. layouts: each rank's declared layout as text.
+    ("b", "s", "(h*d)"); None if no names were declared. layouts: each rank's declared layout as text. ranks: those that
+    hold a part.
+
+    whole: a role of one rank that holds this tensor, for the layout functions. replicas: the number of copies of each
+    part, the largest if it differs. summands: the number of summands that add up to the value; 1 unless it is partial.
+    is_undeclared: whether no rank declared a layout; then each rank holds the whole tensor.
 
     All returned tensors are on the CPU. A box within one rank's file is a view of the mapped file. Writing to it never
     changes the file, but changes what this object reads there afterwards: clone a tensor before you change it.
@@ -63,36 +67,15 @@ class LazyTensor:
         self.who, self._pieces, self._local = who, pieces, local
         self._opened: dict[int, torch.Tensor] = {}
         self.shape: Numbers = pieces.shape
+        self.numel = prod(pieces.shape)
+        self.whole, self.replicas, self.summands = pieces.whole, pieces.replicas, pieces.summands
+        self.is_undeclared = pieces.resharding is None
         self.stored_dtype = dtype
         self.dtype = reduced_dtype(dtype) if pieces.summands > 1 else dtype
         self.dim_names = named_dims(pieces)
         self.layouts: dict[int, str] = {part.role_rank: str(part.layout or "nothing declared") for part in parts}
         self.ranks: Numbers = tuple(part.role_rank for part in parts)
         self._local_shapes = {part.role_rank: part.shape for part in parts}
-
-    @property
-    def numel(self) -> int:
-        return prod(self.shape)
-
-    @property
-    def whole(self) -> RoleShares:
-        """A role of one rank that holds this tensor, with the names of its dims, for the layout functions."""
-        return self._pieces.whole
-
-    @property
-    def replicas(self) -> int:
-        """The number of copies of each part; the largest number if it differs between parts."""
-        return self._pieces.replicas
-
-    @property
-    def is_undeclared(self) -> bool:
-        """Whether no rank declared a layout; then each rank holds the whole tensor."""
-        return self._pieces.resharding is None
-
-    @property
-    def summands(self) -> int:
-        """The number of summands that add up to the value; 1 unless the value is partial."""
-        return self._pieces.summands
 
     def __repr__(self) -> str:
         return f"<LazyTensor {self.who} {self.dtype}{list(self.shape)}>"
@@ -113,7 +96,7 @@ class LazyTensor:
         If parts differ in their number of copies, a part with fewer copies is repeated.
         """
         box = self._box(offset, size)
-        for copy in range(self._pieces.replicas):
+        for copy in range(self.replicas):
             yield self._ranks_of(box, copy), self._reduced(box, copy)
 
     def will_read(self, offset: Numbers | None = None, size: Numbers | None = None) -> None:
@@ -146,7 +129,7 @@ class LazyTensor:
 
     def differing_replicas(self, most_numel: int = BLOCK_NUMEL) -> list[ReplicaDifference]:
         """The copies of a part that are not equal bit for bit. Reads every rank's file once, a block at a time."""
-        if self._pieces.replicas == 1:
+        if self.replicas == 1:
             return []
         found: dict[tuple[Numbers, Numbers], ReplicaDifference] = {}
         for offset, size in self.blocks(most_numel):
@@ -181,7 +164,7 @@ class LazyTensor:
         return offset, size
 
     def _reduced(self, box: Box, copy: int) -> torch.Tensor:
-        summands, replicas = self._pieces.summands, self._pieces.replicas
+        summands, replicas = self.summands, self.replicas
         if summands == 1:
             return self._assembled(box, copy, may_view=True)
         layers = [self._assembled(box, number * replicas + copy, may_view=False) for number in range(summands)]
@@ -234,7 +217,7 @@ class LazyTensor:
 
     def _differing_in(self, offset: Numbers, size: Numbers) -> Iterator[tuple[Numbers, Numbers, Numbers, int]]:
         """Compared bit for bit, summand by summand: equal sums do not prove equal copies."""
-        pieces, replicas = self._pieces, self._pieces.replicas
+        pieces, replicas = self._pieces, self.replicas
         for summand in range(pieces.summands):
             first = self._assembled((offset, size), summand * replicas, may_view=True)
             for copy in range(1, replicas):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
@@ -66,6 +65,7 @@ class PendingRecord:
 
     @property
     def snapshots(self) -> list[Snapshot]:
+        """All snapshots of the point."""
         found = [leaf.value for leaf in self.leaves] + [leaf.grafted for leaf in self.leaves]
         found += self.extras.values()
         return [snapshot for snapshot in found if snapshot is not None]
@@ -102,13 +102,9 @@ class Parts:
         if options is not None and (says_layout or any(map(is_dtensor, originals))):
             self._declare_layouts(value, originals, options)
 
-    @property
-    def tensors(self) -> Sequence[torch.Tensor]:
-        return [tensor for _, tensor in self.leaves]
-
     def _declare_layouts(self, value: Any, originals: list[torch.Tensor], options: PointOptions) -> None:
         specs = tuple(spec_of(leaf.path, tensor) for leaf, tensor in self.leaves)
-        leaves = Leaves(value, originals, list(self.tensors), specs, "", {})
+        leaves = Leaves(value, originals, [tensor for _, tensor in self.leaves], specs, "", {})
         try:
             layouts = declare_layouts(leaves, options.dims, options.layout, options.seq_lens)
         except Exception as error:
@@ -121,6 +117,7 @@ class Parts:
 
 
 def leaf_of(leaf: PendingLeaf, pending: PendingRecord) -> DumpedLeaf:
+    """The record of one tensor, with the figures of the point's level. A failure to compute them becomes a reason."""
     figures: dict[str, Any] = {}
     for prefix, snapshot in (("", leaf.value), ("grafted_", leaf.grafted)):
         if snapshot is None:

@@ -30,52 +30,27 @@ _SAME_IN_BOTH = ("order", "name", "tags", "step", "phase", "occurrence", "role",
 class DumpedPoint:
     """One point, merged over the ranks of a job. Its files are read only when a method needs them.
 
-    key: name, identifying tags, step, phase and occurrence, which are also attributes. records: by role rank.
-    tags: as filters see them: those of the lowest rank, and name, step, phase, occurrence.
+    key: name, identifying tags, step, phase and occurrence, which are also attributes. records: by role rank; the first
+    one is that of the lowest rank. ranks: those with a record. role: "baseline" or "target".
     """
 
     def __init__(self, directory: Path, key: PointKey, records: Mapping[int, DumpRecord]) -> None:
         self._directory = directory
-        self.key = key
+        self.key, self.name, self.step, self.phase, self.occurrence = key, key.name, key.step, key.phase, key.occurrence
         self.records: dict[int, DumpRecord] = dict(sorted(records.items()))
+        self.ranks: tuple[int, ...] = tuple(self.records)
+        self.first: DumpRecord = self.records[self.ranks[0]]
+        self.role: Role = self.first.role
         # Weak, because each reader holds mapped files, and a process can have only so many of them.
         self._lazy: WeakValueDictionary[tuple[str, Which], LazyTensor] = WeakValueDictionary()
         # The tensors without a declared layout that were found to be equal on all ranks.
         self._copies: set[tuple[str, Which]] = set()
 
     @property
-    def name(self) -> str:
-        return self.key.name
-
-    @property
-    def step(self) -> int:
-        return self.key.step
-
-    @property
-    def phase(self) -> str:
-        return self.key.phase
-
-    @property
-    def occurrence(self) -> int:
-        return self.key.occurrence
-
-    @property
-    def first(self) -> DumpRecord:
-        """The record of the lowest rank that has the point."""
-        return next(iter(self.records.values()))
-
-    @property
     def tags(self) -> dict[str, Any]:
+        """The tags as filters see them: those of the lowest rank, and name, step, phase, occurrence."""
         own = {"name": self.name, "step": self.step, "phase": self.phase, "occurrence": self.occurrence}
         return {**{tag: value for tag, value in self.first.tags.items() if tag not in OWN_TAGS}, **own}
-
-    @property
-    def role(self) -> Role:
-        return self.first.role
-
-    @property
-    def ranks(self) -> tuple[int, ...]:
-        return tuple(self.records)
 
     @property
     def missing_ranks(self) -> tuple[int, ...]:

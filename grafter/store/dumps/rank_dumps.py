@@ -124,10 +124,12 @@ class RankDumps:
             )  # fmt: skip
 
     def end_step(self) -> None:
+        """Wait until the points of earlier steps are on disk."""
         if self._saver is not None:
             self._saver.end_step()
 
     def flush(self) -> None:
+        """Wait until all completed points are on disk."""
         if self._saver is not None:
             self._saver.flush()
 

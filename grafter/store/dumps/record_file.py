@@ -34,6 +34,7 @@ class _Version(BaseModel):
 
 
 def lines_name(role_rank: int) -> str:
+    """The name of the file with one rank's records."""
     return f"rank{role_rank}.dumps.jsonl"
 
 

@@ -53,10 +53,12 @@ class Snapshot:
 
     @property
     def nbytes(self) -> int:
+        """The number of bytes of the copy."""
         return self.stored.nbytes
 
     @property
     def values(self) -> torch.Tensor:
+        """The copy as a tensor with the original dtype and shape."""
         data = self.stored.data
         if not isinstance(data, torch.Tensor):
             data = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
@@ -171,6 +173,7 @@ class SharedBuffer:
         self._end = self.parts = 0
 
     def has_room(self, nbytes: int) -> bool:
+        """Whether another part of `nbytes` fits."""
         return self._end + nbytes <= len(self._memory)
 
     def add(self, address: int, nbytes: int) -> memoryview:

@@ -62,10 +62,12 @@ class StoredTensor(NamedTuple):
 
     @property
     def nbytes(self) -> int:
+        """The number of bytes."""
         return len(self.data)
 
     @property
     def memory(self) -> memoryview:
+        """The bytes, without a copy."""
         return self.data.numpy().data if isinstance(self.data, torch.Tensor) else memoryview(self.data)
 
 
@@ -119,6 +121,7 @@ def refuse_earlier_dumps(role_directory: Path, role_rank: int, who: str) -> None
 
 
 def earlier_dumps(role_directory: Path, who: str) -> ConfigError:
+    """The error for a directory that holds dumps of an earlier run."""
     return ConfigError(
         f"{role_directory} holds dumps of {who} from an earlier run, and two runs would mix. Give this run another "
         f"name (GRAFTER_RUN_NAME), or remove that one."
@@ -131,6 +134,7 @@ def record_text(fields: Mapping[str, Any]) -> str:
 
 
 def record_metadata(text: str) -> dict[str, str]:
+    """The `__metadata__` of a file whose record is `text`."""
     return {METADATA_KEY: text}
 
 
@@ -173,6 +177,7 @@ class WriteQueue:
             self._bytes += nbytes
 
     def release(self, nbytes: int) -> None:
+        """Give back `nbytes` of room that `reserve` took."""
         with self._changed:
             self._bytes -= nbytes
             self._wake()
