@@ -174,7 +174,7 @@ class Grafter:
         try:
             if os.getpid() != self.rank_status.process_id:
                 if direction is None:
-                    self.dumps.tell_fork(name, call_site())
+                    self.dumps.report_fork(name, call_site())
                     return value
                 self.rank_status.refuse_where_impossible(name, call_site())
             with self.lock:

@@ -66,7 +66,7 @@ class RecordedPoint:
         return self.record.phase == "backward"
 
     @property
-    def never_came(self) -> bool:
+    def is_missing(self) -> bool:
         """Whether this is a gradient that the recorded program did not have."""
         return self.is_gradient and self.part.header.nothing is not None
 
@@ -94,9 +94,9 @@ class RecordedPoint:
         rank = self.record.role_rank
         tensors = [self.point.local(rank, spec.path) for spec in header.leaves]
         specs = tuple(spec_of(spec.path, tensor) for spec, tensor in zip(header.leaves, tensors, strict=True))
-        for told, found in zip(header.leaves, specs, strict=True):
-            if (told.shape, told.dtype) != (found.shape, found.dtype):
-                raise DumpError(f"{self.point}: its header says {told}, and its file has {found}. It is damaged.")
+        for described, found in zip(header.leaves, specs, strict=True):
+            if (described.shape, described.dtype) != (found.shape, found.dtype):
+                raise DumpError(f"{self.point}: its header says {described}, and its file has {found}. It is damaged.")
         if not specs or len(header.layouts) not in (0, len(specs)):
             raise DumpError(f"{self.point}: its header describes no tensors, or other layouts than tensors.")
         text, extras = self._extras(header)
@@ -115,8 +115,8 @@ class RecordedPoint:
                 f"file. {self.record.reason or 'It is damaged.'}"
             )
         restored = []
-        for tensor, told in zip(tensors, header.extras_tensors, strict=True):
-            restored.append(_as_recorded(tensor, told.shape, told.dtype, str(self.point)))
+        for tensor, described in zip(tensors, header.extras_tensors, strict=True):
+            restored.append(_as_recorded(tensor, described.shape, described.dtype, str(self.point)))
         # The same function wrote it; it differs if metadata had to be replaced by values that a file can hold.
         if text != header.extras:
             raise DumpError(f"{self.point}: its extras could not be kept in the recording as they were.")

@@ -147,7 +147,7 @@ def _tasks(a: Dumps, b: Dumps, pairs: Sequence[PointPair], thresholds: Threshold
 def _run(tasks: Sequence[PointTask], threads: int | None) -> Iterator[Compared]:
     """The outcomes of the tasks in order. NumPy and torch do the work, and let other threads run in the meantime.
 
-    A thread without a point of its own measures parts of the other threads' points.
+    A thread without a point measures parts of the other threads' points.
     """
     count = threads or min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     if count == 1:

@@ -292,7 +292,7 @@ class Rule(BaseModel):
         if self.one_sided is not None and self.role is not None:
             raise ValueError(
                 "one_sided holds for both jobs, since each of them must know what the other does; leave role out, or "
-                "put one_sided into a rule of its own"
+                "put one_sided into a separate rule"
             )
         return self
 

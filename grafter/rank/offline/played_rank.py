@@ -211,7 +211,7 @@ class PlayedGrafter(Grafter):
                     value = cast(torch.Tensor, one)
                     if is_parameter:
                         gradients.meet(session, watched, value)
-                    elif one.never_came:
+                    elif one.is_missing:
                         continue
                     elif self._place.role == sender_role(watched.direction) and watched.options.one_sided == "raise":
                         gradients.pending.offer(watched, value)

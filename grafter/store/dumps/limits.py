@@ -26,7 +26,7 @@ class Limits:
         self._bytes = self._points = 0
         self._is_full: LimitName | None = None
         self._given: tuple[str | None, str | None, int | None] = (None, None, None)
-        self._has_told: set[LimitName] = set()
+        self._reported: set[LimitName] = set()
         self.left_out: Counter[str] = Counter()
         self.change(steps, max_bytes, max_points)
 
@@ -37,7 +37,7 @@ class Limits:
         self._max_points = max_points
         before, self._given = self._given, (steps, max_bytes, max_points)
         if before != self._given:
-            self._has_told.clear()
+            self._reported.clear()
         if before[1:] != self._given[1:]:
             self._is_full = None
 
@@ -71,7 +71,7 @@ class Limits:
         return False
 
     def _leave_out(self, limit: LimitName, why: str) -> None:
-        if limit not in self._has_told:
-            self._has_told.add(limit)
+        if limit not in self._reported:
+            self._reported.add(limit)
             logger.warning("grafter: %s: %s: such points are counted, not saved", self._who, why)
         self.left_out[limit] += 1

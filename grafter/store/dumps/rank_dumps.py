@@ -49,7 +49,7 @@ class RankDumps:
         self.filter = DumpFilter(config)
         self.limits = Limits(config.dump_steps, config.dump_max_bytes, config.dump_max_points, place.who)
         self._saver: Saver | None = None
-        self._has_told_fork = False
+        self._has_reported_fork = False
 
     def take_over(self, config: GrafterConfig, dump_filter: DumpFilter | None, also: tuple[int, int] | None) -> None:
         """Use this configuration's limits from now on.
@@ -113,14 +113,14 @@ class RankDumps:
         text = str(error).splitlines()[0] if isinstance(error, GrafterError) and str(error) else ""
         self.finish(pending, reason=f"the meeting ended with {type(error).__name__}: {text}")
 
-    def tell_fork(self, name: str, site: str) -> None:
+    def report_fork(self, name: str, site: str) -> None:
         """Warn once that this process was forked: it has no writing thread, so it saves no points."""
-        if not self._has_told_fork:
-            self._has_told_fork = True
+        if not self._has_reported_fork:
+            self._has_reported_fork = True
             logger.warning(
                 "grafter: the point %r at %s is in a process that was forked from %s (a data loader's worker?). Only "
-                "the process that began the run saves points; this one saves none (start it with spawn to have a run "
-                "of its own)", name, site, self._place.who,
+                "the process that began the run saves points; this one saves none (start it with spawn to give it a "
+                "separate run)", name, site, self._place.who,
             )  # fmt: skip
 
     def end_step(self) -> None:

@@ -74,7 +74,7 @@ class Saver:
         self._is_closed = False
         # Written by the write queue's thread.
         self.outcomes: Counter[str] = Counter()
-        self._has_told_failure = False
+        self._has_reported_failure = False
         self._termination = Termination(self._end_all)
         self._termination.install()
 
@@ -234,7 +234,7 @@ class Saver:
             self._write_point(pending)
             self.outcomes["saved"] += 1
         except BaseException as error:
-            self._tell_failure(pending, error)
+            self._report_failure(pending, error)
         finally:
             for snapshot in snapshots:
                 self._buffers.give_back(snapshot.buffer)
@@ -275,10 +275,10 @@ class Saver:
             **pending.fields,
         }  # fmt: skip
 
-    def _tell_failure(self, pending: PendingRecord, error: BaseException) -> None:
+    def _report_failure(self, pending: PendingRecord, error: BaseException) -> None:
         self.outcomes["lost"] += 1
-        if not self._has_told_failure:
-            self._has_told_failure = True
+        if not self._has_reported_failure:
+            self._has_reported_failure = True
             logger.error(
                 "grafter: %s: the dump of %s is lost; the run continues. Others may be lost too: the rank summary "
                 "counts them, and they are not reported one by one: %s: %s",
