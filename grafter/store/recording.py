@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 from itertools import pairwise
+from math import prod
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,7 +28,7 @@ from grafter.core.messages.offer import Offer
 from grafter.core.messages.roster import PlayedFrom
 from grafter.core.points import OPTIONS, OWN_TAGS
 from grafter.core.records import RankSummary
-from grafter.core.roles import SHARED_SETTINGS, Place, RoleName
+from grafter.core.roles import ROLES, SHARED_SETTINGS, Place, RoleName
 from grafter.errors import DumpError
 from grafter.store.dumps.directory import find_role_directory
 from grafter.store.dumps.point import DumpedPoint
@@ -72,14 +73,12 @@ class RecordedPoint:
 
     @property
     def given(self) -> dict[str, Any]:
-        """The options of the recorded call that apply wherever it is played: the participants, if not all ranks."""
+        """The options of the recorded call that playing it needs: the participants, if not all ranks took part."""
         participants = self.part.header.participants
         return {"ranks": list(participants)} if len(participants) < self.record.role_world_size else {}
 
     def offer(self) -> Offer:
-        """The rank's offer, with mapped memory. What cannot be read becomes an offer without a value,
-        with the reason.
-        """
+        """The rank's offer, with mapped memory. If the point cannot be read, the offer has a reason instead."""
         header = self.part.header
         if header.failure is not None:
             return Offer(self, failure=RecordedFailure(header.failure))
@@ -114,9 +113,10 @@ class RecordedPoint:
                 f"{self.point}: of the {len(header.extras_tensors)} tensors in its extras, {len(tensors)} are in its "
                 f"file. {self.record.reason or 'It is damaged.'}"
             )
-        restored = []
-        for tensor, described in zip(tensors, header.extras_tensors, strict=True):
-            restored.append(_as_recorded(tensor, described.shape, described.dtype, str(self.point)))
+        restored = [
+            _as_recorded(tensor, described.shape, described.dtype, str(self.point))
+            for tensor, described in zip(tensors, header.extras_tensors, strict=True)
+        ]
         # The same function wrote it; it differs if metadata had to be replaced by values that a file can hold.
         if text != header.extras:
             raise DumpError(f"{self.point}: its extras could not be kept in the recording as they were.")
@@ -130,10 +130,7 @@ def _as_recorded(tensor: torch.Tensor, shape: tuple[int, ...], dtype_name: str, 
         return tensor
     if isinstance(dtype, torch.dtype):
         raw = tensor.contiguous().clone().view(-1).view(torch.uint8)
-        count = dtype.itemsize
-        for size in shape:
-            count *= size
-        if count == raw.numel():
+        if prod(shape) * dtype.itemsize == raw.numel():
             return raw.view(dtype).view(shape)
     raise DumpError(
         f"{where}: a tensor of its extras is {dtype_name[:40]}{list(shape)}, but its file has something else."
@@ -178,10 +175,7 @@ def find_recording(directory: str | os.PathLike[str], role: RoleName) -> tuple[P
             "(or `grafter run --record`); what GRAFTER_DUMP_FILTER saves cannot be grafted from."
         )
     if facts.role != role:
-        raise DumpError(
-            f"{path} is a recording of the {shown(facts.role)}, but a recording of the {role} is needed here. Give "
-            f"that, or let the recording be the {shown(facts.role)} and the live job the {role}."
-        )
+        raise _wrong_role(path, shown(facts.role), role)
     if facts.recording_version > RECORDING_VERSION:
         raise DumpError(
             f"{path}: a newer grafter recorded it (version {facts.recording_version}, this one plays up to "
@@ -193,9 +187,7 @@ def find_recording(directory: str | os.PathLike[str], role: RoleName) -> tuple[P
 
 
 def open_recording(directory: str | os.PathLike[str], role: RoleName) -> RoleRecording:
-    """Everything except the tensors. directory: the role's, or that of the run. Raises DumpError, which names the
-    fault.
-    """
+    """A recording without its tensors. directory: the role's, or that of the run. Raises DumpError."""
     path, first = find_recording(directory, role)
     size = first.role_world_size
     facts = [_facts_of(path, rank, first) for rank in range(size)]
@@ -207,29 +199,28 @@ def open_recording(directory: str | os.PathLike[str], role: RoleName) -> RoleRec
         last_step = points[-1].record.step if points else None
         played_from = PlayedFrom(directory=str(path), points=len(points), last_step=last_step)
         summary = _read(path, f"rank{rank}.summary.json", RankSummary)
-        ranks.append(
-            RecordedRank(
-                rank, facts[rank], points, played_from,
-                lost=summary.dumps_lost if summary is not None else 0, ended=_how_ended(summary),
-            )
-        )  # fmt: skip
+        lost = summary.dumps_lost if summary is not None else 0
+        ranks.append(RecordedRank(rank, facts[rank], points, played_from, lost, _how_ended(summary)))
     problems = tuple(map(str, dumps.problems)) if dumps is not None else ()
     return RoleRecording(path, role, tuple(ranks), problems)
 
 
 def _role_directory(path: Path, role: RoleName) -> Path:
-    if (path / facts_name(0)).is_file():
-        return path
-    if (path / role / facts_name(0)).is_file():
-        return path / role
-    other = next((name for name in ("baseline", "target") if (path / name / facts_name(0)).is_file()), None)
+    for place in (path, path / role):
+        if (place / facts_name(0)).is_file():
+            return place
+    other = next((name for name in ROLES if (path / name / facts_name(0)).is_file()), None)
     if other is not None:
-        raise DumpError(
-            f"{path} holds a recording of the {other}, but a recording of the {role} is needed here. Give that, or let "
-            f"the recording be the {other} and the live job the {role}."
-        )
-    # Says what there is instead.
+        raise _wrong_role(path, other, role)
+    # Raises the error that says what the directory holds instead.
     return find_role_directory(path, None)
+
+
+def _wrong_role(path: Path, found: str, role: RoleName) -> DumpError:
+    return DumpError(
+        f"{path} holds a recording of the {found}, but a recording of the {role} is needed here. Give that, or let the "
+        f"recording be the {found} and the live job the {role}."
+    )
 
 
 def _facts_of(path: Path, rank: int, first: RankFacts) -> RankFacts:
@@ -271,10 +262,9 @@ def _part_of(point: DumpedPoint, record: DumpRecord) -> RecordedPart:
     try:
         part = RecordedPart.model_validate_json(record.header or "")
         header = part.header
-        ranks = header.participants
         if (header.role, header.role_rank) != (record.role, record.role_rank):
             raise ValueError("it belongs to another rank")
-        if record.role_rank not in ranks or ranks[-1] >= record.role_world_size:
+        if record.role_rank not in header.participants or header.participants[-1] >= record.role_world_size:
             raise ValueError("its participants do not belong to this job")
         return part
     except (ValueError, RecursionError) as error:
@@ -310,9 +300,8 @@ RECORDING_VERSION = 1
 class RecordedPart(BaseModel):
     """One rank's part of a point: the `header` of a `DumpRecord`, as JSON.
 
-    module: the module whose hook took the point. is_parameter: a parameter's gradient, which all ranks reach in the
-    same order.
-    new_rows_only: which rows count depends on earlier exchanges, so the header has all of them.
+    module: the module whose hook took the point. is_parameter: it is a parameter's gradient, which all ranks reach in
+    the same order. new_rows_only: which rows count depends on earlier exchanges, so the header has all of them.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -326,8 +315,8 @@ class RecordedPart(BaseModel):
 class RankFacts(BaseModel):
     """`rank<r>.recording.json`: every rank of a recorded job writes one, even if none of its points matched.
 
-    modules: those with hooks, None if nothing was attached. models: those that they belong to. shared_settings: the
-    filters and the key.
+    modules: those with hooks; None if nothing was attached. models: those of the modules. shared_settings: the filters
+    and the key.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -354,11 +343,7 @@ def settings_of(config: GrafterConfig) -> dict[str, str]:
 def write_rank_facts(run_directory: Path, config: GrafterConfig, place: Place, hooks: AnnouncedHooks) -> None:
     """Called by every rank of a recorded job, once the run has begun. Raises OSError."""
     facts = RankFacts(
-        role=place.role,
-        role_rank=place.role_rank,
-        role_world_size=place.role_world_size,
-        modules=hooks.modules,
-        models=hooks.models,
-        shared_settings=settings_of(config),
-    )
+        role=place.role, role_rank=place.role_rank, role_world_size=place.role_world_size, modules=hooks.modules,
+        models=hooks.models, shared_settings=settings_of(config),
+    )  # fmt: skip
     write_whole(run_directory / place.role / facts_name(place.role_rank), facts.model_dump_json(indent=1))

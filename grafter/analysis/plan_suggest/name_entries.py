@@ -34,9 +34,7 @@ class WeightRule:
 
 
 def common_name(pair: NamedPair) -> str:
-    """The baseline's path without its layer number, which becomes the tag `layer_id`. This is the baseline's default
-    name.
-    """
+    """The baseline's path without its layer number, which becomes the tag `layer_id`: the baseline's default name."""
     segments = [segment for segment in pair.baseline_path.split(".") if segment != _LAYER]
     return ".".join(segments) or ROOT
 
@@ -105,9 +103,7 @@ def _as_pattern(path: str) -> str:
 
 
 def entries_aside(suggestion: Suggestion, used: Iterable[NameEntry]) -> list[NameEntry]:
-    """Entries for modules whose default name is given to another module, so that a name stands for only one in each
-    job.
-    """
+    """Entries for modules whose default name is given to another module, so that names are unique in each job."""
     taken = {entry.name for entry in used}
     aside = []
     roles: tuple[RoleName, ...] = ("baseline", "target")

@@ -1,6 +1,4 @@
-"""Pairs one region of each side: fused modules first, then modules with weights, their containers, and
-the bare ones.
-"""
+"""Pairs one region of each side: fused modules first, then modules with weights, their containers, and bare ones."""
 
 from __future__ import annotations
 

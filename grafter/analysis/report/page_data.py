@@ -41,8 +41,7 @@ def bad_lines(place: str, faults: Sequence[str]) -> list[PageFinding]:
 class PageVerdict:
     """One sentence, and the facts behind it.
 
-    tone: `bad` names a faulty point, `good` clears all points, `open` decides nothing. order: that of the named point,
-    if there is one.
+    tone: `bad` names a faulty point, `good` clears all points, `open` decides nothing. order: that of the named point.
     """
 
     sentence: str
@@ -134,14 +133,12 @@ class PageData:
     adds_note: str = ""
 
 
-# A page's figures as TensorBoard scalars: one curve per measure and point, over steps.
-
+# The measures that become TensorBoard scalars: one curve per measure and point, over steps.
 SCALAR_MEASURES = ("rel", "max_abs")
 
 
 def write_scalars(points: Sequence[PagePoint], directory: Path) -> int:
-    """Write `rel/<point>`, `max_abs/<point>` and `adds/<point>` of each step to `directory`. Returns the number of
-    values.
+    """Write `rel/<point>`, `max_abs/<point>` and `adds/<point>` of each step. Returns the number of values.
 
     NaN marks points with values that are not finite on one side only. Raises UsageError without tensorboard.
     """

@@ -163,9 +163,7 @@ def find_layer(name: str, tags: Mapping[str, Any]) -> int | None:
 
 
 def with_inputs(points: Sequence[PagePoint]) -> list[PagePoint]:
-    """The same points. Outputs of modules get the worst `rel` of their inputs, by the names that `grafter.attach`
-    gives.
-    """
+    """The same points. Outputs of modules get the worst `rel` of their inputs, by the names of `grafter.attach`."""
     inputs: dict[str, float] = {}
     sides = [_module_and_side(point) for point in points]
     for point, (module, is_input) in zip(points, sides, strict=True):
@@ -236,9 +234,7 @@ def flatten_facts(role: Role | str, facts: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _as_date(seconds: Any) -> str:
-    """Seconds since 1970 as a date in UTC, because the two jobs may be in two places. Anything else is returned as
-    text.
-    """
+    """Seconds since 1970 as a date in UTC, because the jobs may be in two places. Anything else is returned as text."""
     try:
         return datetime.fromtimestamp(seconds, tz=timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC")
     except (TypeError, ValueError, OverflowError, OSError):
@@ -326,9 +322,7 @@ def _size(point: PagePoint) -> str:
 
 
 def _largest_growth(compared: Sequence[PagePoint]) -> str | None:
-    """Where the difference grows most from one point to the next in its step, if it grows by a factor of
-    100 or more.
-    """
+    """Where the difference grows most from one point to the next in its step, if by a factor of 100 or more."""
     best: tuple[float, PagePoint, PagePoint] | None = None
     before: PagePoint | None = None
     for point in compared:

@@ -29,9 +29,7 @@ _REASON_LENGTH = 200
 
 @dataclass
 class RunFiles:
-    """The files of one run. `facts`: the content of each role's run.json. `findings`: what could not be
-    read, and why.
-    """
+    """The files of one run. facts: the content of each role's run.json. findings: what could not be read, and why."""
 
     directory: Path
     ledgers: list[RankLedger] = field(default_factory=list)

@@ -48,9 +48,7 @@ def make_page(places: Sequence[Path]) -> PageData:
 
 
 def find_place(directory: Path) -> Path:
-    """The run or the directory of `grafter locate`: `directory` itself, or the newest one in it. Raises
-    GrafterError.
-    """
+    """The run or directory of `grafter locate`: `directory` itself, or the newest one in it. Raises GrafterError."""
     from grafter.analysis.report.locate_page import ALONE, is_locate_directory
     from grafter.analysis.report.run_reading import has_ledgers
     from grafter.analysis.run.run_summary import find_run

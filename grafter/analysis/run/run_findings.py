@@ -45,9 +45,8 @@ def find_notes(ledgers: list[RankLedger], rows: list[PointRow], summaries: list[
         hint = f"; did you mean {near[0]}?" if near else ""
         notes.append(f"no point had the tag {tag}, which a filter reads{hint}")
     if unmatched:
-        shown = [f"{name} ({_counts(counts)})" for name, counts in list(unmatched.items())[:_NAMES_SHOWN]]
-        more = f", and {len(unmatched) - _NAMES_SHOWN} more" if len(unmatched) > _NAMES_SHOWN else ""
-        notes.append(f"names that no filter matched: {', '.join(shown)}{more}")
+        counted = [f"{name} ({_counts(counts)})" for name, counts in unmatched.items()]
+        notes.append(f"names that no filter matched: {_shown(counted)}")
     closed = {(summary.role, summary.role_rank) for summary in summaries}
     silent = [f"{role} {rank}" for role, rank, _ in ledgers if (role, rank) not in closed]
     if silent:
@@ -62,10 +61,9 @@ def _one_sided_notes(rows: list[PointRow]) -> list[str]:
         kinds = Counter(_NUMBER.sub("*", row.name) for row in rows if row.only_in == role)
         if not kinds:
             continue
-        shown = [f"{kind} ({count} call{'s' * (count != 1)})" for kind, count in kinds.most_common(_NAMES_SHOWN)]
-        more = f", and {len(kinds) - _NAMES_SHOWN} more" if len(kinds) > _NAMES_SHOWN else ""
-        points = "1 point was" if kinds.total() == 1 else f"{kinds.total()} points were"
-        notes.append(f"{points} {where}, and not judged: {', '.join(shown)}{more}")
+        shown = _shown([f"{kind} ({count} call{'s' * (count != 1)})" for kind, count in kinds.most_common()])
+        was = "was" if kinds.total() == 1 else "were"
+        notes.append(f"{n_points(kinds.total())} {was} {where}, and not judged: {shown}")
     return notes
 
 
@@ -75,8 +73,9 @@ def _unmet_notes(rows: list[PointRow]) -> list[str]:
     if not unmet:
         return []
     first = unmet[0]
-    points = "1 point was" if len(unmet) == 1 else f"{len(unmet)} points were"
-    return [f"{points} missed, because no side waited; the first is {first.label} at step {first.step}: {first.reason}"]
+    was = "was" if len(unmet) == 1 else "were"
+    missed = f"{n_points(len(unmet))} {was} missed, because no side waited"
+    return [f"{missed}; the first is {first.label} at step {first.step}: {first.reason}"]
 
 
 def _token_notes(ledgers: list[RankLedger]) -> list[str]:
@@ -182,13 +181,13 @@ def find_problems(rows: list[PointRow], summaries: list[RankSummary], attach: st
     problems = []
     failed = [row for row in rows if row.outcome == "failed"]
     if failed:
-        problems.append(f"{_points(len(failed))} failed; the first is {failed[0].label} at step {failed[0].step}.")
+        problems.append(f"{n_points(len(failed))} failed; the first is {failed[0].label} at step {failed[0].step}.")
     apart = [row for row in rows if row.replicas is not None]
     if apart:
         worst = max(apart, key=lambda row: row.replicas.max_abs or 0.0 if row.replicas else 0.0)
         figure = worst.replicas.max_abs if worst.replicas else None
         problems.append(
-            f"the sender's replicas differ at {_points(len(apart))}, though they were declared copies; the worst is "
+            f"the sender's replicas differ at {n_points(len(apart))}, though they were declared copies; the worst is "
             f"{worst.label} at step {worst.step}" + (f" (max |d| {figure:.3g})." if figure is not None else ".")
         )
     problems += _problems_of_copies(rows) + _problems_of_unmeasured(rows) + _problems_of_late_gradients(summaries)
@@ -216,14 +215,14 @@ def _problems_of_copies(rows: list[PointRow]) -> list[str]:
         row, worst = max(apart, key=lambda one: max(rel or 0.0 for rel in one[1].rels))
         known = [f"{rank} {rel:.3g}" for rank, rel in zip(worst.ranks, worst.rels, strict=True) if rel is not None]
         problems.append(
-            f"the receiver's replicas differ at {_points(len(apart))}, though they were declared copies; the worst is "
+            f"the receiver's replicas differ at {n_points(len(apart))}, though they were declared copies; the worst is "
             f"{row.label} at step {row.step}, on {' and '.join(worst.ranks)}"
             + (f" (rel to the received values: {', '.join(known)})." if known else ".")
         )
     unknown = [row for row in rows if row.copies_not_compared is not None]
     if unknown:
         problems.append(
-            f"not all of the receiver's replicas could be compared at {_points(len(unknown))}; the first is "
+            f"not all of the receiver's replicas could be compared at {n_points(len(unknown))}; the first is "
             f"{unknown[0].label} at step {unknown[0].step} ({unknown[0].copies_not_compared}). They are compared by "
             "their ledgers, so GRAFTER_DIR must be one directory for all ranks."
         )
@@ -238,7 +237,7 @@ def _problems_of_unmeasured(rows: list[PointRow]) -> list[str]:
     first = unmeasured[0]
     why = (first.unmeasured or "").rstrip(".")
     return [
-        f"{_points(len(unmeasured))} met without figures, so it is unknown whether the values are equal; the first is "
+        f"{n_points(len(unmeasured))} met without figures, so it is unknown whether the values are equal; the first is "
         f"{first.label} at step {first.step}: {why}."
     ]
 
@@ -255,7 +254,8 @@ def _problems_of_late_gradients(summaries: list[RankSummary]) -> list[str]:
     ]
 
 
-def _points(count: int) -> str:
+def n_points(count: int) -> str:
+    """`1 point`, `2 points`."""
     return "1 point" if count == 1 else f"{count} points"
 
 

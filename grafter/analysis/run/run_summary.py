@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from grafter.analysis.run.point_rows import PointRow, list_ranks, merge_ranks
-from grafter.analysis.run.run_findings import ONLY_IN, find_notes, find_problems
+from grafter.analysis.run.run_findings import ONLY_IN, find_notes, find_problems, n_points
 from grafter.core.roles import ROLES
 from grafter.errors import GrafterError
 from grafter.store.ledger import read_run, read_summaries
@@ -136,7 +136,7 @@ def describe_counts(summary: RunSummary) -> str:
         return f"{', '.join(parts) or 'nothing grafted or compared'}; {one_sided}: not judged"
     if parts or not summary.saved:
         return ", ".join(parts) or "no points"
-    points = "1 point" if summary.saved == 1 else f"{summary.saved} points"
+    points = n_points(summary.saved)
     if not summary.is_recording:
         return f"{points} saved"
     near = os.path.relpath(summary.run_directory)
