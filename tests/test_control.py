@@ -73,7 +73,7 @@ def test_off_matches_nothing_and_on_brings_back_what_was_before_with_what_was_se
     assert meanwhile.is_off
     on = meanwhile.after(change("on"), 5)
     assert (on.compare_filter, on.stats, on.is_off) == ("name == 'a'", "off", False)
-    with pytest.raises(UsageError, match="comes first"):
+    with pytest.raises(UsageError, match="grafter ctl on"):
         off.after(change("dump-next"), 4)
 
 

@@ -163,7 +163,7 @@ def refuse_what_one_rank_cannot_take(run: Run) -> None:
     assert one.exit_code == 1
     assert "change 6 is refused: target rank 1: the points b are in compiled code" in one.stderr
     assert "for step 13" in run.ctl("off", "--wait", "0").stdout
-    assert "are off: `grafter ctl on` comes first" in run.ctl("dump-next", "1").stderr
+    assert "are off; call `grafter ctl on` first" in run.ctl("dump-next", "1").stderr
 
 
 def switch_on_and_off_again(run: Run) -> None:

@@ -231,7 +231,7 @@ def test_what_no_recorder_takes_does_not_travel(given: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("given", [{}, {"exclude": ",".join("abc" * 40)}, {"exclude": "x" * 201}])
 def test_a_change_of_recorders_that_says_nothing_or_too_much_is_refused(given: dict[str, str]) -> None:
-    with pytest.raises(UsageError, match=r"nothing is said|at most 100 keys"):
+    with pytest.raises(UsageError, match=r"no change is given|at most 100 keys"):
         AT_START.after(recording(**given), 3)
 
 
@@ -275,7 +275,7 @@ def test_status_names_recorders_and_the_ranks_that_have_none(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["record"], "nothing is said of the recorders"),
+        (["record"], "no change is given for the recorders"),
         (["record", "--exclude", "x" * 201], "at most 100 keys"),
         (["record", "sometimes"], "is not one of"),
         (["set", "--start", "5"], "say which run"),

@@ -110,7 +110,7 @@ def _nothing_in_common(chosen: Chosen | None) -> str:
 
 
 def _agreement(judged: Sequence[PointRecord], points: int, has_rules: bool) -> str:
-    """How well points agree of which none failed. points: the number of all pairs, judged or not."""
+    """How well the points agree if none failed. points: the number of all pairs, judged or not."""
     passed = sum(point.verdict == "passed" for point in judged)
     how = f"within {'its' if passed == 1 else 'their'} threshold" if has_rules else "bitwise the same"
     if passed < points:

@@ -215,7 +215,7 @@ def _assembled(tensor: LazyTensor, of_ranks: dict[int, Tokens]) -> Tokens:
     """The tokens of rows that are distributed over ranks: each rank's tokens at its rows in the whole tensor."""
     dims = tensor.whole.dims
     if dims is None:
-        raise LayoutError("the ranks' tokens differ, and nothing says which of the rows each has. Name the dims.")
+        raise LayoutError("the ranks' tokens differ, and it is unknown which rows each rank has. Name the dims.")
     row_dims = _named_row_dims(dims)
     shape = tuple(tensor.shape[dim] for dim in row_dims)
     ids: npt.NDArray[np.object_] = np.full(shape, None, dtype=object)

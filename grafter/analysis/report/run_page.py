@@ -95,7 +95,7 @@ def _point(order: int, row: PointRow, group: Sequence[LedgerRecord]) -> PagePoin
         ranks = " and ".join(row.copies.ranks)
         notes.append(f"the receiver's replicas differ, though they were declared copies: {ranks}")
     if row.unmeasured is not None:
-        notes.append(f"nothing says whether it is equal: {row.unmeasured}")
+        notes.append(f"it is unknown whether it is equal: {row.unmeasured}")
     return PagePoint(
         order=order,
         label=row.label,

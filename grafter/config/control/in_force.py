@@ -82,7 +82,7 @@ class InForce(BaseModel):
             return self.model_copy(update={"dumped_steps": kept})
         if change.action == "dump-next":
             if self.is_off:
-                raise UsageError("grafting and dumping are off: `grafter ctl on` comes first")
+                raise UsageError("grafting and dumping are off; call `grafter ctl on` first")
             if not change.points.strip():
                 raise UsageError("the filter of the points to dump is empty; leave it out to save all points")
             dumped = DumpedSteps(points=change.points, first=step, end=step + change.steps)

@@ -41,7 +41,7 @@ class RecorderChange(BaseModel):
     def check(self) -> None:
         """Raise UsageError if it changes nothing, or excludes more keys than a state can show."""
         if self == RecorderChange():
-            raise UsageError("nothing is said of the recorders: on, off, dump-now, --threshold or --exclude")
+            raise UsageError("no change is given for the recorders: on, off, dump-now, --threshold or --exclude")
         keys = self.exclude.split(",") if self.exclude is not None else []
         if len(keys) > _MOST_KEYS or any(len(key.strip()) > _LONGEST_KEY for key in keys):
             raise UsageError(f"exclude: at most {_MOST_KEYS} keys of at most {_LONGEST_KEY} characters")
