@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from grafter.cli.control_table import describe_effect
 from grafter.cli.main import app
-from grafter.config.control.change import Change, ChangeAnswer, ChangeDecision, State
+from grafter.config.control.change import Change, ChangeAnswer, ChangeDecision, RankControlState
 from grafter.config.control.in_force import DumpedSteps, InForce, TracedPoints, TraceVerdict
 from grafter.config.direction_filters import DirectionFilters
 from grafter.config.settings.config import GrafterConfig
@@ -207,7 +207,11 @@ def line_of(role: Any, state: Any = "running") -> BoardLine:
 
 
 def view(step: int | None, changes: int = 0, state: str = "running") -> RankView:
-    told = State(count=1, step=step, changes=changes, to_come=(), in_force=AT_START) if step is not None else None
+    told = (
+        RankControlState(count=1, step=step, changes=changes, to_come=(), in_force=AT_START)
+        if step is not None
+        else None
+    )
     return RankView("baseline rank 0", line_of("baseline", state), told)
 
 

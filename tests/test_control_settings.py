@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from grafter.cli.control_table import recorder_lines
 from grafter.cli.main import app
-from grafter.config.control.change import OPTION_OF, Change, ChangeAnswer, ChangeDecision, Proposal, State
+from grafter.config.control.change import OPTION_OF, Change, ChangeAnswer, ChangeDecision, Proposal, RankControlState
 from grafter.config.control.in_force import InForce, TraceVerdict
 from grafter.config.control.recorders import NONE_HERE, RecorderChange, RecorderState, recorder_states, why_none
 from grafter.config.direction_filters import DirectionFilters
@@ -260,7 +260,7 @@ def test_a_recorder_is_told_in_short_whatever_its_server_gave_it(tmp_path: Path)
 def test_status_names_recorders_and_the_ranks_that_have_none(tmp_path: Path) -> None:
     with RequestRecorder(tmp_path, threshold=0, exclude=""):
         told = recorder_states()
-    bare = State(count=1, step=3, changes=0, to_come=(), in_force=AT_START)
+    bare = RankControlState(count=1, step=3, changes=0, to_come=(), in_force=AT_START)
     has = bare.model_copy(update={"recorders": told})
     views = [RankView("baseline rank 0", None, bare), RankView("target rank 0", None, has)]
     assert recorder_lines(views) == [

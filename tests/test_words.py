@@ -36,7 +36,7 @@ REWRITTEN_SOURCES = [
     *(f"grafter/analysis/{name}" for name in ("locate", "plan_suggest", "report", "run")),
     *(f"grafter/analysis/compare/{name}.py" for name in ("alignment", "comparison", "gathered_rows", "measuring")),
     *(f"grafter/analysis/compare/{name}.py" for name in ("other_leaves", "point_comparison", "point_pairs")),
-    "grafter/analysis/compare/row_pairing.py",
+    "grafter/analysis/compare/paired_rows.py",
     "grafter/config",
     "grafter/core/writing",
     "grafter/rank/offline",

@@ -20,7 +20,7 @@ from grafter.config.control.change import (
     ChangeAnswer,
     ChangeDecision,
     Proposal,
-    State,
+    RankControlState,
     answer_place,
     proposal_place,
     question_place,
@@ -225,7 +225,7 @@ class RankControl:
         points = tuple(self._keeper.board.last_points)
         last_point = f"{points[-1][0]} {points[-1][1]}"[:1000] if points else ""
         with self._changed:
-            state = State(
+            state = RankControlState(
                 count=self._states_told, step=self._steps.step, changes=self._changes, in_force=self._in_force,
                 to_come=tuple(one.step for one in self._to_come if one.number is not None), last_point=last_point,
                 recorders=recorder_states(),

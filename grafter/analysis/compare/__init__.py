@@ -2,7 +2,7 @@
 
     point_pairs          which points belong together, and the points that only one side has
     gathered_rows        rows of several points as one tensor, and the token of each row
-    row_pairing          the rows of both sides that are the same tokens: prefill and decode against one packed batch
+    paired_rows          the rows of both sides that are the same tokens: prefill and decode against one packed batch
     alignment            two tensors in one order of dims, read block by block
     measuring            the measures of a pair (grafter.core.measures) and of differing copies
     other_leaves         leaves that are not tensors, and tensors that were not saved

@@ -43,7 +43,7 @@ EXIT_DIFFERENT = 1
 EXIT_NOT_COMPARED = 2
 
 # Called with the number of points that are done, and of all points, for a progress bar.
-Progress = Callable[[int, int], None]
+ComparisonProgress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def open_both(a: Path, b: Path | None) -> tuple[Dumps, Dumps]:
     return open_dumps(a), open_dumps(b)
 
 
-def compare(a: Dumps, b: Dumps, choice: Choice, progress: Progress = lambda done, of: None) -> Comparison:
+def compare(a: Dumps, b: Dumps, choice: Choice, progress: ComparisonProgress = lambda done, of: None) -> Comparison:
     """Compare all points of both. B is judged against A.
 
     Reads each file of a pair once, and once more for each further dim whose KL a rule reads. Raises ConfigError for an

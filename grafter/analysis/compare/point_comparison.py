@@ -23,8 +23,8 @@ from grafter.analysis.compare.other_leaves import (
     with_missing_ranks,
     with_unsaved,
 )
+from grafter.analysis.compare.paired_rows import PairedRows
 from grafter.analysis.compare.point_pairs import PointPair
-from grafter.analysis.compare.row_pairing import RowPairing
 from grafter.config.thresholds import MeasureValue, Threshold
 from grafter.core.rows.matching import common_row_ndim
 from grafter.core.rows.tokens import Tokens
@@ -167,7 +167,7 @@ def _compare_leaf(task: PointTask, path: str) -> tuple[ComparedLeaf, TokenRecord
     kl_dims = task.rule.kl_dims if task.rule is not None else frozenset()
     tokens: TokenRecord | None = None
     if pair.by_token:
-        rows = RowPairing(*_rows_of_both(task, path))
+        rows = PairedRows(*_rows_of_both(task, path))
         tokens = _token_record(rows, pair)
         if not tokens.paired:
             return ComparedLeaf(path=path, verdict="error", reason="no token is on both sides"), tokens, 0
@@ -209,7 +209,7 @@ def _rows_of_both(task: PointTask, path: str) -> list[list[tuple[RowSource, Toke
     ]
 
 
-def _token_record(rows: RowPairing, pair: PointPair) -> TokenRecord:
+def _token_record(rows: PairedRows, pair: PointPair) -> TokenRecord:
     only_a, only_b = rows.only_a, rows.only_b
     return TokenRecord(
         paired=rows.paired,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from grafter.analysis.plan_suggest.shapes import Relation
-from grafter.analysis.plan_suggest.suggestion import Confidence, Found, Fused, Left, ModulePair
+from grafter.analysis.plan_suggest.suggestion import Confidence, Fused, Left, ModulePair, RegionPairs
 from grafter.analysis.plan_suggest.tree import Module, ModuleRegion
 from grafter.analysis.plan_suggest.vocabulary import ALIKE, KNOWN, SAME, class_likeness, name_likeness
 from grafter.core.roles import RoleName
@@ -143,7 +143,7 @@ def _could_be_divided(baseline: Module, target: Module) -> bool:
 def reasons_left(
     baseline: ModuleRegion,
     target: ModuleRegion,
-    found: Found,
+    found: RegionPairs,
     fused: list[Fused],
     relation: Callable[[Module, Module], Relation],
 ) -> list[Left]:

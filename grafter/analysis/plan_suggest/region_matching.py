@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from grafter.analysis.plan_suggest.confidence import judge_bare, judge_holder, judge_leaf, reasons_left
 from grafter.analysis.plan_suggest.shapes import Relation, fused_ratio, relate
-from grafter.analysis.plan_suggest.suggestion import Confidence, Found, Fused, ModulePair
+from grafter.analysis.plan_suggest.suggestion import Confidence, Fused, ModulePair, RegionPairs
 from grafter.analysis.plan_suggest.tree import Module, ModuleRegion
 from grafter.analysis.plan_suggest.vocabulary import FUSED, OPPOSED, class_likeness, meanings_of, name_likeness
 
@@ -20,7 +20,7 @@ _LEAF_THRESHOLD, _HOLDER_THRESHOLD, _BARE_THRESHOLD, _STACK_THRESHOLD = 3.0, 2.5
 Score = Callable[[Module, Module], float]
 
 
-def match_regions(baseline: ModuleRegion, target: ModuleRegion, ratios: tuple[int, ...]) -> Found:
+def match_regions(baseline: ModuleRegion, target: ModuleRegion, ratios: tuple[int, ...]) -> RegionPairs:
     """Pair the modules of two regions whose roots are a pair. `ratios`: by what tensor parallelism may divide."""
     return _RegionMatcher(baseline, target, ratios).match()
 
@@ -36,8 +36,8 @@ class _RegionMatcher:
         self._fused: list[Fused] = []
         self._positions: dict[Module, float] = {}
 
-    def match(self) -> Found:
-        found = Found(stacks=self._match_stacks())
+    def match(self) -> RegionPairs:
+        found = RegionPairs(stacks=self._match_stacks())
         self._fused = list(self._find_fused())
         fused = {module for one in self._fused for module in (one.whole, *one.parts)}
         ours, theirs = (

@@ -12,7 +12,7 @@ from typing import Literal
 
 from grafter.capture.module_tree import Weight
 
-Kind = Literal["equal", "divided", "padded", "transposed", "different", "none"]
+RelationKind = Literal["equal", "divided", "padded", "transposed", "different", "none"]
 _WORST = ("none", "equal", "divided", "padded", "transposed", "different")
 # Larger tensor parallelism is not used in practice; larger ratios are accidents.
 _MOST_RANKS = 64
@@ -30,7 +30,7 @@ class Relation:
     missing: weights that only one side has, such as a bias.
     """
 
-    kind: Kind
+    kind: RelationKind
     ratio: int = 1
     split: tuple[tuple[str, int], ...] = ()
     missing: tuple[str, ...] = ()
@@ -57,7 +57,7 @@ def relate(baseline: dict[str, Weight], target: dict[str, Weight], ratios: Itera
         return Relation("different")
     pairs = _weight_pairs(baseline, target)
     missing = tuple(sorted(set(baseline) ^ set(target))) if len(baseline) != len(target) else ()
-    worst: Kind = "none"
+    worst: RelationKind = "none"
     ratio, split = 1, []
     for name, ours, theirs in pairs:
         kind, own_ratio, dim = _relate_one(ours.shape, theirs.shape, ratios)
@@ -77,7 +77,9 @@ def _weight_pairs(baseline: dict[str, Weight], target: dict[str, Weight]) -> lis
     return [(name, ours, theirs) for (name, ours), theirs in zip(baseline.items(), target.values(), strict=False)]
 
 
-def _relate_one(ours: tuple[int, ...], theirs: tuple[int, ...], ratios: Iterable[int] | None) -> tuple[Kind, int, int]:
+def _relate_one(
+    ours: tuple[int, ...], theirs: tuple[int, ...], ratios: Iterable[int] | None
+) -> tuple[RelationKind, int, int]:
     if ours == theirs:
         return "equal", 1, -1
     if len(ours) != len(theirs):

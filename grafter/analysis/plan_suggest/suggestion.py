@@ -53,7 +53,7 @@ class Fused:
 
 
 @dataclass
-class Found:
+class RegionPairs:
     """The pairs of two regions, or of whole trees. stacks: paired lists of layers; `unlike`: how they differ."""
 
     pairs: list[ModulePair] = field(default_factory=list)

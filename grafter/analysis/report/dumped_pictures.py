@@ -118,14 +118,14 @@ def _read_pair(pair: PointPair, leaf: str, which: Which) -> tuple[WholeTensor, W
     if not pair.by_token:
         return _reader(pair.a[0], leaf, which), _reader(pair.b[0], leaf, which)
     from grafter.analysis.compare.gathered_rows import RowSource, tokens_of
-    from grafter.analysis.compare.row_pairing import RowPairing
+    from grafter.analysis.compare.paired_rows import PairedRows
 
     sides = []
     for points in (pair.a, pair.b):
         readers = [_reader(point, leaf, which) for point in points]
         own = [tokens_of(point, leaf, point.effective(leaf, which)) for point in points]
         sides.append([(RowSource(reader, each.rows), each) for reader, each in zip(readers, own, strict=True)])
-    rows = RowPairing(*sides)
+    rows = PairedRows(*sides)
     return rows.a, rows.b
 
 

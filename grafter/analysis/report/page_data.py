@@ -11,7 +11,7 @@ from typing import Any, Literal
 from grafter.analysis.report.pictures import Picture
 from grafter.errors import UsageError
 
-Kind = Literal["run", "locate", "comparison"]
+PageKind = Literal["run", "locate", "comparison"]
 FindingLevel = Literal["problem", "note"]
 Tone = Literal["bad", "good", "open"]
 
@@ -117,7 +117,7 @@ class Environment:
 class PageData:
     """The content of one page. `sides` names the two jobs, in the order of histograms and environments."""
 
-    kind: Kind
+    kind: PageKind
     title: str
     source: str
     sides: tuple[str, str]

@@ -91,7 +91,7 @@ class ChangeDecision(_Message):
     refused: str | None = None
 
 
-class State(_Message):
+class RankControlState(_Message):
     """The state of one rank when it was asked.
 
     count: grows with every answer. changes: how many changes of the run have taken effect. to_come: the steps of

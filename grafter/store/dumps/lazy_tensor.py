@@ -21,7 +21,7 @@ from grafter.store.dumps.pieces import LocalPart, Pieces, named_dims
 from grafter.store.dumps.tensor_file import will_read
 
 Numbers = tuple[int, ...]
-Box = tuple[Numbers, Numbers]
+TensorBox = tuple[Numbers, Numbers]
 
 # The default number of values in a block: 32 MiB of float64.
 BLOCK_NUMEL = 1 << 22
@@ -108,7 +108,7 @@ class LazyTensor:
         for row in self._pieces.within(*box).tolist():
             will_read(self._view(row, *box)[1])
 
-    def blocks(self, most_numel: int = BLOCK_NUMEL) -> Iterator[Box]:
+    def blocks(self, most_numel: int = BLOCK_NUMEL) -> Iterator[TensorBox]:
         """Boxes (offset, size) of at most `most_numel` values that cover the tensor, in row-major order.
 
         A block takes as much of the last dims as fits, so it is contiguous in the whole tensor. Raises UsageError.
@@ -152,7 +152,7 @@ class LazyTensor:
         """Unmap the files that were opened; reading opens them again."""
         self._opened.clear()
 
-    def _box(self, offset: Numbers | None, size: Numbers | None) -> Box:
+    def _box(self, offset: Numbers | None, size: Numbers | None) -> TensorBox:
         offset = tuple(offset) if offset is not None else (0,) * len(self.shape)
         if size is None:
             size = tuple(full - at for full, at in zip(self.shape, offset, strict=False))
@@ -163,7 +163,7 @@ class LazyTensor:
             raise UsageError(f"{self.who} is {list(self.shape)}: the box at {list(offset)} of {list(size)} leaves it.")
         return offset, size
 
-    def _reduced(self, box: Box, copy: int) -> torch.Tensor:
+    def _reduced(self, box: TensorBox, copy: int) -> torch.Tensor:
         summands, replicas = self.summands, self.replicas
         if summands == 1:
             return self._assembled(box, copy, may_view=True)
@@ -177,7 +177,7 @@ class LazyTensor:
         except (GrafterError, RuntimeError) as error:
             raise DumpError(f"{self.who}: {error}") from error
 
-    def _assembled(self, box: Box, layer: int, *, may_view: bool) -> torch.Tensor:
+    def _assembled(self, box: TensorBox, layer: int, *, may_view: bool) -> torch.Tensor:
         offset, size = box
         pieces = self._pieces
         rows = [row for row in pieces.within(offset, size).tolist() if pieces.layers[row] == layer]
@@ -210,7 +210,7 @@ class LazyTensor:
             self._opened[rank] = self._local(rank)
         return self._opened[rank]
 
-    def _ranks_of(self, box: Box, copy: int) -> Numbers:
+    def _ranks_of(self, box: TensorBox, copy: int) -> Numbers:
         pieces = self._pieces
         rows = pieces.within(*box)
         return tuple(sorted({int(r) for r in pieces.ranks[rows[pieces.layers[rows] % pieces.replicas == copy]]}))

@@ -13,7 +13,7 @@ from grafter.config.control.change import (
     Change,
     ChangeDecision,
     Proposal,
-    State,
+    RankControlState,
     decision_place,
     proposal_place,
     question_place,
@@ -38,7 +38,7 @@ class RankView:
 
     who: str
     line: BoardLine | None
-    state: State | None
+    state: RankControlState | None
 
     @property
     def has_left(self) -> bool:
@@ -108,7 +108,7 @@ class RunAccess:
         before = {rank: state.count if (state := self._read_state(rank)) is not None else 0 for rank in ranks}
         client.set(question_place(client.run_prefix), "question", f"{self._by} {time.time()}")
         deadline = time.monotonic() + seconds
-        states: dict[int, State] = {}
+        states: dict[int, RankControlState] = {}
         while True:
             lines = self._read_board()
             for rank in ranks:
@@ -120,11 +120,11 @@ class RunAccess:
                 return [RankView(self.roster.who(rank), lines[rank], states.get(rank)) for rank in ranks]
             time.sleep(_LOOK_SECONDS)
 
-    def _read_state(self, rank: int) -> State | None:
+    def _read_state(self, rank: int) -> RankControlState | None:
         sealed = self._client.peek(state_place(self._client.run_prefix, rank))
         if sealed is None:
             return None
-        return read_message(State.model_validate_json, sealed.payload, "the state of a rank")
+        return read_message(RankControlState.model_validate_json, sealed.payload, "the state of a rank")
 
     def _read_board(self) -> list[BoardLine | None]:
         places = [board_key(self._client, member.role, member.role_rank) for member in self.roster.all]

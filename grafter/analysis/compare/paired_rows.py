@@ -1,4 +1,4 @@
-"""Row pairing: the rows of two sides that are the same tokens, each side's as one tensor.
+"""Paired rows: the rows of two sides that are the same tokens, each side's as one tensor.
 
 On one side a token may occur several times, because a server computes the rows of a preempted request again. The points
 of that side are then divided into rounds in which every token occurs once, and each round is paired with the other
@@ -33,7 +33,7 @@ from grafter.core.rows.tokens import SequenceId, TokenMatch, Tokens, match
 _MOST_NAMED = 5
 
 
-class RowPairing:
+class PairedRows:
     """The pairing of the rows of several points of each side, given as rows and their tokens.
 
     a, b: the rows that both sides have, round by round, within a round in A's order. paired: the number of these rows.
