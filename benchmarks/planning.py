@@ -24,7 +24,7 @@ from grafter.core.messages.manifest import Header, Manifest, Pair, manifest_text
 from grafter.core.messages.roster import Announcement, Roster
 from grafter.core.plan.decision import decide
 from grafter.core.plan.transfer_plan import make_plan
-from grafter.core.processes import ProcessIdentity
+from grafter.core.process_identity import ProcessIdentity
 from grafter.core.roles import RoleName
 
 # One global tensor for all: b=1024 s=1024 h=1024 d=128, whose sizes all the meshes divide.

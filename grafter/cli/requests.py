@@ -118,7 +118,7 @@ def replay_command(
     grafter replay DIR --to http://127.0.0.1:30000                       against the recorded answers
     grafter replay DIR --to http://127.0.0.1:30000 --to http://host:30001   two servers, against each other
 
-    Exit code: 0 all the same; 1 something differs, or a server failed; 2 it could not be judged; 130 Ctrl-C.
+    Exit code: 0 no answer differs; 1 an answer differs, or a server failed; 2 it could not be judged; 130 Ctrl-C.
     """
     try:
         _need_extra("grafter replay")

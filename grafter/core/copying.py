@@ -7,10 +7,10 @@ copies, the other waits for it.
 
 from __future__ import annotations
 
+import _thread
 import ctypes
 import os
 import queue
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 
@@ -44,7 +44,8 @@ class _Helper:
         if self._process_id != os.getpid():
             parts: queue.SimpleQueue[_Part] = queue.SimpleQueue()
             try:
-                threading.Thread(target=_copy_parts, args=(parts,), name="grafter-copy", daemon=True).start()
+                # `threading.Thread.start` would wait for ever for a thread that has no memory to begin in.
+                _thread.start_new_thread(_copy_parts, (parts,))
             except RuntimeError as error:
                 if is_from_signal_handler(error):
                     raise

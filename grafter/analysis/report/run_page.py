@@ -309,7 +309,7 @@ def describe_divergence(points: Sequence[PagePoint]) -> PageVerdict | None:
 
 
 def _differs(point: PagePoint) -> bool:
-    """In any bit: rel is 0 for -0.0 against 0.0, and unknown of values that are no numbers."""
+    """In any bit: rel is 0 for -0.0 against 0.0, and unknown of values that are not numbers."""
     return point.difference.get("rel", 0.0) > 0 or point.difference.get("mismatched_fraction", 0.0) > 0
 
 

@@ -106,8 +106,8 @@ def _bounded_line(entry: Entry, parts: dict[str, Part], tensor_file: str | None)
     for name in sorted(parts, key=lambda name: len(parts[name].text), reverse=True):
         if len(line) < LONGEST_LINE // 4 or len(line.encode(*_UTF8)) < LONGEST_LINE:
             break
-        told = f"{len(parts[name].text)} characters of JSON are more than a line takes"
-        parts[name] = Part("null", {**parts[name].not_encoded, name: told}, parts[name].excluded)
+        reason = f"{len(parts[name].text)} characters of JSON are more than a line takes"
+        parts[name] = Part("null", {**parts[name].not_encoded, name: reason}, parts[name].excluded)
         line = line_of(entry, parts, own)
     return line
 
@@ -120,7 +120,7 @@ _LARGEST_INTEGER = 1 << 1000
 
 
 class RequestEncoder(MetadataEncoder):
-    """Also takes dataclasses and pydantic models apart, leaves secret headers out, and is quick with token ids."""
+    """An encoder that also takes dataclasses and pydantic models apart, omits secret headers, and is fast for ids."""
 
     def _encode(self, value: Any, path: str, depth: int) -> Any:
         if type(value) is list and len(value) >= _SMALLEST_RUN and _is_plain(value):
@@ -136,7 +136,7 @@ class RequestEncoder(MetadataEncoder):
 
 
 def _is_plain(values: list[Any]) -> bool:
-    """A flat list of numbers: token ids, embeddings. Most of a request's size, and told by its types alone."""
+    """A flat list of numbers: token ids, embeddings. Most of a request's size, and recognised by its types alone."""
     kinds = set(map(type, values))
     if not kinds <= _PLAIN:
         return False

@@ -16,7 +16,7 @@ from grafter.config.settings.config import GrafterConfig
 from grafter.core.messages.announced_models import NO_HOOKS, AnnouncedHooks
 from grafter.core.messages.roster import ANNOUNCEMENTS, Announcement, PlayedFrom, Roster, find_disagreement, other_role
 from grafter.core.messages.wire import PROTOCOL_VERSION, Seal, read_message
-from grafter.core.processes import ProcessIdentity, own_identity
+from grafter.core.process_identity import ProcessIdentity, own_identity
 from grafter.core.roles import SHARED_SETTINGS, Place, RoleName
 from grafter.errors import JoinError, RunError
 from grafter.version import VERSION
