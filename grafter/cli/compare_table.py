@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from grafter.analysis.compare.comparison import Comparison
-from grafter.analysis.compare.record import FindingRecord, PointRecord
+from grafter.analysis.compare.comparison_records import FindingRecord, PointRecord
 from grafter.cli.show import log_bar, print_table, printable
 
 _STYLE = {"failed": "bold red", "error": "bold red", "allowed": "yellow", "skipped": "dim"}

@@ -91,16 +91,16 @@ def _write_report(out: Path, console: Console, *, open_it: bool) -> None:
     """Write the report page, and print its path below the verdict. A failure is reported and changes no exit code."""
     from rich.text import Text
 
-    from grafter.analysis.report.writing import FILE_NAME, make_page, show_page, write_page
+    from grafter.analysis.report.writing import REPORT_NAME, make_page, show_page, write_page
 
     try:
-        write_page(make_page([out]), out / FILE_NAME)
+        write_page(make_page([out]), out / REPORT_NAME)
     except (GrafterError, OSError) as error:
         console.print(Text(f"report: none, because {error}"), soft_wrap=True)
         return
-    console.print(Text(f"report: {out / FILE_NAME}"), soft_wrap=True)
+    console.print(Text(f"report: {out / REPORT_NAME}"), soft_wrap=True)
     if open_it:
-        show_page(out / FILE_NAME)
+        show_page(out / REPORT_NAME)
 
 
 def _merge(settings: dict[str, str], patterns: list[str]) -> dict[str, str]:

@@ -10,8 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from grafter.analysis.locate.verdict import PointVerdict, Verdict
-from grafter.analysis.locate.wording import describe_number
+from grafter.analysis.locate.verdict import PointVerdict, Verdict, describe_number
 from grafter.cli.show import print_table
 
 BAR_WIDTH = 20

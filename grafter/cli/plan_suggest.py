@@ -50,8 +50,8 @@ def suggest_command(
     Exit code: 0 a plan; 1 no module of one program resembles one of the other; 2 wrong usage.
     """
     # This import is slow (torch), and every command of the program imports this file.
-    from grafter.analysis.plan_suggest.matching import match_trees
-    from grafter.analysis.plan_suggest.wording import plan_text
+    from grafter.analysis.plan_suggest.plan_text import plan_text
+    from grafter.analysis.plan_suggest.tree_matching import match_trees
 
     try:
         if out is not None and out.exists() and not force:

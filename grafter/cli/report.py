@@ -37,13 +37,13 @@ def report_command(
     Exit code: 0 the page was written, whatever it shows; 1 it could not be written; 2 wrong usage.
     """
     # These imports are slow (torch, pydantic), and every command of the program imports this file.
-    from grafter.analysis.report.writing import FILE_NAME, make_page, page_directory, show_page, write_page
+    from grafter.analysis.report.writing import REPORT_NAME, make_page, page_directory, show_page, write_page
 
     try:
         if out is not None:
             _refuse_wrong_out(out)
         page = make_page(places)
-        path = out or page_directory(places[0]) / FILE_NAME
+        path = out or page_directory(places[0]) / REPORT_NAME
         write_page(page, path)
         typer.echo(f"report: {path}")
         if tensorboard is not None:

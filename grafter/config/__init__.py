@@ -1,1 +1,1 @@
-"""Config: what the user set. GRAFTER_* variables, the plan file, names, options, changes of a run."""
+"""Config: what the user set. GRAFTER_* variables, the plan file, names, options, changes during a run."""

@@ -1,4 +1,4 @@
-"""The filters that are set: which direction a point has, and which filters never matched."""
+"""The filters of a rank: which direction a point has, whether it is saved, and which filters never matched."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from grafter.core.roles import Direction
 from grafter.errors import DirectionConflict
 
 if TYPE_CHECKING:
-    from grafter.config.options import DumpChoice
+    from grafter.config.options import DumpFilter
 
 
 class DirectionFilters:
-    """The filters that are set, and what they have met: at close, one that never matched is told."""
+    """The filters of one rank, with a record of which of them matched, which is reported at close."""
 
-    def __init__(self, filters: Mapping[Direction, Filter], dumps: DumpChoice | None = None) -> None:
-        """dumps: which points are saved, whatever their direction."""
+    def __init__(self, filters: Mapping[Direction, Filter], dumps: DumpFilter | None = None) -> None:
+        """dumps: decides which points are saved, whatever their direction; None if the rank saves none."""
         self._filters = list(filters.items())
         self._dumps = dumps
-        # Whether any filter matches is asked of every dump call of the program: bound once, the loop is the caller's.
+        # Every dump call of the program asks whether any filter matches, so callers loop over these bound methods.
         self.matchers: tuple[Callable[[Mapping[str, Any]], bool], ...] = tuple(
             filter_.matches for _, filter_ in self._filters
         )
@@ -29,26 +29,26 @@ class DirectionFilters:
         if dumps is not None:
             if dumps.matcher is not None:
                 self.matchers += (dumps.matcher,)
-            read |= dumps.filter.names if dumps.filter is not None else set()
+            read |= dumps.expression.names if dumps.expression is not None else set()
         self._matched: set[Direction] = set()
         self._read = frozenset(read - {"name", "step", "phase"})
         self._had_directions = bool(self._filters)
-        # Of those that these have taken the place of: as they are told, and which of them had matched.
+        # The texts of the filters that these replaced, and those of them that had matched.
         self._texts_before: tuple[str, ...] = ()
         self._met_before: frozenset[str] = frozenset()
-        # Tags that a filter reads and no point has had yet.
+        # Tags that a filter reads and that no point has had so far.
         self.unseen_tags = read - {"name", "step", "phase"}
 
     @property
     def have_directions(self) -> bool:
-        """Whether any point can meet the other job; else points are only saved."""
+        """Whether any point can be grafted or compared; otherwise points are only saved."""
         return self._had_directions
 
     def direction_of(self, tags: Mapping[str, Any]) -> Direction | None:
-        """b2t, t2b, compare, or None where no filter matches.
+        """The direction of a point with these tags; None if no filter matches.
 
-        Raises DirectionConflict if two match: before anything is exchanged, and in both jobs, because both hold the
-        same filters.
+        Raises DirectionConflict if two filters match. As both jobs have the same filters, both raise it, before
+        anything is exchanged.
         """
         found: Direction | None = None
         for direction, filter_ in self._filters:
@@ -61,12 +61,13 @@ class DirectionFilters:
         return found
 
     def saves(self, tags: Mapping[str, Any]) -> bool:
-        """Whether a point is saved. tags: its own name, step and phase, too, and `save` where the call has it."""
+        """Whether a point is saved. tags: with its name, step and phase, and with `save` if the call gives it."""
         return self._dumps is not None and self._dumps.saves(tags)
 
     def could_match(self, tags: Mapping[str, Any]) -> set[Direction | Literal["dump"]]:
-        """Directions whose filters match these tags, or could with another step or with tags of a context; and `dump`,
-        where the point is saved, or could be."""
+        """The directions whose filters match these tags, or could match with another step or with tags of an enclosing
+        context; and `dump` if the point is saved, or could be.
+        """
         known = frozenset(tags.keys() | {"name", "phase"})
         possible: set[Direction | Literal["dump"]] = {
             direction
@@ -88,7 +89,7 @@ class DirectionFilters:
         )
 
     def continue_from(self, earlier: DirectionFilters) -> None:
-        """These take the place of others in the middle of a run: what those have met counts, too."""
+        """Replace the filters of `earlier` during a run, and take over their record of matches."""
         self._had_directions |= earlier._had_directions
         self.unseen_tags = (self.unseen_tags - (earlier._read - earlier.unseen_tags)) | earlier.unseen_tags
         self._read |= earlier._read
@@ -97,20 +98,22 @@ class DirectionFilters:
         self._met_before = earlier._met_before | matched
 
     def _texts(self) -> tuple[list[str], set[str]]:
-        """The filters as they are told; and those of them that have matched."""
+        """The filters as reported, and those of them that have matched."""
         own = [f"{d}: {f.source}" for d, f in self._filters]
         matched = {f"{d}: {f.source}" for d, f in self._filters if d in self._matched}
-        if self._dumps is not None and self._dumps.filter is not None:
-            text = f"dump: {self._dumps.filter.source}"
+        if self._dumps is not None and self._dumps.expression is not None:
+            text = f"dump: {self._dumps.expression.source}"
             own.append(text)
-            if not self._dumps.never_matched():
+            if not self._dumps.has_never_matched():
                 matched.add(text)
         return own, matched
 
     def never_matched(self) -> list[str]:
+        """The filters that have matched no point, as `direction: expression`."""
         own, matched = self._texts()
         met = matched | self._met_before
         return [text for text in dict.fromkeys((*self._texts_before, *own)) if text not in met]
 
     def tags_never_seen(self) -> list[str]:
+        """The tags that a filter reads and that no point has had."""
         return sorted(self.unseen_tags)

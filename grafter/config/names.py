@@ -1,4 +1,4 @@
-"""Names: how the plan file maps a job's own module paths to names that both jobs share."""
+"""Names: the plan file's mapping from a job's own module paths to names that both jobs share."""
 
 from __future__ import annotations
 
@@ -15,42 +15,44 @@ from grafter.core.patterns import compile_match
 from grafter.core.points import OPTIONS, OWN_TAGS
 
 _CAPTURE = re.compile(r"\{([A-Za-z][A-Za-z0-9_]*)\}")
-# Where a module's path ends and that of one of its tensors begins.
+# The dot between a module's path and the path of one of its tensors.
 _TENSOR_PART = re.compile(r"\.(?=(?:in|out)(?:\.|$))")
-# What a path's segment, by its number, says of the layer; a path's text says less.
+# The layer id at a segment of a path, by the segment's number. The text of the path may lack it.
 LayerIdAt = Callable[[int], "int | str"]
 
 
 @dataclass(frozen=True)
 class PointName:
-    """What a point is called, and the tags that its path gave."""
+    """The name of a point, and the tags that its path gave."""
 
     name: str
     tags: dict[str, Any]
-    # Of the module's path: what rules for its tensors capture as `layer_id`.
+    # For the module's path: the value that rules for its tensors capture as `layer_id`.
     layer_id_at: LayerIdAt | None = field(default=None, compare=False, repr=False)
 
     def with_suffix(self, suffix: str) -> PointName:
+        """The name of one of the module's tensors."""
         return PointName(self.name + suffix, self.tags)
 
     @property
     def key(self) -> str:
-        """As a rank announces which modules it has."""
+        """The text under which a rank announces that it has this module."""
         return f"{self.name} {sorted(self.tags.items())!r}"
 
     @property
     def tensor_key(self) -> str:
-        """The same of one tensor, which has a name of its own."""
+        """The text under which a rank announces a tensor with a separate name."""
         return TENSOR_KEY_MARK + self.key
 
     def announced_as(self, module: PointName, suffix: str, *, is_known: bool) -> str:
-        """The keys under which ranks of either job may have announced this point of `module`, as one text, in the order
-        in which they count. is_known: whether its name is settled before the program runs."""
+        """The keys under which ranks of either job may have announced this point of `module`, the first that applies
+        first, as one text. is_known: whether the name is known before the program runs.
+        """
         if not is_known:
             return module.key
         keys = [self.tensor_key, module.key]
         if self.name != module.name + suffix:
-            # The other job may know it as the input or output of a module with the common name.
+            # In the other job it may be the input or output of a module with the common name.
             places = [match.start() for match in _TENSOR_PART.finditer(self.name)]
             if places and places[-1]:
                 keys.insert(1, PointName(self.name[: places[-1]], self.tags).key)
@@ -58,10 +60,11 @@ class PointName:
 
 
 class NameRule(BaseModel):
-    """An entry of the plan file's `names`. path: a pattern over a module's path; or over that of one of its tensors,
-    with a last segment `in` or `out` and what follows it (`*.self_attn.out.0`); or over a weight's.
-    name: the common name; it may use the captures of `path`, and those that it does not use are tags. role: the job
-    whose paths these are; both where it is left out.
+    """An entry of the plan file's `names`.
+
+    path: a pattern for the path of a module, of a weight, or of a module's tensor, which ends in `in` or `out` and what
+    follows it (`*.self_attn.out.0`). name: the common name. It may use captures of `path`; the other captures become
+    tags. role: the job to whose paths the entry applies; None: to both jobs'.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
@@ -91,7 +94,7 @@ class NameRule(BaseModel):
             raise ValueError(f"{self.name!r} uses {{{min(unknown)}}}, which {self.path!r} does not capture")
         refused = (captured - used) & (OPTIONS | OWN_TAGS)
         if refused:
-            raise ValueError(f"{{{min(refused)}}} would be a tag, and grafter keeps this name for itself; call it else")
+            raise ValueError(f"{{{min(refused)}}} would be a tag, and grafter reserves this name; use another")
         return self
 
     @property
@@ -101,23 +104,23 @@ class NameRule(BaseModel):
 
     @property
     def known_suffix(self) -> str | None:
-        """The path of the one tensor below its module that this entry is for; None where that is not settled."""
+        """The path below its module of the only tensor that the entry names; None if the pattern may match several."""
         patterns = self._tensor_patterns
         return None if patterns is None or re.search(r"[*?{]", patterns[1]) else f".{patterns[1]}"
 
     @cached_property
     def _tensor_patterns(self) -> tuple[str, str] | None:
-        """The pattern before and after the dot where a tensor's part begins, if there is one."""
+        """The patterns of the module and of its tensor, if the entry is for a tensor."""
         places = [match.start() for match in _TENSOR_PART.finditer(self.path)]
         return (self.path[: places[-1]], self.path[places[-1] + 1 :]) if places and places[-1] else None
 
     def apply(self, path: str, layer_id_at: LayerIdAt | None = None) -> PointName | None:
-        """The common name and tags of a module or weight; None where the pattern does not match."""
+        """The common name and tags of a module or weight; None if the pattern does not match."""
         match = compile_match(self.path).fullmatch(path)
         return None if match is None else self._named(_captures(match, layer_id_at))
 
     def apply_to_tensor(self, path: str, suffix: str, layer_id_at: LayerIdAt | None = None) -> PointName | None:
-        """Those of a module's tensor: `suffix` is its path below the module, such as `.out.0`."""
+        """The common name and tags of a module's tensor. suffix: its path below the module, such as `.out.0`."""
         if self._tensor_patterns is None:
             return None
         of_module, of_tensor = self._tensor_patterns
@@ -141,7 +144,7 @@ NAME_FIELDS = tuple(NameRule.model_fields)
 def _captures(match: re.Match[str], layer_id_at: LayerIdAt | None) -> dict[str, int | str]:
     captures: dict[str, int | str] = {}
     for name, text in match.groupdict().items():
-        if name.startswith("_"):  # a group of the pattern's own
+        if name.startswith("_"):  # an internal group of the pattern
             continue
         if name == "layer_id" and layer_id_at is not None:
             captures[name] = layer_id_at(match.string.count(".", 0, match.start(name)))

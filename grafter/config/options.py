@@ -1,4 +1,4 @@
-"""Options: how a point is treated, chosen among the plan file, the call and the configuration."""
+"""Options: how a point is treated, and whether it is saved. The plan file, the call and the configuration decide."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from grafter.config.settings.config import GrafterConfig
 from grafter.config.settings.field_types import DumpLevel
+from grafter.core.bounded_memory import BoundedMemory
 from grafter.core.roles import Direction, Role, sender_role
 from grafter.core.user_transform import UserTransform, load_transform, transform_of
 
@@ -16,13 +17,13 @@ if TYPE_CHECKING:
 
 
 _MOST_REMEMBERED = 4096
-# Where a field is called otherwise in the configuration.
+# Options whose setting has another name.
 _SETTING_OF = {"transform": "transform_path"}
 
 
 @dataclass(frozen=True)
 class PointOptions:
-    """How one point is treated, chosen among call, plan file and configuration."""
+    """The options of one point, chosen among plan file, call and configuration."""
 
     transform: UserTransform | None
     write: Literal["in_place", "return"]
@@ -36,7 +37,7 @@ class PointOptions:
     tokens: Any = None
     start: Any = None
     run_start: int = 0
-    """From the configuration, for a call that has no start: a sequence that ends before it has no rows that count."""
+    """The setting `start`, for calls without `start`: a sequence that ends before it has no rows that count."""
     new_rows_only: bool = False
     extras: Any = None
     ranks: Any = None
@@ -46,8 +47,8 @@ class PointOptions:
     seq_lens: Any = None
 
     def is_posted(self, role: Role, direction: Direction) -> bool:
-        """Whether this job sends the point, and goes on without waiting for the other."""
-        return (self.wait == "job" or self.one_sided == "skip") and role == sender_role(direction)
+        """Whether this job sends the point and does not wait for the other job."""
+        return role == sender_role(direction) and (self.wait == "job" or self.one_sided == "skip")
 
     @property
     def has_window(self) -> bool:
@@ -56,34 +57,36 @@ class PointOptions:
 
 
 class OptionChooser:
-    """Chooses a point's options. All transforms that the configuration names are loaded when it is made."""
+    """The chooser of points' options. It loads all transforms that the configuration names when it is created."""
 
     def __init__(self, config: GrafterConfig) -> None:
         self._config = config
         self._transforms = _load_transforms(config)
-        self._known: dict[Any, PointOptions] = {}
+        self._known: BoundedMemory[Any, PointOptions] = BoundedMemory(_MOST_REMEMBERED, 0)
 
     def take_over(self, config: GrafterConfig) -> None:
-        """From now on by this configuration, which has the same rules and transforms."""
+        """Use this configuration from now on; it has the same rules and transforms."""
         self._config = config
-        # Not the same one emptied: another thread may be about to keep there what it made of the old configuration.
-        self._known = {}
+        # Replaced rather than cleared: another thread may be about to store options of the old configuration in it.
+        self._known = BoundedMemory(_MOST_REMEMBERED, 0)
 
     def options_of(self, name: str, given: dict[str, Any]) -> PointOptions:
-        """How this point is treated; worked out once for calls that give no options of their own, or only words."""
+        """The options of a point. They are cached for calls that give no options, or only texts.
+
+        given: the options of the call. Raises UsageError for an illegal option, ConfigError for a bad transform path.
+        """
         if given and not all(isinstance(value, str) for value in given.values()):
             return self._choose_options(name, given)
         known = (name, *sorted(given.items())) if given else name
         remembered = self._known
         options = remembered.get(known)
         if options is None:
-            if len(remembered) >= _MOST_REMEMBERED:
-                remembered.clear()
-            options = remembered[known] = self._choose_options(name, given)
+            options = self._choose_options(name, given)
+            remembered.remember(known, options, 0)
         return options
 
     def _choose_options(self, name: str, given: dict[str, Any]) -> PointOptions:
-        """Per field: the plan file's rule, since it is there to correct code; else the call; else the configuration."""
+        """For each field: the plan file's rule, since it corrects code; else the call; else the configuration."""
 
         def choose(field: str) -> Any:
             rule = self._config.rule_for(field, name)
@@ -115,7 +118,7 @@ class OptionChooser:
         )
 
     def _window(self, given: dict[str, Any]) -> dict[str, Any]:
-        """Which rows count. What the configuration says is for points with tokens alone."""
+        """The options that decide which rows count. The configuration applies only to points with tokens."""
         config, start, new_rows_only = self._config, given.get("start"), given.get("new_rows_only")
         if not config.windows:
             return {}
@@ -136,60 +139,65 @@ class OptionChooser:
 
 
 def _load_transforms(config: GrafterConfig) -> dict[str, UserTransform]:
-    """All transforms that the configuration names, loaded now: a wrong path fails before any model has run."""
+    """Load all transforms that the configuration names, so that a wrong path fails before any model has run."""
     paths = {config.transform_path} | {rule.transform for rule in config.own_rules if rule.has("transform")}
     return {path: load_transform(path) for path in sorted(path for path in paths if path)}
 
 
-# Which points are saved: a rule of the plan file says it, else the call's `save=`, else the dump filter.
+class DumpFilter:
+    """The decision which points of one rank are saved: by a rule of the plan file, else the call's `save=`, else the
+    dump filter.
 
-
-class DumpChoice:
-    """One rank's choice. Asked under the lock of its points, but for `matcher`."""
+    expression: the compiled dump filter; None if it is not set. All methods except `matcher` are called under the lock
+    of the rank's points.
+    """
 
     def __init__(self, config: GrafterConfig) -> None:
         self._config = config
-        self.filter = config.saved_points
+        self.expression = config.saved_points
         self._has_rules = any(rule.has("save") for rule in config.own_rules)
         self._has_matched = False
 
     @property
     def matcher(self) -> Callable[[Mapping[str, Any]], bool] | None:
-        """What is asked of every call of the program: it may say yes to a point that `saves` then leaves out. None:
-        only a call's own `save=True` can save it."""
+        """A quick test for every call of the program; it may accept a point that `saves` then leaves out. None if only
+        `save=True` in a call can save a point.
+        """
         if any(rule.save for rule in self._config.own_rules):
-            return self._is_meant
-        return self.filter.matches if self.filter is not None else None
+            return self._matches
+        return self.expression.matches if self.expression is not None else None
 
     def saves(self, tags: Mapping[str, Any]) -> bool:
-        """tags: those of the point, its own name, step and phase, and the option `save` where the call has it."""
-        if self.filter is None and not self._has_rules:
-            # Most runs save nothing, and each of their points asks.
+        """Whether a point is saved. tags: with its name, step and phase, and with `save` if the call gives it."""
+        if self.expression is None and not self._has_rules:
+            # Kept fast: most runs save nothing, and each of their points asks.
             return bool(tags.get("save"))
-        meant = self._is_meant(tags)
-        self._has_matched |= meant
-        return meant
+        matches = self._matches(tags)
+        self._has_matched |= matches
+        return matches
 
     def could_save(self, tags: Mapping[str, Any], known: frozenset[str]) -> bool:
-        """Whether a point with these tags is saved, or could be with another step or other tags than `known`."""
-        said = self._said(tags)
-        if said is not None or self.filter is None:
-            return bool(said)
-        return bool(self.filter.names - known) or "step" in self.filter.names or self.filter(tags)
+        """Whether a point with these tags is saved, or could be with another step or with tags besides `known`."""
+        explicit = self._explicit(tags)
+        if explicit is not None or self.expression is None:
+            return bool(explicit)
+        return bool(self.expression.names - known) or "step" in self.expression.names or self.expression(tags)
 
-    def _is_meant(self, tags: Mapping[str, Any]) -> bool:
-        said = self._said(tags)
-        if said is not None:
-            return said
-        return self.filter is not None and self.filter.matches(tags)
+    def _matches(self, tags: Mapping[str, Any]) -> bool:
+        explicit = self._explicit(tags)
+        if explicit is not None:
+            return explicit
+        return self.expression is not None and self.expression.matches(tags)
 
-    def _said(self, tags: Mapping[str, Any]) -> bool | None:
+    def _explicit(self, tags: Mapping[str, Any]) -> bool | None:
+        """What a rule or the call says about saving the point; None if neither does."""
         if self._has_rules:
             rule = self._config.rule_for("save", tags["name"])
             if rule is not None:
                 return rule.save
-        said: bool | None = tags.get("save")
-        return said
+        explicit: bool | None = tags.get("save")
+        return explicit
 
-    def never_matched(self) -> list[str]:
-        return [f"dump: {self.filter.source}"] if self.filter is not None and not self._has_matched else []
+    def has_never_matched(self) -> bool:
+        """Whether the dump filter is set and no point was saved."""
+        return self.expression is not None and not self._has_matched

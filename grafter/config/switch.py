@@ -1,4 +1,4 @@
-"""Is grafting on? Read with the standard library alone, because off means that nothing else is imported."""
+"""Is grafting on? Uses only the standard library, because nothing else is imported while grafting is off."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from grafter.errors import ConfigError
 
 PREFIX = "GRAFTER_"
-# Where an older run has it.
-# Set for processes that a rank starts after it has joined; the start-up module spells it out, since it imports nothing.
-HELPER_MARK = "_GRAFTER_RANK_PROCESS"
+# The prefix of an earlier version.
 OLD_PREFIX = "DUMPER_GRAFTER_"
+# Set for processes that a rank starts after it has joined. The start-up module repeats the name, as it imports nothing.
+HELPER_MARK = "_GRAFTER_RANK_PROCESS"
 
 TRUE_WORDS = ("1", "true", "yes", "on")
 FALSE_WORDS = ("0", "false", "no", "off")
@@ -21,8 +21,8 @@ LEGAL_WORDS = f"{', '.join(TRUE_WORDS)} or {', '.join(FALSE_WORDS)}"
 def enabled(environ: Mapping[str, str] = os.environ) -> bool:
     """Whether GRAFTER_ENABLE (or DUMPER_GRAFTER_ENABLE) is on; unset or blank is off.
 
-    Raises ConfigError if it is neither a word for on nor one for off, if both are set and differ, or if what is set is
-    a misspelling of it.
+    Raises ConfigError if the value is neither on nor off, if both variables are set and differ, or if a misspelling is
+    set instead.
     """
     found = read_variable(environ, "enable")
     if found is None:
@@ -38,18 +38,21 @@ def enabled(environ: Mapping[str, str] = os.environ) -> bool:
 
 
 def _refuse_misspelt(environ: Mapping[str, str]) -> None:
-    """GRAFTER_ENABLED=1 must not be a run that silently grafts nothing. Off, no other variable is looked at."""
+    """Raise ConfigError for a variable such as GRAFTER_ENABLED, with which a run would silently graft nothing.
+
+    While grafting is off, no other variable is checked.
+    """
     for variable, text in environ.items():
         for prefix in (PREFIX, OLD_PREFIX):
             name = variable.removeprefix(prefix)
             if variable.startswith(prefix) and text.strip() and sorted(name[:6].upper()) == sorted("ENABLE"):
                 raise ConfigError(
-                    f"{variable} is no setting of grafter, so grafting is off. Did you mean {prefix}ENABLE?"
+                    f"{variable} is not a setting of grafter, so grafting is off. Did you mean {prefix}ENABLE?"
                 )
 
 
 def switch_value(text: str) -> bool | None:
-    """True, False, or None where the text is no word for either."""
+    """True, False, or None if the text means neither."""
     word = text.strip().lower()
     if word in TRUE_WORDS:
         return True
@@ -57,9 +60,9 @@ def switch_value(text: str) -> bool | None:
 
 
 def read_variable(environ: Mapping[str, str], field: str) -> tuple[str, str] | None:
-    """(variable, text) of one field under its name or its old one; None where both are unset or blank.
+    """(variable, stripped text) of one field, under its name or its old name; None if both are unset or blank.
 
-    The text is without blanks around it. Raises ConfigError if both names are set and differ.
+    Raises ConfigError if both are set and differ.
     """
     found = [
         (variable, text)
@@ -67,7 +70,7 @@ def read_variable(environ: Mapping[str, str], field: str) -> tuple[str, str] | N
         if (text := environ.get(variable, "").strip())
     ]
     if len(found) == 2 and found[0][1] != found[1][1]:
-        # The texts are not shown: one of the fields is a secret.
+        # The texts are not shown, because one of the fields is a secret.
         raise ConfigError(
             f"{found[0][0]} and {found[1][0]} are both set and differ. They are two names of one setting; "
             f"unset the older one, {found[1][0]}."

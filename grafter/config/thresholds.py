@@ -1,10 +1,10 @@
-"""Thresholds: what a difference may be, by the name of the point; the first pattern that matches decides.
+"""Thresholds: the difference that a point may have, by its name. The first pattern that matches decides.
 
     attn.*: rel <= 0.0085 or max_abs <= 1e-3
     root.out.logits: kl <= 1e-4 and p99 <= 0.02
 
-The expression is one of the filters' language, and its names are measures (docs/compare.md). Whatever it says, a pair
-with unequal non-finite values fails it.
+The expressions are in the filters' language, and their names are measures (docs/compare.md). A pair with unequal
+non-finite values fails every threshold.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from grafter.core.filters.expression import Filter, parse_filter
 from grafter.core.patterns import compile_match
 from grafter.errors import ConfigError
 
-Value = float | int | None
+MeasureValue = float | int | None
 
-# What a rule may read. With `narrow_` before it, the same of both tensors in the narrower of the two dtypes.
+# The measures that a rule may read. With the prefix `narrow_`, both tensors are measured in the narrower dtype.
 MEASURES = (
     "rel", "rel_l2", "max_abs", "mean_abs", "cosine", "mismatched_fraction", "nan", "inf", "max_ulp", "mean_ulp",
     "p50", "p90", "p99", "p99_9", "worst_row_rel", "rows_far", "rows_differing",
@@ -33,10 +33,11 @@ _KL_OF_DIM = re.compile(r"(?:max_)?kl_(?P<dim>[A-Za-z][A-Za-z0-9_]*)")
 
 @dataclass(frozen=True)
 class Threshold:
-    """One rule. match: a pattern over names, as in the plan file's rules; require: an expression over measures.
+    """One rule: what the points with a matching name must satisfy.
 
-    place: where it was said, for messages. Raises ConfigError for what is no pattern, FilterError for what is no
-    expression, with the position.
+    match: a pattern for names, as in the plan file's rules. require: an expression over measures. place: where the rule
+    was given, for messages. Raises ConfigError if the pattern is not valid, FilterError, with the position, if the
+    expression is not.
     """
 
     match: str
@@ -45,21 +46,22 @@ class Threshold:
 
     def __post_init__(self) -> None:
         compile_match(self.match)
-        # Parsed where it is read, so that a misspelt measure is not found when the comparison is half done.
+        # Parsed now, so that a misspelt measure is found before the comparison begins.
         _ = self.filter
 
     @cached_property
     def filter(self) -> Filter:
+        """The compiled expression."""
         return parse_filter(self.require, setting=self.place, check_name=complain_of_measure)
 
     @property
     def names(self) -> frozenset[str]:
-        """The measures that it reads."""
+        """The measures that the rule reads."""
         return self.filter.names
 
     @property
     def kl_dims(self) -> frozenset[str | None]:
-        """The dims whose KL it asks for, by name; None is the last dim."""
+        """The names of the dims whose KL the rule reads; None is the last dim."""
         found: set[str | None] = set()
         for name in self.names:
             if name in KL_MEASURES:
@@ -69,10 +71,11 @@ class Threshold:
         return frozenset(found)
 
     def matches(self, name: str) -> bool:
+        """Whether the rule is for points with this name."""
         return compile_match(self.match).fullmatch(name) is not None
 
-    def holds(self, values: Mapping[str, Value]) -> bool:
-        """Whether the measures satisfy it. One that is not there, or None, satisfies no comparison."""
+    def holds(self, values: Mapping[str, MeasureValue]) -> bool:
+        """Whether the measures satisfy the rule. A missing measure, or None, satisfies no comparison."""
         nonfinite = ["nan", "inf"]
         if any(name.startswith(_NARROW) for name in self.names):
             nonfinite += [_NARROW + name for name in nonfinite]
@@ -86,40 +89,40 @@ THRESHOLD_FIELDS = ("match", "require")
 
 
 def complain_of_measure(name: str) -> str | None:
-    """What is wrong with a name in an expression; None for a measure."""
+    """What is wrong with a name in an expression; None if it is a measure."""
     plain = name.removeprefix(_NARROW)
     if plain in MEASURES or name in KL_MEASURES or _KL_OF_DIM.fullmatch(name) is not None:
         return None
     legal = (*MEASURES, *KL_MEASURES, *(_NARROW + measure for measure in MEASURES))
     near = difflib.get_close_matches(name, legal, n=1)
     hint = f"did you mean `{near[0]}`?" if near else f"measures are {', '.join((*MEASURES, *KL_MEASURES))}"
-    return f"`{name}` is no measure; {hint}"
+    return f"`{name}` is not a measure; {hint}"
 
 
-# Where nobody said what a difference may be, none may be.
-NO_DIFFERENCE = Threshold("*", "mismatched_fraction == 0", "without thresholds")
+# The rule if no thresholds are given.
+NO_DIFFERENCE_ALLOWED = Threshold("*", "mismatched_fraction == 0", "without thresholds")
 
 
 class Thresholds:
-    """All rules, in order. Without any, no difference is allowed; with some, a name that none covers is an error."""
+    """All rules of a comparison, in order. Without rules, no difference is allowed; else every name needs one."""
 
     def __init__(self, rules: Iterable[Threshold]) -> None:
         self.rules: Sequence[Threshold] = tuple(rules)
 
     def rule_for(self, name: str) -> Threshold | None:
-        """The first rule that matches; None where none does."""
+        """The first rule that matches; None if there are rules and none matches."""
         if not self.rules:
-            return NO_DIFFERENCE
+            return NO_DIFFERENCE_ALLOWED
         return next((rule for rule in self.rules if rule.matches(name)), None)
 
     def never_matched(self, names: Iterable[str]) -> list[Threshold]:
-        """The rules whose pattern is of none of these names, or of none that an earlier rule leaves."""
+        """The rules that decide none of these names, because they match none, or because an earlier rule does."""
         used = {id(rule) for name in set(names) if (rule := self.rule_for(name)) is not None}
         return [rule for rule in self.rules if id(rule) not in used]
 
 
 def parse_threshold(text: str, place: str = "--threshold") -> Threshold:
-    """`PATTERN: EXPRESSION`. Raises ConfigError (FilterError, with the position, for a bad expression)."""
+    """The rule `PATTERN: EXPRESSION`. Raises ConfigError, or FilterError, with the position, for a bad expression."""
     pattern, colon, expression = text.partition(": ")
     if not colon:
         pattern, colon, expression = text.partition(":")

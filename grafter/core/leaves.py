@@ -180,7 +180,7 @@ def _a(value: Any) -> str:
     return f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"
 
 
-_TENSOR_MARK = "__grafter_tensor__"
+TENSOR_MARK = "__grafter_tensor__"
 
 
 def encode_extras(extras: Any) -> tuple[str, list[torch.Tensor]]:
@@ -202,12 +202,12 @@ def _encode(value: Any, path: str, tensors: list[torch.Tensor]) -> Any:
         except NothingToOffer as nothing:
             raise UsageError(str(nothing)) from None
         tensors.append(tensor)
-        return {_TENSOR_MARK: len(tensors) - 1}
+        return {TENSOR_MARK: len(tensors) - 1}
     if isinstance(value, (list, tuple)):
         return [_encode(item, f"{path}[{i}]", tensors) for i, item in enumerate(value)]
     if isinstance(value, Mapping):
         for key in value:
-            if not isinstance(key, str) or key == _TENSOR_MARK:
+            if not isinstance(key, str) or key == TENSOR_MARK:
                 raise UsageError(f"{path} has the key {key!r}; keys must be strings")
         return {key: _encode(item, f"{path}[{key!r}]", tensors) for key, item in value.items()}
     numpy = sys.modules.get("numpy")
@@ -222,8 +222,8 @@ def decode_extras(text: str, tensors: Sequence[torch.Tensor]) -> dict[str, Any]:
     """The other side's extras. Tuples arrive as lists."""
 
     def restore(mapping: dict[str, Any]) -> Any:
-        if set(mapping) == {_TENSOR_MARK}:
-            return tensors[mapping[_TENSOR_MARK]]
+        if set(mapping) == {TENSOR_MARK}:
+            return tensors[mapping[TENSOR_MARK]]
         return mapping
 
     decoded = json.loads(text, object_hook=restore)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Role = Literal["baseline", "target"]
+ROLES: tuple[Role, Role] = ("baseline", "target")
 # Which way a point's tensor goes: from baseline to target, from target to baseline, or nowhere (it is compared).
 Direction = Literal["b2t", "t2b", "compare"]
 

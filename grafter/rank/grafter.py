@@ -22,7 +22,7 @@ from grafter.capture.attached_models import AttachedModels
 from grafter.capture.attachment import Attachment
 from grafter.capture.parameters import dump_weights
 from grafter.capture.traced import is_being_traced
-from grafter.config.control.in_force import Verdict
+from grafter.config.control.in_force import TraceVerdict
 from grafter.config.settings.config import GrafterConfig
 from grafter.core.messages.announced_models import AnnouncedHooks
 from grafter.core.messages.counts import Pending
@@ -152,7 +152,7 @@ class Grafter:
         try:
             if os.getpid() != self.context.status.process_id:
                 if direction is None:
-                    self.tools.dumps.tell_fork(name, call_site())
+                    self.tools.dumps.report_fork(name, call_site())
                     return value
                 # Before the lock, which may belong to a thread that does not exist here.
                 self.context.status.refuse_where_impossible(name, call_site())
@@ -245,7 +245,7 @@ class Grafter:
             lambda name, tensor: Grafter.dump_point(self, name.name, tensor, {**given, **name.tags}),
         )
 
-    def trace(self, name: str, arguments: dict[str, Any]) -> Verdict:
+    def trace(self, name: str, arguments: dict[str, Any]) -> TraceVerdict:
         """How a point in code that is being compiled is taken.
 
         An operator where nothing needs to be written into the value's memory; else the call breaks the graph. Nothing,

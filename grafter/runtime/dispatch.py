@@ -38,7 +38,7 @@ from grafter.runtime.point_receiver import ReceivedPoint
 from grafter.runtime.rank_context import RankContext
 from grafter.runtime.session import Session
 from grafter.runtime.windows import ends_of
-from grafter.store.dumps.taken import Taken
+from grafter.store.dumps.pending_record import PendingRecord
 from grafter.store.recording import RecordedPart
 from grafter.wire.monitor.absence import LEFT
 
@@ -208,7 +208,7 @@ class Dispatch:
 
     # The fates.
 
-    def exchange(self, session: Session, point: Point, local: Offer, taken: Taken | None = None) -> Any:
+    def exchange(self, session: Session, point: Point, local: Offer, taken: PendingRecord | None = None) -> Any:
         """Exchange one point with the other job; what `dump` returns. taken: the point as it is saved, if it is."""
         options = point.options
         assert point.direction is not None
@@ -235,7 +235,7 @@ class Dispatch:
         self._count(session, point.key, outcome)
         return grafted
 
-    def _post(self, session: Session, point: Point, local: Offer, taken: Taken | None) -> Any:
+    def _post(self, session: Session, point: Point, local: Offer, taken: PendingRecord | None) -> Any:
         """The part of a sender that does not wait; what `dump` returns: the value."""
         is_kept = point.options.one_sided == "skip" and point.options.wait == "both"
         point = point._replace(options=replace(point.options, wait="job"))
@@ -255,7 +255,7 @@ class Dispatch:
         self._tally.outcomes[outcome] += 1
         session.monitor.board.last_points.append((key, outcome))
 
-    def defer(self, point: Point, local: Offer, taken: Taken | None) -> None:
+    def defer(self, point: Point, local: Offer, taken: PendingRecord | None) -> None:
         """Keep a point until both jobs have joined. taken: the point as it is saved, if it is."""
         self._dumps.finish(taken, self.deferred.add(point, local))
 
@@ -318,14 +318,14 @@ class Dispatch:
 
     # What is saved of a point.
 
-    def save_part(self, point: Point, local: Offer) -> Taken | None:
+    def save_part(self, point: Point, local: Offer) -> PendingRecord | None:
         """The value of a point that is exchanged, as it is now; `finish` of the dumps is to follow."""
         starts = local.tokens.starts if local.tokens is not None else ()
         return self._take(point, local.value, self.recorded_part(point, local), starts)
 
     def _take(
         self, point: Point, value: Any, recorded_part: str | None = None, starts: tuple[int, ...] = ()
-    ) -> Taken | None:
+    ) -> PendingRecord | None:
         return self._dumps.take(
             point.key, point.direction, value, point.options, point.tags, point.call_site, recorded_part, starts
         )

@@ -27,7 +27,7 @@ from grafter.runtime.point_host import HookedModels
 from grafter.runtime.rank_context import RankContext
 from grafter.runtime.rank_report import summarise
 from grafter.runtime.session import BeforeJoining, Session
-from grafter.store.dumps.rank_dumps import open_run
+from grafter.store.dumps.rank_dumps import open_standalone_run
 from grafter.store.ledger import write_summary
 from grafter.store.recording import write_rank_facts
 from grafter.wire.monitor.monitor_thread import MonitorThread
@@ -187,7 +187,7 @@ class Lifecycle:
 
     def begin_alone(self) -> None:
         """Called once, where points are only saved. Raises GrafterError where the run's directory cannot be opened."""
-        self._alone_directory = open_run(self._context.config, self._context.place)
+        self._alone_directory = open_standalone_run(self._context.config, self._context.place)
         self._write_facts(self._alone_directory, None)
 
     def begin(self, introduction: Introduction) -> JoinAttempt:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     import torch
 
-    from grafter.config.control.in_force import Verdict
+    from grafter.config.control.in_force import TraceVerdict
     from grafter.config.names import PointName
     from grafter.core.messages.announced_models import AnnouncedHooks
     from grafter.core.messages.roster import Roster
@@ -61,7 +61,7 @@ class PointHost(Protocol):
         """One point. module: the announced module that it belongs to, if a hook has read it."""
         ...
 
-    def trace(self, name: str, arguments: dict[str, Any]) -> Verdict:
+    def trace(self, name: str, arguments: dict[str, Any]) -> TraceVerdict:
         """How a point in code that is being compiled is taken."""
         ...
 

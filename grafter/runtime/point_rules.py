@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from grafter.config.control.change import Proposal
-from grafter.config.control.in_force import InForce, Verdict
+from grafter.config.control.in_force import InForce, TraceVerdict
 from grafter.config.direction_filters import DirectionFilters
-from grafter.config.options import DumpChoice, OptionChooser
+from grafter.config.options import DumpFilter, OptionChooser
 from grafter.config.settings.config import GrafterConfig
 from grafter.core.points import FORWARD, split_options
 
@@ -36,7 +36,7 @@ class PointRules:
 
     def __init__(self, config: GrafterConfig, *, saves_points: bool) -> None:
         """saves_points: whether this rank saves any. Raises GrafterError where a filter or a transform is wrong."""
-        self.filters = DirectionFilters(config.filters, DumpChoice(config) if saves_points else None)
+        self.filters = DirectionFilters(config.filters, DumpFilter(config) if saves_points else None)
         self.options = OptionChooser(config)
         self.stats = config.stats
         # Whether the gradients of any point are points.
@@ -57,16 +57,16 @@ class PointRules:
         """The filters that were in force in a step."""
         return next((filters for before, filters in self._past_filters if step < before), self.filters)
 
-    def judge(self, filters: Sequence[DirectionFilters], name: str, arguments: dict[str, Any]) -> Verdict:
+    def judge(self, filters: Sequence[DirectionFilters], name: str, arguments: dict[str, Any]) -> TraceVerdict:
         """How a point in compiled code is taken, where any of these filters may match. Called on any thread."""
         tags, given = split_options(arguments)
         named = {**tags, "save": given.pop("save", None), "name": name, "phase": FORWARD}
         possible = {found for each in filters for found in each.could_match(named)}
         options = self.options.options_of(name, given)
         if not possible and not (self.has_gradients and options.gradients):
-            return Verdict("nothing", only_compares=True)
+            return TraceVerdict("nothing", only_compares=True)
         if possible <= {"compare", "dump"}:
-            return Verdict("operator", only_compares=True)
+            return TraceVerdict("operator", only_compares=True)
         # Whether a gradient is cut off depends on what matches, which is settled at each call.
         breaks = options.write == "in_place" or options.gradient == "cut"
-        return Verdict("break" if breaks else "operator", only_compares=False)
+        return TraceVerdict("break" if breaks else "operator", only_compares=False)

@@ -17,16 +17,16 @@ from pathlib import Path
 from typing import Any
 
 from grafter.config.control.change import (
-    Answer,
-    Decision,
+    ChangeAnswer,
+    ChangeDecision,
     Proposal,
-    State,
+    RankControlState,
     answer_place,
     proposal_place,
     question_place,
     state_place,
 )
-from grafter.config.control.in_force import InForce, TracedPoints, Verdict
+from grafter.config.control.in_force import InForce, TracedPoints, TraceVerdict
 from grafter.config.control.recorders import recorder_states, why_none
 from grafter.config.direction_filters import DirectionFilters
 from grafter.core.messages.roster import Roster
@@ -52,7 +52,7 @@ class _InHand:
 
     number: int
     proposal: Proposal
-    answer: Answer
+    answer: ChangeAnswer
     accepted: InForce | None
     filters: DirectionFilters | None
     since: float
@@ -169,7 +169,7 @@ class RankControl:
 
     # On the compiler's.
 
-    def trace(self, filters: DirectionFilters, name: str, arguments: dict[str, Any]) -> Verdict:
+    def trace(self, filters: DirectionFilters, name: str, arguments: dict[str, Any]) -> TraceVerdict:
         """How a point in code that is being compiled is taken. filters: those in force."""
         with self._changed:
             return self._traced.trace(self.filters_ahead(filters), name, arguments)
@@ -209,7 +209,7 @@ class RankControl:
         points = tuple(self._keeper.board.last_points)
         last_point = f"{points[-1][0]} {points[-1][1]}"[:1000] if points else ""
         with self._changed:
-            state = State(
+            state = RankControlState(
                 count=self._states_told, step=self._steps.step, changes=self._changes, in_force=self._in_force,
                 to_come=tuple(one.step for one in self._to_come if one.number is not None), last_point=last_point,
                 recorders=recorder_states(),
@@ -240,7 +240,7 @@ class RankControl:
             except ProtocolError as error:
                 # Whoever wrote it may not: that ends the change, and not the run.
                 logger.warning("grafter: %s refuses change %d of the run: %s", self._place.who, self._number, error)
-                put_decision(client, self._number, Decision(refused=str(error)[:1000]))
+                put_decision(client, self._number, ChangeDecision(refused=str(error)[:1000]))
                 self._number += 1
 
     def _judge(self, number: int, proposal: Proposal) -> _InHand:
@@ -268,9 +268,9 @@ class RankControl:
             logger.exception("grafter: %s cannot judge change %d of the run", self._place.who, number)
             why_not = f"{type(error).__name__}: {error}"
         if why_not is not None:
-            return _InHand(number, proposal, Answer.refusal(why_not), None, None, now)
+            return _InHand(number, proposal, ChangeAnswer.refusal(why_not), None, None, now)
         idle = why_none() if proposal.change.action == "record" else None
-        return _InHand(number, proposal, Answer(step=step, idle=idle), accepted, filters, now)
+        return _InHand(number, proposal, ChangeAnswer(step=step, idle=idle), accepted, filters, now)
 
     def _learn(self, client: StoreClient) -> bool:
         """Whether the proposal in hand is decided, and then what that means here."""

@@ -1,4 +1,4 @@
-"""Reads a recording: what one role recorded, rank by rank, in program order.
+"""A recording: what one role recorded, rank by rank, in program order; and what it holds besides the dumped values.
 
     facts of each rank    rank<r>.recording.json        was it recorded at all, with which filters, with how many ranks
     points                the dumps of each rank         grafter.open_dumps, and the recorded part of each point
@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 from itertools import pairwise
+from math import prod
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,13 +28,13 @@ from grafter.core.messages.offer import Offer
 from grafter.core.messages.roster import PlayedFrom
 from grafter.core.points import OPTIONS, OWN_TAGS
 from grafter.core.records import RankSummary
-from grafter.core.roles import SHARED_SETTINGS, RankIdentity, Role
+from grafter.core.roles import ROLES, SHARED_SETTINGS, RankIdentity, Role
 from grafter.errors import DumpError
 from grafter.store.dumps.directory import find_role_directory
 from grafter.store.dumps.point import DumpedPoint
 from grafter.store.dumps.reader import Dumps, open_dumps
 from grafter.store.dumps.record import DumpRecord
-from grafter.store.dumps.record_file import opened, shown
+from grafter.store.dumps.record_file import read_file, shown
 from grafter.store.written_files import write_whole
 
 # A process is started for each.
@@ -57,27 +58,27 @@ class RecordedPoint:
 
     @property
     def tags(self) -> dict[str, Any]:
+        """The tags of the recorded call."""
         return dict(self.record.tags)
 
     @property
     def is_gradient(self) -> bool:
+        """Whether the point is a gradient."""
         return self.record.phase == "backward"
 
     @property
-    def never_came(self) -> bool:
+    def is_missing(self) -> bool:
         """Whether this is a gradient that the recorded program did not have."""
         return self.is_gradient and self.part.header.nothing is not None
 
     @property
     def given(self) -> dict[str, Any]:
-        """The options of the recorded call that apply wherever it is played: the participants, if not all ranks."""
+        """The options of the recorded call that playing it needs: the participants, if not all ranks took part."""
         participants = self.part.header.participants
         return {"ranks": list(participants)} if len(participants) < self.record.role_world_size else {}
 
     def offer(self) -> Offer:
-        """The rank's offer, with mapped memory. What cannot be read becomes an offer without a value,
-        with the reason.
-        """
+        """The rank's offer, with mapped memory. If the point cannot be read, the offer has a reason instead."""
         header = self.part.header
         if header.failure is not None:
             return Offer(self, failure=RecordedFailure(header.failure))
@@ -92,9 +93,9 @@ class RecordedPoint:
         rank = self.record.role_rank
         tensors = [self.point.local(rank, spec.path) for spec in header.leaves]
         specs = tuple(spec_of(spec.path, tensor) for spec, tensor in zip(header.leaves, tensors, strict=True))
-        for told, found in zip(header.leaves, specs, strict=True):
-            if (told.shape, told.dtype) != (found.shape, found.dtype):
-                raise DumpError(f"{self.point}: its header says {told}, and its file has {found}. It is damaged.")
+        for described, found in zip(header.leaves, specs, strict=True):
+            if (described.shape, described.dtype) != (found.shape, found.dtype):
+                raise DumpError(f"{self.point}: its header says {described}, and its file has {found}. It is damaged.")
         if not specs or len(header.layouts) not in (0, len(specs)):
             raise DumpError(f"{self.point}: its header describes no tensors, or other layouts than tensors.")
         text, extras = self._extras(header)
@@ -112,9 +113,10 @@ class RecordedPoint:
                 f"{self.point}: of the {len(header.extras_tensors)} tensors in its extras, {len(tensors)} are in its "
                 f"file. {self.record.reason or 'It is damaged.'}"
             )
-        restored = []
-        for tensor, told in zip(tensors, header.extras_tensors, strict=True):
-            restored.append(_as_recorded(tensor, told.shape, told.dtype, str(self.point)))
+        restored = [
+            _as_recorded(tensor, described.shape, described.dtype, str(self.point))
+            for tensor, described in zip(tensors, header.extras_tensors, strict=True)
+        ]
         # The same function wrote it; it differs if metadata had to be replaced by values that a file can hold.
         if text != header.extras:
             raise DumpError(f"{self.point}: its extras could not be kept in the recording as they were.")
@@ -128,10 +130,7 @@ def _as_recorded(tensor: torch.Tensor, shape: tuple[int, ...], dtype_name: str, 
         return tensor
     if isinstance(dtype, torch.dtype):
         raw = tensor.contiguous().clone().view(-1).view(torch.uint8)
-        count = dtype.itemsize
-        for size in shape:
-            count *= size
-        if count == raw.numel():
+        if prod(shape) * dtype.itemsize == raw.numel():
             return raw.view(dtype).view(shape)
     raise DumpError(
         f"{where}: a tensor of its extras is {dtype_name[:40]}{list(shape)}, but its file has something else."
@@ -152,7 +151,7 @@ class RecordedRank:
 
 
 @dataclass(frozen=True)
-class Recording:
+class RoleRecording:
     """The recording of one role, with all its ranks. problems: what could not be read, while the rest was."""
 
     directory: Path
@@ -162,6 +161,7 @@ class Recording:
 
     @property
     def shared_settings(self) -> dict[str, str]:
+        """The settings of the recorded job that the live job must share."""
         return self.ranks[0].facts.shared_settings
 
 
@@ -175,10 +175,7 @@ def find_recording(directory: str | os.PathLike[str], role: Role) -> tuple[Path,
             "(or `grafter run --record`); what GRAFTER_DUMP_FILTER saves cannot be grafted from."
         )
     if facts.role != role:
-        raise DumpError(
-            f"{path} is a recording of the {shown(facts.role)}, but a recording of the {role} is needed here. Give "
-            f"that, or let the recording be the {shown(facts.role)} and the live job the {role}."
-        )
+        raise _wrong_role(path, shown(facts.role), role)
     if facts.recording_version > RECORDING_VERSION:
         raise DumpError(
             f"{path}: a newer grafter recorded it (version {facts.recording_version}, this one plays up to "
@@ -189,14 +186,12 @@ def find_recording(directory: str | os.PathLike[str], role: Role) -> tuple[Path,
     return path, facts
 
 
-def open_recording(directory: str | os.PathLike[str], role: Role) -> Recording:
-    """Everything except the tensors. directory: the role's, or that of the run. Raises DumpError, which names the
-    fault.
-    """
+def open_recording(directory: str | os.PathLike[str], role: Role) -> RoleRecording:
+    """A recording without its tensors. directory: the role's, or that of the run. Raises DumpError."""
     path, first = find_recording(directory, role)
     size = first.role_world_size
     facts = [_facts_of(path, rank, first) for rank in range(size)]
-    dumps = open_dumps(path) if _has_dumps(path) else None
+    dumps = open_dumps(path) if any(name.endswith(".dumps.jsonl") for name in os.listdir(path)) else None
     by_rank = _points_by_rank(dumps, size) if dumps is not None else {}
     ranks = []
     for rank in range(size):
@@ -204,29 +199,28 @@ def open_recording(directory: str | os.PathLike[str], role: Role) -> Recording:
         last_step = points[-1].record.step if points else None
         played_from = PlayedFrom(directory=str(path), points=len(points), last_step=last_step)
         summary = _read(path, f"rank{rank}.summary.json", RankSummary)
-        ranks.append(
-            RecordedRank(
-                rank, facts[rank], points, played_from,
-                lost=summary.dumps_lost if summary is not None else 0, ended=_how_ended(summary),
-            )
-        )  # fmt: skip
+        lost = summary.dumps_lost if summary is not None else 0
+        ranks.append(RecordedRank(rank, facts[rank], points, played_from, lost, _how_ended(summary)))
     problems = tuple(map(str, dumps.problems)) if dumps is not None else ()
-    return Recording(path, role, tuple(ranks), problems)
+    return RoleRecording(path, role, tuple(ranks), problems)
 
 
 def _role_directory(path: Path, role: Role) -> Path:
-    if (path / facts_name(0)).is_file():
-        return path
-    if (path / role / facts_name(0)).is_file():
-        return path / role
-    other = next((name for name in ("baseline", "target") if (path / name / facts_name(0)).is_file()), None)
+    for place in (path, path / role):
+        if (place / facts_name(0)).is_file():
+            return place
+    other = next((name for name in ROLES if (path / name / facts_name(0)).is_file()), None)
     if other is not None:
-        raise DumpError(
-            f"{path} holds a recording of the {other}, but a recording of the {role} is needed here. Give that, or let "
-            f"the recording be the {other} and the live job the {role}."
-        )
-    # Says what there is instead.
+        raise _wrong_role(path, other, role)
+    # Raises the error that says what the directory holds instead.
     return find_role_directory(path, None)
+
+
+def _wrong_role(path: Path, found: str, role: Role) -> DumpError:
+    return DumpError(
+        f"{path} holds a recording of the {found}, but a recording of the {role} is needed here. Give that, or let the "
+        f"recording be the {found} and the live job the {role}."
+    )
 
 
 def _facts_of(path: Path, rank: int, first: RankFacts) -> RankFacts:
@@ -240,10 +234,6 @@ def _facts_of(path: Path, rank: int, first: RankFacts) -> RankFacts:
     if (facts.role, facts.role_rank, facts.role_world_size) != (first.role, rank, first.role_world_size):
         raise DumpError(f"{path}/{facts_name(rank)}: it belongs to another rank or another job than {facts_name(0)}.")
     return facts
-
-
-def _has_dumps(path: Path) -> bool:
-    return any(name.endswith(".dumps.jsonl") for name in os.listdir(path))
 
 
 def _points_by_rank(dumps: Dumps, size: int) -> dict[int, tuple[RecordedPoint, ...]]:
@@ -272,10 +262,9 @@ def _part_of(point: DumpedPoint, record: DumpRecord) -> RecordedPart:
     try:
         part = RecordedPart.model_validate_json(record.header or "")
         header = part.header
-        ranks = header.participants
         if (header.role, header.role_rank) != (record.role, record.role_rank):
             raise ValueError("it belongs to another rank")
-        if record.role_rank not in ranks or ranks[-1] >= record.role_world_size:
+        if record.role_rank not in header.participants or header.participants[-1] >= record.role_world_size:
             raise ValueError("its participants do not belong to this job")
         return part
     except (ValueError, RecursionError) as error:
@@ -298,17 +287,12 @@ def _read(path: Path, name: str, model: type[Model]) -> Model | None:
     """The content of the file; None if there is no such file. Raises DumpError for anything else."""
     if not os.path.lexists(path / name):
         return None
-    with opened(path, name) as descriptor, os.fdopen(os.dup(descriptor), "rb") as file:
-        text = file.read(_LONGEST_FACTS)
+    text = read_file(path, name, _LONGEST_FACTS)
     try:
         return model.model_validate_json(text)
     except (ValidationError, RecursionError) as error:
         raise DumpError(f"{path}/{name}: it cannot be read: {shown(str(error).splitlines()[0])}.") from None
 
-
-# What a recording keeps besides the dumped values.
-#
-# For each point, this is the header as it would have been sent; for each rank, what it would have announced.
 
 RECORDING_VERSION = 1
 
@@ -316,9 +300,8 @@ RECORDING_VERSION = 1
 class RecordedPart(BaseModel):
     """One rank's part of a point: the `header` of a `DumpRecord`, as JSON.
 
-    module: the module whose hook took the point. is_parameter: a parameter's gradient, which all ranks reach in the
-    same order.
-    new_rows_only: which rows count depends on earlier exchanges, so the header has all of them.
+    module: the module whose hook took the point. is_parameter: it is a parameter's gradient, which all ranks reach in
+    the same order. new_rows_only: which rows count depends on earlier exchanges, so the header has all of them.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -332,8 +315,8 @@ class RecordedPart(BaseModel):
 class RankFacts(BaseModel):
     """`rank<r>.recording.json`: every rank of a recorded job writes one, even if none of its points matched.
 
-    modules: those with hooks, None if nothing was attached. models: those that they belong to. shared_settings: the
-    filters and the key.
+    modules: those with hooks; None if nothing was attached. models: those of the modules. shared_settings: the filters
+    and the key.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -348,6 +331,7 @@ class RankFacts(BaseModel):
 
 
 def facts_name(role_rank: int) -> str:
+    """The name of the file with one rank's facts."""
     return f"rank{role_rank}.recording.json"
 
 
@@ -359,11 +343,7 @@ def settings_of(config: GrafterConfig) -> dict[str, str]:
 def write_rank_facts(run_directory: Path, config: GrafterConfig, place: RankIdentity, hooks: AnnouncedHooks) -> None:
     """Called by every rank of a recorded job, once the run has begun. Raises OSError."""
     facts = RankFacts(
-        role=place.role,
-        role_rank=place.role_rank,
-        role_world_size=place.role_world_size,
-        modules=hooks.modules,
-        models=hooks.models,
-        shared_settings=settings_of(config),
-    )
+        role=place.role, role_rank=place.role_rank, role_world_size=place.role_world_size, modules=hooks.modules,
+        models=hooks.models, shared_settings=settings_of(config),
+    )  # fmt: skip
     write_whole(run_directory / place.role / facts_name(place.role_rank), facts.model_dump_json(indent=1))

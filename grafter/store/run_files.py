@@ -1,5 +1,7 @@
-"""Two files of a run beside its ledgers: run.json (what this run of a role was) and control.jsonl (what was in force
-from which step on).
+"""Two files of a run beside its ledgers: run.json describes the run, control.jsonl lists the changes of its settings.
+
+Each role's first rank writes both. A change gets its line in control.jsonl when the rank reaches the step from which
+the change holds, so an agreed change whose step never came has no line.
 """
 
 from __future__ import annotations
@@ -9,16 +11,22 @@ import platform
 import socket
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from grafter.config.control.in_force import InForce
 from grafter.config.settings.config import GrafterConfig
+from grafter.config.settings.field_types import split_key
 from grafter.core.roles import RankIdentity
-from grafter.errors import GrafterError
+from grafter.store.ledger import read_json_lines
 from grafter.store.written_files import LineFile, write_whole
+
+CONTROL_LOG_NAME = "control.jsonl"
+_CHANGES_SHOWN = 8
 
 
 def write_run_facts(
@@ -29,7 +37,7 @@ def write_run_facts(
     run_id: str,
     world_sizes: dict[str, int],
 ) -> None:
-    """world_sizes: of the roles that are known; a run that only dumps knows its own. Raises OSError."""
+    """Write run.json. world_sizes: by role; a run that only dumps knows only its own. Raises OSError."""
     facts = {
         "schema_version": 1,
         "run_id": run_id,
@@ -38,29 +46,32 @@ def write_run_facts(
         "time": time.time(),
         "configuration": config.public_dict(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "command": _command(),
+        # As it was typed, with the interpreter: `python -m train` and `python train.py` are two commands.
+        "command": sys.orig_argv or sys.argv,
         "hostname": socket.gethostname(),
         **{f"{role}_world_size": size for role, size in world_sizes.items()},
     }
     write_whole(role_directory / "run.json", json.dumps(facts, indent=1))
 
 
-def _command() -> list[str]:
-    """As it was typed, interpreter and all: `python -m train` and `python train.py` are two commands."""
-    return sys.orig_argv or sys.argv
+def recorded_configuration(facts: object) -> Mapping[str, Any]:
+    """The settings in the content of a run.json; empty if it is damaged."""
+    configuration = facts.get("configuration") if isinstance(facts, dict) else None
+    return configuration if isinstance(configuration, dict) else {}
 
 
-# control.jsonl, beside the ledgers: what was in force from which step on. One line for each change that took effect.
-#
-# Each role's first rank writes its role's file when it comes to that step, so a change that was agreed and never came
-# to anything is in none.
-
-FILE_NAME = "control.jsonl"
-_LINES_SHOWN = 8
+def recorded_key_tags(facts: object) -> frozenset[str] | None:
+    """The tags that identify a point, if the run of this run.json had GRAFTER_KEY set. None: all except rank tags."""
+    key = recorded_configuration(facts).get("key")
+    return frozenset(split_key(key)) or None if isinstance(key, str) else None
 
 
 class HistoryLine(BaseModel):
-    """number: of the change, None where steps to dump were over. asked: as one would type it. time: since 1970."""
+    """One change of settings in control.jsonl.
+
+    time: seconds since 1970. number: the change's number; None if the line marks the end of `grafter ctl dump-next`.
+    step: the first step with the new settings. asked: the change as one types it. by: who asked.
+    """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -73,8 +84,8 @@ class HistoryLine(BaseModel):
 
 
 def append_history(role_directory: Path, line: HistoryLine) -> None:
-    """Raises OSError."""
-    file = LineFile(role_directory / FILE_NAME)
+    """Append one line to the role's control.jsonl. Raises OSError."""
+    file = LineFile(role_directory / CONTROL_LOG_NAME)
     try:
         file.append(line.model_dump_json().encode())
     finally:
@@ -82,21 +93,15 @@ def append_history(role_directory: Path, line: HistoryLine) -> None:
 
 
 def read_history(run_directory: Path) -> dict[str, list[HistoryLine]]:
-    """By role. A last line without its newline is left out. Raises GrafterError where a line is none."""
-    found = {}
-    for path in sorted(run_directory.glob(f"*/{FILE_NAME}")):
-        lines = []
-        for number, text in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
-            try:
-                lines.append(HistoryLine.model_validate_json(text))
-            except ValidationError as error:
-                raise GrafterError(f"{path}:{number}: not a line of changes: {error.errors()[0]['msg']}") from error
-        found[path.parent.name] = lines
-    return found
+    """The changes of a run, by role. Raises GrafterError for a line that is not a change."""
+    return {
+        path.parent.name: list(read_json_lines(path, HistoryLine, "a line of changes"))
+        for path in sorted(run_directory.glob(f"*/{CONTROL_LOG_NAME}"))
+    }
 
 
 def history_notes(run_directory: Path) -> list[str]:
-    """What a reader of the ledgers must know: from which step on other settings were in force."""
+    """One sentence for each change of settings, for readers of the ledgers."""
     roles = read_history(run_directory)
     by_text: dict[str, list[str]] = {}
     steps: dict[str, int] = {}
@@ -107,10 +112,10 @@ def history_notes(run_directory: Path) -> list[str]:
             if role not in by_text.setdefault(text, []):
                 by_text[text].append(role)
             steps[text] = line.step
-    # One job may have ended before it came to that step, or its files may be on another machine.
+    # One job may have ended before that step, or its files may be on another machine.
     notes = [
         text if len(where) == len(roles) > 1 else f"{text} (in the {where[0]}'s files alone)"
         for text, where in sorted(by_text.items(), key=lambda item: steps[item[0]])
     ]
-    left_out = len(notes) - _LINES_SHOWN
-    return notes[:_LINES_SHOWN] + ([f"and {left_out} more changes (control.jsonl)"] if left_out > 0 else [])
+    left_out = len(notes) - _CHANGES_SHOWN
+    return notes[:_CHANGES_SHOWN] + ([f"and {left_out} more changes (control.jsonl)"] if left_out > 0 else [])

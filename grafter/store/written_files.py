@@ -1,5 +1,7 @@
-"""How grafter writes files: whole or not at all, or line by line. On a full disk nothing is left behind, and every
-error names the file."""
+"""Writing files: completely or not at all, or line by line.
+
+On a full disk nothing is left behind, and every error names the file.
+"""
 
 from __future__ import annotations
 
@@ -10,18 +12,18 @@ from pathlib import Path
 
 from grafter.core.processes import is_from_signal_handler
 
-TEMPORARY_SUFFIX = ".tmp"
-# The most that the system takes in one call.
+_TEMPORARY_SUFFIX = ".tmp"
+# The largest number of pieces that the system accepts in one call.
 _MAX_PIECES = 1024
 
 
 @contextlib.contextmanager
 def whole_file(path: str | Path, mode: int = 0o644) -> Iterator[int]:
-    """A descriptor to write to; `path` has all that was written once the block ends, and is untouched if it raises.
+    """A descriptor to write to. At the end of the block, `path` holds all that was written.
 
-    Raises OSError, with the path in it, and then leaves no temporary file; the block's own exceptions pass.
+    If the block raises, `path` is untouched and no temporary file remains. Raises OSError that names `path`.
     """
-    temporary = f"{path}{TEMPORARY_SUFFIX}"
+    temporary = f"{path}{_TEMPORARY_SUFFIX}"
     try:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
         try:
@@ -38,15 +40,15 @@ def whole_file(path: str | Path, mode: int = 0o644) -> Iterator[int]:
 
 
 def write_whole(path: str | Path, content: str | bytes, mode: int = 0o644) -> None:
-    """A file that has all of `content`, text as UTF-8, or is untouched. Raises OSError, with the path in it."""
+    """Write `content` to `path`, completely or not at all; text as UTF-8. Raises OSError that names `path`."""
     with whole_file(path, mode) as descriptor:
         write_pieces(descriptor, [memoryview(content.encode() if isinstance(content, str) else content)])
 
 
 def write_pieces(descriptor: int, pieces: Sequence[memoryview]) -> None:
-    """All of the pieces, one after another. Raises OSError."""
+    """Write all pieces, one after another. Raises OSError."""
     left = list(pieces)
-    # The system writes at most 2 GiB in one call, and less where the disk is nearly full.
+    # The system writes at most 2 GiB in one call, and less if the disk is nearly full.
     while left:
         written = os.writev(descriptor, left[:_MAX_PIECES])
         while left and written >= len(left[0]):
@@ -56,18 +58,21 @@ def write_pieces(descriptor: int, pieces: Sequence[memoryview]) -> None:
 
 
 class LineFile:
-    """A file of lines that one process appends to. What was appended survives a crash of the process."""
+    """A file of lines that one process appends to. Appended lines survive a crash of the process."""
 
     def __init__(self, path: str | Path, *, is_new: bool = False) -> None:
-        """is_new: raises FileExistsError where the file is there already."""
+        """is_new: raise FileExistsError if the file exists. Raises OSError."""
         self.path = Path(path)
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | (os.O_EXCL if is_new else 0)
         self._descriptor = os.open(path, flags, 0o644)
         self._end = os.fstat(self._descriptor).st_size
 
     def append(self, line: bytes) -> None:
-        """A line without its end. Raises OSError, with the path in it, where it cannot be written in full, and then
-        takes back what was: half a line would spoil the next one, too. The same where a signal's handler raises."""
+        """Append `line`, which has no newline.
+
+        Raises OSError that names the file if the line cannot be written in full. What was written of it is then
+        removed, because half a line would damage the next one too. This also holds if a signal handler raises.
+        """
         whole = line + b"\n"
         try:
             written = os.write(self._descriptor, whole)
@@ -82,11 +87,12 @@ class LineFile:
         self._end += len(whole)
 
     def close(self) -> None:
+        """Close the file; later calls do nothing."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
 
 
 def _name_file(error: OSError, path: str | Path) -> None:
-    """The file itself, not its temporary name; a write through a descriptor names none. Its text then has it."""
+    """Let the error name the file: by default it names the temporary file, or, for a write to a descriptor, none."""
     error.filename, error.filename2 = str(path), None

@@ -11,10 +11,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from grafter.analysis.locate.judgement import judge
+from grafter.analysis.locate.added_error import judge
 from grafter.analysis.locate.measure import RunMeasurement, measure_run
-from grafter.analysis.locate.verdict import Verdict, verdict_as_json
-from grafter.analysis.locate.wording import describe_inputs_alone
+from grafter.analysis.locate.verdict import Verdict, describe_inputs_alone, verdict_as_json
 from grafter.core.records import RankSummary
 from grafter.errors import GrafterError, UsageError
 from grafter.store.ledger import read_run, read_summaries

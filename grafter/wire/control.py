@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from grafter.config.control.change import (
-    Answer,
     Change,
-    Decision,
+    ChangeAnswer,
+    ChangeDecision,
     Proposal,
-    State,
+    RankControlState,
     answer_place,
     decision_place,
     proposal_place,
@@ -34,7 +34,7 @@ from grafter.wire.store_client import StoreClient, decode_abort
 from grafter.wire.store_server import connect
 
 
-def decide(answers: Mapping[str, Answer], silent: list[str], *, seconds: float) -> Decision:
+def decide(answers: Mapping[str, ChangeAnswer], silent: list[str], *, seconds: float) -> ChangeDecision:
     """The decision that these answers amount to. Pure.
 
     answers: by the rank's name. silent: ranks that have not left and have not answered within `seconds`.
@@ -44,43 +44,45 @@ def decide(answers: Mapping[str, Answer], silent: list[str], *, seconds: float) 
         if answer.refused is not None:
             refusals.setdefault(answer.refused, []).append(who)
     if refusals:
-        return Decision(refused="; ".join(f"{', '.join(ranks)}: {reason}" for reason, ranks in refusals.items()))
+        return ChangeDecision(refused="; ".join(f"{', '.join(ranks)}: {reason}" for reason, ranks in refusals.items()))
     if silent:
-        return Decision(
+        return ChangeDecision(
             refused=f"no answer from {', '.join(silent)} within {seconds:.0f} s: a process that is stopped, gone, or "
             "without a reply from the store. Nothing was changed anywhere"
         )
     steps = [answer.step for answer in answers.values() if answer.step is not None]
     if not steps:
-        return Decision(refused="all ranks have left the run")
+        return ChangeDecision(refused="all ranks have left the run")
     idle = {answer.idle for answer in answers.values()}
     if None not in idle:
-        return Decision(refused=f"it would change nothing on any rank: {'; '.join(sorted(filter(None, idle)))}")
-    return Decision(step=max(steps) + 1)
+        return ChangeDecision(refused=f"it would change nothing on any rank: {'; '.join(sorted(filter(None, idle)))}")
+    return ChangeDecision(step=max(steps) + 1)
 
 
-def read_decision(client: StoreClient, number: int) -> Decision | None:
+def read_decision(client: StoreClient, number: int) -> ChangeDecision | None:
     """What was decided; None if nothing is yet. Never waits. Raises PeerLostError if the store is lost."""
     sealed = client.peek(decision_place(client.run_prefix, number))
     if sealed is None:
         return None
-    return read_message(Decision.model_validate_json, sealed.payload, "a decision")
+    return read_message(ChangeDecision.model_validate_json, sealed.payload, "a decision")
 
 
 def try_to_decide(
     client: StoreClient, roster: Roster, number: int, *, is_late: bool, seconds: float
-) -> Decision | None:
+) -> ChangeDecision | None:
     """Decide once all ranks have answered, or the time is up (`is_late`). None while answers may still arrive.
 
     Called by `grafter ctl` and by ranks, on their monitor threads. A few round trips for each rank; never waits. Raises
     PeerLostError if the store is lost.
     """
-    answers: dict[str, Answer] = {}
+    answers: dict[str, ChangeAnswer] = {}
     silent: list[str] = []
     for graft_rank, member in enumerate(roster.all):
         sealed = client.peek(answer_place(client.run_prefix, number, graft_rank))
         if sealed is not None:
-            answers[roster.who(graft_rank)] = read_message(Answer.model_validate_json, sealed.payload, "an answer")
+            answers[roster.who(graft_rank)] = read_message(
+                ChangeAnswer.model_validate_json, sealed.payload, "an answer"
+            )
             continue
         line = client.peek(board_key(client, member.role, member.role_rank))
         # A rank that has left has no more points, whatever is in force.
@@ -91,12 +93,12 @@ def try_to_decide(
     return put_decision(client, number, decide(answers, silent, seconds=seconds))
 
 
-def put_decision(client: StoreClient, number: int, decision: Decision) -> Decision:
+def put_decision(client: StoreClient, number: int, decision: ChangeDecision) -> ChangeDecision:
     """The decision that is in force: this one, or another that was put first. One round trip."""
     found = client.put_if_absent(decision_place(client.run_prefix, number), "decision", decision.model_dump_json())
     if found is None:
         return decision
-    return read_message(Decision.model_validate_json, found.payload, "a decision")
+    return read_message(ChangeDecision.model_validate_json, found.payload, "a decision")
 
 
 _LOOK_SECONDS = 0.05
@@ -113,7 +115,7 @@ class RankView:
 
     who: str
     line: BoardLine | None
-    state: State | None
+    state: RankControlState | None
 
     @property
     def has_left(self) -> bool:
@@ -126,7 +128,7 @@ class Agreed:
     """A change that was decided. number: the one by which ranks and files name it."""
 
     number: int
-    decision: Decision
+    decision: ChangeDecision
 
 
 class RunAccess:
@@ -187,7 +189,7 @@ class RunAccess:
         before = {rank: state.count if (state := self._read_state(rank)) is not None else 0 for rank in ranks}
         client.set(question_place(client.run_prefix), "question", f"{self._by} {time.time()}")
         deadline = time.monotonic() + seconds
-        states: dict[int, State] = {}
+        states: dict[int, RankControlState] = {}
         while True:
             lines = self._read_board()
             for rank in ranks:
@@ -199,11 +201,11 @@ class RunAccess:
                 return [RankView(self.roster.who(rank), lines[rank], states.get(rank)) for rank in ranks]
             time.sleep(_LOOK_SECONDS)
 
-    def _read_state(self, rank: int) -> State | None:
+    def _read_state(self, rank: int) -> RankControlState | None:
         sealed = self._client.peek(state_place(self._client.run_prefix, rank))
         if sealed is None:
             return None
-        return read_message(State.model_validate_json, sealed.payload, "the state of a rank")
+        return read_message(RankControlState.model_validate_json, sealed.payload, "the state of a rank")
 
     def _read_board(self) -> list[BoardLine | None]:
         places = [board_key(self._client, member.role, member.role_rank) for member in self.roster.all]
@@ -221,7 +223,7 @@ class RunAccess:
         try:
             return Agreed(number, self._await_decision(number, seconds))
         except KeyboardInterrupt:
-            decision = put_decision(self._client, number, Decision(refused="it was withdrawn"))
+            decision = put_decision(self._client, number, ChangeDecision(refused="it was withdrawn"))
             if decision.step is None:
                 raise
             return Agreed(number, decision)
@@ -243,7 +245,7 @@ class RunAccess:
                 self._await_decision(number, asked.seconds)
             number += 1
 
-    def _await_decision(self, number: int, seconds: float) -> Decision:
+    def _await_decision(self, number: int, seconds: float) -> ChangeDecision:
         deadline = time.monotonic() + seconds
         while True:
             decision = read_decision(self._client, number) or try_to_decide(

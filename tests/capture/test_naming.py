@@ -193,7 +193,7 @@ def test_the_names_that_the_docs_show_do_what_they_say(tmp_path: Path) -> None:
     [
         ("{path: a}", ":2:5: an entry of names needs `name`"),
         ("{name: a}", ":2:5: an entry of names needs `path`"),
-        ("{path: a, name: b, rank: 0}", ":2:24: 'rank' is no field"),
+        ("{path: a, name: b, rank: 0}", ":2:24: 'rank' is not a field"),
         ("{path: a, name: b, role: both}", ":2:30: role: "),
         ('{path: "a.{", name: b}', ":2:12: path: match 'a.{'"),
         ('{path: "a.{x}", name: "{y}"}', "which 'a.{x}' does not capture"),

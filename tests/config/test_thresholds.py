@@ -13,7 +13,7 @@ from grafter.config.settings.plan_file import read_plan_file
 from grafter.config.thresholds import (
     KL_MEASURES,
     MEASURES,
-    NO_DIFFERENCE,
+    NO_DIFFERENCE_ALLOWED,
     THRESHOLD_FIELDS,
     Threshold,
     Thresholds,
@@ -35,9 +35,9 @@ def test_the_first_pattern_that_matches_decides() -> None:
 
 def test_without_rules_no_difference_is_allowed() -> None:
     """The rule that then holds for every name is bitwise equality."""
-    assert Thresholds([]).rule_for("any") is NO_DIFFERENCE
-    assert NO_DIFFERENCE.holds(GOOD)
-    assert not NO_DIFFERENCE.holds(GOOD | {"mismatched_fraction": 1e-9})
+    assert Thresholds([]).rule_for("any") is NO_DIFFERENCE_ALLOWED
+    assert NO_DIFFERENCE_ALLOWED.holds(GOOD)
+    assert not NO_DIFFERENCE_ALLOWED.holds(GOOD | {"mismatched_fraction": 1e-9})
 
 
 @pytest.mark.parametrize(
@@ -72,9 +72,9 @@ def test_unequal_non_finite_values_fail_any_rule(expression: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("attn: rell <= 1", r"`rell` is no measure; did you mean `rel`\? \(column 1\)"),
+        ("attn: rell <= 1", r"`rell` is not a measure; did you mean `rel`\? \(column 1\)"),
         ("attn: rel <= 1 or narow_rel < 1", r"did you mean `narrow_rel`\? \(column 13\)"),
-        ("attn: layer_id == 3", "`layer_id` is no measure; measures are rel, rel_l2"),
+        ("attn: layer_id == 3", "`layer_id` is not a measure; measures are rel, rel_l2"),
         ("attn: rel = 1", "compare with `==`"),
         ("attn: __import__('os')", "filters have no function `__import__`"),
         ("attn: rel <=", "something is missing at the end"),
@@ -124,10 +124,10 @@ def test_thresholds_of_a_plan_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("thresholds:\n  - {match: a, requir: rel < 1}\n", r"plan.yaml:2:16: 'requir' is no field .* mean require\?"),
+        ("thresholds:\n  - {match: a, requir: rel < 1}\n", r"plan.yaml:2:16: .requir. is not a field .* require\?"),
         ("thresholds:\n  - {match: a}\n", "plan.yaml:2:5: an entry of thresholds needs `require`"),
         ("thresholds:\n  - {match: '{', require: rel < 1}\n", "plan.yaml:2:13: match"),
-        ("thresholds:\n  - {match: a, require: rell < 1}\n", r"plan.yaml:2:25: require: `rell` is no measure"),
+        ("thresholds:\n  - {match: a, require: rell < 1}\n", r"plan.yaml:2:25: require: `rell` is not a measure"),
         ("thresholds: 3\n", "thresholds is a list"),
         ("threshold:\n", r"did you mean thresholds\?"),
     ],

@@ -23,7 +23,7 @@ from scheduling import ROWS_PER_PASS, Scheduler
 from traffic import CONVERSATIONS, of_session
 from typer.testing import CliRunner
 
-from grafter.analysis.compare.record import PointRecord, SummaryRecord, read_line
+from grafter.analysis.compare.comparison_records import PointRecord, SummaryRecord, read_line
 from grafter.cli.main import app
 from grafter.core.records import LedgerRecord
 

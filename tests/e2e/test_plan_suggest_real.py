@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from pair import PROGRAMS
 
-from grafter.analysis.plan_suggest.matching import match_trees
-from grafter.analysis.plan_suggest.pairs import Confidence
-from grafter.analysis.plan_suggest.wording import plan_text
+from grafter.analysis.plan_suggest.plan_text import plan_text
+from grafter.analysis.plan_suggest.suggestion import Confidence
+from grafter.analysis.plan_suggest.tree_matching import match_trees
 from grafter.capture.module_tree import ModuleTree, read_trees
 from grafter.config.settings.config import GrafterConfig
 from grafter.config.settings.plan_file import read_plan_file

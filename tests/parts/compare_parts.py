@@ -12,7 +12,7 @@ from dump_parts import RankDumps
 from typer.testing import CliRunner
 
 from grafter.analysis.compare.comparison import Choice, Comparison, compare
-from grafter.analysis.compare.record import PointRecord, SummaryRecord, read_line
+from grafter.analysis.compare.comparison_records import PointRecord, SummaryRecord, read_line
 from grafter.cli.main import app
 from grafter.config.settings.config import GrafterConfig
 from grafter.config.thresholds import parse_threshold

@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 from grafter.capture.attachment import Attachment
 from grafter.capture.compiled import find_site, offer_traced
 from grafter.capture.naming import Naming
-from grafter.config.control.in_force import Verdict
+from grafter.config.control.in_force import TraceVerdict
 from grafter.config.names import NameRule, PointName
 from grafter.core.patterns import read_patterns
 
@@ -39,9 +39,9 @@ class Taker:
 
     # As a Grafter.
 
-    def trace(self, name: str, arguments: dict[str, Any]) -> Verdict:
+    def trace(self, name: str, arguments: dict[str, Any]) -> TraceVerdict:
         kind = self._verdict if isinstance(self._verdict, str) else self._verdict(name)
-        return Verdict(kind, only_compares=self._change is None)  # type: ignore[arg-type]
+        return TraceVerdict(kind, only_compares=self._change is None)  # type: ignore[arg-type]
 
     def dump_point(self, name: str, value: torch.Tensor, arguments: dict[str, Any], module: str | None = None) -> Any:
         self.seen.append((name, arguments.get("layer_id")))

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from grafter.analysis.plan_suggest.matching import match_trees
-from grafter.analysis.plan_suggest.pairs import Confidence, Suggestion
-from grafter.analysis.plan_suggest.wording import plan_text
+from grafter.analysis.plan_suggest.plan_text import plan_text
+from grafter.analysis.plan_suggest.suggestion import Confidence, Suggestion
+from grafter.analysis.plan_suggest.tree_matching import match_trees
 from grafter.capture.module_tree import ModuleNode, ModuleTree, Weight
 from grafter.capture.naming import Naming
 from grafter.capture.selection import select_modules

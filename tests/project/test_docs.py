@@ -78,6 +78,9 @@ def test_the_example_plan_file_works(tmp_path: Path) -> None:
     plan.write_text(example)
     config = GrafterConfig(plan=str(plan))
     assert config.filters["b2t"]({"layer_id": 3, "name": "attn_out"})
-    assert config.rule_value("write", "attn_scores") == "return"
-    assert config.rule_value("gradient", "attn_scores") == "cut"
-    assert config.rule_value("transform", "layers.3.mlp.up") == "transforms/last_sender.py:transform"
+    for field, name, value in (
+        ("write", "attn_scores", "return"),
+        ("gradient", "attn_scores", "cut"),
+        ("transform", "layers.3.mlp.up", "transforms/last_sender.py:transform"),
+    ):
+        assert getattr(config.rule_for(field, name), field) == value

@@ -20,7 +20,7 @@ from grafter.core.writing.write_back import WriteMode, apply_row_write
 from grafter.errors import LayoutError, UsageError
 from grafter.runtime import windows
 from grafter.runtime.windows import Windows
-from grafter.store.dumps.taken import rows_to_save
+from grafter.store.dumps.pending_record import rows_to_save
 
 
 def options_of(tokens: Any, **fields: Any) -> PointOptions:

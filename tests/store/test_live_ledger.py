@@ -199,7 +199,7 @@ def test_stats_say_how_much_is_computed(tmp_path: Path, stats: str) -> None:
         assert record.before is record.incoming is record.difference is None
         assert record.reason == "GRAFTER_STATS=off: no figures were taken"
         assert problems == [
-            "1 point met without figures, so nothing says whether the values are equal; the first is h at step 0: "
+            "1 point met without figures, so it is unknown whether the values are equal; the first is h at step 0: "
             f"{record.reason}."
         ]
         return

@@ -21,7 +21,7 @@ from grafter.rank.grafter import Grafter
 from grafter.rank.job_environment import STARTUP_DIRECTORY, player_environment
 from grafter.rank.peer import start_peer
 from grafter.store.dumps.record import DumpRecord
-from grafter.store.recording import RecordedPart, Recording, open_recording
+from grafter.store.recording import RecordedPart, RoleRecording, open_recording
 from grafter.wire.monitor.deadlock import explain_stuck
 from grafter.wire.monitor.status_board import BoardLine, describe_board
 from grafter.wire.rendezvous.join import store_place
@@ -46,7 +46,7 @@ def recorder(tmp_path: Path) -> Iterator[Grafter]:
     grafter.close()
 
 
-def played(directory: Path) -> Recording:
+def played(directory: Path) -> RoleRecording:
     return open_recording(directory / "r", "baseline")
 
 

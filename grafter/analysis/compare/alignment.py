@@ -1,12 +1,12 @@
-"""Alignment: two whole tensors brought to one order of dims, and read there block by block.
+"""Alignment: two whole tensors in one order of dims, read block by block.
 
     A  b s (h*d)          B  s b h d                 what is compared  b s | h d
        |  |   |             | | | |                                    rows | rest
-       one factor per dim that both sides know, as a graft between the two would have them
+       one factor per dim that both sides know, as in a graft between the two
 
-A block is some of one factor, with all of the factors after it, at one place of those before it: it follows the last
-one in the flattened index, so `PairStream` takes them as they come. Of a block only its box is read on either side; a
-fused dim of which a block needs a part that is no stretch of it is read with all of its inner factors.
+A block is a range of one factor, all of the factors after it, and one index of each factor before it. Blocks follow one
+another in the flattened index, so `PairStream` takes them in order. Each side reads only the box of the block. If a
+block needs a part of a fused dim that is not contiguous, all inner factors of that dim are read.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from grafter.errors import LayoutError
 
 Numbers = tuple[int, ...]
 
-# A row is a token: these dims, by their usual names.
+# The usual names of the dims that count tokens; a row is a token.
 ROW_DIMS = frozenset({"t", "b", "s"})
 _PART = re.compile(r"[^(*)]+")
 
 
 class WholeTensor(Protocol):
-    """What is read here: `grafter.store.dumps.lazy_tensor.LazyTensor`, or a stand-in with other rows."""
+    """The interface of `grafter.store.dumps.lazy_tensor.LazyTensor` that comparing needs; `GatheredRows` has it too."""
 
     @property
     def shape(self) -> Numbers: ...
@@ -61,7 +61,7 @@ class WholeTensor(Protocol):
 
 @dataclass(frozen=True)
 class Along:
-    """One factor on one side: the dim it runs along, and how many values of that dim one step of it is."""
+    """One factor on one side: its dim, and the number of values of that dim that one step of the factor spans."""
 
     dim: int
     step: int
@@ -69,7 +69,7 @@ class Along:
 
 @dataclass(frozen=True)
 class AlignedDim:
-    """A factor that both sides have. `size` is without padding."""
+    """A factor that both sides have. size: without padding."""
 
     name: str
     size: int
@@ -78,20 +78,20 @@ class AlignedDim:
 
 
 @dataclass(frozen=True)
-class Block:
-    """A box of the aligned dims."""
+class AlignedBlock:
+    """A box of the aligned dims: where it starts in each, and its size in each."""
 
     starts: Numbers
     sizes: Numbers
 
 
 class Side:
-    """One side's tensor, read in the order of the aligned dims."""
+    """One side's tensor, read in the order of the aligned dims. tensor: in its own order of dims."""
 
     def __init__(self, tensor: WholeTensor, along: Sequence[Along], sizes: Numbers) -> None:
-        self._tensor, self._along, self._full = tensor, tuple(along), sizes
+        self.tensor, self._along, self._full = tensor, tuple(along), sizes
         self._ndim = len(tensor.shape)
-        # Of each of the tensor's dims, its factors, outer first.
+        # The factors of each dim of the tensor, outer first.
         self._factors = [
             sorted((n for n, own in enumerate(along) if own.dim == dim), key=lambda n: -along[n].step)
             for dim in range(self._ndim)
@@ -99,31 +99,27 @@ class Side:
         listed = [factor for own in self._factors for factor in own]
         self._order = [listed.index(factor) for factor in range(len(along))]
 
-    @property
-    def tensor(self) -> WholeTensor:
-        return self._tensor
+    def read(self, block: AlignedBlock) -> torch.Tensor:
+        """The values of a block, with its sizes as shape; a view of the file's memory if possible."""
+        return self._aligned(self.tensor.read(*self._box(block)), block)
 
-    def read(self, block: Block) -> torch.Tensor:
-        """The block's values, of the shape of its sizes; a view of the file's memory where that is possible."""
-        return self._aligned(self._tensor.read(*self._box(block)), block)
+    def will_read(self, block: AlignedBlock) -> None:
+        """Hint that the block is read next."""
+        self.tensor.will_read(*self._box(block))
 
-    def will_read(self, block: Block) -> None:
-        """A hint that the block is read next."""
-        self._tensor.will_read(*self._box(block))
-
-    def copies(self, block: Block) -> Iterator[tuple[Numbers, torch.Tensor]]:
-        """Every copy of it, with the ranks that have it."""
-        for ranks, copy in self._tensor.copies(*self._box(block)):
+    def copies(self, block: AlignedBlock) -> Iterator[tuple[Numbers, torch.Tensor]]:
+        """Every copy of a block, with the ranks that hold it."""
+        for ranks, copy in self.tensor.copies(*self._box(block)):
             yield ranks, self._aligned(copy, block)
 
     def index(self, aligned: Sequence[int]) -> list[int]:
-        """An index of the aligned dims as one of this side's tensor. Complex parts, a number more, stay at the end."""
+        """The index in this side's tensor of an aligned index. A number for complex parts stays at the end."""
         found = [0] * self._ndim
         for own, place in zip(self._along, aligned, strict=False):
             found[own.dim] += own.step * place
         return found + list(aligned[len(self._along) :])
 
-    def _box(self, block: Block) -> tuple[Numbers, Numbers]:
+    def _box(self, block: AlignedBlock) -> tuple[Numbers, Numbers]:
         offset, size = [0] * self._ndim, [1] * self._ndim
         for dim, factors in enumerate(self._factors):
             cut = self._cut(factors, block)
@@ -134,11 +130,11 @@ class Side:
         return tuple(offset), tuple(size)
 
     @staticmethod
-    def _cut(factors: Sequence[int], block: Block) -> int:
-        """The first factor of a dim of which more than one value is needed: those inside of it are read whole."""
+    def _cut(factors: Sequence[int], block: AlignedBlock) -> int:
+        """The first factor of a dim of which a block needs more than one value; the factors after it are read whole."""
         return next((n for n, factor in enumerate(factors) if block.sizes[factor] > 1), len(factors) - 1)
 
-    def _aligned(self, box: torch.Tensor, block: Block) -> torch.Tensor:
+    def _aligned(self, box: torch.Tensor, block: AlignedBlock) -> torch.Tensor:
         shape: list[int] = []
         narrowed: list[tuple[int, int, int]] = []
         for factors in self._factors:
@@ -154,10 +150,10 @@ class Side:
 
 
 class Alignment:
-    """Two tensors in one order of dims: rows first, then the rest in A's order, then the dim of `last`.
+    """Two tensors in one order of dims: the rows first, then the rest in A's order, then the dim named `last`.
 
-    dims: as they are compared. row_ndim: how many of them count the rows.
-    Raises LayoutError where names or sizes of the two sides do not fit.
+    dims: the aligned dims. row_ndim: the number of them that count rows. row_dims, row_shape: the names and sizes of
+    those. Raises LayoutError if names or sizes of the two sides do not fit together.
     """
 
     def __init__(self, a: WholeTensor, b: WholeTensor, *, last: str | None = None) -> None:
@@ -179,26 +175,20 @@ class Alignment:
         rest = [dim for dim in dims if dim not in rows and dim is not self.last]
         self.dims: tuple[AlignedDim, ...] = (*rows, *rest, *([self.last] if self.last is not None else []))
         self.row_ndim = len(rows)
+        self.row_dims = [dim.name for dim in rows]
         self.shape: Numbers = tuple(dim.size for dim in self.dims)
+        self.row_shape: Numbers = self.shape[: self.row_ndim]
         self.a = Side(a, [dim.a for dim in self.dims], self.shape)
         self.b = Side(b, [dim.b for dim in self.dims], self.shape)
 
     @property
     def last_of_a(self) -> str | None:
-        """The name of A's last dim (of a fused one, its inner factor); None of a tensor without dims."""
+        """The name of A's last dim, or of its inner factor if it is fused; None if the tensor has no dims."""
         last = max(self.dims, key=lambda dim: (dim.a.dim, -dim.a.step), default=None)
         return last.name if last is not None else None
 
-    @property
-    def row_dims(self) -> list[str]:
-        return [dim.name for dim in self.dims[: self.row_ndim]]
-
-    @property
-    def row_shape(self) -> Numbers:
-        return self.shape[: self.row_ndim]
-
-    def blocks(self, most_numel: int, *, last_dim_whole: bool = False) -> Iterator[Block]:
-        """Blocks of at most so many values (of one value of the last dim's length, if that must be whole)."""
+    def blocks(self, most_numel: int, *, last_dim_whole: bool = False) -> Iterator[AlignedBlock]:
+        """Blocks of at most `most_numel` values. With `last_dim_whole`, a block holds at least the whole last dim."""
         shape = self.shape
         if not all(shape):
             return
@@ -206,16 +196,16 @@ class Alignment:
             most_numel = max(most_numel, shape[-1])
         cut = next((dim for dim in range(len(shape)) if prod(shape[dim + 1 :]) <= most_numel), 0)
         if not shape:
-            yield Block((), ())
+            yield AlignedBlock((), ())
             return
         step = max(1, most_numel // prod(shape[cut + 1 :]))
         inner = (0,) * (len(shape) - cut - 1)
-        # Counted, and not by itertools.product, which would first write out ranges of any length.
+        # Not itertools.product, which would first expand ranges of any length in memory.
         for number in range(prod(shape[:cut])):
             before = tuple(int(place) for place in np.unravel_index(number, shape[:cut])) if cut else ()
             for start in range(0, shape[cut], step):
                 size = min(step, shape[cut] - start)
-                yield Block((*before, start, *inner), (*(1 for _ in before), size, *shape[cut + 1 :]))
+                yield AlignedBlock((*before, start, *inner), (*(1 for _ in before), size, *shape[cut + 1 :]))
 
 
 def _named(dims: Sequence[AlignedDim], name: str, a: WholeTensor, b: WholeTensor) -> AlignedDim:
@@ -234,7 +224,7 @@ def _listed(tensor: WholeTensor) -> str:
 
 
 def _rows(dims: Sequence[AlignedDim], last: AlignedDim | None) -> list[AlignedDim]:
-    """The dims that count rows: `t`, or `b` and `s`, where they have such names; else all but the last one."""
+    """The dims that count rows: those named `t`, or `b` and `s`; without such names, all except the last one."""
     rest = [dim for dim in dims if dim is not last]
     named = [dim for dim in rest if set(_PART.findall(dim.name)) <= ROW_DIMS]
     if named:

@@ -1,10 +1,10 @@
-"""All of A with all of B: pairs found, compared by several threads, told in A's execution order.
+"""All of A against all of B: finds pairs, compares them in several threads, reports them in A's execution order.
 
     open -> pairs -> points, measured by several threads -> severity -> summary
 
-What one thread holds is a block of each side, while the system reads the next one; how many points are under way is
-bounded, so a recording may be larger than memory. A point that cannot be read is an `error` of its own, and the others
-go on.
+A thread holds one block of each side while the system reads the next one, and the number of points in progress is
+bounded, so dumps may be larger than memory. A point that cannot be read gets the verdict `error`, and the others are
+compared.
 """
 
 from __future__ import annotations
@@ -17,23 +17,22 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from grafter.analysis.compare.other_leaves import Which
-from grafter.analysis.compare.pairs import Pair, alone, find_pairs
-from grafter.analysis.compare.point_comparison import Compared, PointTask, compare_point, describe
-from grafter.analysis.compare.record import (
+from grafter.analysis.compare.comparison_records import (
+    ComparedLeaf,
     ComparisonHeader,
     FindingKind,
     FindingRecord,
-    LeafRecord,
     PointRecord,
     SummaryRecord,
 )
-from grafter.analysis.compare.verdict import Chosen, describe_verdict, innermost_culprits, with_severity
+from grafter.analysis.compare.conclusion import Chosen, describe_verdict, innermost_culprits, with_severity
+from grafter.analysis.compare.point_comparison import Compared, PointTask, compare_point, describe
+from grafter.analysis.compare.point_pairs import PointPair, alone, find_pairs
 from grafter.config.thresholds import Threshold, Thresholds
 from grafter.core.filters.expression import parse_filter
 from grafter.core.patterns import compile_match
 from grafter.errors import UsageError
-from grafter.store.dumps.point import DumpedPoint
+from grafter.store.dumps.point import DumpedPoint, Which
 from grafter.store.dumps.reader import Dumps, open_dumps
 from grafter.version import VERSION
 
@@ -43,13 +42,18 @@ EXIT_SAME = 0
 EXIT_DIFFERENT = 1
 EXIT_NOT_COMPARED = 2
 
-# How many points are done, and of how many: for a progress bar.
-Progress = Callable[[int, int], None]
+# Called with the number of points that are done, and of all points, for a progress bar.
+ComparisonProgress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What to compare, and how to judge. filter: an expression over tags. allow: patterns of names that may fail."""
+    """The options of one comparison.
+
+    which: `grafted` compares values after a graft, if there are any. filter: an expression over tags; None: all points.
+    allow: patterns of names that may fail. forbid_skips: skipped points change the exit code. threads: None: one per
+    CPU, at most 8.
+    """
 
     thresholds: Sequence[Threshold] = ()
     which: Which = "value"
@@ -62,7 +66,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The outcome: what `--json` prints line by line."""
+    """The outcome of a comparison: the lines that `--json` prints."""
 
     header: ComparisonHeader
     points: list[PointRecord]
@@ -71,19 +75,20 @@ class Comparison:
 
 
 def open_both(a: Path, b: Path | None) -> tuple[Dumps, Dumps]:
-    """Two roles' directories (or runs that hold one role each); with A alone, a run's baseline and target.
+    """The dumps of two roles: of two directories, or, without `b`, of the baseline and target of one run.
 
-    Raises DumpError where something else is there, or nothing.
+    Raises DumpError if the directories hold no such dumps.
     """
     if b is None:
         return open_dumps(a, role="baseline"), open_dumps(a, role="target")
     return open_dumps(a), open_dumps(b)
 
 
-def compare(a: Dumps, b: Dumps, choice: Choice, progress: Progress = lambda done, of: None) -> Comparison:
-    """Compare all points of both. Raises ConfigError for a filter or pattern that is none; UsageError for a bad choice.
+def compare(a: Dumps, b: Dumps, choice: Choice, progress: ComparisonProgress = lambda done, of: None) -> Comparison:
+    """Compare all points of both. B is judged against A.
 
-    Reads each file of a pair once (and once more per further dim whose KL is asked for).
+    Reads each file of a pair once, and once more for each further dim whose KL a rule reads. Raises ConfigError for an
+    illegal filter or pattern, UsageError for another illegal option.
     """
     began = time.monotonic()
     if choice.block_bytes < 1:
@@ -104,10 +109,13 @@ def compare(a: Dumps, b: Dumps, choice: Choice, progress: Progress = lambda done
         *alone("a", only_a, points_b),
         *alone("b", only_b, points_a),
         *_of_points(points, pairs),
-        *_of_rules(thresholds, points),
+        *(
+            FindingRecord(what="note", text=f"the threshold {str(rule)!r} decided no point")
+            for rule in thresholds.never_matched(point.name for point in points)
+        ),
     ]
     bytes_read = sum(one.bytes_read for one in compared)
-    # Only a filter leaves points out; without one there is nothing to say of it.
+    # Only a filter leaves points out.
     chosen = None if choice.filter is None else ((len(points_a), len(a.points)), (len(points_b), len(b.points)))
     summary = _summary(points, findings, choice, chosen, time.monotonic() - began, bytes_read)
     return Comparison(_header(a, b, choice), points, findings, summary)
@@ -120,7 +128,7 @@ def _chosen(dumps: Dumps, expression: str | None) -> list[DumpedPoint]:
     return [point for point in dumps.points if matches(point.tags)]
 
 
-def _tasks(a: Dumps, b: Dumps, pairs: Sequence[Pair], thresholds: Thresholds, choice: Choice) -> list[PointTask]:
+def _tasks(a: Dumps, b: Dumps, pairs: Sequence[PointPair], thresholds: Thresholds, choice: Choice) -> list[PointTask]:
     places = [{id(point): place for place, point in enumerate(own.points)} for own in (a, b)]
     return [
         PointTask(
@@ -137,9 +145,9 @@ def _tasks(a: Dumps, b: Dumps, pairs: Sequence[Pair], thresholds: Thresholds, ch
 
 
 def _run(tasks: Sequence[PointTask], threads: int | None) -> Iterator[Compared]:
-    """The tasks' outcomes, in their order. The work is NumPy's and torch's, which let other threads run meanwhile.
+    """The outcomes of the tasks in order. NumPy and torch do the work, and let other threads run in the meantime.
 
-    A thread for which there is no further point takes parts of those that the others have.
+    A thread without a point measures parts of the other threads' points.
     """
     count = threads or min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     if count == 1:
@@ -155,12 +163,9 @@ def _run(tasks: Sequence[PointTask], threads: int | None) -> Iterator[Compared]:
             while under_way:
                 yield under_way.popleft().result()
         finally:
-            # After Ctrl-C, what has not begun does not begin.
+            # After Ctrl-C, tasks that have not begun are cancelled.
             for future in under_way:
                 future.cancel()
-
-
-# --- findings
 
 
 def _of_directories(a: Dumps, b: Dumps) -> Iterator[FindingRecord]:
@@ -171,8 +176,8 @@ def _of_directories(a: Dumps, b: Dumps) -> Iterator[FindingRecord]:
             yield FindingRecord(what="note", text=f"{side}: {note}")
 
 
-def _of_points(points: Sequence[PointRecord], pairs: Sequence[Pair]) -> Iterator[FindingRecord]:
-    """What a reader of the list should not have to look for in the points themselves."""
+def _of_points(points: Sequence[PointRecord], pairs: Sequence[PointPair]) -> Iterator[FindingRecord]:
+    """The findings about single points, for readers who do not look through all points."""
     for point, pair in zip(points, pairs, strict=True):
         if point.verdict == "error":
             kind: FindingKind = "no_rule" if point.rule is None else "cannot_compare"
@@ -182,7 +187,7 @@ def _of_points(points: Sequence[PointRecord], pairs: Sequence[Pair]) -> Iterator
         for side, of_side in (("A", pair.a), ("B", pair.b)):
             missing = sorted({rank for one in of_side for rank in one.missing_ranks})
             if missing:
-                text = f"{point.label}: there is no dump of it of {side}'s ranks {missing}, which take part in it"
+                text = f"{point.label}: {side}'s ranks {missing} take part in it and left no dump of it"
                 yield _of_point(point, "missing_ranks", text)
         for leaf in point.leaves:
             if leaf.replicas:
@@ -191,7 +196,7 @@ def _of_points(points: Sequence[PointRecord], pairs: Sequence[Pair]) -> Iterator
         if tokens is not None and (tokens.only_a or tokens.only_b):
             examples = ", ".join((*tokens.only_a_tokens, *tokens.only_b_tokens)[:4])
             once = tokens.paired - tokens.again
-            again = f" ({tokens.again} rows are there once more)" if tokens.again else ""
+            again = f" ({tokens.again} rows repeat a token)" if tokens.again else ""
             text = (
                 f"{point.label}: {once} tokens are on both sides{again}, {tokens.only_a} only in A and "
                 f"{tokens.only_b} only in B ({examples})"
@@ -199,8 +204,8 @@ def _of_points(points: Sequence[PointRecord], pairs: Sequence[Pair]) -> Iterator
             yield _of_point(point, "other_rows", text)
 
 
-def _of_copies(point: PointRecord, leaf: LeafRecord) -> FindingRecord:
-    """Copies that differ, whether the rule allows it or not: it is meant for the difference of two programs."""
+def _of_copies(point: PointRecord, leaf: ComparedLeaf) -> FindingRecord:
+    """The finding that copies differ, even within the rule, which is meant for the difference of two programs."""
     worst = max(leaf.replicas, key=lambda one: (not one.passed, one.difference.rel or 0.0))
     judged = "within" if worst.passed else "beyond"
     text = (
@@ -214,14 +219,6 @@ def _of_point(point: PointRecord, what: FindingKind, text: str, *, is_error: boo
     return FindingRecord(
         what=what, text=text, name=point.name, points=[point.label], is_error=is_error, is_skip=not is_error
     )
-
-
-def _of_rules(thresholds: Thresholds, points: Sequence[PointRecord]) -> Iterator[FindingRecord]:
-    for rule in thresholds.never_matched([point.name for point in points]):
-        yield FindingRecord(what="note", text=f"the threshold {str(rule)!r} decided no point")
-
-
-# --- the ends
 
 
 def _header(a: Dumps, b: Dumps, choice: Choice) -> ComparisonHeader:
@@ -271,7 +268,7 @@ def _summary(
 
 
 def exit_code_of(counts: Counter[str], *, errors: int, skips: int, forbid_skips: bool) -> int:
-    """1 where a point failed: that is certain. Else 2 where something could not be judged, or nothing was. Else 0."""
+    """1 if a point failed. Otherwise 2 if something could not be judged, or if nothing was. Otherwise 0."""
     if counts["failed"]:
         return EXIT_DIFFERENT
     judged = counts["passed"] + counts["allowed"]

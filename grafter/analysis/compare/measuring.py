@@ -1,4 +1,4 @@
-"""One pair of whole tensors measured: aligned, read once, block by block, replicas on the way."""
+"""Measures one pair of whole tensors, aligned and read once, block by block, together with their copies."""
 
 from __future__ import annotations
 
@@ -11,8 +11,16 @@ from math import prod
 import numpy as np
 import torch
 
-from grafter.analysis.compare.alignment import Alignment, Block, Side, WholeTensor
-from grafter.analysis.compare.record import Between, KlRecord, Measures, RowRecord, RowsRecord, UlpRecord
+from grafter.analysis.compare.alignment import AlignedBlock, Alignment, Side, WholeTensor
+from grafter.analysis.compare.comparison_records import (
+    BoundsRecord,
+    KlRecord,
+    Measures,
+    RowRecord,
+    RowsRecord,
+    UlpRecord,
+)
+from grafter.config.thresholds import MeasureValue
 from grafter.core.measures.flat_chunks import PACKED_FLOAT4, is_opaque
 from grafter.core.measures.magnitudes import Bounds
 from grafter.core.measures.pair_stream import ByteStream, PairMeasurement, PairStream
@@ -20,26 +28,24 @@ from grafter.core.measures.rows import Divergence
 from grafter.core.records import Difference, TensorStatistics
 from grafter.errors import LayoutError
 
-Value = float | int | None
-
 
 @dataclass(frozen=True)
 class ReplicaMeasurement:
-    """How far a copy is from the first one of its side. values: by the names that rules use."""
+    """The difference of a copy from the first copy of its side. values: by the names that rules use."""
 
     side: str
     ranks: tuple[int, ...]
     first_ranks: tuple[int, ...]
     difference: Difference
-    values: dict[str, Value]
+    values: dict[str, MeasureValue]
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What came of a pair. values: by the names that rules use."""
+    """The measures of a pair. values: by the names that rules use. a, b: the statistics of each side."""
 
     measures: Measures
-    values: dict[str, Value]
+    values: dict[str, MeasureValue]
     a: TensorStatistics | None
     b: TensorStatistics | None
     replicas: list[ReplicaMeasurement]
@@ -54,11 +60,10 @@ def measure_pair(
     block_bytes: int,
     helpers: Executor | None = None,
 ) -> Measured:
-    """How far b is from a. Holds a block of each side (at most `block_bytes`), and of each replica one more.
+    """The difference of b from a. Holds one block of each side (at most `block_bytes`) and of each copy.
 
-    kl_dims: over which dims the KL is asked for; None is A's last. helpers: threads that, where they have nothing else
-    to do, measure parts of a block. Raises LayoutError where the two do not fit
-    together, DumpError where a file is damaged.
+    kl_dims: the dims whose KL is measured; None is A's last dim. helpers: threads that measure parts of a block while
+    they are idle. Raises LayoutError if the two do not fit together, DumpError if a file is damaged.
     """
     plain = Alignment(a, b)
     of_last = plain.last_of_a
@@ -66,7 +71,7 @@ def measure_pair(
         raise LayoutError("a rule asks for the KL, and the tensor is a single number without dims.")
     wanted = dict.fromkeys(sorted(str(dim or of_last) for dim in kl_dims))
     first, *further = wanted or [None]
-    # The KL's dim comes last, so that one pass serves all; a second one is read in a pass of its own.
+    # The dim of the KL is the last one, so that one pass measures everything; a second such dim needs another pass.
     alignment = plain if first is None else Alignment(a, b, last=first)
     pass_ = _Pass(alignment, with_kl=first is not None, helpers=helpers)
     pass_.run(block_bytes)
@@ -83,7 +88,7 @@ def measure_pair(
 
 
 class _Reader:
-    """One side, of which other copies are measured against the first as they are read."""
+    """The reader of one side, which also measures the other copies of the side against the first one."""
 
     def __init__(self, name: str, side: Side, alignment: Alignment) -> None:
         self.side = side
@@ -92,7 +97,7 @@ class _Reader:
         self._ranks: list[set[int]] = []
         self._first_ranks: set[int] = set()
 
-    def read(self, block: Block, *, with_copies: bool) -> torch.Tensor:
+    def read(self, block: AlignedBlock, *, with_copies: bool) -> torch.Tensor:
         """The block's first copy."""
         if self.side.tensor.replicas <= 1 or not with_copies:
             return self.side.read(block)
@@ -109,7 +114,7 @@ class _Reader:
         return first
 
     def replicas(self) -> list[ReplicaMeasurement]:
-        """Those that are not the same as the first, bit for bit."""
+        """The copies that differ from the first one in any bit."""
         found = []
         for stream, ranks in zip(self._streams, self._ranks, strict=True):
             measures = _measures(stream.finish(), self._alignment, [])
@@ -122,7 +127,7 @@ class _Reader:
 
 
 class _Pass:
-    """One reading of both sides."""
+    """One pass over both sides."""
 
     def __init__(
         self, alignment: Alignment, *, with_kl: bool, only_kl: bool = False, helpers: Executor | None = None
@@ -143,7 +148,7 @@ class _Pass:
         sizes = [own.side.tensor.dtype.itemsize for own in (self._a, self._b)]
         most = max(1, block_bytes // max(sizes))
         blocks = self.alignment.blocks(most, last_dim_whole=self._divergence is not None)
-        # The disk is busy with the next block while one is measured.
+        # The disk reads the next block while this one is measured.
         for block in _one_ahead(blocks, self._will_read):
             a, b = (own.read(block, with_copies=not self._only_kl) for own in (self._a, self._b))
             self.bytes_read += sum(sizes) * prod(block.sizes)
@@ -153,7 +158,7 @@ class _Pass:
             if not self._only_kl:
                 self.stream.add(b, a)
 
-    def _will_read(self, block: Block) -> None:
+    def _will_read(self, block: AlignedBlock) -> None:
         self._a.side.will_read(block)
         self._b.side.will_read(block)
 
@@ -181,20 +186,20 @@ class _Pass:
 def _stream(
     alignment: Alignment, x: torch.dtype, y: torch.dtype, *, statistics: bool = True, helpers: Executor | None = None
 ) -> PairStream | ByteStream:
-    """What measures values of these dtypes."""
+    """A stream that measures values of these dtypes."""
     if is_opaque(x) or is_opaque(y):
         return ByteStream(alignment.shape, x, y, row_ndim=alignment.row_ndim)
     return PairStream(alignment.shape, x, y, row_ndim=alignment.row_ndim, statistics=statistics, helpers=helpers)
 
 
 def _has_kl(dtype: torch.dtype) -> bool:
-    """Whether values of a dtype are real numbers, one an element."""
+    """Whether each element of a dtype is one real number."""
     return not (dtype.is_complex or is_opaque(dtype) or dtype is PACKED_FLOAT4)
 
 
-def _one_ahead(blocks: Iterator[Block], announce: Callable[[Block], None]) -> Iterator[Block]:
-    """The blocks, each of which is announced before the one before it is given."""
-    waiting: Block | None = None
+def _one_ahead(blocks: Iterator[AlignedBlock], announce: Callable[[AlignedBlock], None]) -> Iterator[AlignedBlock]:
+    """The blocks; each one is announced before its predecessor is returned."""
+    waiting: AlignedBlock | None = None
     for block in blocks:
         announce(block)
         if waiting is not None:
@@ -202,9 +207,6 @@ def _one_ahead(blocks: Iterator[Block], announce: Callable[[Block], None]) -> It
         waiting = block
     if waiting is not None:
         yield waiting
-
-
-# --- records
 
 
 def _measures(found: PairMeasurement, alignment: Alignment, kl: list[KlRecord]) -> Measures:
@@ -247,8 +249,8 @@ def _unravelled(number: int, shape: Sequence[int]) -> list[int]:
     return [int(place) for place in np.unravel_index(number, shape)] if shape else []
 
 
-def _bounds(percentiles: dict[str, Bounds]) -> dict[str, Between]:
-    return {name: Between(low=found.low, high=found.high) for name, found in percentiles.items()}
+def _bounds(percentiles: dict[str, Bounds]) -> dict[str, BoundsRecord]:
+    return {name: BoundsRecord(low=found.low, high=found.high) for name, found in percentiles.items()}
 
 
 def _by_power_of_two(magnitudes: list[tuple[float, float, int]]) -> dict[str, int]:
@@ -259,13 +261,13 @@ def _by_power_of_two(magnitudes: list[tuple[float, float, int]]) -> dict[str, in
     return folded
 
 
-def values_of(measures: Measures, last_dim: str | None) -> dict[str, Value]:
-    """Every measure by the name that rules use. last_dim: whose KL is `kl` itself."""
+def values_of(measures: Measures, last_dim: str | None) -> dict[str, MeasureValue]:
+    """Every measure by the name that rules use. last_dim: the dim whose KL is called `kl`."""
     found = _plain_values(measures)
     narrow = _plain_values(measures.narrow) if measures.narrow is not None else dict(found)
     found |= {f"narrow_{name}": value for name, value in narrow.items()}
     for kl in measures.kl:
-        # A row without a distribution is no row that agrees.
+        # A row without a distribution does not agree.
         mean, largest = (None, None) if kl.undefined else (kl.mean, kl.max)
         found |= {f"kl_{kl.dim}": mean, f"max_kl_{kl.dim}": largest}
         if kl.dim == last_dim:
@@ -273,9 +275,9 @@ def values_of(measures: Measures, last_dim: str | None) -> dict[str, Value]:
     return found
 
 
-def _plain_values(measures: Measures) -> dict[str, Value]:
+def _plain_values(measures: Measures) -> dict[str, MeasureValue]:
     difference, ulps, rows = measures.difference, measures.ulps, measures.rows
-    worst_row: Value = None
+    worst_row: MeasureValue = None
     if rows is not None and difference.rel is not None:
         worst_row = rows.worst[0].rel if rows.worst else 0.0
     if ulps is None and measures.narrow is not None:
@@ -292,7 +294,7 @@ def _plain_values(measures: Measures) -> dict[str, Value]:
         "inf": difference.inf,
         "max_ulp": ulps.max if ulps is not None else no_ulps,
         "mean_ulp": ulps.mean if ulps is not None else no_ulps,
-        # The upper bound: what passes does so wherever in its bin the percentile lies.
+        # The upper bound of the percentile's bin: a point passes only if every value in the bin would.
         **{name: _upper(measures, name) for name in ("p50", "p90", "p99", "p99_9")},
         "worst_row_rel": worst_row,
         "rows_far": rows.far if rows is not None else None,
@@ -300,13 +302,13 @@ def _plain_values(measures: Measures) -> dict[str, Value]:
     }
 
 
-def _upper(measures: Measures, name: str) -> Value:
+def _upper(measures: Measures, name: str) -> MeasureValue:
     found = measures.percentiles.get(name)
     return found.high if found is not None else measures.difference.max_abs
 
 
 def with_row_tokens(measures: Measures, token_at: Callable[[int], tuple[str | int, int]]) -> Measures:
-    """The same with the sequence and position of each row that is named; the first row dim counts tokens."""
+    """The measures with sequence and position of each named row. token_at: of the row's index in the first row dim."""
     if measures.rows is None:
         return measures
     worst = []

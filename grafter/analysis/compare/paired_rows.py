@@ -1,7 +1,8 @@
 """Paired rows: the rows of two sides that are the same tokens, each side's as one tensor.
 
-On one of the sides a token may come again, as a server computes a preempted request's rows anew. The points of that
-side are then parted into rounds, in each of which every token comes once, and each round meets the other side's rows.
+On one side a token may occur several times, because a server computes the rows of a preempted request again. The points
+of that side are then divided into rounds in which every token occurs once, and each round is paired with the other
+side's rows.
 
     A, one packed batch      rows  0 1 2 3 4
     B, prefill, preempted          0 1 2               round 0
@@ -18,9 +19,9 @@ from itertools import product
 import numpy as np
 import numpy.typing as npt
 
-from grafter.analysis.compare.token_rows import (
+from grafter.analysis.compare.gathered_rows import (
+    GatheredRows,
     RowSource,
-    TokenRows,
     described,
     joined,
     keep_longer,
@@ -35,14 +36,13 @@ _MOST_NAMED = 5
 
 
 class PairedRows:
-    """Of several points of each side, given as their rows and which tokens these are.
+    """The pairing of the rows of several points of each side, given as rows and their tokens.
 
-    a, b: the rows that both sides have, round by round, within one in the order of A's.
-    paired: how many. again: how many of them are a further time of their token.
-    only_a, only_b: how many rows have no partner, and the first of them in words; padding aside.
-    by_content: sequences (of A, of B) whose ids differ and whose token ids agree.
+    a, b: the rows that both sides have, round by round, within a round in A's order. paired: the number of these rows.
+    again: how many of them repeat a token. only_a, only_b: the number of rows without a partner, not counting padding,
+    and the first of them in words. by_content: sequences (of A, of B) with different ids and the same token ids.
 
-    Raises UsageError where tokens come again on both sides, LayoutError where a side's points are not of one kind.
+    Raises UsageError if tokens repeat on both sides, LayoutError if the points of a side differ in dtype or dims.
     """
 
     def __init__(self, a: Sequence[tuple[RowSource, Tokens]], b: Sequence[tuple[RowSource, Tokens]]) -> None:
@@ -63,7 +63,7 @@ class PairedRows:
                 rows += own.in_sources(found.pairs[:, [column, 2]])
                 own.keep_alone(alone)
         self.a, self.b = (
-            TokenRows(who, [source for source, _ in side], rows)
+            GatheredRows(who, [source for source, _ in side], rows)
             for who, side, rows in zip("AB", sides, runs, strict=True)
         )
         self.paired = sum(found.count for _, found in self._met)
@@ -93,7 +93,7 @@ _Hashes = npt.NDArray[np.uint64]
 
 
 def _known_hashes(side: Sequence[tuple[RowSource, Tokens]]) -> dict[SequenceId, _Hashes]:
-    """Of each sequence the longest that a point has: rows that come again mostly have no beginning of their own."""
+    """The longest hashes of each sequence: repeated rows mostly lack the beginning of their sequence."""
     found: dict[SequenceId, _Hashes] = {}
     for _, tokens in side:
         for number, hashes in tokens.hashes.items():
@@ -102,9 +102,9 @@ def _known_hashes(side: Sequence[tuple[RowSource, Tokens]]) -> dict[SequenceId, 
 
 
 class _Round:
-    """Some points of a side, of which no token is there twice.
+    """Some points of one side among which no token occurs twice.
 
-    known: hashes of the side's sequences. alone: int64 [n, 2], runs of rows (first, count) that none has met so far.
+    known: the hashes of the side's sequences. alone: int64 [n, 2], runs (first row, count) of rows without a partner.
     """
 
     def __init__(
@@ -115,18 +115,18 @@ class _Round:
         self.tokens = joined([side[number][1] for number in points])
         for number, name in enumerate(self.tokens.sequences):
             own, longest = self.tokens.hashes.get(number), known.get(name)
-            # An id that stands for another sequence by now keeps its own.
+            # An id that was reused for another sequence keeps its own hashes.
             if longest is not None and (own is None or own[-1] == longest[len(own) - 1]):
                 self.tokens.hashes[number] = longest
         self._alone: npt.NDArray[np.int64] | None = None
 
     def in_sources(self, runs: npt.NDArray[np.int64]) -> list[tuple[int, int, int]]:
-        """Runs (first row, count) of this round as (number of the point in its side, its row, count)."""
+        """Runs (first row, count) of this round as (number of the point on its side, row in the point, count)."""
         pieces = rows_of_sources(runs.tolist(), self._sources)
         return [(self._points[source], row, count) for source, row, count in pieces]
 
     def keep_alone(self, runs: npt.NDArray[np.int64]) -> None:
-        """runs: those that one of the other side's rounds does not have, in order."""
+        """Keep as alone only rows that are in `runs`, the sorted rows that one round of the other side lacks."""
         self._alone = runs if self._alone is None else _in_both(self._alone, runs)
 
     @property
@@ -136,13 +136,13 @@ class _Round:
 
     @property
     def count_met(self) -> int:
-        """How many rows have met one."""
+        """The number of rows with a partner."""
         padding = int(self.tokens.runs[self.tokens.runs[:, 0] < 0, 2].sum())
         return self.tokens.rows - padding - int(self.alone[:, 1].sum())
 
 
 def _in_both(one: npt.NDArray[np.int64], other: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """The rows that two lists of runs have in common, as runs: rows that a record only claims take no memory."""
+    """The rows that two lists of runs have in common, as runs: a claimed number of rows must not take memory."""
     found = []
     theirs = other.tolist()
     place = 0
@@ -161,7 +161,7 @@ _Spans = dict[SequenceId, list[tuple[int, int]]]
 
 
 def _rounds(several: Sequence[Tokens]) -> list[list[int]]:
-    """The numbers of the points, parted so that no part has a token twice; each point is in the first that it fits."""
+    """The numbers of the points, divided into rounds without repeated tokens; a point joins the first that it fits."""
     rounds: list[tuple[list[int], _Spans]] = []
     for number, tokens in enumerate(several):
         runs = [
@@ -181,7 +181,7 @@ def _rounds(several: Sequence[Tokens]) -> list[list[int]]:
 
 
 def _is_taken(spans: _Spans, name: SequenceId, start: int, end: int) -> bool:
-    """Spans of a sequence are in order, and none overlaps another."""
+    """Whether a token from `start` to `end` of a sequence is in its spans, which are sorted and do not overlap."""
     own = spans.get(name, [])
     place = bisect_left(own, (start, start))
     return (place > 0 and own[place - 1][1] > start) or (place < len(own) and own[place][0] < end)

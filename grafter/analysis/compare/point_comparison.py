@@ -1,45 +1,50 @@
-"""One pair of points compared: its tensors found on both sides, measured, and judged by the rule of its name."""
+"""Compares one pair of points: finds its tensors on both sides, measures them, and judges them by its rule."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from grafter.analysis.compare.measuring import Measured, Value, measure_pair, with_row_tokens
+from grafter.analysis.compare.comparison_records import (
+    ComparedLeaf,
+    ComparisonVerdict,
+    PointRecord,
+    ReplicaRecord,
+    SideRecord,
+    TokenRecord,
+)
+from grafter.analysis.compare.gathered_rows import RowSource, possible_row_ndims, tokens_of
+from grafter.analysis.compare.measuring import Measured, measure_pair, with_row_tokens
 from grafter.analysis.compare.other_leaves import (
-    Which,
     compare_checksums,
     compare_others,
     with_missing_ranks,
     with_unsaved,
 )
 from grafter.analysis.compare.paired_rows import PairedRows
-from grafter.analysis.compare.pairs import Pair
-from grafter.analysis.compare.record import LeafRecord, PointRecord, ReplicaRecord, SideRecord, TokenRecord, Verdict
-from grafter.analysis.compare.token_rows import RowSource, possible_row_ndims, tokens_of
-from grafter.config.thresholds import Threshold
+from grafter.analysis.compare.point_pairs import PointPair
+from grafter.config.thresholds import MeasureValue, Threshold
 from grafter.core.layout.row_view import common_row_ndim
 from grafter.core.tokens.tokens import Tokens
 from grafter.errors import GrafterError
 from grafter.store.dumps.lazy_tensor import LazyTensor
-from grafter.store.dumps.point import DumpedPoint
+from grafter.store.dumps.point import DumpedPoint, Which
 
-# The worse, the later.
-_ORDER: Sequence[Verdict] = ("passed", "skipped", "allowed", "failed", "error")
-_WITHOUT_NARROW = "narrow_"
+# From best to worst.
+_ORDER: Sequence[ComparisonVerdict] = ("passed", "skipped", "allowed", "failed", "error")
 
 
 @dataclass(frozen=True)
 class PointTask:
-    """What to compare, and how. `order`, `order_b`: the places of the points among all of their side.
+    """One pair to compare, and how. order, order_b: the places of the points among all points of their side.
 
-    rule: the threshold of its name, None where none covers it. is_allowed: whether it may fail. helpers: threads that
+    rule: the threshold for its name; None if no rule matches. is_allowed: whether it may fail. helpers: threads that
     may measure parts of it.
     """
 
-    pair: Pair
+    pair: PointPair
     order: int
     order_b: int
     which: Which
@@ -51,31 +56,26 @@ class PointTask:
 
 @dataclass(frozen=True)
 class Compared:
-    """What came of a task."""
+    """The result of a task."""
 
     record: PointRecord
     bytes_read: int
 
 
 def compare_point(task: PointTask) -> Compared:
-    """Reads the files of both sides; what is wrong with one is the verdict `error` of this point, and no exception."""
+    """Compare a pair of points. A fault of a file becomes the verdict `error` of this point, not an exception."""
     began = time.monotonic()
     try:
         leaves, tokens, bytes_read = _compare_leaves(task)
         verdict, reason = _worst(leaves)
-    except GrafterError as error:
-        leaves, tokens, bytes_read, verdict, reason = [], None, 0, "error", str(error)
-    except MemoryError:
-        leaves, tokens, bytes_read, verdict, reason = [], None, 0, "error", "it needs more memory than there is"
     except Exception as error:
-        # A fault of grafter's own costs this point, not the others.
-        reason = f"a fault of grafter's own, which is worth a report: {type(error).__name__}: {error}"
-        leaves, tokens, bytes_read, verdict = [], None, 0, "error"
+        leaves, tokens, bytes_read, verdict, reason = [], None, 0, "error", _describe_error(error)
     finally:
-        _let_go(task.pair)
+        for point in (*task.pair.a, *task.pair.b):
+            point.let_go()
     if task.rule is None and verdict != "skipped":
         verdict = "error"
-        reason = "no threshold is for this name; add one, or a last one for `*`"
+        reason = "no threshold matches this name; add one, or a last one for `*`"
     if verdict == "failed" and task.is_allowed:
         verdict = "allowed"
     first, other = task.pair.a[0], task.pair.b[0]
@@ -103,12 +103,21 @@ def compare_point(task: PointTask) -> Compared:
     return Compared(record, bytes_read)
 
 
-def _compare_leaves(task: PointTask) -> tuple[list[LeafRecord], TokenRecord | None, int]:
+def _describe_error(error: Exception) -> str:
+    if isinstance(error, GrafterError):
+        return str(error)
+    if isinstance(error, MemoryError):
+        return "it needs more memory than there is"
+    # A bug must only cost this point, not the others.
+    return f"a bug of grafter, please report it: {type(error).__name__}: {error}"
+
+
+def _compare_leaves(task: PointTask) -> tuple[list[ComparedLeaf], TokenRecord | None, int]:
     pair = task.pair
     if not any(_has_tensors(point) for point in (*pair.a, *pair.b)):
         leaves = with_unsaved(compare_others(pair, keep_equal=True), pair, with_values=False)
         leaves = with_missing_ranks(leaves, pair)
-        return leaves or [LeafRecord(path="", verdict="skipped", reason="neither side has a leaf here")], None, 0
+        return leaves or [ComparedLeaf(path="", verdict="skipped", reason="neither side has a leaf here")], None, 0
     with_values = _holds_values(pair.a) and _holds_values(pair.b)
     if with_values:
         leaves, tokens, bytes_read = _compare_tensors(task)
@@ -116,14 +125,14 @@ def _compare_leaves(task: PointTask) -> tuple[list[LeafRecord], TokenRecord | No
         leaves, tokens, bytes_read = [compare_checksums(pair, task.which)], None, 0
     leaves = with_missing_ranks(with_unsaved(leaves, pair, with_values=with_values) + compare_others(pair), pair)
     if not leaves:
-        leaves = [LeafRecord(path="", verdict="skipped", reason="neither side has a tensor here")]
+        leaves = [ComparedLeaf(path="", verdict="skipped", reason="neither side has a tensor here")]
     return leaves, tokens, bytes_read
 
 
-def _compare_tensors(task: PointTask) -> tuple[list[LeafRecord], TokenRecord | None, int]:
+def _compare_tensors(task: PointTask) -> tuple[list[ComparedLeaf], TokenRecord | None, int]:
     pair = task.pair
     paths = dict.fromkeys(path for point in (*pair.a, *pair.b) for path in point.paths)
-    leaves: list[LeafRecord] = []
+    leaves: list[ComparedLeaf] = []
     tokens: TokenRecord | None = None
     bytes_read = 0
     for path in paths:
@@ -132,41 +141,38 @@ def _compare_tensors(task: PointTask) -> tuple[list[LeafRecord], TokenRecord | N
             tokens = tokens or own_tokens
             bytes_read += count
         except GrafterError as error:
-            leaf = LeafRecord(path=path, verdict="error", reason=str(error))
+            leaf = ComparedLeaf(path=path, verdict="error", reason=str(error))
         leaves.append(leaf)
     return leaves, tokens, bytes_read
 
 
 def _has_tensors(point: DumpedPoint) -> bool:
-    """Whether its value has tensors, saved or not."""
+    """Whether the point's value has tensors, saved or not."""
     return any(record.leaves or record.unsaved for record in point.records.values())
 
 
 def _holds_values(points: Sequence[DumpedPoint]) -> bool:
-    """Whether there are files of tensors; of a point that is a mere structure, there is nothing to hold."""
+    """Whether all of the points have a file of tensors."""
     return all(any(record.file is not None for record in point.records.values()) for point in points)
 
 
-def _compare_leaf(task: PointTask, path: str) -> tuple[LeafRecord, TokenRecord | None, int]:
-    """One tensor. Raises GrafterError where it cannot be read, or the two do not fit together."""
+def _compare_leaf(task: PointTask, path: str) -> tuple[ComparedLeaf, TokenRecord | None, int]:
+    """Compare one tensor. Raises GrafterError if it cannot be read, or if the two sides do not fit together."""
     pair = task.pair
     missing = [side for side, points in (("A", pair.a), ("B", pair.b)) if not all(path in p.paths for p in points)]
     if missing:
         there = "B" if missing == ["A"] else "A"
-        return LeafRecord(path=path, verdict="error", reason=f"only {there} has this tensor of the point"), None, 0
-    which = [_which(task, point, path) for point in (pair.a[0], pair.b[0])]
+        return ComparedLeaf(path=path, verdict="error", reason=f"only {there} has this tensor of the point"), None, 0
+    which = [point.effective(path, task.which) for point in (pair.a[0], pair.b[0])]
     kl_dims = task.rule.kl_dims if task.rule is not None else frozenset()
     tokens: TokenRecord | None = None
     if pair.by_token:
         rows = PairedRows(*_rows_of_both(task, path))
         tokens = _token_record(rows, pair)
         if not tokens.paired:
-            return LeafRecord(path=path, verdict="error", reason="no token is on both sides"), tokens, 0
+            return ComparedLeaf(path=path, verdict="error", reason="no token is on both sides"), tokens, 0
         measured = measure_pair(rows.a, rows.b, kl_dims=kl_dims, block_bytes=task.block_bytes, helpers=task.helpers)
-        measured = Measured(
-            with_row_tokens(measured.measures, rows.token_at),
-            *(measured.values, measured.a, measured.b, measured.replicas, measured.bytes_read),
-        )
+        measured = replace(measured, measures=with_row_tokens(measured.measures, rows.token_at))
     else:
         whole = [_reader(task, point, path) for point in (pair.a[0], pair.b[0])]
         measured = measure_pair(*whole, kl_dims=kl_dims, block_bytes=task.block_bytes, helpers=task.helpers)
@@ -181,22 +187,17 @@ def _compare_leaf(task: PointTask, path: str) -> tuple[LeafRecord, TokenRecord |
     return leaf, tokens, measured.bytes_read
 
 
-def _which(task: PointTask, point: DumpedPoint, path: str) -> Which:
-    """`grafted` where that is asked for and a graft changed the tensor; else what the program came with."""
-    return "grafted" if task.which == "grafted" and point.ranks_with(path, "grafted") else "value"
-
-
 def _reader(task: PointTask, point: DumpedPoint, path: str) -> LazyTensor:
-    return point.reader(path, _which(task, point, path))
+    return point.reader(path, point.effective(path, task.which))
 
 
 def _rows_of_both(task: PointTask, path: str) -> list[list[tuple[RowSource, Tokens]]]:
     """The rows of both sides' points.
 
-    Which dims count the rows is decided over all points, because a pass of one token leaves it open.
+    All points together decide which dims count the rows, because a pass of one token leaves it open.
     """
     sides = [
-        [(_reader(task, point, path), tokens_of(point, path, _which(task, point, path))) for point in points]
+        [(_reader(task, point, path), tokens_of(point, path, point.effective(path, task.which))) for point in points]
         for points in (task.pair.a, task.pair.b)
     ]
     possible = [[possible_row_ndims(tensor, tokens.rows) for tensor, tokens in side] for side in sides]
@@ -208,7 +209,7 @@ def _rows_of_both(task: PointTask, path: str) -> list[list[tuple[RowSource, Toke
     ]
 
 
-def _token_record(rows: PairedRows, pair: Pair) -> TokenRecord:
+def _token_record(rows: PairedRows, pair: PointPair) -> TokenRecord:
     only_a, only_b = rows.only_a, rows.only_b
     return TokenRecord(
         paired=rows.paired,
@@ -223,7 +224,7 @@ def _token_record(rows: PairedRows, pair: Pair) -> TokenRecord:
     )
 
 
-def _judged(task: PointTask, path: str, measured: Measured) -> LeafRecord:
+def _judged(task: PointTask, path: str, measured: Measured) -> ComparedLeaf:
     rule = task.rule
     replicas = [
         ReplicaRecord(
@@ -235,7 +236,7 @@ def _judged(task: PointTask, path: str, measured: Measured) -> LeafRecord:
         )
         for one in measured.replicas
     ]
-    verdict: Verdict = "passed"
+    verdict: ComparisonVerdict = "passed"
     reason = None
     if rule is not None and not rule.holds(measured.values):
         verdict, reason = "failed", why_failed(rule, measured.values)
@@ -247,21 +248,19 @@ def _judged(task: PointTask, path: str, measured: Measured) -> LeafRecord:
             f"rel {describe(worst.difference.rel)}, {_fraction(worst.difference.mismatched_fraction)} of the values"
         )
     has_narrow = measured.measures.narrow is not None
-    values = {
-        name: value for name, value in measured.values.items() if has_narrow or not name.startswith(_WITHOUT_NARROW)
-    }
-    return LeafRecord(
+    values = {name: value for name, value in measured.values.items() if has_narrow or not name.startswith("narrow_")}
+    return ComparedLeaf(
         path=path, verdict=verdict, reason=reason, measures=measured.measures, values=values, replicas=replicas
     )
 
 
-def _copy_holds(rule: Threshold, values: dict[str, Value]) -> bool:
-    """Copies have no KL of their own: a rule that reads nothing else is one for the pair alone."""
+def _copy_holds(rule: Threshold, values: dict[str, MeasureValue]) -> bool:
+    """Whether a copy satisfies a rule. Copies have no KL, so a rule that reads only the KL does not apply to them."""
     return rule.holds(values) or all("kl" in name.split("_") for name in rule.names)
 
 
-def why_failed(rule: Threshold, values: dict[str, Value]) -> str:
-    """What the rule read, such as `rel 0.031, max_abs 2`; or the non-finite values that no rule allows."""
+def why_failed(rule: Threshold, values: dict[str, MeasureValue]) -> str:
+    """The measures that a failed rule reads, such as `rel 0.031, max_abs 2`; or the unequal non-finite values."""
     nonfinite = {name: values.get(name) for name in ("nan", "inf") if values.get(name)}
     if nonfinite:
         listed = " and ".join(f"{count} {name}" for name, count in nonfinite.items())
@@ -270,7 +269,7 @@ def why_failed(rule: Threshold, values: dict[str, Value]) -> str:
     return f"{read}, where the rule is {rule.require}"
 
 
-def describe(value: Value) -> str:
+def describe(value: MeasureValue) -> str:
     """A measure in a sentence."""
     if value is None:
         return "unknown"
@@ -294,16 +293,16 @@ def _side(tensor: LazyTensor, which: Which) -> SideRecord:
     )
 
 
-def _worst_leaf(leaves: Sequence[LeafRecord]) -> LeafRecord | None:
-    def badness(leaf: LeafRecord) -> tuple[int, bool, float, float]:
+def _worst_leaf(leaves: Sequence[ComparedLeaf]) -> ComparedLeaf | None:
+    def badness(leaf: ComparedLeaf) -> tuple[int, bool, float, float]:
         rel, mismatched = leaf.values.get("rel"), leaf.values.get("mismatched_fraction")
-        # Equal by checksum, or by value, is equal.
+        # Equal leaves without a rel are equal.
         return _ORDER.index(leaf.verdict), rel is None and mismatched != 0, float(rel or 0.0), float(mismatched or 0.0)
 
     return max(leaves, key=badness, default=None)
 
 
-def _worst(leaves: Sequence[LeafRecord]) -> tuple[Verdict, str | None]:
+def _worst(leaves: Sequence[ComparedLeaf]) -> tuple[ComparisonVerdict, str | None]:
     worst = _worst_leaf(leaves)
     if worst is None:
         return "skipped", None
@@ -311,8 +310,3 @@ def _worst(leaves: Sequence[LeafRecord]) -> tuple[Verdict, str | None]:
     if reason is not None and worst.path:
         reason = f"{worst.path}: {reason}"
     return worst.verdict, reason
-
-
-def _let_go(pair: Pair) -> None:
-    for point in (*pair.a, *pair.b):
-        point.let_go()

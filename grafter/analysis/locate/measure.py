@@ -11,9 +11,7 @@ from typing import Any
 
 from grafter.core.points import FORWARD, OWN_TAGS, is_rank_tag
 from grafter.core.records import Difference, LedgerRecord
-from grafter.core.roles import Role
-
-RankLedger = tuple[Role, int, list[LedgerRecord]]
+from grafter.store.ledger import RankLedger
 
 
 @dataclass(frozen=True)
@@ -35,7 +33,7 @@ class PointId:
 
 
 @dataclass(frozen=True)
-class Measurement:
+class PointMeasurement:
     """One point in one run, at its worst over steps, ranks and leaves.
 
     `rel` is the ledger's `rel` (0: equal; 2: opposite). It is infinite if one side is not finite and the other is not
@@ -51,10 +49,10 @@ class Measurement:
 class RunMeasurement:
     """Every point of one run, in the order in which the baseline executed them."""
 
-    points: dict[PointId, Measurement]
+    points: dict[PointId, PointMeasurement]
 
-    def __getitem__(self, point: PointId) -> Measurement:
-        return self.points.get(point, Measurement())
+    def __getitem__(self, point: PointId) -> PointMeasurement:
+        return self.points.get(point, PointMeasurement())
 
 
 def measure_run(ledgers: Iterable[RankLedger], key_tags: Collection[str] | None = None) -> RunMeasurement:
@@ -75,10 +73,11 @@ def point_id(record: LedgerRecord, key_tags: Collection[str] | None = None) -> P
         for tag, value in sorted(record.tags.items())
         if tag not in OWN_TAGS and (not is_rank_tag(tag) if key_tags is None else tag in key_tags)
     }
-    return PointId(record.name, tuple((t, _as_text(v)) for t, v in tags.items()), record.phase, record.occurrence)
+    return PointId(record.name, tuple((t, as_text(v)) for t, v in tags.items()), record.phase, record.occurrence)
 
 
-def _as_text(value: Any) -> str:
+def as_text(value: Any) -> str:
+    """The value of a tag as JSON, as `PointId.tags` holds it."""
     return json.dumps(value, sort_keys=True, ensure_ascii=False)
 
 
@@ -89,11 +88,11 @@ def _in_order(rank_records: list[list[LedgerRecord]]) -> Iterator[LedgerRecord]:
     return heapq.merge(*runs, key=lambda record: record.time)
 
 
-def _worst(records: list[LedgerRecord]) -> Measurement:
+def _worst(records: list[LedgerRecord]) -> PointMeasurement:
     differences = [d for record in records for d in _differences(record)]
     values = [value for value in map(difference_value, differences) if value is not None]
     problems = dict.fromkeys(problem for record in records if (problem := _problem(record)) is not None)
-    return Measurement(
+    return PointMeasurement(
         rel=max(values, default=None),
         bitwise_equal=bool(differences) and all(d.mismatched_fraction == 0 for d in differences),
         problems=tuple(problems),

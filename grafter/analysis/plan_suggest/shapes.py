@@ -1,4 +1,8 @@
-"""not divided. A negative ratio divides the parts."""
+"""How the weights of two modules relate: equal, divided by a ratio of tensor parallelism, padded, transposed, or fused.
+
+A ratio above 1 means that the target's weight is smaller by this factor, one below -1 that the baseline's is; 1: not
+divided. For fused weights, a negative ratio divides the parts.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ from typing import Literal
 
 from grafter.capture.module_tree import Weight
 
-Kind = Literal["equal", "divided", "padded", "transposed", "different", "none"]
+RelationKind = Literal["equal", "divided", "padded", "transposed", "different", "none"]
 _WORST = ("none", "equal", "divided", "padded", "transposed", "different")
 # Larger tensor parallelism is not used in practice; larger ratios are accidents.
 _MOST_RANKS = 64
@@ -26,13 +30,14 @@ class Relation:
     missing: weights that only one side has, such as a bias.
     """
 
-    kind: Kind
+    kind: RelationKind
     ratio: int = 1
     split: tuple[tuple[str, int], ...] = ()
     missing: tuple[str, ...] = ()
 
     @property
     def fits(self) -> bool:
+        """Whether the two can hold the same weights."""
         return self.kind not in ("different", "none")
 
     def fits_as(self, other: Relation) -> bool:
@@ -52,7 +57,7 @@ def relate(baseline: dict[str, Weight], target: dict[str, Weight], ratios: Itera
         return Relation("different")
     pairs = _weight_pairs(baseline, target)
     missing = tuple(sorted(set(baseline) ^ set(target))) if len(baseline) != len(target) else ()
-    worst: Kind = "none"
+    worst: RelationKind = "none"
     ratio, split = 1, []
     for name, ours, theirs in pairs:
         kind, own_ratio, dim = _relate_one(ours.shape, theirs.shape, ratios)
@@ -72,7 +77,9 @@ def _weight_pairs(baseline: dict[str, Weight], target: dict[str, Weight]) -> lis
     return [(name, ours, theirs) for (name, ours), theirs in zip(baseline.items(), target.values(), strict=False)]
 
 
-def _relate_one(ours: tuple[int, ...], theirs: tuple[int, ...], ratios: Iterable[int] | None) -> tuple[Kind, int, int]:
+def _relate_one(
+    ours: tuple[int, ...], theirs: tuple[int, ...], ratios: Iterable[int] | None
+) -> tuple[RelationKind, int, int]:
     if ours == theirs:
         return "equal", 1, -1
     if len(ours) != len(theirs):

@@ -73,7 +73,7 @@ def linked(tree: ModuleTree) -> Module:
 
 
 @dataclass(eq=False)
-class Region:
+class ModuleRegion:
     """A layer, or the model: the modules below `root`, without the contents of stacks."""
 
     root: Module
@@ -100,9 +100,9 @@ class Region:
         return None if module.parent is self.root else module.parent
 
 
-def region_of(root: Module) -> Region:
+def region_of(root: Module) -> ModuleRegion:
     """The region below a module. A list of layers, which is never called, is only in `stacks`."""
-    region = Region(root)
+    region = ModuleRegion(root)
     pending = list(reversed(root.children))
     while pending:
         module = pending.pop()

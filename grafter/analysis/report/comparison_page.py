@@ -10,34 +10,33 @@ from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
-from grafter.analysis.compare.pairs import Pair, find_pairs
-from grafter.analysis.compare.record import (
+from grafter.analysis.compare.comparison_records import (
+    ComparedLeaf,
     ComparisonHeader,
     FindingRecord,
-    LeafRecord,
     PointRecord,
     SummaryRecord,
     read_line,
 )
+from grafter.analysis.compare.point_pairs import PointPair, find_pairs
 from grafter.analysis.report.dumped_pictures import MOST_PICTURES, draw_worst
-from grafter.analysis.report.page_data import Environment, Finding, PageData, PagePoint, PageVerdict
+from grafter.analysis.report.page_data import Environment, PageData, PageFinding, PagePoint, PageVerdict, bad_lines
 from grafter.analysis.report.pictures import Picture
 from grafter.analysis.report.run_page import find_layer, flatten_facts, with_inputs
-from grafter.core.points import FORWARD
+from grafter.analysis.run.point_rows import point_label
 from grafter.errors import FilterError, GrafterError
 
 if TYPE_CHECKING:
     from grafter.store.dumps.reader import Dumps
 
 _LONGEST_LINE = 1 << 26
-_BAD_LINES_SHOWN = 5
 _NOT_FINITE = {"nan", "inf"}
 
-MEASURED = (
+DUMPS_MEASURED = (
     "rel = sum((x-y)²) / sum(x²+y²): 0 for equal tensors, 1 for unrelated ones, 2 for opposite ones. y is A, the "
     "reference; x is B, which is judged."
 )
-NOT_ADDED = (
+DUMPS_NOT_ADDED = (
     "Dumps contain the values of each point, and these include the error of earlier points. If a module's inputs were "
     "dumped as well, the page shows them beside its output. A live run with --b2t, or `grafter locate`, measures what "
     "each point itself adds."
@@ -53,7 +52,7 @@ class Lines:
     points: list[PointRecord] = field(default_factory=list)
     findings: list[FindingRecord] = field(default_factory=list)
     summary: SummaryRecord | None = None
-    damaged: list[Finding] = field(default_factory=list)
+    damaged: list[PageFinding] = field(default_factory=list)
 
 
 def compare_dumps(a: Path, b: Path | None) -> PageData:
@@ -96,34 +95,27 @@ def read_comparison(path: Path) -> PageData:
 
 def read_lines(path: Path) -> Lines:
     """The lines of a file. Raises GrafterError if it cannot be read."""
-    lines = Lines()
+    read: list[ComparisonHeader | PointRecord | FindingRecord | SummaryRecord] = []
     bad: list[str] = []
     try:
         with path.open("rb") as file:
             for number, line in enumerate(iter(lambda: file.readline(_LONGEST_LINE), b""), start=1):
                 try:
-                    _sort_in(lines, read_line(line.decode()))
+                    read.append(read_line(line.decode()))
                 except (ValidationError, ValueError, RecursionError):
                     bad.append(f"line {number} is not a line of a comparison")
     except OSError as error:
         raise GrafterError(f"{path} cannot be read: {error.strerror}.") from error
-    lines.damaged = [Finding("problem", f"{path.name}: {text}; it is ignored.") for text in bad[:_BAD_LINES_SHOWN]]
-    if len(bad) > _BAD_LINES_SHOWN:
-        lines.damaged.append(Finding("problem", f"{path.name}: {len(bad) - _BAD_LINES_SHOWN} more lines are damaged."))
+    lines = Lines(
+        header=next((line for line in read if isinstance(line, ComparisonHeader)), None),
+        points=[line for line in read if isinstance(line, PointRecord)],
+        findings=[line for line in read if isinstance(line, FindingRecord)],
+        summary=next((line for line in read if isinstance(line, SummaryRecord)), None),
+        damaged=bad_lines(path.name, bad),
+    )
     if lines.summary is None:
-        lines.damaged.append(Finding("problem", f"{path.name} has no last line: the comparison was interrupted."))
+        lines.damaged.append(PageFinding("problem", f"{path.name} has no last line: the comparison was interrupted."))
     return lines
-
-
-def _sort_in(lines: Lines, line: ComparisonHeader | PointRecord | FindingRecord | SummaryRecord) -> None:
-    if isinstance(line, PointRecord):
-        lines.points.append(line)
-    elif isinstance(line, FindingRecord):
-        lines.findings.append(line)
-    elif isinstance(line, SummaryRecord):
-        lines.summary = line
-    else:
-        lines.header = line
 
 
 def make_comparison_page(lines: Lines, a: Dumps | None, b: Dumps | None, source: str) -> PageData:
@@ -141,8 +133,8 @@ def make_comparison_page(lines: Lines, a: Dumps | None, b: Dumps | None, source:
         environments=_environments(lines.header, a, b),
         pictures=pictures,
         pictures_note=note,
-        measured=MEASURED,
-        adds_note=NOT_ADDED,
+        measured=DUMPS_MEASURED,
+        adds_note=DUMPS_NOT_ADDED,
     )
 
 
@@ -171,7 +163,7 @@ def _point(order: int, record: PointRecord) -> PagePoint:
         call_site = f"A: {call_site}\nB: {record.call_site_b}"
     return PagePoint(
         order=order,
-        label=_label(record),
+        label=point_label(record.name, record.tags, record.phase, record.occurrence),
         name=record.name,
         tags=record.tags,
         step=record.step,
@@ -193,16 +185,6 @@ def _point(order: int, record: PointRecord) -> PagePoint:
     )
 
 
-def _label(record: PointRecord) -> str:
-    """The label as `grafter show` writes it, without the step."""
-    parts = [record.name, *(f"{tag}={value}" for tag, value in record.tags.items())]
-    if record.phase != FORWARD:
-        parts.append(f"phase={record.phase}")
-    if record.occurrence:
-        parts.append(f"#{record.occurrence}")
-    return " ".join(parts)
-
-
 def _values(record: PointRecord) -> dict[str, float]:
     return {
         name: float(value)
@@ -211,7 +193,7 @@ def _values(record: PointRecord) -> dict[str, float]:
     }
 
 
-def _notes(record: PointRecord, leaf: LeafRecord | None) -> tuple[str, ...]:
+def _notes(record: PointRecord, leaf: ComparedLeaf | None) -> tuple[str, ...]:
     notes = []
     if record.severity == "culprit":
         notes.append("the faulty module: its output is bad, and its inputs are good")
@@ -235,18 +217,20 @@ def _notes(record: PointRecord, leaf: LeafRecord | None) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _dtypes(leaf: LeafRecord | None) -> str | None:
+def _dtypes(leaf: ComparedLeaf | None) -> str | None:
     if leaf is None:
         return None
     return " / ".join(dict.fromkeys(side.dtype for side in (leaf.a, leaf.b) if side is not None)) or None
 
 
-def _findings(lines: Lines) -> Iterable[Finding]:
+def _findings(lines: Lines) -> Iterable[PageFinding]:
     failed = sum(point.verdict == "failed" for point in lines.points)
     if failed:
-        yield Finding("problem", f"{failed} of {len(lines.points)} points differ by more than their threshold allows.")
+        yield PageFinding(
+            "problem", f"{failed} of {len(lines.points)} points differ by more than their threshold allows."
+        )
     for finding in sorted(lines.findings, key=lambda finding: (not finding.is_error, not finding.is_skip)):
-        yield Finding("problem" if finding.is_error or finding.is_skip else "note", finding.text)
+        yield PageFinding("problem" if finding.is_error or finding.is_skip else "note", finding.text)
 
 
 def _verdict(lines: Lines, points: Sequence[PagePoint]) -> PageVerdict | None:
@@ -296,7 +280,7 @@ def _draw(
     return tuple(sorted(pictures.values(), key=lambda picture: rank[picture.order])), note
 
 
-def _pairs(lines: Lines, points: Sequence[PagePoint], a: Dumps, b: Dumps) -> list[tuple[PagePoint, Pair]]:
+def _pairs(lines: Lines, points: Sequence[PagePoint], a: Dumps, b: Dumps) -> list[tuple[PagePoint, PointPair]]:
     """The compared pairs that the dumps still contain."""
     expression = lines.header.filter if lines.header is not None else None
     try:

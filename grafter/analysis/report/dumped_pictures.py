@@ -8,13 +8,13 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from grafter.analysis.report.page_data import Finding, PagePoint
+from grafter.analysis.report.page_data import PageFinding, PagePoint
 from grafter.analysis.report.pictures import Picture, draw_pair
 from grafter.errors import GrafterError
 
 if TYPE_CHECKING:
     from grafter.analysis.compare.alignment import WholeTensor
-    from grafter.analysis.compare.pairs import Pair
+    from grafter.analysis.compare.point_pairs import PointPair
     from grafter.store.dumps.point import DumpedPoint, Which
     from grafter.store.dumps.reader import Dumps
 
@@ -30,11 +30,11 @@ HOW_TO_DUMP = (
 _NONE_IN_BOTH = "No point was dumped with its values in both jobs, so there is nothing to draw here."
 
 
-def draw_run(run_directory: Path, points: Sequence[PagePoint]) -> tuple[tuple[Picture, ...], str, list[Finding]]:
+def draw_run(run_directory: Path, points: Sequence[PagePoint]) -> tuple[tuple[Picture, ...], str, list[PageFinding]]:
     """One run's dumps: (pictures, a sentence if not every point has one, findings)."""
     from grafter.store.dumps.reader import open_dumps
 
-    findings: list[Finding] = []
+    findings: list[PageFinding] = []
     sides = []
     for role in ("baseline", "target"):
         if not has_role_dumps(run_directory / role):
@@ -42,9 +42,9 @@ def draw_run(run_directory: Path, points: Sequence[PagePoint]) -> tuple[tuple[Pi
         try:
             dumps = open_dumps(run_directory, role=role)
         except GrafterError as error:
-            findings.append(Finding("problem", f"the dumps of the {role} cannot be read: {error}"))
+            findings.append(PageFinding("problem", f"the dumps of the {role} cannot be read: {error}"))
             return (), "The dumps of this run cannot be read; the first lines of this page say why.", findings
-        findings += [Finding("problem", f"dumps of the {role}: {problem}") for problem in dumps.problems[:10]]
+        findings += [PageFinding("problem", f"dumps of the {role}: {problem}") for problem in dumps.problems[:10]]
         sides.append(dumps)
     pictures, note = draw_worst(_pair_up(points, *sides))
     return pictures, note, findings
@@ -60,15 +60,15 @@ def has_role_dumps(directory: Path) -> bool:
     return any(True for pattern in ("rank*.dumps.jsonl", "rank*/*.safetensors") for _ in directory.glob(pattern))
 
 
-def _pair_up(points: Sequence[PagePoint], a: Dumps, b: Dumps) -> list[tuple[PagePoint, Pair]]:
-    from grafter.analysis.compare.pairs import Pair
+def _pair_up(points: Sequence[PagePoint], a: Dumps, b: Dumps) -> list[tuple[PagePoint, PointPair]]:
+    from grafter.analysis.compare.point_pairs import PointPair
 
     dumped = {}
     for one in a.points:
         other = b.get(one.key)
         if other is not None:
             own = _identity(one.name, one.step, one.phase, one.occurrence, dict(one.key.identifying))
-            dumped[own] = Pair((one,), (other,))
+            dumped[own] = PointPair((one,), (other,))
     identities = (_identity(each.name, each.step, each.phase, each.occurrence, each.tags) for each in points)
     return [(point, dumped[own]) for point, own in zip(points, identities, strict=True) if own in dumped]
 
@@ -77,7 +77,7 @@ def _identity(name: str, step: int, phase: str, occurrence: int, tags: dict[str,
     return json.dumps([name, step, phase, occurrence, tags], sort_keys=True)
 
 
-def draw_worst(pairs: Iterable[tuple[PagePoint, Pair]], which: Which = "value") -> tuple[tuple[Picture, ...], str]:
+def draw_worst(pairs: Iterable[tuple[PagePoint, PointPair]], which: Which = "value") -> tuple[tuple[Picture, ...], str]:
     """Pictures of the worst points, the worst first, and a sentence about those that are left out."""
     there = [(point, pair) for point, pair in pairs if _holds_values(pair, _leaf(point, pair))]
     there.sort(key=lambda each: (each[0].guilty, each[0].is_trouble, each[0].badness), reverse=True)
@@ -104,35 +104,30 @@ def draw_worst(pairs: Iterable[tuple[PagePoint, Pair]], which: Which = "value") 
     return tuple(pictures), f"The page draws {points}, of {len(there)} that both jobs dumped."
 
 
-def _leaf(point: PagePoint, pair: Pair) -> str:
+def _leaf(point: PagePoint, pair: PointPair) -> str:
     paths = pair.a[0].paths
     return point.leaf if point.leaf in paths or not paths else paths[0]
 
 
-def _holds_values(pair: Pair, leaf: str) -> bool:
+def _holds_values(pair: PointPair, leaf: str) -> bool:
     return all(point.ranks_with(leaf) for point in (*pair.a, *pair.b))
 
 
-def _read_pair(pair: Pair, leaf: str, which: Which) -> tuple[WholeTensor, WholeTensor]:
+def _read_pair(pair: PointPair, leaf: str, which: Which) -> tuple[WholeTensor, WholeTensor]:
     """Both jobs' whole tensors. If the points were paired by token: the rows that both jobs have."""
     if not pair.by_token:
         return _reader(pair.a[0], leaf, which), _reader(pair.b[0], leaf, which)
+    from grafter.analysis.compare.gathered_rows import RowSource, tokens_of
     from grafter.analysis.compare.paired_rows import PairedRows
-    from grafter.analysis.compare.token_rows import RowSource, tokens_of
 
     sides = []
     for points in (pair.a, pair.b):
         readers = [_reader(point, leaf, which) for point in points]
-        own = [tokens_of(point, leaf, _which(point, leaf, which)) for point in points]
+        own = [tokens_of(point, leaf, point.effective(leaf, which)) for point in points]
         sides.append([(RowSource(reader, each.rows), each) for reader, each in zip(readers, own, strict=True)])
     rows = PairedRows(*sides)
     return rows.a, rows.b
 
 
 def _reader(point: DumpedPoint, leaf: str, which: Which) -> WholeTensor:
-    return point.reader(leaf, _which(point, leaf, which))
-
-
-def _which(point: DumpedPoint, leaf: str, which: Which) -> Which:
-    """`grafted` if it is asked for and a graft changed the tensor; otherwise `value`."""
-    return which if point.ranks_with(leaf, which) else "value"
+    return point.reader(leaf, point.effective(leaf, which))

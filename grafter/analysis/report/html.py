@@ -19,7 +19,7 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
-from grafter.analysis.report.page_data import OWN_FACTS, Finding, PageData, PagePoint
+from grafter.analysis.report.page_data import OWN_FACTS, PageData, PageFinding, PagePoint
 from grafter.errors import UsageError
 
 _SCRIPTS = ("reading.js", "theme.js", "findings.js", "charts.js", "picture.js", "table.js", "page.js")
@@ -90,11 +90,6 @@ def _digest(text: str) -> str:
     return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
-# PageData as JSON for a `<script type="application/json">`: bounded in size, and unable to end the script element.
-#
-# Points are stored as columns and rows, which takes a third of the size of one object each. Numbers that are not
-# finite are the texts "NaN", "Infinity" and "-Infinity".
-
 MOST_POINTS = 20_000
 MOST_FINDINGS = 300
 # Names, tags and reasons come from programs, and from files that may be malicious.
@@ -109,7 +104,11 @@ _COLUMNS = (
 
 
 def encode_page(page: PageData) -> str:
-    """The JSON text. It contains no `<`, `>` or `&`, so it is the same text in HTML and in JSON."""
+    """PageData as JSON for a `<script type="application/json">`, of bounded size.
+
+    It contains no `<`, `>` or `&`, so it cannot end the script element. Points are stored as columns and rows, which
+    takes a third of the size of one object each. Non-finite numbers are the texts "NaN", "Infinity" and "-Infinity".
+    """
     page = bound_page(page)
     content = {
         "kind": page.kind,
@@ -136,9 +135,7 @@ def encode_page(page: PageData) -> str:
 
 
 def bound_page(page: PageData) -> PageData:
-    """At most MOST_POINTS points (those with problems, then the worst) and MOST_FINDINGS findings, with a note about
-    the rest.
-    """
+    """At most MOST_POINTS points (problems, then the worst) and MOST_FINDINGS findings, with notes on the rest."""
     findings = list(page.findings)
     points: Sequence[PagePoint] = page.points
     if len(points) > MOST_POINTS:
@@ -146,7 +143,7 @@ def bound_page(page: PageData) -> PageData:
         points = sorted(ranked[:MOST_POINTS], key=lambda point: point.order)
         findings.insert(
             0,
-            Finding(
+            PageFinding(
                 "note",
                 f"the page shows {MOST_POINTS} of {len(page.points)} points: those with problems, then those that "
                 "differ most. The ledgers hold all.",
@@ -154,7 +151,7 @@ def bound_page(page: PageData) -> PageData:
         )
     if len(findings) > MOST_FINDINGS:
         left_out = len(findings) - MOST_FINDINGS
-        findings = [*findings[:MOST_FINDINGS], Finding("note", f"{left_out} more are not shown here.")]
+        findings = [*findings[:MOST_FINDINGS], PageFinding("note", f"{left_out} more are not shown here.")]
     return replace(page, points=tuple(points), findings=tuple(findings))
 
 

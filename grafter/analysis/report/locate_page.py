@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
-from grafter.analysis.locate.judgement import judge
+from grafter.analysis.locate.added_error import judge
 from grafter.analysis.locate.measure import measure_run
 from grafter.analysis.locate.verdict import Verdict
 from grafter.analysis.report.dumped_pictures import draw_run
-from grafter.analysis.report.page_data import Finding, PageData, PagePoint
-from grafter.analysis.report.run_files import ROLES, RunFiles, has_ledgers, read_run_files
+from grafter.analysis.report.page_data import PageData, PageFinding, PagePoint
 from grafter.analysis.report.run_page import (
-    MEASURED,
+    RUN_MEASURED,
     as_page_verdict,
     point_id,
     read_environments,
     read_points,
     run_findings,
 )
+from grafter.analysis.report.run_reading import RunFiles, has_ledgers, read_run_files
+from grafter.core.roles import ROLES
 from grafter.errors import DumpError
 from grafter.store.dumps.record_file import opened
 
@@ -46,7 +46,7 @@ def make_locate_page(directory: Path) -> PageData:
     }
     findings = [finding for name, run in runs.items() for finding in run_findings(run, f"run `{name}`")]
     if GRAFTED not in runs:
-        findings.insert(0, Finding("problem", _NOT_FINISHED))
+        findings.insert(0, PageFinding("problem", _NOT_FINISHED))
     verdict = _read_verdict(directory, runs, findings)
     points = _join_runs(runs, verdict)
     pictures, pictures_note, dump_findings = draw_run(directory / ALONE, points)
@@ -56,22 +56,18 @@ def make_locate_page(directory: Path) -> PageData:
         source=str(directory),
         sides=ROLES,
         points=tuple(points),
-        findings=tuple(_sorted(findings + dump_findings)),
+        findings=tuple(sorted(findings + dump_findings, key=lambda finding: finding.level != "problem")),
         verdict=as_page_verdict(verdict, points, (verdict.inputs,)) if verdict is not None else None,
         environments=read_environments(runs[ALONE]),
         pictures=pictures,
         pictures_note=pictures_note,
-        measured=f"{MEASURED} The lines show the target left alone. The bars show what each point adds when all others "
-        "are given the baseline's values.",
+        measured=f"{RUN_MEASURED} The lines show the target left alone. The bars show what each point adds when all "
+        "others are given the baseline's values.",
         adds_note="" if GRAFTED in runs else _NOT_FINISHED,
     )
 
 
-def _sorted(findings: Sequence[Finding]) -> list[Finding]:
-    return sorted(findings, key=lambda finding: finding.level != "problem")
-
-
-def _read_verdict(directory: Path, runs: dict[str, RunFiles], findings: list[Finding]) -> Verdict | None:
+def _read_verdict(directory: Path, runs: dict[str, RunFiles], findings: list[PageFinding]) -> Verdict | None:
     """The verdict that `grafter locate` wrote. If its file is damaged, the runs are judged again."""
     if GRAFTED not in runs:
         return None
@@ -79,7 +75,9 @@ def _read_verdict(directory: Path, runs: dict[str, RunFiles], findings: list[Fin
         with opened(directory, "verdict.json") as descriptor, open(descriptor, "rb", closefd=False) as file:
             return TypeAdapter(Verdict).validate_json(file.read(1 << 24))
     except (DumpError, ValidationError, RecursionError):
-        findings.append(Finding("note", "verdict.json cannot be read; the runs were judged again from the ledgers."))
+        findings.append(
+            PageFinding("note", "verdict.json cannot be read; the runs were judged again from the ledgers.")
+        )
     measured = {name: measure_run(run.ledgers, run.key_tags) for name, run in runs.items()}
     return judge(measured[ALONE], measured[GRAFTED], measured.get(FLOOR_ALONE), measured.get(FLOOR_GRAFTED))
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from grafter.analysis.report.pictures import Picture
 from grafter.errors import UsageError
 
-Kind = Literal["run", "locate", "comparison"]
+PageKind = Literal["run", "locate", "comparison"]
 FindingLevel = Literal["problem", "note"]
 Tone = Literal["bad", "good", "open"]
 
@@ -20,19 +20,28 @@ TROUBLES = frozenset({"failed", "skipped", "error"})
 
 
 @dataclass(frozen=True)
-class Finding:
+class PageFinding:
     """One sentence that a reader should see before any figure."""
 
     level: FindingLevel
     text: str
 
 
+_BAD_LINES_SHOWN = 5
+
+
+def bad_lines(place: str, faults: Sequence[str]) -> list[PageFinding]:
+    """The findings about the damaged lines of one file, at most five and a count."""
+    found = [PageFinding("problem", f"{place}: {text}; it is ignored.") for text in faults[:_BAD_LINES_SHOWN]]
+    more = len(faults) - _BAD_LINES_SHOWN
+    return found + ([PageFinding("problem", f"{place}: {more} more lines are damaged.")] if more > 0 else [])
+
+
 @dataclass(frozen=True)
 class PageVerdict:
     """One sentence, and the facts behind it.
 
-    tone: `bad` names a faulty point, `good` clears all points, `open` decides nothing. order: that of the named point,
-    if there is one.
+    tone: `bad` names a faulty point, `good` clears all points, `open` decides nothing. order: that of the named point.
     """
 
     sentence: str
@@ -83,6 +92,7 @@ class PagePoint:
 
     @property
     def is_trouble(self) -> bool:
+        """Whether a reader should see the point first."""
         return self.outcome in TROUBLES
 
     @property
@@ -107,12 +117,12 @@ class Environment:
 class PageData:
     """The content of one page. `sides` names the two jobs, in the order of histograms and environments."""
 
-    kind: Kind
+    kind: PageKind
     title: str
     source: str
     sides: tuple[str, str]
     points: tuple[PagePoint, ...]
-    findings: tuple[Finding, ...] = ()
+    findings: tuple[PageFinding, ...] = ()
     verdict: PageVerdict | None = None
     environments: tuple[Environment, ...] = ()
     pictures: tuple[Picture, ...] = ()
@@ -123,14 +133,12 @@ class PageData:
     adds_note: str = ""
 
 
-# A page's figures as TensorBoard scalars: one curve per measure and point, over steps.
-
-MEASURES = ("rel", "max_abs")
+# The measures that become TensorBoard scalars: one curve per measure and point, over steps.
+SCALAR_MEASURES = ("rel", "max_abs")
 
 
 def write_scalars(points: Sequence[PagePoint], directory: Path) -> int:
-    """Write `rel/<point>`, `max_abs/<point>` and `adds/<point>` of each step to `directory`. Returns the number of
-    values.
+    """Write `rel/<point>`, `max_abs/<point>` and `adds/<point>` of each step. Returns the number of values.
 
     NaN marks points with values that are not finite on one side only. Raises UsageError without tensorboard.
     """
@@ -151,7 +159,7 @@ def write_scalars(points: Sequence[PagePoint], directory: Path) -> int:
 
 
 def _scalars(point: PagePoint) -> list[tuple[str, float]]:
-    found = [(name, point.difference[name]) for name in MEASURES if name in point.difference]
+    found = [(name, point.difference[name]) for name in SCALAR_MEASURES if name in point.difference]
     if point.nonfinite:
         found = [(name, math.nan) for name, _ in found] or [("rel", math.nan)]
     if point.added is not None:

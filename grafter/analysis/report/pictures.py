@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 if TYPE_CHECKING:
-    from grafter.analysis.compare.alignment import Alignment, Block, WholeTensor
+    from grafter.analysis.compare.alignment import AlignedBlock, Alignment, WholeTensor
 
 MOST_ROWS, MOST_COLUMNS = 96, 160
 BINS = 64
@@ -53,9 +53,7 @@ class Heatmap:
 
 @dataclass(frozen=True)
 class Histogram:
-    """The values of both jobs in BINS equal bins from low to high. Values that are not finite are
-    counted separately.
-    """
+    """The values of both jobs in BINS equal bins from low to high. Non-finite values are counted separately."""
 
     low: float
     high: float
@@ -70,8 +68,7 @@ class Picture:
     """All pictures of one point's tensor.
 
     order: the point's. why_none: why there are no pictures. magnitudes: (e, number of |a - b| from 2**e up to
-    2**(e+1)); None
-    instead of e: the number of zeros.
+    2**(e+1)); None instead of e: the number of zeros.
     """
 
     order: int
@@ -115,7 +112,7 @@ def draw_pair(order: int, leaf: str, a: WholeTensor, b: WholeTensor) -> Picture:
     return Picture(order, leaf, tuple(a.shape), heatmaps, _count(alignment, span))
 
 
-def _blocks(alignment: Alignment) -> Iterator[tuple[Block, torch.Tensor, torch.Tensor]]:
+def _blocks(alignment: Alignment) -> Iterator[tuple[AlignedBlock, torch.Tensor, torch.Tensor]]:
     """The values of both jobs in float64, one block at a time; complex values as their magnitude."""
     for block in alignment.blocks(_BLOCK_NUMEL):
         yield block, _as_real(alignment.a.read(block)), _as_real(alignment.b.read(block))
@@ -149,7 +146,7 @@ class _Grid:
         self._cells = (min(self._sizes[0], MOST_ROWS), min(self._sizes[1], MOST_COLUMNS))
         self._largest = np.zeros(self._cells)
 
-    def add(self, block: Block, gap: torch.Tensor) -> None:
+    def add(self, block: AlignedBlock, gap: torch.Tensor) -> None:
         row = self._dims[0]
         others = tuple(dim for dim in range(gap.ndim) if dim not in self._dims)
         flat = gap.amax(dim=others).numpy() if others else gap.numpy()

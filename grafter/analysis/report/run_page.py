@@ -11,30 +11,30 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from grafter.analysis.compare.verdict import split_name
-from grafter.analysis.locate.judgement import judge
-from grafter.analysis.locate.measure import RunMeasurement, measure_run
-from grafter.analysis.locate.verdict import Verdict
-from grafter.analysis.locate.wording import describe_number
+from grafter.analysis.compare.conclusion import split_name
+from grafter.analysis.locate.added_error import judge
+from grafter.analysis.locate.measure import PointId, RunMeasurement, as_text, measure_run
+from grafter.analysis.locate.verdict import Verdict, describe_number
 from grafter.analysis.report.dumped_pictures import draw_run
-from grafter.analysis.report.page_data import Environment, Finding, PageData, PagePoint, PageVerdict
-from grafter.analysis.report.run_files import ROLES, RunFiles, read_run_files
+from grafter.analysis.report.page_data import Environment, PageData, PageFinding, PagePoint, PageVerdict
+from grafter.analysis.report.run_reading import RunFiles, read_run_files
 from grafter.analysis.run.point_rows import PointRow, group_points, merge_ranks
 from grafter.analysis.run.run_findings import find_notes, find_problems
 from grafter.core.records import Difference, LedgerRecord
-from grafter.core.roles import Role, receiver_role
+from grafter.core.roles import ROLES, Role, receiver_role
+from grafter.store.ledger import RankLedger
 
 DIFFERENCES = ("rel", "rel_l2", "max_abs", "mean_abs", "cosine", "mismatched_fraction")
 GRAFTING = ("b2t", "t2b")
 _LAYER_TAG = re.compile(r"(^|_)(layer|block)(_|$)")
 _LAYER_IN_NAME = re.compile(r"(?:^|[._])(?:layers?|blocks?|h)[._](\d+)(?=[._]|$)")
 
-MEASURED = (
+RUN_MEASURED = (
     "rel = sum((x-y)²) / sum(x²+y²): 0 for equal tensors, 1 for unrelated ones, 2 for opposite ones; computed before "
     "the write. x is the receiver's tensor, y is the received one."
 )
 _AS_LOCATE = "Judged as `grafter locate` judges without a floor."
-NOT_ADDED = (
+RUN_NOT_ADDED = (
     "Nothing was grafted in this run, so each difference includes the error of earlier points. What a point itself "
     "adds is measured by a run with --b2t, or by `grafter locate`, which does both runs."
     " If a module's inputs were compared as well, the page shows them beside its output."
@@ -60,8 +60,8 @@ def make_run_page(directory: Path) -> PageData:
         environments=read_environments(run),
         pictures=pictures,
         pictures_note=pictures_note,
-        measured=MEASURED,
-        adds_note="" if any(point.added is not None for point in points) else NOT_ADDED,
+        measured=RUN_MEASURED,
+        adds_note="" if any(point.added is not None for point in points) else RUN_NOT_ADDED,
     )
 
 
@@ -95,7 +95,7 @@ def _point(order: int, row: PointRow, group: Sequence[LedgerRecord]) -> PagePoin
         ranks = " and ".join(row.copies.ranks)
         notes.append(f"the receiver's replicas differ, though they were declared copies: {ranks}")
     if row.unmeasured is not None:
-        notes.append(f"nothing says whether it is equal: {row.unmeasured}")
+        notes.append(f"it is unknown whether it is equal: {row.unmeasured}")
     return PagePoint(
         order=order,
         label=row.label,
@@ -163,9 +163,7 @@ def find_layer(name: str, tags: Mapping[str, Any]) -> int | None:
 
 
 def with_inputs(points: Sequence[PagePoint]) -> list[PagePoint]:
-    """The same points. Outputs of modules get the worst `rel` of their inputs, by the names that `grafter.attach`
-    gives.
-    """
+    """The same points. Outputs of modules get the worst `rel` of their inputs, by the names of `grafter.attach`."""
     inputs: dict[str, float] = {}
     sides = [_module_and_side(point) for point in points]
     for point, (module, is_input) in zip(points, sides, strict=True):
@@ -193,13 +191,13 @@ def _module_and_side(point: PagePoint) -> tuple[str | None, bool]:
 # What was found.
 
 
-def run_findings(run: RunFiles, title: str = "") -> tuple[Finding, ...]:
+def run_findings(run: RunFiles, title: str = "") -> tuple[PageFinding, ...]:
     """What a reader should know before any figure: problems first. `title` names the run if there are several."""
     rows = merge_ranks(run.ledgers, run.key_tags)
     head = f"{title}: " if title else ""
-    problems = [Finding("problem", head + text) for text in find_problems(rows, run.summaries)]
-    notes = [Finding("note", head + text) for text in find_notes(run.ledgers, rows, run.summaries)]
-    damaged = [Finding(finding.level, head + finding.text) for finding in run.findings]
+    problems = [PageFinding("problem", head + text) for text in find_problems(rows, run.summaries)]
+    notes = [PageFinding("note", head + text) for text in find_notes(run.ledgers, rows, run.summaries)]
+    damaged = [PageFinding(finding.level, head + finding.text) for finding in run.findings]
     return (*damaged, *problems, *notes)
 
 
@@ -236,9 +234,7 @@ def flatten_facts(role: Role | str, facts: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _as_date(seconds: Any) -> str:
-    """Seconds since 1970 as a date in UTC, because the two jobs may be in two places. Anything else is returned as
-    text.
-    """
+    """Seconds since 1970 as a date in UTC, because the jobs may be in two places. Anything else is returned as text."""
     try:
         return datetime.fromtimestamp(seconds, tz=timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC")
     except (TypeError, ValueError, OverflowError, OSError):
@@ -258,7 +254,7 @@ def _judge_grafts(run: RunFiles, points: Sequence[PagePoint]) -> Verdict | None:
     """The verdict on what the grafted points add, judged against each other. None if nothing was grafted."""
     if all(point.added is None for point in points):
         return None
-    grafted: list[tuple[Role, int, list[LedgerRecord]]] = [
+    grafted: list[RankLedger] = [
         (role, rank, [record for record in records if record.direction in GRAFTING])
         for role, rank, records in run.ledgers
     ]
@@ -280,16 +276,9 @@ def as_page_verdict(verdict: Verdict, points: Sequence[PagePoint], details: tupl
 
 
 def point_id(point: PagePoint) -> str:
-    """The name of the point over all steps, as `grafter.analysis.locate.measure.PointId` writes it."""
-    parts = [point.name]
-    parts += [
-        f"{tag}={json.dumps(value, sort_keys=True, ensure_ascii=False)}" for tag, value in sorted(point.tags.items())
-    ]
-    if point.phase != "forward":
-        parts.append(f"phase={point.phase}")
-    if point.occurrence:
-        parts.append(f"occurrence={point.occurrence}")
-    return " ".join(parts)
+    """The name of the point over all steps, as in the verdict of `grafter locate`."""
+    tags = tuple((tag, as_text(value)) for tag, value in sorted(point.tags.items()))
+    return str(PointId(point.name, tags, point.phase, point.occurrence))
 
 
 def describe_divergence(points: Sequence[PagePoint]) -> PageVerdict | None:
@@ -333,9 +322,7 @@ def _size(point: PagePoint) -> str:
 
 
 def _largest_growth(compared: Sequence[PagePoint]) -> str | None:
-    """Where the difference grows most from one point to the next in its step, if it grows by a factor of
-    100 or more.
-    """
+    """Where the difference grows most from one point to the next in its step, if by a factor of 100 or more."""
     best: tuple[float, PagePoint, PagePoint] | None = None
     before: PagePoint | None = None
     for point in compared:

@@ -15,7 +15,7 @@ from grafter.analysis.report.page_data import PageData
 from grafter.errors import GrafterError, UsageError
 from grafter.store.written_files import write_whole
 
-FILE_NAME = "report.html"
+REPORT_NAME = "report.html"
 
 
 def make_page(places: Sequence[Path]) -> PageData:
@@ -27,8 +27,8 @@ def make_page(places: Sequence[Path]) -> PageData:
     """
     from grafter.analysis.report.comparison_page import compare_dumps, read_comparison
     from grafter.analysis.report.locate_page import is_locate_directory, make_locate_page
-    from grafter.analysis.report.run_files import has_records, read_run_files
     from grafter.analysis.report.run_page import make_run_page, run_findings
+    from grafter.analysis.report.run_reading import has_records, read_run_files
 
     first, *rest = places
     if len(rest) == 1:
@@ -48,11 +48,9 @@ def make_page(places: Sequence[Path]) -> PageData:
 
 
 def find_place(directory: Path) -> Path:
-    """The run or the directory of `grafter locate`: `directory` itself, or the newest one in it. Raises
-    GrafterError.
-    """
+    """The run or directory of `grafter locate`: `directory` itself, or the newest one in it. Raises GrafterError."""
     from grafter.analysis.report.locate_page import ALONE, is_locate_directory
-    from grafter.analysis.report.run_files import has_ledgers
+    from grafter.analysis.report.run_reading import has_ledgers
     from grafter.analysis.run.run_summary import find_run
 
     if has_ledgers(directory) or is_locate_directory(directory) or has_dumps(directory):

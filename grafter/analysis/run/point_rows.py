@@ -1,32 +1,31 @@
-"""A row per point of a run: the records of its ranks, merged, and where the ranks disagree. Pure."""
+"""One row for each point of a run: the records of its ranks, merged, and how the ranks disagree. Pure."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from grafter.core.points import FORWARD, OWN_TAGS, is_rank_tag
 from grafter.core.records import Difference, LedgerLeaf, LedgerRecord
-from grafter.core.roles import Role, receiver_role
+from grafter.core.roles import receiver_role
+from grafter.store.ledger import RankLedger
 
-# From good to bad; a point is as bad as its worst rank.
+# From good to bad; a point has the outcome of its worst rank.
 _SEVERITY = {
     "posted": 0, "sent": 0, "compared": 1, "grafted": 1, "missed": 2, "expired": 2, "displaced": 2, "skipped": 3,
     "failed": 4,
 }  # fmt: skip
-# Points that do not wait, where the two sides came at different times; each side says it in its own way.
+# The outcomes of points that do not wait and whose sides did not meet; each side has its own word.
 UNMET = ("missed", "expired", "displaced")
-
-RankLedger = tuple[Role, int, list[LedgerRecord]]
 
 
 @dataclass(frozen=True)
 class UnequalCopies:
-    """Receivers that hold one part of a leaf with different values.
+    """Receivers that hold the same part of a leaf with different values.
 
-    ranks: such as `target 0`. rels: how far each differs from the value that it received.
+    ranks: such as `target 0`. rels: the difference of each rank's copy from the value that it received.
     """
 
     leaf: str
@@ -36,11 +35,11 @@ class UnequalCopies:
 
 @dataclass(frozen=True)
 class PointRow:
-    """One point, on one rank or merged over all that took part.
+    """One point, on one rank or merged over all ranks that took part.
 
-    Shape, dtype and differences are those of the worst leaf of the worst receiver. `rel` is None where no difference
-    was taken; `nonfinite` counts NaN and Inf on which the sides differ. `seconds` is the slowest rank's, of all stages.
-    `disagreement` says how, where ranks had different outcomes.
+    Shape, dtype and differences are those of the worst leaf of the worst receiver. rel: None if no difference was
+    measured. nonfinite: the number of NaN and Inf in which the sides differ. seconds: of all stages, on the slowest
+    rank. disagreement: how the outcomes of the ranks differ, if they do.
     """
 
     step: int
@@ -63,54 +62,60 @@ class PointRow:
     bytes_received: int
     call_site: str
     disagreement: str | None = None
-    # How far the sender's copies are apart, where they were compared and are not equal.
+    # The difference between the sender's copies, if they were compared and are not equal.
     replicas: Difference | None = None
-    # The same of the receiver's copies, and why some were not compared.
+    # The same for the receiver's copies, and why some were not compared.
     copies: UnequalCopies | None = None
     copies_not_compared: str | None = None
-    # Over all values of the leaf: the fraction whose bits differ; None where no difference was taken.
+    # The fraction of the leaf's values whose bits differ; None if no difference was measured.
     mismatched: float | None = None
-    # Of a point that was compared: why some of it has no figures, so that nothing says whether it is equal.
+    # Why a compared point, or a part of it, has no figures, so that it is unknown whether it is equal.
     unmeasured: str | None = None
-    # Of a point that was skipped since only one job came to it: which; "both" where the two waited for each other.
+    # The only job that reached a skipped point; "both" if both did and waited for each other.
     only_in: Literal["baseline", "target", "both"] | None = None
 
     @property
     def label(self) -> str:
-        """The point as a person reads it: `layer layer_id=3`."""
-        parts = [self.name, *(f"{tag}={value}" for tag, value in self.tags.items())]
-        if self.phase != FORWARD:
-            parts.append(f"phase={self.phase}")
-        if self.occurrence:
-            parts.append(f"#{self.occurrence}")
-        return " ".join(parts)
+        """The point in one text: `layer layer_id=3`."""
+        return point_label(self.name, self.tags, self.phase, self.occurrence)
 
     @property
     def is_trouble(self) -> bool:
+        """Whether a reader should look at the point first."""
         return self.outcome in ("failed", "skipped") or self.unmeasured is not None
 
     def as_json(self) -> str:
-        """One line; NaN and Infinity as in the ledger."""
+        """The row as one line of JSON; NaN and Infinity as in the ledger."""
         replicas = self.replicas.model_dump() if self.replicas is not None else None
         return json.dumps({**asdict(self), "replicas": replicas})
 
 
+def point_label(name: str, tags: Mapping[str, Any], phase: str, occurrence: int) -> str:
+    """A point without its step in one text: `layer layer_id=3 phase=backward #1`."""
+    parts = [name, *(f"{tag}={value}" for tag, value in tags.items())]
+    parts += [f"phase={phase}"] if phase != FORWARD else []
+    return " ".join(parts + ([f"#{occurrence}"] if occurrence else []))
+
+
 def list_ranks(ledgers: Iterable[RankLedger]) -> list[PointRow]:
-    """A row per record, in the order of steps and then of each rank."""
+    """One row for each record, sorted by step and then by the order of each rank."""
     records = [record for _, _, ranks_records in ledgers for record in ranks_records]
     records.sort(key=lambda record: (record.step, record.sequence, record.role, record.role_rank))
     return [_row([record], _tags(record, None)) for record in records]
 
 
 def merge_ranks(ledgers: Sequence[RankLedger], key_tags: frozenset[str] | None = None) -> list[PointRow]:
-    """A row per point, in the order of steps and then of the first rank that recorded it."""
+    """One row for each point, sorted by step and then by the order of the first rank that recorded it.
+
+    key_tags: the tags that identify a point; None: all except rank tags.
+    """
     present = {f"{role} {rank}" for role, rank, _ in ledgers}
     groups = group_points(ledgers, key_tags)
     return [_row(group, _tags(group[0], key_tags), _disagreement(group, present)) for group in groups]
 
 
 def group_points(ledgers: Sequence[RankLedger], key_tags: frozenset[str] | None = None) -> list[list[LedgerRecord]]:
-    """The records of each point, over all ranks; in the order of `merge_ranks`, one for each of its rows."""
+    """The records of each point over all ranks, in the order of the rows that `merge_ranks` returns."""
     groups: dict[str, list[LedgerRecord]] = {}
     for _, _, records in ledgers:
         for record in records:
@@ -131,7 +136,7 @@ def _tags(record: LedgerRecord, key_tags: frozenset[str] | None) -> dict[str, An
 
 def _row(group: list[LedgerRecord], tags: dict[str, Any], disagreement: str | None = None) -> PointRow:
     receiving = receiver_role(group[0].direction)
-    # A point that failed is told in the receiver's words; a sender only hears of it.
+    # The receivers' reasons come first, because senders are only notified of a failure.
     group = sorted(group, key=lambda record: (record.role != receiving, record.role_rank))
     worst = max(group, key=lambda record: _SEVERITY[record.outcome])
     receivers = [record for record in group if record.role == receiving]
@@ -176,7 +181,7 @@ def _only_in(group: list[LedgerRecord]) -> Literal["baseline", "target", "both"]
 
 
 def _why_unmeasured(receivers: list[LedgerRecord]) -> str | None:
-    """Of a comparison: why a receiver has no figures of a leaf."""
+    """Why a receiver that compared the point has no figures for a leaf; None if all have."""
     for record in receivers:
         if record.outcome != "compared":
             continue
@@ -187,7 +192,7 @@ def _why_unmeasured(receivers: list[LedgerRecord]) -> str | None:
 
 
 def _compare_copies(receivers: list[LedgerRecord]) -> tuple[UnequalCopies | None, str | None]:
-    """Those of the worst leaf of which receivers have unequal copies; and why some copies could not be compared."""
+    """The worst leaf with unequal copies on receivers, and why some copies could not be compared."""
     held: dict[tuple[str, tuple[int, ...]], dict[int, LedgerLeaf]] = {}
     for record in receivers:
         for leaf in record.leaves if record.outcome in ("grafted", "compared") else ():
@@ -215,7 +220,7 @@ def _unequal_replicas(group: list[LedgerRecord]) -> Difference | None:
 
 
 def _worst_leaf(receivers: list[LedgerRecord]) -> tuple[LedgerLeaf | None, Difference | None]:
-    """The leaf that differs most over all receivers, and by how much; without differences, the first leaf."""
+    """The leaf that differs most over all receivers, with its difference; the first leaf if none was measured."""
     leaves = [leaf for record in receivers for leaf in record.leaves]
     compared = [leaf for leaf in leaves if leaf.difference is not None]
     if compared:
@@ -228,15 +233,15 @@ def _worst_leaf(receivers: list[LedgerRecord]) -> tuple[LedgerLeaf | None, Diffe
 def _badness(difference: Difference | None) -> tuple[bool, float, float]:
     assert difference is not None
     rel, mismatched = difference.rel, difference.mismatched_fraction or 0.0
-    # Values that are no numbers, and differ, have no rel.
+    # Values that are not numbers have no rel even if they differ.
     return difference.nan + difference.inf > 0, (2.0 if mismatched else -1.0) if rel is None else rel, mismatched
 
 
 def _disagreement(group: list[LedgerRecord], present: set[str]) -> str | None:
-    """How the ranks of one point differ in what happened, or None."""
+    """How the outcomes of the point's ranks differ; None if they do not."""
     there = {f"{record.role} {record.role_rank}": record.outcome for record in group}
     called = {f"{role} {rank}" for role, ranks in group[0].participants.items() for rank in ranks}
-    # A rank whose ledger is not here at all may be on another machine.
+    # A rank without a ledger may be on another machine.
     absent = sorted((called & present) - there.keys())
     kinds = {_kind(record) for record in group}
     if not absent and (len(kinds) == 1 or len(set(there.values())) == 1):

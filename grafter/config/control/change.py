@@ -1,4 +1,4 @@
-"""What travels through the store for a change of a run: as checked JSON, bounded in size."""
+"""The messages of a change during a run, which travel through the store as checked JSON of bounded size."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ControlField = Literal[
     "b2t_filter", "t2b_filter", "compare_filter", "dump_filter", "stats", "windows", "start", "new_rows_only",
     "dump_level", "dump_steps", "dump_max_bytes", "dump_max_points",
 ]  # fmt: skip
-# As the command line has them.
+# The options of the command line.
 OPTION_OF: dict[ControlField, str] = {
     "b2t_filter": "--b2t", "t2b_filter": "--t2b", "compare_filter": "--compare", "dump_filter": "--dump",
     "stats": "--stats", "windows": "--windows", "start": "--start", "new_rows_only": "--new-rows-only",
@@ -27,13 +27,17 @@ _Step = Annotated[int, Field(strict=True, ge=0, le=1 << 60)]
 
 
 class _Message(BaseModel):
-    # A field that this grafter does not know would be a change that it does not make.
+    """The base of all messages: frozen, and without unknown fields."""
+
+    # Not ignored: an unknown field would be a change that this version does not make.
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class Change(_Message):
-    """What is asked for. settings: for `set`, an empty text unsets. steps, points: for `dump-next`. recorders: for
-    `record`."""
+    """A requested change.
+
+    settings: for `set`; an empty text unsets. steps, points: for `dump-next`. recorders: for `record`.
+    """
 
     action: Literal["set", "off", "on", "dump-next", "record"]
     settings: dict[ControlField, _Text] = {}
@@ -42,7 +46,7 @@ class Change(_Message):
     recorders: RecorderChange = RecorderChange()
 
     def __str__(self) -> str:
-        """As one would type it."""
+        """The change as one types it after `grafter ctl`."""
         if self.action == "set":
             return "set " + " ".join(f"{OPTION_OF[name]} {value!r}" for name, value in self.settings.items())
         if self.action == "dump-next":
@@ -51,7 +55,11 @@ class Change(_Message):
 
 
 class Proposal(_Message):
-    """seconds: how long its ranks may be held; each counts from when it first saw the proposal, by its own clock."""
+    """A change that waits for the ranks' answers.
+
+    seconds: how long ranks may be held; each rank counts from when it first saw the proposal, by its own clock. by: who
+    asked. time: seconds since 1970.
+    """
 
     change: Change
     seconds: Annotated[float, Field(gt=0, le=3600)]
@@ -59,30 +67,37 @@ class Proposal(_Message):
     time: float
 
 
-class Answer(_Message):
-    """Of one rank: the step that it is in, and does not end before the decision; or why it refuses. idle: why the
-    change, accepted, would change nothing here; where that is so everywhere, it is refused."""
+class ChangeAnswer(_Message):
+    """The answer of one rank to a proposal.
+
+    step: the rank's step, which it does not end before the decision. refused: why it refuses the change instead. idle:
+    why the change would have no effect here; a change without effect on any rank is refused.
+    """
 
     step: _Step | None = None
     refused: Annotated[str, Field(max_length=_LONGEST_REASON)] | None = None
     idle: Annotated[str, Field(max_length=_LONGEST_REASON)] | None = None
 
     @classmethod
-    def refusal(cls, reason: str) -> Answer:
+    def refusal(cls, reason: str) -> ChangeAnswer:
+        """An answer that refuses, with a reason of bounded length."""
         return cls(refused=reason if len(reason) <= _LONGEST_REASON else reason[: _LONGEST_REASON - 3] + "...")
 
 
-class Decision(_Message):
-    """Of all: the first step in which the change is in force; or why it never is."""
+class ChangeDecision(_Message):
+    """The decision on a change for all ranks: the first step with the change, or why it is refused."""
 
     step: _Step | None = None
     refused: str | None = None
 
 
-class State(_Message):
-    """One rank, as it was asked. count: grows with every answer. changes: how many of the run's have been in force.
-    to_come: the steps of those that were decided and are not. last_point: empty where it has had none. recorders: of
-    requests, in its process."""
+class RankControlState(_Message):
+    """The state of one rank when it was asked.
+
+    count: grows with every answer. changes: how many changes of the run have taken effect. to_come: the steps of
+    decided changes that have not. last_point: empty if it has had none. recorders: the request recorders of its
+    process.
+    """
 
     count: int
     step: _Step
@@ -93,24 +108,26 @@ class State(_Message):
     recorders: tuple[RecorderState, ...] = ()
 
 
-# Places in the store.
-
-
 def proposal_place(run_prefix: str, number: int) -> str:
+    """The store key of the proposal of a change; numbers count from 1."""
     return f"{run_prefix}/control/{number}"
 
 
 def answer_place(run_prefix: str, number: int, graft_rank: int) -> str:
+    """The store key of a rank's answer to a proposal."""
     return f"{proposal_place(run_prefix, number)}/answer/{graft_rank}"
 
 
 def decision_place(run_prefix: str, number: int) -> str:
+    """The store key of the decision on a proposal."""
     return f"{proposal_place(run_prefix, number)}/decision"
 
 
 def question_place(run_prefix: str) -> str:
+    """The store key of the counter that asks all ranks for their states."""
     return f"{run_prefix}/control/question"
 
 
 def state_place(run_prefix: str, graft_rank: int) -> str:
+    """The store key of a rank's state."""
     return f"{run_prefix}/control/state/{graft_rank}"

@@ -1,4 +1,4 @@
-"""The settings that can be changed while a run goes on, as they are and as a change leaves them. Pure."""
+"""The settings that can be changed during a run, before and after a change, and what compiled code allows. Pure."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from grafter.config.direction_filters import DirectionFilters
-from grafter.config.options import DumpChoice
+from grafter.config.options import DumpFilter
 from grafter.config.settings.config import GrafterConfig
 from grafter.config.settings.field_types import FILTER_FIELDS, DumpLevel
 from grafter.errors import UsageError
@@ -21,14 +21,16 @@ if TYPE_CHECKING:
 
 
 _FILTERS = (*FILTER_FIELDS.values(), "dump_filter")
-_FIELDS = (
+_CHANGEABLE_FIELDS = (
     *_FILTERS, "stats", "windows", "start", "new_rows_only", "dump_level", "dump_steps", "dump_max_bytes",
     "dump_max_points",
 )  # fmt: skip
 
 
 class DumpedSteps(BaseModel):
-    """Steps whose points are saved besides what the dump filter saves: from `first` on, before `end`."""
+    """Steps of `grafter ctl dump-next`: the points of the steps from `first` up to `end`, exclusive, that match
+    `points` are saved besides those of the dump filter.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -38,8 +40,10 @@ class DumpedSteps(BaseModel):
 
 
 class InForce(BaseModel):
-    """What a rank goes by from some step on, by the names of the settings. is_off: no filter matches, and nothing is
-    saved."""
+    """The settings in force on a rank from some step on, by the names of GrafterConfig's fields.
+
+    is_off: no filter matches, and nothing is saved.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -60,11 +64,14 @@ class InForce(BaseModel):
 
     @classmethod
     def at_start(cls, config: GrafterConfig) -> InForce:
-        return cls(**{name: getattr(config, name) for name in _FIELDS})
+        """The settings with which a rank starts."""
+        return cls(**{name: getattr(config, name) for name in _CHANGEABLE_FIELDS})
 
     def after(self, change: Change, step: int) -> InForce:
-        """As this change leaves it, from `step` on. Raises UsageError where it makes no sense, ConfigError for a value
-        that is none of its setting. What the filters hold is checked by `configured`."""
+        """The settings after a change, from `step` on.
+
+        Raises UsageError if the change is pointless, ConfigError if a value is illegal. `configured` checks filters.
+        """
         kept = self.dumped_steps if self.dumped_steps is not None and self.dumped_steps.end > step else None
         if change.action == "off":
             return self.model_copy(update={"is_off": True, "dumped_steps": None})
@@ -75,7 +82,7 @@ class InForce(BaseModel):
             return self.model_copy(update={"dumped_steps": kept})
         if change.action == "dump-next":
             if self.is_off:
-                raise UsageError("grafting and dumping are off: `grafter ctl on` comes first")
+                raise UsageError("grafting and dumping are off; call `grafter ctl on` first")
             if not change.points.strip():
                 raise UsageError("the filter of the points to dump is empty; leave it out to save all points")
             dumped = DumpedSteps(points=change.points, first=step, end=step + change.steps)
@@ -85,23 +92,24 @@ class InForce(BaseModel):
         return self.model_copy(update={**_read_settings(change.settings), "dumped_steps": kept})
 
     def at_end_of_dump(self) -> InForce:
+        """The settings once the steps of `dump-next` are over."""
         return self.model_copy(update={"dumped_steps": None})
 
     def check(self, start: GrafterConfig) -> None:
-        """Raises what is wrong with these settings, and with those that follow by themselves; also while all is off."""
+        """Raise as `configured` does if these settings, or those after `dump-next`, are not valid, even while off."""
         self.configured(start)
         self.at_end_of_dump().configured(start)
 
     def configured(self, start: GrafterConfig, *, in_any_step: bool = False) -> GrafterConfig:
-        """The configuration that one would have begun with, checked as one that is read at the start.
+        """These settings as a checked configuration, as if the rank had started with them.
 
-        start: what the rank did begin with. in_any_step: as if the steps to dump were all. Raises FilterError,
-        ConfigError, UsageError.
+        start: the rank's real configuration at its start. in_any_step: let `dump-next` apply to all steps. Raises
+        FilterError, ConfigError, UsageError.
         """
         values = {name: getattr(start, name) for name in start.model_fields_set}
-        # What stood there is in the other fields; the file itself may have changed since.
+        # The other fields hold the content of the plan file, which may have changed since.
         values.pop("plan", None)
-        values |= {name: getattr(self, name) for name in _FIELDS}
+        values |= {name: getattr(self, name) for name in _CHANGEABLE_FIELDS}
         self._refuse_equal_filters()
         if self.dumped_steps is not None:
             if values["dump_filter"] is not None:
@@ -112,7 +120,7 @@ class InForce(BaseModel):
     def _saved_points(self, in_any_step: bool) -> str:
         dumped = self.dumped_steps
         assert dumped is not None
-        # One by one first: `a) or (b` would pass in brackets.
+        # Checked alone first: `a) or (b` would pass in brackets.
         GrafterConfig(dump_filter=dumped.points)
         then = f"({dumped.points})"
         if not in_any_step:
@@ -120,7 +128,7 @@ class InForce(BaseModel):
         return then if self.dump_filter is None else f"({self.dump_filter}) or {then}"
 
     def _refuse_equal_filters(self) -> None:
-        """Whether two filters overlap cannot be known; that two equal ones do, can."""
+        """Raise UsageError if two directions have the same filter. Whether other filters overlap cannot be known."""
         seen: dict[str, str] = {}
         for direction, name in FILTER_FIELDS.items():
             source = getattr(self, name)
@@ -134,23 +142,23 @@ class InForce(BaseModel):
                 )
 
     def filters(self, start: GrafterConfig, *, saves: bool, in_any_step: bool = False) -> DirectionFilters:
-        """The filters, compiled. saves: whether this rank saves any points.
+        """The compiled filters, with the dump filter if this rank `saves` points.
 
         Raises as `configured` does.
         """
         if self.is_off:
             return DirectionFilters({})
         config = self.configured(start, in_any_step=in_any_step)
-        return DirectionFilters(config.filters, DumpChoice(config) if saves else None)
+        return DirectionFilters(config.filters, DumpFilter(config) if saves else None)
 
     @property
     def window(self) -> tuple[Any, ...]:
-        """Which rows of a point count."""
+        """The settings that decide which rows of a point count."""
         return self.windows, self.start, self.new_rows_only
 
     @property
     def text(self) -> str:
-        """As messages show it."""
+        """The settings as messages show them."""
         if self.is_off:
             return "off: no filter matches, and nothing is saved"
         named = {"b2t": self.b2t_filter, "t2b": self.t2b_filter, "compare": self.compare_filter}
@@ -178,8 +186,10 @@ class InForce(BaseModel):
 
 
 def _read_settings(settings: Mapping[ControlField, str]) -> dict[str, Any]:
-    """What a text sets, as the environment is read; an empty one: the default. Raises ConfigError."""
-    # A filter may only be judged with the other settings.
+    """The values of settings given as texts, as in the environment; an empty text means the default.
+
+    Raises ConfigError. Filters stay texts, because they can only be checked together with the other settings.
+    """
     given = {name: text.strip() for name, text in settings.items() if name not in _FILTERS and text.strip()}
     read = GrafterConfig(**given)
     return {
@@ -192,19 +202,21 @@ def _given(values: dict[str, object]) -> dict[str, object]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-# Points in compiled code: how each is taken was settled when its code was traced, and a change must fit that.
-
-
 @dataclass(frozen=True)
-class Verdict:
-    """How a point in compiled code is taken, and whether it is only compared (or saved) there."""
+class TraceVerdict:
+    """How compiled code treats a point, decided when the code was traced.
+
+    only_compares: the point is only compared or saved, and never written.
+    """
 
     kind: Literal["operator", "break", "nothing"]
     only_compares: bool
 
-    def serves(self, wanted: Verdict) -> bool:
-        """Whether code that was traced with this verdict does what another one wants. Each operator asks the filters
-        again at each call, and a break is a call as in eager code."""
+    def serves(self, wanted: TraceVerdict) -> bool:
+        """Whether code traced with this verdict can do what another one requires.
+
+        Each operator asks the filters again at each call, and a graph break calls grafter as eager code does.
+        """
         if self.kind == "break" or wanted.kind == "nothing":
             return True
         if self.kind == "nothing" or wanted.kind == "break":
@@ -212,29 +224,35 @@ class Verdict:
         return wanted.only_compares or not self.only_compares
 
 
-Judge = Callable[[Sequence[DirectionFilters], str, dict[str, Any]], Verdict]
+Judge = Callable[[Sequence[DirectionFilters], str, dict[str, Any]], TraceVerdict]
 
 
 class TracedPoints:
-    """Those of one rank. Used under the lock of its control: a trace and a change never pass each other unseen."""
+    """The points in the compiled code of one rank, which a change of filters must fit.
+
+    Used under the lock of the rank's control, so that a trace and a change cannot run at the same time.
+    """
 
     def __init__(self, judge: Judge) -> None:
-        """judge: the verdict of a point with this name and these arguments, whichever of the filters matches."""
+        """judge: gives the verdict on a point with a name and arguments if any of the filters may apply."""
         self._judge = judge
-        self._points: dict[tuple[str, str], tuple[dict[str, Any], Verdict]] = {}
+        self._points: dict[tuple[str, str], tuple[dict[str, Any], TraceVerdict]] = {}
 
-    def trace(self, filters: Sequence[DirectionFilters], name: str, arguments: dict[str, Any]) -> Verdict:
-        """filters: those in force, and all that may follow without the code being traced again."""
+    def trace(self, filters: Sequence[DirectionFilters], name: str, arguments: dict[str, Any]) -> TraceVerdict:
+        """The verdict on a point that is being traced.
+
+        filters: those in force, and all that may follow without another trace.
+        """
         verdict = self._judge(filters, name, dict(arguments))
         known = name, repr(sorted(arguments.items()))
         before = self._points.get(known)
-        # Older code of the same point may still run: what the least able of them can do counts.
+        # Older code of the same point may still run, so the most limited verdict counts.
         if before is None or before[1].serves(verdict):
             self._points[known] = dict(arguments), verdict
         return verdict
 
     def why_not(self, filters: DirectionFilters) -> str | None:
-        """Why these filters cannot come now; None where they can."""
+        """Why these filters cannot be put in force now; None if they can."""
         unfit = [
             name
             for (name, _), (arguments, traced) in self._points.items()

@@ -1,4 +1,7 @@
-"""Recorders of requests in a rank's process: what a change of the run changes of them, and what a rank tells of it."""
+"""The request recorders of a rank's process: how a change during a run affects them, and their states.
+
+Imports neither torch nor a recorder, so that a process without recorders pays almost nothing.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +16,12 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from grafter.errors import UsageError
 
-_MOST_TOLD = 16
+_MOST_SHOWN = 16
 _MOST_KEYS = 100
 _LONGEST_KEY = 200
 NONE_HERE = (
-    "no grafter.RequestRecorder lives in its process. The proxy `grafter record` is a process of its own, which no run "
-    "knows: SIGUSR1 has it write what is in memory, and the rest is said when it is started"
+    "its process has no grafter.RequestRecorder. The proxy `grafter record` is a separate process, which no run "
+    "knows: send it SIGUSR1 to write what is in memory, and set the rest when you start it"
 )
 
 _Count = Annotated[int, Field(strict=True, ge=0, le=1 << 60)]
@@ -26,7 +29,7 @@ _Key = Annotated[str, Field(max_length=_LONGEST_KEY)]
 
 
 class RecorderChange(BaseModel):
-    """What becomes of all recorders of a process; None: stays. exclude: keys with commas between, empty for none."""
+    """A change of all request recorders of a process; None leaves a setting. exclude: keys separated by commas."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -36,15 +39,15 @@ class RecorderChange(BaseModel):
     dump: bool = False
 
     def check(self) -> None:
-        """Raises UsageError where it changes nothing, or leaves out more than is told again."""
+        """Raise UsageError if it changes nothing, or excludes more keys than a state can show."""
         if self == RecorderChange():
-            raise UsageError("nothing is said of the recorders: on, off, dump-now, --threshold or --exclude")
+            raise UsageError("no change is given for the recorders: on, off, dump-now, --threshold or --exclude")
         keys = self.exclude.split(",") if self.exclude is not None else []
         if len(keys) > _MOST_KEYS or any(len(key.strip()) > _LONGEST_KEY for key in keys):
             raise UsageError(f"exclude: at most {_MOST_KEYS} keys of at most {_LONGEST_KEY} characters")
 
     def __str__(self) -> str:
-        """As one would type it after `grafter ctl record`."""
+        """The change as one types it after `grafter ctl record`."""
         words = [] if self.enabled is None else ["on" if self.enabled else "off"]
         words += ["dump-now"] if self.dump else []
         words += [f"--threshold {self.threshold}"] if self.threshold is not None else []
@@ -52,7 +55,7 @@ class RecorderChange(BaseModel):
         return " ".join(words)
 
     def apply(self) -> None:
-        """To all recorders of this process, for the requests that come from now on. Waits for no disk."""
+        """Change all recorders of this process, for requests from now on. Does not wait for the disk."""
         for recorder in living_recorders():
             recorder.configure(exclude=self.exclude, threshold=self.threshold, enabled=self.enabled)
             if self.dump:
@@ -60,7 +63,7 @@ class RecorderChange(BaseModel):
 
 
 class RecorderState(BaseModel):
-    """One recorder. counts: as `RequestRecorder.counts`."""
+    """The state of one request recorder. counts: as `RequestRecorder.counts`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -72,6 +75,7 @@ class RecorderState(BaseModel):
 
     @property
     def text(self) -> str:
+        """The state as one line."""
         batches = f"{self.threshold} to a batch" if self.threshold else "the last five minutes"
         without = f", without {', '.join(self.exclude)}" if self.exclude else ""
         counts = {name: self.counts.get(name, 0) for name in ("recorded", "open", "finished", "written")}
@@ -81,12 +85,12 @@ class RecorderState(BaseModel):
 
 
 def recorder_states() -> tuple[RecorderState, ...]:
-    """The recorders of this process, as they are now; at most 16."""
-    return tuple(_state_of(recorder) for recorder in living_recorders()[:_MOST_TOLD])
+    """The present states of this process's recorders; at most 16 of them."""
+    return tuple(_state_of(recorder) for recorder in living_recorders()[:_MOST_SHOWN])
 
 
 def _state_of(recorder: LivingRecorder) -> RecorderState:
-    # A server may have given what no change of a run may: it is told in short.
+    # A server may set values that no change may set; they are shortened.
     settings = recorder.settings
     return RecorderState(
         directory=_sayable(str(recorder.directory))[-1000:],
@@ -98,22 +102,17 @@ def _state_of(recorder: LivingRecorder) -> RecorderState:
 
 
 def _sayable(text: str) -> str:
-    """A name of a file may be no text."""
+    """A text that can be encoded; a file name may contain bytes that cannot."""
     return text.encode("utf-8", "replace").decode()
 
 
 def why_none() -> str | None:
-    """Why a change of the recorders would change nothing in this process; None where it would."""
+    """Why a change of the recorders has no effect in this process; None if it has one."""
     return None if living_recorders() else NONE_HERE
 
 
-# The recorders of requests that live in this process; `grafter ctl` shows and changes them.
-#
-# Imports neither torch nor a recorder, so that a process without recorders pays almost nothing.
-
-
 class LivingRecorder(Protocol):
-    """A recorder of requests as the rest of its process knows it: `grafter.RequestRecorder`."""
+    """The interface of `grafter.RequestRecorder` that `grafter ctl` uses."""
 
     @property
     def directory(self) -> Path: ...
@@ -133,36 +132,37 @@ class LivingRecorder(Protocol):
     def start_afresh(self) -> None: ...
 
 
-# Replaced as a whole, so that any thread, and a forked child, can read it without the lock.
+# Replaced as a whole, so that any thread and a forked child can read it without the lock.
 _recorders: tuple[weakref.ref[LivingRecorder], ...] = ()
 _lock = threading.Lock()
 
 
 def register_recorder(recorder: LivingRecorder) -> None:
+    """Let `grafter ctl` show and change this recorder."""
     global _recorders
     with _lock:
         _recorders = (*(known for known in _recorders if known() is not None), weakref.ref(recorder))
 
 
 def forget_recorder(recorder: LivingRecorder) -> None:
+    """Undo `register_recorder`."""
     global _recorders
     with _lock:
         _recorders = tuple(known for known in _recorders if known() not in (None, recorder))
 
 
 def living_recorders() -> list[LivingRecorder]:
-    """The recorders that this process made and has not closed, in the order of their directories."""
+    """The recorders of this process that are not closed, sorted by directory."""
     alive = [recorder for known in _recorders if (recorder := known()) is not None]
     return sorted(alive, key=lambda recorder: (str(recorder.directory), id(recorder)))
 
 
 def _start_all_afresh() -> None:
     global _lock
-    # The lock may belong to a thread that does not exist in the child.
+    # A thread that does not exist in the child may hold the lock.
     _lock = threading.Lock()
     for recorder in living_recorders():
         recorder.start_afresh()
 
 
-# What a forked child must create again.
 os.register_at_fork(after_in_child=_start_all_afresh)

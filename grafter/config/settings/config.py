@@ -2,9 +2,9 @@
 
     environment (GRAFTER_<FIELD>, or DUMPER_GRAFTER_<FIELD>)  >  plan file (GRAFTER_PLAN)  >  default
 
-Problems are told in the order in which a person can act on them: variables that do not exist, then what is missing
-and what sets it, then illegal values; all of one kind in one message. This file needs no torch, and importing pydantic
-takes 0.1 s: import it only once `grafter.config.switch.enabled()` says so.
+Problems are reported in the order in which a person can act on them: unknown variables, then missing settings, then
+illegal values; all of one kind in one message. This file needs no torch, but importing pydantic takes 0.1 s: import it
+only once `grafter.config.switch.enabled()` is true.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from grafter.config.settings.field_types import (
     AxisSizes,
     Count,
     DumpLevel,
-    FilterDirection,
     Gradient,
     Index,
     Label,
@@ -51,24 +50,20 @@ from grafter.config.settings.given_settings import (
     refuse_unknown_fields,
     refuse_unknown_variables,
 )
-from grafter.config.settings.plan_file import RULE_CONDITIONS, RULE_FIELDS, Rule
+from grafter.config.settings.plan_file import Rule
 from grafter.config.switch import PREFIX, read_variable
 from grafter.core.filters.expression import Filter, parse_filter
 from grafter.core.patterns import read_patterns
 from grafter.core.points import is_rank_tag
+from grafter.core.roles import Direction
 from grafter.errors import ConfigError, FilterError, UsageError
-
-# Where a field of a rule is called otherwise in the configuration.
-_RULE_FALLBACK = {"transform": "transform_path"}
-_ABSENT = object()
-_MAX_CACHED_RULE_VALUES = 100_000
 
 
 class GrafterConfig(BaseModel):
-    """Every setting of one rank. `docs/configuration.md` says what each means.
+    """All settings of one rank. `docs/configuration.md` explains each of them.
 
-    `GrafterConfig(role="target", ...)` takes the same fields as keyword arguments and reads the plan file too, if
-    `plan` is given. Raises ConfigError, or FilterError where only filters are at fault.
+    `GrafterConfig(role="target", ...)` takes the fields as keyword arguments, and reads the plan file if `plan` is
+    given. Raises ConfigError, or FilterError if only filters are faulty.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
@@ -130,16 +125,16 @@ class GrafterConfig(BaseModel):
     weight_gradients: Literal["backward", "optimizer_step"] = "backward"
     rules: tuple[Rule, ...] = ()
     names: tuple[NameRule, ...] = ()
-    """Both from the plan file; no variable sets them."""
+    """`rules` and `names` are from the plan file; no variable sets them."""
 
     def __init__(self, **values: Any) -> None:
         self._initialise(values, {name: name for name in values}, lambda name: f"{name}=")
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] = os.environ) -> GrafterConfig:
-        """The configuration that the environment, and the plan file that it may name, describe.
+        """The configuration of an environment and of its plan file, if it names one.
 
-        Blank variables are unset. Raises ConfigError, or FilterError where only filters are at fault.
+        Blank variables count as unset. Raises ConfigError, or FilterError if only filters are faulty.
         """
         refuse_unknown_variables(environ, SETTING_FIELDS)
         values: dict[str, Any] = {}
@@ -153,7 +148,7 @@ class GrafterConfig(BaseModel):
         return config
 
     def _initialise(self, values: dict[str, Any], labels: dict[str, str], setter_of: Callable[[str], str]) -> None:
-        """`labels` say where each value was set; `setter_of` says what sets a field that is missing."""
+        """labels: where each value was set. setter_of: what sets a missing field."""
         refuse_unknown_fields(values, tuple(GrafterConfig.model_fields))
         values, labels = add_plan_file(values, labels, SETTING_FIELDS)
         refuse_missing(values, setter_of)
@@ -189,18 +184,18 @@ class GrafterConfig(BaseModel):
     def _check_key(cls, value: str | None) -> str | None:
         for tag in split_key(value or ""):
             if not tag.isidentifier():
-                raise ValueError(f"{tag!r} is no tag name; write names with commas between, such as layer_id,expert")
+                raise ValueError(f"{tag!r} is not a tag name; separate names by commas, such as layer_id,expert")
             if is_rank_tag(tag):
                 raise ValueError(f"{tag} differs between ranks, so it cannot identify a point")
         return value
 
     @cached_property
     def key_tags(self) -> frozenset[str] | None:
-        """The tags that identify a point besides name, step and phase; None: all but rank tags."""
+        """The tags that identify a point besides name, step and phase; None: all except rank tags."""
         return None if self.key is None else frozenset(split_key(self.key)) - ALWAYS_IDENTIFYING
 
     @cached_property
-    def filters(self) -> dict[FilterDirection, Filter]:
+    def filters(self) -> dict[Direction, Filter]:
         """The filters that are set, compiled."""
         return {
             direction: parse_filter(source, setting=PREFIX + name.upper())
@@ -217,51 +212,27 @@ class GrafterConfig(BaseModel):
 
     @property
     def only_dumps(self) -> bool:
-        """Whether no point can meet the other job: nothing joins, and there is no store."""
+        """Whether points are only saved or recorded: the rank does not join, and there is no store."""
         return not self.filters or self.records_alone
 
     @property
     def records_alone(self) -> bool:
-        """Whether points are recorded for a later graft, and there is no other job now."""
+        """Whether points are recorded for a later graft without another job now."""
         return self.record and self.master_port is None and self.peer is None
 
     @property
     def dump_exclude_keys(self) -> frozenset[str]:
-        """Keys of metadata that dumps leave out."""
+        """The keys of metadata that dumps leave out."""
         keys = frozenset(key.strip() for key in self.dump_exclude.split(",") if key.strip())
         return frozenset() if keys == {"none"} else keys
 
-    @cached_property
-    def _rule_values(self) -> dict[tuple[str, str], Any]:
-        return {}
-
-    def rule_value(self, field: str, name: str, default: Any = None) -> Any:
-        """The value of a rule's field for the point `name`: that of the first rule whose `match` fits and which has the
-        field, else the configuration's own, else `default` (also where the configuration's own is None).
-        """
-        value = self._rule_values.get((field, name), _ABSENT)
-        if value is _ABSENT:
-            value = self._first_rule_value(field, name)
-            if len(self._rule_values) >= _MAX_CACHED_RULE_VALUES:  # names that never repeat
-                self._rule_values.clear()
-            self._rule_values[field, name] = value
-        return default if value is None else value
-
-    def _first_rule_value(self, field: str, name: str) -> Any:
-        if field not in RULE_FIELDS or field in RULE_CONDITIONS:
-            raise KeyError(f"rules have no field {field!r}")
-        rule = self.rule_for(field, name)
-        if rule is not None:
-            return getattr(rule, field) or None
-        return getattr(self, _RULE_FALLBACK.get(field, field), None)
-
     def rule_for(self, field: str, name: str) -> Rule | None:
-        """The first rule for the point `name` in this job that has the field."""
+        """The first rule of this job for the point `name` that has the field; None if there is none."""
         return next((rule for rule in self.own_rules if rule.has(field) and rule.matches(name)), None)
 
     @property
     def one_sided_settings(self) -> dict[str, str]:
-        """What both jobs must have alike of `one_sided`, as text; empty where every point is to raise."""
+        """The parts of `one_sided` in which both jobs must agree, as text; empty if every one-sided point raises."""
         rules = [f"{rule.match}={rule.one_sided}" for rule in self.rules if rule.one_sided is not None]
         if self.one_sided == "raise" and not any(rule.one_sided == "skip" for rule in self.rules):
             return {}
@@ -269,30 +240,30 @@ class GrafterConfig(BaseModel):
 
     @cached_property
     def own_rules(self) -> tuple[Rule, ...]:
-        """The rules for both jobs and for this one."""
+        """The rules for this job, and for both jobs."""
         return tuple(rule for rule in self.rules if rule.role in (None, self.role))
 
     @property
     def axes(self) -> str | None:
-        """The mesh of this job, where a setting says it."""
+        """The mesh axes of this job, if they are set."""
         return self.baseline_axes if self.role == "baseline" else self.target_axes
 
     @cached_property
     def model_names(self) -> dict[str, str]:
-        """What stands before the names of a model's points in this job, by the variable that holds it, or its class."""
+        """The prefix of the names of each model's points in this job, by its variable or class (`read_model_names`)."""
         return read_model_names((self.baseline_models if self.role == "baseline" else self.target_models) or "")
 
     @property
     def warm_up(self) -> int:
-        """How many first forward passes of this job have no points."""
+        """The number of forward passes at the start of this job that have no points."""
         return self.baseline_warm_up if self.role == "baseline" else self.target_warm_up
 
     def public_dict(self) -> dict[str, Any]:
-        """What run.json may hold: every field as JSON-able data, but not the secret."""
+        """The configuration for run.json: every field as JSON data, without the secret."""
         return self.model_dump(mode="json", exclude={"secret"})
 
 
-# What a variable or the command line can set.
+# The fields that a variable or the command line can set.
 SETTING_FIELDS: tuple[str, ...] = tuple(name for name in GrafterConfig.model_fields if name not in ("rules", "names"))
 
 

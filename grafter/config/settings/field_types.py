@@ -1,4 +1,4 @@
-"""The types of fields: what a setting's text may be, of the configuration and of rules."""
+"""The types of the fields of the configuration and of rules: which texts are legal, and which tags filters may read."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from grafter.config.switch import LEGAL_WORDS, switch_value
 from grafter.core.filters.expression import parse_filter
 from grafter.core.layout.axes import read_axis_sizes
 from grafter.core.points import OPTIONS, is_rank_tag
+from grafter.core.roles import Direction
 from grafter.core.sizes import read_size, read_steps
 from grafter.errors import FilterError
 
@@ -35,7 +36,7 @@ def _to_switch(value: object) -> object:
 
 
 def _to_number(value: object) -> object:
-    if isinstance(value, bool):  # a bool is an int to Python, and 1 to pydantic
+    if isinstance(value, bool):  # Python and pydantic accept a bool as an int
         raise ValueError("it must be a number")
     return value
 
@@ -64,8 +65,11 @@ def _check_axis_sizes(value: str) -> str:
 
 
 def read_model_names(text: str) -> dict[str, str]:
-    """`policy=policy,ref_model=ref`, as GRAFTER_BASELINE_MODELS has it: by the variable that holds a model, or its
-    class, the name that stands before those of its points; empty for plain names. Raises ValueError."""
+    """The prefix of the names of each model's points, by the variable that holds the model, or by its class.
+
+    text: as in GRAFTER_BASELINE_MODELS, such as `policy=policy,ref_model=ref`; an empty prefix gives plain names.
+    Raises ValueError.
+    """
     names: dict[str, str] = {}
     for word in text.replace(",", " ").split():
         held, equals, name = word.partition("=")
@@ -85,7 +89,7 @@ def _check_model_names(value: str) -> str:
 
 
 def _check_label(value: str) -> str:
-    # They become part of store keys and of a path.
+    # It becomes part of store keys and of a path.
     if not re.fullmatch(r"(?!\.)[\w.+:-]{1,200}", value):
         raise ValueError("it must be a name of letters, digits and the signs - _ . + : that does not start with a dot")
     return value
@@ -104,11 +108,9 @@ ModelNames = Annotated[str, AfterValidator(_check_model_names)]
 Label = Annotated[str, AfterValidator(_check_label)]
 
 
-# The filters among the settings: which field holds which, and which tags each may read.
-
-FilterDirection = Literal["b2t", "t2b", "compare"]
-FILTER_FIELDS: dict[FilterDirection, str] = {"b2t": "b2t_filter", "t2b": "t2b_filter", "compare": "compare_filter"}
-# Tags that every point has and that identify it, whatever `key` says.
+# The field that holds the filter of each direction.
+FILTER_FIELDS: dict[Direction, str] = {"b2t": "b2t_filter", "t2b": "t2b_filter", "compare": "compare_filter"}
+# The tags of every point that identify it even if `key` does not list them.
 ALWAYS_IDENTIFYING = frozenset({"name", "step", "phase"})
 
 
@@ -118,7 +120,7 @@ def split_key(key: str) -> list[str]:
 
 
 def find_filter_problems(values: Mapping[str, Any], labels: Mapping[str, str]) -> list[str]:
-    """What is wrong with the filters among `values`; `labels` say where each was set."""
+    """The faults of the filters among `values`. labels: where each was set."""
     key = values.get("key")
     key_tags = frozenset(split_key(key)) | ALWAYS_IDENTIFYING if isinstance(key, str) else None
     problems = []
@@ -137,7 +139,9 @@ def find_filter_problems(values: Mapping[str, Any], labels: Mapping[str, str]) -
 
 
 def _why_not_identifying(tag: str, key_tags: frozenset[str] | None) -> str | None:
-    """Why a filter may not read this tag: both jobs must come to the same answer on every rank."""
+    """Why the filter of a direction may not read this tag; None if it may. Both jobs must get the same answer on every
+    rank.
+    """
     if is_rank_tag(tag):
         return f"`{tag}` differs between ranks, so the jobs would disagree on which points match; leave it out"
     reason = _why_no_tag(tag)

@@ -1,4 +1,4 @@
-"""What was given, before it becomes a configuration: names that do not exist, the plan file, what is missing."""
+"""Given settings before they become a configuration: unknown names, the plan file, missing settings, and messages."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from grafter.errors import ConfigError
 
 
 def refuse_unknown_variables(environ: Mapping[str, str], fields: Iterable[str]) -> None:
-    """A misspelt GRAFTER_* would otherwise be a setting that silently does nothing."""
+    """Raise ConfigError for GRAFTER_* variables that are not settings; a misspelt one would silently do nothing."""
     known = [name.upper() for name in fields]
     problems = []
     for variable in sorted(environ):
@@ -26,28 +26,31 @@ def refuse_unknown_variables(environ: Mapping[str, str], fields: Iterable[str]) 
         if name in known:
             continue
         near = difflib.get_close_matches(name.upper(), known, n=1)
-        hint = f"did you mean {prefix}{near[0]}?" if near else "no setting is called like it"
+        hint = f"did you mean {prefix}{near[0]}?" if near else "there is no setting with a similar name"
         if name == "RULES":
-            hint = "rules stand in the plan file, which GRAFTER_PLAN names"
+            hint = "write rules into the plan file, which GRAFTER_PLAN names"
         problems.append(f"{variable}: {hint}")
     if problems:
-        raise ConfigError(list_problems("these variables are no settings of grafter; correct or unset them:", problems))
+        raise ConfigError(
+            list_problems("these variables are not settings of grafter; correct or unset them:", problems)
+        )
 
 
 def refuse_unknown_fields(values: Iterable[str], legal: Sequence[str]) -> None:
+    """Raise ConfigError for names that are not fields."""
     problems = []
     for name in values:
         if name not in legal:
             near = difflib.get_close_matches(name.lower(), legal, n=1)
-            problems.append(f"{name}: did you mean {near[0]}?" if near else f"{name}: no field is called like it")
+            problems.append(f"{name}: did you mean {near[0]}?" if near else f"{name}: there is no field like it")
     if problems:
-        raise ConfigError(list_problems("these are no fields of GrafterConfig:", problems))
+        raise ConfigError(list_problems("these are not fields of GrafterConfig:", problems))
 
 
 def add_plan_file(
     values: dict[str, Any], labels: dict[str, str], fields: Sequence[str]
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """Values and labels of the plan file, which may set `fields`, and over them those that were given."""
+    """The values and labels of the plan file, which may set `fields`, overridden by those that were given."""
     given = {
         name: value
         for name, value in values.items()
@@ -59,17 +62,19 @@ def add_plan_file(
 
     plan = read_plan_file(given["plan"], fields)
     merged: dict[str, Any] = {name: value.text for name, value in plan.fields.items()}
-    # A copy made from a whole model has the rules already.
+    # Given rules win: a copy of a whole configuration has them already.
     merged["rules"], merged["names"] = plan.rules, plan.names
     places = {name: f"{value.place}: {name}" for name, value in plan.fields.items()}
     return {**merged, **given}, {"rules": "rules", "names": "names", **places, **labels}
 
 
 def refuse_missing(values: Mapping[str, Any], setter_of: Callable[[str], str]) -> None:
-    """What a run cannot do without; only asked for once grafting is on."""
-    enable = values.get("enable", False)
-    # What is no word for on or off is told later, as an illegal value.
-    if not _is_on(enable):
+    """Raise ConfigError if grafting is on and a setting that a run needs is missing.
+
+    setter_of: what sets a field, for the message.
+    """
+    # A text that means neither on nor off is reported later, as an illegal value.
+    if not _is_on(values.get("enable", False)):
         return
     problems = []
     if "role" not in values:
@@ -103,20 +108,26 @@ def _has_saving_rule(values: Mapping[str, Any]) -> bool:
     return any(rule.get("save") if isinstance(rule, dict) else getattr(rule, "save", None) for rule in rules)
 
 
-# pydantic's validation errors in the words of somebody who sets a variable.
-
 _BOUNDS = {
     "greater_than": ("gt", "above"),
     "greater_than_equal": ("ge", "at least"),
     "less_than": ("lt", "below"),
     "less_than_equal": ("le", "at most"),
 }
+# By the beginning of the kind of fault.
+_EXPLANATIONS = {
+    "finite_number": "it must be a finite number",
+    "int_": "it must be a whole number",
+    "float_": "it must be a number",
+    "string_": "it must be a text",
+    "missing": "it is required",
+}
 
 
 def explain_validation(error: ValidationError) -> list[tuple[str, str]]:
-    """(field, what is legal) of each problem, without the value: it may be a secret.
+    """(field, what is legal) of each problem of a validation error, in words for a person who sets a variable.
 
-    A problem inside of a field names the way to it: "rules.0.write".
+    A problem inside a field names the path to it: "rules.0.write". The value is left out: it may be a secret.
     """
     return [
         (".".join(str(part) for part in details["loc"]), _explain(dict(details)))
@@ -137,19 +148,12 @@ def _explain(details: dict[str, Any]) -> str:
     if kind in _BOUNDS:
         bound, words = _BOUNDS[kind]
         return f"it must be {words} {context[bound]:g}"
-    if kind == "finite_number":
-        return "it must be a finite number"
-    if kind.startswith("int_"):
-        return "it must be a whole number"
-    if kind.startswith("float_"):
-        return "it must be a number"
-    if kind.startswith("string_"):
-        return "it must be a text"
-    if kind == "missing":
-        return "it is required"
+    for beginning, text in _EXPLANATIONS.items():
+        if kind.startswith(beginning):
+            return text
     return str(details["msg"])
 
 
 def list_problems(title: str, problems: list[str]) -> str:
-    """All problems of one kind as one message, a line for each."""
+    """A message with a title and one line for each problem."""
     return title + "".join("\n  " + problem.replace("\n", "\n  ") for problem in problems)

@@ -1,13 +1,13 @@
-"""The plan file: YAML that both jobs can share, with the fields of GrafterConfig and rules per name.
+"""The plan file: YAML that both jobs can share, with the fields of GrafterConfig, and rules for names.
 
     b2t_filter: layer_id == 3
     rules:
       - match: "layers.{layer_id}.*"
         write: return
 
-A value means in the file what it means in the environment, so `timeout: 60` and GRAFTER_TIMEOUT=60 are read by the same
-code. Every error says `file:line:column`. Tags (`!!python/...`) and anchors build no objects: the file is read as plain
-nodes, and only texts are taken from them.
+A value has the same meaning as in the environment: `timeout: 60` and GRAFTER_TIMEOUT=60 are read by the same code.
+Every error says `file:line:column`. The file is read as plain nodes, of which only texts are used, so tags
+(`!!python/...`) and anchors create no objects.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import difflib
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 
@@ -41,12 +41,13 @@ if TYPE_CHECKING:
     from ruamel.yaml.nodes import MappingNode, Node
 
 
+_Entry = TypeVar("_Entry", bound=BaseModel)
 MAX_BYTES = 10 * 1024 * 1024
 _YAML_TAG = "tag:yaml.org,2002:"
 _SCALAR_TAGS = {_YAML_TAG + kind for kind in ("str", "int", "float", "bool", "timestamp")}
-# Fields that a file cannot set, and why.
+# The fields that a file cannot set, and why.
 _REFUSED = {
-    "secret": "a secret appears in no file. Set the variable GRAFTER_SECRET in both jobs instead",
+    "secret": "a secret does not belong into a file. Set the variable GRAFTER_SECRET in both jobs instead",
     "enable": "a plan file is read only once grafting is on, so `enable` has no effect in it. Set GRAFTER_ENABLE=1",
     "plan": "a plan file cannot name another one. Put everything into one file",
 }
@@ -54,7 +55,7 @@ _REFUSED = {
 
 @dataclass(frozen=True)
 class PlanValue:
-    """One field's text, and the `file:line:column` at which it stands."""
+    """The text of one field, and its `file:line:column`."""
 
     text: str
     place: str
@@ -62,7 +63,7 @@ class PlanValue:
 
 @dataclass(frozen=True)
 class PlanFile:
-    """What one plan file says; fields without a value are left out."""
+    """The content of one plan file, without fields that have no value."""
 
     path: str
     fields: dict[str, PlanValue]
@@ -72,15 +73,17 @@ class PlanFile:
 
 
 def read_plan_file(path: str | os.PathLike[str], field_names: Iterable[str]) -> PlanFile:
-    """Read a plan file; `field_names` are the fields that a configuration has.
+    """Read a plan file. field_names: the fields of a configuration.
 
-    Raises ConfigError with file, line and column for what is not YAML, an unknown or repeated field, or an illegal
-    rule. The values of the other fields are checked by GrafterConfig, together with those of the environment.
+    Raises ConfigError with file, line and column if the file is not YAML, has unknown or repeated fields, or has an
+    illegal rule. GrafterConfig checks the values of the other fields, together with those of the environment.
     """
     return _PlanReader(os.fspath(path), tuple(field_names)).read()
 
 
 class _PlanReader:
+    """The reader of one plan file, which knows its path for error messages."""
+
     def __init__(self, path: str, field_names: tuple[str, ...]) -> None:
         self._path = path
         self._field_names = field_names
@@ -130,7 +133,7 @@ class _PlanReader:
             ) from error
 
     def _compose(self, text: str) -> Node | None:
-        # Here, because most runs have no plan file.
+        # Imported here, because most runs have no plan file.
         from ruamel.yaml import YAML
         from ruamel.yaml.error import MarkedYAMLError, YAMLError
         from ruamel.yaml.reader import ReaderError
@@ -151,7 +154,7 @@ class _PlanReader:
             raise ConfigError(f"{self._path}:1:1: this is not YAML: {type(error).__name__}.") from None
 
     def _items(self, node: Node | None, what: str) -> list[tuple[str, Node, Node]]:
-        """(name, node of the name, node of the value) of a mapping; an empty file has none."""
+        """(name, node of the name, node of the value) of each entry of a mapping; an empty file has no entries."""
         from ruamel.yaml.nodes import MappingNode, ScalarNode
 
         if node is None or (isinstance(node, ScalarNode) and node.tag == _YAML_TAG + "null"):
@@ -194,66 +197,57 @@ class _PlanReader:
             raise self._error(node, f"{what} is a list; start each entry with `- {first}: ...`.")
         return list(node.value)
 
-    def _name_rule(self, node: Node) -> NameRule:
-        values: dict[str, Any] = {}
+    def _fields(
+        self, node: Node, what: str, legal: tuple[str, ...], needed: tuple[str, ...]
+    ) -> tuple[dict[str, str], dict[str, Node]]:
+        """The texts and nodes of the fields of one entry. needed: the fields that must not be empty."""
+        values: dict[str, str] = {}
         nodes: dict[str, Node] = {}
-        for name, key_node, value in self._items(node, "an entry of names"):
-            if name not in NAME_FIELDS:
-                raise self._unknown(key_node, name, NAME_FIELDS, "field of an entry of names")
+        for name, key_node, value in self._items(node, what):
+            if name not in legal:
+                raise self._unknown(key_node, name, legal, f"field of {what}")
             values[name], nodes[name] = self._text_of(value, name) or "", value
-        for needed in ("path", "name"):
-            if not values.get(needed):
-                raise self._error(node, f"an entry of names needs `{needed}`.")
+        for name in needed:
+            if not values.get(name):
+                raise self._error(node, f"{what} needs `{name}`.")
+        return values, nodes
+
+    def _check_pattern(self, pattern: str, node: Node) -> None:
         try:
-            return NameRule(**values)
+            compile_match(pattern)
         except ConfigError as error:
-            raise self._error(nodes["path"], str(error)) from None
+            raise self._error(node, str(error)) from None
+
+    def _validated(self, model: type[_Entry], values: dict[str, str], nodes: dict[str, Node], node: Node) -> _Entry:
+        try:
+            return model(**values)
         except ValidationError as error:
             name, problem = explain_validation(error)[0]
             raise self._error(nodes.get(name, node), f"{name}: {problem}" if name else problem) from None
 
+    def _name_rule(self, node: Node) -> NameRule:
+        values, nodes = self._fields(node, "an entry of names", NAME_FIELDS, ("path", "name"))
+        return self._validated(NameRule, values, nodes, node)
+
     def _threshold(self, node: Node) -> Threshold:
-        values: dict[str, str] = {}
-        nodes: dict[str, Node] = {}
-        for name, key_node, value in self._items(node, "an entry of thresholds"):
-            if name not in THRESHOLD_FIELDS:
-                raise self._unknown(key_node, name, THRESHOLD_FIELDS, "field of an entry of thresholds")
-            values[name], nodes[name] = self._text_of(value, name) or "", value
-        for needed in THRESHOLD_FIELDS:
-            if not values.get(needed):
-                raise self._error(node, f"an entry of thresholds needs `{needed}`.")
-        try:
-            compile_match(values["match"])
-        except ConfigError as error:
-            raise self._error(nodes["match"], str(error)) from None
+        values, nodes = self._fields(node, "an entry of thresholds", THRESHOLD_FIELDS, THRESHOLD_FIELDS)
+        self._check_pattern(values["match"], nodes["match"])
         return Threshold(**values, place=f"{self._place(nodes['require'])}: require")
 
     def _rule(self, node: Node) -> Rule:
-        values: dict[str, Any] = {}
-        nodes: dict[str, Node] = {}
-        for name, key_node, value in self._items(node, "a rule"):
-            if name not in RULE_FIELDS:
-                raise self._unknown(key_node, name, RULE_FIELDS, "field of a rule")
-            text = self._text_of(value, name) or ""
-            if not text and name not in RULE_FIELDS_THAT_MAY_BE_EMPTY:
-                raise self._error(value, f"{name} has no value.")
-            values[name], nodes[name] = text, value
+        values, nodes = self._fields(node, "a rule", RULE_FIELDS, ())
+        for name, value in values.items():
+            if not value and name not in _MAY_BE_EMPTY:
+                raise self._error(nodes[name], f"{name} has no value.")
         if "match" not in values:
             raise self._error(node, 'a rule needs `match`, the pattern of the names it is for, such as "layers.*".')
-        try:
-            compile_match(values["match"])
-        except ConfigError as error:
-            raise self._error(nodes["match"], str(error)) from None
-        try:
-            return Rule(**values)
-        except ValidationError as error:
-            name, problem = explain_validation(error)[0]
-            raise self._error(nodes[name], f"{name}: {problem}") from None
+        self._check_pattern(values["match"], nodes["match"])
+        return self._validated(Rule, values, nodes, node)
 
     def _unknown(self, node: Node, name: str, legal: tuple[str, ...], what: str) -> ConfigError:
         near = difflib.get_close_matches(name.lower(), legal, n=1)
         hint = f"Did you mean {near[0]}?" if near else f"Legal: {', '.join(legal)}."
-        return self._error(node, f"{name!r} is no {what}. {hint}")
+        return self._error(node, f"{name!r} is not a {what}. {hint}")
 
     def _error(self, node: Node, message: str) -> ConfigError:
         return ConfigError(f"{self._place(node)}: {message}")
@@ -262,13 +256,13 @@ class _PlanReader:
         return f"{self._path}:{node.start_mark.line + 1}:{node.start_mark.column + 1}"
 
 
-# Rules: settings for the points whose name a pattern matches; for each field the first rule that has it wins.
-
-
 class Rule(BaseModel):
-    """One rule. A field that is None is one that the rule does not have; `transform=""` is: no transform for these
-    names, though `transform_path` or a later rule has one; `dims=""` in the same way. With `role`, the rule is for that
-    job alone: both may have the same name in another layout."""
+    """One rule: settings for the points whose name matches. For each field, the first rule that has it wins.
+
+    A field that is None does not belong to the rule. `transform=""` means no transform for these names, even if
+    `transform_path` or a later rule has one; `dims=""` works in the same way. With `role`, the rule is for that job
+    only, because both jobs may have the same name with different layouts.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
@@ -298,7 +292,7 @@ class Rule(BaseModel):
         if self.one_sided is not None and self.role is not None:
             raise ValueError(
                 "one_sided holds for both jobs, since each of them must know what the other does; leave role out, or "
-                "put one_sided into a rule of its own"
+                "put one_sided into a separate rule"
             )
         return self
 
@@ -309,13 +303,14 @@ class Rule(BaseModel):
         return pattern
 
     def has(self, field: str) -> bool:
+        """Whether the rule has the field."""
         return getattr(self, field) is not None
 
     def matches(self, name: str) -> bool:
+        """Whether the rule is for points with this name."""
         return compile_match(self.match).fullmatch(name) is not None
 
 
 RULE_FIELDS = tuple(Rule.model_fields)
-# What a rule is for, not what it sets; and fields whose empty text means "none for these names".
-RULE_CONDITIONS = ("match", "role")
-RULE_FIELDS_THAT_MAY_BE_EMPTY = ("transform", "dims")
+# Fields whose empty text means "none for these names".
+_MAY_BE_EMPTY = ("transform", "dims")

@@ -32,7 +32,7 @@ from grafter.runtime.dispatch import Dispatch
 from grafter.runtime.gradients.watched import BACKWARD, WatchedGradient
 from grafter.runtime.local_value import LocalValues, Point
 from grafter.runtime.session import Session
-from grafter.store.dumps.taken import Taken
+from grafter.store.dumps.pending_record import PendingRecord
 from grafter.store.recording import RecordedFailure, RecordedPoint, RecordedRank
 from grafter.wire.store_client import StoreClient
 
@@ -63,7 +63,7 @@ class RecordedValues(LocalValues):
 class RecordedDispatch(Dispatch):
     """The dispatch of a recorded rank's points to the live job."""
 
-    def exchange(self, session: Session, point: Point, local: Offer, taken: Taken | None = None) -> Any:
+    def exchange(self, session: Session, point: Point, local: Offer, taken: PendingRecord | None = None) -> Any:
         recorded = local.value
         # It has nothing else to do, whatever the live job waits for.
         options = replace(point.options, wait="both")
@@ -209,7 +209,7 @@ class PlayedGrafter(Grafter):
                     value = cast(torch.Tensor, one)
                     if is_parameter:
                         gradients.outcomes.exchange(session, watched, value)
-                    elif one.never_came:
+                    elif one.is_missing:
                         continue
                     elif self.context.place.role == sender_role(watched.direction) and (
                         watched.point.options.one_sided == "raise"

@@ -26,7 +26,7 @@ from grafter.core.roles import Role
 from grafter.errors import ConfigError, DumpError, GrafterError
 from grafter.rank.offline.played_rank import PlayedGrafter
 from grafter.runtime.rank_report import set_up_logging
-from grafter.store.recording import Recording, open_recording, settings_of
+from grafter.store.recording import RoleRecording, open_recording, settings_of
 
 logger = logging.getLogger("grafter")
 
@@ -52,7 +52,7 @@ def main() -> int:
     return _Ranks(recording, config, arguments.parent).run()
 
 
-def _open(directory: str, config: GrafterConfig) -> Recording:
+def _open(directory: str, config: GrafterConfig) -> RoleRecording:
     if config.role is None:
         raise ConfigError("GRAFTER_ROLE is not set: set it to the recorded role. GRAFTER_PEER sets it automatically.")
     role: Role = config.role
@@ -72,7 +72,7 @@ def _open(directory: str, config: GrafterConfig) -> Recording:
     return recording
 
 
-def _tell_what_is_missing(recording: Recording) -> None:
+def _tell_what_is_missing(recording: RoleRecording) -> None:
     for problem in recording.problems[:10]:
         logger.warning("grafter: in the recording %s: %s", recording.directory, problem)
     for rank in recording.ranks:
@@ -86,7 +86,7 @@ def _tell_what_is_missing(recording: Recording) -> None:
 class _Ranks:
     """The processes of the played ranks."""
 
-    def __init__(self, recording: Recording, config: GrafterConfig, parent: int | None) -> None:
+    def __init__(self, recording: RoleRecording, config: GrafterConfig, parent: int | None) -> None:
         self._recording, self._config, self._parent = recording, config, parent
         self._pids: dict[int, int] = {}
         self._exit_code = 0

@@ -13,7 +13,7 @@ from grafter.runtime.gradients.watched import BACKWARD, NO_GRADIENT, SavedGradie
 from grafter.runtime.local_value import Point, PointTools
 from grafter.runtime.rank_context import RankContext
 from grafter.runtime.session import Session
-from grafter.store.dumps.taken import Taken
+from grafter.store.dumps.pending_record import PendingRecord
 
 
 class GradientOutcomes:
@@ -58,7 +58,7 @@ class GradientOutcomes:
         """No gradient reached a point that is recorded in its step: whoever grafts from the recording must know it."""
         self._dumps.finish(self._take(saved.point, None))
 
-    def _take(self, point: Point, gradient: torch.Tensor | None) -> Taken | None:
+    def _take(self, point: Point, gradient: torch.Tensor | None) -> PendingRecord | None:
         recorded_part = None
         if self._context.config.record and point.direction is not None:
             recorded_part = self._dispatch.recorded_part(point, self._prepare(point, gradient))

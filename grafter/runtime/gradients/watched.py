@@ -12,7 +12,7 @@ from grafter.runtime.local_value import Point
 if TYPE_CHECKING:
     import torch
 
-    from grafter.store.dumps.taken import Taken
+    from grafter.store.dumps.pending_record import PendingRecord
 
 BACKWARD = "backward"
 NO_GRADIENT = "no gradient came to this point"
@@ -28,7 +28,7 @@ class WatchedGradient:
     met: bool = False
     # Its step is over, and it had not arrived by then.
     ended: bool = False
-    taken: Taken | None = None
+    taken: PendingRecord | None = None
 
     @property
     def key(self) -> PointKey:

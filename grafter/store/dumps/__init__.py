@@ -1,22 +1,24 @@
-"""Dumps: a run's memory. Chosen points on disk, written beside the run and read back without trust.
+"""Dumps: chosen points on disk, written while the run continues, and read back without trust.
 
-record      what is known of one dumped point: the schema of the files
+record            what is known of one dumped point: the schema of the files, and metadata as JSON
 
 Writing, from a point to the disk:
 
-choice           which points are saved (limits: how many of them)
-rank_dumps       one rank's dumps as its points see them; alone: a run that only dumps, without another job
-saver            a point as it is at the call (taken): snapshot (buffers) and metadata (encoding)
-backlog          what is not on disk yet, bounded in bytes, worked off by one thread
-writer           the files: safetensors, renamed when they are whole; one line a point
-termination      SIGTERM: first to disk, then what would have happened
+rank_dumps        one rank's dumps; also the run that only dumps, without another job
+limits            which steps, how many bytes, how many points
+saver             takes a point at the call and hands it to the writer
+pending_record    one point that waits for the disk
+snapshot          the copy of a tensor, and the buffers for these copies
+writer            safetensors files, renamed when they are complete, and the bounded queue of writes
+termination       SIGTERM: the dumps are written first, then the process ends
 
 Reading, from the directory to a tensor:
 
-directory        which one is meant, which ranks wrote there, every record that can be read (record_file), problems
-reader           `open_dumps`: points merged over ranks by key, in execution_order; table
-point            one point: each rank's record and tensor, and the whole tensor
-tensor_file      one safetensors file, checked to the byte and mapped (safe_open: nothing outside of the directory)
-pieces           all ranks' layouts -> which part of the whole tensor each holds
-lazy_tensor      the whole tensor, read box by box (readahead: the next one from the disk meanwhile)
+directory         finds the role's directory, and reads every record in it
+record_file       opens the files below it, and checks their records
+reader            `open_dumps`: points merged over ranks, in execution order; a table of them
+point             one point: each rank's record and tensor, and the whole tensor
+tensor_file       one safetensors file, checked to the byte and mapped
+pieces            all ranks' layouts -> which part of the whole tensor each of them holds
+lazy_tensor       the whole tensor, read box by box
 """

@@ -1,8 +1,9 @@
-"""A role's directory of dumps: which one is meant, which ranks wrote there, and every record that can be read.
+"""A role's directory of dumps: finds it, and reads every record in it.
 
 lines of each rank            rank<r>.dumps.jsonl
-files that no line names      a crash came between file and line: the file's own record is taken
-what is wrong                 problems; what only deserves mention: notes
+files that no line names      the process died between writing the file and its line: the file's own record is used
+problems                      what could not be read, or contradicts the rest
+notes                         what deserves mention and loses nothing
 """
 
 from __future__ import annotations
@@ -10,30 +11,34 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from grafter.core.roles import ROLES
 from grafter.errors import DumpError
 from grafter.store.dumps.record import DumpRecord, Problem
 from grafter.store.dumps.record_file import (
     NewerFormat,
     lines_name,
     listed,
-    opened,
+    read_file,
     read_lines,
     read_record_of_file,
     shown,
 )
 
-ROLES = ("baseline", "target")
 _RANK_NAME = re.compile(r"rank(0|[1-9][0-9]{0,8})(\.dumps\.jsonl)?")
 _LONGEST_RUN_FACTS = 1 << 24
 
 
 @dataclass
 class DumpDirectory:
-    """What was found. `records`: of each rank, in its order; no two of one rank have the same `order`."""
+    """The content of a role's directory.
+
+    records: by rank, sorted by `order`, which is unique within a rank. run: the content of run.json, or None.
+    """
 
     path: Path
     records: dict[int, list[DumpRecord]] = field(default_factory=dict)
@@ -43,7 +48,7 @@ class DumpDirectory:
 
 
 def find_role_directory(directory: str | os.PathLike[str], role: str | None) -> Path:
-    """The role's directory that is meant. Raises DumpError where there is none, or a choice to be made."""
+    """The role's directory, given it or a run's directory. Raises DumpError if there is none, or if both roles fit."""
     path = Path(directory)
     if role is not None and role not in ROLES:
         raise DumpError(f"role={role!r}: a role is baseline or target.")
@@ -71,7 +76,7 @@ def _rank_numbers(path: Path) -> list[int]:
     return sorted({int(found[1]) for name in names if (found := _RANK_NAME.fullmatch(name))})
 
 
-def _instead(path: Path, there: list[str]) -> str:
+def _instead(path: Path, there: Sequence[str]) -> str:
     if there:
         return f", but of the {there[0]}. To compare two runs, give two directories: grafter compare BASELINE TARGET."
     runs = sorted(
@@ -84,7 +89,7 @@ def _instead(path: Path, there: list[str]) -> str:
 
 
 def read_directory(path: Path) -> DumpDirectory:
-    """All records of a role's directory. Raises DumpError where nothing of it can be read."""
+    """All records of a role's directory. Raises DumpError if nothing in it can be read."""
     found = DumpDirectory(path)
     for role_rank in _rank_numbers(path):
         found.records[role_rank] = _read_rank(found, role_rank)
@@ -123,8 +128,8 @@ def _add(
         found.problems.append(
             Problem(
                 where,
-                f"the records {files[record.file]} and {record.order} name one file, {shown(record.file)}; the first "
-                "one counts",
+                f"the records {files[record.file]} and {record.order} name the same file, {shown(record.file)}; the "
+                "first one counts",
             )
         )
     else:
@@ -134,7 +139,7 @@ def _add(
 
 
 def _look_at_files(found: DumpDirectory, role_rank: int, records: dict[int, DumpRecord], files: dict[str, int]) -> None:
-    """Files that no line names are read; files that a line names and that are not there are told."""
+    """Read the files that no line names; report the files that a line names and that are missing."""
     there, others = set(), []
     for name in listed(found.path, f"rank{role_rank}"):
         if name.endswith(".safetensors") and not name.startswith("."):
@@ -143,8 +148,8 @@ def _look_at_files(found: DumpDirectory, role_rank: int, records: dict[int, Dump
             others.append(name)
     if others:
         found.notes.append(
-            f"rank{role_rank}/ has {len(others)} files that are no dumps, such as {shown(others[0])}: a write that was "
-            "broken off, if its name ends so"
+            f"rank{role_rank}/ has {len(others)} files that are not dumps, such as {shown(others[0])}: interrupted "
+            "writes, if they end in .tmp"
         )
     for file, order in files.items():
         if file not in there:
@@ -160,19 +165,19 @@ def _look_at_files(found: DumpDirectory, role_rank: int, records: dict[int, Dump
             continue
         if record.file != file:
             found.problems.append(
-                Problem(file, f"no line names it, and it says that it is {shown(str(record.file))}; it is left out")
+                Problem(file, f"no line names it, and its own record names {shown(str(record.file))}; it is left out")
             )
         else:
             _add(records, files, record, file, found)
     if unnamed:
         found.notes.append(
             f"rank{role_rank}/ has {len(unnamed)} files that no line names, such as {shown(unnamed[0])}: the process "
-            "ended between writing the two. What they say of themselves is taken"
+            "ended before it wrote the lines. The records inside the files are used"
         )
 
 
 def _keep_one_job(found: DumpDirectory) -> None:
-    """One directory is one role of one size: what says otherwise than the first record is left out, and told."""
+    """Leave out, and report, records of another role or world size than the first record's: two runs were mixed."""
     first = next((record for records in found.records.values() for record in records), None)
     if first is None:
         return
@@ -183,8 +188,8 @@ def _keep_one_job(found: DumpDirectory) -> None:
                 found.problems.append(
                     Problem(
                         lines_name(role_rank),
-                        f"record {record.order} is of a {record.role} of {record.role_world_size} ranks, and others "
-                        f"are of a {job[0]} of {job[1]}; two runs were mixed. It is left out",
+                        f"record {record.order} belongs to a {record.role} of {record.role_world_size} ranks, the "
+                        f"others to a {job[0]} of {job[1]}; two runs were mixed. It is left out",
                     )
                 )
         found.records[role_rank] = [r for r in records if (r.role, r.role_world_size) == job]
@@ -194,12 +199,11 @@ def _read_run_facts(found: DumpDirectory) -> dict[str, Any] | None:
     if not os.path.lexists(found.path / "run.json"):
         return None
     try:
-        with opened(found.path, "run.json") as descriptor, os.fdopen(os.dup(descriptor), "rb") as file:
-            facts = json.loads(file.read(_LONGEST_RUN_FACTS))
+        facts = json.loads(read_file(found.path, "run.json", _LONGEST_RUN_FACTS))
     except (DumpError, ValueError, RecursionError) as error:
         found.problems.append(Problem("run.json", f"it cannot be read ({str(error)[:200]})"))
         return None
     if not isinstance(facts, dict):
-        found.problems.append(Problem("run.json", "it is no JSON object"))
+        found.problems.append(Problem("run.json", "it is not a JSON object"))
         return None
     return facts

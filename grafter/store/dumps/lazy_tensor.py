@@ -1,6 +1,6 @@
-"""A whole tensor of a recording, read box by box: from each rank's mapped file only what the box needs.
+"""A whole dumped tensor, read box by box: each box reads only what it needs from the ranks' mapped files.
 
-whole tensor        rank 0      rank 1         a box that needs both ranks is put together in memory of its own;
+whole tensor        rank 0      rank 1         a box that needs both ranks is assembled in new memory;
 . . . . . .         . . .       . . .          one that lies in a single rank's tensor is a view of its file
 . [# # #] .         . # #       # . .
 """
@@ -14,7 +14,6 @@ from math import prod
 
 import torch
 
-from grafter.core.layout.shares import RoleShares
 from grafter.core.plan.assembly import reduce_summands, reduced_dtype
 from grafter.core.plan.resharding import Resharding
 from grafter.errors import DumpError, GrafterError, UsageError
@@ -22,9 +21,9 @@ from grafter.store.dumps.pieces import LocalPart, Pieces, named_dims
 from grafter.store.dumps.tensor_file import will_read
 
 Numbers = tuple[int, ...]
-Box = tuple[Numbers, Numbers]
+TensorBox = tuple[Numbers, Numbers]
 
-# Values of a block where none is asked for: 32 MiB of float64.
+# The default number of values in a block: 32 MiB of float64.
 BLOCK_NUMEL = 1 << 22
 
 
@@ -32,7 +31,7 @@ BLOCK_NUMEL = 1 << 22
 class ReplicaDifference:
     """Two copies of a part that are not equal bit for bit.
 
-    `index`: of the first value that differs, in the whole tensor. `count`: how many values differ.
+    index: of the first value that differs, in the whole tensor. count: the number of values that differ.
     """
 
     ranks: Numbers
@@ -42,14 +41,19 @@ class ReplicaDifference:
 
 
 class LazyTensor:
-    """The whole tensor of one leaf of a point, from the files of all its ranks. Nothing is read before it is asked for.
+    """The whole tensor of one leaf of a point, read from the files of all its ranks when a method needs them.
 
-    shape: of the whole tensor, without padding. dtype: of what `read` gives: the parts' own, or, where parts are
-    summands, float32 or better. dim_names: such as ("b", "s", "(h*d)"), or None where no names were declared.
-    layouts: what each rank declared, as messages show it.
+    shape: of the whole tensor, without padding. dtype: of the tensors that `read` returns: that of the parts, or
+    float32 or better if the parts are summands. stored_dtype: that of the parts. dim_names: such as
+    ("b", "s", "(h*d)"); None if no names were declared. layouts: each rank's declared layout as text. ranks: those that
+    hold a part.
 
-    The tensors that reading gives are on the CPU. One that lies in one rank's file is its mapped memory: writing to it
-    never changes the file, but what is read there afterwards by this object, so clone what you want to change.
+    whole: a role of one rank that holds this tensor, for the layout functions. replicas: the number of copies of each
+    part, the largest if it differs. summands: the number of summands that add up to the value; 1 unless it is partial.
+    is_undeclared: whether no rank declared a layout; then each rank holds the whole tensor.
+
+    All returned tensors are on the CPU. A box within one rank's file is a view of the mapped file. Writing to it never
+    changes the file, but changes what this object reads there afterwards: clone a tensor before you change it.
     """
 
     def __init__(
@@ -63,6 +67,9 @@ class LazyTensor:
         self.who, self._pieces, self._local = who, pieces, local
         self._opened: dict[int, torch.Tensor] = {}
         self.shape: Numbers = pieces.shape
+        self.numel = prod(pieces.shape)
+        self.whole, self.replicas, self.summands = pieces.whole, pieces.replicas, pieces.summands
+        self.is_undeclared = pieces.resharding is None
         self.stored_dtype = dtype
         self.dtype = reduced_dtype(dtype) if pieces.summands > 1 else dtype
         self.dim_names = named_dims(pieces)
@@ -70,55 +77,30 @@ class LazyTensor:
         self.ranks: Numbers = tuple(part.role_rank for part in parts)
         self._local_shapes = {part.role_rank: part.shape for part in parts}
 
-    @property
-    def numel(self) -> int:
-        return prod(self.shape)
-
-    @property
-    def whole(self) -> RoleShares:
-        """A role of one rank that holds this tensor, with the names of its dims, as the layout functions take it."""
-        return self._pieces.whole
-
-    @property
-    def replicas(self) -> int:
-        """How many copies of each part there are; where parts have unequally many, the most."""
-        return self._pieces.replicas
-
-    @property
-    def is_undeclared(self) -> bool:
-        """Whether no rank declared a layout, so that each holds the whole tensor."""
-        return self._pieces.resharding is None
-
-    @property
-    def summands(self) -> int:
-        """How many summands make the value; 1 where it is no partial one."""
-        return self._pieces.summands
-
     def __repr__(self) -> str:
         return f"<LazyTensor {self.who} {self.dtype}{list(self.shape)}>"
 
     def read(self, offset: Numbers | None = None, size: Numbers | None = None) -> torch.Tensor:
         """The values of a box of the whole tensor; without arguments, all of it.
 
-        offset, size: one number per dim, inside of `shape`. Returns a tensor of shape `size` and of `dtype`.
-        Raises UsageError for a box that leaves the tensor, DumpError for a file that is damaged.
+        offset, size: one number per dim, within `shape`. Returns a tensor of shape `size` and of `dtype`.
+        Raises UsageError if the box is not within the tensor, DumpError if a file is damaged.
         """
-        box = self._box(offset, size)
-        return self._reduced(box, 0)
+        return self._reduced(self._box(offset, size), 0)
 
     def copies(
         self, offset: Numbers | None = None, size: Numbers | None = None
     ) -> Iterator[tuple[Numbers, torch.Tensor]]:
-        """Every copy of a box, with the ranks that it is made from; the first is what `read` gives.
+        """Every copy of a box, with the ranks that hold it; the first copy is the one that `read` returns.
 
-        Where parts have unequally many copies, a part with fewer is there more than once.
+        If parts differ in their number of copies, a part with fewer copies is repeated.
         """
         box = self._box(offset, size)
-        for copy in range(self._pieces.replicas):
+        for copy in range(self.replicas):
             yield self._ranks_of(box, copy), self._reduced(box, copy)
 
     def will_read(self, offset: Numbers | None = None, size: Numbers | None = None) -> None:
-        """Have the system read a box from the disk meanwhile: a hint for what `read` or `copies` is asked for next.
+        """Hint that `read` or `copies` needs this box next: the system reads it from the disk in the meantime.
 
         Raises what `read` raises.
         """
@@ -126,10 +108,10 @@ class LazyTensor:
         for row in self._pieces.within(*box).tolist():
             will_read(self._view(row, *box)[1])
 
-    def blocks(self, most_numel: int = BLOCK_NUMEL) -> Iterator[Box]:
-        """Boxes (offset, size) that together are the tensor, in row-major order, none of more values than told.
+    def blocks(self, most_numel: int = BLOCK_NUMEL) -> Iterator[TensorBox]:
+        """Boxes (offset, size) of at most `most_numel` values that cover the tensor, in row-major order.
 
-        A block is as much of the last dims as fits, so that it is contiguous in the whole tensor.
+        A block takes as much of the last dims as fits, so it is contiguous in the whole tensor. Raises UsageError.
         """
         if most_numel < 1:
             raise UsageError(f"most_numel={most_numel}: a block has at least one value.")
@@ -146,11 +128,8 @@ class LazyTensor:
             yield offset, tuple(min(n, full - at) for at, n, full in zip(offset, sizes, self.shape, strict=True))
 
     def differing_replicas(self, most_numel: int = BLOCK_NUMEL) -> list[ReplicaDifference]:
-        """Copies of one part that should be the same and are not, bit for bit; empty where all are.
-
-        Reads every rank's file once, a block at a time.
-        """
-        if self._pieces.replicas == 1:
+        """The copies of a part that are not equal bit for bit. Reads every rank's file once, a block at a time."""
+        if self.replicas == 1:
             return []
         found: dict[tuple[Numbers, Numbers], ReplicaDifference] = {}
         for offset, size in self.blocks(most_numel):
@@ -162,7 +141,7 @@ class LazyTensor:
         return list(found.values())
 
     def boxes_of(self, rank: int) -> Iterator[tuple[Numbers, Numbers, Numbers, Numbers]]:
-        """A rank's boxes: (offset in the whole tensor, size, where it begins in the local tensor, that one's shape)."""
+        """The boxes of a rank: (offset in the whole tensor, size, offset in the local tensor, shape of that tensor)."""
         pieces = self._pieces
         for row in range(len(pieces.ranks)):
             if int(pieces.ranks[row]) == rank:
@@ -173,9 +152,7 @@ class LazyTensor:
         """Unmap the files that were opened; reading opens them again."""
         self._opened.clear()
 
-    # The steps.
-
-    def _box(self, offset: Numbers | None, size: Numbers | None) -> Box:
+    def _box(self, offset: Numbers | None, size: Numbers | None) -> TensorBox:
         offset = tuple(offset) if offset is not None else (0,) * len(self.shape)
         if size is None:
             size = tuple(full - at for full, at in zip(self.shape, offset, strict=False))
@@ -186,8 +163,8 @@ class LazyTensor:
             raise UsageError(f"{self.who} is {list(self.shape)}: the box at {list(offset)} of {list(size)} leaves it.")
         return offset, size
 
-    def _reduced(self, box: Box, copy: int) -> torch.Tensor:
-        summands, replicas = self._pieces.summands, self._pieces.replicas
+    def _reduced(self, box: TensorBox, copy: int) -> torch.Tensor:
+        summands, replicas = self.summands, self.replicas
         if summands == 1:
             return self._assembled(box, copy, may_view=True)
         layers = [self._assembled(box, number * replicas + copy, may_view=False) for number in range(summands)]
@@ -200,7 +177,7 @@ class LazyTensor:
         except (GrafterError, RuntimeError) as error:
             raise DumpError(f"{self.who}: {error}") from error
 
-    def _assembled(self, box: Box, layer: int, *, may_view: bool) -> torch.Tensor:
+    def _assembled(self, box: TensorBox, layer: int, *, may_view: bool) -> torch.Tensor:
         offset, size = box
         pieces = self._pieces
         rows = [row for row in pieces.within(offset, size).tolist() if pieces.layers[row] == layer]
@@ -217,7 +194,7 @@ class LazyTensor:
         return result
 
     def _view(self, row: int, offset: Numbers, size: Numbers) -> tuple[Numbers, torch.Tensor]:
-        """What a piece has of a box: where it begins in the box, and the values."""
+        """The part of a box that a piece holds: its offset in the box, and the values."""
         pieces = self._pieces
         view = self._local_tensor(int(pieces.ranks[row]))
         begins: list[int] = []
@@ -233,14 +210,14 @@ class LazyTensor:
             self._opened[rank] = self._local(rank)
         return self._opened[rank]
 
-    def _ranks_of(self, box: Box, copy: int) -> Numbers:
+    def _ranks_of(self, box: TensorBox, copy: int) -> Numbers:
         pieces = self._pieces
         rows = pieces.within(*box)
         return tuple(sorted({int(r) for r in pieces.ranks[rows[pieces.layers[rows] % pieces.replicas == copy]]}))
 
     def _differing_in(self, offset: Numbers, size: Numbers) -> Iterator[tuple[Numbers, Numbers, Numbers, int]]:
-        """Bitwise, summand by summand: equal sums of other summands would be no equal copies."""
-        pieces, replicas = self._pieces, self._pieces.replicas
+        """Compared bit for bit, summand by summand: equal sums do not prove equal copies."""
+        pieces, replicas = self._pieces, self.replicas
         for summand in range(pieces.summands):
             first = self._assembled((offset, size), summand * replicas, may_view=True)
             for copy in range(1, replicas):
@@ -260,14 +237,14 @@ class LazyTensor:
 
 
 def _copy(part: torch.Tensor, view: torch.Tensor) -> None:
-    # Dtypes that torch cannot copy with strides are copied as bytes; those have one byte a value.
+    # torch cannot copy some dtypes of one byte with strides; these are copied as bytes.
     if part.dtype.itemsize == 1 and part.dtype is not torch.bool:
         part, view = part.view(torch.uint8), view.view(torch.uint8)
     part.copy_(view)
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    """Its values as whole numbers, so that NaN equals a NaN of the same bits; two for each of a complex128."""
+    """The values as integers, so that equal bits are equal, NaN included; two integers for each complex128."""
     itemsize = tensor.dtype.itemsize
     if itemsize == 16:
         return torch.view_as_real(tensor).view(torch.int64)

@@ -1,7 +1,4 @@
-"""Limits of a dump: which steps, how many bytes, how many points. What they leave out is counted, never silent.
-
-Imports no torch, since the settings are checked with it.
-"""
+"""The limits of a dump: which steps, how many bytes, how many points. Points that they leave out are counted."""
 
 from __future__ import annotations
 
@@ -13,49 +10,51 @@ from grafter.core.sizes import read_size, read_steps
 
 logger = logging.getLogger("grafter")
 
-
 LimitName = Literal["steps", "points", "bytes"]
 
 
 class Limits:
-    """What one rank may still save. A limit of bytes or points that is reached stays reached, until it is changed: what
-    is on disk is the beginning of the run without a hole. Used under the lock of the rank's points."""
+    """The limits of one rank's dumps, and what they left out.
+
+    Once a limit of bytes or points is reached, it stays reached until it is changed, so the dumps are the beginning of
+    the run without gaps. Used under the lock of the rank's points.
+    """
 
     def __init__(self, steps: str | None, max_bytes: str | None, max_points: int | None, who: str) -> None:
-        """steps, max_bytes: as the settings have them."""
+        """steps, max_bytes: texts of the settings. who: this rank, for messages."""
         self._who = who
         self._bytes = self._points = 0
         self._is_full: LimitName | None = None
         self._given: tuple[str | None, str | None, int | None] = (None, None, None)
-        self._has_told: set[LimitName] = set()
+        self._reported: set[LimitName] = set()
         self.left_out: Counter[str] = Counter()
         self.change(steps, max_bytes, max_points)
 
     def change(self, steps: str | None, max_bytes: str | None, max_points: int | None) -> None:
-        """From now on these. What was saved before counts; steps that were also allowed no longer are."""
+        """Replace the limits. Points saved earlier still count; `also_allow` no longer applies."""
         self._steps = read_steps(steps) if steps is not None else None
         self._max_bytes = read_size(max_bytes) if max_bytes is not None else None
         self._max_points = max_points
         before, self._given = self._given, (steps, max_bytes, max_points)
         if before != self._given:
-            self._has_told.clear()
+            self._reported.clear()
         if before[1:] != self._given[1:]:
             self._is_full = None
 
     def allows_step(self, step: int) -> bool:
-        """Whether points of this step are saved; counts one that is not."""
+        """Whether points of this step are saved. Counts a point that is not."""
         if self._steps is None or any(first <= step and (last is None or step <= last) for first, last in self._steps):
             return True
         self._leave_out("steps", f"step {step} is not among GRAFTER_DUMP_STEPS")
         return False
 
     def also_allow(self, first: int, end: int) -> None:
-        """Points of these steps are saved whatever the limit of steps; `end` is the first that is not meant."""
+        """Allow the steps from `first` up to `end`, exclusive, whatever the limit of steps says."""
         if self._steps is not None:
             self._steps += ((first, end - 1),)
 
     def take(self, nbytes: int) -> bool:
-        """Whether one more point, of so many bytes in its file, is saved; counts it either way."""
+        """Whether one more point, of `nbytes` in its file, is saved. Counts it in either case."""
         if self._is_full is None:
             if self._max_points is not None and self._points >= self._max_points:
                 self._is_full = "points"
@@ -72,7 +71,7 @@ class Limits:
         return False
 
     def _leave_out(self, limit: LimitName, why: str) -> None:
-        if limit not in self._has_told:
-            self._has_told.add(limit)
-            logger.warning("grafter: %s: %s: such points are not saved, only counted", self._who, why)
+        if limit not in self._reported:
+            self._reported.add(limit)
+            logger.warning("grafter: %s: %s: such points are counted, not saved", self._who, why)
         self.left_out[limit] += 1

@@ -1,9 +1,9 @@
-"""Pieces: which part of the whole tensor each rank's local tensor holds, as boxes. Pure, and remembered.
+"""Which part of the whole tensor each rank's local tensor holds, as boxes. Pure, and cached.
 
     all ranks' shapes, layouts, axes  ->  shares (grafter.core.layout)  ->  one receiver that holds it all  ->  pieces
 
-The recording is read as a graft would send it: to a role of one rank that holds the whole tensor without padding. So a
-hole, an overlap, or ranks that do not fit together are found here as they are live, and in the same words.
+The dumps are resharded as a graft would do it, to a role of one rank that holds the whole tensor without padding.
+Uncovered regions, overlaps, and ranks that do not fit together therefore raise the same errors as in a live run.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _Numbers = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class LocalPart:
-    """What one rank says of its part of a tensor. `shape` is the local one, `dtype` without `torch.`."""
+    """One rank's part of a tensor as its record describes it. shape: the local one. dtype: without `torch.`."""
 
     role_rank: int
     shape: tuple[int, ...]
@@ -43,13 +43,14 @@ class LocalPart:
 
 @dataclass(frozen=True)
 class Pieces:
-    """The whole tensor's boxes.
+    """The boxes that make up the whole tensor.
 
-    Parallel: row i of `starts` and `sizes` (in the whole tensor) and of `local` (where the box begins in the local
-    tensor), `ranks[i]`, and `layers[i]`: the number of the summand, times `replicas`, plus the number of the copy.
+    Box i: row i of `starts` and `sizes` (int64 [n, ndim], in the whole tensor) and of `local` (where it begins in the
+    local tensor), on rank `ranks[i]`. `layers[i]` is the number of the summand, times `replicas`, plus the number of
+    the copy.
 
-    whole: a role of one rank that holds the whole tensor, with the names of its dims; for aligning it with another.
-    resharding: None where nothing is declared; then each rank has it all, and `replicas` is how many have.
+    whole: a role of one rank that holds the whole tensor, with the names of its dims. resharding: None if no layout is
+    declared; then each rank holds the whole tensor, and `replicas` is the number of ranks.
     """
 
     whole: RoleShares
@@ -67,7 +68,7 @@ class Pieces:
         return self.whole.global_shape
 
     def within(self, offset: tuple[int, ...], size: tuple[int, ...]) -> _Numbers:
-        """The rows of the pieces that share a place with a box."""
+        """The numbers of the boxes that intersect the box at `offset` of `size`."""
         if not self.shape:
             return np.arange(len(self.ranks))
         low = np.array(offset, dtype=np.int64)
@@ -78,7 +79,7 @@ class Pieces:
 
 @lru_cache(maxsize=256)
 def find_pieces(role: Role, parts: tuple[LocalPart, ...]) -> Pieces:
-    """Parts of one tensor, one per rank, in the order of ranks. Raises LayoutError where they make none."""
+    """The pieces of one tensor. parts: one per rank, sorted by rank. Raises LayoutError if they form no tensor."""
     headers = [_header(role, part) for part in parts]
     for part in parts[1:]:
         if part.dtype != parts[0].dtype:
@@ -117,7 +118,7 @@ def _header(role: Role, part: LocalPart) -> Header:
 
 
 def _whole_of(shares: RoleShares) -> RoleShares:
-    """One rank that holds it all, without padding."""
+    """A role of one rank that holds the whole tensor without padding."""
     sizes = list(shares.global_shape)
     dims: tuple[Dim, ...] | None = None
     if shares.dims is not None:
@@ -131,12 +132,12 @@ def _whole_of(shares: RoleShares) -> RoleShares:
 
 
 def _copies(headers: list[Header]) -> Pieces:
-    """Nothing is declared: each rank has the whole tensor. Whether they have the same one, its values say."""
+    """The pieces if no layout is declared: each rank holds the whole tensor. The values are not compared here."""
     shapes = {header.leaves[0].shape for header in headers}
     if len(shapes) > 1:
         first, other = headers[0], next(h for h in headers if h.leaves[0].shape != headers[0].leaves[0].shape)
         raise LayoutError(
-            f"nothing says how the parts of {len(headers)} ranks make one tensor: {first.leaves[0]} at {first.who}, "
+            f"no layout says how the parts of {len(headers)} ranks make one tensor: {first.leaves[0]} at {first.who}, "
             f"{other.leaves[0]} at {other.who}. Declare dims= at the dump, or in a rule of the plan file."
         )
     receiver = whole_tensor(headers[0], 0)
@@ -166,9 +167,7 @@ def _pieces(
 
 
 def named_dims(pieces: Pieces) -> tuple[str, ...] | None:
-    """The name of each dim, `(h*d)` for a fused one and `1` for one of size 1 without a name; None without names."""
-    return None if pieces.whole.dims is None else tuple(str(Dim(_bare(dim))) for dim in pieces.whole.dims)
-
-
-def _bare(dim: Dim) -> tuple[Factor, ...]:
-    return tuple(Factor(factor.name) for factor in dim.factors)
+    """The name of each dim: `(h*d)` for a fused one, `1` for one of size 1 without a name. None without names."""
+    if pieces.whole.dims is None:
+        return None
+    return tuple(str(Dim(tuple(Factor(factor.name) for factor in dim.factors))) for dim in pieces.whole.dims)

@@ -1,4 +1,4 @@
-"""One dumped point of a job: what each rank recorded of it, each rank's tensors, and the whole ones they make."""
+"""One dumped point of a job: each rank's record and tensors, and the whole tensors that they form."""
 
 from __future__ import annotations
 
@@ -10,81 +10,57 @@ from weakref import WeakValueDictionary
 
 import torch
 
+from grafter.core.leaves import TENSOR_MARK
 from grafter.core.points import OWN_TAGS, PointKey
 from grafter.core.roles import Role
 from grafter.core.tokens.tokens import Tokens
 from grafter.errors import DumpError, LayoutError
 from grafter.store.dumps.lazy_tensor import LazyTensor
 from grafter.store.dumps.pieces import LocalPart, find_pieces
-from grafter.store.dumps.record import TENSOR_MARK, DumpedLeaf, DumpRecord
+from grafter.store.dumps.record import DumpedLeaf, DumpRecord
 from grafter.store.dumps.record_file import opened, record_in, shown
 from grafter.store.dumps.tensor_file import map_tensor, read_header
 
 Which = Literal["value", "grafted"]
 
-# What a file's own record and its line must say alike.
+# The fields that a file's own record and its line must have in common.
 _SAME_IN_BOTH = ("order", "name", "tags", "step", "phase", "occurrence", "role", "role_rank")
 
 
 class DumpedPoint:
-    """One point, merged over the ranks of a job. Nothing is read from its files before it is asked for.
+    """One point, merged over the ranks of a job. Its files are read only when a method needs them.
 
-    key: name, identifying tags, step, phase and occurrence; also as fields. records: by role rank.
-    tags: as filters see them: those of the lowest rank, and name, step, phase, occurrence.
+    key: name, identifying tags, step, phase and occurrence, which are also attributes. records: by role rank; the first
+    one is that of the lowest rank. ranks: those with a record. role: "baseline" or "target".
     """
 
     def __init__(self, directory: Path, key: PointKey, records: Mapping[int, DumpRecord]) -> None:
         self._directory = directory
-        self.key = key
+        self.key, self.name, self.step, self.phase, self.occurrence = key, key.name, key.step, key.phase, key.occurrence
         self.records: dict[int, DumpRecord] = dict(sorted(records.items()))
-        # Not kept alive from here: each holds mapped files, of which a process cannot have any number.
+        self.ranks: tuple[int, ...] = tuple(self.records)
+        self.first: DumpRecord = self.records[self.ranks[0]]
+        self.role: Role = self.first.role
+        # Weak, because each reader holds mapped files, and a process can have only so many of them.
         self._lazy: WeakValueDictionary[tuple[str, Which], LazyTensor] = WeakValueDictionary()
-        # Undeclared tensors that were found to be the same on all ranks.
+        # The tensors without a declared layout that were found to be equal on all ranks.
         self._copies: set[tuple[str, Which]] = set()
 
     @property
-    def name(self) -> str:
-        return self.key.name
-
-    @property
-    def step(self) -> int:
-        return self.key.step
-
-    @property
-    def phase(self) -> str:
-        return self.key.phase
-
-    @property
-    def occurrence(self) -> int:
-        return self.key.occurrence
-
-    @property
-    def first(self) -> DumpRecord:
-        """The record of the lowest rank that has the point."""
-        return next(iter(self.records.values()))
-
-    @property
     def tags(self) -> dict[str, Any]:
+        """The tags as filters see them: those of the lowest rank, and name, step, phase, occurrence."""
         own = {"name": self.name, "step": self.step, "phase": self.phase, "occurrence": self.occurrence}
         return {**{tag: value for tag, value in self.first.tags.items() if tag not in OWN_TAGS}, **own}
 
     @property
-    def role(self) -> Role:
-        return self.first.role
-
-    @property
-    def ranks(self) -> tuple[int, ...]:
-        return tuple(self.records)
-
-    @property
     def missing_ranks(self) -> tuple[int, ...]:
-        """Ranks that share the point, as those that are here say, and of which there is no record."""
+        """The ranks without a record that take part in the point according to the others' records."""
         shared = {rank for record in self.records.values() for rank in record.participants}
         return tuple(sorted(shared - self.records.keys()))
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """The paths of its tensors; of a point that is a bare tensor, one that is empty."""
+        """The paths of its tensors; a bare tensor has the empty path."""
         return tuple(dict.fromkeys(leaf.path for record in self.records.values() for leaf in record.leaves))
 
     def __str__(self) -> str:
@@ -93,28 +69,26 @@ class DumpedPoint:
     def __repr__(self) -> str:
         return f"<DumpedPoint {self.key.text} on {self.role} ranks {list(self.ranks)}>"
 
-    # Tensors.
-
     def ranks_with(self, path: str = "", which: Which = "value") -> tuple[int, ...]:
         """The ranks whose files hold this tensor.
 
-        There are none at levels that save no tensors, and none for `grafted` where no graft wrote.
+        Levels below `full` save no tensors, and there is a `grafted` one only if a graft wrote.
         """
         return tuple(rank for rank in self.records if self._has(rank, path, which))
 
     def local(self, rank: int, path: str = "", which: Which = "value") -> torch.Tensor:
-        """One rank's own tensor, on the CPU, with the shape and dtype it had there; its memory is the mapped file's.
+        """One rank's own tensor on the CPU, with its shape and dtype on that rank. Its memory is the mapped file.
 
-        which: `value`, as it was when the program came to the point, or `grafted`, as the program went on with it.
+        which: `value`, the tensor before the point, or `grafted`, the tensor after a graft changed it.
 
-        Writing to the tensor never changes the file, only this tensor. Raises DumpError where there is none, or where
-        the file is damaged or says otherwise than its record.
+        Writing to the tensor never changes the file. Raises DumpError if there is no such tensor, or if the file is
+        damaged or contradicts its record.
         """
         record = self._record(rank)
         leaf = self._leaf(rank, path)
         if record.file is None:
             why = record.reason or f"it was saved at the level {record.level!r}"
-            raise DumpError(f"{self._who(rank)}: there is no tensor of it, because {why}.")
+            raise DumpError(f"{self._who(rank)}: it has no saved tensor, because {why}.")
         name = f"{which}{path}"
         with opened(self._directory, record.file) as descriptor:
             file = read_header(descriptor, f"{self._directory}/{shown(record.file)}")
@@ -125,19 +99,19 @@ class DumpedPoint:
             stored_as = leaf.stored_as or leaf.dtype
             if entry.dtype != stored_as or (leaf.stored_as is None and entry.shape != leaf.shape):
                 raise DumpError(
-                    f"{file.where}: the record says {stored_as}{list(leaf.shape)} of {name!r}, and the file has "
+                    f"{file.where}: its record says {stored_as}{list(leaf.shape)} of {name!r}, and the file has "
                     f"{entry.dtype}{list(entry.shape)}."
                 )
             return map_tensor(descriptor, file, name, _torch_dtype(leaf, file.where), leaf.shape)
 
     def reader(self, path: str = "", which: Which = "value") -> LazyTensor:
-        """The whole tensor of all ranks, to be read box by box, so that it may be larger than memory.
+        """The whole tensor of all ranks, to be read box by box; it may be larger than memory.
 
-        Parts are put together by the layouts that the ranks declared. Where nothing is declared, one rank's tensor is
-        the whole one; those of several ranks must be the same bit for bit, which is looked at here, once. Files stay
-        mapped as long as the reader, or a tensor that it gave, is alive.
+        The parts are assembled by the layouts that the ranks declared. Without declared layouts, each rank's tensor is
+        the whole one; the ranks' tensors must then be equal bit for bit, which is checked once, here. Files stay mapped
+        as long as the reader, or a tensor that it returned, is alive.
 
-        Raises DumpError naming point and ranks where the parts make no whole tensor.
+        Raises DumpError that names point and ranks if the parts form no whole tensor.
         """
         found = self._lazy.get((path, which)) or self._make_reader(path, which)
         if found.is_undeclared and found.replicas > 1 and (path, which) not in self._copies:
@@ -145,6 +119,10 @@ class DumpedPoint:
             self._copies.add((path, which))
         self._lazy[path, which] = found
         return found
+
+    def effective(self, path: str, which: Which) -> Which:
+        """`grafted` if `which` says so and a graft changed the tensor on some rank; otherwise `value`."""
+        return "grafted" if which == "grafted" and self.ranks_with(path, "grafted") else "value"
 
     def whole(self, path: str = "", which: Which = "value") -> torch.Tensor:
         """The whole tensor, as `reader(...).read()` returns it.
@@ -155,7 +133,7 @@ class DumpedPoint:
         return self.reader(path, which).read()
 
     def extras(self, rank: int) -> dict[str, Any] | None:
-        """The extras that one rank gave at the point, with its tensors; tuples are lists. None: there were none."""
+        """The extras that one rank gave at the point, with their tensors; tuples are lists. None: it gave none."""
         record = self._record(rank)
         if record.extras is None:
             return None
@@ -164,27 +142,27 @@ class DumpedPoint:
         return restored
 
     def other(self, rank: int, path: str) -> Any:
-        """A leaf of one rank's value that is no tensor, as it was encoded; NumPy's arrays are tensors. None: there is
-        none, or it is None."""
+        """A leaf of one rank's value that is not a tensor, as it was encoded; NumPy arrays are tensors.
+
+        None if there is no such leaf, or if it is None.
+        """
         record = self._record(rank)
         return self._restored(record.others.get(path), record, rank)
 
     def tokens(self, rank: int) -> Tokens | None:
-        """Which token each row of one rank's tensor is; None where that was not said."""
+        """The token of each row of one rank's tensor; None if the rank gave no tokens. Raises DumpError."""
         record = self._record(rank)
         if record.tokens is None:
             return None
         try:
             return Tokens.from_record(record.tokens)
         except ValueError as error:
-            raise DumpError(f"{self._who(rank)}: its tokens are none: {error}") from error
+            raise DumpError(f"{self._who(rank)}: its tokens are damaged: {error}") from error
 
     def let_go(self) -> None:
         """Unmap the files that readers of this point have opened; reading opens them again."""
         for tensor in list(self._lazy.values()):
             tensor.let_go()
-
-    # The steps.
 
     def _who(self, rank: int) -> str:
         return f"{self.key.text} on {self.role} rank {rank}"
@@ -214,31 +192,31 @@ class DumpedPoint:
             with opened(self._directory, record.file) as descriptor:
                 return f"{which}{path}" in read_header(descriptor, record.file).entries
         except DumpError:
-            # It is damaged, and reading it says so.
+            # The file is damaged; reading the tensor raises the error.
             return True
 
     def _check_same(self, line: DumpRecord, own: DumpRecord, where: str) -> None:
         for name in _SAME_IN_BOTH:
-            # As texts, in which NaN is NaN, and 1, 1.0 and True are apart.
+            # Compared as texts, in which NaN equals NaN, and 1, 1.0 and True differ.
             said, own_value = repr(getattr(line, name)), repr(getattr(own, name))
             if said != own_value:
                 raise DumpError(
-                    f"{where}: its own record says {name} {shown(own_value)}, and the line that names it says "
-                    f"{shown(said)}. One of the two was changed, or copied from another run."
+                    f"{where}: its own record says {name} {shown(own_value)}, but the line that names it says "
+                    f"{shown(said)}. One of them was changed, or copied from another run."
                 )
 
     def _why_absent(self, rank: int, path: str, which: Which, where: str) -> str:
         if which == "grafted":
-            return f"{self._who(rank)}: no graft changed {path or 'it'} there, so there is only its `value`."
+            return f"{self._who(rank)}: no graft changed {path or 'it'} there, so only its `value` exists."
         reason = self.records[rank].reason
         if reason is not None:
-            return f"{self._who(rank)}: there is no tensor {which + path!r} of it, because {shown(reason)}."
+            return f"{self._who(rank)}: it has no tensor {which + path!r}, because {shown(reason)}."
         return f"{where}: it has no tensor {which + path!r}, which its record describes. It is damaged."
 
     def _make_reader(self, path: str, which: Which) -> LazyTensor:
         ranks = self.ranks_with(path, which)
         if not ranks:
-            # Says why, in the words for one rank.
+            # Raises the error that says why.
             self.local(self.ranks[0], path, which)
         parts = tuple(self._part(rank, path) for rank in ranks)
         who = f"{self.key.text}{f', leaf {path}' if path else ''} at {self.role}"
@@ -258,7 +236,7 @@ class DumpedPoint:
         if differing:
             worst = differing[0]
             raise DumpError(
-                f"{found.who}: nothing says how the tensors of ranks {list(found.ranks)} make one, and they are no "
+                f"{found.who}: no layout says how the tensors of ranks {list(found.ranks)} make one, and they are not "
                 f"copies: ranks {list(worst.ranks)} and {list(worst.other_ranks)} differ in {worst.count} of "
                 f"{prod(found.shape)} values, first at {list(worst.index)}. Declare dims= at the dump, or in a rule of "
                 f"the plan file; or read each rank's own with `local`.{self._what_is_missing()}"

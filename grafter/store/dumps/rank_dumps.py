@@ -1,4 +1,7 @@
-"""One rank's dumps, as its points see them: which are saved, and a saver once there is a run to save into."""
+"""One rank's dumps: which points are saved, and the saver. Also the run that only dumps, without another job.
+
+The ranks of a run that only dumps have no store, so each derives the run's name and directory by itself.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +23,8 @@ from grafter.core.records import PointOutcome
 from grafter.core.roles import Direction, RankIdentity
 from grafter.errors import ConfigError, GrafterError
 from grafter.store.dumps.limits import Limits
+from grafter.store.dumps.pending_record import PendingRecord, rows_to_save
 from grafter.store.dumps.saver import Saver
-from grafter.store.dumps.taken import Taken, rows_to_save
 from grafter.store.dumps.writer import refuse_earlier_dumps
 from grafter.store.run_files import write_run_facts
 
@@ -29,7 +32,7 @@ logger = logging.getLogger("grafter")
 
 
 class RankDumps:
-    """Used under the lock of the rank's points. Nothing is opened before the first point is saved."""
+    """The dumps of one rank. Used under the lock of its points; opens no file before the first point is saved."""
 
     def __init__(
         self,
@@ -38,17 +41,20 @@ class RankDumps:
         axes_of: Callable[[Any], tuple[tuple[str, int, int], ...]],
         find_run_directory: Callable[[], Path],
     ) -> None:
-        """axes_of: this rank's place on the mesh, of what a call says. find_run_directory: may wait for the run to
-        begin."""
+        """axes_of: this rank's place on the mesh, from the call's `axes`. find_run_directory: may wait for the run to
+        begin.
+        """
         self._config, self._place = config, place
         self._axes_of, self._find_run_directory = axes_of, find_run_directory
         self.limits = Limits(config.dump_steps, config.dump_max_bytes, config.dump_max_points, place.who)
         self._saver: Saver | None = None
-        self._has_told_fork = False
+        self._has_reported_fork = False
 
     def take_over(self, config: GrafterConfig, also: tuple[int, int] | None) -> None:
-        """From now on by this configuration's limits. also: steps from the one on and before the other, whose points
-        are saved whatever the limit of steps."""
+        """Use this configuration's limits from now on.
+
+        also: (first, end) of steps whose points are saved whatever the limit of steps says.
+        """
         self.limits.change(config.dump_steps, config.dump_max_bytes, config.dump_max_points)
         if also is not None:
             self.limits.also_allow(*also)
@@ -63,7 +69,7 @@ class RankDumps:
         return is_chosen and self.limits.allows_step(step)
 
     def open(self) -> Saver:
-        """Raises ConfigError where the directory holds an earlier run's dumps."""
+        """The saver, created at the first call. Raises ConfigError if the directory holds dumps of an earlier run."""
         if self._saver is None:
             self._saver = Saver(self._config, self._place, self._find_run_directory() / self._place.role, self.limits)
         return self._saver
@@ -78,70 +84,75 @@ class RankDumps:
         site: str,
         header: str | None = None,
         starts: tuple[int, ...] = (),
-    ) -> Taken | None:
-        """The point as it is now; None where a limit leaves it out. `finish` is to follow. header: where the point is
-        recorded for a later graft, which no limit leaves out. starts: where rows of the point's tokens begin to count;
-        those before are not saved, unless it is recorded."""
+    ) -> PendingRecord | None:
+        """Take the point as it is now, to be completed by `finish`. None if a limit leaves it out.
+
+        header: given if the point is recorded for a later graft; no limit leaves such a point out. starts: the position
+        from which the rows of each sequence count; rows before it are saved only in a recording.
+        """
         rows = None
         if starts and header is None:
             options, rows = rows_to_save(value, options, starts)
             value = value if rows is None else rows.of(value)
         participants, axes = own_participants(self._place, options.ranks), self._axes_of(options.axes)
-        taken = self.open().take(key, tags, value, options, site, participants, axes, direction, header)
-        if taken is not None:
-            taken.rows = rows
-        return taken
+        pending = self.open().take(key, tags, value, options, site, participants, axes, direction, header)
+        if pending is not None:
+            pending.rows = rows
+        return pending
 
     def finish(
-        self, taken: Taken | None, outcome: PointOutcome | None = None, grafted: Any = None, reason: str | None = None
+        self,
+        pending: PendingRecord | None,
+        outcome: PointOutcome | None = None,
+        grafted: Any = None,
+        reason: str | None = None,
     ) -> None:
-        """What the point came to. grafted: what the program goes on with."""
-        if taken is not None and self._saver is not None:
-            if taken.rows is not None and outcome == "grafted":
-                grafted = taken.rows.of(grafted)
-            self._saver.finish(taken, outcome, grafted, reason)
+        """Complete a point that `take` returned. grafted: the value with which the program continues."""
+        if pending is not None and self._saver is not None:
+            if pending.rows is not None and outcome == "grafted":
+                grafted = pending.rows.of(grafted)
+            self._saver.finish(pending, outcome, grafted, reason)
 
-    def finish_failed(self, taken: Taken | None, error: BaseException) -> None:
-        """The point ended with an error; what it held is saved all the same."""
+    def finish_failed(self, pending: PendingRecord | None, error: BaseException) -> None:
+        """Complete a point that ended with an error; its value is saved as well."""
         text = str(error).splitlines()[0] if isinstance(error, GrafterError) and str(error) else ""
-        self.finish(taken, reason=f"the meeting ended with {type(error).__name__}: {text}")
+        self.finish(pending, reason=f"the meeting ended with {type(error).__name__}: {text}")
 
-    def tell_fork(self, name: str, site: str) -> None:
-        """A forked process has no thread that writes. It goes on without dumps, which is said once in each."""
-        if not self._has_told_fork:
-            self._has_told_fork = True
+    def report_fork(self, name: str, site: str) -> None:
+        """Warn once that this process was forked: it has no writing thread, so it saves no points."""
+        if not self._has_reported_fork:
+            self._has_reported_fork = True
             logger.warning(
                 "grafter: the point %r at %s is in a process that was forked from %s (a data loader's worker?). Only "
-                "the process that began the run saves points; this one saves none (start it with spawn to have a run "
-                "of its own)", name, site, self._place.who,
+                "the process that began the run saves points; this one saves none (start it with spawn to give it a "
+                "separate run)", name, site, self._place.who,
             )  # fmt: skip
 
     def end_step(self) -> None:
+        """Wait until the points of earlier steps are on disk."""
         if self._saver is not None:
             self._saver.end_step()
 
     def flush(self) -> None:
+        """Wait until all completed points are on disk."""
         if self._saver is not None:
             self._saver.flush()
 
     def close(self) -> dict[str, int]:
-        """Everything is on disk when this returns: how many points were saved, and how many lost."""
+        """Write everything to disk. Returns how many points were `saved`, and how many `lost`."""
         if self._saver is None:
             return {}
         self._saver.close()
         return dict(self._saver.outcomes)
 
 
-# A run that only dumps: no other job, no store. What the ranks of a job must agree on, they know without asking.
+def open_standalone_run(config: GrafterConfig, place: RankIdentity) -> Path:
+    """Create the directory of a run that only dumps, with `<role>/run.json` in it. Every rank calls it once.
 
-
-def open_run(config: GrafterConfig, place: RankIdentity) -> Path:
-    """The run's directory, made, with `<role>/run.json` in it. Called once by every rank of the job, on its own.
-
-    Raises ConfigError where the ranks could not come to one name, and, with nothing written, where this rank's dumps of
-    an earlier run are there.
+    Raises ConfigError if the ranks cannot derive one name. Also raises it, and writes nothing, if the directory holds
+    this rank's dumps of an earlier run.
     """
-    run_name = config.run_name or find_run_name(place, os.environ)
+    run_name = config.run_name or find_standalone_run_name(place, os.environ)
     directory = Path(config.dir) / run_name
     refuse_earlier_dumps(directory / place.role, place.role_rank, place.who)
     (directory / place.role).mkdir(parents=True, exist_ok=True)
@@ -151,9 +162,12 @@ def open_run(config: GrafterConfig, place: RankIdentity) -> Path:
     return directory
 
 
-def find_run_name(place: RankIdentity, environ: Mapping[str, str]) -> str:
-    """The same on every rank of one job, and another one in the next run: of a single rank the time; else what
-    torchrun gives all its ranks, or, on one machine, which torchrun it is. Raises ConfigError where nothing says it."""
+def find_standalone_run_name(place: RankIdentity, environ: Mapping[str, str]) -> str:
+    """A name that is the same on every rank of the job and differs between runs.
+
+    A single rank uses the time. Several ranks use the run id that torchrun gives them or, on one machine, torchrun's
+    process. Raises ConfigError if neither exists.
+    """
     if place.role_world_size == 1:
         return time.strftime("%Y%m%d-%H%M%S")
     run_id = environ.get("TORCHELASTIC_RUN_ID", "").strip()
@@ -166,6 +180,6 @@ def find_run_name(place: RankIdentity, environ: Mapping[str, str]) -> str:
             return f"job-{starter}-{started}"
     raise ConfigError(
         f"the {place.role} job has {place.role_world_size} ranks and only dumps, so there is no store through which "
-        "they could agree on a name for the run, and each would write into a directory of its own. Set "
-        "GRAFTER_RUN_NAME to one new name on all ranks (or give torchrun an --rdzv-id of its own for each run)."
+        "they could agree on a name for the run, and each would write into a separate directory. Set "
+        "GRAFTER_RUN_NAME to one new name on all ranks (or give torchrun a new --rdzv-id for each run)."
     )

@@ -1,6 +1,6 @@
-"""Dumps of one job, read back: points merged over its ranks, in the order in which the program came to them.
+"""The dumps of one job, read back: points merged over its ranks, in execution order, and a table of them.
 
-open_dumps -> directory (records, problems) -> merged by key -> ordered -> points, whose tensors are read when asked
+open_dumps -> directory (records, problems) -> merged by key -> ordered -> points, which read their tensors on demand
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from grafter.core.filters.expression import parse_filter
 from grafter.core.points import FORWARD, OWN_TAGS, PointKey, identify
@@ -19,20 +19,17 @@ from grafter.core.roles import Role
 from grafter.errors import DumpError
 from grafter.store.dumps.directory import DumpDirectory, find_role_directory, read_directory
 from grafter.store.dumps.point import DumpedPoint
-from grafter.store.dumps.record import DumpRecord, Problem
+from grafter.store.dumps.record import DumpedLeaf, DumpRecord, Problem
 from grafter.store.dumps.record_file import lines_name
-
-if TYPE_CHECKING:
-    from grafter.store.dumps.record import DumpedLeaf, DumpRecord
+from grafter.store.run_files import recorded_key_tags
 
 
 class Dumps:
-    """What one job dumped: a sequence of `DumpedPoint`, in execution order; `open_dumps` makes it.
+    """The dumps of one job: a sequence of `DumpedPoint` in execution order. `open_dumps` creates it.
 
-    directory: the role's. role, ranks (those that dumped), world_size; role and world_size are None where the ranks
-    dumped no point. run: the content of run.json, or None.
-    problems: what could not be read, while the rest was; notes: what only deserves mention. A program that judges by
-    these dumps shows both.
+    directory: the role's. ranks: those that dumped. role, world_size: None if no point was dumped. run: the content of
+    run.json, or None. problems: what could not be read, although the rest could. notes: what deserves mention.
+    A program that judges by these dumps should show both.
     """
 
     def __init__(self, found: DumpDirectory) -> None:
@@ -44,7 +41,7 @@ class Dumps:
         first = next((record for records in found.records.values() for record in records), None)
         self.role: Role | None = first.role if first is not None else None
         self.world_size: int | None = first.role_world_size if first is not None else None
-        identifying = _identifying_tags(found.run)
+        identifying = recorded_key_tags(found.run)
         merged: dict[str, tuple[PointKey, dict[int, DumpRecord]]] = {}
         sequences: list[list[str]] = []
         for rank, records in found.records.items():
@@ -74,15 +71,15 @@ class Dumps:
         return tuple(dict.fromkeys(point.name for point in self.points))
 
     def get(self, key: PointKey) -> DumpedPoint | None:
-        """The point of a key, such as another job's `point.key`; None where there is none."""
+        """The point with a key, such as another job's `point.key`; None if there is no such point."""
         return self._by_digest.get(key.digest)
 
     def point(
         self, name: str, /, *, step: int = 0, phase: str = FORWARD, occurrence: int = 0, **tags: Any
     ) -> DumpedPoint:
-        """The one point of this name, step, phase, occurrence and these tags; tags that are left out may be anything.
+        """The only point with this name, step, phase, occurrence and these tags; other tags may have any value.
 
-        Raises DumpError where there is none, or more than one.
+        Raises DumpError if there is no such point, or more than one.
         """
         named = [point for point in self.points if point.name == name]
         wanted = (step, phase, occurrence)
@@ -103,7 +100,7 @@ class Dumps:
     def select(self, expression: str) -> list[DumpedPoint]:
         """The points that a filter matches, in execution order: `dumps.select("layer_id == 3 and step >= 2")`.
 
-        The language is that of GRAFTER_DUMP_FILTER (docs/filters.md). Raises FilterError for what is no filter.
+        The language is that of GRAFTER_DUMP_FILTER (docs/filters.md). Raises FilterError if it is not valid.
         """
         matches = parse_filter(expression, setting="select").matches
         return [point for point in self.points if matches(point.tags)]
@@ -112,12 +109,12 @@ class Dumps:
         """One flat dict per tensor, rank and point, all with the same keys, for `pandas.DataFrame(dumps.table())`.
 
         Columns: name, the tags, step, phase, occurrence, role, role_rank, path, shape, dtype, statistics, file and
-        more (docs/dump-format.md). Values of one column are of one type, or None. No tensor is read.
+        more (docs/dump-format.md). All values of a column have one type, or are None. No tensor is read.
         """
         return rows_of(self.points)
 
     def check(self) -> list[Problem]:
-        """Open every file, and compare it with its record; what is wrong. Reads headers, and bools in full."""
+        """The faults found by opening every file and comparing it with its record. Reads headers, and bools in full."""
         found = []
         for point in self.points:
             for rank, record in point.records.items():
@@ -130,22 +127,15 @@ class Dumps:
 
 
 def open_dumps(directory: str | os.PathLike[str], *, role: str | None = None) -> Dumps:
-    """What a job dumped, to be read point by point; nothing but metadata is read here.
+    """The dumps of a job, to be read point by point. Only metadata is read here.
 
-    directory: a role's directory, `<dir>/<run_name>/<role>`, or a run's, `<dir>/<run_name>`, that holds one role.
-    role: "baseline" or "target", which one of a run that holds both.
+    directory: a role's directory, `<dir>/<run_name>/<role>`, or that of a run, `<dir>/<run_name>`.
+    role: "baseline" or "target"; needed if the run holds dumps of both.
 
-    Files are not trusted: what is damaged among the rest is in `Dumps.problems`. Raises DumpError where there are no
-    dumps, both roles and no choice, nothing that can be read, or a newer version of the format.
+    Files are not trusted; `Dumps.problems` lists those that are damaged. Raises DumpError if there are no dumps, if
+    `role` is needed, if nothing can be read, or if a newer version of grafter wrote the dumps.
     """
     return Dumps(read_directory(find_role_directory(directory, role)))
-
-
-def _identifying_tags(run: Mapping[str, Any] | None) -> frozenset[str] | None:
-    """The tags that identify a point, where the run had GRAFTER_KEY set; None: all but rank tags."""
-    configuration = run.get("configuration") if run is not None else None
-    key = configuration.get("key") if isinstance(configuration, dict) else None
-    return frozenset(key.replace(",", " ").split()) if isinstance(key, str) else None
 
 
 def _merge(
@@ -155,7 +145,7 @@ def _merge(
     identifying: frozenset[str] | None,
     problems: list[Problem],
 ) -> list[str]:
-    """Add one rank's records to the points; the digests of its points, in its order."""
+    """Add one rank's records to the points. Returns the digests of its points, in its order."""
     sequence = []
     for record in records:
         key = PointKey(record.name, identify(record.tags, identifying), record.step, record.phase, record.occurrence)
@@ -177,14 +167,12 @@ def _some(points: list[DumpedPoint]) -> str:
     return ", ".join(map(str, points[:5])) + (f" and {len(points) - 5} more" if len(points) > 5 else "")
 
 
-# The execution order of a job, from what each of its ranks saw.
-
-
 def in_execution_order(sequences: Sequence[Sequence[str]], times: Mapping[str, float]) -> list[str]:
-    """One order of all points that is that of each rank. `sequences`: each rank's points, each once.
+    """One order of all points that agrees with the order of each rank.
 
-    Where no rank saw two points (stages of a pipeline), the earlier by time comes first. Where two ranks saw them in
-    another order (autograd's threads), no order is that of both, and the earlier by time comes first, too.
+    sequences: each rank's points in its order, without repetition. times: of each point. If no rank has two points in
+    common (pipeline stages), the earlier by time is first. If two ranks have them in different orders (autograd's
+    threads), no order agrees with both, and the earlier by time is first as well.
     """
     before: dict[str, int] = {}
     after: dict[str, list[str]] = {}
@@ -198,7 +186,7 @@ def in_execution_order(sequences: Sequence[Sequence[str]], times: Mapping[str, f
 
     def priority(point: str) -> tuple[float, tuple[int, int], str]:
         time = times[point]
-        # What is no number (a damaged file) sorts last.
+        # NaN (a damaged file) sorts last.
         return (time if time == time else float("inf")), lowest[point], point
 
     waiting = sorted(map(priority, before))
@@ -206,7 +194,7 @@ def in_execution_order(sequences: Sequence[Sequence[str]], times: Mapping[str, f
     heapq.heapify(ready)
     ordered: dict[str, None] = {}
     for breaker in waiting:
-        # Nothing is ready while points remain only where ranks disagree: the earliest of what remains goes on.
+        # If no point is ready while some remain, ranks disagree: continue with the earliest of them.
         if not ready and breaker[2] not in ordered:
             ready.append(breaker)
         while ready:
@@ -221,10 +209,8 @@ def in_execution_order(sequences: Sequence[Sequence[str]], times: Mapping[str, f
     return list(ordered)
 
 
-# The table of dumps: flat rows with one type per column, as pandas and polars take them. Neither is needed here.
-
 _STATISTICS = tuple(TensorStatistics.model_fields)
-# What a tag of the same name would hide; such a tag's column is `tag_<name>`.
+# The columns of `table`. The column of a tag with such a name is `tag_<name>`.
 _COLUMNS = (
     "name", "step", "phase", "occurrence", "role", "role_rank", "order", "time", "path", "shape", "dtype", "device",
     "layout", "level", "file", "reason", "direction", "outcome", "call_site", "checksum", "grafted_checksum",
@@ -233,7 +219,7 @@ _COLUMNS = (
 
 
 def rows_of(points: Iterable[DumpedPoint]) -> list[dict[str, Any]]:
-    """One row per point, rank and tensor; a point of which nothing was saved has one row without a tensor."""
+    """One row per point, rank and tensor (`Dumps.table`). A point without tensors has one row per rank."""
     points = list(points)
     tags: dict[str, str] = {}
     for point in points:
@@ -274,10 +260,10 @@ def _row(record: DumpRecord, leaf: DumpedLeaf | None, tags: dict[str, str]) -> d
 
 
 def _make_one_type(rows: list[dict[str, Any]], column: str) -> None:
-    """Tags are any scalars, and one tag may be a number here and a text there; then all become text."""
+    """Give a column's values one type. If a tag is a number in one row and a text in another, all become text."""
     types = {type(row[column]) for row in rows} - {type(None)}
     if int in types and any(type(row[column]) is int and abs(row[column]) >= 2**63 for row in rows):
-        # No column of a table holds it as a number.
+        # Tables have no integer column for such numbers.
         types = {object}
     if types <= {int, float} and len(types) == 2:
         for row in rows:

@@ -1,15 +1,15 @@
-"""What one dumped point says of itself: the schema of the files, described for other languages in docs/dump-format.md.
+"""The record of one dumped point: the schema of the files, which docs/dump-format.md describes for other languages.
 
-Below `<dir>/<run_name>/<role>/`, each rank writes alone:
+Each rank writes its own files below `<dir>/<run_name>/<role>/`:
 
-    rank<r>.dumps.jsonl                       one `DumpRecord` a line, in the order of the program, each appended once
-                                              its file is in place
+    rank<r>.dumps.jsonl                       one `DumpRecord` a line, in the order of the program; a line is appended
+                                              once its file is complete
     rank<r>/<order>-<name>.safetensors        the tensors of one point (level `full`); the same record, as JSON, is the
-                                              value of "grafter" in its `__metadata__`, so that a file stands alone
+                                              value of "grafter" in its `__metadata__`, so each file can be read alone
 
-A tensor is called `value<path>` as it was when the program came to the point, and `grafted<path>` as the program went
-on with it, where a graft changed it; `<path>` is the leaf's, empty for a bare tensor. `extras<n>` are tensors within
-extras. A dtype that safetensors lacks is stored as another, which the leaf's `stored_as` names.
+`value<path>` is a tensor before the point, and `grafted<path>` the same tensor after a graft changed it; `<path>` is
+the leaf's, empty for a bare tensor. `extras<n>` are tensors within extras. A dtype that safetensors lacks is stored as
+another one, which the leaf's `stored_as` names.
 """
 
 from __future__ import annotations
@@ -17,50 +17,45 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import Field
 
+from grafter.config.settings.field_types import DumpLevel
 from grafter.core.layout.declared import DeclaredLayout
+from grafter.core.leaves import TENSOR_MARK
 from grafter.core.processes import is_from_signal_handler
-from grafter.core.records import PointOutcome, TensorStatistics
+from grafter.core.records import PointOutcome, Record, TensorStatistics
 from grafter.core.roles import Direction, Role
 from grafter.core.tokens.tokens import TokenRuns
 
-FORMAT_VERSION = 1
+DUMP_FORMAT_VERSION = 1
 METADATA_KEY = "grafter"
 
-Level = Literal["full", "statistics", "checksum"]
 
-
-class _Record(BaseModel):
-    # Unknown fields are kept out, not refused: a newer grafter may have written the file.
-    model_config = ConfigDict(frozen=True, extra="ignore", ser_json_inf_nan="constants")
-
-
-class DumpedLeaf(_Record):
-    """One tensor of the point. `dtype` as in `torch.float32`, without `torch.`; the shape is the local one."""
+class DumpedLeaf(Record):
+    """One tensor of the point. shape: the local one. dtype: without `torch.`."""
 
     path: str
     shape: tuple[int, ...]
     dtype: str
     device: str
-    # Where it lies in the global tensor, as it was declared; None where nothing was.
+    # Its place in the global tensor, as declared; None if no layout was declared.
     layout: DeclaredLayout | None = None
-    # Of the value when the program came to the point; of what it went on with, where a graft changed it.
+    # Of the value before the point, and of the value after a graft changed it.
     statistics: TensorStatistics | None = None
     grafted_statistics: TensorStatistics | None = None
-    # Hexadecimal; which function is said in docs/dump-format.md.
+    # Hexadecimal; docs/dump-format.md names the function.
     checksum: str | None = None
     grafted_checksum: str | None = None
     stored_as: str | None = None
 
 
-class DumpRecord(_Record):
-    """One point on one rank. `order` counts this rank's dumped points over the whole run, in the program's order."""
+class DumpRecord(Record):
+    """One point on one rank. order: the number of the point among this rank's dumped points, in the program's order."""
 
-    format_version: int = FORMAT_VERSION
+    format_version: int = DUMP_FORMAT_VERSION
     order: int
     time: float
     name: str
@@ -74,37 +69,37 @@ class DumpRecord(_Record):
     # Role ranks that share the point.
     participants: tuple[int, ...]
     call_site: str
-    level: Level
-    # Relative to the role's directory; None below level `full`, or where nothing could be saved (`reason` says why).
+    level: DumpLevel
+    # Relative to the role's directory; None below level `full`, or if nothing could be saved (`reason` says why).
     file: str | None = None
     reason: str | None = None
     # The tensors of the value that are not saved, or not both before and after a graft: path -> why. None in files of
-    # grafters that did not tell.
+    # older versions, which did not record it.
     unsaved: dict[str, str] | None = None
     leaves: tuple[DumpedLeaf, ...] = ()
-    # The leaves that are no tensors: path -> value.
-    others: dict[str, Any] = {}
+    # The leaves that are not tensors: path -> value.
+    others: dict[str, Any] = Field(default_factory=dict)
     # This rank's place on the mesh: (axis, coordinate, size).
     axes: tuple[tuple[str, int, int], ...] = ()
-    # As they were given; a tensor is {"__grafter_tensor__": n}, stored as `extras<n>`.
+    # As given to the call; a tensor is {"__grafter_tensor__": n}, stored as `extras<n>`.
     extras: dict[str, Any] | None = None
-    # Metadata that cannot be encoded: its path -> its repr. And what GRAFTER_DUMP_EXCLUDE left out.
-    not_encoded: dict[str, str] = {}
+    # Metadata that cannot be encoded: path -> repr. excluded: the paths that GRAFTER_DUMP_EXCLUDE left out.
+    not_encoded: dict[str, str] = Field(default_factory=dict)
     excluded: tuple[str, ...] = ()
     tokens: TokenRuns | None = None
-    # What the graft of this point came to; None where no filter of a direction matched.
+    # The result of grafting or comparing this point; None if no filter of a direction matched.
     direction: Direction | None = None
     outcome: PointOutcome | None = None
-    # GRAFTER_RECORD: this rank's header as it would have travelled, for a graft from this recording.
+    # GRAFTER_RECORD: the header that this rank would have sent, for a graft from this recording.
     header: str | None = None
-
-
-# What is wrong with a directory of dumps, where the rest of it can be read: said, and never passed over in silence.
 
 
 @dataclass(frozen=True)
 class Problem:
-    """`file`, relative to the role's directory, or with a line as `rank0.dumps.jsonl:3`; and what is wrong with it."""
+    """A fault in a directory of dumps of which the rest can be read.
+
+    file: relative to the role's directory, with a line if it has one (`rank0.dumps.jsonl:3`). what: the fault.
+    """
 
     file: str
     what: str
@@ -113,20 +108,19 @@ class Problem:
         return f"{self.file}: {self.what}"
 
 
-# Metadata as JSON: what cannot be encoded is replaced by its repr and named; it never costs the tensor.
-
-TENSOR_MARK = "__grafter_tensor__"
 MAX_REPR = 500
 _MAX_DEPTH = 32
-# Readers in other languages have no larger whole numbers, and Python reads no arbitrarily long ones.
+# Other languages have no larger integers, and Python refuses to read very long ones.
 _MAX_INTEGER_BITS = 1024
 
 
 class MetadataEncoder:
-    """Encodes the metadata of one point. What it leaves behind: `not_encoded` (path -> repr), `excluded` (paths), and
-    `tensors`, to be stored as `extras<n>`.
+    """The encoder of one point's metadata as JSON.
 
-    exclude: keys of dicts that are left out, at any depth. The caller's objects are never changed.
+    A value that cannot be encoded is replaced by its repr and noted in `not_encoded` (path -> repr). `excluded` holds
+    the paths that were left out, and `tensors` the tensors to be stored as `extras<n>`.
+
+    exclude: keys of dicts to leave out, at any depth. The caller's objects are never changed.
     """
 
     def __init__(self, exclude: frozenset[str] = frozenset()) -> None:
@@ -138,18 +132,18 @@ class MetadataEncoder:
     def encode(self, value: Any, path: str) -> Any:
         """JSON data: None, bool, int, float, str, lists and dicts of them; a tensor is {TENSOR_MARK: n}.
 
-        Never raises for what `value` is or does, unless it is a KeyboardInterrupt or the like.
+        Never raises because of `value`, except KeyboardInterrupt and the like.
         """
         try:
             return self._encode(value, path, 0)
         except Exception as error:
             if is_from_signal_handler(error):
                 raise
-            # A container whose iteration fails, a subclass that is not what it says.
+            # A container whose iteration fails, or a subclass that misbehaves.
             return self._replaced(value, path)
 
     def text(self, text: str, path: str) -> str:
-        """A text that has an encoding: lone surrogates, which have none, are written as escapes."""
+        """The text with lone surrogates, which have no encoding, as escapes."""
         clean = _clean(text)
         if clean != text:
             self.not_encoded[path] = _bounded(clean)
@@ -188,7 +182,7 @@ class MetadataEncoder:
         return encoded
 
     def _encode_number(self, value: Any, path: str) -> Any:
-        """NumPy scalars and arrays; enums and other subclasses of plain data as what they are made of."""
+        """NumPy scalars and arrays; enums and other subclasses of plain types as their plain values."""
         numpy = sys.modules.get("numpy")
         if numpy is not None and isinstance(value, numpy.generic):
             item = value.item()
@@ -210,7 +204,7 @@ class MetadataEncoder:
 
 
 def safe_repr(value: Any) -> str:
-    """At most MAX_REPR characters, whatever `value` does when it is asked for its repr."""
+    """The repr of `value`, at most MAX_REPR characters. Never raises, even if the repr does."""
     try:
         return _bounded(_clean(str.__str__(repr(value))))
     except Exception as error:

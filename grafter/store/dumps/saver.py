@@ -1,8 +1,8 @@
-"""The saver: takes a point as it is at the call, and sees to it that it is written, once, whatever comes after.
+"""The saver: takes a point as it is at the call, and writes it exactly once, whatever happens afterwards.
 
-at the call     limits; the snapshot; metadata encoded                  (`take`, on the program's thread)
-after a graft   a second snapshot, and what the point came to           (`finish`)
-in background   figures or the file, then the line                      (`_write`, on the backlog's thread)
+at the call     limits; snapshots; encoded metadata                     (`take`, on the program's thread)
+after a graft   second snapshots, and the outcome of the point          (`finish`)
+in background   figures or the file, then the line                      (`_write`, on the write queue's thread)
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 
 from grafter.config.options import PointOptions
 from grafter.config.settings.config import GrafterConfig
+from grafter.config.settings.field_types import DumpLevel
 from grafter.core.points import PointKey
 from grafter.core.processes import is_from_signal_handler
 from grafter.core.records import PointOutcome
@@ -26,7 +27,8 @@ from grafter.core.sizes import read_size
 from grafter.core.tokens.tokens import TokenRuns
 from grafter.core.untraced import unobserved
 from grafter.store.dumps.limits import Limits
-from grafter.store.dumps.record import DumpedLeaf, DumpRecord, Level, MetadataEncoder, safe_repr
+from grafter.store.dumps.pending_record import Parts, PendingRecord, leaf_of, tensors_of
+from grafter.store.dumps.record import DumpedLeaf, DumpRecord, MetadataEncoder, safe_repr
 from grafter.store.dumps.snapshot import (
     Buffers,
     NothingToSave,
@@ -36,26 +38,25 @@ from grafter.store.dumps.snapshot import (
     snapshot_bytes,
     take_snapshot,
 )
-from grafter.store.dumps.taken import Parts, Taken, leaf_of, tensors_of
 from grafter.store.dumps.termination import Termination
-from grafter.store.dumps.writer import Backlog, earlier_dumps, file_name, record_metadata, record_text, write_tensors
+from grafter.store.dumps.writer import WriteQueue, earlier_dumps, file_name, record_metadata, record_text, write_tensors
 from grafter.store.written_files import LineFile
 
 logger = logging.getLogger("grafter")
 
 _LONGEST_RECORD = 1 << 24
-# A process that is to end waits no longer than this for one file.
+# How long a process that is about to end waits for one file.
 _PATIENCE_SECONDS = 60.0
-# In the order of the record, with what stands where nothing is said.
-_NO_FIELDS = {name: field.get_default() for name, field in DumpRecord.model_fields.items()}
+# The fields of a record in their order, with their defaults.
+_NO_FIELDS = {name: field.get_default(call_default_factory=True) for name, field in DumpRecord.model_fields.items()}
 _UNFINISHED = "the process ended, or the run did, while this point met the other side"
 
 
 class Saver:
-    """One rank's dumps. `take` and `finish` are called under the lock of its points."""
+    """The writer of one rank's dumps. `take` and `finish` are called under the lock of its points."""
 
     def __init__(self, config: GrafterConfig, place: RankIdentity, role_directory: Path, limits: Limits) -> None:
-        """Raises ConfigError where the directory holds this rank's dumps of an earlier run."""
+        """Raises ConfigError if the directory holds this rank's dumps of an earlier run."""
         self._place, self._directory = place, role_directory
         self._exclude = config.dump_exclude_keys
         self._rank_name = f"rank{place.role_rank}"
@@ -66,14 +67,14 @@ class Saver:
             raise earlier_dumps(role_directory, place.who) from error
         queue_bytes = read_size(config.dump_queue_bytes)
         self._buffers = Buffers(queue_bytes, in_order=True)
-        self._backlog = Backlog(queue_bytes, place.who)
+        self._write_queue = WriteQueue(queue_bytes, place.who)
         self._limits = limits
         self._order = 0
-        self._unfinished: dict[int, Taken] = {}
+        self._unfinished: dict[int, PendingRecord] = {}
         self._is_closed = False
-        # Written by the backlog's thread.
+        # Written by the write queue's thread.
         self.outcomes: Counter[str] = Counter()
-        self._has_told_failure = False
+        self._has_reported_failure = False
         self._termination = Termination(self._end_all)
         self._termination.install()
 
@@ -90,16 +91,16 @@ class Saver:
         axes: tuple[tuple[str, int, int], ...],
         direction: Direction | None = None,
         header: str | None = None,
-    ) -> Taken | None:
-        """The point as it is now; None where a limit is reached. The value may be changed once this returns.
+    ) -> PendingRecord | None:
+        """Take the point as it is now; None if a limit is reached. The value may be changed once this returns.
 
-        value: a tensor or any pytree; what of it cannot be saved is told in the record. header: this rank's header as
-        it travels, for a graft from this recording: what is to be grafted later is saved in full, whatever dumps leave
-        out. Waits while the backlog is full.
+        value: a tensor or any pytree; the record says what cannot be saved. header: this rank's header, if the point is
+        recorded for a later graft; such a point is saved in full, whatever dumps leave out. Waits while the write
+        queue is full.
         """
         with unobserved(), torch.no_grad():
             parts = Parts(value, options)
-            level: Level = options.dump_level if header is None else "full"
+            level: DumpLevel = options.dump_level if header is None else "full"
             nbytes = sum(snapshot_bytes(tensor) for _, tensor in parts.leaves) if level == "full" else 0
             if header is None and not self._limits.take(nbytes):
                 return None
@@ -107,93 +108,97 @@ class Saver:
                 "time": time.time(), "direction": direction, "participants": participants, "axes": axes,
                 "call_site": site, "header": header,
             }  # fmt: skip
-            taken = Taken(self._order, key, level, fields)
+            pending = PendingRecord(self._order, key, level, fields)
             self._order += 1
-            self._encode(taken, tags, parts, options, self._exclude if header is None else frozenset())
-            taken.unsaved = {**parts.unsaved, **dict.fromkeys((leaf.path for leaf, _ in parts.leaves), _UNFINISHED)}
-            self._unfinished[taken.order] = taken
+            self._encode(pending, tags, parts, options, self._exclude if header is None else frozenset())
+            pending.unsaved = {**parts.unsaved, **dict.fromkeys((leaf.path for leaf, _ in parts.leaves), _UNFINISHED)}
+            self._unfinished[pending.order] = pending
             for leaf, tensor in parts.leaves:
-                taken.leaves.append(leaf)
-                leaf.value = self._snapshot_of_leaf(taken, tensor, leaf.path)
+                pending.leaves.append(leaf)
+                leaf.value = self._snapshot_of_leaf(pending, tensor, leaf.path)
                 if leaf.value is not None:
-                    del taken.unsaved[leaf.path]
-            taken.reasons += parts.reasons
-            return taken
+                    del pending.unsaved[leaf.path]
+            pending.reasons += parts.reasons
+            return pending
 
     def finish(
-        self, taken: Taken, outcome: PointOutcome | None = None, grafted: Any = None, reason: str | None = None
+        self,
+        pending: PendingRecord,
+        outcome: PointOutcome | None = None,
+        grafted: Any = None,
+        reason: str | None = None,
     ) -> None:
-        """The point is over: hand it to the writer. grafted: what the program goes on with, where a graft wrote it."""
+        """Hand the completed point to the writer. grafted: the value after a graft wrote it."""
         if outcome == "grafted":
             with unobserved(), torch.no_grad():
                 parts = Parts(grafted, None)
-                taken.unsaved |= parts.unsaved
+                pending.unsaved |= parts.unsaved
                 after = {leaf.path: tensor for leaf, tensor in parts.leaves}
-                for leaf in taken.leaves:
+                for leaf in pending.leaves:
                     if leaf.path in after:
-                        leaf.grafted = self._snapshot_of_leaf(taken, after[leaf.path], leaf.path)
-        taken.fields["outcome"] = outcome
+                        leaf.grafted = self._snapshot_of_leaf(pending, after[leaf.path], leaf.path)
+        pending.fields["outcome"] = outcome
         if reason is not None:
-            taken.reasons.append(reason)
-        self._hand_over(taken)
+            pending.reasons.append(reason)
+        self._hand_over(pending)
 
     def end_step(self) -> None:
-        """What was dumped before this step is on disk when this returns; this step's points may be under way."""
-        self._backlog.wait_for_last_step()
+        """Wait until the points of earlier steps are on disk. Those of this step may still be waiting."""
+        self._write_queue.wait_for_last_step()
 
     def flush(self) -> None:
-        """All points that are over are on disk when this returns."""
-        self._backlog.flush()
+        """Wait until all completed points are on disk."""
+        self._write_queue.flush()
 
     def close(self) -> None:
-        """Everything is on disk when this returns, also points in the middle of a meeting."""
+        """Write everything to disk, including points whose exchange is unfinished, and end the writing thread."""
         if self._is_closed:
             return
         self._is_closed = True
         self._end_all()
-        self._backlog.close()
+        self._write_queue.close()
         self._termination.uninstall()
         self._log.close()
 
     def _end_all(self) -> None:
-        """Also called by a signal's handler, in the middle of anything: what is half taken is written as it is."""
-        for taken in list(self._unfinished.values()):
-            if not taken.is_over:
-                taken.reasons.append(_UNFINISHED)
-            self._hand_over(taken)
-        self._backlog.flush(_PATIENCE_SECONDS)
+        """Write all points as they are. A signal handler may call this at any time, even in the middle of `take`."""
+        for pending in list(self._unfinished.values()):
+            if not pending.is_over:
+                pending.reasons.append(_UNFINISHED)
+            self._hand_over(pending)
+        self._write_queue.flush(_PATIENCE_SECONDS)
 
-    def _hand_over(self, taken: Taken) -> None:
-        taken.is_over = True
-        # Whoever comes in between, as SIGTERM may, hands it over once more, which the writer sees.
-        if taken.order in self._unfinished:
-            self._backlog.put(partial(self._write, taken))
-            self._unfinished.pop(taken.order, None)
+    def _hand_over(self, pending: PendingRecord) -> None:
+        pending.is_over = True
+        # A SIGTERM handler may run in between and hand it over as well; `_write` ignores the second one.
+        if pending.order in self._unfinished:
+            self._write_queue.put(partial(self._write, pending))
+            self._unfinished.pop(pending.order, None)
 
-    def _snapshot_of_leaf(self, taken: Taken, tensor: torch.Tensor, path: str) -> Snapshot | None:
-        snapshot = self._snapshot(taken, tensor, path)
+    def _snapshot_of_leaf(self, pending: PendingRecord, tensor: torch.Tensor, path: str) -> Snapshot | None:
+        snapshot = self._snapshot(pending, tensor, path)
         if snapshot is None:
-            taken.unsaved[path] = taken.reasons[-1]
+            pending.unsaved[path] = pending.reasons[-1]
         return snapshot
 
-    def _snapshot(self, taken: Taken, tensor: torch.Tensor, what: str) -> Snapshot | None:
+    def _snapshot(self, pending: PendingRecord, tensor: torch.Tensor, what: str) -> Snapshot | None:
         nbytes = held_bytes(tensor)
-        self._backlog.reserve(nbytes)
-        taken.reserved += nbytes
+        self._write_queue.reserve(nbytes)
+        pending.reserved += nbytes
         try:
             return take_snapshot(tensor, self._buffers)
         except (RuntimeError, MemoryError, NotImplementedError) as error:
             if is_from_signal_handler(error):
                 raise
-            # Out of memory, or a dtype that cannot be copied: it costs this tensor, not the run.
-            taken.reasons.append(f"{what or 'the tensor'}: {type(error).__name__}: {safe_repr(str(error))}")
+            # Out of memory, or a dtype that cannot be copied: only this tensor is lost, not the run.
+            pending.reasons.append(f"{what or 'the tensor'}: {type(error).__name__}: {safe_repr(str(error))}")
             return None
 
     def _encode(
-        self, taken: Taken, tags: dict[str, Any], parts: Parts, options: PointOptions, exclude: frozenset[str]
+        self, pending: PendingRecord, tags: dict[str, Any], parts: Parts, options: PointOptions, exclude: frozenset[str]
     ) -> None:
-        encoder, fields = MetadataEncoder(exclude), taken.fields
-        fields["name"] = encoder.text(taken.key.name, "name")
+        encoder, fields = MetadataEncoder(exclude), pending.fields
+        fields["name"] = encoder.text(pending.key.name, "name")
         fields["tags"] = {
             encoder.text(tag, "tags"): encoder.encode(value, f"tags.{tag}") for tag, value in tags.items()
         }
@@ -208,46 +213,46 @@ class Saver:
         if options.tokens is not None:
             fields["tokens"] = _token_runs(options.tokens, encoder)
         for number, tensor in enumerate(encoder.tensors):
-            if taken.level != "full":
-                encoder.not_encoded[f"extras{number}"] = f"a tensor, which the level {taken.level} does not save"
+            if pending.level != "full":
+                encoder.not_encoded[f"extras{number}"] = f"a tensor, which the level {pending.level} does not save"
                 continue
             try:
-                snapshot = self._snapshot(taken, saveable(tensor), f"extras{number}")
+                snapshot = self._snapshot(pending, saveable(tensor), f"extras{number}")
             except NothingToSave as reason:
-                taken.reasons.append(f"extras{number}: {reason}")
+                pending.reasons.append(f"extras{number}: {reason}")
                 continue
             if snapshot is not None:
-                taken.extras[number] = snapshot
+                pending.extras[number] = snapshot
         fields["not_encoded"], fields["excluded"] = encoder.not_encoded, tuple(encoder.excluded)
 
-    # On the backlog's thread.
+    # On the write queue's thread.
 
-    def _write(self, taken: Taken) -> None:
-        if taken.is_written:
+    def _write(self, pending: PendingRecord) -> None:
+        if pending.is_written:
             return
-        taken.is_written = True
-        snapshots = taken.snapshots
+        pending.is_written = True
+        snapshots = pending.snapshots
         try:
             for snapshot in snapshots:
                 snapshot.wait()
-            self._write_point(taken)
+            self._write_point(pending)
             self.outcomes["saved"] += 1
         except BaseException as error:
-            self._tell_failure(taken, error)
+            self._report_failure(pending, error)
         finally:
             for snapshot in snapshots:
                 self._buffers.give_back(snapshot.buffer)
-            self._backlog.release(taken.reserved)
+            self._write_queue.release(pending.reserved)
 
-    def _write_point(self, taken: Taken) -> None:
-        tensors = tensors_of(taken)
+    def _write_point(self, pending: PendingRecord) -> None:
+        tensors = tensors_of(pending)
         file = None
-        if taken.level == "full" and tensors:
-            file = f"{self._rank_name}/{file_name(taken.order, taken.key.name)}"
+        if pending.level == "full" and tensors:
+            file = f"{self._rank_name}/{file_name(pending.order, pending.key.name)}"
         leaves = tuple(
-            leaf_of(leaf, taken) for leaf in taken.leaves if leaf.value is not None or leaf.grafted is not None
+            leaf_of(leaf, pending) for leaf in pending.leaves if leaf.value is not None or leaf.grafted is not None
         )
-        record = self._record(taken, leaves, file)
+        record = self._record(pending, leaves, file)
         text = record_text(record)
         if len(text) > _LONGEST_RECORD:
             too_long = {**record["not_encoded"], "extras": f"{len(text)} bytes of JSON are more than a record takes"}
@@ -257,31 +262,31 @@ class Saver:
             try:
                 write_tensors(f"{self._directory}/{file}", tensors, record_metadata(text))
             except Exception as error:
-                # The line is small, and may have room where the tensors have not.
+                # The line is small and may still fit on the disk.
                 lost = f"the file could not be written: {type(error).__name__}: {error}"
                 self._log.append(record_text({**record, "file": None, "reason": lost}).encode())
                 raise
         self._log.append(text.encode())
 
-    def _record(self, taken: Taken, leaves: tuple[DumpedLeaf, ...], file: str | None) -> dict[str, Any]:
+    def _record(self, pending: PendingRecord, leaves: tuple[DumpedLeaf, ...], file: str | None) -> dict[str, Any]:
         """The fields of a `DumpRecord`."""
-        key, place = taken.key, self._place
+        key, place = pending.key, self._place
         return {
-            **_NO_FIELDS, "order": taken.order, "step": key.step, "phase": key.phase, "occurrence": key.occurrence,
+            **_NO_FIELDS, "order": pending.order, "step": key.step, "phase": key.phase, "occurrence": key.occurrence,
             "role": place.role, "role_rank": place.role_rank, "role_world_size": place.role_world_size,
-            "level": taken.level, "file": file, "reason": "; ".join(taken.reasons) or None, "unsaved": taken.unsaved,
-            "leaves": leaves,
-            **taken.fields,
+            "level": pending.level, "file": file, "reason": "; ".join(pending.reasons) or None,
+            "unsaved": pending.unsaved, "leaves": leaves,
+            **pending.fields,
         }  # fmt: skip
 
-    def _tell_failure(self, taken: Taken, error: BaseException) -> None:
+    def _report_failure(self, pending: PendingRecord, error: BaseException) -> None:
         self.outcomes["lost"] += 1
-        if not self._has_told_failure:
-            self._has_told_failure = True
+        if not self._has_reported_failure:
+            self._has_reported_failure = True
             logger.error(
-                "grafter: %s: the dump of %s is lost, and so may be others, which are counted (rank summary) and not "
-                "told one by one; the run goes on: %s: %s",
-                self._place.who, taken.key, type(error).__name__, error,
+                "grafter: %s: the dump of %s is lost; the run continues. Others may be lost too: the rank summary "
+                "counts them, and they are not reported one by one: %s: %s",
+                self._place.who, pending.key, type(error).__name__, error,
             )  # fmt: skip
 
 

@@ -1,8 +1,8 @@
-"""SIGTERM: what was dumped is written first, then happens what would have happened without us.
+"""SIGTERM: the dumps are written first, then the process ends as it would have without grafter.
 
-Python runs a signal's handler on the main thread, between two of its instructions: not while that waits in the store or
-in a collective, perhaps for minutes. Where nothing but the system's default was there to handle the signal, a thread
-hears of it at once (through Python's wakeup descriptor), writes, and lets the process end as it would have.
+Python runs signal handlers on the main thread, between two of its instructions, and therefore not while that thread
+waits in the store or in a collective, perhaps for minutes. If only the system's default handled the signal before, a
+thread is notified at once (through Python's wakeup descriptor), writes the dumps, and then lets the process end.
 """
 
 from __future__ import annotations
@@ -22,15 +22,16 @@ from typing import Any
 
 logger = logging.getLogger("grafter")
 
-# How long the main thread has for its own handler before the process ends without it.
+# How long the main thread has to run its own handler before the process ends without it.
 _PATIENCE_SECONDS = 0.5
 _CREDENTIALS = struct.Struct("3i")
 _SIGTERM = frozenset({signal.SIGTERM})
 
 
 class Termination:
-    """While it is installed, `before` is called once when SIGTERM comes. Of one process: a forked child is left as if
-    there was nothing."""
+    """A SIGTERM handler that calls `before` once, and then what handled the signal before. Forked children do not
+    inherit it.
+    """
 
     def __init__(self, before: Callable[[], None]) -> None:
         self._before = before
@@ -42,13 +43,13 @@ class Termination:
         self._previous_fd = -1
 
     def install(self) -> None:
-        """Called from the main thread; from another one, where Python allows no handler, it does nothing."""
+        """Install the handler. Does nothing on another thread than the main one, where Python allows no handlers."""
         if threading.current_thread() is not threading.main_thread():
             logger.debug("grafter: the first dump is not on the main thread: SIGTERM is left to the system")
             return
         self._previous = signal.getsignal(signal.SIGTERM)
         if self._previous is None or self._previous == signal.SIG_IGN:
-            return  # set by other than Python code; or SIGTERM ends nothing
+            return  # a handler in C, or SIGTERM is ignored
         signal.signal(signal.SIGTERM, self._handle)
         self._is_installed = True
         _fork_guard.guard(self)
@@ -56,18 +57,21 @@ class Termination:
             self._listen()
 
     def uninstall(self) -> None:
-        """Give back what was there, unless somebody else has come since."""
+        """Restore the earlier handler, unless the program has replaced ours."""
         if not self._is_installed or threading.current_thread() is not threading.main_thread():
             return
+        self._restore()
+        if self._sockets is not None:
+            # An empty message ends the thread.
+            self._sockets[1].send(b"")
+
+    def _restore(self) -> None:
         self._is_installed = False
         if signal.getsignal(signal.SIGTERM) == self._handle:
             signal.signal(signal.SIGTERM, self._previous)
         if self._sockets is not None:
-            ours = self._sockets[1].fileno()
-            current = signal.set_wakeup_fd(-1)
+            ours, current = self._sockets[1].fileno(), signal.set_wakeup_fd(-1)
             signal.set_wakeup_fd(self._previous_fd if current == ours else current)
-            # An empty message ends the thread.
-            self._sockets[1].send(b"")
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() == self._process_id and not self._is_handled.is_set():
@@ -80,31 +84,24 @@ class Termination:
             os.kill(os.getpid(), signal.SIGTERM)
 
     def leave_child(self) -> None:
-        """In a process that was just forked: everything as it was before `install`."""
+        """Restore the state before `install` in a process that was just forked."""
         if self._is_installed:
-            self._is_installed = False
-            if signal.getsignal(signal.SIGTERM) == self._handle:
-                signal.signal(signal.SIGTERM, self._previous)
-            if self._sockets is not None:
-                current = signal.set_wakeup_fd(-1)
-                signal.set_wakeup_fd(self._previous_fd if current == self._sockets[1].fileno() else current)
-
-    # Where the main thread cannot hear.
+            self._restore()
 
     def _listen(self) -> None:
-        heard, told = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
-        told.setblocking(False)
-        # A forked child shares this descriptor until it runs another program: its signals are none of ours, and the
-        # system says of each message whose it is.
-        heard.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
-        self._sockets = heard, told
-        self._previous_fd = signal.set_wakeup_fd(told.fileno(), warn_on_full_buffer=False)
-        threading.Thread(target=self._hear, args=(heard, told), name="grafter-dump-sigterm", daemon=True).start()
+        receiver, sender = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        sender.setblocking(False)
+        # A forked child shares this descriptor until it runs another program. Its signals do not concern us; the system
+        # attaches the sender to each message.
+        receiver.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+        self._sockets = receiver, sender
+        self._previous_fd = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._hear, args=(receiver, sender), name="grafter-dump-sigterm", daemon=True).start()
 
-    def _hear(self, heard: socket.socket, told: socket.socket) -> None:
-        with heard, told:
+    def _hear(self, receiver: socket.socket, sender: socket.socket) -> None:
+        with receiver, sender:
             while True:
-                message, credentials, _, _ = heard.recvmsg(64, socket.CMSG_SPACE(_CREDENTIALS.size))
+                message, credentials, _, _ = receiver.recvmsg(64, socket.CMSG_SPACE(_CREDENTIALS.size))
                 if not message:
                     return
                 if _sender(credentials) != self._process_id:
@@ -114,19 +111,22 @@ class Termination:
                         os.write(self._previous_fd, message)
                 if signal.SIGTERM in message and not self._is_handled.wait(_PATIENCE_SECONDS):
                     if signal.getsignal(signal.SIGTERM) != self._handle:
-                        # A handler that came after ours (a server's, say) decides when and how the process ends.
+                        # A handler that replaced ours (a server's, say) decides when and how the process ends.
                         self._before()
                         continue
                     self._is_handled.set()
                     self._before()
-                    # Only the main thread may do this in Python, and it does not come to it.
+                    # Python allows this only on the main thread, which is blocked.
                     ctypes.CDLL(None).signal(int(signal.SIGTERM), 0)
                     os.kill(self._process_id, signal.SIGTERM)
 
 
 class _ForkGuard:
-    """Keeps SIGTERM waiting while a process is forked. Python forgets a signal that a child gets before it has begun,
-    where a handler of Python's is there for it: without us, such a child would have died of it."""
+    """Blocks SIGTERM while a process is forked.
+
+    With a handler in Python, a signal that reaches the child before it has begun would be lost; without the handler, it
+    would have ended the child.
+    """
 
     def __init__(self) -> None:
         self._guarded: weakref.WeakSet[Termination] = weakref.WeakSet()

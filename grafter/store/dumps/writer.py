@@ -1,7 +1,7 @@
-"""Files: a point's tensors as safetensors, written to a temporary name and renamed; its record as one line.
+"""Writes a point's tensors as a safetensors file, and holds the queue of points that wait for the disk.
 
-The format is so simple that writing it takes one call of the system (8 bytes of length, a JSON header, the bytes), and
-that call copies nothing: less than half of what the library takes for small tensors (`benchmarks/dumping.py`).
+The format is simple (8 bytes of length, a JSON header, the bytes), so one system call writes a file without copying.
+For small tensors this takes less than half of the time that the library takes (`benchmarks/dumping.py`).
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from grafter.errors import ConfigError
 from grafter.store.dumps.record import METADATA_KEY
 from grafter.store.written_files import whole_file, write_pieces
 
+logger = logging.getLogger("grafter")
+
 # The dtypes that every reader of safetensors knows.
 SAFETENSORS_NAMES = {
     torch.float64: "F64",
@@ -47,7 +49,7 @@ _MAX_NAME = 80
 
 
 class StoredTensor(NamedTuple):
-    """One tensor of a file. data: its bytes, row-major; or a flat tensor of dtype uint8 on the CPU."""
+    """One tensor of a file. data: its bytes, row-major, or a flat uint8 tensor on the CPU."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -55,20 +57,22 @@ class StoredTensor(NamedTuple):
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> StoredTensor:
-        """tensor: contiguous, on the CPU; its memory, not a copy."""
+        """Refer to the memory of a contiguous CPU tensor, without a copy."""
         return cls(tensor.dtype, tuple(tensor.shape), tensor.view(-1).view(torch.uint8))
 
     @property
     def nbytes(self) -> int:
+        """The number of bytes."""
         return len(self.data)
 
     @property
     def memory(self) -> memoryview:
+        """The bytes, without a copy."""
         return self.data.numpy().data if isinstance(self.data, torch.Tensor) else memoryview(self.data)
 
 
 def file_name(order: int, name: str) -> str:
-    """`000012-layers.mlp.out.safetensors`: letters, digits and `-_.` of the point's name; the record has all of it."""
+    """`000012-layers.mlp.out.safetensors`: only letters, digits and `-_.` of the name are kept."""
     return f"{order:06d}-{_readable(name)}.safetensors"
 
 
@@ -83,20 +87,19 @@ def write_tensors(
     metadata: Mapping[str, str],
     mode: int = 0o644,
 ) -> None:
-    """Write one safetensors file, which is there in full or not at all.
+    """Write one safetensors file, completely or not at all. Raises OSError.
 
-    tensors: contiguous CPU tensors of dtypes in SAFETENSORS_NAMES; nothing is copied. Raises OSError, and then leaves
-    nothing behind.
+    tensors: contiguous CPU tensors of dtypes in SAFETENSORS_NAMES; they are not copied.
     """
     described = [f'"__metadata__":{to_json(metadata).decode()}']
     pieces: list[memoryview] = []
     offset = 0
-    # As the library orders them: each lies where its dtype allows it to be mapped.
+    # In the library's order: each tensor is aligned to its dtype, so that it can be mapped.
     for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])):
         if isinstance(tensor, torch.Tensor):
             tensor = StoredTensor.of(tensor)
         end = offset + tensor.nbytes
-        # By hand: `json.dumps` takes longer for so little than the system does for the file.
+        # Formatted by hand: `json.dumps` takes longer than writing a small file.
         described.append(
             f'{json.dumps(name)}:{{"dtype":"{SAFETENSORS_NAMES[tensor.dtype]}","shape":{list(tensor.shape)},'
             f'"data_offsets":[{offset},{end}]}}'
@@ -105,19 +108,20 @@ def write_tensors(
             pieces.append(tensor.memory)
         offset = end
     text = f"{{{','.join(described)}}}".encode()
-    # Tensors begin at a cache line: the format asks for 8, and copies from and to there are faster.
+    # Tensors begin at a cache line, which makes copies faster; the format asks for a multiple of 8.
     text += b" " * (-(8 + len(text)) % 64)
     with whole_file(path, mode) as descriptor:
         write_pieces(descriptor, [memoryview(len(text).to_bytes(8, "little") + text), *pieces])
 
 
 def refuse_earlier_dumps(role_directory: Path, role_rank: int, who: str) -> None:
-    """Called before a run writes anything: what an earlier one left would be damaged. Raises ConfigError."""
+    """Raise ConfigError if an earlier run left dumps of this rank here. Called before a run writes anything."""
     if os.path.lexists(role_directory / f"rank{role_rank}.dumps.jsonl"):
         raise earlier_dumps(role_directory, who)
 
 
 def earlier_dumps(role_directory: Path, who: str) -> ConfigError:
+    """The error for a directory that holds dumps of an earlier run."""
     return ConfigError(
         f"{role_directory} holds dumps of {who} from an earlier run, and two runs would mix. Give this run another "
         f"name (GRAFTER_RUN_NAME), or remove that one."
@@ -125,92 +129,92 @@ def earlier_dumps(role_directory: Path, who: str) -> ConfigError:
 
 
 def record_text(fields: Mapping[str, Any]) -> str:
-    """The JSON of a `DumpRecord` of these fields: all of them, in its order. They are our own, and not validated again,
-    which would take four times as long."""
+    """The JSON of a `DumpRecord`, given all of its fields in order. Validating them would take four times as long."""
     return to_json(fields, inf_nan_mode="constants").decode()
 
 
 def record_metadata(text: str) -> dict[str, str]:
+    """The `__metadata__` of a file whose record is `text`."""
     return {METADATA_KEY: text}
 
 
-# The backlog: what was snapshot and is not on disk yet. One thread works it off, in order; its bytes are bounded.
-
-logger = logging.getLogger("grafter")
-
-_TELL_AFTER_SECONDS = 10.0
+# How long a wait for the disk may last before it is reported.
+_REPORT_AFTER_SECONDS = 10.0
 
 
-class Backlog:
-    """Jobs of one rank. What is used from several threads: all of it."""
+class WriteQueue:
+    """The writes of one rank that wait for the disk: one thread does them in order, and their bytes are bounded.
+
+    All methods may be called from several threads.
+    """
 
     def __init__(self, limit_bytes: int, who: str) -> None:
         self._limit, self._who = limit_bytes, who
         self._jobs: deque[Callable[[], None]] = deque()
         self._bytes = self._done = 0
-        # Whether a job is under way.
         self._is_working = False
         self._marks: tuple[int, int] = (0, 0)
-        # A lock that may be taken again by the thread that holds it: a signal handler runs in the middle of anything.
+        # Reentrant, because a signal handler may run while its own thread holds the lock.
         lock = threading.RLock()
         self._has_work, self._changed = threading.Condition(lock), threading.Condition(lock)
-        # What threads wait for. They are woken once one of it is so, and not by every job that is done: that would cost
-        # a small one as much again.
+        # The conditions that threads wait for. They are woken once one of them holds: waking them after every job would
+        # double the cost of a small one.
         self._awaited: list[Callable[[], bool]] = []
         self._is_closing = False
         self._thread = threading.Thread(target=self._work, name="grafter-dump", daemon=True)
-        # At once, and not with the first job: a signal may come between any two steps of `put`.
+        # Started here rather than with the first job, because a signal may interrupt `put` anywhere.
         self._thread.start()
 
     @property
     def _put(self) -> int:
-        """How many jobs there were. Not counted, since a signal may come between the job and its count."""
+        """The number of jobs so far. A counter would be wrong if a signal came between a job and its count."""
         return self._done + self._is_working + len(self._jobs)
 
     def reserve(self, nbytes: int) -> None:
-        """Wait for room. One point that is larger than all of it passes alone."""
+        """Wait for `nbytes` of room. A point larger than the limit waits until the queue is empty."""
         with self._changed:
             self._wait(lambda: self._bytes + nbytes <= self._limit or self._done == self._put)
             self._bytes += nbytes
 
     def release(self, nbytes: int) -> None:
+        """Give back `nbytes` of room that `reserve` took."""
         with self._changed:
             self._bytes -= nbytes
             self._wake()
 
     def put(self, job: Callable[[], None]) -> None:
-        """job: never raises. What it reserved, it releases itself."""
+        """Append a job, which must not raise and which releases its own bytes."""
         with self._changed:
             self._jobs.append(job)
             self._has_work.notify()
 
     def wait_for_last_step(self) -> None:
-        """Wait until what was put before the previous call of this is done: one step's worth may be under way."""
+        """Wait for the jobs that were put before the previous call of this method: one step's jobs may still wait."""
         with self._changed:
             due = self._marks[1]
             self._wait(lambda: self._done >= due)
             self._marks = (self._marks[1], self._put)
 
     def flush(self, patience_seconds: float | None = None) -> None:
-        """Wait until all that was put so far is done; at most so long for one job."""
+        """Wait until all jobs so far are done; give up if one job takes longer than `patience_seconds`."""
         with self._changed:
             due = self._put
             self._wait(lambda: self._done >= due, patience_seconds)
 
     def close(self) -> None:
-        """The last call: works off what is there, and ends the thread."""
+        """Do the remaining jobs and end the thread. No method may be called afterwards."""
         with self._changed:
             self._is_closing = True
             self._has_work.notify()
         self._thread.join()
 
     def _wait(self, is_enough: Callable[[], bool], patience_seconds: float | None = None) -> None:
-        """Wait, and say so where it takes long: a run that is slow for its disk shall not look hung."""
+        """Wait, and report a long wait, so that a run with a slow disk does not look hung."""
         if is_enough():
             return
         self._awaited.append(is_enough)
         try:
-            told = time.monotonic() + _TELL_AFTER_SECONDS
+            report_at = time.monotonic() + _REPORT_AFTER_SECONDS
             done, since = self._done, time.monotonic()
             while not is_enough():
                 self._changed.wait(1.0)
@@ -218,8 +222,8 @@ class Backlog:
                     done, since = self._done, time.monotonic()
                 if patience_seconds is not None and time.monotonic() > since + patience_seconds:
                     return
-                if time.monotonic() > told:
-                    told = time.monotonic() + _TELL_AFTER_SECONDS
+                if time.monotonic() > report_at:
+                    report_at = time.monotonic() + _REPORT_AFTER_SECONDS
                     logger.warning(
                         "grafter: %s waits for the disk: %d dumped points (%d MiB) are not written yet",
                         self._who, self._put - self._done, self._bytes >> 20,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from grafter.analysis.locate.measure import Measurement
+from grafter.analysis.locate.measure import PointMeasurement
 from grafter.tools.doctor.finding import Finding, fault, first_line, listed, ok, warning
 from grafter.tools.doctor.notes import JobNotes, first_change, first_different, what_was_seen
 from grafter.tools.doctor.pairing import describe_size
@@ -48,7 +48,7 @@ def judge_determinism(subject: str, trial: Trial) -> tuple[Finding, bool]:
     ), True
 
 
-def _differs(at: Measurement) -> bool:
+def _differs(at: PointMeasurement) -> bool:
     return not at.bitwise_equal and (at.rel is not None or not at.problems)
 
 

@@ -10,8 +10,8 @@ import pytest
 from compare_parts import compared, json_told, random, sides, told
 from dump_parts import RankDumps
 
-from grafter.analysis.compare.record import FindingRecord, Measures, PointRecord, json_schema
-from grafter.analysis.compare.verdict import innermost_culprits, split_name, with_severity
+from grafter.analysis.compare.comparison_records import FindingRecord, Measures, PointRecord, json_schema
+from grafter.analysis.compare.conclusion import innermost_culprits, split_name, with_severity
 
 X = random(4, 8)
 
@@ -154,7 +154,7 @@ def test_a_name_that_no_rule_covers_is_an_error(tmp_path: Path) -> None:
     """Exit code 2 where all others pass; a difference elsewhere is a difference."""
     layers(tmp_path, {"l1.out"})
     code, out, _ = told(tmp_path, "--threshold", "l0.*: rel <= 1")
-    assert code == 2 and "no threshold is for this name" in out
+    assert code == 2 and "no threshold matches this name" in out
     assert out.splitlines()[-1] == (
         "Not all could be compared: 2 of 4 points have no threshold; the other 2 are within their threshold. "
         "(Why: the lines `error:` above.)"
@@ -229,8 +229,8 @@ def test_what_one_side_alone_has_is_told(tmp_path: Path) -> None:
     b.add("attn_out", X, tags={"layer_id": 1})
     code, out, _ = told(tmp_path)
     assert code == 0
-    assert "only A has the point 'attn_outt' (step=0); nothing at B is called so; is it attn_out there?" in out
-    assert "only A has the point 'other' (step=0); nothing at B is called so." in out
+    assert "only A has the point 'attn_outt' (step=0); B has no point with this name; is it attn_out there?" in out
+    assert "only A has the point 'other' (step=0); B has no point with this name." in out
     assert (
         "only B has the point 'attn_out' (layer_id=1, step=0); A has that name with other tags, steps or counts, such "
         "as 'attn_out' (layer_id=0, step=0)."

@@ -15,7 +15,7 @@ from dump_parts import RankDumps
 
 from grafter.analysis.compare import comparison as comparison_module
 from grafter.analysis.compare import point_comparison
-from grafter.analysis.compare.record import LeafRecord
+from grafter.analysis.compare.comparison_records import ComparedLeaf
 from grafter.config.settings.config import GrafterConfig
 from grafter.rank.grafter import Grafter
 
@@ -88,7 +88,7 @@ def test_what_is_no_tensor_is_compared_too(tmp_path: Path) -> None:
         "only": "error",
         "scale": "failed",
     }
-    assert points["number"].reason == "[1]: it is no tensor, and differs: A has 1.0 and B has 2.0"
+    assert points["number"].reason == "[1]: it is not a tensor, and it differs: A has 1.0 and B has 2.0"
     assert points["array"].worst_leaf == "['array']"
     assert "only A has" in str(points["only"].reason)
 
@@ -103,7 +103,7 @@ def test_values_that_are_no_tensors_meet_rank_by_rank(tmp_path: Path) -> None:
                 dumps = RankDumps(tmp_path / name / role, rank, count, role)
                 dumps.add("x", x, others={"[1]": value})
     for name in ("swapped", "fewer"):
-        assert "[1]: it is no tensor, and differs" in str(one_point(tmp_path / name).reason)
+        assert "[1]: it is not a tensor, and it differs" in str(one_point(tmp_path / name).reason)
 
 
 def test_a_fault_of_our_own_is_an_error_of_its_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,7 +112,7 @@ def test_a_fault_of_our_own_is_an_error_of_its_point(tmp_path: Path, monkeypatch
         for name in "xyz":
             side.add(name, random(3))
 
-    def failing(pair: Any) -> list[LeafRecord]:
+    def failing(pair: Any) -> list[ComparedLeaf]:
         if pair.a[0].name == "y":
             raise fault
         return []

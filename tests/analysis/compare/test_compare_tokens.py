@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grafter.analysis.compare.comparison import Choice, compare
-from grafter.analysis.compare.record import PointRecord
+from grafter.analysis.compare.comparison_records import PointRecord
 from grafter.core.tokens.tokens import Tokens
 from grafter.store.dumps.reader import open_dumps
 
@@ -166,7 +166,7 @@ def test_a_row_that_is_wrong_only_when_it_comes_again_is_named(tmp_path: Path) -
     assert measures.rows.differing == 1
     assert (measures.rows.worst[0].sequence, measures.rows.worst[0].position) == ("a", 2)
     (finding,) = comparison.findings
-    assert "6 tokens are on both sides (2 rows are there once more), 2 only in A and 0 only in B" in finding.text
+    assert "6 tokens are on both sides (2 rows repeat a token), 2 only in A and 0 only in B" in finding.text
 
 
 def test_a_further_step_of_the_same_tokens_never_agrees_unseen(tmp_path: Path) -> None:
@@ -181,9 +181,9 @@ def test_a_further_step_of_the_same_tokens_never_agrees_unseen(tmp_path: Path) -
     (point,) = comparison.points
     assert (point.verdict, point.tokens and (point.tokens.paired, point.tokens.again)) == ("passed", (8, 0))
     (finding,) = comparison.findings
-    assert (finding.what, finding.is_error) == ("only_in_b", True) and "computed anew" in finding.text
+    assert (finding.what, finding.is_error) == ("only_in_b", True) and "computed again" in finding.text
     assert comparison.summary.exit_code == 2
-    assert "1 point has tokens once more" in comparison.summary.sentence
+    assert "1 point repeats tokens that another step has" in comparison.summary.sentence
     assert "--filter 'step != 1'" in finding.text
     assert compared(tmp_path, filter="step != 1").summary.exit_code == 0
 
@@ -322,4 +322,4 @@ def test_a_shape_that_a_record_only_claims_takes_no_memory(tmp_path: Path) -> No
     b.add("x", BATCH, "t h", line=False)
     b.write_line(json.dumps(record))
     point = one(tmp_path)
-    assert point.verdict == "error" and "the record says" in str(point.reason)
+    assert point.verdict == "error" and "record says" in str(point.reason)

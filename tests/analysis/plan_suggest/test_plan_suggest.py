@@ -25,9 +25,9 @@ from suggest_parts import (
     tree,
 )
 
-from grafter.analysis.plan_suggest.assignment import best_pairs
-from grafter.analysis.plan_suggest.matching import match_trees
-from grafter.analysis.plan_suggest.pairs import Confidence
+from grafter.analysis.plan_suggest.region_matching import best_pairs
+from grafter.analysis.plan_suggest.suggestion import Confidence
+from grafter.analysis.plan_suggest.tree_matching import match_trees
 from grafter.capture.module_tree import ModuleTree, tree_of
 
 HIGH = Confidence.high

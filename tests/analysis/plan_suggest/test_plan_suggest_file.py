@@ -21,9 +21,9 @@ from suggest_parts import (
 from torch import nn
 from typer.testing import CliRunner, Result
 
-from grafter.analysis.plan_suggest.matching import match_trees
-from grafter.analysis.plan_suggest.names import default_pattern
-from grafter.analysis.plan_suggest.wording import plan_text
+from grafter.analysis.plan_suggest.name_entries import default_pattern
+from grafter.analysis.plan_suggest.plan_text import plan_text
+from grafter.analysis.plan_suggest.tree_matching import match_trees
 from grafter.capture.module_tree import (
     ModuleNode,
     ModuleTree,

@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 
 from grafter.analysis.report import html
 from grafter.analysis.report.html import MissingExtra, encode_page, render_page
-from grafter.analysis.report.page_data import Finding, PageData, PagePoint
+from grafter.analysis.report.page_data import PageData, PageFinding, PagePoint
 from grafter.analysis.report.run_page import describe_divergence, find_layer, flatten_facts
 from grafter.analysis.report.writing import can_show, make_page, page_directory, write_page
 from grafter.cli.main import app
@@ -339,7 +339,7 @@ def test_too_many_points_keep_those_in_trouble_and_the_worst(monkeypatch: pytest
     bounded = html.bound_page(page(points=tuple(points)))
     assert [one.order for one in bounded.points] == [4, 5, 6]
     assert "3 of 7 points" in bounded.findings[0].text
-    many = tuple(Finding("note", str(n)) for n in range(1000))
+    many = tuple(PageFinding("note", str(n)) for n in range(1000))
     assert len(html.bound_page(page(findings=many)).findings) == html.MOST_FINDINGS + 1
 
 

@@ -211,7 +211,7 @@ def test_nothing_matched_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     }
     write_run(tmp_path, [], [summary("baseline", 0, **facts), summary("target", 0, **facts)])
     text = shown(tmp_path, monkeypatch)
-    assert "nothing was grafted or compared: no filter matched a point; 2 names came, up to 8 times a rank" in text
+    assert "nothing was grafted or compared: no filter matched a point; 2 names occurred, up to 8 times a rank" in text
     assert "8 times a rank (see the notes)." in text
     assert "a filter never matched: b2t: name == 'atn_out' and layer_idx == 3; there are points named attn_out" in text
     assert "no point had the tag layer_idx" in text
@@ -253,7 +253,7 @@ def test_the_newest_run_of_a_directory_is_found(tmp_path: Path) -> None:
     with pytest.raises(GrafterError, match="no such file or directory"):
         find_run(tmp_path / "none")
     (tmp_path / "compared.jsonl").touch()
-    with pytest.raises(GrafterError, match=r"is a file and no run's directory.*grafter report.*compare --json"):
+    with pytest.raises(GrafterError, match=r"is a file, not a run's directory.*grafter report.*compare --json"):
         find_run(tmp_path / "compared.jsonl")
     (tmp_path / "empty").mkdir()
     with pytest.raises(GrafterError, match="holds no run"):
@@ -272,7 +272,7 @@ def test_dumps_and_recordings_are_no_run_and_say_what_they_are(tmp_path: Path) -
 
     alone = made("alone", "target")
     for directory in (alone, alone / "target"):
-        with pytest.raises(GrafterError, match=r"dumps of the target alone.*grafter compare BASELINE TARGET"):
+        with pytest.raises(GrafterError, match=r"only dumps of the target.*grafter compare BASELINE TARGET"):
             find_run(directory)
     both = made("both", "baseline", "target")
     with pytest.raises(GrafterError, match=f"dumps of both roles.*grafter compare {both}"):
@@ -357,7 +357,7 @@ def test_a_comparison_without_figures_is_no_agreement(tmp_path: Path) -> None:
     ]
     found = read_run_summary(write_run(tmp_path / "run", records, EVERYONE))
     assert found.problems == [
-        "1 point met without figures, so nothing says whether the values are equal; the first is layer layer_id=0 at "
+        "1 point met without figures, so it is unknown whether the values are equal; the first is layer layer_id=0 at "
         "step 0: no figures of the tensor: MemoryError: no room."
     ]
     out = io.StringIO()
@@ -428,7 +428,8 @@ def test_receivers_copies_are_compared_by_their_ledgers(direction: str, tmp_path
             if name == "equal"
             else [
                 "the receiver's replicas differ at 1 point, though they were declared copies; the worst is layer "
-                "layer_id=0 at step 0, on target 0 and target 1 (rel to what came: target 0 0.1, target 1 0.2)."
+                "layer_id=0 at step 0, on target 0 and target 1 (rel to the received values: target 0 "
+                "0.1, target 1 0.2)."
             ]
         )
 
@@ -502,7 +503,7 @@ def test_a_run_in_which_every_point_is_one_sided_has_failed_and_says_what_may_ma
     """Another name in each job, say."""
     records = [alone("baseline", 0, "blocks.0.out"), alone("target", 0, "layers.0.out")]
     (problem,) = read_run_summary(write_run(tmp_path, records, EVERYONE)).problems
-    assert "no point came in both jobs; the first of the baseline is blocks.0.out" in problem
+    assert "the jobs have no point in common; the first of the baseline is blocks.0.out" in problem
     assert "`grafter plan suggest`" in problem
 
 

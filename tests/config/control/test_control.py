@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 
 from grafter.cli.control_table import describe_effect
 from grafter.cli.main import app
-from grafter.config.control.change import Answer, Change, Decision, State
-from grafter.config.control.in_force import DumpedSteps, InForce, TracedPoints, Verdict
+from grafter.config.control.change import Change, ChangeAnswer, ChangeDecision, RankControlState
+from grafter.config.control.in_force import DumpedSteps, InForce, TracedPoints, TraceVerdict
 from grafter.config.direction_filters import DirectionFilters
 from grafter.config.settings.config import GrafterConfig
 from grafter.errors import ConfigError, FilterError, GrafterError, UsageError
@@ -72,7 +72,7 @@ def test_off_matches_nothing_and_on_brings_back_what_was_before_with_what_was_se
     assert meanwhile.is_off
     on = meanwhile.after(change("on"), 5)
     assert (on.compare_filter, on.stats, on.is_off) == ("name == 'a'", "off", False)
-    with pytest.raises(UsageError, match="comes first"):
+    with pytest.raises(UsageError, match="grafter ctl on"):
         off.after(change("dump-next"), 4)
 
 
@@ -118,25 +118,26 @@ def test_what_travels_takes_no_field_and_no_size_that_it_does_not_know() -> None
     ):
         with pytest.raises(ValueError, match="validation error"):
             Change.model_validate(bad)
-    assert len(Answer.refusal("x" * 100_000).refused or "") == 4000
+    assert len(ChangeAnswer.refusal("x" * 100_000).refused or "") == 4000
 
 
 @given(steps=st.lists(st.integers(0, 1 << 50), min_size=1, max_size=8))
 def test_the_decided_step_is_ahead_of_all_ranks(steps: list[int]) -> None:
-    decision = decide({f"rank {n}": Answer(step=step) for n, step in enumerate(steps)}, [], seconds=1)
+    decision = decide({f"rank {n}": ChangeAnswer(step=step) for n, step in enumerate(steps)}, [], seconds=1)
     assert decision.step is not None
     assert all(step < decision.step for step in steps)
 
 
 def test_one_refusal_or_one_silent_rank_refuses_for_all() -> None:
-    answers = {"a": Answer(step=3), "b": Answer.refusal("no"), "c": Answer.refusal("no")}
-    assert decide(answers, ["d"], seconds=1) == Decision(refused="b, c: no")
-    assert "no answer from d within 1 s" in (decide({"a": Answer(step=3)}, ["d"], seconds=1).refused or "")
-    assert decide({}, [], seconds=1) == Decision(refused="all ranks have left the run")
+    answers = {"a": ChangeAnswer(step=3), "b": ChangeAnswer.refusal("no"), "c": ChangeAnswer.refusal("no")}
+    assert decide(answers, ["d"], seconds=1) == ChangeDecision(refused="b, c: no")
+    assert "no answer from d within 1 s" in (decide({"a": ChangeAnswer(step=3)}, ["d"], seconds=1).refused or "")
+    assert decide({}, [], seconds=1) == ChangeDecision(refused="all ranks have left the run")
 
 
 KINDS = [
-    Verdict("nothing", True), Verdict("operator", True), Verdict("operator", False), Verdict("break", False),
+    TraceVerdict("nothing", True), TraceVerdict("operator", True),
+    TraceVerdict("operator", False), TraceVerdict("break", False),
 ]  # fmt: skip
 
 
@@ -146,7 +147,7 @@ def test_compiled_code_serves_what_needs_no_more_than_it_was_traced_for() -> Non
             assert traced.serves(wanted) is (has >= needs)
 
 
-def judge(filters: Sequence[DirectionFilters], name: str, arguments: dict[str, Any]) -> Verdict:
+def judge(filters: Sequence[DirectionFilters], name: str, arguments: dict[str, Any]) -> TraceVerdict:
     possible = {found for each in filters for found in each.could_match({"name": name, **arguments})}
     return KINDS[0] if not possible else KINDS[1] if possible <= {"compare", "dump"} else KINDS[2]
 
@@ -204,12 +205,16 @@ def line_of(role: Any, state: Any = "running") -> BoardLine:
 
 
 def view(step: int | None, changes: int = 0, state: str = "running") -> RankView:
-    told = State(count=1, step=step, changes=changes, to_come=(), in_force=AT_START) if step is not None else None
+    told = (
+        RankControlState(count=1, step=step, changes=changes, to_come=(), in_force=AT_START)
+        if step is not None
+        else None
+    )
     return RankView("baseline rank 0", line_of("baseline", state), told)
 
 
 def test_an_agreed_change_is_only_called_in_force_where_it_is() -> None:
-    agreed = Agreed(2, Decision(step=4))
+    agreed = Agreed(2, ChangeDecision(step=4))
     assert describe_effect(agreed, [view(4, 3), view(9, 3)]) == (
         "change 2 is in force from step 4 on, on all 2 ranks",
         True,

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from grafter.cli.control_table import recorder_lines
 from grafter.cli.main import app
-from grafter.config.control.change import OPTION_OF, Answer, Change, Decision, Proposal, State
+from grafter.config.control.change import OPTION_OF, Change, ChangeAnswer, ChangeDecision, Proposal, RankControlState
 from grafter.config.control.in_force import InForce
 from grafter.config.control.recorders import NONE_HERE, RecorderChange, RecorderState, recorder_states, why_none
 from grafter.config.direction_filters import DirectionFilters
@@ -231,20 +231,21 @@ def test_what_no_recorder_takes_does_not_travel(given: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("given", [{}, {"exclude": ",".join("abc" * 40)}, {"exclude": "x" * 201}])
 def test_a_change_of_recorders_that_says_nothing_or_too_much_is_refused(given: dict[str, str]) -> None:
-    with pytest.raises(UsageError, match=r"nothing is said|at most 100 keys"):
+    with pytest.raises(UsageError, match=r"no change is given|at most 100 keys"):
         AT_START.after(recording(**given), 3)
 
 
 @given(idle=st.lists(st.booleans(), min_size=1, max_size=6))
 def test_a_change_is_refused_where_it_would_change_nothing_anywhere(idle: list[bool]) -> None:
     """One rank with a recorder is enough; a rank that refuses is told first."""
-    answers = {f"rank {n}": Answer(step=n, idle=NONE_HERE if one else None) for n, one in enumerate(idle)}
+    answers = {f"rank {n}": ChangeAnswer(step=n, idle=NONE_HERE if one else None) for n, one in enumerate(idle)}
     decision = decide(answers, [], seconds=1)
     if all(idle):
-        assert (decision.refused or "").startswith("it would change nothing on any rank: no grafter.RequestRecorder")
+        expected = "it would change nothing on any rank: its process has no grafter.RequestRecorder"
+        assert (decision.refused or "").startswith(expected)
     else:
-        assert decision == Decision(step=len(idle))
-    assert decide({**answers, "last": Answer.refusal("no")}, [], seconds=1) == Decision(refused="last: no")
+        assert decision == ChangeDecision(step=len(idle))
+    assert decide({**answers, "last": ChangeAnswer.refusal("no")}, [], seconds=1) == ChangeDecision(refused="last: no")
 
 
 def test_a_recorder_is_told_in_short_whatever_its_server_gave_it(tmp_path: Path) -> None:
@@ -259,7 +260,7 @@ def test_a_recorder_is_told_in_short_whatever_its_server_gave_it(tmp_path: Path)
 def test_status_names_recorders_and_the_ranks_that_have_none(tmp_path: Path) -> None:
     with RequestRecorder(tmp_path, threshold=0, exclude=""):
         told = recorder_states()
-    bare = State(count=1, step=3, changes=0, to_come=(), in_force=AT_START)
+    bare = RankControlState(count=1, step=3, changes=0, to_come=(), in_force=AT_START)
     has = bare.model_copy(update={"recorders": told})
     views = [RankView("baseline rank 0", None, bare), RankView("target rank 0", None, has)]
     assert recorder_lines(views) == [
@@ -274,7 +275,7 @@ def test_status_names_recorders_and_the_ranks_that_have_none(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["record"], "nothing is said of the recorders"),
+        (["record"], "no change is given for the recorders"),
         (["record", "--exclude", "x" * 201], "at most 100 keys"),
         (["record", "sometimes"], "is not one of"),
         (["set", "--start", "5"], "say which run"),

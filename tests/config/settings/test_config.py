@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from grafter.config.options import OptionChooser
 from grafter.config.settings.config import SETTING_FIELDS, GrafterConfig
 from grafter.errors import ConfigError, FilterError
 
@@ -172,7 +173,7 @@ def test_misspelt_variables_are_told_first_all_at_once_with_suggestions() -> Non
     assert "GRAFTER_ROL: did you mean GRAFTER_ROLE?" in message
     assert "DUMPER_GRAFTER_MASTER_PROT: did you mean DUMPER_GRAFTER_MASTER_PORT?" in message
     assert "GRAFTER_role: did you mean GRAFTER_ROLE?" in message
-    assert "GRAFTER_XYZZY: no setting" in message
+    assert "GRAFTER_XYZZY: there is no setting" in message
     assert "TIMEOUT" not in message
     assert "plan file" in fault(GRAFTER_RULES="[]")
 
@@ -346,32 +347,34 @@ RULES: list[dict[str, Any]] = [
         ("write", "attn_out", "return"),
         ("gradient", "attn_out", "cut"),
         ("gradient", "attn_in", "strict"),
-        ("write", "mlp", "in_place"),
+        ("write", "mlp", None),
         ("transform", "mlp", "cook.py:f"),
-        ("transform", "raw", None),
-        ("on_transform_error", "mlp", "skip"),
+        ("transform", "raw", ""),
+        ("on_transform_error", "mlp", None),
     ],
 )
 def test_the_first_rule_that_has_the_field_wins(field: str, name: str, value: str | None) -> None:
-    """For each field alone: the first matching rule that has it, else the run's own value; again from the cache."""
-    config = GrafterConfig(rules=RULES)
-    assert config.rule_value(field, name) == value
-    assert config.rule_value(field, name) == value
+    """Each field is looked up alone: the first matching rule that has it counts, if there is one."""
+    assert getattr(GrafterConfig(rules=RULES).rule_for(field, name), field, None) == value
 
 
-def test_a_rule_value_falls_back_to_the_runs_own_and_then_to_the_default() -> None:
-    """Without a rule, `transform` is `transform_path`; without that, the caller's default."""
-    assert GrafterConfig(transform_path="a.b.c").rule_value("transform", "x") == "a.b.c"
-    assert GrafterConfig().rule_value("transform", "x", "d") == "d"
-    with pytest.raises(KeyError):
-        GrafterConfig().rule_value("wirte", "x")
+def test_a_point_without_a_rule_has_the_runs_own_options() -> None:
+    """Without a rule, the call decides; without that, the configuration."""
+    options = OptionChooser(GrafterConfig(write="return", gradient="cut", rules=RULES[:1])).options_of
+    assert options("mlp", {}).write == "return"
+    assert options("mlp", {"write": "in_place"}).write == "in_place"
+    assert options("attn", {"write": "in_place", "gradient": "strict"}).write == "return"
+    assert options("attn", {"gradient": "strict"}).gradient == "strict"
+    assert options("mlp", {}).transform is None
 
 
 def test_rules_of_the_plan_file_reach_the_configuration(tmp_path: Path) -> None:
     """GRAFTER_PLAN's rules are in force."""
     plan = tmp_path / "plan.yaml"
     plan.write_text("rules: [{match: 'a.*', write: return}]")
-    assert read(GRAFTER_PLAN=str(plan)).rule_value("write", "a.b") == "return"
+    rule = read(GRAFTER_PLAN=str(plan)).rule_for("write", "a.b")
+    assert rule is not None
+    assert rule.write == "return"
 
 
 # ---- the object
@@ -401,7 +404,7 @@ def test_copies_are_equal_and_the_original_is_frozen() -> None:
     """A configuration survives pickling and rebuilding from its fields, used or unused, and cannot be changed."""
     config = GrafterConfig(b2t_filter="a == 3", rules=RULES, secret="hush")
     assert config.filters["b2t"]({"a": 3})
-    config.rule_value("write", "x")
+    assert config.own_rules
     assert pickle.loads(pickle.dumps(config)) == config
     assert GrafterConfig(**config.model_dump()) == config
     assert pickle.loads(pickle.dumps(config)).filters["b2t"]({"a": 3})

@@ -67,7 +67,7 @@ def test_an_empty_plan_file_sets_nothing(plan: Path, text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "place", "words"),
     [
-        ("stats: off\n\ntimout: 5", "3:1", "'timout' is no field. Did you mean timeout?"),
+        ("stats: off\n\ntimout: 5", "3:1", "'timout' is not a field. Did you mean timeout?"),
         ("zzzzzz: 5", "1:1", "Legal: role, "),
         ("rule: []", "1:1", "Did you mean rules?"),
         ("Timeout: 5", "1:1", "Did you mean timeout?"),
@@ -86,8 +86,8 @@ def test_an_empty_plan_file_sets_nothing(plan: Path, text: str) -> None:
         ("timeout: !!binary aGk=", "1:10", "is not allowed"),
         ("!!python/dict {timeout: 3}", "1:1", "`field: value`"),
         ("<<: *a", "1:5", "not YAML"),
-        ("<<: {timeout: 3}", "1:1", "'<<' is no field"),
-        ("a: &a [*a]", "1:1", "no field"),
+        ("<<: {timeout: 3}", "1:1", "'<<' is not a field"),
+        ("a: &a [*a]", "1:1", "not a field"),
         ("timeout: 'abc", "1:14", "not YAML: while scanning a quoted scalar"),
         ("timeout: 3\n\tstats: off", "2:1", "not YAML"),
         ("timeout: 3\n---\nstats: off", "2:1", "not YAML"),
@@ -97,11 +97,11 @@ def test_an_empty_plan_file_sets_nothing(plan: Path, text: str) -> None:
         ("rules:\n  match: a", "2:3", "rules is a list"),
         ("rules:\n  - 3", "2:5", "a rule is a list of `field: value`"),
         ("rules:\n  - write: return", "2:5", "needs `match`"),
-        ("rules:\n  - match: a\n    wirte: return", "3:5", "'wirte' is no field of a rule. Did you mean write?"),
+        ("rules:\n  - match: a\n    wirte: return", "3:5", "'wirte' is not a field of a rule. Did you mean write?"),
         (
             "rules:\n  - match: a\n    dimensions: b s h",
             "3:5",
-            "'dimensions' is no field of a rule. Legal: match, role",
+            "'dimensions' is not a field of a rule. Legal: match, role",
         ),
         ("rules:\n  - match: a\n    dims: b s h[tp", "3:11", "here must stand `,` or `]`"),
         ("rules:\n  - match: a\n    write: retrn", "3:12", "legal: in_place, return; did you mean return?"),

@@ -237,7 +237,7 @@ def test_a_gradient_that_comes_after_its_step_is_one_record_and_a_problem_of_the
     for records in ledgers.values():
         assert [(r.step, r.outcome) for r in records] == [(0, "skipped"), (1, "skipped")], records
     assert any(
-        "gradients came after their step had ended" in problem and "baseline 0: 2, target 0: 2" in problem
+        "gradients arrived after their step had ended" in problem and "baseline 0: 2, target 0: 2" in problem
         for problem in summary.problems
     ), summary.problems
     assert not any("ranks disagree" in note for note in summary.notes), summary.notes

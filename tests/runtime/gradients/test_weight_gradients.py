@@ -135,7 +135,7 @@ def test_gradients_that_are_cleared_within_the_backward_pass_are_counted_and_tol
     done = run_program(tmp_path, STEPS_WITHIN, "own", "own", "--set", "gradients=1", *filters)
     assert "8 gradients of weights (" in done.output
     assert "were gone when they were to be taken" in done.output
-    assert "gradients of weights of target 0 that came and were gone before they could be points: " in done.output
+    assert "gradients of weights of target 0 that were cleared before they became points: " in done.output
 
 
 def test_a_graft_of_a_gradient_that_was_used_already_is_refused(tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grafter.store.dumps.record import MAX_REPR, TENSOR_MARK, DumpRecord, MetadataEncoder, safe_repr
+from grafter.core.leaves import TENSOR_MARK
+from grafter.store.dumps.record import MAX_REPR, DumpRecord, MetadataEncoder, safe_repr
 
 
 class Hostile:

@@ -29,7 +29,7 @@ from grafter.core.tokens.tokens import TokenRuns
 from grafter.errors import ConfigError, UsageError
 from grafter.rank.grafter import Grafter
 from grafter.store.dumps.record import DumpRecord
-from grafter.store.dumps.snapshot import SMALL_BYTES, Buffers, SharedBuffer, capacity_of, held_bytes
+from grafter.store.dumps.snapshot import SMALL_TENSOR_BYTES, Buffers, SharedBuffer, capacity_of, held_bytes
 from grafter.store.dumps.writer import file_name, write_tensors
 
 
@@ -469,7 +469,7 @@ def test_a_slow_disk_slows_the_run_instead_of_eating_memory(tmp_path: Path, monk
     monkeypatch.setattr(saver, "write_tensors", slow)
     with run(tmp_path, dump_queue_bytes="1MiB") as only:
         only.grafter.step()
-        backlog = only.grafter.tools.dumps.open()._backlog
+        backlog = only.grafter.tools.dumps.open()._write_queue
         done = threading.Event()
 
         def program() -> None:
@@ -527,7 +527,7 @@ def test_buffers_are_used_again() -> None:
     for buffer in [again, *many]:
         buffers.give_back(buffer)
     assert buffers._kept_bytes == 4 << 20
-    assert buffers.take(SMALL_BYTES).numel() == SMALL_BYTES
+    assert buffers.take(SMALL_TENSOR_BYTES).numel() == SMALL_TENSOR_BYTES
     # What is in use counts, too: buffers of another size do not stay beside it.
     large = buffers.take(2 << 20)
     assert buffers._kept_bytes == 2 << 20
@@ -570,9 +570,9 @@ def test_small_tensors_share_a_buffer() -> None:
 def test_a_shared_buffer_that_is_free_before_the_next_takes_its_place_is_kept() -> None:
     """The writer gives back its last part while the program makes the next buffer: it is in use no more."""
     buffers = Buffers(64 << 20, in_order=True)
-    source, take, parts = torch.zeros(SMALL_BYTES, dtype=torch.uint8), buffers.take, []
-    for _ in range((2 << 20) // SMALL_BYTES):
-        parts.append(buffers.copy_small(source.data_ptr(), SMALL_BYTES)[1])
+    source, take, parts = torch.zeros(SMALL_TENSOR_BYTES, dtype=torch.uint8), buffers.take, []
+    for _ in range((2 << 20) // SMALL_TENSOR_BYTES):
+        parts.append(buffers.copy_small(source.data_ptr(), SMALL_TENSOR_BYTES)[1])
 
     def while_the_writer_gives_back(nbytes: int) -> torch.Tensor:
         while parts:
@@ -580,7 +580,7 @@ def test_a_shared_buffer_that_is_free_before_the_next_takes_its_place_is_kept() 
         return take(nbytes)
 
     buffers.take = while_the_writer_gives_back  # type: ignore[method-assign,assignment]
-    _, last = buffers.copy_small(source.data_ptr(), SMALL_BYTES)
+    _, last = buffers.copy_small(source.data_ptr(), SMALL_TENSOR_BYTES)
     assert (buffers._used_bytes, buffers._kept_bytes) == (2 << 20, 2 << 20)
     buffers.give_back(last)
 
@@ -600,7 +600,7 @@ def test_a_signal_in_the_middle_of_handing_over_loses_no_point(tmp_path: Path, m
     with run(tmp_path) as only:
         only.grafter.dump("first", torch.ones(2))
         saver = only.grafter.tools.dumps.open()
-        backlog = saver._backlog
+        backlog = saver._write_queue
 
         def handler() -> None:
             found.append(0)

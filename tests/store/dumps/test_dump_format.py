@@ -16,7 +16,7 @@ import grafter
 from grafter.core.layout.declared import DeclaredLayout
 from grafter.core.records import TensorStatistics
 from grafter.core.tokens.tokens import TokenRuns
-from grafter.store.dumps.record import FORMAT_VERSION, DumpedLeaf, DumpRecord
+from grafter.store.dumps.record import DUMP_FORMAT_VERSION, DumpedLeaf, DumpRecord
 
 PAGE = (Path(__file__).parents[3] / "docs" / "dump-format.md").read_text()
 FIRST_VERSION = Path(__file__).parents[2] / "parts" / "data" / "dumps_v1"
@@ -41,7 +41,7 @@ def test_statistics_and_the_version_stand_in_the_description() -> None:
     """Each figure by name, and the version that is written now."""
     (row,) = [line for line in PAGE.splitlines() if line.startswith("| `statistics` |")]
     assert set(TensorStatistics.model_fields) <= set(re.findall(r"`(\w+)`", row))
-    assert f"`format_version` is {FORMAT_VERSION}." in PAGE
+    assert f"`format_version` is {DUMP_FORMAT_VERSION}." in PAGE
 
 
 def test_columns_of_the_table_stand_in_the_description() -> None:

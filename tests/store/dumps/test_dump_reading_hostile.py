@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 import grafter
 from grafter.errors import DumpError
-from grafter.store.dumps.record import FORMAT_VERSION
+from grafter.store.dumps.record import DUMP_FORMAT_VERSION
 
 VALUE = torch.arange(24, dtype=torch.float32).view(4, 6)
 
@@ -85,30 +85,30 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "length 2**64 - 1": (length(2**64 - 1), "claims 18446744073709551615 bytes"),
     "length -1, as signed": (length(2**63), "claims 9223372036854775808"),
     "length 0": (length(0), "claims 0 bytes"),
-    "no JSON": (raw(b"{" * 100), "no JSON"),
-    "a JSON bomb": (raw(b'{"a":' * 200_000), "no JSON"),
-    "a list bomb": (raw(b"[" * 500_000), "no JSON"),
-    "a number of many digits": (raw(b'{"a":' + b"9" * 100_000 + b"}"), "no JSON"),
-    "no object": (raw(b"[1, 2]"), "no JSON object"),
-    "no UTF-8": (raw(b'{"\xff": 1}'), "no JSON"),
+    "no JSON": (raw(b"{" * 100), "not JSON"),
+    "a JSON bomb": (raw(b'{"a":' * 200_000), "not JSON"),
+    "a list bomb": (raw(b"[" * 500_000), "not JSON"),
+    "a number of many digits": (raw(b'{"a":' + b"9" * 100_000 + b"}"), "not JSON"),
+    "no object": (raw(b"[1, 2]"), "not a JSON object"),
+    "no UTF-8": (raw(b'{"\xff": 1}'), "not JSON"),
     "a name twice": (raw(b'{"a": 1, "a": 2}'), "twice"),
     "an entry that is none": (beside("other", 7), "no description of the tensor 'other'"),
-    "metadata that is none": (beside("__metadata__", {"grafter": 7}), "no map from text to text"),
-    "no record": (beside("__metadata__", {"other": "x"}), "no dump of grafter"),
-    "a record that is none": (beside("__metadata__", {"grafter": "{"}), "its metadata is no record"),
-    "a bomb for a record": (beside("__metadata__", {"grafter": "[" * 300_000}), "its metadata is no record"),
+    "metadata that is none": (beside("__metadata__", {"grafter": 7}), "not a map from text to text"),
+    "no record": (beside("__metadata__", {"other": "x"}), "not a dump of grafter"),
+    "a record that is none": (beside("__metadata__", {"grafter": "{"}), "its metadata is not a record"),
+    "a bomb for a record": (beside("__metadata__", {"grafter": "[" * 300_000}), "its metadata is not a record"),
     "beyond the file": (described(shape=[1 << 40], data_offsets=[0, 1 << 42]), "ends at byte"),
     "an absurd shape": (described(shape=[1 << 62] * 64), "has 96 bytes"),
-    "a negative size": (described(shape=[-4, -6]), "no shape"),
-    "a size that is no number": (described(shape=[4.0, 6]), "no shape"),
-    "a size that is a truth": (described(shape=[True, 24]), "no shape"),
+    "a negative size": (described(shape=[-4, -6]), "impossible shape"),
+    "a size that is no number": (described(shape=[4.0, 6]), "impossible shape"),
+    "a size that is a truth": (described(shape=[True, 24]), "impossible shape"),
     "offsets turned round": (described(data_offsets=[96, 0]), "-96 bytes"),
-    "negative offsets": (described(data_offsets=[-96, 0]), "no place"),
-    "three offsets": (described(data_offsets=[0, 96, 96]), "no place"),
+    "negative offsets": (described(data_offsets=[-96, 0]), "shape or place"),
+    "three offsets": (described(data_offsets=[0, 96, 96]), "shape or place"),
     "a gap": (described(shape=[92], dtype="U8", data_offsets=[4, 96]), "leaves a gap"),
-    "an overlap": (beside("y", {"dtype": "U8", "shape": [8], "data_offsets": [88, 96]}), "lies over another"),
-    "a dtype that is none": (described(dtype="F7"), "'F7', which is none"),
-    "a dtype that is a list": (described(dtype=[]), "which is none"),
+    "an overlap": (beside("y", {"dtype": "U8", "shape": [8], "data_offsets": [88, 96]}), "overlaps another"),
+    "a dtype that is none": (described(dtype="F7"), "'F7', which this format"),
+    "a dtype that is a list": (described(dtype=[]), "this format does not have"),
     "another dtype than the record": (described(dtype="I32"), r"says float32\[4, 6\] of 'value'.*int32\[4, 6\]"),
     "another shape than the record": (described(shape=[6, 4]), r"says float32\[4, 6\].*float32\[6, 4\]"),
     "no such tensor": (renamed, "has no tensor 'value'"),
@@ -322,7 +322,7 @@ def test_pipes_and_directories_in_the_place_of_files_do_not_hang(tmp_path: Path)
     assert {problem.file.split(":")[0] for problem in read.problems} == {
         "run.json", "rank1.dumps.jsonl", "rank0/000009-y.safetensors", "rank0/000010-z.safetensors",
     }  # fmt: skip
-    with pytest.raises(DumpError, match="no plain file"):
+    with pytest.raises(DumpError, match="not a plain file"):
         read.points[0].whole()
 
 
@@ -339,16 +339,16 @@ def test_pipes_and_directories_in_the_place_of_files_do_not_hang(tmp_path: Path)
         ("[" * 200_000, "not a record"),
         ('{"order":' * 100_000, "not a record"),
         ({"role": "trainer"}, "role"),
-        ({"role_rank": 1, "role_world_size": 2}, "of role rank 1, and stands among those of rank 0"),
-        ({"role_world_size": 0}, "no place"),
+        ({"role_rank": 1, "role_world_size": 2}, "to role rank 1, but is among those of rank 0"),
+        ({"role_world_size": 0}, "is not possible"),
         ({"order": -1}, "below what they count from"),
         ({"leaves": [{"path": "", "shape": [-1], "dtype": "float32", "device": "cpu"}]}, "negative size"),
-        ({"leaves": [{"path": "", "shape": [1], "dtype": "float32", "device": "cpu"}] * 2}, "one path"),
+        ({"leaves": [{"path": "", "shape": [1], "dtype": "float32", "device": "cpu"}] * 2}, "the same path"),
         ({"leaves": [{"path": "", "shape": [], "dtype": "int8", "device": "cpu", "layout": {"runs": 3}}]}, "layout"),
         ({"name": "x", "order": 0}, "order 0"),
         ({"role": "target", "order": 7, "file": None}, "two runs were mixed"),
         ({"role_world_size": 5, "order": 7, "file": None}, "two runs were mixed"),
-        ({"order": 7}, "one file"),
+        ({"order": 7}, "the same file"),
         ({"order": 7, "file": None}, "both of 'x'"),
     ],
 )  # fmt: skip
@@ -372,7 +372,7 @@ def test_a_line_that_breaks_off_is_told_and_its_file_read(tmp_path: Path) -> Non
     dumps.add("y", VALUE + 1, line=False)
     dumps.write_line(json.dumps(dumps.record("y", {"": VALUE}))[:70], end="")
     read = grafter.open_dumps(tmp_path)
-    assert "breaks off" in str(read.problems[0]) and read.problems[0].file == "rank0.dumps.jsonl:2"
+    assert "is incomplete" in str(read.problems[0]) and read.problems[0].file == "rank0.dumps.jsonl:2"
     assert torch.equal(read.point("y").whole(), VALUE + 1)
     assert "000001-y.safetensors" in read.notes[0]
 
@@ -394,7 +394,7 @@ def test_a_file_under_another_name_than_its_own_is_told(tmp_path: Path) -> None:
     path = one_point(tmp_path)
     shutil.copy(path, path.with_name("000009-copy.safetensors"))
     read = grafter.open_dumps(tmp_path)
-    assert len(read) == 1 and "says that it is rank0/000000-x.safetensors" in str(read.problems[0])
+    assert len(read) == 1 and "its own record names rank0/000000-x.safetensors" in str(read.problems[0])
 
 
 def test_a_record_and_its_file_that_disagree_are_an_error(tmp_path: Path) -> None:
@@ -426,12 +426,12 @@ def test_a_file_that_a_line_names_and_that_is_gone_is_told(tmp_path: Path) -> No
 def test_a_newer_version_says_to_update(known: bool, tmp_path: Path) -> None:
     """In a line, and in a file without one."""
     dumps = RankDumps(tmp_path)
-    record = dumps.record("x", {"": VALUE}, format_version=FORMAT_VERSION + 1)
-    dumps.write_line(json.dumps(record if known else {"format_version": FORMAT_VERSION + 1, "order": "first"}))
+    record = dumps.record("x", {"": VALUE}, format_version=DUMP_FORMAT_VERSION + 1)
+    dumps.write_line(json.dumps(record if known else {"format_version": DUMP_FORMAT_VERSION + 1, "order": "first"}))
     with pytest.raises(DumpError, match=r"rank0.dumps.jsonl:1: a newer grafter.*Update grafter"):
         grafter.open_dumps(tmp_path)
     dumps.lines.unlink()
-    dumps.add("x", VALUE, line=False, format_version=FORMAT_VERSION + 1)
+    dumps.add("x", VALUE, line=False, format_version=DUMP_FORMAT_VERSION + 1)
     with pytest.raises(DumpError, match=r"000000-x.safetensors: a newer grafter.*Update grafter"):
         grafter.open_dumps(tmp_path)
 
@@ -479,5 +479,5 @@ def test_tokens_that_contradict_themselves_are_an_error(tmp_path: Path) -> None:
     dumps.add("x", VALUE, tokens={"runs": [[0, 0, 2]], "hashes": [[0, "???"]]}, occurrence=dumps.order)
     dumps.add("x", VALUE, tokens={"runs": [[0, 0, 2]], "hashes": [[1, "AAAAAAAAAAA="]]}, occurrence=dumps.order)
     for point in grafter.open_dumps(tmp_path):
-        with pytest.raises(DumpError, match="its tokens are none"):
+        with pytest.raises(DumpError, match="its tokens are damaged"):
             point.tokens(0)

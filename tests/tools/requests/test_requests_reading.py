@@ -96,7 +96,7 @@ def test_files_that_are_none_are_refused(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(DumpError, match=":2: it is longer than 200 bytes"):
         Recording(write(tmp_path, HEADER, {**LINE, "request": "x" * 1000}, name="long.jsonl"))
     os.mkfifo(tmp_path / "pipe.jsonl")
-    with pytest.raises(DumpError, match="no plain file"):
+    with pytest.raises(DumpError, match="not a plain file"):
         Recording(tmp_path / "pipe.jsonl")
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / "requests-l.jsonl").symlink_to(write(tmp_path, HEADER, LINE))

@@ -22,7 +22,7 @@ from typer.testing import CliRunner, Result
 import grafter
 from grafter.analysis.run.run_summary import read_run_summary
 from grafter.cli.main import app
-from grafter.config.control.change import Change, Decision, Proposal, proposal_place
+from grafter.config.control.change import Change, ChangeDecision, Proposal, proposal_place
 from grafter.core.messages.wire import Seal
 from grafter.core.records import LedgerRecord
 from grafter.errors import ProtocolError
@@ -162,7 +162,7 @@ def refuse_what_one_rank_cannot_take(run: Run) -> None:
     assert one.exit_code == 1
     assert "change 6 is refused: target rank 1: the points b are in compiled code" in one.stderr
     assert "for step 13" in run.ctl("off", "--wait", "0").stdout
-    assert "are off: `grafter ctl on` comes first" in run.ctl("dump-next", "1").stderr
+    assert "are off; call `grafter ctl on` first" in run.ctl("dump-next", "1").stderr
 
 
 def switch_on_and_off_again(run: Run) -> None:
@@ -198,7 +198,7 @@ def forge_proposal(port: int) -> None:
     assert access._client.seal.ignored.count == 1
 
 
-def until_decided(access: RunAccess, number: int) -> Decision:
+def until_decided(access: RunAccess, number: int) -> ChangeDecision:
     deadline = time.monotonic() + FAR
     while (decision := read_decision(access._client, number)) is None:
         assert time.monotonic() < deadline
@@ -322,7 +322,7 @@ def test_windows_dumps_and_recorders_change_at_one_step_in_both_jobs(tmp_path: P
 
         nobody = run.ctl("record", "off")
         assert nobody.exit_code == 1
-        assert "would change nothing on any rank: no grafter.RequestRecorder lives in its process" in nobody.stderr
+        assert "would change nothing on any rank: its process has no grafter.RequestRecorder" in nobody.stderr
         jobs.signals["make a recorder"].set()
         wait_until(lambda: "recorder of target rank 0: on, 1000 to a batch" in run.ctl("status").stdout)
         bare = step_of(run.ctl("record", "--exclude", "logits", "--wait", str(FAR)))

@@ -1,18 +1,17 @@
-"""Rows by token: several points of one name as one tensor, of which row r on both sides is the same token.
+"""Gathered rows: several points with one name as one tensor, so that row r of both sides is the same token.
 
     A, one packed batch       rows  0 1 2 3 4 5 6 7        sequence 0 from 0, sequence 1 from 0
     B, prefill                      0 1 2   4 5            "req-0", "req-1"
        decode, step by step               3     6  7
 
-What `Tokens` pairs is read here as a tensor `[rows, ...]`, gathered block by block from the points that have the rows;
-so the same alignment and the same measures serve.
+The paired rows are read as a tensor `[rows, ...]`, gathered block by block from the points that hold them, so the same
+alignment and measures apply.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import accumulate, islice
 from math import prod
 from typing import Literal
@@ -38,9 +37,9 @@ _Rows = npt.NDArray[np.int64]
 
 
 class RowSource:
-    """One point's whole tensor as `rows` rows: those of `t`, or of `b s` flattened, or of its first dims.
+    """The whole tensor of one point as `rows` rows: those of the dim `t`, of `b s` flattened, or of its first dims.
 
-    row_ndim: how many dims a row has, where the dims have no names and several numbers of first dims will do.
+    row_ndim: the number of dims of a row, needed if the dims have no names and several splits fit. Raises LayoutError.
     """
 
     def __init__(self, tensor: WholeTensor, rows: int, row_ndim: int | None = None) -> None:
@@ -55,9 +54,9 @@ class RowSource:
     def read(
         self, first: int, count: int, offset: Numbers, size: Numbers, copy: int = 0
     ) -> Iterator[tuple[Numbers, torch.Tensor]]:
-        """Rows first..first + count, of the rest a box, as tensors [some rows, *size] in order, each with its ranks.
+        """Rows from `first` on, and a box of the other dims, as tensors [some rows, *size] in order, with their ranks.
 
-        copy: which of the copies; the first, and without ranks, where there are not so many.
+        copy: the number of the copy; if there are fewer copies, the first one, without ranks.
         """
         for starts, lengths in rectangles(first, first + count, self._row_shape):
             at, extent = [0] * len(self.tensor.shape), [0] * len(self.tensor.shape)
@@ -78,7 +77,7 @@ class RowSource:
 
 
 def possible_row_ndims(tensor: WholeTensor, rows: int) -> tuple[int, list[int]]:
-    """The tensor's ndim, and how many of its dims may count so many rows: several where only sizes say it."""
+    """The tensor's ndim, and the possible numbers of its dims that count rows: several if only sizes decide."""
     if tensor.whole.dims is None:
         return len(tensor.shape), leading_row_dims(tensor.shape, rows)
     return len(tensor.shape), [len(_row_dims(tensor, rows))]
@@ -87,9 +86,7 @@ def possible_row_ndims(tensor: WholeTensor, rows: int) -> tuple[int, list[int]]:
 def _row_dims(tensor: WholeTensor, rows: int, row_ndim: int | None = None) -> list[int]:
     dims, shape = tensor.whole.dims, tensor.shape
     if dims is not None:
-        found = [number for number, dim in enumerate(dims) if dim.names and set(dim.names) <= ROW_DIMS]
-        # `s b` in memory is still numbered by sequence of the batch first.
-        found.sort(key=lambda number: dims[number].names != ("b",))
+        found = _named_row_dims(dims)
         if found and prod(shape[number] for number in found) == rows:
             return found
     else:
@@ -104,10 +101,16 @@ def _row_dims(tensor: WholeTensor, rows: int, row_ndim: int | None = None) -> li
     )
 
 
-class TokenRows:
-    """Rows of several sources as one tensor: runs of (source, first row, count), one after the other.
+def _named_row_dims(dims: Sequence[Dim]) -> list[int]:
+    """The dims that count rows, by their names: the batch first, even if the tensor is `s b` in memory."""
+    found = [number for number, dim in enumerate(dims) if dim.names and set(dim.names) <= ROW_DIMS]
+    return sorted(found, key=lambda number: dims[number].names != ("b",))
 
-    All sources have one dtype and, without rows, one shape and the same dims. Raises LayoutError where they have not.
+
+class GatheredRows:
+    """The rows of several sources as one tensor, given as runs of (source, first row, count).
+
+    All sources must have the same dtype and, apart from the rows, the same shape and dims. Raises LayoutError.
     """
 
     def __init__(self, who: str, sources: Sequence[RowSource], runs: Sequence[tuple[int, int, int]]) -> None:
@@ -135,7 +138,7 @@ class TokenRows:
         self.replicas = max(source.tensor.replicas for source in sources)
 
     def read(self, offset: Numbers | None = None, size: Numbers | None = None) -> torch.Tensor:
-        """A box of it, gathered: memory of its own."""
+        """A box of the tensor, gathered into new memory."""
         return self._gathered(offset, size, 0)[1]
 
     def _gathered(self, offset: Numbers | None, size: Numbers | None, copy: int) -> tuple[Numbers, torch.Tensor]:
@@ -160,12 +163,12 @@ class TokenRows:
     def copies(
         self, offset: Numbers | None = None, size: Numbers | None = None
     ) -> Iterator[tuple[Numbers, torch.Tensor]]:
-        """Every copy of it; the first is what `read` gives."""
+        """Every copy of a box, with the ranks that hold it; the first copy is the one that `read` returns."""
         for copy in range(self.replicas):
             yield self._gathered(offset, size, copy)
 
     def will_read(self, offset: Numbers | None = None, size: Numbers | None = None) -> None:
-        """Nothing: rows lie anywhere."""
+        """Does nothing, because the rows are scattered over files."""
 
 
 def _how_to_name(*sources: RowSource) -> str:
@@ -182,17 +185,14 @@ def _kind(source: RowSource) -> str:
     return f"{str(source.tensor.dtype).removeprefix('torch.')}{list(source.rest_shape)}{dims}"
 
 
-# --- which tokens the rows of a point, and of several, are
-
-
 def tokens_of(point: DumpedPoint, path: str, which: Literal["value", "grafted"]) -> Tokens:
-    """Which token each row of the whole tensor is, from what each rank says of its own rows.
+    """The token of each row of the whole tensor, from the tokens of each rank's rows.
 
-    Raises DumpError for tokens that are none, LayoutError where ranks and rows do not fit.
+    Raises DumpError for damaged tokens, LayoutError if ranks and rows do not fit together.
     """
     tensor = point.reader(path, which)
     for rank in tensor.ranks:
-        # Opened, and so checked against the file, before memory is taken for what a record claims.
+        # Opening the file checks the record before memory is allocated for what it claims.
         point.local(rank, path, which)
     of_ranks = {rank: point.tokens(rank) for rank in tensor.ranks}
     known = {rank: tokens for rank, tokens in of_ranks.items() if tokens is not None}
@@ -213,12 +213,11 @@ def _fits(tensor: LazyTensor, rows: int) -> bool:
 
 
 def _assembled(tensor: LazyTensor, of_ranks: dict[int, Tokens]) -> Tokens:
-    """Rows that lie on several ranks: each rank's tokens where its rows are in the whole tensor."""
+    """The tokens of rows that are distributed over ranks: each rank's tokens at its rows in the whole tensor."""
     dims = tensor.whole.dims
     if dims is None:
-        raise LayoutError("the ranks' tokens differ, and nothing says which of the rows each has. Name the dims.")
-    row_dims = [number for number, dim in enumerate(dims) if dim.names and set(dim.names) <= ROW_DIMS]
-    row_dims.sort(key=lambda number: dims[number].names != ("b",))
+        raise LayoutError("the ranks' tokens differ, and it is unknown which rows each rank has. Name the dims.")
+    row_dims = _named_row_dims(dims)
     shape = tuple(tensor.shape[dim] for dim in row_dims)
     ids: npt.NDArray[np.object_] = np.full(shape, None, dtype=object)
     positions: _Rows = np.full(shape, -1, dtype=np.int64)
@@ -259,7 +258,7 @@ def _each_row(tokens: Tokens) -> tuple[npt.NDArray[np.object_], _Rows]:
 
 
 def joined(several: Sequence[Tokens]) -> Tokens:
-    """The rows of several points, one after the other. Raises UsageError where a token is there twice."""
+    """The tokens of several points' rows, concatenated. Raises UsageError if a token occurs twice."""
     numbers: dict[SequenceId, int] = {}
     hashes: dict[SequenceId, npt.NDArray[np.uint64]] = {}
     runs = []
@@ -281,36 +280,27 @@ def joined(several: Sequence[Tokens]) -> Tokens:
 def keep_longer(
     hashes: dict[SequenceId, npt.NDArray[np.uint64]], name: SequenceId, values: npt.NDArray[np.uint64]
 ) -> None:
+    """Set the hashes of a sequence to `values` if these are longer."""
     if len(values) > len(hashes.get(name, ())):
         hashes[name] = values
 
 
-@dataclass(frozen=True)
-class _Places:
-    """Where the rows of several sources, counted through, begin."""
-
-    begins: list[int]
-
-    def cut(self, first: int, count: int) -> Iterator[tuple[int, int, int]]:
-        """A run of rows as (source, its row, count), cut where sources end."""
-        while count:
-            source = bisect_right(self.begins, first) - 1
-            end = self.begins[source + 1] if source + 1 < len(self.begins) else first + count
-            here = min(count, end - first)
-            yield source, first - self.begins[source], here
-            first, count = first + here, count - here
-
-
 def rows_of_sources(runs: Sequence[tuple[int, int]], sources: Sequence[RowSource]) -> list[tuple[int, int, int]]:
-    """Runs (first row, count) over all sources' rows counted through, as (source, its row, count)."""
-    begins = [0, *accumulate(source.rows for source in sources)][:-1]
-    # Of sources without rows, which begin where the next one does, the last is found.
-    places = _Places(begins)
-    return [piece for first, count in runs for piece in places.cut(first, count)]
+    """Runs (first row, count) over the concatenated rows of all sources, as (source, row in the source, count)."""
+    ends = list(accumulate(source.rows for source in sources))
+    pieces = []
+    for first, count in runs:
+        while count:
+            # The first source that ends after the row; sources without rows are passed over.
+            source = bisect_right(ends, first)
+            here = min(count, ends[source] - first)
+            pieces.append((source, first - (ends[source] - sources[source].rows), here))
+            first, count = first + here, count - here
+    return pieces
 
 
 def token_at(tokens: Tokens, row: int) -> tuple[SequenceId | None, int]:
-    """Sequence and position of one row."""
+    """The sequence and position of one row; (None, ...) for padding."""
     ends = np.cumsum(tokens.runs[:, 2])
     number = int(np.searchsorted(ends, row, side="right"))
     sequence, start, count = tokens.runs[number].tolist()
@@ -319,7 +309,7 @@ def token_at(tokens: Tokens, row: int) -> tuple[SequenceId | None, int]:
 
 
 def described(tokens: Tokens, runs: _Rows, limit: int = 5) -> list[str]:
-    """The first tokens of some runs of rows, sequence by sequence, as `sequence:position..position`."""
+    """The first tokens of runs (first row, count), at most `limit` texts `sequence:position..position`."""
     ends = np.cumsum(tokens.runs[:, 2])
     found: list[str] = []
     for first, count in runs.tolist():

@@ -1,4 +1,4 @@
-"""Which points add error: the judgement, from measurements alone.
+"""Judges which points add error, from measurements alone.
 
 `added` is a point's difference when everything before it was grafted. The ledger computes it before the write, so it is
 the error of what the target computed from the baseline's values. A point adds error when `added` exceeds its limit:
@@ -21,9 +21,8 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 
-from grafter.analysis.locate.measure import Measurement, PointId, RunMeasurement
-from grafter.analysis.locate.verdict import PointVerdict, Verdict
-from grafter.analysis.locate.wording import describe_inputs, describe_verdict
+from grafter.analysis.locate.measure import PointId, PointMeasurement, RunMeasurement
+from grafter.analysis.locate.verdict import PointVerdict, Verdict, describe_inputs, describe_verdict
 
 FLOOR_FACTOR = 16.0
 PEER_FACTOR = 100.0
@@ -84,7 +83,7 @@ def _rows(
     return rows
 
 
-def _why_unmeasured(grafted: Measurement, alone: Measurement) -> str | None:
+def _why_unmeasured(grafted: PointMeasurement, alone: PointMeasurement) -> str | None:
     if grafted.problems:
         return grafted.problems[0]
     if grafted.rel is not None:

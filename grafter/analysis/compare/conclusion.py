@@ -1,12 +1,23 @@
-"""The verdict in words: one sentence that says whether B agrees, and where it first does not."""
+"""The conclusion of a comparison: the severity of each failed point, and the verdict in words.
+
+A failed output of a module is a culprit if the module turned good inputs bad, and inherited if an input is bad already:
+
+    inputs   good       bad         not compared
+    output   bad        bad         bad
+             culprit    inherited   unknown
+
+Inputs and outputs have the names that `grafter.attach` gives: `X.in.<argument>` (or `X.in`), and `X.out`,
+`X.out.<key>`, with the same tags, step, phase and occurrence. Gradients (phase backward) flow the other way: a module
+computes those of its inputs from those of its outputs.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from grafter.analysis.compare.record import FindingRecord, PointRecord, Severity
+from grafter.analysis.compare.comparison_records import FindingRecord, PointRecord, Severity
 
-# Of A and of B: how many points a filter chose, and of how many.
+# For A and for B: the number of points that a filter chose, and of all points.
 Chosen = tuple[tuple[int, int], tuple[int, int]]
 
 
@@ -18,7 +29,10 @@ def describe_verdict(
     forbid_skips: bool = False,
     chosen: Chosen | None = None,
 ) -> str:
-    """points: in A's execution order, with severity. "B agrees" is said only where the exit code is 0."""
+    """The verdict as a sentence. points: in A's execution order, with severity.
+
+    It says "B agrees" only if the exit code is 0.
+    """
     failed = [point for point in points if point.verdict == "failed"]
     judged = [point for point in points if point.verdict in ("passed", "allowed", "failed")]
     errors = list(_errors(points, findings))
@@ -45,7 +59,7 @@ def describe_verdict(
 
 
 def _errors(points: Sequence[PointRecord], findings: Sequence[FindingRecord]) -> Iterator[str]:
-    """What could not be judged at all, by why."""
+    """What could not be judged at all, by reason."""
     for what, one, several in (
         ("cannot_compare", "could not be read or measured", "could not be read or measured"),
         ("no_rule", "has no threshold", "have no threshold"),
@@ -53,16 +67,18 @@ def _errors(points: Sequence[PointRecord], findings: Sequence[FindingRecord]) ->
         count = sum(finding.is_error and finding.what == what for finding in findings)
         if count:
             yield f"{count} of {_counted(len(points), 'point')} {one if count == 1 else several}"
-    anew = sum(finding.count for finding in findings if finding.is_error and finding.what in ("only_in_a", "only_in_b"))
-    if anew:
-        yield f"{_counted(anew, 'point')} {'has' if anew == 1 else 'have'} tokens once more, and no step to meet"
+    again = sum(
+        finding.count for finding in findings if finding.is_error and finding.what in ("only_in_a", "only_in_b")
+    )
+    if again:
+        yield f"{_counted(again, 'point')} {'repeats' if again == 1 else 'repeat'} tokens that another step has"
     damaged = sum(finding.is_error and finding.what == "damaged" for finding in findings)
     if damaged:
         yield f"{_counted(damaged, 'place')} in the dumps {'is' if damaged == 1 else 'are'} damaged"
 
 
 def _skips(findings: Sequence[FindingRecord]) -> Iterator[str]:
-    """What was left out: whole points, or a part of points that were compared nevertheless."""
+    """What was left out: whole points, or parts of points that were compared."""
     skipped = sum(
         finding.count for finding in findings if finding.is_skip and finding.what not in ("other_rows", "missing_ranks")
     )
@@ -78,7 +94,7 @@ def _skips(findings: Sequence[FindingRecord]) -> Iterator[str]:
 
 
 def _copies(findings: Sequence[FindingRecord]) -> Iterator[str]:
-    """Ranks of one side that hold other values of one part; whether the rule allows it is each point's verdict."""
+    """The points in which ranks of one side hold differing copies, whether their rules allow it or not."""
     points = {point for finding in findings if finding.what == "unequal_copies" for point in finding.points}
     if points:
         yield f"in {_counted(len(points), 'point')}, copies that one side's ranks hold differ among themselves"
@@ -94,7 +110,7 @@ def _nothing_in_common(chosen: Chosen | None) -> str:
 
 
 def _agreement(judged: Sequence[PointRecord], points: int, has_rules: bool) -> str:
-    """Of points of which none failed. points: how many pairs there are, judged or not."""
+    """How well the points agree if none failed. points: the number of all pairs, judged or not."""
     passed = sum(point.verdict == "passed" for point in judged)
     how = f"within {'its' if passed == 1 else 'their'} threshold" if has_rules else "bitwise the same"
     if passed < points:
@@ -113,12 +129,9 @@ def _divergence(failed: Sequence[PointRecord], judged: int) -> str:
     if culprits and first not in innermost_culprits(failed):
         sentence += f". The first module that turns good inputs bad is at {culprits[0].label}"
     elif culprits:
-        sentence += f"; {_counted(len(culprits), 'other module')} {_verb(culprits)} good inputs bad, too"
+        verb = "turns" if len(culprits) == 1 else "turn"
+        sentence += f"; {_counted(len(culprits), 'other module')} {verb} good inputs bad, too"
     return f"{sentence}. {len(failed)} of {judged} points differ."
-
-
-def _verb(culprits: Sequence[PointRecord]) -> str:
-    return "turns" if len(culprits) == 1 else "turn"
 
 
 def _clause(reason: str | None) -> str:
@@ -133,20 +146,12 @@ def _sentence_case(text: str) -> str:
     return text[0].upper() + text[1:]
 
 
-# Severity: of a module's bad output, whether the module made it bad, or was given bad inputs.
-#
-# in good out bad culprit in bad out bad inherited none out bad unknown
-#
-# Inputs and outputs are found by names as `grafter.attach` gives them: `X.in.<argument>` (or `X.in`) and `X.out`,
-# `X.out.<key>`, at one place of the program (tags, step, phase, occurrence). Of gradients (phase backward) the flow
-# is the other way: a module takes the gradient of its output and gives those of its inputs.
-
 Flow = str
 _BACKWARD = "backward"
 
 
 def split_name(name: str) -> tuple[str, Flow] | None:
-    """(module, "in" or "out") of a point that is named as `attach` does; None of another.
+    """(module, "in" or "out") if the name has the form that `grafter.attach` gives; None otherwise.
 
     >>> split_name("model.layers.mlp.in.hidden_states")
     ('model.layers.mlp', 'in')
@@ -159,7 +164,7 @@ def split_name(name: str) -> tuple[str, Flow] | None:
 
 
 def with_severity(points: Sequence[PointRecord]) -> list[PointRecord]:
-    """The same points, those that failed with their severity."""
+    """The points; those that failed get their severity."""
     inputs: dict[object, list[PointRecord]] = {}
     for point in points:
         place = _place(point)
@@ -171,10 +176,10 @@ def with_severity(points: Sequence[PointRecord]) -> list[PointRecord]:
 
 
 def innermost_culprits(points: Sequence[PointRecord]) -> list[PointRecord]:
-    """The failed culprits that have no other culprit inside of them: of a layer and its model, the layer.
+    """The failed culprits that contain no other culprit: of a layer and its model, the layer.
 
-    points: with severity. A module is inside of another whose path begins its own, at the same place of the program;
-    everything is inside of `root`.
+    points: with severity. A module contains those whose path begins with its own, in the same call; `root` contains
+    all.
     """
     culprits = [point for point in points if point.severity == "culprit" and point.verdict == "failed"]
     return [point for point in culprits if not any(_contains(point, other) for other in culprits)]
@@ -189,7 +194,7 @@ def _contains(outer: PointRecord, inner: PointRecord) -> bool:
 
 
 def is_bad(point: PointRecord) -> bool:
-    """Whether it differs by more than it may, allowed or not."""
+    """Whether the point exceeds its threshold, even if --allow names it."""
     return point.verdict in ("failed", "allowed")
 
 
@@ -207,7 +212,7 @@ def _severity(point: PointRecord, inputs: dict[object, list[PointRecord]]) -> Se
 
 
 def _place(point: PointRecord) -> tuple[object, Flow] | None:
-    """(the module's call, in which direction values flow through this point)."""
+    """(call of the module, direction in which values flow through this point); None without such a name."""
     split = split_name(point.name)
     if split is None:
         return None

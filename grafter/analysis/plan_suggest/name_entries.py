@@ -6,8 +6,9 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from grafter.analysis.plan_suggest.pairs import Confidence, NamedPair, Side, Suggestion
+from grafter.analysis.plan_suggest.suggestion import Confidence, NamedPair, Suggestion
 from grafter.core.patterns import ROOT
+from grafter.core.roles import Role
 
 _LAYER = "{layer_id}"
 _NUMBER = re.compile(r"\d+|\{\w+\}")
@@ -16,10 +17,10 @@ _AS_PATTERN = {"in": "i?", "out": "ou?"}
 
 
 @dataclass(frozen=True)
-class Entry:
+class NameEntry:
     """One entry of the plan file's `names`."""
 
-    role: Side
+    role: Role
     path: str
     name: str
 
@@ -33,14 +34,12 @@ class WeightRule:
 
 
 def common_name(pair: NamedPair) -> str:
-    """The baseline's path without its layer number, which becomes the tag `layer_id`. This is the baseline's default
-    name.
-    """
+    """The baseline's path without its layer number, which becomes the tag `layer_id`: the baseline's default name."""
     segments = [segment for segment in pair.baseline_path.split(".") if segment != _LAYER]
     return ".".join(segments) or ROOT
 
 
-def module_entries(pair: NamedPair) -> list[Entry]:
+def module_entries(pair: NamedPair) -> list[NameEntry]:
     """The entries for each role. None if both modules already have one name, or if one of them cannot be called."""
     if not (pair.pair.baseline.node.can_be_called and pair.pair.target.node.can_be_called):
         return []
@@ -48,8 +47,8 @@ def module_entries(pair: NamedPair) -> list[Entry]:
         return []
     name = common_name(pair)
     return [
-        Entry("baseline", _as_pattern(pair.baseline_path), name),
-        Entry("target", _as_pattern(pair.target_path), name),
+        NameEntry("baseline", _as_pattern(pair.baseline_path), name),
+        NameEntry("target", _as_pattern(pair.target_path), name),
     ]
 
 
@@ -62,13 +61,13 @@ def default_pattern(path: str) -> tuple[str, str]:
     return path or ROOT, ""
 
 
-def tensor_entries(pair: NamedPair) -> list[Entry]:
+def tensor_entries(pair: NamedPair) -> list[NameEntry]:
     """The entries for the first input and the first output, if the two programs give them different names."""
     if not (pair.pair.baseline.node.can_be_called and pair.pair.target.node.can_be_called):
         return []
     name, path = common_name(pair), _as_pattern(pair.target_path) or ROOT
     suffixes = [_first_inputs(pair) if pair.pair.same_inputs else None, _first_outputs(pair)]
-    return [Entry("target", f"{path}{theirs}", f"{name}{ours}") for ours, theirs in filter(None, suffixes)]
+    return [NameEntry("target", f"{path}{theirs}", f"{name}{ours}") for ours, theirs in filter(None, suffixes)]
 
 
 def _first_inputs(pair: NamedPair) -> tuple[str, str] | None:
@@ -103,13 +102,11 @@ def _as_pattern(path: str) -> str:
     return ".".join(_AS_PATTERN.get(segment, segment) for segment in path.split("."))
 
 
-def entries_aside(suggestion: Suggestion, used: Iterable[Entry]) -> list[Entry]:
-    """Entries for modules whose default name is given to another module, so that a name stands for only one in each
-    job.
-    """
+def entries_aside(suggestion: Suggestion, used: Iterable[NameEntry]) -> list[NameEntry]:
+    """Entries for modules whose default name is given to another module, so that names are unique in each job."""
     taken = {entry.name for entry in used}
     aside = []
-    roles: tuple[Side, ...] = ("baseline", "target")
+    roles: tuple[Role, ...] = ("baseline", "target")
     for role in roles:
         named = {entry.path for entry in used if entry.role == role}
         paths = [pair.baseline_path if role == "baseline" else pair.target_path for pair in suggestion.pairs]
@@ -123,7 +120,7 @@ def entries_aside(suggestion: Suggestion, used: Iterable[Entry]) -> list[Entry]:
         for path in paths:
             name, _ = default_pattern(path)
             if name in taken and _as_pattern(path) not in named and path not in keeps_name:
-                aside.append(Entry(role, _as_pattern(path), f"{role}_only.{name}"))
+                aside.append(NameEntry(role, _as_pattern(path), f"{role}_only.{name}"))
     return aside
 
 

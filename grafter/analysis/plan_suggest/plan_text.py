@@ -5,8 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 
-from grafter.analysis.plan_suggest.names import Entry, entries_aside, module_entries, tensor_entries, weight_rules
-from grafter.analysis.plan_suggest.pairs import Confidence, NamedPair, Suggestion
+from grafter.analysis.plan_suggest.name_entries import (
+    NameEntry,
+    entries_aside,
+    module_entries,
+    tensor_entries,
+    weight_rules,
+)
+from grafter.analysis.plan_suggest.suggestion import Confidence, NamedPair, Suggestion
 
 _HEADER = """\
 # A plan file that `grafter plan suggest` proposed, from the module trees of
@@ -85,7 +91,7 @@ def _header(suggestion: Suggestion, others: tuple[str, ...]) -> Iterator[str]:
         yield f"# Not compared: {other}."
 
 
-def _entries(named: NamedPair) -> list[Entry]:
+def _entries(named: NamedPair) -> list[NameEntry]:
     return module_entries(named) + tensor_entries(named)
 
 

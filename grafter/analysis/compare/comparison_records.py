@@ -1,6 +1,6 @@
-"""What `grafter compare --json` prints: one JSON object a line, of four kinds, published as a schema.
+"""The output of `grafter compare --json`: one JSON object a line, of four kinds, with a published schema.
 
-    {"kind": "comparison", ...}   first: what was compared with what, and by which rules
+    {"kind": "comparison", ...}   first: the two directories, and the rules
     {"kind": "point", ...}        one per pair of points, in the baseline's (A's) execution order
     {"kind": "finding", ...}      what was skipped, damaged or could not be compared, and what deserves mention
     {"kind": "summary", ...}      last: counts, the first divergence, the verdict as a sentence, the exit code
@@ -17,13 +17,13 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from grafter.core.records import Difference, TensorStatistics
 
-SCHEMA_VERSION = 1
+COMPARISON_SCHEMA_VERSION = 1
 
-# failed: beyond its threshold. allowed: the same, and --allow names it. error: it could not be compared, or no rule is
-# for it. skipped: neither side holds values (a level that saves none).
-Verdict = Literal["passed", "failed", "allowed", "error", "skipped"]
-# Of a failed point: a module's output that is bad where all its inputs are good; or where one is bad, too; or unknown,
-# since no input of it was compared, or the point is no module's output.
+# failed: beyond its threshold. allowed: the same, but --allow names it. error: it could not be compared, or no rule
+# matches it. skipped: there are no values to compare (a level that saves none, say).
+ComparisonVerdict = Literal["passed", "failed", "allowed", "error", "skipped"]
+# Of a failed point. culprit: a module's output that is bad although all its inputs are good. inherited: one of the
+# inputs is bad too. unknown: no input was compared, or the point is not a module's output.
 Severity = Literal["culprit", "inherited", "unknown"]
 FindingKind = Literal[
     "only_in_a", "only_in_b", "no_rule", "cannot_compare", "no_values", "missing_ranks", "damaged", "other_rows",
@@ -31,28 +31,30 @@ FindingKind = Literal[
 ]  # fmt: skip
 
 
-class _Record(BaseModel):
-    # Unknown fields are kept out, not refused: a newer grafter may have written the line.
+class _JsonRecord(BaseModel):
+    """The base of all lines and their parts: frozen."""
+
+    # Unknown fields are ignored: a newer grafter may have written the line.
     model_config = ConfigDict(frozen=True, extra="ignore", ser_json_inf_nan="strings")
 
 
-class Between(_Record):
-    """A number known up to its bin: low <= number <= high."""
+class BoundsRecord(_JsonRecord):
+    """Bounds of a number that is known up to its bin: low <= number <= high."""
 
     low: float
     high: float
 
 
-class UlpRecord(_Record):
-    """Over the `counted` positions at which both values have one sign and are normal."""
+class UlpRecord(_JsonRecord):
+    """Distances in ULPs over the `counted` positions at which both values are normal and have the same sign."""
 
     counted: int
     max: int | None = None
     mean: float | None = None
 
 
-class RowRecord(_Record):
-    """One row, by its index in the row dims; sequence and position where tokens were given."""
+class RowRecord(_JsonRecord):
+    """One row, by its index in the row dims; with sequence and position if tokens were given."""
 
     index: list[int]
     rel: float
@@ -60,11 +62,12 @@ class RowRecord(_Record):
     position: int | None = None
 
 
-class RowsRecord(_Record):
-    """Rows are tokens: `t` or `b s` by the dims, else all but the last dim. percentiles: of the rows' rel.
+class RowsRecord(_JsonRecord):
+    """The measures by row. Rows are tokens: the dims `t` or `b s`, otherwise all dims except the last.
 
-    differing: rows whose rel is not 0. far: rows whose rel is more than ten times the median row's. nonfinite: rows
-    with unequal non-finite values. worst: the rows of the largest rel, the worst first.
+    percentiles: of the rows' rel. differing: rows whose rel is not 0. far: rows whose rel is more than ten times that
+    of the median row. nonfinite: rows with unequal non-finite values. worst: the rows with the largest rel, worst
+    first.
     """
 
     dims: list[str]
@@ -74,12 +77,12 @@ class RowsRecord(_Record):
     far: int
     nonfinite: int
     first_nonfinite: list[int] | None = None
-    percentiles: dict[str, Between] = {}
+    percentiles: dict[str, BoundsRecord] = {}
     worst: list[RowRecord] = []
 
 
-class KlRecord(_Record):
-    """KL(A||B) in nats over a dim, of all rows: `undefined` ones have NaN logits, and are in no number."""
+class KlRecord(_JsonRecord):
+    """KL(A||B) in nats over a dim, for all rows except the `undefined` ones, which have NaN logits."""
 
     dim: str
     rows: int
@@ -89,26 +92,26 @@ class KlRecord(_Record):
     worst: list[int] | None = None
 
 
-class Measures(_Record):
-    """How far B (x) is from A (y). difference.max_abs_index is A's; `max_abs_index_b` the same place in B.
+class Measures(_JsonRecord):
+    """The difference of B (x) from A (y). max_abs_index_b: in B, the place of `difference.max_abs_index` in A.
 
-    magnitudes: how many |d| are 0 ("0"), and how many lie from 2**e up to 2**(e+1) ("2**e").
+    magnitudes: the number of |d| that are 0 ("0"), and of those from 2**e up to 2**(e+1) ("2**e").
     """
 
     difference: Difference
     max_abs_index_b: list[int] | None = None
     ulps: UlpRecord | None = None
-    percentiles: dict[str, Between] = {}
+    percentiles: dict[str, BoundsRecord] = {}
     magnitudes: dict[str, int] = {}
     rows: RowsRecord | None = None
     kl: list[KlRecord] = []
-    # Everything once more in the narrower dtype, where the two differ.
+    # All measures again in the narrower dtype, if the two dtypes differ.
     narrow_dtype: str | None = None
     narrow: Measures | None = None
 
 
-class SideRecord(_Record):
-    """One side of a leaf. shape: of the whole tensor, without padding. layouts: as each rank declared, by rank."""
+class SideRecord(_JsonRecord):
+    """One side of a leaf. shape: of the whole tensor, without padding. layouts: each rank's declared layout."""
 
     which: Literal["value", "grafted"]
     shape: list[int]
@@ -121,8 +124,8 @@ class SideRecord(_Record):
     statistics: TensorStatistics | None = None
 
 
-class ReplicaRecord(_Record):
-    """A copy that differs from the first one of its side, in any bit, and by how much: `x` is this copy."""
+class ReplicaRecord(_JsonRecord):
+    """A copy that differs in any bit from the first one of its side. difference: x is this copy."""
 
     side: Literal["a", "b"]
     ranks: list[int]
@@ -131,11 +134,11 @@ class ReplicaRecord(_Record):
     passed: bool
 
 
-class LeafRecord(_Record):
-    """One tensor of the point; a bare tensor's path is empty. values: every measure by its name in a rule."""
+class ComparedLeaf(_JsonRecord):
+    """One leaf of a pair of points; a bare tensor's path is empty. values: every measure by its name in a rule."""
 
     path: str
-    verdict: Verdict
+    verdict: ComparisonVerdict
     reason: str | None = None
     a: SideRecord | None = None
     b: SideRecord | None = None
@@ -144,10 +147,10 @@ class LeafRecord(_Record):
     replicas: list[ReplicaRecord] = []
 
 
-class TokenRecord(_Record):
-    """Rows paired by (sequence, position): how many, and how many tokens only one side has.
+class TokenRecord(_JsonRecord):
+    """The counts of rows that were paired by (sequence, position), and of tokens that only one side has.
 
-    again: how many of the paired rows repeat a token that one side has more than once (a server computed it again).
+    again: the number of paired rows that repeat a token (a server computed it again).
     """
 
     paired: int
@@ -162,11 +165,11 @@ class TokenRecord(_Record):
     by_content: list[list[str | int]] = []
 
 
-class ComparisonHeader(_Record):
-    """The first line."""
+class ComparisonHeader(_JsonRecord):
+    """The first line: what was compared, and how."""
 
     kind: Literal["comparison"] = "comparison"
-    schema_version: int = SCHEMA_VERSION
+    schema_version: int = COMPARISON_SCHEMA_VERSION
     grafter_version: str
     a: str
     b: str
@@ -181,11 +184,11 @@ class ComparisonHeader(_Record):
     forbid_skips: bool
 
 
-class PointRecord(_Record):
-    """One pair of points. order: A's place in the execution order of all its points; order_b: B's.
+class PointRecord(_JsonRecord):
+    """One pair of points. order, order_b: the place of the point in the execution order of A's and of B's points.
 
     label: name, tags, step, phase and occurrence in one text. rule: the threshold that decided, "pattern: expression".
-    values, worst_leaf: of the leaf that is worst, by verdict and then by rel.
+    values, worst_leaf: those of the worst leaf, by verdict and then by rel.
     """
 
     kind: Literal["point"] = "point"
@@ -199,19 +202,19 @@ class PointRecord(_Record):
     occurrence: int
     call_site_a: str | None = None
     call_site_b: str | None = None
-    verdict: Verdict
+    verdict: ComparisonVerdict
     severity: Severity | None = None
     rule: str | None = None
     reason: str | None = None
     worst_leaf: str | None = None
     values: dict[str, float | int | None] = {}
-    leaves: list[LeafRecord] = []
+    leaves: list[ComparedLeaf] = []
     tokens: TokenRecord | None = None
     seconds: float = 0.0
 
 
-class FindingRecord(_Record):
-    """Something that is no pair of points. count: how many points it is about; points: the first of them."""
+class FindingRecord(_JsonRecord):
+    """A finding that is not a pair of points. count: the number of points that it concerns. points: the first ones."""
 
     kind: Literal["finding"] = "finding"
     what: FindingKind
@@ -224,8 +227,8 @@ class FindingRecord(_Record):
     is_error: bool = False
 
 
-class SummaryRecord(_Record):
-    """The last line. counts: points by verdict. culprits: those that have no other culprit inside of them."""
+class SummaryRecord(_JsonRecord):
+    """The last line. counts: points by verdict. culprits: those that contain no other culprit."""
 
     kind: Literal["summary"] = "summary"
     counts: dict[str, int]
@@ -244,10 +247,10 @@ _lines: TypeAdapter[ComparisonHeader | PointRecord | FindingRecord | SummaryReco
 
 
 def json_schema() -> dict[str, Any]:
-    """The published schema of a line."""
+    """The published JSON schema of a line."""
     return _lines.json_schema(mode="serialization")
 
 
 def read_line(text: str) -> ComparisonHeader | PointRecord | FindingRecord | SummaryRecord:
-    """One line back. Raises pydantic.ValidationError for what is none."""
+    """The object of one line. Raises pydantic.ValidationError if the text is not a line."""
     return _lines.validate_json(text)

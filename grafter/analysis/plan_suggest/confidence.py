@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from grafter.analysis.plan_suggest.pairs import Confidence, Found, Fused, Left, Pair, Side
 from grafter.analysis.plan_suggest.shapes import Relation
-from grafter.analysis.plan_suggest.tree import Module, Region
+from grafter.analysis.plan_suggest.suggestion import Confidence, Fused, Left, ModulePair, RegionPairs
+from grafter.analysis.plan_suggest.tree import Module, ModuleRegion
 from grafter.analysis.plan_suggest.vocabulary import ALIKE, KNOWN, SAME, class_likeness, name_likeness
+from grafter.core.roles import Role
 
 # The margin by which a pair's score must exceed the next best one of either module, so that no other is a close match.
 _CLEAR, _NARROW = 1.0, 0.3
@@ -21,7 +22,7 @@ def judge_leaf(
     like_baseline: Sequence[Module],
     like_target: Sequence[Module],
     ratios: tuple[int, ...],
-) -> Pair:
+) -> ModulePair:
     """The pair of two modules with weights.
 
     like_baseline: modules of the target whose shapes fit the baseline's; like_target: the other way round. The
@@ -29,7 +30,7 @@ def judge_leaf(
     """
     likeness = name_likeness(baseline.segment, target.segment)
     alone = len(like_baseline) == len(like_target) == 1
-    reasons = [shape_reason(baseline, target, relation), name_reason(baseline, target)]
+    reasons = [_shape_reason(baseline, target, relation), _name_reason(baseline, target)]
     undivided = bool(ratios) and relation.kind == "equal" and likeness < SAME and _could_be_divided(baseline, target)
     in_order = relation.fits and _same_place(baseline, target, like_baseline, like_target)
     if alone:
@@ -53,10 +54,10 @@ def judge_leaf(
     else:
         confidence = Confidence.low
         reasons.append("another fits nearly as well")
-    return Pair(baseline, target, confidence, tuple(reasons), relation)
+    return ModulePair(baseline, target, confidence, tuple(reasons), relation)
 
 
-def judge_holder(baseline: Module, target: Module, overlap: float, surest: Confidence, *, alone: bool) -> Pair:
+def judge_holder(baseline: Module, target: Module, overlap: float, surest: Confidence, *, alone: bool) -> ModulePair:
     """The pair of two modules that hold others.
 
     overlap: the share of their modules that are pairs.
@@ -64,45 +65,47 @@ def judge_holder(baseline: Module, target: Module, overlap: float, surest: Confi
     alone: no other module holds the same.
     """
     known = name_likeness(baseline.segment, target.segment) >= KNOWN
-    reasons = [holder_reason(overlap), name_reason(baseline, target)]
+    reasons = [_holder_reason(overlap), _name_reason(baseline, target)]
     if overlap == 1 and (known or alone):
         confidence = max(surest, Confidence.medium) if known else surest
     elif known or overlap == 1:
         confidence = Confidence.medium
     else:
         confidence = Confidence.low
-    return Pair(baseline, target, confidence, tuple(reason for reason in reasons if reason), same_inputs=overlap == 1)
+    return ModulePair(
+        baseline, target, confidence, tuple(reason for reason in reasons if reason), same_inputs=overlap == 1
+    )
 
 
-def judge_bare(baseline: Module, target: Module) -> Pair:
+def judge_bare(baseline: Module, target: Module) -> ModulePair:
     """The pair of two modules without weights. Without shapes to compare, the confidence is never high."""
     known = name_likeness(baseline.segment, target.segment) >= KNOWN
     alike = class_likeness(baseline.node.class_name, target.node.class_name) > 0
     confidence = Confidence.medium if known and alike else Confidence.low
-    reasons = ("no weights to compare", name_reason(baseline, target), "classes alike" if alike else "classes unlike")
-    return Pair(baseline, target, confidence, reasons)
+    reasons = ("no weights to compare", _name_reason(baseline, target), "classes alike" if alike else "classes unlike")
+    return ModulePair(baseline, target, confidence, reasons)
 
 
-def shape_reason(baseline: Module, target: Module, relation: Relation) -> str:
+def _shape_reason(baseline: Module, target: Module, relation: Relation) -> str:
     if relation.kind == "divided":
         dims = sorted({dim for _, dim in relation.split})
         side = "the target's" if relation.ratio > 1 else "the baseline's"
         return f"shapes equal, {side} divided by {abs(relation.ratio)} in dim {', '.join(map(str, dims))}"
     text = {
         "equal": "shapes equal",
-        "padded": f"shapes equal but for padded rows ({shapes_of(baseline)}, {shapes_of(target)})",
-        "transposed": f"shapes transposed ({shapes_of(baseline)}, {shapes_of(target)})",
-    }.get(relation.kind, f"shapes differ ({shapes_of(baseline)}, {shapes_of(target)})")
+        "padded": f"shapes equal but for padded rows ({_shapes_of(baseline)}, {_shapes_of(target)})",
+        "transposed": f"shapes transposed ({_shapes_of(baseline)}, {_shapes_of(target)})",
+    }.get(relation.kind, f"shapes differ ({_shapes_of(baseline)}, {_shapes_of(target)})")
     return text + (f" but for {', '.join(relation.missing)}, which only one side has" if relation.missing else "")
 
 
-def holder_reason(overlap: float) -> str:
+def _holder_reason(overlap: float) -> str:
     if overlap == 1:
         return "all in it is paired"
     return f"{overlap:.0%} of what is in it is paired" if overlap else "nothing in it is paired"
 
 
-def name_reason(baseline: Module, target: Module) -> str:
+def _name_reason(baseline: Module, target: Module) -> str:
     if not baseline.segment or not target.segment:
         return "" if baseline.segment or target.segment else "the models themselves"
     lists = baseline.parent, target.parent
@@ -121,7 +124,7 @@ def _likeness_in_words(ours: str, theirs: str) -> str:
     return "alike" if likeness >= ALIKE else "unlike"
 
 
-def shapes_of(module: Module) -> str:
+def _shapes_of(module: Module) -> str:
     """`256x128`, or the shapes of several weights."""
     return ", ".join("x".join(map(str, weight.shape)) or "scalar" for weight in module.weights.values())
 
@@ -137,13 +140,10 @@ def _could_be_divided(baseline: Module, target: Module) -> bool:
     return any(len(weight.shape) > 1 for weight in weights) and not all(weight.is_global for weight in weights)
 
 
-# Why a module was left without a pair, in words.
-
-
 def reasons_left(
-    baseline: Region,
-    target: Region,
-    found: Found,
+    baseline: ModuleRegion,
+    target: ModuleRegion,
+    found: RegionPairs,
     fused: list[Fused],
     relation: Callable[[Module, Module], Relation],
 ) -> list[Left]:
@@ -154,7 +154,10 @@ def reasons_left(
     parts = {part: one for one in fused for part in one.parts}
     wholes = {one.whole: one for one in fused}
     left = []
-    sides: tuple[tuple[Side, Region, Region], ...] = (("baseline", baseline, target), ("target", target, baseline))
+    sides: tuple[tuple[Role, ModuleRegion, ModuleRegion], ...] = (
+        ("baseline", baseline, target),
+        ("target", target, baseline),
+    )
     for side, own, other in sides:
         for stack in own.stacks:
             if stack not in in_stacks:
@@ -177,7 +180,7 @@ def reasons_left(
     return left
 
 
-def _fits(relation: Callable[[Module, Module], Relation], side: Side, own: Module, other: Module) -> bool:
+def _fits(relation: Callable[[Module, Module], Relation], side: Role, own: Module, other: Module) -> bool:
     return relation(own, other).fits if side == "baseline" else relation(other, own).fits
 
 
@@ -188,7 +191,7 @@ def _whole_reason(one: Fused) -> str:
 
 
 def _leaf_reason(module: Module, fitting: list[Module], partner: dict[Module, Module], fused: set[Module]) -> str:
-    shapes = shapes_of(module)
+    shapes = _shapes_of(module)
     if not fitting:
         return f"no module there has weights of {shapes}"
     taken = [f"{other.segment} ({partner[other].segment})" for other in fitting if other in partner]

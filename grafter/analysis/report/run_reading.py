@@ -6,47 +6,41 @@ import json
 import os
 import stat
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from grafter.analysis.report.page_data import Finding
+from grafter.analysis.report.page_data import PageFinding, bad_lines
 from grafter.core.records import LedgerRecord, RankSummary
-from grafter.core.roles import Role
+from grafter.core.roles import ROLES, Role
 from grafter.errors import GrafterError
+from grafter.store.ledger import RankLedger
+from grafter.store.run_files import recorded_key_tags
 
-ROLES: tuple[Role, Role] = ("baseline", "target")
 # A line is one point; a longer line does not belong to a ledger.
 _LONGEST_LINE = 1 << 24
 _LONGEST_FACTS = 1 << 22
-_BAD_LINES_SHOWN = 5
 # The text of a validation error contains data from the file.
 _REASON_LENGTH = 200
 
 
 @dataclass
 class RunFiles:
-    """The files of one run. `facts`: the content of each role's run.json. `findings`: what could not be
-    read, and why.
-    """
+    """The files of one run. facts: the content of each role's run.json. findings: what could not be read, and why."""
 
     directory: Path
-    ledgers: list[tuple[Role, int, list[LedgerRecord]]] = field(default_factory=list)
+    ledgers: list[RankLedger] = field(default_factory=list)
     summaries: list[RankSummary] = field(default_factory=list)
     facts: dict[Role, dict[str, Any]] = field(default_factory=dict)
-    findings: list[Finding] = field(default_factory=list)
+    findings: list[PageFinding] = field(default_factory=list)
 
     @property
     def key_tags(self) -> frozenset[str] | None:
         """The tags that identify a point in this run. None: all except rank tags."""
-        for facts in self.facts.values():
-            configuration = facts.get("configuration")
-            key = configuration.get("key") if isinstance(configuration, dict) else None
-            if isinstance(key, str) and key.strip():
-                return frozenset(tag.strip() for tag in key.split(","))
-        return None
+        return next(filter(None, map(recorded_key_tags, self.facts.values())), None)
 
 
 def has_ledgers(directory: Path) -> bool:
@@ -72,7 +66,7 @@ def read_run_files(directory: Path) -> RunFiles:
         if isinstance(facts, dict):
             run.facts[role] = facts
         elif facts is not None:
-            run.findings.append(Finding("problem", f"{role}/run.json is not a JSON object; it is ignored."))
+            run.findings.append(PageFinding("problem", f"{role}/run.json is not a JSON object; it is ignored."))
     return run
 
 
@@ -83,7 +77,7 @@ def _of_ranks(run: RunFiles, role: Role, ending: str) -> Iterator[tuple[int, Pat
         if number.isascii() and number.isdigit() and len(number) < 10:
             found.append((int(number), path))
         else:
-            run.findings.append(Finding("note", f"{role}/{path.name} does not have a rank's name; it is ignored."))
+            run.findings.append(PageFinding("note", f"{role}/{path.name} does not have a rank's name; it is ignored."))
     yield from sorted(found)
 
 
@@ -91,7 +85,7 @@ def _read_ledger(run: RunFiles, path: Path) -> list[LedgerRecord]:
     records: dict[int, LedgerRecord] = {}
     bad: list[str] = []
     try:
-        with _opened(path) as descriptor, os.fdopen(os.dup(descriptor), "rb") as file:
+        with _opened(path) as descriptor, open(descriptor, "rb", closefd=False) as file:
             number = 0
             while line := file.readline(_LONGEST_LINE):
                 number += 1
@@ -107,12 +101,8 @@ def _read_ledger(run: RunFiles, path: Path) -> list[LedgerRecord]:
                     continue
                 records[record.sequence] = record
     except (OSError, GrafterError) as error:
-        run.findings.append(Finding("problem", f"{_place(run, path)} cannot be read: {error}"))
-    for text in bad[:_BAD_LINES_SHOWN]:
-        run.findings.append(Finding("problem", f"{_place(run, path)}: {text}; it is ignored."))
-    if len(bad) > _BAD_LINES_SHOWN:
-        more = len(bad) - _BAD_LINES_SHOWN
-        run.findings.append(Finding("problem", f"{_place(run, path)}: {more} more lines are not records."))
+        run.findings.append(PageFinding("problem", f"{_place(run, path)} cannot be read: {error}"))
+    run.findings += bad_lines(_place(run, path), bad)
     return [records[sequence] for sequence in sorted(records)]
 
 
@@ -123,7 +113,9 @@ def _read_summary(run: RunFiles, path: Path) -> None:
     try:
         run.summaries.append(RankSummary.model_validate_json(content))
     except (ValidationError, RecursionError) as error:
-        run.findings.append(Finding("problem", f"{_place(run, path)} is not a summary ({_why(error)}); it is ignored."))
+        run.findings.append(
+            PageFinding("problem", f"{_place(run, path)} is not a summary ({_why(error)}); it is ignored.")
+        )
 
 
 def _read_json(run: RunFiles, path: Path) -> Any:
@@ -133,40 +125,35 @@ def _read_json(run: RunFiles, path: Path) -> Any:
     try:
         return json.loads(content)
     except (ValueError, RecursionError) as error:
-        run.findings.append(Finding("problem", f"{_place(run, path)} is not JSON ({_why(error)}); it is ignored."))
+        run.findings.append(PageFinding("problem", f"{_place(run, path)} is not JSON ({_why(error)}); it is ignored."))
         return None
 
 
 def _read_text(run: RunFiles, path: Path) -> bytes | None:
     try:
-        with _opened(path) as descriptor, os.fdopen(os.dup(descriptor), "rb") as file:
+        with _opened(path) as descriptor, open(descriptor, "rb", closefd=False) as file:
             content = file.read(_LONGEST_FACTS + 1)
     except (OSError, GrafterError) as error:
-        run.findings.append(Finding("problem", f"{_place(run, path)} cannot be read: {error}"))
+        run.findings.append(PageFinding("problem", f"{_place(run, path)} cannot be read: {error}"))
         return None
     if len(content) > _LONGEST_FACTS:
         run.findings.append(
-            Finding("problem", f"{_place(run, path)} is longer than {_LONGEST_FACTS} bytes; it is ignored.")
+            PageFinding("problem", f"{_place(run, path)} is longer than {_LONGEST_FACTS} bytes; it is ignored.")
         )
         return None
     return content
 
 
-class _opened:
-    """The descriptor of a regular file. Opening a pipe would wait for its writer forever."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def __enter__(self) -> int:
-        self._descriptor = os.open(self._path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        if not stat.S_ISREG(os.fstat(self._descriptor).st_mode):
-            os.close(self._descriptor)
+@contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    """A descriptor of a regular file. Without O_NONBLOCK, opening a pipe would wait for its writer."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise GrafterError("it is not a regular file.")
-        return self._descriptor
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self._descriptor)
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def _place(run: RunFiles, path: Path) -> str:

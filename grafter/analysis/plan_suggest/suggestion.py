@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Literal
 
 from grafter.analysis.plan_suggest.shapes import NO_WEIGHTS, Relation
 from grafter.analysis.plan_suggest.tree import Module
-
-Side = Literal["baseline", "target"]
+from grafter.core.roles import Role
 
 
 class Confidence(IntEnum):
@@ -21,7 +19,7 @@ class Confidence(IntEnum):
 
 
 @dataclass(frozen=True)
-class Pair:
+class ModulePair:
     """Two modules with the same meaning.
 
     same_inputs: everything in one is also in the other, so their inputs are the same.
@@ -39,7 +37,7 @@ class Pair:
 class Left:
     """A module that has no pair, and the reason."""
 
-    side: Side
+    side: Role
     module: Module
     reason: str
 
@@ -48,17 +46,17 @@ class Left:
 class Fused:
     """One module that contains the weights of several modules of the other side, joined in the first dim."""
 
-    side: Side
+    side: Role
     whole: Module
     parts: tuple[Module, ...]
     ratio: int
 
 
 @dataclass
-class Found:
+class RegionPairs:
     """The pairs of two regions, or of whole trees. stacks: paired lists of layers; `unlike`: how they differ."""
 
-    pairs: list[Pair] = field(default_factory=list)
+    pairs: list[ModulePair] = field(default_factory=list)
     left: list[Left] = field(default_factory=list)
     stacks: list[tuple[Module, Module, str]] = field(default_factory=list)
 
@@ -69,7 +67,7 @@ class NamedPair:
 
     baseline_path: str
     target_path: str
-    pair: Pair
+    pair: ModulePair
     layers: int
 
 
@@ -77,7 +75,7 @@ class NamedPair:
 class NamedLeft:
     """A module without a pair, over all layers, and the reason."""
 
-    side: Side
+    side: Role
     path: str
     class_name: str
     reason: str
@@ -97,4 +95,5 @@ class Suggestion:
     ratio: int = 1
 
     def of_confidence(self, confidence: Confidence) -> list[NamedPair]:
+        """The pairs with this confidence."""
         return [named for named in self.pairs if named.pair.confidence is confidence]

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
-from grafter.analysis.plan_suggest.pairs import Confidence, NamedLeft, NamedPair, Pair, Side, Suggestion
-from grafter.analysis.plan_suggest.region import match_regions
+from grafter.analysis.plan_suggest.region_matching import match_regions
 from grafter.analysis.plan_suggest.shapes import Relation, common_ratios, relate
+from grafter.analysis.plan_suggest.suggestion import Confidence, ModulePair, NamedLeft, NamedPair, Suggestion
 from grafter.analysis.plan_suggest.tree import Module, linked, region_of
 from grafter.analysis.plan_suggest.vocabulary import KNOWN, name_likeness
 from grafter.capture.module_tree import ModuleTree
 from grafter.core.points import OPTIONS, OWN_TAGS
+from grafter.core.roles import Role
 
 
 def match_trees(baseline: ModuleTree, target: ModuleTree) -> Suggestion:
@@ -67,24 +68,14 @@ class _Place:
         return _joined(self.pattern, module.path[len(self.module.path) :].lstrip("."))
 
 
-@dataclass
-class _Votes:
-    """The results of all layers for one pair of patterns."""
-
-    pairs: list[Pair] = field(default_factory=list)
-
-    @property
-    def weight(self) -> tuple[int, int]:
-        return sum(pair.confidence for pair in self.pairs), len(self.pairs)
-
-
 class _TreeMatcher:
     """The matching of two module trees, and the results that it has collected so far."""
 
     def __init__(self, ratios: tuple[int, ...]) -> None:
         self._ratios = ratios
-        self._votes: dict[tuple[str, str], _Votes] = {}
-        self._left: dict[tuple[Side, str], NamedLeft] = {}
+        # By the two patterns: the pairs of the single layers.
+        self._pairs: dict[tuple[str, str], list[ModulePair]] = {}
+        self._left: dict[tuple[Role, str], NamedLeft] = {}
 
     def match(self, baseline: _Place, target: _Place, cap: Confidence, why_capped: str) -> None:
         """Two modules that are a pair, and all modules below them. No pair below is surer than `cap`."""
@@ -93,7 +84,7 @@ class _TreeMatcher:
             if pair.confidence > cap:
                 pair = replace(pair, confidence=cap, reasons=(*pair.reasons, why_capped))
             key = baseline.below(pair.baseline), target.below(pair.target)
-            self._votes.setdefault(key, _Votes()).pairs.append(pair)
+            self._pairs.setdefault(key, []).append(pair)
         for left in found.left:
             path = (baseline if left.side == "baseline" else target).below(left.module)
             self._left[left.side, path] = NamedLeft(left.side, path, left.module.node.class_name, left.reason)
@@ -122,26 +113,30 @@ class _TreeMatcher:
 
     def pairs(self) -> Iterator[NamedPair]:
         """One-to-one over all layers: if kinds of layers disagree, the surer pair stays."""
-        taken: dict[tuple[Side, str], str] = {}
-        for (ours, theirs), votes in sorted(self._votes.items(), key=lambda item: item[1].weight, reverse=True):
-            sides: tuple[tuple[Side, str, str], ...] = (("baseline", ours, theirs), ("target", theirs, ours))
+        taken: dict[tuple[Role, str], str] = {}
+        for (ours, theirs), pairs in sorted(self._pairs.items(), key=lambda item: _weight(item[1]), reverse=True):
+            sides: tuple[tuple[Role, str, str], ...] = (("baseline", ours, theirs), ("target", theirs, ours))
             if any((side, own) in taken for side, own, _ in sides):
                 for side, own, other in sides:
                     if (side, own) not in taken:
-                        cls = (votes.pairs[0].baseline if side == "baseline" else votes.pairs[0].target).node.class_name
+                        cls = (pairs[0].baseline if side == "baseline" else pairs[0].target).node.class_name
                         reason = f"in some layers it is like {other}, which has another partner in others"
                         self._left[side, own] = NamedLeft(side, own, cls, reason)
                 continue
             taken |= {(side, own): other for side, own, other in sides}
-        kept = [key for key in self._votes if taken.get(("baseline", key[0])) == key[1]]
+        kept = [key for key in self._pairs if taken.get(("baseline", key[0])) == key[1]]
         for key in taken:
             self._left.pop(key, None)
         for ours, theirs in kept:
-            least = min(self._votes[ours, theirs].pairs, key=lambda pair: pair.confidence)
-            yield NamedPair(ours, theirs, least, len(self._votes[ours, theirs].pairs))
+            least = min(self._pairs[ours, theirs], key=lambda pair: pair.confidence)
+            yield NamedPair(ours, theirs, least, len(self._pairs[ours, theirs]))
 
     def left(self) -> Iterator[NamedLeft]:
         yield from (self._left[key] for key in sorted(self._left))
+
+
+def _weight(pairs: list[ModulePair]) -> tuple[int, int]:
+    return sum(pair.confidence for pair in pairs), len(pairs)
 
 
 def _joined(prefix: str, rest: str) -> str:

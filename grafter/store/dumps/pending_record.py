@@ -1,9 +1,8 @@
-"""A taken point: what the program gave, made grafter's own, until it is a line and a file."""
+"""A point that waits for the disk: the program's value as snapshots and metadata, until it is a line and a file."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
@@ -13,6 +12,7 @@ import numpy.typing as npt
 import torch
 
 from grafter.config.options import PointOptions
+from grafter.config.settings.field_types import DumpLevel
 from grafter.core.layout.declared import DeclaredLayout, by_path, declare_layouts
 from grafter.core.layout.dims import parse_dims
 from grafter.core.leaves import Leaves, flatten, spec_of
@@ -23,15 +23,15 @@ from grafter.core.processes import is_from_signal_handler
 from grafter.core.tensor_access import is_dtensor
 from grafter.core.tokens.tokens import Tokens
 from grafter.errors import LayoutError, UsageError
-from grafter.store.dumps.record import DumpedLeaf, Level, safe_repr
+from grafter.store.dumps.record import DumpedLeaf, safe_repr
 from grafter.store.dumps.snapshot import NothingToSave, Snapshot, saveable
 from grafter.store.dumps.writer import StoredTensor
 
 
-# Many of these may wait for the disk; with slots, Python's collector has half as much to look at.
+# Many of these may wait for the disk; with slots, Python's garbage collector has half as much to traverse.
 @dataclass(slots=True)
-class TakenLeaf:
-    """One tensor of the point: `value` as the program came to it, `grafted` as it went on; or why there is none."""
+class PendingLeaf:
+    """One tensor of the point: `value` before the point, `grafted` after a graft changed it."""
 
     path: str
     shape: tuple[int, ...]
@@ -43,38 +43,39 @@ class TakenLeaf:
 
 
 @dataclass(eq=False, slots=True)
-class Taken:
-    """One point that is to be written. Nothing in it is the program's any more."""
+class PendingRecord:
+    """One point that waits to be written. It refers to no object of the program."""
 
     order: int
     key: PointKey
-    level: Level
+    level: DumpLevel
     fields: dict[str, Any]
-    leaves: list[TakenLeaf] = field(default_factory=list)
-    # By their number, as `extras` in the record names them.
+    leaves: list[PendingLeaf] = field(default_factory=list)
+    # By number, as the record's `extras` refer to them.
     extras: dict[int, Snapshot] = field(default_factory=dict)
     reasons: list[str] = field(default_factory=list)
     # Paths of tensors, and why they are not saved.
     unsaved: dict[str, str] = field(default_factory=dict)
     reserved: int = 0
-    # Where only some rows are saved: those.
+    # The saved rows, if only some of them are saved.
     rows: SavedRows | None = None
-    # Over: handed to the writer, or about to be. Written: the writer has it; set by its thread.
+    # is_over: handed to the writer, or about to be. is_written: set by the writing thread when it begins.
     is_over: bool = False
     is_written: bool = False
 
     @property
     def snapshots(self) -> list[Snapshot]:
+        """All snapshots of the point."""
         found = [leaf.value for leaf in self.leaves] + [leaf.grafted for leaf in self.leaves]
         found += self.extras.values()
         return [snapshot for snapshot in found if snapshot is not None]
 
 
 class Parts:
-    """A point's value taken apart for saving, which may hold anything: what cannot be saved is told."""
+    """A point's value, split into tensors and other leaves. `reasons` and `unsaved` say what cannot be saved."""
 
     def __init__(self, value: Any, options: PointOptions | None) -> None:
-        self.leaves: list[tuple[TakenLeaf, torch.Tensor]] = []
+        self.leaves: list[tuple[PendingLeaf, torch.Tensor]] = []
         self.others: list[tuple[str, Any]] = []
         self.reasons: list[str] = []
         self.unsaved: dict[str, str] = {}
@@ -92,8 +93,8 @@ class Parts:
                 self.unsaved[path] = str(reason)
                 continue
             spec = spec_of(path, local)
-            taken = TakenLeaf(path, spec.shape, spec.dtype, str(local.device))
-            self.leaves.append((taken, local))
+            pending = PendingLeaf(path, spec.shape, spec.dtype, str(local.device))
+            self.leaves.append((pending, local))
             originals.append(leaf)
         if not self.leaves and not self.reasons:
             self.reasons.append("the value holds no tensor")
@@ -101,13 +102,9 @@ class Parts:
         if options is not None and (says_layout or any(map(is_dtensor, originals))):
             self._declare_layouts(value, originals, options)
 
-    @property
-    def tensors(self) -> Sequence[torch.Tensor]:
-        return [tensor for _, tensor in self.leaves]
-
     def _declare_layouts(self, value: Any, originals: list[torch.Tensor], options: PointOptions) -> None:
         specs = tuple(spec_of(leaf.path, tensor) for leaf, tensor in self.leaves)
-        leaves = Leaves(value, originals, list(self.tensors), specs, "", {})
+        leaves = Leaves(value, originals, [tensor for _, tensor in self.leaves], specs, "", {})
         try:
             layouts = declare_layouts(leaves, options.dims, options.layout, options.seq_lens)
         except Exception as error:
@@ -119,20 +116,21 @@ class Parts:
             leaf.layout = layout
 
 
-def leaf_of(leaf: TakenLeaf, taken: Taken) -> DumpedLeaf:
+def leaf_of(leaf: PendingLeaf, pending: PendingRecord) -> DumpedLeaf:
+    """The record of one tensor, with the figures of the point's level. A failure to compute them becomes a reason."""
     figures: dict[str, Any] = {}
     for prefix, snapshot in (("", leaf.value), ("grafted_", leaf.grafted)):
         if snapshot is None:
             continue
-        if taken.level == "full" and snapshot.stored_as is not None:
+        if pending.level == "full" and snapshot.stored_as is not None:
             figures["stored_as"] = snapshot.stored_as
-        elif taken.level == "checksum":
+        elif pending.level == "checksum":
             figures[f"{prefix}checksum"] = checksum(snapshot.stored)
-        elif taken.level == "statistics":
+        elif pending.level == "statistics":
             try:
                 figures[f"{prefix}statistics"] = summarize(snapshot.values, "full")
             except (UsageError, RuntimeError) as error:
-                taken.reasons.append(f"{leaf.path or 'the tensor'}: no statistics: {error}")
+                pending.reasons.append(f"{leaf.path or 'the tensor'}: no statistics: {error}")
     if not figures and leaf.layout is None:
         return _plain_leaf(leaf.path, leaf.shape, leaf.dtype, leaf.device)
     return DumpedLeaf(
@@ -142,39 +140,37 @@ def leaf_of(leaf: TakenLeaf, taken: Taken) -> DumpedLeaf:
 
 @lru_cache(maxsize=4096)
 def _plain_leaf(path: str, shape: tuple[int, ...], dtype: str, device: str) -> DumpedLeaf:
-    # The same tensors come again at every step.
+    # The same tensors recur at every step.
     return DumpedLeaf(path=path, shape=shape, dtype=dtype, device=device)
 
 
-def tensors_of(taken: Taken) -> dict[str, StoredTensor]:
-    """The tensors of the file by name."""
+def tensors_of(pending: PendingRecord) -> dict[str, StoredTensor]:
+    """The tensors of the point's file, by name."""
     named: dict[str, StoredTensor] = {}
-    for leaf in taken.leaves:
+    for leaf in pending.leaves:
         if leaf.value is not None:
             named[f"value{leaf.path}"] = leaf.value.stored
         if leaf.grafted is not None:
             named[f"grafted{leaf.path}"] = leaf.grafted.stored
-    named.update({f"extras{number}": snapshot.stored for number, snapshot in taken.extras.items()})
+    named.update({f"extras{number}": snapshot.stored for number, snapshot in pending.extras.items()})
     return named
 
 
 def checksum(values: torch.Tensor | StoredTensor) -> str:
-    """SHA-256, hexadecimal, of the bytes of a contiguous CPU tensor: row-major, little-endian, nothing else."""
+    """SHA-256, hexadecimal, of the bytes of a contiguous CPU tensor, row-major and little-endian."""
     stored = StoredTensor.of(values) if isinstance(values, torch.Tensor) else values
     return hashlib.sha256(stored.memory if stored.nbytes else b"").hexdigest()
 
-
-# Saved rows: what of a point goes to disk where some of its rows do not count (`start=`, `new_rows_only`).
 
 _Numbers = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)
 class SavedRows:
-    """The rows of a point that are saved.
+    """The rows of a point that are saved, if some of its rows do not count (`start=`, `new_rows_only`).
 
-    segments: int64 [n, 2], (first row, count) of each run of saved rows. dims: for each leaf, the dim that the rows run
-    along. tokens: those of the saved rows.
+    segments: int64 [n, 2], (first row, count) of each run of saved rows. dims: for each leaf path, the dim of the rows.
+    tokens: those of the saved rows.
     """
 
     segments: _Numbers
@@ -182,7 +178,7 @@ class SavedRows:
     tokens: Tokens
 
     def of(self, value: Any) -> Any:
-        """The value, with these rows alone."""
+        """The value reduced to these rows."""
         if isinstance(value, torch.Tensor):
             return self._cut(value, "")
         flat, tree = flatten(value)
@@ -199,10 +195,10 @@ class SavedRows:
 
 
 def rows_to_save(value: Any, options: PointOptions, starts: tuple[int, ...]) -> tuple[PointOptions, SavedRows | None]:
-    """The options with the tokens of the rows that are saved; and these rows, where they can be told from the others.
+    """The options with the tokens of the saved rows, and the saved rows; None if all rows are saved.
 
-    starts: for each sequence of the tokens the position from which on rows count. Rows before it are left out where
-    they run along one dim; in a batch of two dims, of which no part is a batch, all are saved, and those before it have
+    starts: for each sequence of the tokens, the position from which rows count. Rows before it are left out if the rows
+    lie along one dim. If they lie along two dims (a batch of sequences), all rows are saved, and those before it have
     no token. Padding is saved.
     """
     tokens: Tokens = options.tokens
@@ -223,7 +219,7 @@ def rows_to_save(value: Any, options: PointOptions, starts: tuple[int, ...]) -> 
 
 
 def _row_dims(value: Any, options: PointOptions, rows: int) -> dict[str, int] | None:
-    """The dim of the rows in each tensor; None where one of them has none, or has the rows in several dims."""
+    """The dim of the rows in each tensor; None if a tensor has no such dim, or has its rows in several dims."""
     flat = [("", value)] if isinstance(value, torch.Tensor) else flatten(value)[0]
     tensors = [(path, leaf) for path, leaf in flat if isinstance(leaf, torch.Tensor)]
     found = {}

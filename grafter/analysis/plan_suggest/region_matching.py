@@ -1,6 +1,4 @@
-"""Pairs one region of each side: fused modules first, then modules with weights, their containers, and
-the bare ones.
-"""
+"""Pairs one region of each side: fused modules first, then modules with weights, their containers, and bare ones."""
 
 from __future__ import annotations
 
@@ -10,11 +8,10 @@ from itertools import product
 import numpy as np
 from numpy.typing import NDArray
 
-from grafter.analysis.plan_suggest.assignment import best_pairs
-from grafter.analysis.plan_suggest.judgement import judge_bare, judge_holder, judge_leaf, reasons_left
-from grafter.analysis.plan_suggest.pairs import Confidence, Found, Fused, Pair
+from grafter.analysis.plan_suggest.confidence import judge_bare, judge_holder, judge_leaf, reasons_left
 from grafter.analysis.plan_suggest.shapes import Relation, fused_ratio, relate
-from grafter.analysis.plan_suggest.tree import Module, Region
+from grafter.analysis.plan_suggest.suggestion import Confidence, Fused, ModulePair, RegionPairs
+from grafter.analysis.plan_suggest.tree import Module, ModuleRegion
 from grafter.analysis.plan_suggest.vocabulary import FUSED, OPPOSED, class_likeness, meanings_of, name_likeness
 
 _SHAPE_SCORE = {"equal": 4.0, "divided": 3.8, "padded": 3.0, "transposed": 2.5, "different": -1.5, "none": -1.5}
@@ -23,7 +20,7 @@ _LEAF_THRESHOLD, _HOLDER_THRESHOLD, _BARE_THRESHOLD, _STACK_THRESHOLD = 3.0, 2.5
 Score = Callable[[Module, Module], float]
 
 
-def match_regions(baseline: Region, target: Region, ratios: tuple[int, ...]) -> Found:
+def match_regions(baseline: ModuleRegion, target: ModuleRegion, ratios: tuple[int, ...]) -> RegionPairs:
     """Pair the modules of two regions whose roots are a pair. `ratios`: by what tensor parallelism may divide."""
     return _RegionMatcher(baseline, target, ratios).match()
 
@@ -31,7 +28,7 @@ def match_regions(baseline: Region, target: Region, ratios: tuple[int, ...]) -> 
 class _RegionMatcher:
     """The matching of two regions, step by step."""
 
-    def __init__(self, baseline: Region, target: Region, ratios: tuple[int, ...]) -> None:
+    def __init__(self, baseline: ModuleRegion, target: ModuleRegion, ratios: tuple[int, ...]) -> None:
         self._baseline, self._target, self._ratios = baseline, target, ratios
         self._relations: dict[tuple[Module, Module], Relation] = {}
         self._partners: dict[Module, list[Module]] = {}  # of both sides; a fused module has several
@@ -39,8 +36,8 @@ class _RegionMatcher:
         self._fused: list[Fused] = []
         self._positions: dict[Module, float] = {}
 
-    def match(self) -> Found:
-        found = Found(stacks=self._match_stacks())
+    def match(self) -> RegionPairs:
+        found = RegionPairs(stacks=self._match_stacks())
         self._fused = list(self._find_fused())
         fused = {module for one in self._fused for module in (one.whole, *one.parts)}
         ours, theirs = (
@@ -62,8 +59,6 @@ class _RegionMatcher:
         found.left = reasons_left(self._baseline, self._target, found, self._fused, self._relation)
         return found
 
-    # Lists of layers.
-
     def _match_stacks(self) -> list[tuple[Module, Module, str]]:
         ours, theirs = self._baseline.stacks, self._target.stacks
         alone = len(ours) == len(theirs) == 1
@@ -78,8 +73,6 @@ class _RegionMatcher:
         alike = shapes.total() * 2 / max(1, a.children[0].shapes.total() + b.children[0].shapes.total())
         place = _name_score(a.parent, b.parent) if a.parent and b.parent else 0.0
         return 2 * max(ratio, alike) + 2 * (len(a.children) == len(b.children)) + _name_score(a, b) / 2 + place / 2
-
-    # Fused modules.
 
     def _find_fused(self) -> Iterator[Fused]:
         """Find fused modules, by name first: TP may make a fused weight the size of one part. Then by sums, if nothing
@@ -110,8 +103,6 @@ class _RegionMatcher:
     def _has_like(self, leaf: Module, others: Sequence[Module]) -> bool:
         both_ways = (*self._ratios, *(-ratio for ratio in self._ratios))
         return any(relate(leaf.weights, other.weights, both_ways).fits for other in others)
-
-    # Scores.
 
     def _relation(self, a: Module, b: Module) -> Relation:
         relation = self._relations.get((a, b))
@@ -160,11 +151,9 @@ class _RegionMatcher:
         common += sum(any(p in ours for p in self._partners.get(leaf, ())) for leaf in theirs)
         return common / max(1, len(ours) + len(theirs))
 
-    # Judgements.
-
     def _judged_leaf(
         self, a: Module, b: Module, ours: list[Module], theirs: list[Module], scores: NDArray[np.float64]
-    ) -> Pair:
+    ) -> ModulePair:
         row, column = ours.index(a), theirs.index(b)
         rivals = np.concatenate([np.delete(scores[row], column), np.delete(scores[:, column], row)])
         margin = float(scores[row, column] - rivals.max()) if rivals.size else np.inf
@@ -173,7 +162,7 @@ class _RegionMatcher:
         like_theirs = [other for other in ours if self._relation(other, b).fits_as(relation)]
         return judge_leaf(a, b, relation, margin, like_ours, like_theirs, self._ratios)
 
-    def _judged_holder(self, a: Module, b: Module, of_leaves: dict[Module, Confidence]) -> Pair:
+    def _judged_holder(self, a: Module, b: Module, of_leaves: dict[Module, Confidence]) -> ModulePair:
         ours = _with_weights(a)
         surest = min((of_leaves.get(leaf, Confidence.high) for leaf in ours), default=Confidence.low)
         rivals = [m for m in self._baseline.inner if m is not a and _with_weights(m) == ours]
@@ -224,7 +213,7 @@ def _may_be_fused(module: Module) -> bool:
     return not meanings or not meanings.isdisjoint(FUSED)
 
 
-def _groups(whole: Module, other: Region, by_name: bool) -> Iterator[tuple[Module, ...]]:
+def _groups(whole: Module, other: ModuleRegion, by_name: bool) -> Iterator[tuple[Module, ...]]:
     """Neighbours on the other side that `whole` may contain: those that its name says, or any run of two to four."""
     wanted = [FUSED[meaning] for meaning in meanings_of(whole.segment) if meaning in FUSED]
     by_parent: dict[Module | None, list[Module]] = {}
@@ -248,3 +237,49 @@ def _why_unlike(a: Module, b: Module) -> str:
     if {child.segment for child in a.children} != {child.segment for child in b.children}:
         return "their layers have other numbers"
     return ""
+
+
+def best_pairs(scores: NDArray[np.float64], threshold: float) -> list[tuple[int, int]]:
+    """The (row, column) pairs, sorted, each row and column at most once, with the highest sum of `score - threshold`.
+
+    Pairs at or below the threshold are left out. O(rows^2 * columns), where rows is the smaller of the two numbers.
+    """
+    profit = np.maximum(scores - threshold, 0.0)
+    if not profit.size or not profit.any():
+        return []
+    turned = profit.shape[0] > profit.shape[1]
+    rows_of = _columns_rows(-(profit.T if turned else profit))
+    pairs = [(int(row), column) for column, row in enumerate(rows_of) if row >= 0]
+    if turned:
+        pairs = [(column, row) for row, column in pairs]
+    return sorted((row, column) for row, column in pairs if profit[row, column] > 0)
+
+
+def _columns_rows(cost: NDArray[np.float64]) -> NDArray[np.int64]:
+    """For each column its row, or -1, such that every row has a column and the cost is the lowest; rows <= columns."""
+    rows, columns = cost.shape
+    row_potential, column_potential = np.zeros(rows), np.zeros(columns + 1)
+    row_of = np.full(columns + 1, -1)  # the last column holds a row that has no column yet
+    for row in range(rows):
+        row_of[columns] = row
+        column = columns
+        least, way = np.full(columns, np.inf), np.full(columns, -1)
+        used = np.zeros(columns + 1, dtype=bool)
+        while row_of[column] >= 0:
+            used[column] = True
+            here = row_of[column]
+            free = ~used[:columns]
+            reduced = cost[here] - row_potential[here] - column_potential[:columns]
+            better = free & (reduced < least)
+            least[better], way[better] = reduced[better], column
+            next_column = int(np.argmin(np.where(free, least, np.inf)))
+            delta = least[next_column]
+            row_potential[row_of[used]] += delta
+            column_potential[used] -= delta
+            least[free] -= delta
+            column = next_column
+        while column != columns:
+            previous = int(way[column])
+            row_of[column] = row_of[previous]
+            column = previous
+    return row_of[:columns]
