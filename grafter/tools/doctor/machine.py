@@ -235,9 +235,9 @@ def check_cores(count: int) -> Finding:
 
 def free_memory_bytes() -> int | None:
     """The free memory of the machine, within the limit of this process's control group."""
-    from grafter.wire.exchange.staging import _available_bytes
+    from grafter.wire.exchange.staging import available_bytes
 
-    free = _available_bytes()
+    free = available_bytes()
     limit, used = (_number_in(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
     if limit is not None and used is not None:
         free = min(limit - used, limit if free is None else free)

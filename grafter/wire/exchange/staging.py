@@ -56,7 +56,7 @@ class Staging:
         """Make room; True if that took a new block. Raises StagingRefused rather than being killed for it."""
         if nbytes <= self.capacity:
             return False
-        available = _available_bytes()
+        available = available_bytes()
         if available is not None and nbytes > available:
             raise StagingRefused(
                 f"{nbytes / 2**20:.0f} MiB are announced for this rank and {available / 2**20:.0f} MiB of memory are "
@@ -131,7 +131,7 @@ def is_sealed_block(fd: int, nbytes: int) -> bool:
     return bool(seals & fcntl.F_SEAL_SHRINK) and os.fstat(fd).st_size >= nbytes
 
 
-def _available_bytes() -> int | None:
+def available_bytes() -> int | None:
     try:
         text = Path("/proc/meminfo").read_text()
     except OSError as error:
