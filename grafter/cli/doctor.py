@@ -123,17 +123,17 @@ def _look(
 def _examine(
     commands: dict[str, str], settings: dict[str, str], out: Path, findings: list[Finding], page: Page
 ) -> None:
-    from grafter.tools.doctor.examination import Examination
-    from grafter.tools.doctor.trials import FILTER_FIELDS
+    from grafter.config.settings.field_types import FILTER_FIELDS
+    from grafter.tools.doctor.checks import CommandChecks
 
-    examination = Examination(
+    checks = CommandChecks(
         commands,
         out=out,
-        settings={field: value for field, value in settings.items() if field not in FILTER_FIELDS},
-        filters={field: value for field, value in settings.items() if field in FILTER_FIELDS},
-        tell=page.progress,
+        settings={field: value for field, value in settings.items() if field not in FILTER_FIELDS.values()},
+        filters={field: value for field, value in settings.items() if field in FILTER_FIELDS.values()},
+        report_progress=page.progress,
     )
     page.heading("the commands" if len(commands) > 1 else "the command")
-    for finding in examination.findings():
+    for finding in checks.findings():
         findings.append(finding)
         page.show(finding)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 
 from rich.console import Console
 from rich.text import Text
@@ -62,7 +63,7 @@ def describe(findings: Iterable[Finding]) -> str:
 
 def as_json(findings: Sequence[Finding]) -> str:
     return json.dumps(
-        {"fault": has_fault(findings), "findings": [finding.as_dict() for finding in findings]},
+        {"fault": has_fault(findings), "findings": [asdict(finding) for finding in findings]},
         indent=1,
         ensure_ascii=False,
     )

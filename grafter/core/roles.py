@@ -26,6 +26,7 @@ class Place:
 
 Direction = Literal["b2t", "t2b", "compare"]
 RoleName = Literal["baseline", "target"]
+ROLES: tuple[RoleName, RoleName] = ("baseline", "target")
 
 
 def sender_role(direction: Direction) -> RoleName:

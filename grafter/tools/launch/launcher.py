@@ -10,6 +10,7 @@ watch       until both are gone (`grafter/tools/launch/supervision.py`)
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -18,8 +19,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from grafter.errors import ConfigError, DumpError, UsageError
-from grafter.rank.job_environment import job_environment, player_environment, what_defeats_attach
+from grafter.core.roles import ROLES
+from grafter.errors import ConfigError, DumpError, GrafterError, UsageError
+from grafter.rank.job_environment import ANY_MASTER, job_environment, player_environment, what_defeats_attach
 from grafter.tools.launch.job import Job, keep_off_shared_port, split_command
 from grafter.tools.launch.run_output import RunOutput
 from grafter.tools.launch.supervision import RendezvousStore, Supervisor
@@ -30,7 +32,14 @@ if TYPE_CHECKING:
 GRACE_SECONDS = 15.0
 # How long a rank of the other machine may need to write its last message to the store, and to read ours.
 _LINGER_SECONDS = 3.0
-_ROLES = ("baseline", "target")
+
+
+class Interrupted(GrafterError):
+    """A run that Ctrl-C or a signal ended. `exit_code`: what a shell reports for it, 128 + the signal."""
+
+    def __init__(self, text: str, stop_signal: int | None) -> None:
+        super().__init__(text)
+        self.exit_code = 128 + (stop_signal or signal.SIGINT)
 
 
 @dataclass(frozen=True)
@@ -40,8 +49,9 @@ class PairResult:
     `exit_codes` by role: negative for a signal, None if a job was never started or its end was not seen. `failed_role`
     is the job that failed first, and by itself. `ended_roles` are the jobs that the launcher ended. `unreached` are the
     jobs in which `attach` found no model, as far as this process can tell. `attach`: its patterns, if any.
-    `is_recorded`: the run was to record its jobs' values. `last_lines` are the last lines (200 at most) of each job's
-    output, by role, even of a quiet run.
+    `is_recorded`: the run was to record its jobs' values. `key_tags`: the tags that identify a point besides its name,
+    if the setting `key` names them. `last_lines` are the last lines (200 at most) of each job's output, by role, even
+    of a quiet run.
     """
 
     run_directory: Path
@@ -54,7 +64,13 @@ class PairResult:
     unreached: tuple[str, ...] = ()
     attach: str | None = None
     is_recorded: bool = False
+    key_tags: frozenset[str] | None = None
     last_lines: dict[str, list[str]] = field(default_factory=dict)
+
+    def raise_if_interrupted(self) -> None:
+        if self.interrupted:
+            where = f"; its ledgers are in {self.run_directory}" if self.run_directory.is_dir() else ""
+            raise Interrupted(f"the run `{self.run_directory.name}` was interrupted{where}.", self.stop_signal)
 
 
 def run_pair(
@@ -83,8 +99,8 @@ def run_pair(
     given = {"baseline": baseline, "target": target}
     commands = {role: command for role, command in given.items() if command is not None}
     if peer is not None and len(commands) == 1:
-        played = next(role for role in _ROLES if role not in commands)
-        commands = {role: commands.get(role, ()) for role in _ROLES}
+        played = next(role for role in ROLES if role not in commands)
+        commands = {role: commands.get(role, ()) for role in ROLES}
         run = _Run(commands, settings, out, run_name, quiet, output, grace_seconds, Played(played, peer))
     elif peer is not None or len(commands) != 2:
         raise UsageError("give two commands, or one command and a recording to play.")
@@ -293,7 +309,7 @@ class _Run:
         if self._played is not None:
             self._output.say(f"the {self._played.role} job is a recording, played from {self._played.directory}")
         if store is not None and len(self._commands) == 1:
-            other = next(role for role in _ROLES if role not in self._commands)
+            other = next(role for role in ROLES if role not in self._commands)
             self._output.say(f"hosts the store; start the other side with --role {other} --master HOST:{store.port}")
 
     def _on_own_port(self, role: str, command: list[str]) -> list[str]:
@@ -308,7 +324,7 @@ class _Run:
     def _tell_unreached(self, store: RendezvousStore | None, jobs: Sequence[Job]) -> tuple[str, ...]:
         if store is None or self._config.attach is None:
             return ()
-        announced = [role for role in _ROLES if store.has_announced(role)]
+        announced = [role for role in ROLES if store.has_announced(role)]
         failed = [job.role for job in jobs if job.exit_code not in (0, None) and not job.ended_by_launcher]
         unreached = tuple(role for role in find_unreached(announced, failed) if role in self._commands)
         if unreached:
@@ -330,6 +346,7 @@ class _Run:
             unreached=unreached,
             attach=self._config.attach,
             is_recorded=self._config.record,
+            key_tags=self._config.key_tags,
             last_lines={role: list(self._output.last_lines.get(role, ())) for role in self._commands},
         )
 
@@ -367,12 +384,11 @@ def _read_configuration(
     """
     from grafter.config.settings.config import GrafterConfig  # imports pydantic
 
-    # The port is not known yet; any legal port is enough for the check.
     environment = job_environment(
         os.environ,
         role,
         settings,
-        master=None if is_alone else ("127.0.0.1", 1),
+        master=None if is_alone else ANY_MASTER,
         directory=None if out is None else str(out),
         run_name=run_name,
     )

@@ -12,7 +12,7 @@ from types import FrameType
 from typing import Protocol
 
 from grafter.core.messages.roster import ANNOUNCEMENTS, Announcement
-from grafter.core.roles import RoleName
+from grafter.core.roles import ROLES, RoleName
 from grafter.errors import GrafterError, RunError
 from grafter.tools.launch.job import Job
 from grafter.tools.launch.run_output import RunOutput
@@ -201,7 +201,6 @@ class WaitTeller:
 
 # The hosted store, with a one-line summary of the ranks that wait and what they wait for.
 
-_ROLES: tuple[RoleName, ...] = ("baseline", "target")
 _RANKS_NAMED = 8
 
 
@@ -231,7 +230,7 @@ class WatchedStore(HostedStore):
             # The run ended before it was opened, and no rank waits any more.
             return None
         client.seal.run_id = run.payload.partition(" ")[0]
-        missing = [summary for role in _ROLES if (summary := self._missing(client, role)) is not None]
+        missing = [summary for role in ROLES if (summary := self._missing(client, role)) is not None]
         if missing:
             if self._joined_since is None:
                 self._joined_since = time.monotonic()
