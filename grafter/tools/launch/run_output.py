@@ -1,6 +1,4 @@
-"""The output of both jobs on one stream: each line with its job's name, and a status line at the bottom
-of a terminal.
-"""
+"""The output of both jobs on one stream: each line with its job's name; at a terminal's bottom, a status line."""
 
 from __future__ import annotations
 
