@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from grafter.analysis.run.point_rows import merge_ranks
 from grafter.analysis.run.run_summary import find_run, read_run_summary
-from grafter.cli.show import log_bar, printable, report_run, show_run
+from grafter.cli.console import log_bar, printable
+from grafter.cli.show import report_run, show_run
 from grafter.core.records import CopyRecord, Difference, LeafRecord, LedgerRecord, RankSummary, Role
 from grafter.errors import GrafterError
 from grafter.store.ledger import LedgerWriter

@@ -41,16 +41,8 @@ REWRITTEN_SOURCES = [
     "grafter/rank/peer.py",
     "grafter/rank/job_environment.py",
     "grafter/store/recording.py",
-    "grafter/tools/doctor",
-    "grafter/tools/launch",
-    *(f"grafter/tools/requests/{name}.py" for name in ("__init__", "answers", "batch_file", "entry", "forcing")),
-    *(f"grafter/tools/requests/{name}.py" for name in ("judgement", "process_end", "proxy", "reading", "recorder")),
-    *(f"grafter/tools/requests/{name}.py" for name in ("replay", "sending", "serving", "upstream")),
-    *(
-        f"grafter/cli/{name}.py"
-        for name in ("doctor", "doctor_page", "locate", "locate_table", "plan_suggest", "report")
-    ),
-    *(f"grafter/cli/{name}.py" for name in ("requests", "requests_table")),
+    "grafter/tools",
+    "grafter/cli",
 ]
 
 # What readers stumbled over, as regular expressions, and what to write instead.

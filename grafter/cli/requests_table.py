@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from grafter.cli.show import printable
+from grafter.cli.console import print_line, print_rest, printable, ruled_table
 from grafter.tools.requests.judgement import Outcome, Summary
 
-_STYLE = {"different": "bold red", "failed": "bold red", "not_sent": "yellow", "not_compared": "dim"}
+_STYLES = {"different": "bold red", "failed": "bold red", "not_sent": "yellow", "not_compared": "dim"}
 _LATE_SECONDS = 0.1
 
 
@@ -21,23 +20,21 @@ def print_replay(
     outcomes: Sequence[Outcome], summary: Summary, urls: Sequence[str], console: Console, *, limit: int
 ) -> None:
     """Print one row for each request that is not the same, then the counts. limit: at most so many rows; 0: all."""
-    sides = list(zip(("A", "B"), urls, strict=False)) if len(urls) == 2 else [("A", urls[0])]
-    for side, url in sides:
-        console.print(Text(f"{side}: {printable(url)}"), soft_wrap=True)
+    for side, url in zip("AB", urls, strict=False):
+        print_line(console, f"{side}: {printable(url)}")
     rows = [outcome for outcome in outcomes if outcome.verdict != "same"]
     if rows:
         console.print()
         console.print(_table(rows[:limit] if limit else rows))
-        if limit and len(rows) > limit:
-            console.print(Text(f"... and {len(rows) - limit} more (--limit)"))
+        print_rest(console, rows, limit)
     console.print()
     for note in _notes(outcomes):
-        console.print(Text(note), soft_wrap=True)
-    console.print(Text(summary.sentence, style="bold"), soft_wrap=True)
+        print_line(console, note)
+    print_line(console, summary.sentence, "bold")
 
 
 def _table(rows: Sequence[Outcome]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    table = ruled_table()
     for column in ("#", "first char", "first token", "logprob"):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
@@ -47,7 +44,7 @@ def _table(rows: Sequence[Outcome]) -> Table:
         logprob = "-" if row.logprob is None else f"{row.logprob:.2g}"
         cells = [str(row.number), _position(row.first_char), _position(row.first_token), logprob]
         cells += [row.verdict.replace("_", " "), printable(row.id), printable("; ".join(row.reasons))]
-        table.add_row(*map(Text, cells), style=_STYLE.get(row.verdict, ""))
+        table.add_row(*map(Text, cells), style=_STYLES.get(row.verdict, ""))
     return table
 
 

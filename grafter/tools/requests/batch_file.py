@@ -120,7 +120,10 @@ _LARGEST_INTEGER = 1 << 1000
 
 
 class RequestEncoder(MetadataEncoder):
-    """Also takes dataclasses and pydantic models apart, leaves secret headers out, and is quick with token ids."""
+    """An encoder of metadata that also reads dataclasses and pydantic models, and leaves secret headers out.
+
+    Lists of numbers, which are most of a request, are copied at once.
+    """
 
     def _encode(self, value: Any, path: str, depth: int) -> Any:
         if type(value) is list and len(value) >= _SMALLEST_RUN and _is_plain(value):
@@ -136,7 +139,7 @@ class RequestEncoder(MetadataEncoder):
 
 
 def _is_plain(values: list[Any]) -> bool:
-    """A flat list of numbers: token ids, embeddings. Most of a request's size, and told by its types alone."""
+    """Whether this is a flat list of numbers (token ids, embeddings). Its types alone show it."""
     kinds = set(map(type, values))
     if not kinds <= _PLAIN:
         return False

@@ -16,7 +16,7 @@ Api = Literal["chat", "completions", "generate", "other"]
 _METHOD = re.compile(r"[A-Z]{1,20}")
 _NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,200}")
 _PLACES = {"chat": "/v1/chat/completions", "completions": "/v1/completions", "generate": "/generate"}
-# Made anew for what is sent now.
+# Headers that are set again for what is sent now.
 _OWN_HEADERS = frozenset({"host", "content-length", "accept-encoding", "expect", *HOP_BY_HOP})
 
 
