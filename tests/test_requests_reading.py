@@ -25,7 +25,7 @@ from grafter.tools.requests.replay import choose
 from grafter.tools.requests.sending import Reply
 from grafter.tools.requests.serving import check_url
 
-HEADER = {"format": "grafter.tools.requests", "format_version": 1, "recorder": "r"}
+HEADER = {"format": "grafter.requests", "format_version": 1, "recorder": "r"}
 LINE = {
     "index": 0,
     "id": "a",

@@ -34,7 +34,7 @@ from grafter.tools.requests.entry import LONGEST_LINE, Entry, Later, Part, line_
 
 logger = logging.getLogger("grafter")
 
-FORMAT = "grafter.tools.requests"
+FORMAT = "grafter.requests"
 FORMAT_VERSION = 1
 FILE_PREFIX = "requests-"
 
