@@ -22,7 +22,7 @@ from grafter.core.records import Difference, RankSummary
 from grafter.errors import GrafterError, UsageError
 from grafter.store.ledger import LedgerWriter
 from grafter.tools import locate_runner as runner
-from grafter.tools.launch.launcher import PairResult
+from grafter.tools.launch.pair_result import PairResult
 
 # --- the runs ------------------------------------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ from grafter.cli.show import report_run, show_run
 from grafter.core.records import CopyRecord, Difference, LeafRecord, LedgerRecord, RankSummary, Role
 from grafter.errors import GrafterError
 from grafter.store.ledger import LedgerWriter
-from grafter.tools.launch.launcher import PairResult
+from grafter.tools.launch.pair_result import PairResult
 
 
 def record(role: Role, role_rank: int, sequence: int, **changes: Any) -> LedgerRecord:

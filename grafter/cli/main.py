@@ -39,7 +39,7 @@ from grafter.errors import UsageError
 from grafter.version import VERSION
 
 if TYPE_CHECKING:
-    from grafter.tools.launch.launcher import PairResult
+    from grafter.tools.launch.pair_result import PairResult
 
 _SUMMARY_ROWS = 40
 _OPTION_BY_VARIABLE = {

@@ -25,9 +25,9 @@ from grafter.cli.command_options import (
 from grafter.errors import UsageError
 
 if TYPE_CHECKING:
-    from grafter.tools.requests.judgement import Outcome
-    from grafter.tools.requests.reading import Place, Recording
+    from grafter.tools.requests.reading import RequestPlace, RequestRecording
     from grafter.tools.requests.replay import ReplayOptions
+    from grafter.tools.requests.reply_comparison import ReplayOutcome
 
 # What the proxy and the replay need beside grafter.
 _EXTRA_PACKAGES = ("httpx", "starlette", "uvicorn", "h11")
@@ -126,9 +126,9 @@ def replay_command(
         from grafter.cli.console import make_console
         from grafter.cli.requests_table import json_lines, print_replay
         from grafter.tools.requests.call import Forcing
-        from grafter.tools.requests.judgement import summarise
-        from grafter.tools.requests.reading import Recording
+        from grafter.tools.requests.reading import RequestRecording
         from grafter.tools.requests.replay import ReplayOptions, choose
+        from grafter.tools.requests.reply_comparison import summarise
         from grafter.tools.requests.serving import check_url
 
         urls = [check_url(url, "--to") for url in to]
@@ -136,7 +136,7 @@ def replay_command(
             raise UsageError(f"--to is given {len(urls)} times; two servers are compared with each other at most.")
         forcing = Forcing(not no_force_length, ignore_eos, min_tokens)
         options = ReplayOptions(speed, concurrency, forcing, read_headers(header or []), logprob_tolerance)
-        found = Recording(recording)
+        found = RequestRecording(recording)
         outcomes, is_whole = _replay(found, choose(found.places, only or []), urls, options)
     summary = summarise(outcomes, len(urls))
     if as_json:
@@ -148,12 +148,12 @@ def replay_command(
 
 
 def _replay(
-    recording: Recording, places: Sequence[Place], urls: Sequence[str], options: ReplayOptions
-) -> tuple[list[Outcome], bool]:
+    recording: RequestRecording, places: Sequence[RequestPlace], urls: Sequence[str], options: ReplayOptions
+) -> tuple[list[ReplayOutcome], bool]:
     """The outcomes, and whether they are complete: Ctrl-C may have interrupted the replay."""
     from grafter.tools.requests.replay import replay
 
-    outcomes: list[Outcome] = []
+    outcomes: list[ReplayOutcome] = []
     with progress_bar("replaying", "requests", len(places)) as progress:
         try:
             asyncio.run(replay(recording, places, urls, options, progress, outcomes))

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from grafter.cli.console import print_line, print_rest, printable, ruled_table
-from grafter.tools.requests.judgement import Outcome, Summary
+from grafter.tools.requests.reply_comparison import ReplayOutcome, ReplaySummary
 
 _STYLES = {"different": "bold red", "failed": "bold red", "not_sent": "yellow", "not_compared": "dim"}
 _LATE_SECONDS = 0.1
 
 
 def print_replay(
-    outcomes: Sequence[Outcome], summary: Summary, urls: Sequence[str], console: Console, *, limit: int
+    outcomes: Sequence[ReplayOutcome], summary: ReplaySummary, urls: Sequence[str], console: Console, *, limit: int
 ) -> None:
     """Print one row for each request that is not the same, then the counts. limit: at most so many rows; 0: all."""
     for side, url in zip("AB", urls, strict=False):
@@ -33,7 +34,7 @@ def print_replay(
     print_line(console, summary.sentence, "bold")
 
 
-def _table(rows: Sequence[Outcome]) -> Table:
+def _table(rows: Sequence[ReplayOutcome]) -> Table:
     table = ruled_table()
     for column in ("#", "first char", "first token", "logprob"):
         table.add_column(column, justify="right", no_wrap=True)
@@ -52,7 +53,7 @@ def _position(value: int | None) -> str:
     return "-" if value is None else str(value)
 
 
-def _notes(outcomes: Sequence[Outcome]) -> Iterator[str]:
+def _notes(outcomes: Sequence[ReplayOutcome]) -> Iterator[str]:
     late = [outcome.late for outcome in outcomes if outcome.late > _LATE_SECONDS]
     if late:
         yield f"{len(late)} requests were sent late, by up to {max(late):.1f} s: --concurrency, or this machine."
@@ -61,10 +62,10 @@ def _notes(outcomes: Sequence[Outcome]) -> Iterator[str]:
         yield f"{forced} requests were sent with the recorded output's length."
 
 
-def json_lines(outcomes: Sequence[Outcome], summary: Summary, urls: Sequence[str]) -> Iterator[str]:
+def json_lines(outcomes: Sequence[ReplayOutcome], summary: ReplaySummary, urls: Sequence[str]) -> Iterator[str]:
     """The lines of `--json`: one per request, then the summary."""
     for outcome in outcomes:
-        yield json.dumps({"kind": "request", **outcome.as_json()}, ensure_ascii=False)
+        yield json.dumps({"kind": "request", **asdict(outcome)}, ensure_ascii=False)
     yield json.dumps(
         {"kind": "summary", "servers": list(urls), "counts": summary.counts, "exit_code": summary.exit_code}
     )

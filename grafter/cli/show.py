@@ -26,7 +26,7 @@ from grafter.cli.console import (
 )
 from grafter.core.processes import describe_exit
 from grafter.store.ledger import read_summaries
-from grafter.tools.launch.launcher import PairResult
+from grafter.tools.launch.pair_result import PairResult
 
 # Below this width, the table leaves columns out.
 _NARROW_COLUMNS = 100

@@ -21,7 +21,8 @@ from grafter.errors import GrafterError, UsageError
 from grafter.store.ledger import read_run, read_summaries
 from grafter.store.written_files import write_whole
 from grafter.tools.launch.job import split_command
-from grafter.tools.launch.launcher import PairResult, describe_unreached, run_pair
+from grafter.tools.launch.launcher import run_pair
+from grafter.tools.launch.pair_result import PairResult, describe_unreached
 
 ALL_POINTS = "name is not None"
 _LAST_LINES_SHOWN = 10

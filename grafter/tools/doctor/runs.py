@@ -18,7 +18,8 @@ from grafter.core.records import RankSummary
 from grafter.store.ledger import read_run, read_summaries
 from grafter.tools.doctor.probe.sitecustomize import DIRECTORY
 from grafter.tools.doctor.probe_log import JobLog, read_probe_logs
-from grafter.tools.launch.launcher import PairResult, run_pair
+from grafter.tools.launch.launcher import run_pair
+from grafter.tools.launch.pair_result import PairResult
 
 PROBE_DIRECTORY = Path(__file__).parent / "probe"
 EVERY_POINT = "name is not None"

@@ -23,7 +23,7 @@ _CONNECT_SECONDS = 30.0
 _IDLE_SECONDS = 4.0
 _MOST_IDLE = 1000
 _PIECE_BYTES = 1 << 16
-_LONGEST_HEAD = 1 << 20
+LONGEST_HEAD_BYTES = 1 << 20
 
 
 class UpstreamError(Exception):
@@ -31,7 +31,7 @@ class UpstreamError(Exception):
 
 
 class Upstream:
-    """One server, http or https, and the idle connections to it. url: as `check_url` returns it."""
+    """The server, http or https, and the idle connections to it. url: as `check_url` returns it."""
 
     def __init__(self, url: str) -> None:
         parts = urlsplit(url)
@@ -40,9 +40,9 @@ class Upstream:
         self._name = parts.hostname or ""
         self._tls = ssl.create_default_context() if parts.scheme == "https" else None
         self._port = parts.port or (443 if self._tls else 80)
-        self._idle: deque[tuple[float, Call]] = deque()
+        self._idle: deque[tuple[float, UpstreamConnection]] = deque()
 
-    async def call(self) -> Call:
+    async def call(self) -> UpstreamConnection:
         """A connection for one request. Its `leave` ends it. Raises UpstreamError."""
         while self._idle:
             since, call = self._idle.pop()
@@ -51,13 +51,13 @@ class Upstream:
             call.close()
         try:
             opening = asyncio.open_connection(self._name, self._port, ssl=self._tls, limit=_PIECE_BYTES)
-            return Call(self, *await asyncio.wait_for(opening, _CONNECT_SECONDS))
+            return UpstreamConnection(self, *await asyncio.wait_for(opening, _CONNECT_SECONDS))
         except asyncio.TimeoutError:
             raise UpstreamError(f"no connection in {_CONNECT_SECONDS:g} s") from None
         except OSError as error:
             raise UpstreamError(f"no connection: {error}") from error
 
-    def keep(self, call: Call) -> None:
+    def keep(self, call: UpstreamConnection) -> None:
         self._idle.append((time.monotonic(), call))
         while len(self._idle) > _MOST_IDLE:
             self._idle.popleft()[1].close()
@@ -67,12 +67,12 @@ class Upstream:
             self._idle.pop()[1].close()
 
 
-class Call:
-    """One connection, for one request after another: `send`, `read_head`, `pieces`, `leave`."""
+class UpstreamConnection:
+    """A connection to the server, for one request after another: `send`, `read_head`, `pieces`, `leave`."""
 
     def __init__(self, upstream: Upstream, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._upstream, self._reader, self._writer = upstream, reader, writer
-        self._state = h11.Connection(h11.CLIENT, max_incomplete_event_size=_LONGEST_HEAD)
+        self._state = h11.Connection(h11.CLIENT, max_incomplete_event_size=LONGEST_HEAD_BYTES)
 
     @property
     def is_usable(self) -> bool:
