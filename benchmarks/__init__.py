@@ -8,5 +8,5 @@ rounds          A B A B: every way in every round, ratios within a round, median
 transfers, calls, footprint, summaries, capture, resharding, planning
                 what is measured: time by size and ranks, single calls, memory and import, statistics
 targets         what must be reached
-report          tables and JSON
+report, tables  the output: tables and JSON
 """

@@ -9,7 +9,7 @@ defines, on as many threads. Each round does all ways in turn, on files in the p
 dropped from it; a ratio is taken within a round, and the table has the median over rounds. Where something else runs on
 the machine, the ratio of processor seconds says more than that of the clock.
 
-Whole processes are beside them, as somebody who types the command sees it: `grafter compare`, with what it imports.
+Whole processes are beside them, as a user sees them: `grafter compare`, with what it imports.
 With `--msprobe`, the `msprobe` of an environment that has mindstudio-probe and torch, its `compare` reads the same
 float32 tensors in its own format (torch.save, dump.json), and gives cosine, Euclidean distance, largest absolute and
 relative error, and the shares of values within two relative errors.

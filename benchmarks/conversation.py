@@ -9,7 +9,7 @@ remembers it. `a plain point` gives the new rows as a tensor of their own, witho
 costs at least. `gathered` is what one writes without grafter: `all_gather_object` of all tokens so far, over gloo, with
 no statistics, ledger or check.
 
-Each round goes through the turns of each way, one after the other (of the dear ones, `everything` and `gathered`,
+Each round goes through the turns of each way, one after the other (of the expensive ones, `everything` and `gathered`,
 through some of the first and of the last alone). A turn's time is that of the slower rank, from making the tokens to
 the return of `dump`; its processor seconds are those of both, and say more where something else runs on the machine:
 waits, and being woken, are the machine's. Ratios are within rounds, of the last eighth of the turns. The receiver's
@@ -143,7 +143,7 @@ class _Rank:
             experts = self._experts[:length]
             windows: dict[str, dict[str, Any]] = {START: {"start": before}, NEW_ROWS: {"new_rows_only": True}}
             options = windows.get(way, {})
-            # In this order: to ask for processor time is a call of the kernel, ten times as dear.
+            # In this order: asking for processor time is a system call, ten times as expensive.
             used, began = time.process_time(), time.perf_counter()
             if way == GATHERED:
                 self._gather(experts)
@@ -178,7 +178,7 @@ def lengths_of(tokens: int, turns: int, first: int | None) -> tuple[int, ...]:
 
 
 def conversation_of(way: str, number: int, lengths: Sequence[int]) -> Conversation:
-    """All turns; of the dear ways, as many as are judged."""
+    """All turns; of the expensive ways, as many as are judged."""
     every = list(zip(lengths, (0, *lengths), strict=False))
     eighth = max(1, len(lengths) // 8)
     if way == EVERYTHING and len(every) > _LEAD_IN + 2 * eighth:

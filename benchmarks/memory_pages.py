@@ -1,8 +1,8 @@
 """The memory of this machine and process, and free memory that is touched beforehand, so that no way pays for it.
 
 In a virtual machine the host may take back memory that is free for some seconds, and gives it again page by page when
-it is touched: 2.3 s for a GiB were seen, where a memcpy of it takes 0.1 s. Whoever writes files into the page cache or
-makes new buffers pays for it, in turn, at random: what looks like a disk whose speed varies tenfold.
+it is touched: 2.3 s for a GiB were seen, where a memcpy of it takes 0.1 s. A way that writes files or makes new
+buffers pays for it at random, which looks like a disk whose speed varies tenfold.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
 def touch_free_memory(nbytes: int) -> None:
-    """As many bytes of the machine's free memory are there at once for whoever takes them within the next seconds."""
+    """Touch as many bytes of free memory, so that the system can give them out at once within the next seconds."""
     pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError, AttributeError):
         pages.madvise(mmap.MADV_HUGEPAGE)

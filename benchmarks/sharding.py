@@ -73,7 +73,7 @@ class ShardGroup(WorkerGroup):
         self._start(_run_worker, {name: (way, *place, port, directory) for name, place in places.items()})
 
     def prepare_crossing(self, crossing: Crossing) -> None:
-        """The tensors of a crossing on its ranks, one exchange, and a check of every value that came."""
+        """Make the tensors of a crossing on its ranks, exchange them once, and check every value that arrived."""
         self._ask("prepare", crossing, of=self._members(crossing))
 
     def seconds_of(self, crossing: Crossing, count: int, lead_in: int) -> float:

@@ -147,7 +147,7 @@ def _read_stages(group: WayGroup, cases: Sequence[CaseResult]) -> list[StageResu
     results = []
     for role, role_rank, records in read_run(group.run_directory):
         for case in cases if role_rank == 0 else ():
-            # Senders answer at once but for the first two: those of the warm-up.
+            # The first two are those of the warm-up.
             own = [record for record in records if record.tags["nbytes"] == case.nbytes][2:]
             stages = sorted({stage for record in own for stage in record.seconds})
             medians = {stage: statistics.median(r.seconds.get(stage, 0.0) for r in own) for stage in stages}

@@ -105,7 +105,7 @@ class Way(ABC):
 
     @abstractmethod
     def exchange(self, value: torch.Tensor) -> None:
-        """Send `value`, or replace it by what came: float32 `[n]`, the same n on every rank."""
+        """Send `value`, or replace it by what arrives: float32 `[n]`, the same n on every rank."""
 
     def close(self) -> None:  # noqa: B027 - most have nothing to leave
         """Leave, so that the process can end."""
