@@ -242,7 +242,7 @@ def test_a_store_that_cannot_be_hosted_is_a_fault(monkeypatch: pytest.MonkeyPatc
 
 def test_a_gloo_group_that_never_comes_about_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     """The check ends all the same, after its own patience."""
-    monkeypatch.setattr(network, "_PATIENCE_SECONDS", 0.05)
+    monkeypatch.setattr(network, "_CHECK_SECONDS", 0.05)
     monkeypatch.setattr(network, "_try_gloo", lambda: time.sleep(1))
     found = network.check_gloo()
     assert found.level == "fault"

@@ -83,6 +83,16 @@ class _GivenRun:
     group: str | None
 
 
+@contextmanager
+def _errors_reported() -> Iterator[None]:
+    """Like `errors_reported`, also for a message that no rank would accept, such as a filter that is too long."""
+    with errors_reported("grafter ctl", EXIT_FAILED):
+        try:
+            yield
+        except ValueError as error:
+            raise UsageError(str(error)) from None
+
+
 @ctl_app.callback()
 def ctl(context: typer.Context, master: _Master = None, run: _Run = None, group: _Group = None) -> None:
     """Look at a run in progress, and change its filters, windows and dumps, on every rank of both jobs at one step
@@ -143,15 +153,13 @@ def set_command(
 @ctl_app.command("off", short_help="No filter matches, and nothing is saved.")
 def off(context: typer.Context, wait: _Wait = 10.0, hold: _Hold = 10.0) -> None:
     """From the next step on no filter matches, and nothing is saved, until `on`."""
-    with _errors_reported():
-        _change(context, wait, hold, action="off")
+    _change(context, wait, hold, action="off")
 
 
 @ctl_app.command("on", short_help="The filters as they were before `off`.")
 def on(context: typer.Context, wait: _Wait = 10.0, hold: _Hold = 10.0) -> None:
     """The filters as they were before `off`, with what was set since."""
-    with _errors_reported():
-        _change(context, wait, hold, action="on")
+    _change(context, wait, hold, action="on")
 
 
 @ctl_app.command("dump-next", short_help="Save the points of the next N steps.")
@@ -159,8 +167,7 @@ def dump_next(
     context: typer.Context, steps: _Steps, points: _Points = "True", wait: _Wait = 10.0, hold: _Hold = 10.0
 ) -> None:
     """Save the points of the next N steps, the same steps on every rank, besides what the dump filter saves."""
-    with _errors_reported():
-        _change(context, wait, hold, action="dump-next", steps=steps, points=points)
+    _change(context, wait, hold, action="dump-next", steps=steps, points=points)
 
 
 @ctl_app.command("record", short_help="Change the recorders of requests in the ranks' processes.")
@@ -208,6 +215,7 @@ def _open(context: typer.Context) -> RunAccess:
     return RunAccess(address, port, group_name=given.group or group, secret=secret)
 
 
+@_errors_reported()
 def _change(context: typer.Context, wait: float, hold: float, **asked: Any) -> None:
     """Propose a change of these fields, and print its result."""
     from grafter.cli.control_table import describe_effect, recorder_lines
@@ -228,13 +236,3 @@ def _change(context: typer.Context, wait: float, hold: float, **asked: Any) -> N
             print(line)
     if not is_done:
         raise typer.Exit(EXIT_FAILED)
-
-
-@contextmanager
-def _errors_reported() -> Iterator[None]:
-    """Like `errors_reported`, also for a message that no rank would accept, such as a filter that is too long."""
-    with errors_reported("grafter ctl", EXIT_FAILED):
-        try:
-            yield
-        except ValueError as error:
-            raise UsageError(str(error)) from None

@@ -1,6 +1,6 @@
 """The command line: `grafter run`, `grafter show`, `grafter compare`, `grafter report`, `grafter locate`, ...
 
-A command is one function, here or in a file of its own, registered with `app.command`; it does its work inside
+A command is one function, here or in its own file, registered with `app.command`; it does its work inside
 `errors_reported`, which turns grafter's own errors into text and an exit code. What is slow to import (torch, rich,
 pydantic) is imported inside.
 """

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch.distributed import TCPStore
 
 
-_PATIENCE_SECONDS = 20.0
+_CHECK_SECONDS = 20.0
 _CONNECT_SECONDS = 10.0
 _SLOW_LOOKUP_SECONDS = 1.0
 _ROUND_TRIPS = 50
@@ -62,7 +62,7 @@ def within(seconds: float, function: Callable[[], Value]) -> Value:
 def check_store() -> Finding:
     """Host a store on loopback, as `grafter run` does, and connect to it as a rank does."""
     try:
-        seconds = within(_PATIENCE_SECONDS, _try_store)
+        seconds = within(_CHECK_SECONDS, _try_store)
     except (OSError, RuntimeError) as error:
         text = f"it cannot be hosted and reached on 127.0.0.1: {first_line(error)}"
         return fault("store", text, "Check this host's firewall.")
@@ -86,7 +86,7 @@ def _try_store() -> float:
 def check_gloo() -> Finding:
     """Make two ranks, on threads of this process, and send a message between them."""
     try:
-        within(_PATIENCE_SECONDS, _try_gloo)
+        within(_CHECK_SECONDS, _try_gloo)
     except (OSError, RuntimeError) as error:
         text = f"no group can be made on 127.0.0.1: {first_line(error)}"
         return fault("gloo", text, "Check that torch is built with gloo, and that loopback is up (ip addr show lo).")

@@ -42,7 +42,7 @@ class Job:
         self.role = role
         self.exit_code: int | None = None
         self.gone = False
-        # Set by whoever ends the job: its exit code is then not its own.
+        # Set when the launcher ends the job: its exit code is then not its own.
         self.ended_by_launcher = False
         self._output = output
         self._partial_line = b""

@@ -142,7 +142,6 @@ class _Launch:
         *,
         is_alone: bool = False,
     ) -> None:
-        self._started = time.monotonic()
         self._settings = dict(settings)
         self._played, self._is_alone = played, is_alone
         if self._settings.get("plan"):
@@ -296,8 +295,6 @@ class _Launch:
         return PairResult(
             run_directory=directory,
             exit_codes=exit_codes,
-            interrupted=bool(supervisor.signals),
-            seconds=time.monotonic() - self._started,
             stop_signal=supervisor.signals[0] if supervisor.signals else None,
             failed_role=supervisor.first_failure.role if supervisor.first_failure else None,
             ended_roles=tuple(job.role for job in supervisor.jobs if job.ended_by_launcher),

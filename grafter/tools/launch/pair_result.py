@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,9 +12,9 @@ from grafter.errors import GrafterError
 class Interrupted(GrafterError):
     """A run that Ctrl-C or a signal ended. `exit_code`: what a shell reports for it, 128 + the signal."""
 
-    def __init__(self, text: str, stop_signal: int | None) -> None:
+    def __init__(self, text: str, stop_signal: int) -> None:
         super().__init__(text)
-        self.exit_code = 128 + (stop_signal or signal.SIGINT)
+        self.exit_code = 128 + stop_signal
 
 
 @dataclass(frozen=True)
@@ -32,8 +31,6 @@ class PairResult:
 
     run_directory: Path
     exit_codes: dict[str, int | None]
-    interrupted: bool
-    seconds: float
     stop_signal: int | None = None
     failed_role: str | None = None
     ended_roles: tuple[str, ...] = ()
@@ -44,7 +41,8 @@ class PairResult:
     last_lines: dict[str, list[str]] = field(default_factory=dict)
 
     def raise_if_interrupted(self) -> None:
-        if self.interrupted:
+        """Raise Interrupted if a signal ended the run."""
+        if self.stop_signal is not None:
             where = f"; its ledgers are in {self.run_directory}" if self.run_directory.is_dir() else ""
             raise Interrupted(f"the run `{self.run_directory.name}` was interrupted{where}.", self.stop_signal)
 

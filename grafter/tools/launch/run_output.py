@@ -12,10 +12,10 @@ from collections import deque
 from typing import IO, TextIO
 
 # A line without an end is printed in pieces of this size, which limits the launcher's memory.
-_LONGEST_LINE = 64 * 1024
+_LONGEST_PIECE = 64 * 1024
 _KEPT_LINES = 200
 _READ_BYTES = 64 * 1024
-_POLL_SECONDS = 0.25
+_PIPE_POLL_SECONDS = 0.25
 # How long a reader continues after its job is gone, if a process that escaped from the job still writes.
 _DRAIN_SECONDS = 5.0
 # A progress bar redraws itself many times per second; at this interval, a line is made of it.
@@ -53,9 +53,9 @@ class LineSplitter:
             if state and now >= self._next_progress:
                 lines.append(state)
                 self._next_progress = now + self._progress_seconds
-        while len(self._partial) > _LONGEST_LINE:
-            lines.append(self._partial[:_LONGEST_LINE])
-            self._partial = self._partial[_LONGEST_LINE:]
+        while len(self._partial) > _LONGEST_PIECE:
+            lines.append(self._partial[:_LONGEST_PIECE])
+            self._partial = self._partial[_LONGEST_PIECE:]
         return lines
 
     def finish(self) -> list[str]:
@@ -155,7 +155,7 @@ class OutputReader(threading.Thread):
         poll.register(fd, select.POLLIN)
         while True:
             gone_at = self._job_gone_at
-            readable = poll.poll(_POLL_SECONDS * 1000)
+            readable = poll.poll(_PIPE_POLL_SECONDS * 1000)
             if not readable and gone_at is not None:
                 break
             if readable:

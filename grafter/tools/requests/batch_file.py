@@ -34,8 +34,8 @@ from grafter.tools.requests.entry import LONGEST_LINE, Later, Part, RequestEntry
 
 logger = logging.getLogger("grafter")
 
-RECORDING_FORMAT = "grafter.requests"
-RECORDING_VERSION = 1
+REQUESTS_FORMAT = "grafter.requests"
+REQUESTS_VERSION = 1
 FILE_PREFIX = "requests-"
 
 # A lone surrogate has no encoding. This writes it as a JSON escape, which is read back as the same character.
@@ -58,7 +58,7 @@ class BatchWriter:
         name = f"{FILE_PREFIX}{self.recorder}-{self._number:06d}"
         self._number += 1
         tensor_file = self._write_tensors(f"{name}.safetensors", entries)
-        header = {"format": RECORDING_FORMAT, "format_version": RECORDING_VERSION, "recorder": self.recorder, **facts}
+        header = {"format": REQUESTS_FORMAT, "format_version": REQUESTS_VERSION, "recorder": self.recorder, **facts}
         # Only this user may read what clients asked.
         whole = whole_file(self._directory / f"{name}.jsonl", mode=0o600)
         with whole as descriptor, open(descriptor, "wb", closefd=False) as file:
@@ -80,7 +80,7 @@ class BatchWriter:
                 snapshot.wait()
                 stored[tensor_name(index, part_name, number)] = snapshot.stored
         try:
-            metadata = {"format": RECORDING_FORMAT, "recorder": self.recorder}
+            metadata = {"format": REQUESTS_FORMAT, "recorder": self.recorder}
             write_tensors(self._directory / name, stored, metadata, mode=0o600)
         except Exception as error:
             logger.error("grafter: the tensors of a batch of %d requests are lost: %s", len(entries), error)

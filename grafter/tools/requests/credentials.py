@@ -1,7 +1,7 @@
 """Finds and removes credentials: by the name before them, or by their own form. Pure functions over texts.
 
 Names and forms are denied by kind. To leave out too much costs a field of a recording; to leave out too little would
-write somebody's key into a file.
+write a key into a file.
 """
 
 from __future__ import annotations

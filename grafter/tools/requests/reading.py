@@ -22,7 +22,7 @@ from grafter.errors import DumpError
 from grafter.store.dumps.record import TENSOR_MARK
 from grafter.store.dumps.record_file import listed, opened, shown
 from grafter.store.dumps.tensor_file import map_tensor, read_header
-from grafter.tools.requests.batch_file import FILE_PREFIX, RECORDING_FORMAT, RECORDING_VERSION
+from grafter.tools.requests.batch_file import FILE_PREFIX, REQUESTS_FORMAT, REQUESTS_VERSION
 from grafter.tools.requests.entry import LONGEST_LINE, State, tensor_name
 
 # The limits of one recording; an index entry takes some hundred bytes.
@@ -164,15 +164,15 @@ def _read_header(line: bytes, where: str) -> str:
         header = _Header.model_validate(_json(line))
     except (ValidationError, ValueError, RecursionError):
         raise DumpError(
-            f'{where}: its first line is not the header of a recording ({{"format": "{RECORDING_FORMAT}", ...}}).'
+            f'{where}: its first line is not the header of a recording ({{"format": "{REQUESTS_FORMAT}", ...}}).'
         ) from None
-    if header.format != RECORDING_FORMAT:
-        wanted = f"recordings are {RECORDING_FORMAT!r}"
+    if header.format != REQUESTS_FORMAT:
+        wanted = f"recordings are {REQUESTS_FORMAT!r}"
         raise DumpError(f"{where}: it is of the format {shown(header.format)!r}, and {wanted}.")
-    if not 1 <= header.format_version <= RECORDING_VERSION:
+    if not 1 <= header.format_version <= REQUESTS_VERSION:
         raise DumpError(
             f"{where}: it is of version {header.format_version} of the format, and this grafter reads up to version "
-            f"{RECORDING_VERSION}. Update grafter here."
+            f"{REQUESTS_VERSION}. Update grafter here."
         )
     return header.recorder
 

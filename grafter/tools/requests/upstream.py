@@ -20,9 +20,9 @@ Headers = list[tuple[bytes, bytes]]
 
 _CONNECT_SECONDS = 30.0
 # Servers close a connection that is idle for 5 s (uvicorn) or longer; no request should use it at that moment.
-_IDLE_SECONDS = 4.0
+_KEPT_IDLE_SECONDS = 4.0
 _MOST_IDLE = 1000
-_PIECE_BYTES = 1 << 16
+_READ_BYTES = 1 << 16
 LONGEST_HEAD_BYTES = 1 << 20
 
 
@@ -46,11 +46,11 @@ class Upstream:
         """A connection for one request. Its `leave` ends it. Raises UpstreamError."""
         while self._idle:
             since, call = self._idle.pop()
-            if since > time.monotonic() - _IDLE_SECONDS and call.is_usable:
+            if since > time.monotonic() - _KEPT_IDLE_SECONDS and call.is_usable:
                 return call
             call.close()
         try:
-            opening = asyncio.open_connection(self._name, self._port, ssl=self._tls, limit=_PIECE_BYTES)
+            opening = asyncio.open_connection(self._name, self._port, ssl=self._tls, limit=_READ_BYTES)
             return UpstreamConnection(self, *await asyncio.wait_for(opening, _CONNECT_SECONDS))
         except asyncio.TimeoutError:
             raise UpstreamError(f"no connection in {_CONNECT_SECONDS:g} s") from None
@@ -132,7 +132,7 @@ class UpstreamConnection:
     async def _next_event(self) -> h11.Event | type[h11.PAUSED] | type[h11.NEED_DATA]:
         try:
             while (event := self._state.next_event()) is h11.NEED_DATA:
-                self._state.receive_data(await self._reader.read(_PIECE_BYTES))
+                self._state.receive_data(await self._reader.read(_READ_BYTES))
         except (OSError, h11.RemoteProtocolError) as error:
             raise UpstreamError(f"the connection ended early: {error}") from error
         return event
