@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from grafter.cli.console import print_line
 from grafter.wire.control.run_access import Agreed, RankView, RunAccess, is_in_force
 
 _NO_BOUNDARY = (
@@ -55,12 +56,12 @@ def print_status(console: Console, run: RunAccess, views: Sequence[RankView]) ->
         )
     console.print(table)
     for text, ranks in _grouped(views).items():
-        console.print(Text(f"in force on {ranks}: {text}"))
+        print_line(console, f"in force on {ranks}: {text}")
     steps = sorted({step for view in views if view.state is not None for step in view.state.to_come})
     if steps:
-        console.print(Text(f"agreed, and to come in step {', '.join(map(str, steps))}"))
+        print_line(console, f"agreed, and to come in step {', '.join(map(str, steps))}")
     for line in recorder_lines(views):
-        console.print(Text(line))
+        print_line(console, line)
 
 
 def recorder_lines(views: Sequence[RankView]) -> list[str]:
