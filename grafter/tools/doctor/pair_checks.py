@@ -12,7 +12,7 @@ from grafter.core.roles import ROLES
 from grafter.tools.doctor.finding import Finding, fault, first_line, listed, ok, warning
 from grafter.tools.doctor.runs import EVERY_POINT, ProbedRun
 
-# Names, by the last part of a point's name, of the values that tell a model where its tokens are.
+# Names, by the last part of a point's name, of the values that say where a model's tokens are.
 _POSITIONS = re.compile(r"(.*[._])?(input_ids|positions?|position_ids|cache_position|cu_seqlens\w*|\w*mask)", re.I)
 _REASONS_SHOWN = 3
 

@@ -11,12 +11,12 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import unquote_plus
 
-# Anywhere in a name without its punctuation. `auth` also stands for authorization and x-auth-...
+# Parts of names of secrets, without punctuation. `auth` also stands for authorization and x-auth-...
 _SECRET_NAME_PARTS = (
     *("auth", "cookie", "token", "secret", "pass", "pwd", "credential", "signature", "session", "jwt", "bearer"),
     *("csrf", "xsrf", "saml", "assertion", "apikey", "hmac"),
 )
-# Whole words of a name: too short, or too common in others, to be looked for everywhere.
+# Whole words of names of secrets: too short, or too common elsewhere, to be searched for as parts.
 _SECRET_WORDS = frozenset(
     {
         *("key", "keys", "pw", "pin", "otp", "totp", "mfa", "sig", "sid", "sas", "pat", "cred", "creds", "cert", "psk"),
@@ -45,12 +45,12 @@ _SECRET_FORMS = re.compile(
     re.IGNORECASE,
 )
 _USER_INFO = re.compile(r"//[^/?#\s]*@")
-# The same where the password has a character that ends a host's name: what stands after the colon is no port.
+# The same if the password has a character that ends a host name: what follows the colon is not a port.
 _BROKEN_USER_INFO = re.compile(r"//(?!\[)[^/?#:\s]*:(?!\d{0,5}(?:[/?#\s,;\"'>)]|$))")
 _AUTHOR = re.compile(r"author(?!i)")
-# A name before what it names, as in `a=b`, `a: b` and `"a": "b"`.
+# A name and its value, as in `a=b`, `a: b` and `"a": "b"`.
 _NAMED = re.compile(r"(?<![\w.$\[\]-])([A-Za-z_$][\w.$\[\]-]{0,99})[\"']?\s{0,9}[=:]\s{0,9}(?=\S)")
-# With a digit, and as long as no plain word: what programs make.
+# A value that a program made: long, and with a digit.
 _OPAQUE = re.compile(r"(?=\D*\d)[\w.~%:+=-]{8,}")
 _MOST_ENCODINGS = 8
 REMOVED = "REMOVED"
@@ -147,8 +147,8 @@ HOP_BY_HOP = frozenset(
     }
 )
 
-# Beside the names of secrets anywhere: a subprotocol of a websocket may be a token, and no header that has `key` in its
-# name is worth a risk.
+# Further parts of secret headers' names: a subprotocol of a websocket may be a token, and a header with `key` in its
+# name is not worth the risk.
 _SECRET_HEADER_PARTS = ("sec-websocket", "key")
 _HEADER_KEYS = ("headers", "header")
 HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
