@@ -8,9 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.crew import Crew
 from benchmarks.rounds import Spread, interleaved, ratio, spread
 from benchmarks.ways import Grafter, Off, Ranks, Sglang
+from benchmarks.workers import WayGroup
 
 _ONE_TO_ONE = Ranks(1, 1)
 
@@ -38,22 +38,22 @@ def measure_calls(rounds: int, count: int, sglang: Path | None) -> list[CallResu
     Unmatched calls are those of a rank that has joined a run and has grafted a point.
     """
     with ExitStack() as stack:
-        crews = {name: stack.enter_context(Crew(name, _ONE_TO_ONE)) for name in (Off.name, Grafter.name)}
+        groups = {name: stack.enter_context(WayGroup(name, _ONE_TO_ONE)) for name in (Off.name, Grafter.name)}
         loops = {"disabled": (Off.name, "grafter"), "unmatched": (Grafter.name, "grafter")}
         if sglang is not None:
-            crews[Sglang.name] = stack.enter_context(Crew(Sglang.name, _ONE_TO_ONE, sglang=sglang))
+            groups[Sglang.name] = stack.enter_context(WayGroup(Sglang.name, _ONE_TO_ONE, sglang=sglang))
             loops["sglang, disabled"] = (Sglang.name, "sglang disabled")
             loops["sglang, unmatched"] = (Sglang.name, "sglang")
-        for name, crew in crews.items():
+        for name, group in groups.items():
             if name != Off.name:
-                crew.prepare(4096)
+                group.prepare(4096)
         results: list[CallResult] = []
-        for call, (crew_name, loop) in loops.items():
-            crew = crews[crew_name]
+        for call, (group_name, loop) in loops.items():
+            group = groups[group_name]
             number = count if call == "disabled" else max(1, count // 10)
             measures = {
-                "empty": partial(crew.nanoseconds, "empty", count),
-                "call": partial(crew.nanoseconds, loop, number),
+                "empty": partial(group.nanoseconds, "empty", count),
+                "call": partial(group.nanoseconds, loop, number),
             }
             interleaved(measures, 1)
             seconds = interleaved(measures, rounds)

@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
-from benchmarks.crew import Crew
 from benchmarks.rounds import Spread, interleaved, ratio, spread
 from benchmarks.ways import Model, ModelShape, Ranks
+from benchmarks.workers import WayGroup
 
 # One process alone, so that no other slows it down, against the same model without hooks in the same process.
 ALONE = "hooks, no match"
@@ -39,17 +39,17 @@ def measure_capture(shape: ModelShape, rounds: int, passes: int) -> list[Capture
     """`passes` forward passes a batch. With no match, one rank runs alone; compared and grafted, both jobs run, and
     are measured against both running without hooks at once."""
     settings = {name: str(value) for name, value in asdict(shape).items()}
-    with Crew(Model.name, Ranks(1, 1), **settings) as crew:
+    with WayGroup(Model.name, Ranks(1, 1), **settings) as group:
         measures = {
-            "plain": partial(crew.seconds_per_pass, "plain", passes, alone=True),
-            ALONE: partial(crew.seconds_per_pass, "unmatched", passes, alone=True),
-            "plain, both jobs": partial(crew.seconds_per_pass, "plain", passes),
-            "compared": partial(crew.seconds_per_pass, "compare", passes),
-            "grafted": partial(crew.seconds_per_pass, "graft", passes),
+            "plain": partial(group.seconds_per_pass, "plain", passes, alone=True),
+            ALONE: partial(group.seconds_per_pass, "unmatched", passes, alone=True),
+            "plain, both jobs": partial(group.seconds_per_pass, "plain", passes),
+            "compared": partial(group.seconds_per_pass, "compare", passes),
+            "grafted": partial(group.seconds_per_pass, "graft", passes),
         }
         interleaved(measures, 1)
         seconds = interleaved(measures, rounds)
-        hooks, points = crew.model_facts()
+        hooks, points = group.model_facts()
     results = []
     for case in measures:
         plain = seconds["plain" if case in ("plain", ALONE) else "plain, both jobs"]

@@ -1,6 +1,6 @@
 """What `grafter compare` costs, in readings of the same files: 1 GiB of pairs, all cores.
 
-    .venv/bin/python benchmarks/comparing.py [--mib 1024] [--tensor-mib 64] [--rounds 5] [--json FILE] [--dir DIR]
+    .venv/bin/python -m benchmarks.comparing [--mib 1024] [--tensor-mib 64] [--rounds 5] [--json FILE] [--dir DIR]
                                              [--msprobe PROGRAM]
 
 The floor reads both sides once and sums them: `safetensors.torch.load_file` of each file, then `sum` of each tensor,
@@ -9,7 +9,7 @@ defines, on as many threads. Each round does all ways in turn, on files in the p
 dropped from it; a ratio is taken within a round, and the table has the median over rounds. Where something else runs on
 the machine, the ratio of processor seconds says more than that of the clock.
 
-Whole processes are beside them, as somebody who types the command sees it: `grafter compare`, with what it imports.
+Whole processes are beside them, as a user sees them: `grafter compare`, with what it imports.
 With `--msprobe`, the `msprobe` of an environment that has mindstudio-probe and torch, its `compare` reads the same
 float32 tensors in its own format (torch.save, dump.json), and gives cosine, Euclidean distance, largest absolute and
 relative error, and the shares of values within two relative errors.
@@ -20,6 +20,7 @@ Memory is that of such a process at its highest, less what the mapped files are 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -36,6 +37,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from benchmarks.memory_pages import status_bytes
+from benchmarks.units import MIB
 from grafter.analysis.compare.comparison import Choice, compare, open_both
 from grafter.config.thresholds import parse_threshold
 from grafter.store.dumps.record import DumpedLeaf, DumpRecord
@@ -139,12 +142,7 @@ def make_msprobe_dumps(directory: Path) -> None:
             name = f"{module}.output.0.pt"
             torch.save(x, own / "dump_tensor_data" / name)
             described = {"type": "torch.Tensor", "dtype": str(x.dtype), "shape": list(x.shape), "requires_grad": False}
-            described |= {
-                "Max": x.max().item(),
-                "Min": x.min().item(),
-                "Mean": x.mean().item(),
-                "Norm": x.norm().item(),
-            }
+            described |= {name.title(): getattr(x, name)().item() for name in ("max", "min", "mean", "norm")}
             output = [{**described, "data_name": name}]
             data[module] = {"input_args": [], "input_kwargs": {}, "output": output, "is_recompute": False}
             stack[str(number)] = [[module], ["File a.py, line 1, in f"]]
@@ -177,7 +175,7 @@ def run_msprobe(program: Path, directory: Path) -> None:
 
 
 def forget_files(directory: Path) -> None:
-    """Out of the page cache, as far as the system follows."""
+    """Drop the files from the page cache, as far as the system allows it."""
     for path in (*directory.rglob("*.safetensors"), *directory.rglob("*.pt")):
         with path.open("rb") as file:
             os.fdatasync(file.fileno())
@@ -247,15 +245,11 @@ def _highest_anonymous(arguments: list[str]) -> float:
     )
     highest = 0
     while process.poll() is None:
-        try:
-            status = Path(f"/proc/{process.pid}/status").read_text()
-        except OSError:
-            break
-        found = [int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon")]
-        highest = max(highest, *found) if found else highest
+        # A process that has just ended has neither the file nor the field.
+        with contextlib.suppress(OSError, RuntimeError):
+            highest = max(highest, status_bytes("RssAnon", process.pid))
         time.sleep(0.005)
-    process.wait()
-    return highest / 1024
+    return highest / MIB
 
 
 def main() -> None:

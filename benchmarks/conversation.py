@@ -9,7 +9,7 @@ remembers it. `a plain point` gives the new rows as a tensor of their own, witho
 costs at least. `gathered` is what one writes without grafter: `all_gather_object` of all tokens so far, over gloo, with
 no statistics, ledger or check.
 
-Each round goes through the turns of each way, one after the other (of the dear ones, `everything` and `gathered`,
+Each round goes through the turns of each way, one after the other (of the expensive ones, `everything` and `gathered`,
 through some of the first and of the last alone). A turn's time is that of the slower rank, from making the tokens to
 the return of `dump`; its processor seconds are those of both, and say more where something else runs on the machine:
 waits, and being woken, are the machine's. Ratios are within rounds, of the last eighth of the turns. The receiver's
@@ -22,7 +22,6 @@ import argparse
 import json
 import os
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -34,9 +33,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from benchmarks.crew import Crew, obey
 from benchmarks.rounds import Spread, interleaved, ratio, spread
-from benchmarks.ways import Ranks
+from benchmarks.ways import Ranks, import_grafter
+from benchmarks.workers import WorkerGroup, obey_commands, worker_names
 from grafter.wire.store_server import HostedStore, serve
 
 ROW = (48, 8)
@@ -95,20 +94,14 @@ class ConversationResult:
         return asdict(self)
 
 
-class ConversationCrew(Crew):
-    """One rank of each job."""
+class ConversationGroup(WorkerGroup):
+    """One rank of each job, with a second store for gathering."""
 
     def __init__(self, stats: str) -> None:
-        self.way, self.ranks = "grafter", Ranks(1, 1)
-        self._directory = tempfile.TemporaryDirectory()
-        self._store: Any = HostedStore()
+        super().__init__("conversation", HostedStore())
         self._gathering = serve("127.0.0.1", 0)
-        self._processes, self._pipes = [], []
-        ports = self._store.port, self._gathering.port
-        self._start(_serve, [(role, *ports, self._directory.name, stats) for role in ("baseline", "target")])
-
-    def __enter__(self) -> ConversationCrew:
-        return self
+        place = self._store.port, self._gathering.port, self._directory.name, stats
+        self._start(_run_worker, {name: (role, *place) for name, (role, _) in worker_names(Ranks(1, 1)).items()})
 
     def prepare_tokens(self, tokens: int) -> None:
         self._ask("prepare", tokens)
@@ -116,32 +109,22 @@ class ConversationCrew(Crew):
     def talk(self, conversation: Conversation) -> tuple[list[float], list[float]]:
         """(seconds, processor seconds) of each turn."""
         one, other = self._ask("talk", conversation)
-        return [max(pair) for pair in zip(one[0], other[0], strict=True)], [
-            sum(pair) for pair in zip(one[1], other[1], strict=True)
-        ]
+        seconds = [max(pair) for pair in zip(one[0], other[0], strict=True)]
+        return seconds, [sum(pair) for pair in zip(one[1], other[1], strict=True)]
 
 
-# In a rank's process.
-
-
-def _serve(pipe: Connection, role: str, port: int, gathering_port: int, directory: str, stats: str) -> None:
-    obey(pipe, lambda: _Rank(role, port, gathering_port, directory, stats))
+def _run_worker(pipe: Connection, role: str, port: int, gathering_port: int, directory: str, stats: str) -> None:
+    obey_commands(pipe, lambda: _Rank(role, port, gathering_port, directory, stats))
 
 
 class _Rank:
-    def __init__(self, role: str, port: int, gathering_port: int, directory: str, stats: str) -> None:
-        settings = {
-            "enable": "1", "role": role, "master_port": str(port), "store_host": "launcher", "b2t_filter": "True",
-            "dir": directory, "run_name": "run", "log_level": "warning", "stats": stats,
-        }  # fmt: skip
-        os.environ.update({f"GRAFTER_{name.upper()}": value for name, value in settings.items()})
-        os.environ.update({"RANK": "0", "WORLD_SIZE": "1"})
-        import grafter
+    """The commands of a ConversationGroup, as one rank carries them out."""
 
-        torch.set_num_threads(1)
-        self._grafter, self._sends = grafter, role == "baseline"
+    def __init__(self, role: str, port: int, gathering_port: int, directory: str, stats: str) -> None:
+        self._grafter = import_grafter(role, 0, 1, port, directory, b2t_filter="True", stats=stats)
+        self._sends = role == "baseline"
         self._sent = self._experts = torch.zeros(0)
-        grafter.step()
+        self._grafter.step()
         # After grafter has found out who this rank is.
         store = dist.TCPStore("127.0.0.1", gathering_port, is_master=False)
         dist.init_process_group("gloo", store=store, rank=0 if self._sends else 1, world_size=2)
@@ -157,25 +140,22 @@ class _Rank:
             self._experts.fill_(_UNTOUCHED)
         seconds, processor = [], []
         for length, before in zip(conversation.lengths, conversation.before, strict=True):
-            if way == GATHERED:
-                used, began = time.process_time(), time.perf_counter()
-                self._gather(self._experts[:length])
-                seconds.append(time.perf_counter() - began)
-                processor.append(time.process_time() - used)
-                continue
             experts = self._experts[:length]
             windows: dict[str, dict[str, Any]] = {START: {"start": before}, NEW_ROWS: {"new_rows_only": True}}
             options = windows.get(way, {})
-            # In this order: to ask for processor time is a call of the kernel, ten times as dear.
+            # In this order: asking for processor time is a system call, ten times as expensive.
             used, began = time.process_time(), time.perf_counter()
-            if way == PLAIN:
+            if way == GATHERED:
+                self._gather(experts)
+            elif way == PLAIN:
                 grafter.dump("experts", experts[before:], way=way)
             else:
                 tokens = grafter.Tokens.from_lengths([conversation.number], [length])
                 grafter.dump("experts", experts, dims="t layer k", tokens=tokens, way=way, **options)
             seconds.append(time.perf_counter() - began)
             processor.append(time.process_time() - used)
-            grafter.step()
+            if way != GATHERED:
+                grafter.step()
         if not torch.equal(self._experts, self._sent):
             raise AssertionError(f"{way} brought something else")
         return seconds, processor
@@ -198,7 +178,7 @@ def lengths_of(tokens: int, turns: int, first: int | None) -> tuple[int, ...]:
 
 
 def conversation_of(way: str, number: int, lengths: Sequence[int]) -> Conversation:
-    """All turns; of the dear ways, as many as are judged."""
+    """All turns; of the expensive ways, as many as are judged."""
     every = list(zip(lengths, (0, *lengths), strict=False))
     eighth = max(1, len(lengths) // 8)
     if way == EVERYTHING and len(every) > _LEAD_IN + 2 * eighth:
@@ -211,9 +191,8 @@ def conversation_of(way: str, number: int, lengths: Sequence[int]) -> Conversati
 def measure_conversation(
     stats: str, rounds: int, *, tokens: int = TOKENS, turns: int = TURNS, first: int | None = None
 ) -> ConversationResult:
-    """One kind of statistics. first: how many of the tokens are there at the first turn; the others come in equal
-
-    turns after it. By default all turns are equal.
+    """One kind of statistics. first: how many of the tokens are there at the first turn; the others are added
+    in equal turns. By default all turns are equal.
     """
     lengths = lengths_of(tokens, turns, first)
     eighth = max(1, turns // 8)
@@ -222,11 +201,11 @@ def measure_conversation(
     processor_late: dict[str, list[float]] = {way: [] for way in WAYS}
     whole: dict[str, list[list[float]]] = {START: [], NEW_ROWS: [], PLAIN: []}
     numbers = iter(range(1 << 30))
-    with ConversationCrew(stats) as crew:
-        crew.prepare_tokens(tokens)
+    with ConversationGroup(stats) as group:
+        group.prepare_tokens(tokens)
 
         def late_turn(way: str) -> float:
-            seconds, used = crew.talk(conversation_of(way, next(numbers), lengths))
+            seconds, used = group.talk(conversation_of(way, next(numbers), lengths))
             for found, values in ((early, seconds), (processor_early, used)):
                 found[way].append(statistics.median(values[_LEAD_IN : _LEAD_IN + eighth] or values))
             processor_late[way].append(statistics.median(used[-eighth:]))

@@ -3,7 +3,7 @@
     .venv/bin/python -m benchmarks.dumping [--mib 1024] [--files 10000] [--rounds 3] [--directory DIR] [--synced]
 
 Large: so many MiB in tensors of 64 MiB. `cold` is a run's first step, whose buffers are new; `warm` a later one; both
-dump one tensor right after the other. `spaced` is warm, and each tensor is on disk before the next one comes, as in a
+dump one tensor right after the other. `spaced` is warm, and each tensor is on disk before the next dump, as in a
 program that computes (large ones only). Small: files of 32 KiB. The library's `save_file`, in the caller, stands beside
 our own writer.
 
@@ -82,28 +82,28 @@ class DumpingResult:
         return asdict(self)
 
 
-class Stopped(NamedTuple):
-    """Seconds by the clock, and of the processor on the thread that was watched."""
+class Elapsed(NamedTuple):
+    """The time that passed: seconds by the clock, and of the processor on this thread."""
 
     seconds: float
     processor: float
 
-    def __add__(self, other: Stopped) -> Stopped:  # type: ignore[override]
-        return Stopped(self.seconds + other.seconds, self.processor + other.processor)
+    def __add__(self, other: Elapsed) -> Elapsed:  # type: ignore[override]
+        return Elapsed(self.seconds + other.seconds, self.processor + other.processor)
 
 
-class Watch:
-    """Begins when it is made."""
+class Stopwatch:
+    """A stopwatch, which starts when it is made."""
 
     def __init__(self) -> None:
-        self._start = Stopped(time.perf_counter(), time.thread_time())
+        self._start = Elapsed(time.perf_counter(), time.thread_time())
 
-    def stop(self) -> Stopped:
-        return Stopped(time.perf_counter() - self._start.seconds, time.thread_time() - self._start.processor)
+    def stop(self) -> Elapsed:
+        return Elapsed(time.perf_counter() - self._start.seconds, time.thread_time() - self._start.processor)
 
 
 class Dumped:
-    """A run that only dumps, into a directory of its own."""
+    """A run that only dumps, into its own directory."""
 
     def __init__(self, directory: Path, **settings: Any) -> None:
         self.directory = Path(tempfile.mkdtemp(dir=directory))
@@ -116,9 +116,9 @@ class Dumped:
         self.grafter.dump("first", torch.ones(1))
         self.grafter.tools.dumps.flush()
 
-    def dump(self, tensors: Sequence[torch.Tensor]) -> Stopped:
+    def dump(self, tensors: Sequence[torch.Tensor]) -> Elapsed:
         """The time in `dump`. All is on disk when it returns."""
-        watch = Watch()
+        watch = Stopwatch()
         for tensor in tensors:
             self.grafter.dump("x", tensor)
         stalled = watch.stop()
@@ -149,8 +149,8 @@ class Dumping:
         # Of the page cache and of buffers, and some more.
         self._new_bytes = 9 * nbytes * count // 4
         self.processor: dict[str, list[float]] = defaultdict(list)
-        self.stalls: dict[str, list[Stopped]] = defaultdict(list)
-        self.copies: dict[str, list[Stopped]] = defaultdict(list)
+        self.stalls: dict[str, list[Elapsed]] = defaultdict(list)
+        self.copies: dict[str, list[Elapsed]] = defaultdict(list)
 
     def ways(self, *, synced: bool) -> dict[str, Callable[[], float]]:
         def save(tensor: torch.Tensor, path: Path) -> None:
@@ -178,7 +178,7 @@ class Dumping:
         return ways
 
     def _memcpy(self) -> float:
-        watch = Watch()
+        watch = Stopwatch()
         for number, tensor in enumerate(self._tensors):
             self._copies[number % len(self._copies)].copy_(tensor)
         copied = watch.stop()
@@ -203,7 +203,7 @@ class Dumping:
         dumped = Dumped(self._directory)
         if kind != "cold":
             dumped.dump(self._tensors)
-            # Else the system slows whoever has twice as much to be written back.
+            # Otherwise the system slows a process that has twice as much to be written back.
             dumped.remove_files()
             time.sleep(_PAUSE_SECONDS)
         touch_free_memory(self._new_bytes)
@@ -225,14 +225,14 @@ class Dumping:
         dumped.remove_files()
         touch_free_memory(self._new_bytes)
         own = Path(tempfile.mkdtemp(dir=self._directory))
-        stalled = copied = Stopped(0.0, 0.0)
+        stalled = copied = Elapsed(0.0, 0.0)
         seconds = busy = 0.0
         for number, tensor in enumerate(self._tensors):
             start, processor = time.perf_counter(), time.process_time()
             stalled += dumped.dump([tensor])
             busy += time.process_time() - processor
             seconds += time.perf_counter() - start
-            watch = Watch()
+            watch = Stopwatch()
             self._copies[number % len(self._copies)].copy_(tensor)
             copied += watch.stop()
             write_tensors(own / "x", {"value": tensor}, METADATA)
@@ -254,8 +254,8 @@ class Dumping:
 
 
 def _shuffled(ways: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """The results of each way, one per round. Each round has an order of its own, the same in every run: memory that a
-    way frees is what the next one takes."""
+    """The results of each way, one per round. Each round has another order, the same in every run: memory that a way
+    frees is what the next one takes."""
     order, results = random.Random(0), defaultdict(list)
     for _ in range(rounds):
         for way in order.sample(list(ways), len(ways)):

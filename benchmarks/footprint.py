@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.crew import Crew
 from benchmarks.rounds import Spread, spread
 from benchmarks.ways import AllGatherObject, Grafter, Ranks, RawGloo, Sglang
+from benchmarks.workers import WayGroup
 
 _ROOT = Path(__file__).parent.parent
 _IMPORT = """
@@ -44,8 +44,8 @@ def measure_memory(nbytes: int, sglang: Path | None) -> list[MemoryResult]:
     """1->1, fresh processes for each way."""
     results = []
     for way in (Grafter.name, AllGatherObject.name, RawGloo.name) + ((Sglang.name,) if sglang is not None else ()):
-        with Crew(way, Ranks(1, 1), sglang=sglang) as crew:
-            sender, receiver = crew.memory_bytes(nbytes)
+        with WayGroup(way, Ranks(1, 1), sglang=sglang) as group:
+            sender, receiver = group.memory_bytes(nbytes)
         results.append(MemoryResult(way, nbytes, sender, receiver))
     return results
 

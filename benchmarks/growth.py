@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from benchmarks.units import KIB, MIB
+from benchmarks.memory_pages import status_bytes
+from benchmarks.units import MIB
 
 # What a measure may gain after the warm-up, over the whole rest of a part. What grows with time gains more in ten
 # minutes; the allocator's own pieces gain less, and of descriptors, threads, mappings and keys a few come and go.
@@ -17,14 +18,12 @@ WARM_UP_FRACTION = 1 / 3
 
 def sample_process() -> dict[str, int]:
     """This process's resident bytes, open descriptors, threads and memory mappings."""
-    with open("/proc/self/status") as status:
-        fields = dict(line.split(":", 1) for line in status)
     with open("/proc/self/maps") as maps:
         mappings = sum(1 for _ in maps)
     return {
-        "resident": int(fields["VmRSS"].split()[0]) * KIB,
+        "resident": status_bytes("VmRSS"),
         "descriptors": len(os.listdir("/proc/self/fd")) - 1,
-        "threads": int(fields["Threads"]),
+        "threads": len(os.listdir("/proc/self/task")),
         "mappings": mappings,
     }
 

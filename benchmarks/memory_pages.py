@@ -1,8 +1,8 @@
-"""Free memory that is touched beforehand, so that no way pays for what the machine does with memory that lay idle.
+"""The memory of this machine and process, and free memory that is touched beforehand, so that no way pays for it.
 
 In a virtual machine the host may take back memory that is free for some seconds, and gives it again page by page when
-it is touched: 2.3 s for a GiB were seen, where a memcpy of it takes 0.1 s. Whoever writes files into the page cache or
-makes new buffers pays for it, in turn, at random: what looks like a disk whose speed varies tenfold.
+it is touched: 2.3 s for a GiB were seen, where a memcpy of it takes 0.1 s. A way that writes files or makes new
+buffers pays for it at random, which looks like a disk whose speed varies tenfold.
 """
 
 from __future__ import annotations
@@ -15,12 +15,11 @@ from pathlib import Path
 import numpy as np
 
 _PAGE_BYTES = 4096
-_STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
 def touch_free_memory(nbytes: int) -> None:
-    """As many bytes of the machine's free memory are there at once for whoever takes them within the next seconds."""
+    """Touch as many bytes of free memory, so that the system can give them out at once within the next seconds."""
     pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError, AttributeError):
         pages.madvise(mmap.MADV_HUGEPAGE)
@@ -29,20 +28,31 @@ def touch_free_memory(nbytes: int) -> None:
 
 
 class PeakMemory:
-    """By how many bytes this process grew at most since this was made; None where the system does not tell (Linux
-    does)."""
+    """The largest growth of this process, in bytes, since this was made; None where the system does not allow it."""
 
     def __init__(self) -> None:
         self._start: int | None = None
         with contextlib.suppress(OSError):
             _CLEAR_REFS.write_text("5")
-            self._start = _status_bytes("VmRSS")
+            self._start = status_bytes("VmRSS")
 
     def growth_bytes(self) -> int | None:
-        peak = _status_bytes("VmHWM")
-        return peak - self._start if self._start is not None and peak is not None else None
+        return None if self._start is None else status_bytes("VmHWM") - self._start
 
 
-def _status_bytes(field: str) -> int | None:
-    found = re.search(rf"^{field}:\s+(\d+) kB$", _STATUS.read_text(), re.MULTILINE)
-    return int(found[1]) * 1024 if found is not None else None
+def status_bytes(field: str, process: int | str = "self") -> int:
+    """A field of /proc/PROCESS/status, such as VmRSS. Raises OSError if the process has ended, RuntimeError if there is
+    no such field."""
+    return _bytes_in(f"/proc/{process}/status", field)
+
+
+def available_bytes() -> int:
+    """The free memory of the machine."""
+    return _bytes_in("/proc/meminfo", "MemAvailable")
+
+
+def _bytes_in(path: str, field: str) -> int:
+    found = re.search(rf"^{field}:\s+(\d+) kB$", Path(path).read_text(), re.MULTILINE)
+    if found is None:
+        raise RuntimeError(f"{path} has no {field}")
+    return int(found[1]) * 1024

@@ -1,8 +1,8 @@
 """What it costs one rank of two large jobs to decide on a point between two layouts and to plan its part of it.
 
 No processes: the headers of both sides are there as objects, as `Pairing` hands them on. Seconds are processor time of
-this thread, since planning waits for nobody and the machine is shared. Python's collector is left on, but does not look
-at the headers of all other cases, which no rank would have.
+this thread, since planning waits for nothing and the machine is shared. Python's collector is left on, but does not
+look at the headers of the other cases, which no rank would have.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _clock = time.thread_time
 
 @dataclass(frozen=True)
 class MeshSide:
-    """One job: `dims` of each rank's tensor, and a mesh of two axes, outer first. DTensors say no dims in words."""
+    """One job: `dims` of each rank's tensor, and a mesh of two axes, outer first. DTensors declare no dims in words."""
 
     dims: str
     axes: tuple[tuple[str, int], tuple[str, int]]
@@ -268,7 +268,7 @@ def _cuts(side: MeshSide) -> tuple[list[str], tuple[int, ...]]:
 
 
 def _dtensor_layout(side: MeshSide, cuts: Sequence[str], place: dict[str, int]) -> DeclaredLayout:
-    """What `read_dtensor` says of `Shard` on the dims that are cut; a real mesh of this size needs a real world."""
+    """What `read_dtensor` reads from `Shard` on the dims that are cut; a real mesh of this size needs a real world."""
     sizes = dict(side.axes)
     runs = []
     for size, axis in zip(_SIZES.values(), cuts, strict=True):

@@ -2,7 +2,7 @@
 
     .venv/bin/python -m benchmarks.posting [--sizes 4KiB 1MiB 64MiB] [--rounds 9] [--calls 20] [--json FILE]
 
-Two jobs of one rank, a process each. `taken`: the other job takes each point before the next is posted. `left`: nobody
+Two jobs of one rank, a process each. `taken`: the other job takes each point before the next is posted. `left`: no rank
 takes them, the outbox is full, and each point displaces the oldest. In both, memory is used again, as in a program that
 has run for a while. `waiting` is the same tensor with wait="both", for comparison: the sender then waits for the
 receiver, which is there. Statistics are off. Each round measures every way in turn; ratios are within rounds.
@@ -35,7 +35,7 @@ STALL_MEMCPYS = 1.5
 STALL_BYTES = 64 * MIB
 SIZES = ("4KiB", "1MiB", "64MiB")
 _OUTBOX_VALUES = 4
-# Enough to fill an outbox of so many values twice, and to be told of all that was taken.
+# Enough to fill an outbox of so many values twice, and to learn of all that was taken.
 _WARM_UP_CALLS = 12
 
 
@@ -49,7 +49,7 @@ class PostingResult:
 
 
 class Other:
-    """The job that receives. It takes a point when it is told its number."""
+    """The job that receives. It takes a point when it gets its number."""
 
     def __init__(self, port: int, directory: str) -> None:
         context = multiprocessing.get_context("spawn")
@@ -59,7 +59,7 @@ class Other:
         theirs.close()
         assert self._pipe.recv() == "joined"
 
-    def tell(self, name: str, number: int, nbytes: int) -> None:
+    def order(self, name: str, number: int, nbytes: int) -> None:
         self._pipe.send((name, number, nbytes))
 
     def wait(self) -> str:
@@ -77,8 +77,8 @@ def _receive(pipe: Connection, port: int, directory: str) -> None:
     grafter.begin()
     pipe.send("joined")
     values: dict[int, torch.Tensor] = {}
-    while (told := pipe.recv()) is not None:
-        name, number, nbytes = told
+    while (order := pipe.recv()) is not None:
+        name, number, nbytes = order
         value = values.setdefault(nbytes, torch.zeros(nbytes // 4))
         grafter.dump(name, value, number=number, wait="both" if name == "waiting" else "job")
         pipe.send("done")
@@ -93,7 +93,7 @@ def _config(role: str, port: int, directory: str, **settings: Any) -> GrafterCon
 
 
 class Sender:
-    """This process, as the baseline."""
+    """The sender: this process, as the baseline."""
 
     def __init__(self, grafter: Grafter, other: Other, nbytes: int) -> None:
         self._grafter, self._other, self._nbytes = grafter, other, nbytes
@@ -110,14 +110,14 @@ class Sender:
         seconds = []
         for _ in range(calls):
             seconds.append(self._post("taken"))
-            self._other.tell("taken", self._number, self._nbytes)
+            self._other.order("taken", self._number, self._nbytes)
             self._other.wait()
         return self._median(seconds)
 
     def waiting(self, calls: int) -> float:
         seconds = []
         for _ in range(calls):
-            self._other.tell("waiting", self._number + 1, self._nbytes)
+            self._other.order("waiting", self._number + 1, self._nbytes)
             seconds.append(self._post("waiting", wait="both"))
             self._other.wait()
         return self._median(seconds)
@@ -145,7 +145,7 @@ def measure(nbytes: int, rounds: int, calls: int) -> PostingResult:
         grafter.begin()
         other = Other(store.port, directory)
         try:
-            # What comes before both have joined is told elsewhere.
+            # Points before both have joined are another benchmark's.
             assert grafter.session
             sender = Sender(grafter, other, nbytes)
             ways = {name: getattr(sender, name) for name in ("memcpy", "left", "taken", "waiting")}

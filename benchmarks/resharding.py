@@ -9,6 +9,7 @@ sends or receives just what it does when resharding. With h split the pieces are
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,14 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.rounds import Spread, interleaved, ratio, spread
-from benchmarks.sharding import GATHERED, MOST_RANKS, RESHARDED, Crossing, ShardCrew
-from benchmarks.transfers import _available_bytes
+from benchmarks.sharding import GATHERED, MOST_RANKS, RESHARDED, Crossing, ShardGroup
+from benchmarks.transfers import why_left_out
 from benchmarks.units import size_text
 from benchmarks.ways import AllGatherObject, Ranks
 
+Shape = tuple[int, int, int]
 PLAIN = ("2->2", "4->4")
 _WIDEST = 4096
-_SHARE_OF_MEMORY = 0.7
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class ReshardingResult:
 
     ranks: Ranks
     dim: str
-    shape: tuple[int, int, int]
+    shape: Shape
     nbytes: int
     seconds: dict[str, list[float]]
     calls_per_round: dict[str, int]
@@ -105,7 +106,7 @@ def _same_rounds(one: Sequence[float], other: Sequence[float]) -> tuple[Sequence
     return one[:rounds], other[:rounds]
 
 
-def shape_of(nbytes: int) -> tuple[int, int, int]:
+def shape_of(nbytes: int) -> Shape:
     """[2, s, h] of float32 in so many bytes, h at most 4096. Raises ValueError where four ranks cannot share s or h."""
     count = nbytes // 4
     h = 4
@@ -120,7 +121,7 @@ def measure_resharding(nbytes: int, effort: ReshardingEffort, say: Callable[[str
     """2->4 and 4->2, of h and of s. All processes live side by side, and those of one way work at a time."""
     shape = shape_of(nbytes)
     results = []
-    with ShardCrew("grafter") as grafts, ShardCrew("gather") as gathers:
+    with ShardGroup("grafter") as grafts, ShardGroup("gather") as gathers:
         for ranks in (Ranks(2, 4), Ranks(4, 2)):
             for dim in ("h", "s"):
                 say(f"resharding {ranks} of {dim}, {size_text(nbytes)}")
@@ -129,7 +130,7 @@ def measure_resharding(nbytes: int, effort: ReshardingEffort, say: Callable[[str
 
 
 def _measure(
-    grafts: ShardCrew, gathers: ShardCrew, ranks: Ranks, dim: str, shape: tuple[int, int, int], effort: ReshardingEffort
+    grafts: ShardGroup, gathers: ShardGroup, ranks: Ranks, dim: str, shape: Shape, effort: ReshardingEffort
 ) -> ReshardingResult:
     ways = {RESHARDED: ranks, **{way: Ranks.parse(way) for way in PLAIN}}
     crossings = {way: Crossing(way, own, dim, shape) for way, own in ways.items()}
@@ -152,20 +153,16 @@ def _measure(
     more = interleaved(measures, effort.rounds - len(seconds[RESHARDED]))
     seconds = {way: own + more.get(way, []) for way, own in seconds.items()}
     grafts.forget_tensors()
-    stages, received = _read_ledger(grafts.ledger_directory(), crossings, seconds)
-    nbytes = 4 * shape[0] * shape[1] * shape[2]
+    stages, received = _read_ledger(grafts.run_directory, crossings, seconds)
+    nbytes = 4 * math.prod(shape)
     return ReshardingResult(ranks, dim, shape, nbytes, seconds, calls, received, stages, left_out)
 
 
 def _why_left_out(crossing: Crossing) -> str | None:
-    nbytes = 4 * crossing.shape[0] * crossing.shape[1] * crossing.shape[2]
+    nbytes = 4 * math.prod(crossing.shape)
     # Beside what gathering itself takes, each receiver puts the global tensor together.
     needed = AllGatherObject.bytes_needed(crossing.ranks, nbytes // crossing.ranks.baseline)
-    needed += crossing.ranks.target * nbytes
-    available = _available_bytes()
-    if needed <= _SHARE_OF_MEMORY * available:
-        return None
-    return f"{crossing.way} needs {needed / 2**30:.1f} GiB in all, and {available / 2**30:.1f} GiB are free"
+    return why_left_out(crossing.way, needed + crossing.ranks.target * nbytes)
 
 
 def _read_ledger(

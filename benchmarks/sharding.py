@@ -1,13 +1,11 @@
 """The ranks between which a sharded tensor crosses: by grafts, resharded or not, or gathered and sliced.
 
-Four ranks of each job, started once. Of a crossing between fewer, the others never hear.
+Four ranks of each job, started once. In a crossing between fewer, the others take no part.
 """
 
 from __future__ import annotations
 
-import os
 import statistics
-import tempfile
 import time
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -18,8 +16,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from benchmarks.crew import Crew, obey
-from benchmarks.ways import Ranks
+from benchmarks.ways import Ranks, import_grafter
+from benchmarks.workers import WorkerGroup, obey_commands, worker_names
 from grafter.wire.store_server import HostedStore, serve
 
 DIMS = ("b", "s", "h")
@@ -43,7 +41,7 @@ class Crossing:
 
     @property
     def case(self) -> str:
-        """The tag by which the ledger tells crossings apart."""
+        """The tag that distinguishes crossings in the ledger."""
         return f"{self.way} {self.ranks} {self.dim} {self.shape}"
 
     def parts(self, role: str) -> int:
@@ -65,22 +63,17 @@ class Crossing:
         return (rows[:, :, None] + h).remainder_(_MODULUS).float()
 
 
-class ShardCrew(Crew):
+class ShardGroup(WorkerGroup):
     """Four ranks of each job. Only those of a crossing take part in it. `way` is grafter or gather."""
 
     def __init__(self, way: str) -> None:
-        self.way, self.ranks = way, Ranks(MOST_RANKS, MOST_RANKS)
-        self._directory = tempfile.TemporaryDirectory()
-        self._store: Any = HostedStore() if way == "grafter" else serve("127.0.0.1", 0)
-        self._processes, self._pipes = [], []
-        places = [(role, rank) for role in ("baseline", "target") for rank in range(MOST_RANKS)]
-        self._start(_serve, [(way, *place, self._store.port, self._directory.name) for place in places])
-
-    def __enter__(self) -> ShardCrew:
-        return self
+        super().__init__(f"{way} of shards", HostedStore() if way == "grafter" else serve("127.0.0.1", 0))
+        places = worker_names(Ranks(MOST_RANKS, MOST_RANKS))
+        port, directory = self._store.port, self._directory.name
+        self._start(_run_worker, {name: (way, *place, port, directory) for name, place in places.items()})
 
     def prepare_crossing(self, crossing: Crossing) -> None:
-        """The tensors of a crossing on its ranks, one exchange, and a check of every value that came."""
+        """Make the tensors of a crossing on its ranks, exchange them once, and check every value that arrived."""
         self._ask("prepare", crossing, of=self._members(crossing))
 
     def seconds_of(self, crossing: Crossing, count: int, lead_in: int) -> float:
@@ -96,16 +89,13 @@ class ShardCrew(Crew):
         return [*range(crossing.ranks.baseline), *range(MOST_RANKS, MOST_RANKS + crossing.ranks.target)]
 
 
-# In a rank's process.
-
-
-def _serve(pipe: Connection, way: str, role: str, role_rank: int, port: int, directory: str) -> None:
+def _run_worker(pipe: Connection, way: str, role: str, role_rank: int, port: int, directory: str) -> None:
     kind: type[_Rank] = _GraftingRank if way == "grafter" else _GatheringRank
-    obey(pipe, lambda: kind(role, role_rank, port, directory))
+    obey_commands(pipe, lambda: kind(role, role_rank, port, directory))
 
 
 class _Rank(ABC):
-    """The commands, as one rank carries them out."""
+    """The commands of a ShardGroup, as one rank carries them out."""
 
     def __init__(self, role: str, role_rank: int, port: int, directory: str) -> None:
         self._role, self._role_rank = role, role_rank
@@ -143,26 +133,14 @@ class _Rank(ABC):
 
 
 class _GraftingRank(_Rank):
+    """A rank that grafts its shard, which grafter reshards."""
+
     def __init__(self, role: str, role_rank: int, port: int, directory: str) -> None:
         super().__init__(role, role_rank, port, directory)
-        settings = {
-            "enable": "1",
-            "role": role,
-            "master_port": str(port),
-            "store_host": "launcher",
-            "b2t_filter": f"name == '{_POINT}'",
-            "dir": directory,
-            "run_name": "run",
-            "log_level": "warning",
-            "stats": "off",
-        }
-        os.environ.update({f"GRAFTER_{name.upper()}": value for name, value in settings.items()})
-        os.environ.update({"RANK": str(role_rank), "WORLD_SIZE": str(MOST_RANKS)})
-        import grafter
-
-        self._grafter = grafter
+        settings = {"b2t_filter": f"name == '{_POINT}'"}
+        self._grafter = import_grafter(role, role_rank, MOST_RANKS, port, directory, **settings)
         # Joins: a run begins once all ranks of both jobs are there, also those that the first crossings leave out.
-        grafter.step()
+        self._grafter.step()
 
     def _cross(self, crossing: Crossing, value: torch.Tensor) -> None:
         parts = crossing.parts(self._role)
@@ -177,7 +155,7 @@ class _GraftingRank(_Rank):
 
 
 class _GatheringRank(_Rank):
-    """What one writes without grafter: everybody gathers all shards, puts them together and takes its own."""
+    """A rank without grafter: it gathers all shards, puts them together and takes its own."""
 
     def __init__(self, role: str, role_rank: int, port: int, directory: str) -> None:
         super().__init__(role, role_rank, port, directory)

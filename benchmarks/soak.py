@@ -1,4 +1,4 @@
-"""Load: whether anything grows with time, and whether what is refused is refused with its limit. No part of the suite.
+"""Load: whether anything grows with time, and whether what exceeds a limit is refused with it. Not part of the suite.
 
     .venv/bin/python -m benchmarks.soak                                    # all parts, ten minutes of points
     .venv/bin/python -m benchmarks.soak --parts points outbox --seconds 60
@@ -9,7 +9,7 @@ ranks    16 + 16 ranks on whatever cores there are
 tensor   one tensor of 2 GiB, grafted five times
 pytree   one point of 100,000 tensors
 dumps    10,000 saved points, and more than a limit allows
-outbox   a sender that does not wait, and nobody who takes: before and after the other job has come
+outbox   a sender that does not wait, and a receiver that takes nothing: before and after the other job has joined
 
 Exit code: 0; 1 where something grows, a value is wrong, or a limit does not hold.
 """
@@ -29,12 +29,15 @@ from rich.table import Table
 
 import grafter
 from benchmarks.growth import PartResult, Samples, Trend
-from benchmarks.soak_ranks import Ranks, SoakError, Soakers
+from benchmarks.soak_ranks import SoakGroup
 from benchmarks.units import MIB, parse_size
+from benchmarks.ways import Ranks
+from benchmarks.workers import WorkerError
 from grafter.runtime.local_value import MOST_DESCRIBED_BYTES
 from grafter.store.ledger import read_summaries
 
 _OUTBOX_BYTES = 16 * MIB
+_MANY_RANKS = Ranks(16, 16)
 # A shorter part says nothing about growth: caches still fill.
 _SECONDS_TO_JUDGE = 30.0
 
@@ -44,7 +47,7 @@ class Load:
     """How much. seconds: of points; the parts that are counted take as long as they take."""
 
     seconds: float = 600.0
-    ranks: Ranks = (16, 16)
+    ranks: Ranks = _MANY_RANKS
     tensor_bytes: int = 2048 * MIB
     leaves: int = 100_000
     files: int = 10_000
@@ -55,63 +58,63 @@ class Load:
     early_points: int = 270_000
 
 
-QUICK = Load(3.0, (3, 3), 16 * MIB, 2000, 300, 1000, 20, 1000)
+QUICK = Load(3.0, Ranks(3, 3), 16 * MIB, 2000, 300, 1000, 20, 1000)
 
 
 def soak_points(load: Load) -> PartResult:
     """Resident memory, descriptors, threads and keys, while points go through for a long time."""
     result = PartResult("points")
-    with Soakers((1, 1)) as soakers:
-        soakers.do("join")
-        # What is remembered of pytrees whose shapes never come again is bounded; growth is looked for beyond the bound.
-        soakers.do("grow", 0, load.grown_first)
-        _add_samples(result, soakers.soak("points", load.seconds, 200))
-        soakers.close()
+    with SoakGroup(Ranks(1, 1)) as group:
+        group.do("join")
+        # What is remembered of pytrees whose shapes never recur is bounded; growth is looked for beyond the bound.
+        group.do("grow", 0, load.grown_first)
+        _add_samples(result, group.soak("points", load.seconds, 200))
+        group.close()
     return result
 
 
 def soak_ranks(load: Load) -> PartResult:
     """Many more ranks than cores: all join, no point fails, and nothing grows."""
     result = PartResult("ranks")
-    with Soakers(load.ranks) as soakers:
-        result.facts["join_seconds"] = max(soakers.do("join"))
-        _add_samples(result, soakers.soak("points", load.seconds / 4, 20))
-        soakers.close()
+    with SoakGroup(load.ranks) as group:
+        result.facts["join_seconds"] = max(group.do("join"))
+        _add_samples(result, group.soak("points", load.seconds / 4, 20))
+        group.close()
     return result
 
 
 def soak_tensor(load: Load) -> PartResult:
     """One very large tensor, several times: every value is right, and its memory is given back."""
     result, samples = PartResult("tensor"), Samples()
-    with Soakers((1, 1)) as soakers:
-        soakers.do("join")
+    with SoakGroup(Ranks(1, 1)) as group:
+        group.do("join")
         for number in range(5):
-            result.facts[f"seconds_{number}"] = max(soakers.do("tensor", load.tensor_bytes, number))
-            samples.add(float(number), number, soakers.sample())
-        highest = soakers.do("highest")
+            result.facts[f"seconds_{number}"] = max(group.do("tensor", load.tensor_bytes, number))
+            samples.add(float(number), number, group.sample())
+        highest = group.do("highest")
         result.facts["highest_resident_of_sender"], result.facts["highest_resident_of_receiver"] = highest
         # Its tensor, one full incoming value, and staging (docs/how-it-works.md).
         allowed = 2.5 * load.tensor_bytes + 600 * MIB
         result.expect(max(highest) < allowed, f"a rank held {max(highest) / MIB:.0f} MiB, above {allowed / MIB:.0f}")
-        soakers.close()
+        group.close()
     result.trends = samples.trends()
     return result
 
 
 def soak_pytree(load: Load) -> PartResult:
-    """One point of very many tensors: all are grafted, or it is refused with the limit, and the run goes on."""
+    """One point of very many tensors: all are grafted, or it is refused with the limit, and the run continues."""
     result, samples = PartResult("pytree", {"leaves": load.leaves}), Samples()
-    with Soakers((1, 1)) as soakers:
-        soakers.do("join")
+    with SoakGroup(Ranks(1, 1)) as group:
+        group.do("join")
         for number in range(2):
-            result.facts[f"seconds_{number}"] = max(soakers.do("tree", load.leaves, number))
-        (written,) = soakers.do("tree_was_written", of="target")
+            result.facts[f"seconds_{number}"] = max(group.do("tree", load.leaves, number))
+        (written,) = group.do("tree_was_written", of="target")
         # What follows goes through, and it is here that growth is looked for.
         for number in range(2, 42):
-            soakers.do("tree", load.leaves // 100, number)
-            samples.add(float(number), number, soakers.sample())
-        soakers.close()
-        lines = [line for line in soakers.records()["target 0"] if line.name == "tree"]
+            group.do("tree", load.leaves // 100, number)
+            samples.add(float(number), number, group.sample())
+        group.close()
+        lines = [line for line in group.records()["target 0"] if line.name == "tree"]
     outcome, reason = lines[0].outcome, lines[0].reason
     result.expect(all(line.outcome == "grafted" for line in lines[2:]), "a small pytree after the large one is lost")
     result.facts |= {"outcome": outcome, "reason": reason}
@@ -126,21 +129,21 @@ def soak_dumps(load: Load) -> PartResult:
     result = PartResult("dumps", {"files": load.files})
     above = max(1, load.files // 100)
     settings = {"b2t_filter": None, "dump_filter": "True", "dump_max_points": str(load.files)}
-    with Soakers((1, 0), **settings) as soakers:
+    with SoakGroup(Ranks(1, 0), **settings) as group:
         samples, start = Samples(), time.monotonic()
         batch = max(1, load.files // 100)
         for done in range(0, load.files, batch):
-            soakers.do("save", done, min(batch, load.files - done))
-            samples.add(time.monotonic() - start, done, soakers.sample())
+            group.do("save", done, min(batch, load.files - done))
+            samples.add(time.monotonic() - start, done, group.sample())
         result.facts["seconds"] = time.monotonic() - start
         result.facts["files_per_second"] = load.files / result.facts["seconds"]
-        soakers.do("save", load.files, above)
-        soakers.close()
+        group.do("save", load.files, above)
+        group.close()
         start = time.monotonic()
-        read = sum(1 for _ in grafter.open_dumps(soakers.run_directory / "baseline"))
+        read = sum(1 for _ in grafter.open_dumps(group.run_directory / "baseline"))
         result.facts["seconds_to_read_the_records"] = time.monotonic() - start
-        (summary,) = read_summaries(soakers.run_directory)
-        kept = len(list((soakers.run_directory / "baseline" / "rank0").iterdir()))
+        (summary,) = read_summaries(group.run_directory)
+        kept = len(list((group.run_directory / "baseline" / "rank0").iterdir()))
     result.trends = samples.trends()
     result.facts["left_out"] = summary.dumps_left_out
     result.expect(kept == load.files == summary.dumped, f"{kept} files and {summary.dumped} points, of {load.files}")
@@ -150,28 +153,29 @@ def soak_dumps(load: Load) -> PartResult:
 
 
 def soak_outbox(load: Load) -> PartResult:
-    """Nobody takes what is posted: the outbox stays within its limit, and what cannot fit is refused with it."""
+    """No rank takes what is posted: the outbox stays within its limit, and what cannot fit is refused with it."""
     result = PartResult("outbox")
     settings = {"outbox_bytes": str(_OUTBOX_BYTES), "outbox_seconds": 3600.0}
-    with Soakers((1, 1), **settings) as soakers:
-        soakers.do("join")
-        soakers.do("post", 0, load.posted_first, of="baseline")
-        samples = soakers.soak("post_after", load.seconds / 4, 500, of="baseline")
+    with SoakGroup(Ranks(1, 1), **settings) as group:
+        group.do("join")
+        group.do("post", 0, load.posted_first, of="baseline")
+        samples = group.soak("post_after", load.seconds / 4, 500, of="baseline")
         _add_samples(result, samples)
-        ((entries, nbytes),) = soakers.do("pending", of="baseline")
+        ((entries, nbytes),) = group.do("pending", of="baseline")
         result.facts["pending_entries"], result.facts["pending_bytes"] = entries, nbytes
         result.expect(0 < nbytes <= _OUTBOX_BYTES, f"{nbytes} bytes are pending, of {_OUTBOX_BYTES}")
-        soakers.do("post_large", 2 * _OUTBOX_BYTES, of="baseline")
-        (refusal,) = _lines_of(soakers.run_directory / "baseline" / "rank0.ledger.jsonl", "large")
+        group.do("post_large", 2 * _OUTBOX_BYTES, of="baseline")
+        (refusal,) = _lines_of(group.run_directory / "baseline" / "rank0.ledger.jsonl", "large")
         result.facts["refusal"] = refusal["reason"]
-        told = f"outbox of {_OUTBOX_BYTES} (GRAFTER_OUTBOX_BYTES)" in refusal["reason"]
-        result.expect(refusal["outcome"] == "failed" and told, f"a value larger than the outbox: {refusal['reason']}")
-        soakers.close()
-    with Soakers((1, 0), **settings, target_world_size=1) as soakers:
-        # The other job never comes, so the sender is not closed: it would wait for it.
-        soakers.do("post", 0, load.early_points)
-        early = soakers.soak("post_after", load.seconds / 4, 500)
-        ((entries, nbytes),) = soakers.do("pending")
+        is_named = f"outbox of {_OUTBOX_BYTES} (GRAFTER_OUTBOX_BYTES)" in refusal["reason"]
+        is_refused = refusal["outcome"] == "failed" and is_named
+        result.expect(is_refused, f"a value larger than the outbox: {refusal['reason']}")
+        group.close()
+    with SoakGroup(Ranks(1, 0), **settings, target_world_size=1) as group:
+        # The other job never joins, so the sender is not closed: it would wait for it.
+        group.do("post", 0, load.early_points)
+        early = group.soak("post_after", load.seconds / 4, 500)
+        ((entries, nbytes),) = group.do("pending")
         result.expect(nbytes <= _OUTBOX_BYTES, f"{nbytes} bytes wait for the other job, of {_OUTBOX_BYTES}")
         result.facts["early_entries"] = entries
         result.facts["early_points_per_second"] = early.work[-1] / early.seconds[-1]
@@ -200,7 +204,7 @@ def _renamed(trend: Trend, before: str) -> Trend:
 
 
 def _lines_of(ledger: Path, name: str) -> list[dict[str, str]]:
-    """The last word on each point of this name, of a ledger that may be too long to be read as records."""
+    """The last line about each point of this name, from a ledger that may be too long to be read as records."""
     found: dict[int, dict[str, str]] = {}
     with ledger.open() as file:
         for text in file:
@@ -252,7 +256,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in given.parts:
         try:
             result = PARTS[name](load)
-        except SoakError as error:
+        except WorkerError as error:
             result = PartResult(name, faults=[str(error)])
         if load.seconds < _SECONDS_TO_JUDGE:
             result.trends = [replace(trend, is_judged=False) for trend in result.trends]

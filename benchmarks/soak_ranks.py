@@ -1,84 +1,48 @@
-"""The processes of a soak: two jobs whose ranks wait to be told what to do next, in lockstep."""
+"""The ranks of a soak, and what they do."""
 
 from __future__ import annotations
 
-import multiprocessing
 import resource
-import tempfile
 import time
-import traceback
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.growth import Samples, sample_process
 from benchmarks.units import KIB
+from benchmarks.ways import Ranks
+from benchmarks.workers import WorkerGroup, obey_commands, worker_names
 from grafter.config.settings.config import GrafterConfig
 from grafter.core.records import LedgerRecord
 from grafter.rank.grafter import Grafter
 from grafter.store.ledger import read_run
 from grafter.wire.store_server import HostedStore
 
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "grafter.rank.grafter", "grafter.runtime.session", "benchmarks.soak_ranks"])
-HANGS_SECONDS = 900.0
 POINTS_A_STEP = 10
 
-Ranks = tuple[int, int]
 
+class SoakGroup(WorkerGroup):
+    """All ranks of both jobs of a soak. They act in lockstep."""
 
-class SoakError(RuntimeError):
-    """A rank failed or hangs; holds its traceback."""
-
-
-class Soakers:
-    """All ranks of both jobs, and the store, which this process hosts. Leaves no process behind."""
+    patience_seconds = 900.0
+    closes_at_exit = False
 
     def __init__(self, ranks: Ranks, **settings: Any) -> None:
-        self._directory = tempfile.TemporaryDirectory()
-        self.store = HostedStore()
-        self._raw = self.store._client.raw
-        roles = [("baseline", rank, ranks) for rank in range(ranks[0])]
-        roles += [("target", rank, ranks) for rank in range(ranks[1])]
-        self.names = [f"{role} {rank}" for role, rank, _ in roles]
-        self._processes: list[Any] = []
-        self._pipes: list[Connection] = []
-        for role, rank, sizes in roles:
-            ours, theirs = _CONTEXT.Pipe()
-            given = (theirs, role, rank, sizes, self.store.port, self._directory.name, settings)
-            process = _CONTEXT.Process(target=_serve, args=given, daemon=True)
-            process.start()
-            theirs.close()
-            self._processes.append(process)
-            self._pipes.append(ours)
-
-    @property
-    def run_directory(self) -> Path:
-        return Path(self._directory.name) / "run"
+        store = HostedStore()
+        super().__init__("soak", store)
+        self._raw = store._client.raw
+        sizes = {"baseline_world_size": ranks.baseline or None, "target_world_size": ranks.target or None}
+        place = self._store.port, self._directory.name, {**sizes, **settings}
+        self._start(_run_worker, {name: (*own, *place) for name, own in worker_names(ranks).items()})
 
     def do(self, action: str, *arguments: Any, of: str = "") -> list[Any]:
-        """What each rank returns. of: of the ranks whose name begins with it alone. Raises SoakError."""
-        chosen = [(n, p) for n, p in zip(self.names, self._pipes, strict=True) if n.startswith(of)]
-        for _, pipe in chosen:
-            pipe.send((action, *arguments))
-        results = []
-        deadline = time.monotonic() + HANGS_SECONDS
-        for name, pipe in chosen:
-            if not pipe.poll(max(0.0, deadline - time.monotonic())):
-                raise SoakError(f"{name} hangs in {action!r}")
-            try:
-                failed, value = pipe.recv()
-            except EOFError:
-                raise SoakError(f"{name} ended in {action!r}") from None
-            if failed:
-                raise SoakError(f"{name} in {action!r}:\n{value}")
-            results.append(value)
-        return results
+        """What each rank returns, or each whose name begins with `of`. Raises WorkerError."""
+        chosen = [number for number, name in enumerate(self.names) if name.startswith(of)]
+        return self._ask(action, *arguments, of=chosen)
 
     def sample(self) -> dict[str, dict[str, int]]:
-        """Of each rank, and of the process that hosts the store, with the store's keys."""
+        """The measures of each rank, and of the process that hosts the store, with the store's keys."""
         seen = dict(zip(self.names, self.do("sample"), strict=True))
         return {**seen, "store": {**sample_process(), "keys": self._raw.num_keys()}}
 
@@ -97,47 +61,18 @@ class Soakers:
         """By rank. For runs that are short."""
         return {f"{role} {rank}": lines for role, rank, lines in read_run(self.run_directory)}
 
-    def close(self) -> None:
-        self.do("close")
-        for process in self._processes:
-            process.join(60)
 
-    def __enter__(self) -> Soakers:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for process, pipe in zip(self._processes, self._pipes, strict=True):
-            if process.is_alive():
-                process.kill()
-            process.join()
-            pipe.close()
-        self.store.close()
-        self._directory.cleanup()
-
-
-def _serve(
-    pipe: Connection, role: Any, rank: int, sizes: Ranks, port: int, directory: str, settings: dict[str, Any]
-) -> None:
-    torch.set_num_threads(1)
+def _run_worker(pipe: Connection, role: Any, rank: int, port: int, directory: str, settings: dict[str, Any]) -> None:
     given = {"b2t_filter": "True", "stats": "off", "log_level": "error", "timeout": 600.0, "join_timeout": 600.0}
     config = GrafterConfig(
         enable=True, role=role, rank=rank, master_port=port, store_host="launcher", dir=directory, run_name="run",
-        **{**given, "baseline_world_size": sizes[0] or None, "target_world_size": sizes[1] or None, **settings},
+        **{**given, **settings},
     )  # fmt: skip
-    actor = Actor(Grafter(config), role == "baseline")
-    while True:
-        action, *arguments = pipe.recv()
-        try:
-            result = (False, getattr(actor, action)(*arguments))
-        except BaseException:
-            result = (True, traceback.format_exc())
-        pipe.send(result)
-        if action == "close" or result[0]:
-            return
+    obey_commands(pipe, lambda: SoakRank(Grafter(config), role == "baseline"))
 
 
-class Actor:
-    """What a rank can be told to do."""
+class SoakRank:
+    """The commands of a SoakGroup, as one rank carries them out."""
 
     def __init__(self, grafter: Grafter, sends: bool) -> None:
         self._grafter, self._sends = grafter, sends
@@ -156,7 +91,7 @@ class Actor:
         return time.monotonic() - start
 
     def points(self, first: int, count: int) -> None:
-        """Points as a run has them: names and layers that come again at each step, of several kinds."""
+        """Points as a run has them: names and layers that recur at each step, of several kinds."""
         for number in range(first, first + count):
             kind = number % POINTS_A_STEP
             value: Any = self._large if number % 100 == 0 else self._tree if kind == 1 else self._small
@@ -166,7 +101,7 @@ class Actor:
             self._end_step(number)
 
     def grow(self, first: int, count: int) -> None:
-        """Pytrees as a cache that grows by a token is: their shapes never come again."""
+        """Pytrees like a cache that grows by a token: their shapes never recur."""
         for number in range(first, first + count):
             self._grafter.dump("grown", self._grown((1 << 40) + number))
             self._end_step(number)
@@ -175,7 +110,7 @@ class Actor:
         return [torch.empty(number + 1, 0) for _ in range(200)]
 
     def post(self, first: int, count: int) -> None:
-        """Points that nobody takes, each with another key: a sender that does not wait."""
+        """Points that no rank takes, each with another key: a sender that does not wait."""
         for number in range(first, first + count):
             self._grafter.dump("left", self._small, number=number, wait="job")
             self._end_step(number)

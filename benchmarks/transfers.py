@@ -10,10 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.crew import Crew
+from benchmarks.memory_pages import available_bytes
 from benchmarks.rounds import Spread, interleaved, ratio, spread
 from benchmarks.units import KIB, MIB, size_text
 from benchmarks.ways import WAYS, AllGatherObject, AllGatherObjectOfAll, Grafter, Memcpy, Ranks, RawGloo, Sglang
+from benchmarks.workers import WayGroup
 
 Say = Callable[[str], None]
 # The rest is for the other jobs of the machine, and for what the estimate does not know.
@@ -102,56 +103,51 @@ def measure_ranks(
         names.append(Sglang.name)
     cases = []
     with ExitStack() as stack:
-        crews = {name: stack.enter_context(Crew(name, ranks, sglang=sglang)) for name in names}
+        groups = {name: stack.enter_context(WayGroup(name, ranks, sglang=sglang)) for name in names}
         for nbytes in sizes:
             say(f"{ranks}, {size_text(nbytes)}")
-            chosen = {name: crew for name, crew in crews.items() if name not in _SLOW_WAYS or nbytes in _THEIR_SIZES}
+            chosen = {name: group for name, group in groups.items() if name not in _SLOW_WAYS or nbytes in _THEIR_SIZES}
             cases.append(_measure_case(chosen, ranks, nbytes, effort))
         # The size costs memory until another takes its place.
-        for crew in crews.values():
-            crew.prepare(4096)
-        stages = _read_stages(crews[Grafter.name], cases)
+        for group in groups.values():
+            group.prepare(4096)
+        stages = _read_stages(groups[Grafter.name], cases)
     return cases, stages
 
 
-def _measure_case(crews: dict[str, Crew], ranks: Ranks, nbytes: int, effort: Effort) -> CaseResult:
-    left_out = {name: reason for name in crews if (reason := _why_left_out(name, ranks, nbytes))}
-    measured = {name: crew for name, crew in crews.items() if name not in left_out}
-    first = {name: crew.prepare(nbytes) for name, crew in measured.items()}
+def _measure_case(groups: dict[str, WayGroup], ranks: Ranks, nbytes: int, effort: Effort) -> CaseResult:
+    needed = {name: WAYS[name].bytes_needed(ranks, nbytes) for name in groups}
+    left_out = {name: reason for name in groups if (reason := why_left_out(name, needed[name]))}
+    measured = {name: group for name, group in groups.items() if name not in left_out}
+    first = {name: group.prepare(nbytes) for name, group in measured.items()}
     measures, calls, round_seconds = {}, {}, 0.0
-    for name, crew in measured.items():
+    for name, group in measured.items():
         # A first call pays for what later ones reuse; where that hardly matters, it saves two slow calls.
-        one = first[name] if first[name] > 10 * _SLOW_CALL else crew.seconds_per_call(1, lead_in=1)
+        one = first[name] if first[name] > 10 * _SLOW_CALL else group.seconds_per_call(1, lead_in=1)
         calls[name] = max(1, min(_CALLS_PER_ROUND, int(effort.batch_seconds / one)))
-        # The first calls of a batch wait for ranks that are told later, and find cold caches.
+        # The first calls of a batch wait for ranks that get the command later, and find cold caches.
         lead_in = 0 if one > _SLOW_CALL else 1 if calls[name] < 10 else 3
         round_seconds += one * (calls[name] + lead_in)
-        measures[name] = partial(crew.seconds_per_call, calls[name], lead_in)
+        measures[name] = partial(group.seconds_per_call, calls[name], lead_in)
     rounds = max(3, min(effort.rounds, int(effort.case_seconds / round_seconds)))
     return CaseResult(ranks, nbytes, interleaved(measures, rounds), calls, left_out)
 
 
-def _why_left_out(way: str, ranks: Ranks, nbytes: int) -> str | None:
-    needed, available = WAYS[way].bytes_needed(ranks, nbytes), _available_bytes()
+def why_left_out(way: str, needed: int) -> str | None:
+    """Why a way that needs so many bytes in all is not measured here; None if it is."""
+    available = available_bytes()
     if needed <= _SHARE_OF_MEMORY * available:
         return None
     return f"{way} needs {needed / 2**30:.1f} GiB in all, and {available / 2**30:.1f} GiB are free"
 
 
-def _available_bytes() -> int:
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("/proc/meminfo has no MemAvailable")
-
-
-def _read_stages(crew: Crew, cases: Sequence[CaseResult]) -> list[StageResult]:
+def _read_stages(group: WayGroup, cases: Sequence[CaseResult]) -> list[StageResult]:
     from grafter.store.ledger import read_run
 
     results = []
-    for role, role_rank, records in read_run(crew.ledger_directory()):
+    for role, role_rank, records in read_run(group.run_directory):
         for case in cases if role_rank == 0 else ():
-            # Senders answer at once but for the first two: those of the warm-up.
+            # The first two are those of the warm-up.
             own = [record for record in records if record.tags["nbytes"] == case.nbytes][2:]
             stages = sorted({stage for record in own for stage in record.seconds})
             medians = {stage: statistics.median(r.seconds.get(stage, 0.0) for r in own) for stage in stages}

@@ -57,8 +57,8 @@ class Ranks:
 
 
 @dataclass(frozen=True)
-class Seat:
-    """Which rank of which crew a process is, and what it finds there."""
+class WorkerRank:
+    """Which rank a worker is, and what it needs to take part."""
 
     role: str
     role_rank: int
@@ -82,24 +82,37 @@ class Seat:
         return self.role_rank if self.sends or self.ranks.one_to_one else self.ranks.baseline - 1
 
 
+def import_grafter(role: str, role_rank: int, size: int, store_port: int, directory: str, **settings: str) -> Any:
+    """The package, in the environment that `grafter run` and torchrun would set for this rank. `settings`: more."""
+    own = {
+        "enable": "1", "role": role, "master_port": str(store_port), "store_host": "launcher", "dir": directory,
+        "run_name": "run", "log_level": "warning", "stats": "off",
+    }  # fmt: skip
+    os.environ.update({f"GRAFTER_{name.upper()}": value for name, value in {**own, **settings}.items()})
+    os.environ.update({"RANK": str(role_rank), "WORLD_SIZE": str(size)})
+    import grafter
+
+    return grafter
+
+
 class Way(ABC):
-    """One rank's part of one way. All ranks of the crew construct it, then call `exchange` equally often."""
+    """One rank's part of one way. All ranks of the group construct it, then call `exchange` equally often."""
 
     name: ClassVar[str]
 
-    def __init__(self, seat: Seat) -> None:
-        self.seat = seat
+    def __init__(self, rank: WorkerRank) -> None:
+        self.rank = rank
 
     @abstractmethod
     def exchange(self, value: torch.Tensor) -> None:
-        """Send `value`, or replace it by what came: float32 `[n]`, the same n on every rank."""
+        """Send `value`, or replace it by what arrives: float32 `[n]`, the same n on every rank."""
 
     def close(self) -> None:  # noqa: B027 - most have nothing to leave
         """Leave, so that the process can end."""
 
     @classmethod
     def bytes_needed(cls, ranks: Ranks, nbytes: int) -> int:
-        """Memory of all processes of the crew together, for tensors of `nbytes`."""
+        """Memory of all processes of the group together, for tensors of `nbytes`."""
         return ranks.total * nbytes + 2 * ranks.target * ranks.received_per_rank * nbytes
 
 
@@ -108,30 +121,15 @@ class Grafter(Way):
 
     name = "grafter"
 
-    def __init__(self, seat: Seat) -> None:
-        super().__init__(seat)
-        settings = {
-            "enable": "1",
-            "role": seat.role,
-            "master_port": str(seat.store_port),
-            "store_host": "launcher",
-            "b2t_filter": f"name == '{POINT}'",
-            "dir": seat.directory,
-            "run_name": "run",
-            "log_level": "warning",
-            "stats": "off",
-            **({} if seat.ranks.one_to_one else {"transform_path": f"{_TAKE_LAST}:transform"}),
-            **seat.settings,
-        }
-        os.environ.update({f"GRAFTER_{name.upper()}": value for name, value in settings.items()})
-        size = seat.ranks.baseline if seat.sends else seat.ranks.target
-        os.environ.update({"RANK": str(seat.role_rank), "WORLD_SIZE": str(size)})
-        import grafter
-
-        self._grafter = grafter
+    def __init__(self, rank: WorkerRank) -> None:
+        super().__init__(rank)
+        transform = {} if rank.ranks.one_to_one else {"transform_path": f"{_TAKE_LAST}:transform"}
+        size = rank.ranks.baseline if rank.sends else rank.ranks.target
+        settings = {"b2t_filter": f"name == '{POINT}'", **transform, **rank.settings}
+        self._grafter = import_grafter(rank.role, rank.role_rank, size, rank.store_port, rank.directory, **settings)
 
     def exchange(self, value: torch.Tensor) -> None:
-        # The tag tells the sizes apart in the ledger.
+        # The tag distinguishes the sizes in the ledger.
         self._grafter.dump(POINT, value, nbytes=value.nbytes)
 
     def close(self) -> None:
@@ -152,10 +150,10 @@ class Model(Grafter):
 
     name = "model"
 
-    def __init__(self, seat: Seat) -> None:
-        self.shape = ModelShape(*(int(seat.settings[name.name]) for name in fields(ModelShape)))
+    def __init__(self, rank: WorkerRank) -> None:
+        self.shape = ModelShape(*(int(rank.settings[name.name]) for name in fields(ModelShape)))
         filters = {f"{way}_filter": f"mode == '{mode}'" for way, mode in (("compare", "compare"), ("b2t", "graft"))}
-        super().__init__(replace(seat, settings={**filters, "stats": "full"}))
+        super().__init__(replace(rank, settings={**filters, "stats": "full"}))
         self._plain = self._make()
         # The same weights, so that neither model has more of them in the cache.
         self._hooked = copy.deepcopy(self._plain, {id(weight): weight for weight in self._plain.parameters()})
@@ -203,10 +201,10 @@ class Model(Grafter):
 class _Gloo(Way):
     """A gloo group of both jobs' ranks, the baseline's first."""
 
-    def __init__(self, seat: Seat) -> None:
-        super().__init__(seat)
-        store = dist.TCPStore("127.0.0.1", seat.store_port, is_master=False, timeout=_TIMEOUT)
-        dist.init_process_group("gloo", store=store, rank=seat.global_rank, world_size=seat.ranks.total)
+    def __init__(self, rank: WorkerRank) -> None:
+        super().__init__(rank)
+        store = dist.TCPStore("127.0.0.1", rank.store_port, is_master=False, timeout=_TIMEOUT)
+        dist.init_process_group("gloo", store=store, rank=rank.global_rank, world_size=rank.ranks.total)
 
     def close(self) -> None:
         dist.barrier()
@@ -220,10 +218,10 @@ class AllGatherObject(_Gloo):
     receivers_give_tensors: ClassVar[bool] = False
 
     def exchange(self, value: torch.Tensor) -> None:
-        gathered: list[Any] = [None] * self.seat.ranks.total
-        dist.all_gather_object(gathered, value if self.seat.sends or self.receivers_give_tensors else None)
-        if not self.seat.sends:
-            value.copy_(gathered[self.seat.source])
+        gathered: list[Any] = [None] * self.rank.ranks.total
+        dist.all_gather_object(gathered, value if self.rank.sends or self.receivers_give_tensors else None)
+        if not self.rank.sends:
+            value.copy_(gathered[self.rank.source])
 
     @classmethod
     def bytes_needed(cls, ranks: Ranks, nbytes: int) -> int:
@@ -244,19 +242,19 @@ class RawGloo(_Gloo):
 
     name = "gloo send/recv"
 
-    def __init__(self, seat: Seat) -> None:
-        super().__init__(seat)
+    def __init__(self, rank: WorkerRank) -> None:
+        super().__init__(rank)
         self._buffers: list[torch.Tensor] = []
 
     def exchange(self, value: torch.Tensor) -> None:
-        ranks, seat = self.seat.ranks, self.seat
+        ranks, rank = self.rank.ranks, self.rank
         if ranks.one_to_one:
-            if seat.sends:
-                dist.send(value, ranks.baseline + seat.role_rank)
+            if rank.sends:
+                dist.send(value, ranks.baseline + rank.role_rank)
             else:
-                dist.recv(value, seat.source)
+                dist.recv(value, rank.source)
             return
-        if seat.sends:
+        if rank.sends:
             works = [dist.isend(value, ranks.baseline + receiver) for receiver in range(ranks.target)]
         else:
             if not self._buffers or self._buffers[0].shape != value.shape:
@@ -265,8 +263,8 @@ class RawGloo(_Gloo):
         for work in works:
             assert work is not None
             work.wait()
-        if not seat.sends:
-            value.copy_(self._buffers[seat.source])
+        if not rank.sends:
+            value.copy_(self._buffers[rank.source])
 
 
 class Memcpy(Way):
@@ -274,13 +272,13 @@ class Memcpy(Way):
 
     name = "memcpy"
 
-    def __init__(self, seat: Seat) -> None:
-        super().__init__(seat)
+    def __init__(self, rank: WorkerRank) -> None:
+        super().__init__(rank)
         self._sources: list[torch.Tensor] = []
 
     def exchange(self, value: torch.Tensor) -> None:
         if not self._sources or self._sources[0].shape != value.shape:
-            senders = [self.seat.role_rank] if self.seat.ranks.one_to_one else range(self.seat.ranks.baseline)
+            senders = [self.rank.role_rank] if self.rank.ranks.one_to_one else range(self.rank.ranks.baseline)
             self._sources = [torch.full_like(value, sender + 1.0) for sender in senders]
         for source in self._sources:
             value.copy_(source)
@@ -291,32 +289,32 @@ class Sglang(Way):
 
     name = "sglang"
 
-    def __init__(self, seat: Seat) -> None:
-        super().__init__(seat)
+    def __init__(self, rank: WorkerRank) -> None:
+        super().__init__(rank)
         from benchmarks.sglang_grafter import load_dumper_module
 
-        assert seat.sglang is not None
+        assert rank.sglang is not None
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         # Otherwise its rank 0 would host the store on a port that must be chosen before it is free for sure.
         os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
-        store = dist.TCPStore("127.0.0.1", seat.store_port, is_master=False, timeout=_TIMEOUT)
-        size = seat.ranks.baseline if seat.sends else seat.ranks.target
+        store = dist.TCPStore("127.0.0.1", rank.store_port, is_master=False, timeout=_TIMEOUT)
+        size = rank.ranks.baseline if rank.sends else rank.ranks.target
         # It wants the job's own group as the default one.
-        dist.init_process_group("gloo", store=dist.PrefixStore(seat.role, store), rank=seat.role_rank, world_size=size)
-        module = load_dumper_module(Path(seat.sglang))
+        dist.init_process_group("gloo", store=dist.PrefixStore(rank.role, store), rank=rank.role_rank, world_size=size)
+        module = load_dumper_module(Path(rank.sglang))
         config = module.DumperConfig(
             enable=True,
             exp_name="benchmark",
-            dir=seat.directory,
+            dir=rank.directory,
             enable_output_file=False,
             enable_output_console=False,
             grafter_enable=True,
-            grafter_role=seat.role,
+            grafter_role=rank.role,
             grafter_b2t_filter=f"name == '{POINT}'",
             grafter_master_address="127.0.0.1",
-            grafter_master_port=seat.store_port,
-            grafter_baseline_world_size=seat.ranks.baseline,
-            grafter_target_world_size=seat.ranks.target,
+            grafter_master_port=rank.store_port,
+            grafter_baseline_world_size=rank.ranks.baseline,
+            grafter_target_world_size=rank.ranks.target,
             grafter_backend="gloo",
         )
         self.dumper = module._Dumper(config=config)

@@ -32,7 +32,7 @@ done
 
 setup demo ${pip_arguments[@]+"${pip_arguments[@]}"} || exit 2
 
-# Nothing is downloaded, and progress bars of a model of 3 MB are no news.
+# Nothing is downloaded, and progress bars of a model of 3 MB say nothing.
 export HF_HUB_OFFLINE=1 HF_HUB_DISABLE_PROGRESS_BARS=1 TRANSFORMERS_VERBOSITY=error
 # One thread a rank, as torchrun would set it (with a warning).
 export OMP_NUM_THREADS=1
@@ -50,7 +50,7 @@ arguments+=(--attach "model.embed_tokens" --attach ":LlamaDecoderLayer" --points
 arguments+=(--set "dump_filter=name.endswith('.out')")
 if [[ "$with_floor" == yes ]]; then arguments+=(--floor "$target --fault none"); fi
 
-# A person at a display sees the report at once; a build only has it written.
+# At a display, the report is opened; in a build, it is only written.
 if [[ -z "${CI:-}" && -t 1 ]]; then arguments+=(--open); fi
 
 code=0

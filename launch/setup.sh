@@ -87,7 +87,7 @@ make_venv() {
 }
 
 # setup EXTRA [PIP ARGUMENT ...]: afterwards .venv has grafter with this extra, and its programs are first on PATH.
-# Returns non-zero, with the reason told, where that cannot be done.
+# Otherwise it prints the reason and returns non-zero.
 setup() {
     local extra="$1"
     shift

@@ -1,4 +1,4 @@
-"""What several commands of the command line share: options with the same words, the progress bar, HOST:PORT.
+"""What several commands of the command line share: options with the same words, errors as text, the progress bar.
 
 `grafter/cli/main.py` imports every command, and so this; what is slow to import (rich) is imported inside.
 """
@@ -12,9 +12,11 @@ from typing import Annotated, Any
 
 import typer
 
-from grafter.errors import UsageError
+from grafter.errors import ConfigError, GrafterError, JoinError, UsageError
+from grafter.rank.job_environment import merge_settings
 
-# Of a group of commands, such as `grafter ctl`.
+EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+# For a group of commands, such as `grafter ctl`.
 GROUP: dict[str, Any] = {
     "no_args_is_help": True,
     "rich_markup_mode": None,
@@ -36,10 +38,33 @@ RowLimitOption = Annotated[int, typer.Option(metavar="N", min=0, help="At most N
 
 
 @contextmanager
-def progress_bar(doing: str, what: str, total: int | None = None) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr, where that is a terminal: `comparing ━━━ 3/10 points`.
+def errors_reported(command: str, failed: int = EXIT_USAGE, reword: Callable[[str], str] = str) -> Iterator[None]:
+    """Print grafter's own errors as text, and end with an exit code.
 
-    What it yields is called with how many are done, and of how many.
+    The code is 2 for what the user wrote (a store that cannot be hosted is a port that the user chose), `failed` for
+    any other error, or the error's own `exit_code`.
+    """
+    try:
+        yield
+    except GrafterError as error:
+        typer.echo(f"{command}: {reword(str(error))}", err=True)
+        usage = isinstance(error, (ConfigError, UsageError, JoinError))
+        raise typer.Exit(getattr(error, "exit_code", EXIT_USAGE if usage else failed)) from None
+
+
+def settings_by_field(
+    assignments: list[str] | None, attach: list[str] | None = None, **own: object | None
+) -> dict[str, str]:
+    """Settings from a command's own options (`own`, None: not given; --attach) and from --set. Raises UsageError."""
+    given = {**own, "attach": ",".join(attach) if attach else None}
+    return merge_settings({field: str(value) for field, value in given.items() if value is not None}, assignments or [])
+
+
+@contextmanager
+def progress_bar(doing: str, what: str, total: int | None = None) -> Iterator[Callable[[int, int], None]]:
+    """Show a bar on stderr if that is a terminal: `comparing ━━━ 3/10 points`.
+
+    It yields a function, to be called with how many are done, and of how many.
     """
     if not sys.stderr.isatty():
         yield lambda done, of: None

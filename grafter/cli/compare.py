@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from grafter.cli.command_options import JsonLinesOption, RowLimitOption, progress_bar
+from grafter.cli.command_options import EXIT_USAGE, JsonLinesOption, RowLimitOption, errors_reported, progress_bar
 from grafter.errors import GrafterError
 
 if TYPE_CHECKING:
     from grafter.analysis.compare.comparison import Choice, Comparison
     from grafter.config.thresholds import Threshold
 
-_EXIT_NOT_COMPARED = 2
-
 
 class WhichChoice(str, Enum):
+    """The values of --which."""
+
     value = "value"
     grafted = "grafted"
 
@@ -38,7 +38,7 @@ _Plan = Annotated[
     Path | None, typer.Option(metavar="FILE", help="A plan file; its `thresholds` come after those above.")
 ]
 _Filter = Annotated[str | None, typer.Option(metavar="EXPR", help="Which points: a filter over their tags.")]
-_Which = Annotated[WhichChoice, typer.Option(help="Values as they came to the point, or as a graft left them.")]
+_Which = Annotated[WhichChoice, typer.Option(help="Values as they were at the point, or as a graft left them.")]
 _Allow = Annotated[
     list[str] | None, typer.Option(metavar="PATTERN", help="Names that may fail, such as '*.rotary.*'; repeatable.")
 ]
@@ -78,7 +78,7 @@ def compare_command(
     # Slow to import (torch, pydantic), and every command of the program imports this file.
     from grafter.analysis.compare.comparison import Choice
 
-    with _errors_told():
+    with _faults_reported():
         choice = Choice(
             thresholds=_read_thresholds(thresholds or [], plan),
             which=which.value,
@@ -89,32 +89,34 @@ def compare_command(
             threads=threads,
         )
         comparison = _compare(a, b, choice)
+    from grafter.cli.compare_table import json_lines, print_comparison
+    from grafter.cli.console import make_console
+
     if as_json:
-        _print_json(comparison)
+        for line in json_lines(comparison):
+            typer.echo(line)
     else:
-        _print_table(comparison, limit=limit, only_trouble=failed)
+        print_comparison(comparison, make_console(sys.stdout), limit=limit, only_trouble=failed)
     raise typer.Exit(comparison.summary.exit_code)
 
 
 @contextmanager
-def _errors_told() -> Iterator[None]:
-    try:
-        yield
-    except GrafterError as error:
-        typer.echo(f"grafter compare: {error}", err=True)
-        raise typer.Exit(_EXIT_NOT_COMPARED) from None
-    except Exception as error:
-        # Python's own exit code would say that a point differs.
-        typer.echo(
-            "grafter compare: nothing was compared, for a fault of grafter's own, which is worth a report: "
-            f"{type(error).__name__}: {error}",
-            err=True,
-        )
-        raise typer.Exit(_EXIT_NOT_COMPARED) from None
+def _faults_reported() -> Iterator[None]:
+    """Like `errors_reported`, also for faults of grafter itself: Python's exit code would say that a point differs."""
+    with errors_reported("grafter compare"):
+        try:
+            yield
+        except GrafterError:
+            raise
+        except Exception as error:
+            fault = f"{type(error).__name__}: {error}"
+            text = "nothing was compared, because of a fault in grafter itself, which is worth a report"
+            typer.echo(f"grafter compare: {text}: {fault}", err=True)
+            raise typer.Exit(EXIT_USAGE) from None
 
 
 def _read_thresholds(texts: list[str], plan: Path | None) -> list[Threshold]:
-    """Those of --threshold, and after them those of the plan file."""
+    """The thresholds of --threshold, and after them those of the plan file."""
     from grafter.config.thresholds import parse_threshold
 
     given = [parse_threshold(text) for text in texts]
@@ -132,21 +134,7 @@ def _compare(a: Path, b: Path | None, choice: Choice) -> Comparison:
     from grafter.analysis.compare.comparison import compare, open_both
 
     dumps_a, dumps_b = open_both(a, b)
-    # Points are shared out among our own threads; torch's would only stand in their way.
+    # Points are distributed over our own threads; torch's would only slow them down.
     torch.set_num_threads(1)
     with progress_bar("comparing", "points") as progress:
         return compare(dumps_a, dumps_b, choice, progress)
-
-
-def _print_json(comparison: Comparison) -> None:
-    from grafter.cli.compare_table import json_lines
-
-    for line in json_lines(comparison):
-        typer.echo(line)
-
-
-def _print_table(comparison: Comparison, *, limit: int, only_trouble: bool) -> None:
-    from grafter.cli.compare_table import print_comparison
-    from grafter.cli.show import make_console
-
-    print_comparison(comparison, make_console(sys.stdout), limit=limit, only_trouble=only_trouble)

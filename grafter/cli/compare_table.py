@@ -1,25 +1,33 @@
-"""The comparison to look at: what was skipped or failed first, a table with a bar per point, the verdict last."""
+"""Prints a comparison: first what was skipped or failed, then a table with a bar per point, at last the verdict."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from grafter.analysis.compare.comparison import Comparison
 from grafter.analysis.compare.comparison_records import FindingRecord, PointRecord
-from grafter.cli.show import log_bar, print_table, printable
+from grafter.cli.console import (
+    bar_blocks,
+    figure,
+    log_bar,
+    print_line,
+    print_rest,
+    print_table,
+    printable,
+    ruled_table,
+)
 
-_STYLE = {"failed": "bold red", "error": "bold red", "allowed": "yellow", "skipped": "dim"}
+_STYLES = {"failed": "bold red", "error": "bold red", "allowed": "yellow", "skipped": "dim"}
 _MOST_FINDINGS = 20
 _CAPTION = "rel of the worst tensor, on a logarithmic scale from 1e-16 to 1; worst row: of its rows (tokens)"
 _OTHER_BITS = "!= some values differ in their bits though rel is 0 or unknown: -0.0 against 0.0, or no numbers"
-_UNKNOWN = "? unknown: not a module's output, or its inputs were not dumped or could not be judged"
-# Of points that were compared, but not with all that either side has.
-_PARTS = {"other_rows": "left out", "missing_ranks": "missing"}
+_UNKNOWN_LEGEND = "? unknown: not a module's output, or its inputs were not dumped or could not be judged"
+# The words for points that were compared, but not with all that either side has.
+_PART_WORDS = {"other_rows": "left out", "missing_ranks": "missing"}
 _NOTES = {"unequal_copies": "copies differ"}
 
 
@@ -27,22 +35,21 @@ def print_comparison(comparison: Comparison, console: Console, *, limit: int = 0
     """Sides, findings, the table, the sentence. limit: at most so many rows; 0: all."""
     header = comparison.header
     for side, role, directory in (("A", header.role_a, header.a), ("B", header.role_b, header.b)):
-        console.print(Text(f"{side}: {printable(directory)} ({role or 'no role'})"), soft_wrap=True)
+        print_line(console, f"{side}: {printable(directory)} ({role or 'no role'})")
     _print_findings(comparison.findings, console)
     rows = [point for point in comparison.points if not only_trouble or point.verdict != "passed"]
     if rows:
         console.print()
         shown = rows[:limit] if limit else rows
-        print_table(point_table(shown, _blocks(console)), console)
-        console.print(Text(_CAPTION, style="italic"), soft_wrap=True)
+        print_table(point_table(shown, bar_blocks(console)), console)
+        print_line(console, _CAPTION, "italic")
         if any(_has_other_bits(point) for point in shown):
-            console.print(Text(_OTHER_BITS, style="italic"), soft_wrap=True)
+            print_line(console, _OTHER_BITS, "italic")
         if any(point.severity == "unknown" for point in shown):
-            console.print(Text(_UNKNOWN, style="italic"), soft_wrap=True)
-        if limit and len(rows) > limit:
-            console.print(Text(f"... and {len(rows) - limit} more (--limit)"))
+            print_line(console, _UNKNOWN_LEGEND, "italic")
+        print_rest(console, rows, limit)
     console.print()
-    console.print(Text(printable(comparison.summary.sentence) + _where_why(comparison), style="bold"), soft_wrap=True)
+    print_line(console, printable(comparison.summary.sentence) + _where_why(comparison), "bold")
 
 
 def _where_why(comparison: Comparison) -> str:
@@ -56,7 +63,7 @@ def _where_why(comparison: Comparison) -> str:
 def _word(finding: FindingRecord) -> str:
     if finding.is_error:
         return "error"
-    return _PARTS.get(finding.what, "skipped") if finding.is_skip else _NOTES.get(finding.what, "note")
+    return _PART_WORDS.get(finding.what, "skipped") if finding.is_skip else _NOTES.get(finding.what, "note")
 
 
 def _print_findings(findings: Sequence[FindingRecord], console: Console) -> None:
@@ -65,14 +72,14 @@ def _print_findings(findings: Sequence[FindingRecord], console: Console) -> None
     )
     for finding in errors_first[:_MOST_FINDINGS]:
         style = "bold red" if finding.is_error else "yellow" if finding.is_skip else ""
-        console.print(Text(f"{_word(finding)}: {printable(finding.text)}", style=style), soft_wrap=True)
+        print_line(console, f"{_word(finding)}: {printable(finding.text)}", style)
     if len(findings) > _MOST_FINDINGS:
-        console.print(Text(f"... and {len(findings) - _MOST_FINDINGS} more findings (--json has all)"))
+        print_line(console, f"... and {len(findings) - _MOST_FINDINGS} more findings (--json has all)")
 
 
 def point_table(points: Iterable[PointRecord], blocks: str) -> Table:
-    """One row per point, in A's execution order; culprits are marked."""
-    table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    """One row per point, in A's execution order; faulty points are marked."""
+    table = ruled_table()
     table.add_column("", width=1)
     table.add_column("point", overflow="fold")
     for column in ("rel", "max_abs", "worst row", "max ulp"):
@@ -86,10 +93,10 @@ def point_table(points: Iterable[PointRecord], blocks: str) -> Table:
         cells = [mark, printable(point.label)]
         rel = values.get("rel")
         unequal = " !=" if _has_other_bits(point) else ""
-        cells += [_number(values.get(name)) + unequal for name in ("rel", "max_abs")]
-        cells += [_number(values.get(name)) for name in ("worst_row_rel", "max_ulp")]
+        cells += [figure(values.get(name)) + unequal for name in ("rel", "max_abs")]
+        cells += [figure(values.get(name)) for name in ("worst_row_rel", "max_ulp")]
         bar = log_bar(float(rel), blocks) if rel is not None else ""
-        table.add_row(*map(Text, cells), Text(bar), Text(verdict), style=_STYLE.get(point.verdict, ""))
+        table.add_row(*map(Text, cells), Text(bar), Text(verdict), style=_STYLES.get(point.verdict, ""))
     return table
 
 
@@ -98,18 +105,6 @@ def _has_other_bits(point: PointRecord) -> bool:
     values = point.values
     nonfinite = values.get("nan") or values.get("inf")
     return bool(values.get("mismatched_fraction")) and not values.get("rel") and not nonfinite
-
-
-def _number(value: float | int | None) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, int):
-        return str(value)
-    return "0" if value == 0 else f"{value:.1e}"
-
-
-def _blocks(console: Console) -> str:
-    return " ▏▎▍▌▋▊▉█" if console.encoding.startswith("utf") else " #"
 
 
 def json_lines(comparison: Comparison) -> Iterable[str]:

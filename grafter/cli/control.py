@@ -1,4 +1,4 @@
-"""`grafter ctl` on the command line: a run that goes on, looked at and changed."""
+"""`grafter ctl` on the command line: shows a run that is in progress, and changes it."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from grafter.cli.command_options import GROUP, ExcludeOption, parse_master
-from grafter.errors import ConfigError, GrafterError, JoinError, UsageError
+from grafter.cli.command_options import EXIT_FAILED, GROUP, ExcludeOption, errors_reported, parse_master
+from grafter.errors import UsageError
 
 if TYPE_CHECKING:
     from grafter.config.control.change import ControlField
     from grafter.wire.control import RunAccess
 
-_EXIT_REFUSED, _EXIT_USAGE = 1, 2
-
 ctl_app = typer.Typer(
     name="ctl",
-    help="Look at a run that goes on, and change its filters, windows and dumps.",
+    help="Look at a run in progress, and change its filters, windows and dumps.",
     **GROUP,
 )
 
 
 class RecorderAction(str, Enum):
+    """What `grafter ctl record` does."""
+
     on = "on"
     off = "off"
     dump_now = "dump-now"
@@ -52,22 +52,22 @@ _Hold = Annotated[
         "--hold", metavar="SECONDS", min=0.1, max=3600, help="How long ranks may be held until it is decided."
     ),
 ]
-# Of `set`. Texts, since an empty one unsets, and the ranks are who reads them.
+# The options of `set`. They are texts, because an empty one unsets, and because the ranks read them.
 _Filter = Annotated[str | None, typer.Option(metavar="EXPR", help="In its place; '' unsets it.")]
 _Stats = Annotated[str | None, typer.Option(metavar="LEVEL", help="full, light or off.")]
 _Start = Annotated[str | None, typer.Option(metavar="N", help="Rows from this position on, where a call has no start.")]
 _NewRowsOnly = Annotated[
-    str | None, typer.Option(metavar="on|off", help="Rows that met before do not count, where a call says nothing.")
+    str | None, typer.Option(metavar="on|off", help="Exchanged rows do not count again, where a call says nothing.")
 ]
 _Windows = Annotated[str | None, typer.Option(metavar="on|off", help="off: every row counts, whatever calls say.")]
 _DumpLevel = Annotated[str | None, typer.Option(metavar="LEVEL", help="full, statistics or checksum.")]
 _DumpSteps = Annotated[str | None, typer.Option(metavar="STEPS", help="Only these are saved: 0-3,10 or 20-.")]
 _DumpMaxBytes = Annotated[str | None, typer.Option(metavar="BYTES", help="A rank saves no more: 512MiB, 10GiB.")]
 _DumpMaxPoints = Annotated[str | None, typer.Option(metavar="N", help="A rank saves no more points.")]
-# Of `dump-next`.
+# The options of `dump-next`.
 _Steps = Annotated[int, typer.Argument(metavar="N", min=1, help="How many steps.")]
 _Points = Annotated[str, typer.Option(metavar="EXPR", help="Which points. Default: all.")]
-# Of `record`.
+# The options of `record`.
 _What = Annotated[
     RecorderAction | None, typer.Argument(metavar="ACTION", help="Leave it out to change the rest alone.")
 ]
@@ -75,15 +75,27 @@ _Threshold = Annotated[int | None, typer.Option(metavar="N", min=0, help="Finish
 
 
 @dataclass(frozen=True)
-class _Target:
+class _GivenRun:
+    """The options of `grafter ctl` that say which run."""
+
     master: str | None
     run: Path | None
     group: str | None
 
 
+@contextmanager
+def _errors_reported() -> Iterator[None]:
+    """Like `errors_reported`, also for a message that no rank would accept, such as a filter that is too long."""
+    with errors_reported("grafter ctl", EXIT_FAILED):
+        try:
+            yield
+        except ValueError as error:
+            raise UsageError(str(error)) from None
+
+
 @ctl_app.callback()
 def ctl(context: typer.Context, master: _Master = None, run: _Run = None, group: _Group = None) -> None:
-    """Look at a run that goes on, and change its filters, windows and dumps, on every rank of both jobs at one step
+    """Look at a run in progress, and change its filters, windows and dumps, on every rank of both jobs at one step
     boundary.
 
     \b
@@ -96,15 +108,14 @@ def ctl(context: typer.Context, master: _Master = None, run: _Run = None, group:
     Exit code: 0 it is in force on all ranks; 1 it was refused, is agreed and not in force yet, or the run is over; 2
     wrong usage, or no run there.
     """
-    context.obj = _Target(master, run, group)
+    context.obj = _GivenRun(master, run, group)
 
 
 @ctl_app.command(short_help="What each rank does, and what is in force.")
 def status(context: typer.Context, as_json: _Json = False) -> None:
     """What each rank does, which step it is in, which settings are in force, and its recorders of requests."""
-    with _errors_told():
-        from rich.console import Console
-
+    with _errors_reported():
+        from grafter.cli.console import make_console
         from grafter.cli.control_table import print_status, status_as_json
 
         access = _open(context)
@@ -112,7 +123,7 @@ def status(context: typer.Context, as_json: _Json = False) -> None:
         if as_json:
             print(status_as_json(access, views))
         else:
-            print_status(Console(width=None if sys.stdout.isatty() else 250), access, views)
+            print_status(make_console(sys.stdout), access, views)
 
 
 @ctl_app.command("set", short_help="Change filters, windows, dumps, or how much is measured.")
@@ -122,15 +133,15 @@ def set_command(
     dump_level: _DumpLevel = None, dump_steps: _DumpSteps = None, dump_max_bytes: _DumpMaxBytes = None,
     dump_max_points: _DumpMaxPoints = None, wait: _Wait = 10.0, hold: _Hold = 10.0,
 ) -> None:  # fmt: skip
-    """Change filters, windows, dumps, or how much is measured. What is not named stays as it is; '' brings a setting
-    back to its default."""
+    """Change filters, windows, dumps, or how much is measured. What is not named does not change; '' sets a setting
+    to its default."""
     given: dict[ControlField, str | None] = {
         "b2t_filter": b2t, "t2b_filter": t2b, "compare_filter": compare, "dump_filter": dump, "stats": stats,
         "start": start, "new_rows_only": new_rows_only, "windows": windows, "dump_level": dump_level,
         "dump_steps": dump_steps, "dump_max_bytes": dump_max_bytes, "dump_max_points": dump_max_points,
     }  # fmt: skip
     settings = {name: value for name, value in given.items() if value is not None}
-    with _errors_told():
+    with _errors_reported():
         from grafter.config.control.change import OPTION_OF
 
         if not settings:
@@ -142,15 +153,13 @@ def set_command(
 @ctl_app.command("off", short_help="No filter matches, and nothing is saved.")
 def off(context: typer.Context, wait: _Wait = 10.0, hold: _Hold = 10.0) -> None:
     """From the next step on no filter matches, and nothing is saved, until `on`."""
-    with _errors_told():
-        _change(context, wait, hold, action="off")
+    _change(context, wait, hold, action="off")
 
 
 @ctl_app.command("on", short_help="The filters as they were before `off`.")
 def on(context: typer.Context, wait: _Wait = 10.0, hold: _Hold = 10.0) -> None:
     """The filters as they were before `off`, with what was set since."""
-    with _errors_told():
-        _change(context, wait, hold, action="on")
+    _change(context, wait, hold, action="on")
 
 
 @ctl_app.command("dump-next", short_help="Save the points of the next N steps.")
@@ -158,8 +167,7 @@ def dump_next(
     context: typer.Context, steps: _Steps, points: _Points = "True", wait: _Wait = 10.0, hold: _Hold = 10.0
 ) -> None:
     """Save the points of the next N steps, the same steps on every rank, besides what the dump filter saves."""
-    with _errors_told():
-        _change(context, wait, hold, action="dump-next", steps=steps, points=points)
+    _change(context, wait, hold, action="dump-next", steps=steps, points=points)
 
 
 @ctl_app.command("record", short_help="Change the recorders of requests in the ranks' processes.")
@@ -172,9 +180,9 @@ def record(
     hold: _Hold = 10.0,
 ) -> None:
     """Switch the recorders of requests (grafter.RequestRecorder) in the ranks' processes on or off, change what they
-    keep, or have them write what is in memory. Refused where no rank has one."""
+    keep, or make them write what is in memory. Refused if no rank has one."""
     switched = None if what in (None, RecorderAction.dump_now) else what is RecorderAction.on
-    with _errors_told():
+    with _errors_reported():
         from grafter.config.control.recorders import RecorderChange
 
         recorders = RecorderChange(
@@ -187,27 +195,29 @@ def record(
 def _open(context: typer.Context) -> RunAccess:
     from grafter.wire.control import RunAccess, place_of_run
 
-    target: _Target = context.obj
+    given: _GivenRun = context.obj
     group = os.environ.get("GRAFTER_GROUP_NAME") or "graft"
-    if target.master is not None and target.run is not None:
+    if given.master is not None and given.run is not None:
         raise UsageError("give --master or --run, not both.")
-    if target.run is not None:
-        address, port, group = place_of_run(target.run)
-    elif target.master is not None:
-        address, port = parse_master(target.master)
+    if given.run is not None:
+        address, port, group = place_of_run(given.run)
+    elif given.master is not None:
+        address, port = parse_master(given.master)
     else:
-        given = os.environ.get("GRAFTER_MASTER_PORT", "").strip()
-        if not given:
+        port_text = os.environ.get("GRAFTER_MASTER_PORT", "").strip()
+        if not port_text:
             raise UsageError("say which run: --master HOST:PORT of its store, or --run DIR.")
-        address, port = parse_master(f"{os.environ.get('GRAFTER_MASTER_ADDRESS', '').strip() or '127.0.0.1'}:{given}")
-    # The client of the store warns of every wait, with a slow look-up of names.
+        address_text = os.environ.get("GRAFTER_MASTER_ADDRESS", "").strip() or "127.0.0.1"
+        address, port = parse_master(f"{address_text}:{port_text}")
+    # The store's client warns about every wait, and looks host names up for it, which is slow.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     secret = os.environ.get("GRAFTER_SECRET", "").strip() or None
-    return RunAccess(address, port, group_name=target.group or group, secret=secret)
+    return RunAccess(address, port, group_name=given.group or group, secret=secret)
 
 
+@_errors_reported()
 def _change(context: typer.Context, wait: float, hold: float, **asked: Any) -> None:
-    """Propose a change of these fields, and tell what became of it."""
+    """Propose a change of these fields, and print its result."""
     from grafter.cli.control_table import describe_effect, recorder_lines
     from grafter.config.control.change import Change
 
@@ -216,7 +226,7 @@ def _change(context: typer.Context, wait: float, hold: float, **asked: Any) -> N
     agreed = access.change(change, seconds=hold)
     if agreed.decision.refused is not None:
         print(f"grafter ctl: change {agreed.number} is refused: {agreed.decision.refused}", file=sys.stderr)
-        raise typer.Exit(_EXIT_REFUSED)
+        raise typer.Exit(EXIT_FAILED)
     print(f"change {agreed.number} is agreed, for step {agreed.decision.step}", flush=True)
     views = access.await_effect(agreed.number, wait)
     text, is_done = describe_effect(agreed, views)
@@ -225,18 +235,4 @@ def _change(context: typer.Context, wait: float, hold: float, **asked: Any) -> N
         for line in recorder_lines(views):
             print(line)
     if not is_done:
-        raise typer.Exit(_EXIT_REFUSED)
-
-
-@contextmanager
-def _errors_told() -> Iterator[None]:
-    try:
-        yield
-    except GrafterError as error:
-        print(f"grafter ctl: {error}", file=sys.stderr)
-        usage = isinstance(error, (ConfigError, UsageError, JoinError))
-        raise typer.Exit(_EXIT_USAGE if usage else _EXIT_REFUSED) from None
-    except ValueError as error:
-        # A message that no rank would take: a filter that is too long, say.
-        print(f"grafter ctl: {error}", file=sys.stderr)
-        raise typer.Exit(_EXIT_USAGE) from None
+        raise typer.Exit(EXIT_FAILED)

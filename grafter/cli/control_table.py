@@ -1,4 +1,4 @@
-"""What `grafter ctl` prints: the ranks as a table or as JSON, and what a change came to."""
+"""What `grafter ctl` prints: the ranks as a table or as JSON, and the result of a change."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from grafter.cli.console import print_line
 from grafter.wire.control import Agreed, RankView, RunAccess, is_in_force
 
 _NO_BOUNDARY = (
     "no rank has ended a step since. A change comes into force where a step ends: with grafter.step(), or by itself in "
-    "a program that never imports grafter (GRAFTER_STEP). A program without steps never takes it over"
+    "a program that never imports grafter (GRAFTER_STEP). In a program without steps it never does"
 )
 
 
@@ -55,27 +56,27 @@ def print_status(console: Console, run: RunAccess, views: Sequence[RankView]) ->
         )
     console.print(table)
     for text, ranks in _grouped(views).items():
-        console.print(Text(f"in force on {ranks}: {text}"))
+        print_line(console, f"in force on {ranks}: {text}")
     steps = sorted({step for view in views if view.state is not None for step in view.state.to_come})
     if steps:
-        console.print(Text(f"agreed, and to come in step {', '.join(map(str, steps))}"))
+        print_line(console, f"agreed, and to come in step {', '.join(map(str, steps))}")
     for line in recorder_lines(views):
-        console.print(Text(line))
+        print_line(console, line)
 
 
 def recorder_lines(views: Sequence[RankView]) -> list[str]:
-    """The recorders of requests that live in the ranks' processes, and which rank has none."""
+    """The recorders of requests in the ranks' processes, and which rank has none."""
     lines = [f"recorder of {view.who}: {one.text}" for view in views if view.state for one in view.state.recorders]
     without = [view.who for view in views if view.state is not None and not view.state.recorders]
     if lines and without:
-        lines.append(f"no recorder of requests lives in the process of {', '.join(without)}")
+        lines.append(f"there is no recorder of requests in the process of {', '.join(without)}")
     elif without:
-        lines.append("no recorder of requests lives in a rank's process")
+        lines.append("there is no recorder of requests in a rank's process")
     return lines
 
 
 def _grouped(views: Sequence[RankView]) -> dict[str, str]:
-    """What is in force -> on which ranks."""
+    """What is in force -> the ranks."""
     found: dict[str, list[str]] = {}
     for view in views:
         if view.state is not None:
@@ -86,7 +87,7 @@ def _grouped(views: Sequence[RankView]) -> dict[str, str]:
 
 
 def _last_point(view: RankView) -> str | None:
-    """The board is only written when a rank waits, so what it says itself is newer."""
+    """The last point of a rank. Its own state is newer than the status board, which is written only when it waits."""
     if view.state is not None:
         return view.state.last_point or None
     return view.line.last_points[-1] if view.line is not None and view.line.last_points else None
@@ -106,20 +107,20 @@ def _doing(view: RankView) -> str:
 
 
 def describe_effect(agreed: Agreed, views: Sequence[RankView]) -> tuple[str, bool]:
-    """What became of an agreed change; and whether it is in force wherever it still can be."""
+    """(the result of an agreed change, whether it is in force on every rank that has not left)."""
     step = agreed.decision.step
     here = [view for view in views if not view.has_left]
-    come = [view for view in here if is_in_force(view, agreed.number)]
+    in_force = [view for view in here if is_in_force(view, agreed.number)]
     head = f"change {agreed.number} is in force from step {step} on"
     if not here:
         return f"change {agreed.number} was agreed for step {step}, and all ranks have left the run", False
-    if len(come) == len(here):
+    if len(in_force) == len(here):
         return f"{head}, on all {len(here)} ranks", True
     steps = [view.state.step for view in here if view.state is not None]
     text = f"change {agreed.number} is agreed: it comes into force in step {step}"
     if steps:
         text += f"; ranks are in step {min(steps)}" + (f" to {max(steps)}" if max(steps) > min(steps) else "")
-    text += f", and {len(come)} of {len(here)} have come to it"
+    text += f", and {len(in_force)} of {len(here)} have reached it"
     if steps and step is not None and max(steps) < step:
         text += f". {_NO_BOUNDARY}"
     return text, False

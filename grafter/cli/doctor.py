@@ -10,17 +10,23 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from grafter.cli.command_options import SetOption, parse_master
-from grafter.errors import GrafterError, UsageError
-from grafter.rank.job_environment import merge_settings
+from grafter.cli.command_options import (
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    SetOption,
+    errors_reported,
+    parse_master,
+    settings_by_field,
+)
+from grafter.errors import UsageError
 
 if TYPE_CHECKING:
     from grafter.cli.doctor_page import Page
     from grafter.tools.doctor.finding import Finding
 
 
-_Baseline = Annotated[str | None, typer.Option(metavar="CMD", help="Examine this command, as the baseline.")]
-_Target = Annotated[str | None, typer.Option(metavar="CMD", help="Examine this command, as the target.")]
+_Baseline = Annotated[str | None, typer.Option(metavar="CMD", help="Check this command, as the baseline.")]
+_Target = Annotated[str | None, typer.Option(metavar="CMD", help="Check this command, as the target.")]
 _Graft = Annotated[str | None, typer.Option(metavar="EXPR", help="For the run of the pair, as in grafter run.")]
 _Compare = Annotated[
     str | None, typer.Option(metavar="EXPR", help="For the run of the pair. Default with no filter: all points.")
@@ -63,38 +69,33 @@ def doctor_command(
     Exit code: 0 no fault; 1 a fault; 2 wrong usage; 130 Ctrl-C.
     """
     # These imports are slow (pydantic, rich), and every command of the program imports this file.
+    from grafter.cli.console import make_console
     from grafter.cli.doctor_page import Page
     from grafter.cli.doctor_page import as_json as findings_as_json
-    from grafter.cli.show import make_console
     from grafter.tools.doctor.finding import has_fault
 
-    filters = {"b2t_filter": b2t, "t2b_filter": t2b, "compare_filter": compare}
-    patterns = ",".join(attach) if attach else None
-    own = {**filters, "transform_path": transform, "attach": patterns, "plan": str(plan.absolute()) if plan else None}
     page = Page(make_console(sys.stderr if as_json else sys.stdout))
     findings: list[Finding] = []
-    exit_code = 2
-    try:
-        settings = merge_settings({field: text for field, text in own.items() if text is not None}, assignments or [])
+    with errors_reported("grafter doctor"):
+        settings = settings_by_field(
+            assignments, attach, b2t_filter=b2t, t2b_filter=t2b, compare_filter=compare, transform_path=transform,
+            plan=plan,
+        )  # fmt: skip
         commands = {role: text for role, text in (("baseline", baseline), ("target", target)) if text is not None}
         if not commands and settings:
             raise UsageError("filters, --attach, --plan and --set go with --baseline CMD and --target CMD.")
-        _look(commands, settings, out, None if master is None else parse_master(master), findings, page)
-        exit_code = 1 if has_fault(findings) else 0
-    except GrafterError as error:
-        typer.echo(f"grafter doctor: {error}", err=True)
-        exit_code = getattr(error, "exit_code", 2)
-    except KeyboardInterrupt:
-        exit_code = 130
-    if exit_code in (0, 1):
-        if as_json:
-            typer.echo(findings_as_json(findings))
-        else:
-            page.verdict(findings)
-    raise typer.Exit(exit_code)
+        try:
+            _check(commands, settings, out, None if master is None else parse_master(master), findings, page)
+        except KeyboardInterrupt:
+            raise typer.Exit(EXIT_INTERRUPTED) from None
+    if as_json:
+        typer.echo(findings_as_json(findings))
+    else:
+        page.verdict(findings)
+    raise typer.Exit(EXIT_FAILED if has_fault(findings) else 0)
 
 
-def _look(
+def _check(
     commands: dict[str, str],
     settings: dict[str, str],
     out: Path | None,
@@ -115,25 +116,25 @@ def _look(
         findings.append(finding)
         page.show(finding)
     if commands and not has_fault(findings):
-        _examine(commands, settings, out or place / time.strftime("doctor-%Y%m%d-%H%M%S"), findings, page)
+        _check_commands(commands, settings, out or place / time.strftime("doctor-%Y%m%d-%H%M%S"), findings, page)
     elif commands:
         page.heading("the commands were not run: remove the faults above first.")
 
 
-def _examine(
+def _check_commands(
     commands: dict[str, str], settings: dict[str, str], out: Path, findings: list[Finding], page: Page
 ) -> None:
-    from grafter.tools.doctor.examination import Examination
-    from grafter.tools.doctor.trials import FILTER_FIELDS
+    from grafter.config.settings.field_types import FILTER_FIELDS
+    from grafter.tools.doctor.checks import CommandChecks
 
-    examination = Examination(
+    checks = CommandChecks(
         commands,
         out=out,
-        settings={field: value for field, value in settings.items() if field not in FILTER_FIELDS},
-        filters={field: value for field, value in settings.items() if field in FILTER_FIELDS},
-        tell=page.progress,
+        settings={field: value for field, value in settings.items() if field not in FILTER_FIELDS.values()},
+        filters={field: value for field, value in settings.items() if field in FILTER_FIELDS.values()},
+        report_progress=page.progress,
     )
     page.heading("the commands" if len(commands) > 1 else "the command")
-    for finding in examination.findings():
+    for finding in checks.findings():
         findings.append(finding)
         page.show(finding)

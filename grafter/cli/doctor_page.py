@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 
 from rich.console import Console
 from rich.text import Text
 
-from grafter.cli.show import printable
+from grafter.cli.console import print_line, printable
 from grafter.tools.doctor.finding import Finding, has_fault
 
 _STYLES = {"ok": "green", "warning": "yellow", "fault": "bold red"}
@@ -24,10 +25,10 @@ class Page:
         self._console = console
 
     def heading(self, text: str) -> None:
-        self._console.print(Text(text, style="bold"), soft_wrap=True)
+        print_line(self._console, text, "bold")
 
     def progress(self, text: str) -> None:
-        self._console.print(Text(text, style="cyan"), soft_wrap=True)
+        print_line(self._console, text, "cyan")
 
     def show(self, finding: Finding) -> None:
         head = Text(finding.level.ljust(_LEVEL_WIDTH), style=_STYLES[finding.level])
@@ -37,7 +38,7 @@ class Page:
             self._print(Text(" " * (_LEVEL_WIDTH + _CHECK_WIDTH + 4)), finding.advice, "-> ")
 
     def verdict(self, findings: Sequence[Finding]) -> None:
-        self._console.print(Text(describe(findings), style="bold"), soft_wrap=True)
+        print_line(self._console, describe(findings), "bold")
 
     def _print(self, head: Text, text: str, mark: str) -> None:
         body = Text(mark + printable(text))
@@ -62,7 +63,7 @@ def describe(findings: Iterable[Finding]) -> str:
 
 def as_json(findings: Sequence[Finding]) -> str:
     return json.dumps(
-        {"fault": has_fault(findings), "findings": [finding.as_dict() for finding in findings]},
+        {"fault": has_fault(findings), "findings": [asdict(finding) for finding in findings]},
         indent=1,
         ensure_ascii=False,
     )

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from grafter.cli.command_options import AttachOption
-from grafter.errors import GrafterError, UsageError
-from grafter.rank.job_environment import parse_settings
+from grafter.cli.command_options import AttachOption, errors_reported, settings_by_field
+from grafter.errors import GrafterError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -57,27 +56,24 @@ def locate_command(
     """
     # These imports are slow (pydantic, rich), and every command of the program imports this file.
     from grafter.analysis.locate.verdict import verdict_as_json
+    from grafter.cli.console import make_console
     from grafter.cli.locate_table import print_verdict
-    from grafter.cli.show import make_console
     from grafter.tools.locate_runner import locate
 
     # With --json, stdout holds only the JSON.
     console = make_console(sys.stderr if as_json else sys.stdout)
     out = out or Path("grafter_out") / time.strftime("locate-%Y%m%d-%H%M%S")
-    try:
+    with errors_reported("grafter locate"):
         verdict = locate(
             baseline,
             target,
             floor=floor,
             points=points,
             out=out,
-            settings=_merge(parse_settings(settings or []), attach or []),
+            settings=settings_by_field(settings, attach),
             console=console,
             quiet=quiet or as_json,
         )
-    except GrafterError as error:
-        typer.echo(f"grafter locate: {error}", err=True)
-        raise typer.Exit(getattr(error, "exit_code", 2)) from None
     if as_json:
         typer.echo(verdict_as_json(verdict))
     else:
@@ -89,21 +85,14 @@ def locate_command(
 
 def _write_report(out: Path, console: Console, *, open_it: bool) -> None:
     """Write the report page, and print its path below the verdict. A failure is reported and changes no exit code."""
-    from rich.text import Text
-
     from grafter.analysis.report.writing import REPORT_NAME, make_page, show_page, write_page
+    from grafter.cli.console import print_line
 
     try:
         write_page(make_page([out]), out / REPORT_NAME)
     except (GrafterError, OSError) as error:
-        console.print(Text(f"report: none, because {error}"), soft_wrap=True)
+        print_line(console, f"report: none, because {error}")
         return
-    console.print(Text(f"report: {out / REPORT_NAME}"), soft_wrap=True)
+    print_line(console, f"report: {out / REPORT_NAME}")
     if open_it:
         show_page(out / REPORT_NAME)
-
-
-def _merge(settings: dict[str, str], patterns: list[str]) -> dict[str, str]:
-    if patterns and "attach" in settings:
-        raise UsageError("attach is given twice, by --attach and by --set; give it once.")
-    return {**settings, "attach": ",".join(patterns)} if patterns else settings

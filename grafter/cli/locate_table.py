@@ -5,16 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from grafter.analysis.locate.verdict import PointVerdict, Verdict, describe_number
-from grafter.cli.show import print_table
+from grafter.cli.console import print_line, print_table, ruled_table
 
 BAR_WIDTH = 20
-_CAPTION = "differences are `rel`, the worst over steps and ranks; bars are logarithmic"
+_SCALE_CAPTION = "differences are `rel`, the worst over steps and ranks; bars are logarithmic"
 # Room on either side of the scale, in decades, so that the smallest difference still shows.
 _MARGIN_DECADES = 1.0
 
@@ -24,26 +23,22 @@ def print_verdict(verdict: Verdict, console: Console) -> None:
 
     The table fits 80 columns. Sentences stay on one line, so that a program that reads a pipe finds them whole.
     """
-    console.print(Text(verdict.inputs), soft_wrap=True)
+    print_line(console, verdict.inputs)
     console.print()
     print_table(verdict_table(verdict, "\u2588" if console.encoding.startswith("utf") else "#"), console)
-    console.print(Text(_CAPTION, style="italic"), soft_wrap=True)
+    print_line(console, _SCALE_CAPTION, "italic")
     for point in verdict.points:
         if point.note is not None:
-            console.print(Text(f"{point.point}: {point.note}", style="yellow"), soft_wrap=True)
+            print_line(console, f"{point.point}: {point.note}", "yellow")
     for note in verdict.notes:
-        console.print(Text(f"note: {note}", style="yellow"), soft_wrap=True)
+        print_line(console, f"note: {note}", "yellow")
     console.print()
-    console.print(Text(verdict.sentence, style="bold"), soft_wrap=True)
+    print_line(console, verdict.sentence, "bold")
 
 
 def verdict_table(verdict: Verdict, bar: str = "#") -> Table:
     """One row per point, in the baseline's order; points that add error are marked."""
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        collapse_padding=True,
-        pad_edge=False,
-    )
+    table = ruled_table()
     table.add_column("", width=1)
     table.add_column("layer", overflow="fold")
     table.add_column("difference\nleft alone", justify="right")

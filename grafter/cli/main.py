@@ -1,7 +1,8 @@
 """The command line: `grafter run`, `grafter show`, `grafter compare`, `grafter report`, `grafter locate`, ...
 
-A command is one function below, registered with `app.command`; it does its work inside `errors_told()`, which turns
-grafter's own errors into text and an exit code. What is slow to import (torch, rich, pydantic) is imported inside.
+A command is one function, here or in its own file, registered with `app.command`; it does its work inside
+`errors_reported`, which turns grafter's own errors into text and an exit code. What is slow to import (torch, rich,
+pydantic) is imported inside.
 """
 
 from __future__ import annotations
@@ -10,8 +11,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -19,7 +19,15 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from grafter.cli.command_options import GROUP, AttachOption, SetOption, parse_master
+from grafter.cli.command_options import (
+    EXIT_FAILED,
+    GROUP,
+    AttachOption,
+    SetOption,
+    errors_reported,
+    parse_master,
+    settings_by_field,
+)
 from grafter.cli.compare import compare_command
 from grafter.cli.control import ctl_app
 from grafter.cli.doctor import doctor_command
@@ -27,15 +35,12 @@ from grafter.cli.locate import locate_command
 from grafter.cli.plan_suggest import plan_app
 from grafter.cli.report import report_command
 from grafter.cli.requests import record_command, replay_command
-from grafter.errors import ConfigError, GrafterError, JoinError, UsageError
-from grafter.rank.job_environment import merge_settings
+from grafter.errors import UsageError
 from grafter.version import VERSION
 
 if TYPE_CHECKING:
-    from grafter.tools.launch.launcher import PairResult
+    from grafter.tools.launch.pair_result import PairResult
 
-EXIT_FAILED = 1
-EXIT_USAGE = 2
 _SUMMARY_ROWS = 40
 _OPTION_BY_VARIABLE = {
     "GRAFTER_B2T_FILTER": "--b2t",
@@ -57,11 +62,15 @@ app = typer.Typer(
 
 
 class RoleChoice(str, Enum):
+    """The values of --role."""
+
     baseline = "baseline"
     target = "target"
 
 
 class SortChoice(str, Enum):
+    """The values of --sort."""
+
     time = "time"
     rel = "rel"
     max_abs = "max_abs"
@@ -73,20 +82,8 @@ def main() -> None:
     app(prog_name="grafter")
 
 
-@contextmanager
-def errors_told() -> Iterator[None]:
-    """Tell grafter's own errors as plain text: exit code 2 for what the user wrote, 1 for what went wrong."""
-    try:
-        yield
-    except GrafterError as error:
-        print(f"grafter: {_in_options(str(error))}", file=sys.stderr)
-        # A store that cannot be hosted is a port that the user chose, or left to choice.
-        usage = isinstance(error, (ConfigError, UsageError, JoinError))
-        raise typer.Exit(EXIT_USAGE if usage else EXIT_FAILED) from None
-
-
 def _in_options(text: str) -> str:
-    """Errors name variables; on the command line, what was not set by one was set by its option."""
+    """The text of an error with options for variables: what no variable sets, an option has set."""
     for variable, option in _OPTION_BY_VARIABLE.items():
         if not os.environ.get(variable, "").strip():
             text = re.sub(rf"{variable}(?![=\w])", option, text)
@@ -165,7 +162,7 @@ def run(
     record: _Record = None,
     peer: _Peer = None,
 ) -> None:
-    """Run both jobs, let tensors cross, and print what became of each point.
+    """Run both jobs, let tensors cross, and print the outcome of each point.
 
     Commands are split into words by a shell's quoting rules, but given to no shell: use bash -c '...' for cd, && or |.
 
@@ -186,29 +183,29 @@ def run(
     Exit code: 0 fine; 1 a point failed, the jobs disagreed, a job failed, or nothing was grafted or compared;
     2 wrong usage; 130 Ctrl-C.
     """
-    with errors_told():
-        filters = {"b2t_filter": b2t, "t2b_filter": t2b, "compare_filter": compare, "dump_filter": dump}
-        patterns = ",".join(attach) if attach else None
-        own = {**filters, "transform_path": transform, "attach": patterns, "plan": str(plan) if plan else None}
-        settings = merge_settings({field: text for field, text in own.items() if text is not None}, assignments or [])
+    with errors_reported("grafter", EXIT_FAILED, _in_options):
+        settings = settings_by_field(
+            assignments, attach, b2t_filter=b2t, t2b_filter=t2b, compare_filter=compare, dump_filter=dump,
+            transform_path=transform, plan=plan,
+        )  # fmt: skip
         if record is not None:
             _refuse({"--out": out, "--name": name}, "does not go with --record, whose DIR is where the run goes")
             settings["record"] = "1"
             out, name = record.absolute().parent, record.name
-        ends = _Ends(settings, out, name, peer)
+        options = _RunOptions(settings, out, name, peer)
         if role is None:
             away = {"--host-store": host_store, "--address": address, "--master": master, "-- CMD": command}
             _refuse(away, "needs --role")
-            _end(ends.run_pair(baseline, target))
+            _end(options.run_pair(baseline, target))
         else:
             jobs = {"--baseline": baseline, "--target": target}
             _refuse(jobs, "does not go with --role; write the command after `--`")
-            _end(ends.run_side(role.value, command or [], host_store, address, master))
+            _end(options.run_side(role.value, command or [], host_store, address, master))
 
 
 @dataclass(frozen=True)
-class _Ends:
-    """What both ways to run have: settings by field, where the run goes, its name, the recording that is played."""
+class _RunOptions:
+    """The options of a run of both jobs and of one side: settings by field, --out, --name, and --peer."""
 
     settings: dict[str, str]
     out: Path | None
@@ -251,7 +248,7 @@ def _end(result: PairResult) -> NoReturn:
     from grafter.cli.show import report_run
 
     if result.stop_signal == signal.SIGPIPE:
-        # Nobody reads any more; Python would complain again when it flushes stdout at exit.
+        # The reader is gone; Python would complain again when it flushes stdout at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     raise typer.Exit(report_run(result, sys.stdout, limit=_SUMMARY_ROWS))
 
@@ -262,7 +259,7 @@ def _refuse(options: Mapping[str, object], why: str) -> None:
             raise UsageError(f"{option} {why}.")
 
 
-@app.command("show", short_help="Show what became of each point of a run.")
+@app.command("show", short_help="Show the outcome of each point of a run.")
 def show(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A run, or the --out directory: its newest run.")],
     all_ranks: Annotated[bool, typer.Option("--all-ranks", help="A row per point and rank, senders too.")] = False,
@@ -271,12 +268,12 @@ def show(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line and nothing else.")] = False,
     limit: Annotated[int, typer.Option(metavar="N", min=0, help="At most N rows a table; 0: all.")] = 0,
 ) -> None:
-    """Show what became of each point of a run: outcome, difference, and why points failed.
+    """Show each point of a run: outcome, difference, and why points failed.
 
     A row is one point over all ranks: the worst receiver's worst tensor. rel = sum((x-y)^2) / sum(x^2+y^2), and the bar
     shows it on a logarithmic scale from 1e-16 to 1. In a pipe the tables are plain and not wrapped.
     """
-    with errors_told():
+    with errors_reported("grafter", EXIT_FAILED, _in_options):
         from grafter.analysis.run.run_summary import find_run, read_run_summary
 
         summary = read_run_summary(find_run(directory), all_ranks)
@@ -298,7 +295,7 @@ app.add_typer(plan_app)
 app.add_typer(ctl_app)
 app.command("doctor", short_help="Is this machine, is this pair of commands, able to graft?")(doctor_command)
 app.command("record", short_help="Record the requests of a server, as a proxy before it.")(record_command)
-app.command("replay", short_help="Send recorded requests again, and tell what differs.")(replay_command)
+app.command("replay", short_help="Send recorded requests again, and report what differs.")(replay_command)
 
 
 if __name__ == "__main__":

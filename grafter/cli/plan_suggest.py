@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from grafter.cli.command_options import GROUP
-from grafter.errors import GrafterError, UsageError
-from grafter.store.written_files import write_whole
+from grafter.cli.command_options import GROUP, errors_reported
+from grafter.errors import UsageError
 
 if TYPE_CHECKING:
     from grafter.capture.module_tree import ModuleTree
@@ -53,7 +52,7 @@ def suggest_command(
     from grafter.analysis.plan_suggest.plan_text import plan_text
     from grafter.analysis.plan_suggest.tree_matching import match_trees
 
-    try:
+    with errors_reported("grafter plan suggest"):
         if out is not None and out.exists() and not force:
             raise UsageError(f"{out} exists already; give another name, or --force to replace it.")
         baseline, target = _read(sources)
@@ -68,9 +67,6 @@ def suggest_command(
             typer.echo(text, nl=False)
         else:
             _write(out, text)
-    except GrafterError as error:
-        typer.echo(f"grafter plan suggest: {error}", err=True)
-        raise typer.Exit(2) from None
     if out is not None:
         typer.echo(f"{out}: {len(suggestion.pairs)} pairs, {len(suggestion.left)} modules left out", err=True)
     # The models themselves are a pair, whatever they contain.
@@ -92,6 +88,8 @@ def _read(sources: list[Path]) -> tuple[list[ModuleTree], list[ModuleTree]]:
 
 
 def _write(path: Path, text: str) -> None:
+    from grafter.store.written_files import write_whole
+
     try:
         write_whole(path, text)
     except OSError as error:

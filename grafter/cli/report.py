@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from grafter.errors import ConfigError, GrafterError, UsageError
+from grafter.cli.command_options import EXIT_FAILED, errors_reported
+from grafter.errors import UsageError
 
 
 def report_command(
@@ -39,7 +40,7 @@ def report_command(
     # These imports are slow (torch, pydantic), and every command of the program imports this file.
     from grafter.analysis.report.writing import REPORT_NAME, make_page, page_directory, show_page, write_page
 
-    try:
+    with errors_reported("grafter report", EXIT_FAILED):
         if out is not None:
             _refuse_wrong_out(out)
         page = make_page(places)
@@ -51,9 +52,6 @@ def report_command(
 
             count = write_scalars(page.points, tensorboard)
             typer.echo(f"TensorBoard: {count} values in {tensorboard}; tensorboard --logdir {tensorboard}")
-    except GrafterError as error:
-        typer.echo(f"grafter report: {error}", err=True)
-        raise typer.Exit(2 if isinstance(error, (UsageError, ConfigError)) else 1) from None
     if open_it and not show_page(path):
         typer.echo("grafter report: there is no display, so the page was written but not opened.", err=True)
 

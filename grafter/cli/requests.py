@@ -14,16 +14,21 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from grafter.cli.command_options import ExcludeOption, JsonLinesOption, RowLimitOption, progress_bar
-from grafter.errors import GrafterError, UsageError
+from grafter.cli.command_options import (
+    EXIT_INTERRUPTED,
+    ExcludeOption,
+    JsonLinesOption,
+    RowLimitOption,
+    errors_reported,
+    progress_bar,
+)
+from grafter.errors import UsageError
 
 if TYPE_CHECKING:
-    from grafter.tools.requests.judgement import Outcome
-    from grafter.tools.requests.reading import Place, Recording
+    from grafter.tools.requests.reading import RequestPlace, RequestRecording
     from grafter.tools.requests.replay import ReplayOptions
+    from grafter.tools.requests.reply_comparison import ReplayOutcome
 
-_EXIT_COULD_NOT = 2
-_EXIT_INTERRUPTED = 130
 # What the proxy and the replay need beside grafter.
 _EXTRA_PACKAGES = ("httpx", "starlette", "uvicorn", "h11")
 
@@ -60,26 +65,22 @@ def record_command(
     Streams pass through as they arrive. Secrets in headers are never written. Ctrl-C and SIGTERM write what is in
     memory and end the proxy; SIGUSR1 only writes it.
     """
-    try:
+    with errors_reported("grafter record"):
         _need_extra("grafter record")
         from grafter.tools.requests.recorder import DEFAULT_EXCLUDE, RequestRecorder
         from grafter.tools.requests.serving import check_url, default_directory, serve
 
         url = check_url(upstream, "--upstream")
         directory = out or default_directory(time.strftime("%Y%m%d-%H%M%S"))
-        recorder = RequestRecorder(directory, threshold, exclude=DEFAULT_EXCLUDE if exclude is None else exclude)
-    except (GrafterError, OSError) as error:
-        typer.echo(f"grafter record: {error}", err=True)
-        raise typer.Exit(_EXIT_COULD_NOT) from None
-    try:
-        serve(url, host, port, recorder, body_limit << 20, lambda text: print(text, file=sys.stderr, flush=True))
-    except GrafterError as error:
-        typer.echo(f"grafter record: {error}", err=True)
-        raise typer.Exit(_EXIT_COULD_NOT) from None
-    except KeyboardInterrupt:
-        raise typer.Exit(_EXIT_INTERRUPTED) from None
-    finally:
-        recorder.close()
+        try:
+            recorder = RequestRecorder(directory, threshold, exclude=DEFAULT_EXCLUDE if exclude is None else exclude)
+        except OSError as error:
+            raise UsageError(f"--out {directory}: {error}") from None
+        with recorder:
+            try:
+                serve(url, host, port, recorder, body_limit << 20, lambda text: typer.echo(text, err=True))
+            except KeyboardInterrupt:
+                raise typer.Exit(EXIT_INTERRUPTED) from None
 
 
 _Recording = Annotated[Path, typer.Argument(metavar="FILE|DIR", help="A file of a recording, or all of a directory.")]
@@ -120,14 +121,14 @@ def replay_command(
 
     Exit code: 0 no answer differs; 1 an answer differs, or a server failed; 2 it could not be judged; 130 Ctrl-C.
     """
-    try:
+    with errors_reported("grafter replay"):
         _need_extra("grafter replay")
+        from grafter.cli.console import make_console
         from grafter.cli.requests_table import json_lines, print_replay
-        from grafter.cli.show import make_console
         from grafter.tools.requests.call import Forcing
-        from grafter.tools.requests.judgement import summarise
-        from grafter.tools.requests.reading import Recording
+        from grafter.tools.requests.reading import RequestRecording
         from grafter.tools.requests.replay import ReplayOptions, choose
+        from grafter.tools.requests.reply_comparison import summarise
         from grafter.tools.requests.serving import check_url
 
         urls = [check_url(url, "--to") for url in to]
@@ -135,27 +136,24 @@ def replay_command(
             raise UsageError(f"--to is given {len(urls)} times; two servers are compared with each other at most.")
         forcing = Forcing(not no_force_length, ignore_eos, min_tokens)
         options = ReplayOptions(speed, concurrency, forcing, read_headers(header or []), logprob_tolerance)
-        found = Recording(recording)
+        found = RequestRecording(recording)
         outcomes, is_whole = _replay(found, choose(found.places, only or []), urls, options)
-    except GrafterError as error:
-        typer.echo(f"grafter replay: {error}", err=True)
-        raise typer.Exit(_EXIT_COULD_NOT) from None
     summary = summarise(outcomes, len(urls))
     if as_json:
         for line in json_lines(outcomes, summary, urls):
             typer.echo(line)
     else:
         print_replay(outcomes, summary, urls, make_console(sys.stdout), limit=limit)
-    raise typer.Exit(summary.exit_code if is_whole else _EXIT_INTERRUPTED)
+    raise typer.Exit(summary.exit_code if is_whole else EXIT_INTERRUPTED)
 
 
 def _replay(
-    recording: Recording, places: Sequence[Place], urls: Sequence[str], options: ReplayOptions
-) -> tuple[list[Outcome], bool]:
+    recording: RequestRecording, places: Sequence[RequestPlace], urls: Sequence[str], options: ReplayOptions
+) -> tuple[list[ReplayOutcome], bool]:
     """The outcomes, and whether they are complete: Ctrl-C may have interrupted the replay."""
     from grafter.tools.requests.replay import replay
 
-    outcomes: list[Outcome] = []
+    outcomes: list[ReplayOutcome] = []
     with progress_bar("replaying", "requests", len(places)) as progress:
         try:
             asyncio.run(replay(recording, places, urls, options, progress, outcomes))

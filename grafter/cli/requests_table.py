@@ -4,40 +4,38 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from grafter.cli.show import printable
-from grafter.tools.requests.judgement import Outcome, Summary
+from grafter.cli.console import print_line, print_rest, printable, ruled_table
+from grafter.tools.requests.reply_comparison import ReplayOutcome, ReplaySummary
 
-_STYLE = {"different": "bold red", "failed": "bold red", "not_sent": "yellow", "not_compared": "dim"}
+_STYLES = {"different": "bold red", "failed": "bold red", "not_sent": "yellow", "not_compared": "dim"}
 _LATE_SECONDS = 0.1
 
 
 def print_replay(
-    outcomes: Sequence[Outcome], summary: Summary, urls: Sequence[str], console: Console, *, limit: int
+    outcomes: Sequence[ReplayOutcome], summary: ReplaySummary, urls: Sequence[str], console: Console, *, limit: int
 ) -> None:
     """Print one row for each request that is not the same, then the counts. limit: at most so many rows; 0: all."""
-    sides = list(zip(("A", "B"), urls, strict=False)) if len(urls) == 2 else [("A", urls[0])]
-    for side, url in sides:
-        console.print(Text(f"{side}: {printable(url)}"), soft_wrap=True)
+    for side, url in zip("AB", urls, strict=False):
+        print_line(console, f"{side}: {printable(url)}")
     rows = [outcome for outcome in outcomes if outcome.verdict != "same"]
     if rows:
         console.print()
         console.print(_table(rows[:limit] if limit else rows))
-        if limit and len(rows) > limit:
-            console.print(Text(f"... and {len(rows) - limit} more (--limit)"))
+        print_rest(console, rows, limit)
     console.print()
     for note in _notes(outcomes):
-        console.print(Text(note), soft_wrap=True)
-    console.print(Text(summary.sentence, style="bold"), soft_wrap=True)
+        print_line(console, note)
+    print_line(console, summary.sentence, "bold")
 
 
-def _table(rows: Sequence[Outcome]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+def _table(rows: Sequence[ReplayOutcome]) -> Table:
+    table = ruled_table()
     for column in ("#", "first char", "first token", "logprob"):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
@@ -47,7 +45,7 @@ def _table(rows: Sequence[Outcome]) -> Table:
         logprob = "-" if row.logprob is None else f"{row.logprob:.2g}"
         cells = [str(row.number), _position(row.first_char), _position(row.first_token), logprob]
         cells += [row.verdict.replace("_", " "), printable(row.id), printable("; ".join(row.reasons))]
-        table.add_row(*map(Text, cells), style=_STYLE.get(row.verdict, ""))
+        table.add_row(*map(Text, cells), style=_STYLES.get(row.verdict, ""))
     return table
 
 
@@ -55,7 +53,7 @@ def _position(value: int | None) -> str:
     return "-" if value is None else str(value)
 
 
-def _notes(outcomes: Sequence[Outcome]) -> Iterator[str]:
+def _notes(outcomes: Sequence[ReplayOutcome]) -> Iterator[str]:
     late = [outcome.late for outcome in outcomes if outcome.late > _LATE_SECONDS]
     if late:
         yield f"{len(late)} requests were sent late, by up to {max(late):.1f} s: --concurrency, or this machine."
@@ -64,10 +62,10 @@ def _notes(outcomes: Sequence[Outcome]) -> Iterator[str]:
         yield f"{forced} requests were sent with the recorded output's length."
 
 
-def json_lines(outcomes: Sequence[Outcome], summary: Summary, urls: Sequence[str]) -> Iterator[str]:
+def json_lines(outcomes: Sequence[ReplayOutcome], summary: ReplaySummary, urls: Sequence[str]) -> Iterator[str]:
     """The lines of `--json`: one per request, then the summary."""
     for outcome in outcomes:
-        yield json.dumps({"kind": "request", **outcome.as_json()}, ensure_ascii=False)
+        yield json.dumps({"kind": "request", **asdict(outcome)}, ensure_ascii=False)
     yield json.dumps(
         {"kind": "summary", "servers": list(urls), "counts": summary.counts, "exit_code": summary.exit_code}
     )

@@ -1,9 +1,7 @@
-"""The ledger of a run as tables: what failed and why, then each point with its difference and a bar to look at."""
+"""The ledger of a run as tables: what failed and why, then each point with its difference and a bar."""
 
 from __future__ import annotations
 
-import math
-import os
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -16,18 +14,22 @@ from rich.text import Text
 from grafter.analysis.run.point_rows import PointRow
 from grafter.analysis.run.run_findings import find_problems
 from grafter.analysis.run.run_summary import RunSummary, describe_counts, read_run_summary
+from grafter.cli.console import (
+    LOG_BAR_WIDTH,
+    bar_blocks,
+    figure,
+    log_bar,
+    make_console,
+    print_line,
+    print_rest,
+    printable,
+)
 from grafter.core.processes import describe_exit
 from grafter.store.ledger import read_summaries
-from grafter.tools.launch.launcher import PairResult
+from grafter.tools.launch.pair_result import PairResult
 
-SORT_ORDERS = ("time", "rel", "max_abs", "seconds")
-# float64's own resolution squared is far below; what lies under 1e-16 looks like no difference.
-_BAR_FLOOR = 1e-16
-_BAR_WIDTH = 8
-_EIGHTHS = " ▏▎▍▌▋▊▉█"
-_NARROW = 100
-# Where nobody limits the width, names are not wrapped, so that grep finds them.
-_PIPE_WIDTH = 250
+# Below this width, the table leaves columns out.
+_NARROW_COLUMNS = 100
 _OUTCOME_STYLE = {
     "failed": "bold red", "no figures": "bold red", "skipped": "yellow", "sent": "dim", "posted": "dim",
     "missed": "yellow", "expired": "yellow", "displaced": "yellow",
@@ -43,79 +45,42 @@ def show_run(
     limit: int = 0,
     with_ranks: bool = False,
 ) -> None:
-    """Print the tables and notes. `sort` is one of SORT_ORDERS; `limit` 0 shows all; `with_ranks` adds a column."""
+    """Print the tables and notes. `sort`: as for `choose_rows`; `limit` 0 shows all; `with_ranks` adds a column."""
     console = make_console(stream)
     rows = choose_rows(summary.rows, sort=sort, only_trouble=False)
     trouble = [row for row in rows if row.is_trouble]
     well = [row for row in rows if not row.is_trouble]
-    console.print(Text(f"{summary.run_directory}: {describe_counts(summary)}"), soft_wrap=True)
+    print_line(console, f"{summary.run_directory}: {describe_counts(summary)}")
     if trouble:
         console.print(_trouble_table(_limited(trouble, limit), with_ranks))
-        _tell_more(console, len(trouble), limit)
+        print_rest(console, trouble, limit)
     if well and not only_trouble:
         console.print(_point_table(_limited(well, limit), console, with_ranks))
-        _tell_more(console, len(well), limit)
+        print_rest(console, well, limit)
     for title, sentences in (("notes", summary.notes), ("problems", summary.problems)):
         if sentences:
-            console.print(Text(f"{title}:"))
+            print_line(console, f"{title}:")
         for sentence in sentences:
-            console.print(Text("  " + printable(sentence, keep_lines=True).replace("\n", "\n    ")), soft_wrap=True)
+            print_line(console, "  " + printable(sentence, keep_lines=True).replace("\n", "\n    "))
 
 
 def choose_rows(rows: Sequence[PointRow], *, sort: str, only_trouble: bool, limit: int = 0) -> list[PointRow]:
-    """The rows in the order asked for: as they happened, or the worst first (rows without a difference last)."""
+    """The rows by `sort`: time (as they happened), or rel, max_abs, seconds: the largest first, unknown ones last."""
     chosen = [row for row in rows if row.is_trouble or not only_trouble]
-    if sort == "rel":
-        chosen.sort(key=lambda row: (row.nonfinite > 0, -1.0 if row.rel is None else row.rel), reverse=True)
-    elif sort == "max_abs":
-        chosen.sort(key=lambda row: (row.nonfinite > 0, -1.0 if row.max_abs is None else row.max_abs), reverse=True)
-    elif sort == "seconds":
+    if sort == "seconds":
         chosen.sort(key=lambda row: row.seconds, reverse=True)
+    elif sort in ("rel", "max_abs"):
+
+        def size(row: PointRow) -> tuple[bool, float]:
+            value = row.rel if sort == "rel" else row.max_abs
+            return row.nonfinite > 0, -1.0 if value is None else value
+
+        chosen.sort(key=size, reverse=True)
     return _limited(chosen, limit)
 
 
-def make_console(stream: TextIO) -> Console:
-    """Coloured and as wide as the terminal, or plain and as wide as its content (or as COLUMNS says) in a pipe."""
-    if stream.isatty():
-        return Console(file=stream, highlight=False)
-    columns = os.environ.get("COLUMNS", "")
-    width = int(columns) if columns.isdigit() and int(columns) > 0 else _PIPE_WIDTH
-    # Only a terminal gets escape sequences, whatever FORCE_COLOR says.
-    return Console(file=stream, highlight=False, force_terminal=False, no_color=True, color_system=None, width=width)
-
-
-def print_table(table: Table, console: Console) -> None:
-    """Print it; in a pipe without the blanks that fill its lines up."""
-    if console.is_terminal:
-        console.print(table)
-        return
-    with console.capture() as captured:
-        console.print(table)
-    for line in captured.get().splitlines():
-        console.print(Text(line.rstrip()), soft_wrap=True)
-
-
-def log_bar(rel: float | None, blocks: str = _EIGHTHS) -> str:
-    """`rel` on a logarithmic scale: empty at 1e-16 and below, two powers of ten a character, full at 1 and above."""
-    if rel is None or not rel > _BAR_FLOOR:
-        return ""
-    filled = min(1.0, 1 - math.log10(rel) / math.log10(_BAR_FLOOR))
-    units = max(1, round(filled * _BAR_WIDTH * (len(blocks) - 1)))
-    whole, rest = divmod(units, len(blocks) - 1)
-    return blocks[-1] * whole + (blocks[rest] if rest else "")
-
-
-def printable(text: str, keep_lines: bool = False) -> str:
-    """Text of a user's program with what a terminal would obey (escape sequences, line ends) made visible."""
-    return "".join(
-        c if c.isprintable() or (keep_lines and c == "\n") else c.encode("unicode_escape").decode() for c in text
-    )
-
-
 def _point_table(rows: Sequence[PointRow], console: Console, with_ranks: bool) -> Table:
-    narrow = console.width < _NARROW
-    # An old terminal's encoding may have no blocks.
-    blocks = _EIGHTHS if (console.encoding or "").lower().startswith("utf") else " #"
+    narrow, blocks = console.width < _NARROW_COLUMNS, bar_blocks(console)
     table = _table(with_ranks)
     table.add_column("shape", no_wrap=not narrow, overflow="fold")
     table.add_column("rel", justify="right", no_wrap=True)
@@ -123,9 +88,9 @@ def _point_table(rows: Sequence[PointRow], console: Console, with_ranks: bool) -
     if not narrow:
         table.add_column("cosine", justify="right", no_wrap=True)
         table.add_column("seconds", justify="right", no_wrap=True)
-    table.add_column("1e-16..1", no_wrap=True, min_width=_BAR_WIDTH)
+    table.add_column("1e-16..1", no_wrap=True, min_width=LOG_BAR_WIDTH)
     for row in rows:
-        cells = [_shape(row), *(_number(figure) + _mark(row) for figure in (row.rel, row.max_abs))]
+        cells = [_shape(row), *(figure(value) + _mark(row) for value in (row.rel, row.max_abs))]
         if not narrow:
             cells += ["" if row.cosine is None else f"{row.cosine:.6f}", f"{row.seconds:.4f}"]
         table.add_row(*_first_cells(row, with_ranks), *(Text(cell) for cell in cells), log_bar(row.rel, blocks))
@@ -170,12 +135,6 @@ def _shape(row: PointRow) -> str:
     return f"{printable(row.leaf)}: {shape}" if row.leaf else shape
 
 
-def _number(value: float | None) -> str:
-    if value is None:
-        return "-"
-    return "0" if value == 0 else f"{value:.1e}"
-
-
 def _mark(row: PointRow) -> str:
     """What a figure alone would hide: unequal NaN or Inf, or other bits where rel is 0 or unknown."""
     if row.nonfinite:
@@ -187,21 +146,13 @@ def _limited(rows: Sequence[PointRow], limit: int) -> list[PointRow]:
     return list(rows[:limit] if limit else rows)
 
 
-def _tell_more(console: Console, count: int, limit: int) -> None:
-    if limit and count > limit:
-        console.print(Text(f"... and {count - limit} more (--limit)"))
-
-
-# The end of `grafter run`: the summary table, what went wrong, and the exit code.
-
-
 def report_run(result: PairResult, stream: TextIO, limit: int = 0) -> int:
     """Print what the run recorded; return the exit code of `grafter run`: 0, 1, or 128 + the signal that ended it."""
     summary = _read(result)
     if result.stop_signal is None:
         problems = [*_job_problems(result), *_recording_problems(result), *summary.problems]
     else:
-        # How the jobs ended, and that little was grafted, is then no news.
+        # The signal explains how the jobs ended, and that little was grafted.
         problems = [f"the run was ended by {signal.Signals(result.stop_signal).name}."]
         problems += find_problems(summary.rows, []) if summary.rows else []
     show_run(replace(summary, problems=problems), stream, limit=limit)
@@ -214,12 +165,12 @@ def report_run(result: PairResult, stream: TextIO, limit: int = 0) -> int:
 def _read(result: PairResult) -> RunSummary:
     if result.run_directory.is_dir():
         return read_run_summary(result.run_directory)
-    # Taken away because nothing was written into it.
+    # The directory was removed, because nothing was written to it.
     return RunSummary(result.run_directory, [], [], find_problems([], [], result.attach))
 
 
 def _recording_problems(result: PairResult) -> list[str]:
-    """A graft later would skip what is not there now."""
+    """What the recording lacks: a later graft from it would skip those points."""
     if not result.is_recorded or not result.run_directory.is_dir():
         return []
     lost = [
@@ -231,7 +182,7 @@ def _recording_problems(result: PairResult) -> list[str]:
 
 
 def _job_problems(result: PairResult) -> list[str]:
-    """Which job failed by itself; one that the launcher ended is not to blame for how it ended."""
+    """Which job failed by itself, and which one the launcher ended."""
     problems = []
     if result.failed_role is not None:
         problems.append(f"the {result.failed_role} job {describe_exit(result.exit_codes[result.failed_role])}.")

@@ -15,10 +15,15 @@ STARTUP_DIRECTORY = str(Path(__file__).parent / "autoattach" / "startup")
 
 # Variables of a torchrun or another launcher around this process. A job that inherited them would act as a rank of that
 # world. torchrun passes TORCHELASTIC_USE_AGENT_STORE on, which makes env:// hang.
-_INHERITED_WORLD = frozenset({"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"}) | frozenset(
-    {"GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_WORLD_SIZE", "ROLE_NAME"}
+_INHERITED_WORLD = frozenset(
+    {
+        *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
+        *("GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_WORLD_SIZE", "ROLE_NAME"),
+    }
 )
 _INHERITED_WORLD_PREFIXES = ("MASTER_", "TORCHELASTIC_")
+# A store's place for an environment that is only checked and starts no job: any legal port does.
+ANY_MASTER = ("127.0.0.1", 1)
 # The settings that `grafter run` itself decides, and the option for each.
 _OWN_FIELDS = {
     "enable": "leave it out: the jobs run with grafting on",
@@ -43,13 +48,13 @@ def job_environment(
     settings: Mapping[str, str],
     *,
     master: tuple[str, int] | None,
-    directory: str | None,
-    run_name: str | None,
+    directory: str | None = None,
+    run_name: str | None = None,
 ) -> dict[str, str]:
     """`inherited` without the variables of another world or run, plus those that make this job a side of the run.
 
     `settings` are fields of GrafterConfig by name; an empty value unsets an inherited one. If `directory` is None,
-    GRAFTER_DIR is inherited or comes from the plan file. `master` None: a job that exchanges nothing with another.
+    GRAFTER_DIR is inherited or taken from the plan file. `master` None: a job that exchanges nothing with another.
     """
     environment = {
         name: value
@@ -90,8 +95,8 @@ def player_environment(
     settings: Mapping[str, str],
     *,
     master: tuple[str, int] | None,
-    directory: str | None,
-    run_name: str | None,
+    directory: str | None = None,
+    run_name: str | None = None,
 ) -> dict[str, str]:
     """Like `job_environment`, for the program that plays a recording: it can import this package, and has no hooks."""
     own = {field: value for field, value in settings.items() if field not in _NOT_FOR_THE_PLAYER}

@@ -1,9 +1,8 @@
-"""Runs the pair, and its floor, once left alone and once grafted."""
+"""Runs the pair of `grafter locate`, and its floor, once left alone and once grafted."""
 
 from __future__ import annotations
 
 import os
-import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,31 +13,24 @@ from rich.text import Text
 from grafter.analysis.locate.added_error import judge
 from grafter.analysis.locate.measure import RunMeasurement, measure_run
 from grafter.analysis.locate.verdict import Verdict, describe_inputs_alone, verdict_as_json
+from grafter.config.settings.field_types import FILTER_FIELDS
 from grafter.core.records import RankSummary
+from grafter.core.roles import ROLES
 from grafter.errors import GrafterError, UsageError
 from grafter.store.ledger import read_run, read_summaries
 from grafter.store.written_files import write_whole
 from grafter.tools.launch.job import split_command
-from grafter.tools.launch.launcher import PairResult, describe_unreached, run_pair
+from grafter.tools.launch.launcher import run_pair
+from grafter.tools.launch.pair_result import PairResult, describe_unreached
 
 ALL_POINTS = "name is not None"
-# locate sets these itself; a caller's values would silently change the meaning of the two runs.
-_OWN_SETTINGS = ("b2t_filter", "t2b_filter", "compare_filter")
 _LAST_LINES_SHOWN = 10
 
 Command = str | Sequence[str]
 
 
-class Interrupted(GrafterError):
-    """Ctrl-C, or a signal to end; `exit_code` as a shell reports it."""
-
-    def __init__(self, text: str, stop_signal: int | None) -> None:
-        super().__init__(text)
-        self.exit_code = 128 + (stop_signal or signal.SIGINT)
-
-
 @dataclass(frozen=True)
-class _Run:
+class _PlannedRun:
     """One of the runs: its title, its directory's name, its target's command, and the filter that it sets."""
 
     title: str
@@ -78,12 +70,14 @@ def locate(
     notes: list[str] = []
     for number, run in enumerate(runs, start=1):
         console.print(Text(f"[{number}/{len(runs)}] {run.title}", style="cyan"))
-        run_settings = {"stats": "full", **settings, **_filters(run.filter_field, point_filter)}
+        # Empty means unset: a filter from the caller's environment must not be added.
+        filters = {**dict.fromkeys(FILTER_FIELDS.values(), ""), run.filter_field: point_filter}
+        run_settings = {"stats": "full", **settings, **filters}
         result = run_pair(
             baseline, run.target, settings=run_settings, out=out, run_name=run.name, quiet=quiet, output=None
         )
         notes += _check_result(run, result)
-        measured[run.name] = measure_run(read_run(result.run_directory), _key_tags(settings))
+        measured[run.name] = measure_run(read_run(result.run_directory), result.key_tags)
         if not measured[run.name].points:
             raise GrafterError(_nothing_measured(run, result, point_filter))
         if run.name == "alone":
@@ -95,26 +89,22 @@ def locate(
     return verdict
 
 
-def _plan_runs(target: list[str], floor: list[str] | None) -> list[_Run]:
+def _plan_runs(target: list[str], floor: list[str] | None) -> list[_PlannedRun]:
     runs = [
-        _Run("target left alone: every point is compared, nothing is written", "alone", target, "compare_filter"),
-        _Run("target grafted: every point takes the baseline's value", "grafted", target, "b2t_filter"),
+        _PlannedRun("target left alone: points are compared, nothing is written", "alone", target, "compare_filter"),
+        _PlannedRun("target grafted: every point takes the baseline's value", "grafted", target, "b2t_filter"),
     ]
     if floor is not None:
         runs += [
-            _Run("floor left alone", "floor-alone", floor, "compare_filter"),
-            _Run("floor grafted: what each point adds without the fault", "floor-grafted", floor, "b2t_filter"),
+            _PlannedRun("floor left alone", "floor-alone", floor, "compare_filter"),
+            _PlannedRun("floor grafted: what each point adds without the fault", "floor-grafted", floor, "b2t_filter"),
         ]
     return runs
 
 
-def _filters(field: str, expression: str) -> dict[str, str]:
-    # Empty means unset: a filter from the caller's environment must not be added.
-    return {"b2t_filter": "", "t2b_filter": "", "compare_filter": "", field: expression}
-
-
 def _refuse_own_settings(settings: Mapping[str, str]) -> None:
-    taken = [field for field in settings if field in _OWN_SETTINGS]
+    """Raise UsageError for filters, which locate sets itself: others would change the meaning of the two runs."""
+    taken = [field for field in settings if field in FILTER_FIELDS.values()]
     if taken:
         raise UsageError(
             f"`grafter locate` sets {', '.join(taken)} itself for each of its runs. "
@@ -122,29 +112,21 @@ def _refuse_own_settings(settings: Mapping[str, str]) -> None:
         )
 
 
-def _refuse_earlier_runs(out: Path, runs: Sequence[_Run]) -> None:
+def _refuse_earlier_runs(out: Path, runs: Sequence[_PlannedRun]) -> None:
     # Ledgers are appended to: two runs in one directory would be judged as one.
     earlier = [run.name for run in runs if (out / run.name).exists()]
     if earlier:
         raise UsageError(f"{out} already holds the runs {', '.join(earlier)}. Give another --out, or remove it.")
 
 
-def _key_tags(settings: Mapping[str, str]) -> list[str] | None:
-    key = (settings.get("key") or os.environ.get("GRAFTER_KEY", "")).strip()
-    return [tag.strip() for tag in key.split(",")] if key else None
-
-
-def _check_result(run: _Run, result: PairResult) -> list[str]:
+def _check_result(run: _PlannedRun, result: PairResult) -> list[str]:
     """Notes about a run that can be used; raises GrafterError for one that cannot."""
-    if result.interrupted:
-        raise Interrupted(
-            f"the run `{run.name}` was interrupted; its ledgers are in {result.run_directory}.", result.stop_signal
-        )
+    result.raise_if_interrupted()
     summaries = read_summaries(result.run_directory)
     failed = {role: code for role, code in result.exit_codes.items() if code != 0}
     errors = [summary for summary in summaries if summary.error is not None]
     closed_roles = {summary.role for summary in summaries}
-    if errors or (failed and closed_roles != {"baseline", "target"}):
+    if errors or (failed and closed_roles != set(ROLES)):
         raise GrafterError(_run_failed(run, result, errors))
     # A script that checks its own result ends with an error because of the very fault that locate looks for.
     return [
@@ -153,7 +135,7 @@ def _check_result(run: _Run, result: PairResult) -> list[str]:
     ]
 
 
-def _run_failed(run: _Run, result: PairResult, errors: Sequence[RankSummary]) -> str:
+def _run_failed(run: _PlannedRun, result: PairResult, errors: Sequence[RankSummary]) -> str:
     if result.unreached:
         return f"the run `{run.name}` failed, so nothing can be judged. {describe_unreached(result.unreached)}"
     codes = ", ".join(f"{role} {code}" for role, code in result.exit_codes.items())
@@ -169,12 +151,11 @@ def _run_failed(run: _Run, result: PairResult, errors: Sequence[RankSummary]) ->
     return "\n".join(lines)
 
 
-def _nothing_measured(run: _Run, result: PairResult, point_filter: str) -> str:
+def _nothing_measured(run: _PlannedRun, result: PairResult, point_filter: str) -> str:
     if result.unreached:
         return f"in the run `{run.name}` nothing was compared or grafted. {describe_unreached(result.unreached)}"
     return (
         f"in the run `{run.name}` no point met its other side under `{point_filter}`: nothing was compared or grafted. "
         f"Do both scripts call grafter.dump (or does --attach name their modules), and does the filter match their "
-        f"tags? "
-        f"{result.run_directory} holds what each rank saw."
+        f"tags? {result.run_directory} holds what each rank saw."
     )

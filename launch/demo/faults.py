@@ -30,8 +30,8 @@ def plant_fault(model: LlamaForCausalLM, fault: str, layer_id: int) -> None:
 
 
 def _give_own_rotary_embedding(model: LlamaForCausalLM, attention: nn.Module) -> None:
-    # transformers computes cos and sin once for all layers and hands them down, so a layer with a theta of its own
-    # (as in models that mix local and global attention) replaces what it is handed.
+    # transformers computes cos and sin once for all layers and hands them down, so a layer with another theta (as in
+    # models that mix local and global attention) replaces what it gets.
     config = copy.deepcopy(model.config)
     config.rope_parameters["rope_theta"] = ROPE_THETA
     rotary_embedding = LlamaRotaryEmbedding(config)

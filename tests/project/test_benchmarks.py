@@ -321,12 +321,12 @@ def test_the_soak_runs_its_parts_and_says_what_it_saw(tmp_path: Path) -> None:
 def test_a_soak_in_which_a_rank_fails_or_something_grows_ends_with_one(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Exit code 1, and the part's name; a rank's error is told with its traceback."""
+    """Exit code 1, and the part's name; a rank's error is shown with its traceback."""
 
     def fail(_: soak.Load) -> PartResult:
-        with soak.Soakers((1, 0), b2t_filter=None, dump_filter="True") as soakers:
-            soakers.do("tree", "no number", 0)
-        raise AssertionError("it went on")
+        with soak.SoakGroup(Ranks(1, 0), b2t_filter=None, dump_filter="True") as group:
+            group.do("tree", "no number", 0)
+        raise AssertionError("it continued")
 
     def grow(_: soak.Load) -> PartResult:
         samples = Samples()

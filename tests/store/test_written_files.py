@@ -28,7 +28,7 @@ from grafter.store.recording import write_rank_facts
 from grafter.store.run_files import HistoryLine, append_history, read_history, write_run_facts
 from grafter.store.written_files import LineFile, whole_file, write_whole
 from grafter.tools.requests.batch_file import BatchWriter
-from grafter.tools.requests.entry import Entry, Part
+from grafter.tools.requests.entry import Part, RequestEntry
 
 LONG = "x" * 100_000
 CONFIG = GrafterConfig(role="baseline", master_port=1, compare_filter="True")
@@ -44,7 +44,7 @@ def write_page(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def write_batch(directory: Path) -> None:
-    BatchWriter(directory).write([Entry(0, "a", 0.0, frozenset(), {"request": Part(f'"{LONG}"')})], {})
+    BatchWriter(directory).write([RequestEntry(0, "a", 0.0, frozenset(), {"request": Part(f'"{LONG}"')})], {})
 
 
 # What is written, the file's name, and who writes it into the directory.

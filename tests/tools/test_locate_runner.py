@@ -22,7 +22,7 @@ from grafter.core.records import Difference, RankSummary
 from grafter.errors import GrafterError, UsageError
 from grafter.store.ledger import LedgerWriter
 from grafter.tools import locate_runner as runner
-from grafter.tools.launch.launcher import PairResult
+from grafter.tools.launch.pair_result import PairResult
 
 # --- the runs ------------------------------------------------------------------------------------------------------
 
@@ -34,7 +34,7 @@ class StubLauncher:
     rels: dict[str, list[float]]
     exit_codes: dict[str, int | None] = field(default_factory=lambda: {"baseline": 0, "target": 0})
     error: str | None = None
-    interrupted: bool = False
+    stop_signal: int | None = None
     failed_role: str | None = None
     # Roles whose ranks never reached the end.
     lost_roles: tuple[str, ...] = ()
@@ -69,9 +69,7 @@ class StubLauncher:
         return PairResult(
             out / run_name,
             self.exit_codes,
-            self.interrupted,
-            1.0,
-            None,
+            self.stop_signal,
             self.failed_role,
             (),
             self.unreached,
@@ -141,7 +139,7 @@ def test_a_script_that_fails_on_its_own_result_is_still_judged(launcher: StubLau
 
 def test_an_interrupted_run_is_an_error(launcher: StubLauncher, tmp_path: Path) -> None:
     """Ctrl-C in one of the runs ends locate."""
-    launcher.interrupted = True
+    launcher.stop_signal = 2
     with pytest.raises(GrafterError, match="interrupted"):
         run_locate(tmp_path)
 

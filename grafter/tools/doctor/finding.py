@@ -1,17 +1,17 @@
-"""The result of one check: one line, and what the user should do about it."""
+"""Findings of `grafter doctor`: one line each, and what the user should do about it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 Level = Literal["ok", "warning", "fault"]
 
 
 @dataclass(frozen=True)
 class Finding:
-    """`check` names what was checked, `text` says what was found, `advice` what to do; an ok needs no advice.
+    """The result of one check: `check` names it, `text` says what was found, `advice` what to do (not for an ok).
 
     A fault means that grafter does not work, or that its numbers do not mean what they seem to mean.
     """
@@ -23,9 +23,6 @@ class Finding:
 
     def __post_init__(self) -> None:
         assert self.level == "ok" or self.advice, f"{self.check}: a {self.level} says what to do"
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def ok(check: str, text: str) -> Finding:

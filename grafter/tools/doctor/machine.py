@@ -17,14 +17,12 @@ from pathlib import Path
 from grafter.config.switch import OLD_PREFIX, PREFIX
 from grafter.core.processes import host_identity, process_state
 from grafter.errors import ConfigError
-from grafter.rank.job_environment import STARTUP_DIRECTORY, job_environment
+from grafter.rank.job_environment import ANY_MASTER, STARTUP_DIRECTORY, job_environment
 from grafter.tools.doctor.finding import Finding, fault, first_line, listed, ok, warning
 
 
 def check_machine(out: Path, master: tuple[str, int] | None = None) -> Iterator[Finding]:
-    """All findings, each as soon as it is known. `out`: the directory for ledgers. `master`: another
-    machine's store.
-    """
+    """All findings, each as soon as it is known. `out`: the directory for ledgers. `master`: of another store."""
     torch_finding = check_torch()
     if torch_finding.level == "fault":
         # Everything that follows needs it.
@@ -49,10 +47,8 @@ def _guarded(subject: str, checks: Callable[[], Iterator[Finding]]) -> Iterator[
         yield fault(subject, text, "This is a fault of `grafter doctor`, or a kind of machine that it does not know.")
 
 
-# Checks variables: settings that are misspelt or illegal, and variables that an outer launcher has left.
-
-
 def check_environment(environ: Mapping[str, str]) -> Iterator[Finding]:
+    """Check variables: settings that are misspelt or illegal, and what an outer launcher has left."""
     yield check_settings(environ)
     yield check_left_over(environ)
 
@@ -75,15 +71,13 @@ def check_settings(environ: Mapping[str, str]) -> Finding:
 
 
 def check_left_over(environ: Mapping[str, str]) -> Finding:
-    kept = job_environment(environ, "target", {}, master=("127.0.0.1", 1), directory=None, run_name=None)
+    kept = job_environment(environ, "target", {}, master=ANY_MASTER)
     left = sorted(name for name in environ if name not in kept and not name.startswith((PREFIX, OLD_PREFIX)))
     if left:
         text = f"this shell runs inside another launcher's job: {listed(left)} are set"
         return warning("launcher variables", text, "`grafter run` removes them; if you start jobs by hand, unset them.")
     return ok("launcher variables", "none (RANK, WORLD_SIZE, MASTER_* and similar)")
 
-
-# Checks Python, torch, the packages that grafter needs, CUDA and NCCL, and the start-up module of `--attach`.
 
 LOWEST_PYTHON = (3, 10)
 TESTED_PYTHON = (3, 11)
@@ -102,6 +96,7 @@ _START_SECONDS = 60.0
 
 
 def check_software() -> Iterator[Finding]:
+    """Check Python, torch, the packages that grafter needs, CUDA and NCCL, and the start-up module of `--attach`."""
     yield check_python(sys.version_info[:3])
     yield check_torch()
     yield check_packages(PACKAGES)
@@ -168,9 +163,7 @@ def check_cuda() -> Finding:
 def check_startup(python: Sequence[str], inherited: Mapping[str, str]) -> Finding:
     """Start a Python as `--attach` would for a job, and check that it ran the start-up module."""
     check = "start-up module"
-    environment = job_environment(
-        inherited, "target", {"attach": "x"}, master=("127.0.0.1", 1), directory=None, run_name=None
-    )
+    environment = job_environment(inherited, "target", {"attach": "x"}, master=ANY_MASTER)
     without = "programs that call grafter themselves are not affected"
     try:
         done = subprocess.run(
@@ -181,11 +174,8 @@ def check_startup(python: Sequence[str], inherited: Mapping[str, str]) -> Findin
     words = done.stdout.strip().rsplit("\n", 1)[-1].split(" ", 2)
     if words[:2] != ["awaits", "True"]:
         text = f"{python[0]} does not run it, so `--attach` reaches nothing ({without})"
-        return warning(
-            check,
-            text,
-            f"Start it without -I, -E or -S, and check that `{STARTUP_DIRECTORY}` is first in its sys.path.",
-        )
+        first = f"check that `{STARTUP_DIRECTORY}` is first in its sys.path"
+        return warning(check, text, f"Start it without -I, -E or -S, and {first}.")
     complaint = done.stderr.strip()
     if complaint:
         text = f"it runs, but another module reports an error at the start: {first_line(complaint.splitlines()[-1])}"
@@ -198,13 +188,11 @@ def _dotted(version: Sequence[int]) -> str:
     return ".".join(map(str, version))
 
 
-# Checks the machine itself: processor, memory, disk, clock, /proc, open files.
-
 _GIB = 2**30
 _LEAST_FREE_DISK_BYTES = 1 * _GIB
 _LEAST_FREE_MEMORY_BYTES = 1 * _GIB
 _LEAST_OPEN_FILES = 1024
-_DISK_TRIAL_BYTES = 1 << 20
+_TEST_FILE_BYTES = 1 << 20
 _DAY_SECONDS = 86_400.0
 
 
@@ -235,9 +223,9 @@ def check_cores(count: int) -> Finding:
 
 def free_memory_bytes() -> int | None:
     """The free memory of the machine, within the limit of this process's control group."""
-    from grafter.wire.exchange.staging import _available_bytes
+    from grafter.wire.exchange.staging import available_bytes
 
-    free = _available_bytes()
+    free = available_bytes()
     limit, used = (_number_in(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
     if limit is not None and used is not None:
         free = min(limit - used, limit if free is None else free)
@@ -253,11 +241,8 @@ def _number_in(path: str) -> int | None:
 
 def check_memory(free: int | None) -> Finding:
     if free is None:
-        return warning(
-            "memory",
-            "the amount of free memory cannot be read",
-            "Check it yourself: a receiver needs room for one tensor.",
-        )
+        text = "the amount of free memory cannot be read"
+        return warning("memory", text, "Check it yourself: a receiver needs room for one tensor.")
     text = f"{free / _GIB:.1f} GiB free"
     if free < _LEAST_FREE_MEMORY_BYTES:
         advice = "Free some memory: both jobs need their own, and a receiver one tensor of each point besides."
@@ -274,7 +259,7 @@ def check_disk(out: Path) -> Finding:
         place = place.parent
     try:
         with tempfile.NamedTemporaryFile(dir=place, prefix=".grafter-doctor-") as file:
-            file.write(b"\0" * _DISK_TRIAL_BYTES)
+            file.write(b"\0" * _TEST_FILE_BYTES)
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
@@ -283,9 +268,8 @@ def check_disk(out: Path) -> Finding:
     free = shutil.disk_usage(place).free
     text = f"{free / _GIB:.1f} GiB free at the place of {out}"
     if free < _LEAST_FREE_DISK_BYTES:
-        return warning(
-            "disk", text, "Ledgers take about 1 KiB a point and rank; free some space or give another --out."
-        )
+        advice = "Ledgers take about 1 KiB a point and rank; free some space or give another --out."
+        return warning("disk", text, advice)
     return ok("disk", text)
 
 
@@ -317,10 +301,6 @@ def check_clock(now: float, package: float) -> Finding:
 
 def check_open_files(limit: int) -> Finding:
     if limit != resource.RLIM_INFINITY and limit < _LEAST_OPEN_FILES:
-        text = f"a process may have {limit} files open"
-        return warning(
-            "open files",
-            text,
-            "Run `ulimit -n 4096` first: a rank needs a socket for each rank that it communicates with.",
-        )
+        advice = "Run `ulimit -n 4096` first: a rank needs a socket for each rank that it communicates with."
+        return warning("open files", f"a process may have {limit} files open", advice)
     return ok("open files", "no limit" if limit == resource.RLIM_INFINITY else f"{limit} a process")

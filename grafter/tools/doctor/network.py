@@ -1,4 +1,4 @@
-"""Checks the store and a gloo group on loopback by making them, and whether another machine's store can be reached."""
+"""Checks what ranks talk over: a store, a gloo group and shared memory of this machine, and another machine's store."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch.distributed import TCPStore
 
 
-_PATIENCE_SECONDS = 20.0
+_CHECK_SECONDS = 20.0
 _CONNECT_SECONDS = 10.0
 _SLOW_LOOKUP_SECONDS = 1.0
 _ROUND_TRIPS = 50
@@ -62,13 +62,10 @@ def within(seconds: float, function: Callable[[], Value]) -> Value:
 def check_store() -> Finding:
     """Host a store on loopback, as `grafter run` does, and connect to it as a rank does."""
     try:
-        seconds = within(_PATIENCE_SECONDS, _try_store)
+        seconds = within(_CHECK_SECONDS, _try_store)
     except (OSError, RuntimeError) as error:
-        return fault(
-            "store",
-            f"it cannot be hosted and reached on 127.0.0.1: {first_line(error)}",
-            "Check this host's firewall.",
-        )
+        text = f"it cannot be hosted and reached on 127.0.0.1: {first_line(error)}"
+        return fault("store", text, "Check this host's firewall.")
     return ok("store", f"hosted and reached on 127.0.0.1; a round trip takes {seconds * 1e6:.0f} us")
 
 
@@ -89,7 +86,7 @@ def _try_store() -> float:
 def check_gloo() -> Finding:
     """Make two ranks, on threads of this process, and send a message between them."""
     try:
-        within(_PATIENCE_SECONDS, _try_gloo)
+        within(_CHECK_SECONDS, _try_gloo)
     except (OSError, RuntimeError) as error:
         text = f"no group can be made on 127.0.0.1: {first_line(error)}"
         return fault("gloo", text, "Check that torch is built with gloo, and that loopback is up (ip addr show lo).")
@@ -104,7 +101,7 @@ def _try_gloo() -> None:
 
     server = serve("127.0.0.1", 0)
     port = server.port
-    sent, came = torch.arange(1000.0), torch.zeros(1000)
+    sent, received = torch.arange(1000.0), torch.zeros(1000)
 
     def rank(number: int) -> None:
         client: TCPStore = connect("127.0.0.1", port, timeout=_CONNECT_SECONDS, keep_trying=lambda: True)
@@ -113,21 +110,19 @@ def _try_gloo() -> None:
         options._devices = [ProcessGroupGloo.create_device(hostname="127.0.0.1")]
         options._timeout = timedelta(seconds=_CONNECT_SECONDS)
         group: Any = ProcessGroupGloo(PrefixStore("doctor", client), number, 2, options)
-        work = group.send([sent], 1, 0) if number == 0 else group.recv([came], 0, 0)
+        work = group.send([sent], 1, 0) if number == 0 else group.recv([received], 0, 0)
         work.wait()
 
     other = threading.Thread(target=rank, args=(0,), daemon=True)
     other.start()
     rank(1)
     other.join(_CONNECT_SECONDS)
-    if not torch.equal(sent, came):
+    if not torch.equal(sent, received):
         raise RuntimeError("the received message differs from the sent one")
 
 
 def check_own_name(name: str) -> Finding:
-    """Look up this machine's name. torch does so in several places, and if it is slow, jobs stall for no visible
-    reason.
-    """
+    """Look up this machine's name. torch does so in several places; if it is slow, jobs stall for no visible reason."""
     start = time.monotonic()
     try:
         addresses = {entry[4][0] for entry in within(_CONNECT_SECONDS, lambda: socket.getaddrinfo(name, None))}
@@ -143,17 +138,14 @@ def check_own_name(name: str) -> Finding:
 
 
 def check_master(host: str, port: int) -> Iterator[Finding]:
-    """Look up the name, connect, and query the store, each as a separate step, so that the finding names the one that
-    fails.
-    """
+    """Look up the name, connect, and query the store, one after the other; the finding names the step that fails."""
     check = f"store at {host}:{port}"
     start = time.monotonic()
     try:
         entries = within(_CONNECT_SECONDS, lambda: socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
     except (OSError, UnicodeError) as error:
-        yield fault(
-            check, f"{host} has no address: {first_line(error)}", "Give its IP address, or repair this host's DNS."
-        )
+        text = f"{host} has no address: {first_line(error)}"
+        yield fault(check, text, "Give its IP address, or repair this host's DNS.")
         return
     looked_up = time.monotonic() - start
     start = time.monotonic()
@@ -170,9 +162,8 @@ def check_master(host: str, port: int) -> Iterator[Finding]:
         text = f"something listens there, but it is not a store: {first_line(error)}"
         yield fault(check, text, "Check which port the other side printed (`hosts the store; ...`), and give that one.")
         return
-    text = (
-        f"{entries[0][4][0]}, looked up in {looked_up * 1e3:.0f} ms, connected in {connected * 1e3:.1f} ms, from {own}"
-    )
+    address, looked_up_ms, connected_ms = entries[0][4][0], looked_up * 1e3, connected * 1e3
+    text = f"{address}, looked up in {looked_up_ms:.0f} ms, connected in {connected_ms:.1f} ms, from {own}"
     if looked_up > _SLOW_LOOKUP_SECONDS:
         yield warning(check, text, "Looking it up is slow: give its IP address, or put the name into /etc/hosts.")
     else:
@@ -199,18 +190,18 @@ def _why_not_reached(error: OSError, port: int) -> str:
     return "Check that the machine is up and that a route leads there (ping, ip route get)."
 
 
-# Checks shared memory as two ranks of one host use it: a sealed block, passed over an abstract socket, written and
-# read.
-
-_TRIAL_BYTES = 64 << 20
-_WORD = b"grafter doctor"
+_BLOCK_BYTES = 64 << 20
+_TEST_WORD = b"grafter doctor"
 _ADVICE = (
     "Grafting works without it, over gloo and more slowly; a container's seccomp rules or `ulimit -f` may forbid it."
 )
 
 
 def check_sharing() -> Finding:
-    """Check shared memory. Both ends are in this process, which makes no difference to the kernel."""
+    """Check shared memory as two ranks of one host use it: pass a sealed block over a socket, write to it, read it.
+
+    Both ends are in this process, which makes no difference to the kernel.
+    """
     check = "shared memory"
     if not Path("/proc/self/fd").is_dir():
         return warning(check, "/proc/self/fd does not exist", _ADVICE)
@@ -231,7 +222,7 @@ def _pass_block() -> str:
     staging = Staging()
     with listener.socket, socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sender:
         try:
-            staging.reserve(_TRIAL_BYTES)
+            staging.reserve(_BLOCK_BYTES)
             sender.connect(f"\0{listener.name}")
             receiver, _ = listener.socket.accept()
             with receiver:
@@ -248,11 +239,11 @@ def _write_through(staging: Staging, sender: socket.socket, receiver: socket.soc
     if len(descriptors) != 1:
         return "no descriptor arrived over the socket"
     try:
-        if not is_sealed_block(descriptors[0], _TRIAL_BYTES):
+        if not is_sealed_block(descriptors[0], _BLOCK_BYTES):
             return "the block arrived unsealed"
-        with mmap.mmap(descriptors[0], _TRIAL_BYTES) as block:
-            block[-len(_WORD) :] = _WORD
+        with mmap.mmap(descriptors[0], _BLOCK_BYTES) as block:
+            block[-len(_TEST_WORD) :] = _TEST_WORD
     finally:
         os.close(descriptors[0])
-    came = bytes(staging.view(_TRIAL_BYTES - len(_WORD), len(_WORD)).tolist())
-    return "" if came == _WORD else "the data written at one end was missing at the other"
+    received = bytes(staging.view(_BLOCK_BYTES - len(_TEST_WORD), len(_TEST_WORD)).tolist())
+    return "" if received == _TEST_WORD else "the data written at one end was missing at the other"

@@ -1,4 +1,4 @@
-"""One job of a run, as seen from the launcher: its keeper process, its output, its end."""
+"""One job of a run, as seen from the launcher: its command, its keeper process, its output, its end."""
 
 from __future__ import annotations
 
@@ -20,12 +20,18 @@ from grafter.tools.launch import job_keeper
 from grafter.tools.launch.run_output import OutputReader, RunOutput
 
 # Used if the launcher fails: how long to wait for the reader, which closes the pipe itself when it is done.
-_LAST_WORDS_SECONDS = 1.0
+_READER_SECONDS = 1.0
 _KEEPER = str(Path(job_keeper.__file__))
+_NO_SHELL = (
+    "Commands are started without a shell: write `env NAME=value program` to set a variable and `bash -c '...'` for "
+    "anything that a shell must read (cd, &&, |, >)."
+)
+_TORCHRUN_MODULES = ("torch.distributed.run", "torch.distributed.launch")
+_PLACE_OPTIONS = ("--master-port", "--master_port", "--master-addr", "--master_addr")
 
 
 class Job:
-    """One running job, started by the constructor. `fileno()` is readable when `read_status()` has news.
+    """A running job, started by the constructor. `fileno()` is readable when `read_status()` has news.
 
     `exit_code` is that of the job's own process (negative: the signal that killed it; 127: it could not be started),
     and None before its end. `gone`: no process of the job is left, and `exit_code` no longer changes; it is still None
@@ -36,10 +42,10 @@ class Job:
         self.role = role
         self.exit_code: int | None = None
         self.gone = False
-        # Set by whoever ends the job: its exit code is then not its own.
+        # Set when the launcher ends the job: its exit code is then not its own.
         self.ended_by_launcher = False
         self._output = output
-        self._pending = b""
+        self._partial_line = b""
         self._status_read, status_write = os.pipe()
         control_read, self._control_write = os.pipe()
         try:
@@ -69,7 +75,7 @@ class Job:
     def read_status(self) -> None:
         """Read what the keeper has reported. Blocks if it has reported nothing."""
         data = os.read(self._status_read, 4096)
-        *lines, self._pending = (self._pending + data).split(b"\n")
+        *lines, self._partial_line = (self._partial_line + data).split(b"\n")
         for line in lines:
             event = json.loads(line)
             if "exit" in event:
@@ -77,7 +83,8 @@ class Job:
             if "not_started" in event:
                 self._output.say(f"the {self.role} job could not be started: {event['not_started']}")
             if "killed" in event and not self.ended_by_launcher:
-                self._output.say(f"the {self.role} job left {_processes(event['killed'])} behind; killed.")
+                count = event["killed"]
+                self._output.say(f"the {self.role} job left {count} process{'es' * (count != 1)} behind; killed.")
             if "unkillable" in event:
                 pids = ", ".join(map(str, event["unkillable"]))
                 self._output.say(f"the {self.role} job left processes that SIGKILL does not end (pids {pids}).")
@@ -111,7 +118,7 @@ class Job:
         """
         os.close(self._status_read)
         os.close(self._control_write)
-        self._reader.join(_LAST_WORDS_SECONDS)
+        self._reader.join(_READER_SECONDS)
 
     def describe_exit(self) -> str:
         """A phrase that follows "the job": "exited with code 1", "was killed by SIGKILL"."""
@@ -126,20 +133,6 @@ class Job:
             os.write(self._control_write, order)
         except BrokenPipeError:
             return  # The keeper has just ended, and with it every process that could be ended.
-
-
-def _processes(count: int) -> str:
-    return "1 process" if count == 1 else f"{count} processes"
-
-
-# A job's command: split, found on PATH before anything starts, and kept off a port that the other job would use.
-
-_NO_SHELL = (
-    "Commands are started without a shell: write `env NAME=value program` to set a variable and `bash -c '...'` for "
-    "anything that a shell must read (cd, &&, |, >)."
-)
-_TORCHRUN_MODULES = ("torch.distributed.run", "torch.distributed.launch")
-_PLACE_OPTIONS = ("--master-port", "--master_port", "--master-addr", "--master_addr")
 
 
 def split_command(role: str, command: Sequence[str] | str, environment: Mapping[str, str]) -> list[str]:
@@ -179,18 +172,15 @@ def _first_argument_of_torchrun(words: Sequence[str]) -> int | None:
     start = 0
     if PurePath(words[0]).name == "env":
         start = next((i for i, word in enumerate(words[1:], 1) if not re.match(r"[A-Za-z_]\w*=", word)), len(words))
-    if start >= len(words):
-        return None
-    program = PurePath(words[start]).name
+    program = PurePath(words[start]).name if start < len(words) else ""
     if program == "torchrun":
         return start + 1
-    if re.fullmatch(r"python[\d.]*", program):
-        for i in range(start + 1, len(words) - 1):
-            if words[i] == "-m":
-                return i + 2 if words[i + 1] in _TORCHRUN_MODULES else None
-            if not words[i].startswith("-"):
-                return None
-    return None
+    if not re.fullmatch(r"python[\d.]*", program):
+        return None
+    # The first option that is -m, with only options before it.
+    found = next((i for i in range(start + 1, len(words) - 1) if words[i] == "-m" or words[i][0:1] != "-"), None)
+    is_torchrun = found is not None and words[found] == "-m" and words[found + 1] in _TORCHRUN_MODULES
+    return found + 2 if found is not None and is_torchrun else None
 
 
 def _meets_at_default_port(arguments: list[str]) -> bool:
@@ -202,7 +192,7 @@ def _meets_at_default_port(arguments: list[str]) -> bool:
         with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
             options = get_args_parser().parse_args(arguments)
     except SystemExit:
-        return False  # The job's torchrun will report better what is wrong with its arguments.
+        return False  # The job's torchrun says better what is wrong with its arguments.
     own = arguments[: len(arguments) - len(options.training_script_args)]
     says_where = any(word.split("=")[0] in _PLACE_OPTIONS for word in own)
     return (

@@ -68,8 +68,8 @@ def descendants(root: int, parents: dict[int, int]) -> list[int]:
     return found
 
 
-class Keeper:
-    """Starts one job, reaps all of its processes, and returns when none of them is left."""
+class JobKeeper:
+    """The keeper of a job: `run` starts it, reaps all of its processes, and returns when none of them is left."""
 
     def __init__(self, status_fd: int, control_fd: int) -> None:
         self._status_fd = status_fd
@@ -92,7 +92,7 @@ class Keeper:
         while self._reap():
             now = time.monotonic()
             if now >= self._kill_at + GIVE_UP_SECONDS:
-                self._tell(unkillable=descendants(os.getpid(), parents_by_pid()))
+                self._report(unkillable=descendants(os.getpid(), parents_by_pid()))
                 return
             if now >= self._kill_at:
                 self._signal_descendants(signal.SIGKILL)
@@ -101,14 +101,14 @@ class Keeper:
                 self._signal_descendants(signal.SIGTERM)
             self._listen(now)
         if self._killed:
-            self._tell(killed=len(self._killed))
+            self._report(killed=len(self._killed))
 
     def _start(self, command: list[str]) -> None:
         keeper = os.getpid()
         pid = os.fork()
         if pid:
             self._job, self._job_lives = pid, True
-            self._tell(started=pid)
+            self._report(started=pid)
             return
         try:
             # The job gets its own session: if it signals its process group, the signal must not reach the keeper.
@@ -116,15 +116,14 @@ class Keeper:
             signal.set_wakeup_fd(-1)
             for number, previous in self._previous.items():
                 signal.signal(number, signal.SIG_IGN if previous is signal.SIG_IGN else signal.SIG_DFL)
-            signal.signal(
-                signal.SIGPIPE, signal.SIG_DFL
-            )  # Python ignores it, and ignored signals stay ignored after exec.
+            # Python ignores it, and ignored signals stay ignored after exec.
+            signal.signal(signal.SIGPIPE, signal.SIG_DFL)
             # In case the keeper itself is killed.
             self._libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
             if os.getppid() == keeper:
                 os.execvp(command[0], command)
         except OSError as error:
-            self._tell(not_started=f"{command[0]}: {error.strerror}")
+            self._report(not_started=f"{command[0]}: {error.strerror}")
         finally:
             os._exit(127)
 
@@ -139,7 +138,7 @@ class Keeper:
                 return True
             if pid == self._job and self._job_lives:
                 self._job_lives = False
-                self._tell(exit=os.waitstatus_to_exitcode(status))
+                self._report(exit=os.waitstatus_to_exitcode(status))
                 self._terminate_leftovers_at = time.monotonic() + SETTLE_SECONDS
                 self._kill_at = min(self._kill_at, self._terminate_leftovers_at + LEFTOVER_TERM_SECONDS)
 
@@ -184,7 +183,7 @@ class Keeper:
             if number == signal.SIGKILL:
                 self._killed.add(pid)
 
-    def _tell(self, **event: object) -> None:
+    def _report(self, **event: object) -> None:
         try:
             os.write(self._status_fd, json.dumps(event).encode() + b"\n")
         except BrokenPipeError:
@@ -199,7 +198,7 @@ def main() -> None:
     status_fd, control_fd = int(sys.argv[1]), int(sys.argv[2])
     for fd in (status_fd, control_fd):
         os.set_inheritable(fd, False)
-    Keeper(status_fd, control_fd).run(sys.argv[3:])
+    JobKeeper(status_fd, control_fd).run(sys.argv[3:])
 
 
 if __name__ == "__main__":

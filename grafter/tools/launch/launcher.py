@@ -12,15 +12,17 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
+from grafter.core.roles import ROLES
 from grafter.errors import ConfigError, DumpError, UsageError
-from grafter.rank.job_environment import job_environment, player_environment, what_defeats_attach
+from grafter.rank.job_environment import ANY_MASTER, job_environment, player_environment, what_defeats_attach
 from grafter.tools.launch.job import Job, keep_off_shared_port, split_command
+from grafter.tools.launch.pair_result import PairResult, describe_unreached, find_unreached, newest_run_of_role
 from grafter.tools.launch.run_output import RunOutput
 from grafter.tools.launch.supervision import RendezvousStore, Supervisor
 
@@ -30,31 +32,6 @@ if TYPE_CHECKING:
 GRACE_SECONDS = 15.0
 # How long a rank of the other machine may need to write its last message to the store, and to read ours.
 _LINGER_SECONDS = 3.0
-_ROLES = ("baseline", "target")
-
-
-@dataclass(frozen=True)
-class PairResult:
-    """How a run ended, as far as its processes can tell; the ledgers in `run_directory` say what was grafted.
-
-    `exit_codes` by role: negative for a signal, None if a job was never started or its end was not seen. `failed_role`
-    is the job that failed first, and by itself. `ended_roles` are the jobs that the launcher ended. `unreached` are the
-    jobs in which `attach` found no model, as far as this process can tell. `attach`: its patterns, if any.
-    `is_recorded`: the run was to record its jobs' values. `last_lines` are the last lines (200 at most) of each job's
-    output, by role, even of a quiet run.
-    """
-
-    run_directory: Path
-    exit_codes: dict[str, int | None]
-    interrupted: bool
-    seconds: float
-    stop_signal: int | None = None
-    failed_role: str | None = None
-    ended_roles: tuple[str, ...] = ()
-    unreached: tuple[str, ...] = ()
-    attach: str | None = None
-    is_recorded: bool = False
-    last_lines: dict[str, list[str]] = field(default_factory=dict)
 
 
 def run_pair(
@@ -80,16 +57,13 @@ def run_pair(
     Raises ConfigError or UsageError, before anything is started, for wrong settings or commands, and JoinError if the
     store cannot be hosted.
     """
-    given = {"baseline": baseline, "target": target}
-    commands = {role: command for role, command in given.items() if command is not None}
-    if peer is not None and len(commands) == 1:
-        played = next(role for role in _ROLES if role not in commands)
-        commands = {role: commands.get(role, ()) for role in _ROLES}
-        run = _Run(commands, settings, out, run_name, quiet, output, grace_seconds, Played(played, peer))
-    elif peer is not None or len(commands) != 2:
+    commands = {"baseline": baseline, "target": target}
+    missing = [role for role, command in commands.items() if command is None]
+    if len(missing) != (peer is not None):
         raise UsageError("give two commands, or one command and a recording to play.")
-    else:
-        run = _Run(commands, settings, out, run_name, quiet, output, grace_seconds)
+    played = PlayedJob(missing[0], peer) if peer is not None else None
+    given = {role: command or () for role, command in commands.items()}
+    run = _Launch(given, settings, out, run_name, quiet, output, grace_seconds, played)
     return run.host("127.0.0.1", 0)
 
 
@@ -117,8 +91,8 @@ def run_side(
         raise UsageError(
             "one side of a pair needs either --host-store (to host the store) or --master (where it is hosted)."
         )
-    played = Played(role, peer) if peer is not None else None
-    run = _Run({role: command}, settings, out, run_name, quiet, output, GRACE_SECONDS, played, is_alone=is_alone)
+    played = PlayedJob(role, peer) if peer is not None else None
+    run = _Launch({role: command}, settings, out, run_name, quiet, output, GRACE_SECONDS, played, is_alone=is_alone)
     if host is not None:
         return run.host(*host)
     return run.supervise(None, master)
@@ -126,14 +100,14 @@ def run_side(
 
 def host_store(address: str, port: int, *, group_name: str, secret: str | None) -> RendezvousStore:
     """The rendezvous store of the run, hosted in this process. Raises JoinError if it cannot listen there."""
-    from grafter.tools.launch.supervision import WatchedStore  # imports torch, which takes seconds
+    from grafter.tools.launch.watched_store import WatchedStore  # imports torch, which takes seconds
 
     return WatchedStore(address, port, group_name=group_name, secret=secret)
 
 
 @dataclass(frozen=True)
-class Played:
-    """The job that is a recording."""
+class PlayedJob:
+    """A job that is a recording."""
 
     role: str
     directory: Path
@@ -152,8 +126,8 @@ class Played:
             raise UsageError(f"--peer {self.directory}: {error}") from None
 
 
-class _Run:
-    """One run, from its arguments to its result. The constructor checks everything that can be checked in advance."""
+class _Launch:
+    """The launch of one run, from its arguments to its result. The constructor checks all that can be checked early."""
 
     def __init__(
         self,
@@ -164,11 +138,10 @@ class _Run:
         quiet: bool,
         output: TextIO | None,
         grace_seconds: float,
-        played: Played | None = None,
+        played: PlayedJob | None = None,
         *,
         is_alone: bool = False,
     ) -> None:
-        self._started = time.monotonic()
         self._settings = dict(settings)
         self._played, self._is_alone = played, is_alone
         if self._settings.get("plan"):
@@ -293,7 +266,7 @@ class _Run:
         if self._played is not None:
             self._output.say(f"the {self._played.role} job is a recording, played from {self._played.directory}")
         if store is not None and len(self._commands) == 1:
-            other = next(role for role in _ROLES if role not in self._commands)
+            other = next(role for role in ROLES if role not in self._commands)
             self._output.say(f"hosts the store; start the other side with --role {other} --master HOST:{store.port}")
 
     def _on_own_port(self, role: str, command: list[str]) -> list[str]:
@@ -308,7 +281,7 @@ class _Run:
     def _tell_unreached(self, store: RendezvousStore | None, jobs: Sequence[Job]) -> tuple[str, ...]:
         if store is None or self._config.attach is None:
             return ()
-        announced = [role for role in _ROLES if store.has_announced(role)]
+        announced = [role for role in ROLES if store.has_announced(role)]
         failed = [job.role for job in jobs if job.exit_code not in (0, None) and not job.ended_by_launcher]
         unreached = tuple(role for role in find_unreached(announced, failed) if role in self._commands)
         if unreached:
@@ -322,41 +295,15 @@ class _Run:
         return PairResult(
             run_directory=directory,
             exit_codes=exit_codes,
-            interrupted=bool(supervisor.signals),
-            seconds=time.monotonic() - self._started,
             stop_signal=supervisor.signals[0] if supervisor.signals else None,
             failed_role=supervisor.first_failure.role if supervisor.first_failure else None,
             ended_roles=tuple(job.role for job in supervisor.jobs if job.ended_by_launcher),
             unreached=unreached,
             attach=self._config.attach,
             is_recorded=self._config.record,
+            key_tags=self._config.key_tags,
             last_lines={role: list(self._output.last_lines.get(role, ())) for role in self._commands},
         )
-
-
-def find_unreached(announced: Collection[str], failed: Collection[str]) -> tuple[str, ...]:
-    """The jobs that could have attached a model and did not. announced: those that have reached their join.
-
-    Baseline rank 0 opens the run, and no target can announce itself before that: if the baseline is missing, nothing is
-    known about the target. A job that failed by itself may have failed before it had a model.
-    """
-    missing = ("target",) if "baseline" in announced else ("baseline",)
-    return tuple(role for role in missing if role not in announced and role not in failed)
-
-
-def describe_unreached(roles: Sequence[str]) -> str:
-    """Why `--attach` may have found nothing, as sentences."""
-    return (
-        f"--attach reached no model in the {' job and in the '.join(roles)} job: no module there has hooks. Either its "
-        "program called no torch module that has parameters, or its Python ignores PYTHONPATH (python -I, -E "
-        "or -S; a command that sets PYTHONPATH itself). See docs/zero-code.md."
-    )
-
-
-def newest_run_of_role(out: Path, role: str) -> Path:
-    """The run directory under `out` to which a job of `role` wrote last; `out` itself if there is none."""
-    written = [(path.stat().st_mtime, path.parent.parent) for path in out.glob(f"*/{role}/rank*")]
-    return max(written)[1] if written else out
 
 
 def _read_configuration(
@@ -367,12 +314,11 @@ def _read_configuration(
     """
     from grafter.config.settings.config import GrafterConfig  # imports pydantic
 
-    # The port is not known yet; any legal port is enough for the check.
     environment = job_environment(
         os.environ,
         role,
         settings,
-        master=None if is_alone else ("127.0.0.1", 1),
+        master=None if is_alone else ANY_MASTER,
         directory=None if out is None else str(out),
         run_name=run_name,
     )

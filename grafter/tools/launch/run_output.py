@@ -1,6 +1,4 @@
-"""The output of both jobs on one stream: each line with its job's name, and a status line at the bottom
-of a terminal.
-"""
+"""The output of both jobs on one stream: each line with its job's name; at a terminal's bottom, a status line."""
 
 from __future__ import annotations
 
@@ -14,12 +12,12 @@ from collections import deque
 from typing import IO, TextIO
 
 # A line without an end is printed in pieces of this size, which limits the launcher's memory.
-_LONGEST_LINE = 64 * 1024
+_LONGEST_PIECE = 64 * 1024
 _KEPT_LINES = 200
 _READ_BYTES = 64 * 1024
-_POLL_SECONDS = 0.25
+_PIPE_POLL_SECONDS = 0.25
 # How long a reader continues after its job is gone, if a process that escaped from the job still writes.
-_LAST_WORDS_SECONDS = 5.0
+_DRAIN_SECONDS = 5.0
 # A progress bar redraws itself many times per second; at this interval, a line is made of it.
 _PROGRESS_SECONDS = {True: 1.0, False: 5.0}
 _COLOURS = {"baseline": "\x1b[36m", "target": "\x1b[35m", "grafter": "\x1b[1m"}
@@ -28,7 +26,7 @@ _CLEAR_LINE = "\r\x1b[K"
 
 
 class LineSplitter:
-    """Splits bytes into whole lines. Pure: the caller passes the time.
+    """A splitter of bytes into whole lines. Pure: the caller passes the time.
 
     Bytes that are not UTF-8 become U+FFFD. A carriage return overwrites, as on a terminal: of a progress bar, the last
     state before each newline becomes a line, and in between one state every `progress_seconds`.
@@ -43,7 +41,7 @@ class LineSplitter:
     def feed(self, data: bytes, now: float) -> list[str]:
         """The lines that `data` completes, without their ends. `now`: seconds of any monotonic clock."""
         *whole, self._partial = (self._partial + self._decoder.decode(data)).split("\n")
-        lines = [_what_is_seen(line) for line in whole]
+        lines = [_visible(line) for line in whole]
         if whole:
             self._next_progress = float("-inf")
         # A carriage return at the end may be half of a line end.
@@ -51,30 +49,30 @@ class LineSplitter:
         if "\r" in text:
             overwritten = text.rpartition("\r")[0]
             self._partial = self._partial[len(overwritten) + 1 :]
-            state = _what_is_seen(overwritten)
+            state = _visible(overwritten)
             if state and now >= self._next_progress:
                 lines.append(state)
                 self._next_progress = now + self._progress_seconds
-        while len(self._partial) > _LONGEST_LINE:
-            lines.append(self._partial[:_LONGEST_LINE])
-            self._partial = self._partial[_LONGEST_LINE:]
+        while len(self._partial) > _LONGEST_PIECE:
+            lines.append(self._partial[:_LONGEST_PIECE])
+            self._partial = self._partial[_LONGEST_PIECE:]
         return lines
 
     def finish(self) -> list[str]:
         """The rest that has no newline."""
-        rest = _what_is_seen(self._partial + self._decoder.decode(b"", final=True))
+        rest = _visible(self._partial + self._decoder.decode(b"", final=True))
         self._partial = ""
         return [rest] if rest else []
 
 
-def _what_is_seen(line: str) -> str:
+def _visible(line: str) -> str:
     if "\r" not in line:
         return line
     return next((part for part in reversed(line.split("\r")) if part), "")
 
 
 class RunOutput:
-    """One stream for both jobs and the launcher; lines from different threads never mix."""
+    """The output of a run: one stream for both jobs and the launcher. Lines from different threads never mix."""
 
     def __init__(self, stream: TextIO, quiet: bool = False) -> None:
         self._stream = stream
@@ -134,9 +132,7 @@ class RunOutput:
 
 
 class OutputReader(threading.Thread):
-    """Reads one job's pipe until it ends, and closes it. Each job has its own thread, so that neither waits for the
-    other.
-    """
+    """The reader of one job's pipe until it ends. Each job has its own thread, so that neither waits for the other."""
 
     def __init__(self, pipe: IO[bytes], label: str, output: RunOutput) -> None:
         super().__init__(name=f"grafter-output-{label}", daemon=True)
@@ -159,12 +155,12 @@ class OutputReader(threading.Thread):
         poll.register(fd, select.POLLIN)
         while True:
             gone_at = self._job_gone_at
-            readable = poll.poll(_POLL_SECONDS * 1000)
+            readable = poll.poll(_PIPE_POLL_SECONDS * 1000)
             if not readable and gone_at is not None:
                 break
             if readable:
                 data = os.read(fd, _READ_BYTES)
-                if not data or (gone_at is not None and time.monotonic() > gone_at + _LAST_WORDS_SECONDS):
+                if not data or (gone_at is not None and time.monotonic() > gone_at + _DRAIN_SECONDS):
                     break
                 self._output.lines(self._label, splitter.feed(data, time.monotonic()))
         self._output.lines(self._label, splitter.finish())

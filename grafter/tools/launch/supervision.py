@@ -11,25 +11,20 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Protocol
 
-from grafter.core.messages.roster import ANNOUNCEMENTS, Announcement
-from grafter.core.roles import Role
-from grafter.errors import GrafterError, RunError
+from grafter.errors import GrafterError
 from grafter.tools.launch.job import Job
 from grafter.tools.launch.run_output import RunOutput
-from grafter.wire.monitor.status_board import BoardLine, board_key
-from grafter.wire.store_client import ABORT, StoreClient
-from grafter.wire.store_server import HostedStore
 
 _TICK_SECONDS = 0.25
-_LOOK_EVERY_SECONDS = 1.0
+_STATUS_SECONDS = 1.0
 # Without a terminal, a wait is reported after this long, and again each minute.
-_TELL_WAIT_AFTER_SECONDS = 10.0
-_TELL_WAIT_EVERY_SECONDS = 60.0
+_REPORT_WAIT_AFTER_SECONDS = 10.0
+_REPORT_WAIT_EVERY_SECONDS = 60.0
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class RendezvousStore(Protocol):
-    """What the launcher needs from `grafter.wire.store_server.HostedStore`."""
+    """The part of `WatchedStore` that the launcher needs."""
 
     @property
     def address(self) -> str: ...
@@ -42,7 +37,7 @@ class RendezvousStore(Protocol):
 
 
 class Supervisor:
-    """Runs the jobs to their end. Jobs are added first, then watched.
+    """The supervisor of the jobs of a run, until their end. Jobs are added first, then watched.
 
     `grace_seconds`: how long a job may continue after the other one failed. `store` is None if another machine hosts
     it.
@@ -57,9 +52,9 @@ class Supervisor:
         self._grace_seconds = grace_seconds
         self._reported: set[str] = set()
         self._end_others_at = float("inf")
-        self._told_signals = 0
-        self._wait_teller = WaitTeller()
-        self._next_look = 0.0
+        self._reported_signals = 0
+        self._wait_reporter = WaitReporter()
+        self._next_status = 0.0
 
     @contextmanager
     def stop_signals_handled(self) -> Iterator[None]:
@@ -150,8 +145,8 @@ class Supervisor:
         if self._output.broken is not None and not self.signals:
             # As in a shell's pipeline: if the reader is gone, the run ends.
             self._handle_signal(signal.SIGPIPE, None)
-        if len(self.signals) > self._told_signals:
-            self._told_signals = len(self.signals)
+        if len(self.signals) > self._reported_signals:
+            self._reported_signals = len(self.signals)
             name = signal.Signals(self.signals[-1]).name
             if len(self.signals) == 1:
                 self._output.say(f"{name}: ending what runs (SIGTERM, after 5 s SIGKILL); again to kill at once.")
@@ -169,119 +164,32 @@ class Supervisor:
 
     def _show_waiting(self) -> None:
         now = time.monotonic()
-        if self._store is None or now < self._next_look:
+        if self._store is None or now < self._next_status:
             return
-        self._next_look = now + _LOOK_EVERY_SECONDS
+        self._next_status = now + _STATUS_SECONDS
         try:
             summary = self._store.waiting_summary()
         except GrafterError as error:
             summary = f"the state of the jobs cannot be read: {error}"
         self._output.status(summary)
-        if not self._output.is_terminal and self._wait_teller.is_due(summary, now):
+        if not self._output.is_terminal and self._wait_reporter.is_due(summary, now):
             self._output.say(str(summary))
 
 
-class WaitTeller:
-    """When to report a wait in a pipe: after 10 s, then every 60 s; a new wait starts again at 10 s. Pure."""
+class WaitReporter:
+    """The rule when to report a wait in a pipe: after 10 s, then every 60 s; a new wait starts again at 10 s. Pure."""
 
     def __init__(self) -> None:
-        self._tell_at: float | None = None
+        self._report_at: float | None = None
 
     def is_due(self, summary: str | None, now: float) -> bool:
         """Whether to report now. Called about once per second; `now`: seconds of any monotonic clock."""
         if summary is None:
-            self._tell_at = None
+            self._report_at = None
             return False
-        if self._tell_at is None:
-            self._tell_at = now + _TELL_WAIT_AFTER_SECONDS
-        if now < self._tell_at:
+        if self._report_at is None:
+            self._report_at = now + _REPORT_WAIT_AFTER_SECONDS
+        if now < self._report_at:
             return False
-        self._tell_at = now + _TELL_WAIT_EVERY_SECONDS
+        self._report_at = now + _REPORT_WAIT_EVERY_SECONDS
         return True
-
-
-# The hosted store, with a one-line summary of the ranks that wait and what they wait for.
-
-_ROLES: tuple[Role, ...] = ("baseline", "target")
-_RANKS_NAMED = 8
-
-
-class WatchedStore(HostedStore):
-    """The store that `grafter run` hosts."""
-
-    def __init__(
-        self, address: str = "127.0.0.1", port: int = 0, *, group_name: str = "graft", secret: str | None = None
-    ) -> None:
-        """Opens the store; port 0 takes a free one. Raises JoinError if it cannot listen there."""
-        super().__init__(address, port, group_name=group_name, secret=secret)
-        # The number of ranks per role, once the role has joined.
-        self._world_sizes: dict[Role, int] = {}
-        self._joined_since: float | None = None
-
-    def waiting_summary(self) -> str | None:
-        """Which rank waits, for which rank or point, and for how long; None while no rank waits. Call it from one
-        thread.
-
-        It takes about 60 us per rank of both jobs and never waits. Raises RunError if the store cannot be read.
-        """
-        client = self._client
-        run = client.peek(client.job_keys.run)
-        if run is None:
-            return "waiting for the baseline job to join; a job joins at its first call of grafter"
-        if run.kind == ABORT:
-            # The run ended before it was opened, and no rank waits any more.
-            return None
-        client.seal.run_id = run.payload.partition(" ")[0]
-        missing = [summary for role in _ROLES if (summary := self._missing(client, role)) is not None]
-        if missing:
-            if self._joined_since is None:
-                self._joined_since = time.monotonic()
-            return f"{' and '.join(missing)}, since {time.monotonic() - self._joined_since:.0f} s"
-        return summarize_lines(self._read_lines(client), time.time())
-
-    def has_announced(self, role: str) -> bool:
-        """Whether any rank of the role has reached its join, however the run ended. False if the store is broken."""
-        client = self._client
-        try:
-            # Ranks of one job start together, so if any rank is there, one of the first ones is.
-            return any(client.exists(client.job_keys.hello(role, rank)) for rank in range(8))
-        except RunError:
-            return False
-
-    def _missing(self, client: StoreClient, role: Role) -> str | None:
-        """Which ranks of a role have not joined; None once all have."""
-        if role in self._world_sizes:
-            return None
-        roster = client.peek(client.job_keys.roster(role))
-        if roster is not None and roster.kind == ABORT:
-            # The run ended before it began; the ranks themselves report why.
-            return None
-        if roster is not None:
-            self._world_sizes[role] = len(ANNOUNCEMENTS.validate_json(roster.payload))
-            return None
-        first = client.peek(client.job_keys.hello(role, 0))
-        if first is None:
-            return f"waiting for the {role} job to join"
-        world_size = Announcement.model_validate_json(first.payload).role_world_size
-        absent = [rank for rank in range(1, world_size) if not client.exists(client.job_keys.hello(role, rank))]
-        named = ", ".join(map(str, absent[:_RANKS_NAMED])) + (", ..." if len(absent) > _RANKS_NAMED else "")
-        return f"waiting for {role} rank{'s' * (len(absent) != 1)} {named} to join" if absent else None
-
-    def _read_lines(self, client: StoreClient) -> list[BoardLine]:
-        found = [
-            client.peek(board_key(client, role, rank))
-            for role, world_size in self._world_sizes.items()
-            for rank in range(world_size)
-        ]
-        return [BoardLine.model_validate_json(sealed.payload) for sealed in found if sealed is not None]
-
-
-def summarize_lines(lines: list[BoardLine], now: float) -> str | None:
-    """The longest wait, and how many other ranks wait; None if none does. `now`: seconds since 1970."""
-    waits = sorted((line for line in lines if line.state == "waiting"), key=lambda line: line.since)
-    if not waits:
-        return None
-    longest = waits[0]
-    others = len(waits) - 1
-    more = f" ({others} more rank{'s' * (others != 1)} wait{'s' * (others == 1)})" if others else ""
-    return f"{longest.who} waits for {longest.point} since {max(0.0, now - longest.since):.0f} s{more}"

@@ -1,4 +1,4 @@
-"""What a server answered, in one form for every API: text, tokens and logprobs of each output.
+"""Reads what a server answered, in one form for every API: text, tokens and logprobs of each output.
 
 OpenAI's chat: `choices[].message.content`, or in a stream `choices[].delta.content`; completions: `choices[].text`.
 SGLang's /generate: `text` (in a stream, the whole text so far), `output_ids`, `meta_info`; for several inputs, a list.
@@ -11,9 +11,25 @@ from dataclasses import dataclass, field
 from typing import Any
 
 
+@dataclass(frozen=True)
+class Reply:
+    """The reply of one server, or of the recording: `status`, and the body as `body_fields` returns it.
+
+    error: why there is no answer, or no complete one. status None: not known (recorded inside a server). seconds: until
+    the answer was complete; first_seconds: until its first piece.
+    """
+
+    status: int | None = None
+    kind: str = "none"
+    body: Any = None
+    error: str | None = None
+    seconds: float | None = None
+    first_seconds: float | None = None
+
+
 @dataclass
 class Output:
-    """One choice. `tokens`: ids, or texts if the API gives only these. `logprobs`: one per token, if given."""
+    """One output of an answer. `tokens`: ids, or texts if there are only these. `logprobs`: one per token, if given."""
 
     text: str = ""
     tokens: list[int | str] = field(default_factory=list)
@@ -23,16 +39,14 @@ class Output:
 
 
 @dataclass
-class Answer:
-    """All choices, in order of their index."""
+class ServerAnswer:
+    """An answer: all of its outputs, in order of their index."""
 
     outputs: list[Output]
 
 
-def read_answer(body: Any, api: str, is_stream: bool) -> Answer | None:
-    """The answer in a body. body: JSON or, for a stream, the list of its events' data. None if it is not an answer of
-    this API.
-    """
+def read_answer(body: Any, api: str, is_stream: bool) -> ServerAnswer | None:
+    """The answer in a body, None if it is not one of this API. body: JSON, or the list of a stream's events' data."""
     if api == "generate":
         return _read_generate(body, is_stream)
     if api in ("chat", "completions"):
@@ -40,7 +54,7 @@ def read_answer(body: Any, api: str, is_stream: bool) -> Answer | None:
     return None
 
 
-def _read_openai(events: list[Any]) -> Answer | None:
+def _read_openai(events: list[Any]) -> ServerAnswer | None:
     outputs: dict[int, Output] = {}
     usage: Any = None
     for event in events:
@@ -53,11 +67,11 @@ def _read_openai(events: list[Any]) -> Answer | None:
                 _add_choice(outputs.setdefault(index if isinstance(index, int) else 0, Output()), choice)
     if not outputs:
         return None
-    answer = Answer([outputs[index] for index in sorted(outputs)])
+    answer = ServerAnswer([outputs[index] for index in sorted(outputs)])
     if len(answer.outputs) == 1:
-        told = usage.get("completion_tokens") if usage is not None else None
+        count = usage.get("completion_tokens") if usage is not None else None
         only = answer.outputs[0]
-        only.token_count = told if _is_count(told) else len(only.tokens) or None
+        only.token_count = count if _is_count(count) else len(only.tokens) or None
     return answer
 
 
@@ -85,7 +99,7 @@ def _add_choice(output: Output, choice: dict[str, Any]) -> None:
         output.logprobs += [_number(value) for value in _items(logprobs.get("token_logprobs"))]
 
 
-def _read_generate(body: Any, is_stream: bool) -> Answer | None:
+def _read_generate(body: Any, is_stream: bool) -> ServerAnswer | None:
     outputs: dict[int, Output] = {}
     items = body if isinstance(body, list) else [body]
     for number, item in enumerate(items):
@@ -94,13 +108,11 @@ def _read_generate(body: Any, is_stream: bool) -> Answer | None:
         index = item.get("index")
         place = (index if isinstance(index, int) else 0) if is_stream else number
         _take_generated(outputs.setdefault(place, Output()), item)
-    return Answer([outputs[index] for index in sorted(outputs)]) if outputs else None
+    return ServerAnswer([outputs[index] for index in sorted(outputs)]) if outputs else None
 
 
 def _take_generated(output: Output, item: dict[str, Any]) -> None:
-    """Add one answer, or one event of a stream, which holds the whole text so far or (the server's choice) only the new
-    part.
-    """
+    """Add one answer, or one event of a stream, in which a server sends the whole text so far or only the new part."""
     meta = item["meta_info"] if isinstance(item.get("meta_info"), dict) else {}
     text, ids, count = item.get("text"), _ids(item.get("output_ids")), meta.get("completion_tokens")
     if _is_count(count):

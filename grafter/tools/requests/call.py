@@ -1,4 +1,4 @@
-"""A recorded request as one HTTP call, or the reason why it is none."""
+"""Makes a recorded request one HTTP call, with the recorded output's length, or says why it cannot be sent."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from grafter.tools.requests.answers import read_answer
-from grafter.tools.requests.credentials import HOP_BY_HOP, is_secret_header
+from grafter.tools.requests.credentials import HEADER_NAME, HOP_BY_HOP, is_secret_header
 from grafter.tools.requests.entry import body_bytes
-from grafter.tools.requests.reading import Recorded, holds_tensor
+from grafter.tools.requests.reading import RecordedRequest, holds_tensor
 
 Api = Literal["chat", "completions", "generate", "other"]
 
 _METHOD = re.compile(r"[A-Z]{1,20}")
-_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,200}")
+_LONGEST_HEADER_NAME = 200
 _PLACES = {"chat": "/v1/chat/completions", "completions": "/v1/completions", "generate": "/generate"}
-# Made anew for what is sent now.
+# Headers that are set again for what is sent now.
 _OWN_HEADERS = frozenset({"host", "content-length", "accept-encoding", "expect", *HOP_BY_HOP})
 
 
 class NoCall(Exception):
-    """This request cannot be sent; the text says why."""
+    """A request that cannot be sent; the text says why."""
 
 
 @dataclass(frozen=True)
-class Call:
-    """What is sent: `target` is path and query. `forced`: the output's length in tokens, where it is forced."""
+class HttpCall:
+    """An HTTP call: `target` is path and query. `forced`: the output's length in tokens, if it is forced."""
 
     method: str
     target: str
@@ -36,8 +36,8 @@ class Call:
     forced: int | None = None
 
 
-def make_call(recorded: Recorded, forcing: Forcing) -> Call:
-    """Raises NoCall."""
+def make_call(recorded: RecordedRequest, forcing: Forcing) -> HttpCall:
+    """The call that sends a recorded request again. Raises NoCall."""
     meta = recorded.meta if isinstance(recorded.meta, dict) else {}
     if "kept_bytes" in meta:
         raise NoCall(f"only {meta['kept_bytes']} of its {meta.get('bytes')} bytes were recorded (--body-mib)")
@@ -59,8 +59,8 @@ def make_call(recorded: Recorded, forcing: Forcing) -> Call:
     query = meta.get("query")
     target = f"{path}?{query}" if isinstance(query, str) and query else path
     if not target.isprintable() or not target.isascii() or " " in target or "#" in target:
-        raise NoCall("its path is none that can be sent")
-    return Call(_method(meta), target, _headers(meta, bool(sent)), sent, api, forced)
+        raise NoCall("its path cannot be sent")
+    return HttpCall(_method(meta), target, _headers(meta, bool(sent)), sent, api, forced)
 
 
 def api_of(path: str) -> Api:
@@ -83,7 +83,7 @@ def _place(request: Any, meta: dict[str, Any]) -> tuple[Api, str]:
         elif "text" in request or "input_ids" in request:
             path = _PLACES["generate"]
     if path is None:
-        raise NoCall("its record names no path (meta.path), and its fields are those of no API that is known here")
+        raise NoCall("its record names no path (meta.path), and its fields belong to no API that is known here")
     if not isinstance(path, str) or not path.startswith("/"):
         raise NoCall(f"its path {str(path)[:80]!r} does not begin with /")
     return api_of(path), path
@@ -92,16 +92,17 @@ def _place(request: Any, meta: dict[str, Any]) -> tuple[Api, str]:
 def _method(meta: dict[str, Any]) -> str:
     method = meta.get("method", "POST")
     if not isinstance(method, str) or not _METHOD.fullmatch(method) or method == "CONNECT":
-        raise NoCall(f"its method {str(method)[:40]!r} is none that can be sent")
+        raise NoCall(f"its method {str(method)[:40]!r} cannot be sent")
     return method
 
 
 def _headers(meta: dict[str, Any], has_body: bool) -> dict[str, str]:
-    """Those that were recorded and may be sent again, without what belongs to a connection or is a secret."""
+    """The recorded headers without those of a connection and secret ones."""
     headers = {}
     given = meta.get("headers")
     for name, value in given.items() if isinstance(given, dict) else ():
-        sound = isinstance(value, str) and _NAME.fullmatch(name) and value.isprintable()
+        is_name = len(name) <= _LONGEST_HEADER_NAME and HEADER_NAME.fullmatch(name)
+        sound = is_name and isinstance(value, str) and value.isprintable()
         if sound and name.lower() not in _OWN_HEADERS and not is_secret_header(name):
             headers[name.lower()] = value
     if has_body:
@@ -110,15 +111,12 @@ def _headers(meta: dict[str, Any], has_body: bool) -> dict[str, str]:
     return headers
 
 
-# The recorded output's length, and how each API is made to generate the same number of tokens.
-#
-# OpenAI's own servers refuse unknown fields, so only the limit is set there by default. Servers of the open engines
-# also accept `ignore_eos` and `min_tokens`.
-
-
 @dataclass(frozen=True)
 class Forcing:
-    """How to force the length.
+    """How to make a server generate as many tokens as were recorded.
+
+    OpenAI's own servers refuse unknown fields, so only the limit is set there by default. Servers of the open engines
+    also accept `ignore_eos` and `min_tokens`.
 
     is_on: force the recorded length.
     ignore_eos, min_tokens: also set these fields in requests of OpenAI's form.
@@ -131,12 +129,11 @@ class Forcing:
 
 def recorded_length(output: Any, api: str) -> int | None:
     """The number of tokens in the output; None if it is not known, or if several outputs share one number."""
+    is_stream = False
     if isinstance(output, dict) and "kind" in output and "status" in output:
         if output["status"] != 200 or "kept_bytes" in output:
             return None
         output, is_stream = output.get("body"), output["kind"] == "events"
-    else:
-        is_stream = False
     answer = read_answer(output, api, is_stream)
     if answer is None or len(answer.outputs) != 1:
         return None

@@ -1,7 +1,7 @@
-"""What is, or may hold, a credential: by the name that it stands under, or by its own form. Pure functions over texts.
+"""Finds and removes credentials: by the name before them, or by their own form. Pure functions over texts.
 
 Names and forms are denied by kind. To leave out too much costs a field of a recording; to leave out too little would
-write somebody's key into a file.
+write a key into a file.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import unquote_plus
 
-# Anywhere in a name without its punctuation. `auth` also stands for authorization and x-auth-...
-_PARTS = (
+# Parts of names of secrets, without punctuation. `auth` also stands for authorization and x-auth-...
+_SECRET_NAME_PARTS = (
     *("auth", "cookie", "token", "secret", "pass", "pwd", "credential", "signature", "session", "jwt", "bearer"),
     *("csrf", "xsrf", "saml", "assertion", "apikey", "hmac"),
 )
-# Whole words of a name: too short, or too common in others, to be looked for everywhere.
-_WORDS = frozenset(
+# Whole words of names of secrets: too short, or too common elsewhere, to be searched for as parts.
+_SECRET_WORDS = frozenset(
     {
         *("key", "keys", "pw", "pin", "otp", "totp", "mfa", "sig", "sid", "sas", "pat", "cred", "creds", "cert", "psk"),
         *("ticket", "login", "nonce", "principal"),
@@ -27,30 +27,14 @@ _WHOLE_NAMES = frozenset({"code"})  # of OAuth
 # Numbers of an engine's parameters, such as eos_token_id=2. `tokens` alone is a count, too: max_tokens.
 _COUNTING_WORDS = frozenset(
     {
-        *(
-            "id",
-            "ids",
-            "count",
-            "max",
-            "min",
-            "num",
-            "n",
-            "stop",
-            "eos",
-            "bos",
-            "pad",
-            "unk",
-            "new",
-            "special",
-            "limit",
-        ),
-        *("ignore", "skip", "budget", "per"),
+        *("id", "ids", "count", "max", "min", "num", "n", "stop", "eos", "bos", "pad", "unk", "new", "special"),
+        *("limit", "ignore", "skip", "budget", "per"),
     }
 )
 _COUNT = re.compile(r"[-\d.,\s\[\]]{1,200}|true|false", re.IGNORECASE)
 
-_WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+")
-_FORMS = re.compile(
+_WORD_IN_NAME = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+")
+_SECRET_FORMS = re.compile(
     r"\bbearer\b[\s:=,.]*\S"
     r"|(?:^|[,;=:\"'\s])(?:basic|digest|negotiate|ntlm|hawk|dpop|token|apikey|api-key|sharedkey|aws4-hmac-sha256)[\s:=]+\S"
     r"|\beyJ[\w-]{8}"  # a JSON Web Token
@@ -61,23 +45,23 @@ _FORMS = re.compile(
     re.IGNORECASE,
 )
 _USER_INFO = re.compile(r"//[^/?#\s]*@")
-# The same where the password has a character that ends a host's name: what stands after the colon is no port.
+# The same if the password has a character that ends a host name: what follows the colon is not a port.
 _BROKEN_USER_INFO = re.compile(r"//(?!\[)[^/?#:\s]*:(?!\d{0,5}(?:[/?#\s,;\"'>)]|$))")
 _AUTHOR = re.compile(r"author(?!i)")
-# A name before what it names, as in `a=b`, `a: b` and `"a": "b"`.
+# A name and its value, as in `a=b`, `a: b` and `"a": "b"`.
 _NAMED = re.compile(r"(?<![\w.$\[\]-])([A-Za-z_$][\w.$\[\]-]{0,99})[\"']?\s{0,9}[=:]\s{0,9}(?=\S)")
-# With a digit, and as long as no plain word: what programs make.
+# A value that a program made: long, and with a digit.
 _OPAQUE = re.compile(r"(?=\D*\d)[\w.~%:+=-]{8,}")
 _MOST_ENCODINGS = 8
 REMOVED = "REMOVED"
 
 
 def names_a_secret(name: str, value: str = "") -> bool:
-    """Whether what stands under this name is a credential. value: with it, counts such as `eos_token_id=2` are none."""
+    """Whether a value with this name is a credential. value: with it, counts such as `eos_token_id=2` are not."""
     decoded = _decoded(name)[-1]
-    words = [word.lower() for word in _WORD.findall(decoded)]
+    words = [word.lower() for word in _WORD_IN_NAME.findall(decoded)]
     flat = _AUTHOR.sub("", "".join(words))
-    if flat in _WHOLE_NAMES or not _WORDS.isdisjoint(words) or flat.endswith("key"):
+    if flat in _WHOLE_NAMES or not _SECRET_WORDS.isdisjoint(words) or flat.endswith("key"):
         return True
     others = [word for word in words if word not in ("token", "tokens")]
     is_count = (
@@ -86,17 +70,16 @@ def names_a_secret(name: str, value: str = "") -> bool:
         and (others or "tokens" in words)
         and _COUNT.fullmatch(value.strip())
     )
-    return not is_count and any(part in flat for part in _PARTS)
+    return not is_count and any(part in flat for part in _SECRET_NAME_PARTS)
 
 
 def holds_a_secret(text: str) -> bool:
-    """Whether a credential stands in a text: by its form, or after a name of one; also where the text, or a part of it,
-    is percent-encoded, several times over."""
+    """Whether a text holds a credential: by its form, or after its name, also if percent-encoded several times."""
     forms = _decoded(text)
     if len(forms) > _MOST_ENCODINGS:
         return True
     for form in forms:
-        if _FORMS.search(form) or _USER_INFO.search(form) or _BROKEN_USER_INFO.search(form):
+        if _SECRET_FORMS.search(form) or _USER_INFO.search(form) or _BROKEN_USER_INFO.search(form):
             return True
         if any(names_a_secret(found[1], _value_at(form, found.end())) for found in _NAMED.finditer(form)):
             return True
@@ -156,9 +139,7 @@ def _decoded(text: str) -> list[str]:
     return forms
 
 
-# Headers by what may become of them: credentials are never written, and those of one connection are not passed on.
-
-# Of one connection, not of the message (RFC 9110, 7.6.1); `connection` names more of them.
+# Headers of one connection, not of the message (RFC 9110, 7.6.1); `connection` names more of them.
 HOP_BY_HOP = frozenset(
     {
         *("connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection"),
@@ -166,22 +147,22 @@ HOP_BY_HOP = frozenset(
     }
 )
 
-# Beside the names of secrets anywhere: a subprotocol of a websocket may be a token, and no header that has `key` in its
-# name is worth a risk.
-_SECRET_PARTS = ("sec-websocket", "key")
-_HEADERS = ("headers", "header")
-_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
+# Further parts of secret headers' names: a subprotocol of a websocket may be a token, and a header with `key` in its
+# name is not worth the risk.
+_SECRET_HEADER_PARTS = ("sec-websocket", "key")
+_HEADER_KEYS = ("headers", "header")
+HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
 
 
 def is_secret_header(name: str) -> bool:
     """Whether the value of this header is never written, however the name is spelt."""
     lowered = name.lower()
-    return any(part in lowered for part in _SECRET_PARTS) or names_a_secret(lowered)
+    return any(part in lowered for part in _SECRET_HEADER_PARTS) or names_a_secret(lowered)
 
 
 def holds_headers(key: str) -> bool:
-    """Whether what stands under this key of a dict is headers, such as `headers` or `response_headers`."""
-    return key.lower().endswith(_HEADERS)
+    """Whether a dict's value with this key is headers, such as `headers` or `response_headers`."""
+    return key.lower().endswith(_HEADER_KEYS)
 
 
 def safe_value(name: str, value: str) -> str | None:
@@ -221,9 +202,9 @@ def _safe_item(item: Any) -> Any:
 
 
 def _is_secret_line(line: str) -> bool:
-    """Of `name: value`. A line without a header's name is text."""
+    """Whether a line, `name: value`, is a header with a credential. A line without a header's name is text."""
     name, colon, value = line.partition(":")
-    is_header = colon and _NAME.fullmatch(name.strip())
+    is_header = colon and HEADER_NAME.fullmatch(name.strip())
     return bool(is_header) and (is_secret_header(name) or holds_a_secret(value))
 
 

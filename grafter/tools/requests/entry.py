@@ -1,4 +1,4 @@
-"""One request in the recorder's memory: the request, its output, and the line that represents it in the file."""
+"""One request in the recorder's memory, the line that represents it in the file, and the content of bodies."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LONGEST_LINE = 1 << 26
 
 
 class Later:
-    """A value that is made on the writer's thread, so that the server's thread does not wait for it.
+    """A value that is made later, on the writer's thread, so that the server's thread does not wait for it.
 
     make: returns the value, in JSON's own types; its input must not change until then. nbytes: the memory that it holds
     until then.
@@ -32,7 +32,7 @@ class Later:
 
 @dataclass
 class Part:
-    """A request, its metadata or its output, encoded: JSON text, with tensors apart."""
+    """The encoded part of a record (request, metadata or output): JSON text, and its tensors."""
 
     text: str
     not_encoded: dict[str, str] = field(default_factory=dict)
@@ -46,10 +46,8 @@ class Part:
 
 
 @dataclass(eq=False)
-class Entry:
-    """A request from `record` on. `parts`: those of request, meta and output that exist so far; times are seconds since
-    1970.
-    """
+class RequestEntry:
+    """A recorded request. `parts`: request, meta and output, as far as they exist; times are seconds since 1970."""
 
     index: int
     id: str
@@ -67,7 +65,7 @@ class Entry:
         return sum(part.nbytes for part in self.parts.values())
 
 
-def line_of(entry: Entry, parts: dict[str, Part], tensor_file: str | None) -> str:
+def line_of(entry: RequestEntry, parts: dict[str, Part], tensor_file: str | None) -> str:
     """The entry's line, without its end. tensor_file: the name of the file that holds its tensors."""
     not_encoded: dict[str, str] = {}
     excluded: list[str] = []
@@ -97,8 +95,6 @@ def tensor_name(index: int, part: str, number: int) -> str:
     return f"{index}.{part}.{number}"
 
 
-# What the bytes of a body say: JSON, the events of a stream, text, or else the bytes themselves.
-
 # A body that is small on the wire may be large once it is unpacked.
 MOST_UNPACKED = 1 << 26
 _WINDOW_BITS = {"gzip": 31, "x-gzip": 31, "deflate": 15}
@@ -107,9 +103,9 @@ _WINDOW_BITS = {"gzip": 31, "x-gzip": 31, "deflate": 15}
 def body_fields(pieces: Sequence[bytes], nbytes: int, content_type: str, encoding: str = "") -> dict[str, Any]:
     """A body as fields of a record.
 
-    pieces: what was kept of it. nbytes: how long it was. Returns {"kind": "json" | "events" | "text" | "base64" |
-    "none", "body": ..., "bytes": nbytes}, with "kept_bytes" where it was not kept whole. Of server-sent events, `body`
-    is the list of their data, each as JSON where it is.
+    pieces: the kept part of it. nbytes: its whole length. Returns {"kind": "json" | "events" | "text" | "base64" |
+    "none", "body": ..., "bytes": nbytes}, with "kept_bytes" if it was not kept whole. For server-sent events, `body` is
+    the list of their data, each as JSON if it is.
     """
     data = b"".join(pieces)
     fields: dict[str, Any] = {"bytes": nbytes}
@@ -127,7 +123,7 @@ def _read(data: bytes, media_type: str, is_whole: bool) -> tuple[str, Any]:
     if not data:
         return "none", None
     try:
-        # Where it was cut, half a character is no reason to lose the rest.
+        # A body that was cut may end with half a character.
         text = data.decode("utf-8", "strict" if is_whole else "ignore")
     except UnicodeDecodeError:
         return "base64", base64.b64encode(data).decode()
@@ -142,7 +138,7 @@ def _read(data: bytes, media_type: str, is_whole: bool) -> tuple[str, Any]:
 
 
 def read_events(text: str) -> list[Any]:
-    """The data of server-sent events, in order: JSON where it is, else text (`[DONE]`). A cut one is left out."""
+    """The data of server-sent events, in order: JSON, or else text (`[DONE]`). An incomplete event is left out."""
     events: list[Any] = []
     data: list[str] = []
     for line in text.replace("\r\n", "\n").replace("\r", "\n").split("\n"):
@@ -162,7 +158,7 @@ def _json_or_text(text: str) -> Any:
 
 
 def _unpacked(data: bytes, encoding: str) -> bytes | None:
-    """None where the encoding is not known here, or the data is not in it."""
+    """The data unpacked; None if the encoding is not known here, or the data is not in it."""
     if encoding in ("", "identity"):
         return data
     if encoding not in _WINDOW_BITS:
@@ -176,7 +172,7 @@ def _unpacked(data: bytes, encoding: str) -> bytes | None:
 
 
 def body_bytes(kind: Any, body: Any) -> bytes:
-    """The bytes to send for a recorded body of this kind. Raises ValueError for what is none."""
+    """The bytes to send for a recorded body of this kind. Raises ValueError if it is not one."""
     if kind == "none" or (kind == "json" and body is None):
         return b"" if kind == "none" else b"null"
     if kind == "json":

@@ -1,4 +1,4 @@
-"""How a process ends, and what is written first: an uncaught error, SIGTERM, the end of the interpreter.
+"""Writes before a process ends, by an uncaught error, SIGTERM, or the end of the interpreter.
 
 A server that handles SIGTERM itself continues to serve for a while. What is in memory is then written when the signal
 arrives, and once more at the end, with what has changed since.
@@ -17,7 +17,7 @@ from grafter.store.dumps.termination import Termination
 
 
 class ProcessEnd:
-    """Calls `before` when the process is about to end, while installed.
+    """The hooks of a process's end: they call `before` when it is about to end, while installed.
 
     `before` may be called several times, on any thread, in the middle of any code. It must not raise.
     """
@@ -35,7 +35,7 @@ class ProcessEnd:
         self._termination.install()
 
     def uninstall(self) -> None:
-        """Restore the earlier handlers. If someone has installed another one since, ours stays and only passes on."""
+        """Restore the earlier handlers. One that was replaced since stays, and only calls the earlier one."""
         if sys.excepthook == self._on_exception:
             sys.excepthook = self._excepthook
         if threading.excepthook == self._on_thread_exception:

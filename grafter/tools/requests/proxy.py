@@ -1,9 +1,9 @@
 """The recording proxy, an ASGI application: it forwards bytes in both directions and gives a copy to the recorder.
 
 The steps of one exchange: the headers, without those of a single hop; the request's body, as it arrives; the upstream's
-answer, headers first, then each piece as it arrives; the end. If one side leaves early, the other side learns it by the
-means of HTTP: when a client is gone, the upstream's request ends; when the upstream is gone, the client's connection
-ends before its body is complete. The proxy never delays a body and never holds a whole one.
+answer, headers first, then each piece as it arrives; the end. If the client leaves early, the upstream's request ends;
+if the upstream does, the client's connection ends before its body is complete. The proxy never delays a body and never
+holds a whole one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from starlette.types import Message, Receive, Scope, Send
 from grafter.tools.requests.credentials import HOP_BY_HOP, safe_value, without_secrets_in_path, without_secrets_in_query
 from grafter.tools.requests.entry import Later, State, body_fields
 from grafter.tools.requests.recorder import RequestRecorder
-from grafter.tools.requests.upstream import Call, Headers, Upstream, UpstreamError
+from grafter.tools.requests.upstream import Headers, Upstream, UpstreamConnection, UpstreamError
 
 _HOP_BY_HOP = frozenset(name.encode() for name in HOP_BY_HOP)
 _ABANDONED = "the client disconnected before the answer was complete"
@@ -28,35 +28,35 @@ _LONGEST_HEADER = 1000
 _MOST_UNDER_WAY = 256 << 20
 
 
-class Room:
-    """The number of bytes that all active bodies may keep together."""
+class ByteBudget:
+    """A budget: the number of bytes that all active bodies may keep together."""
 
     def __init__(self, limit: int) -> None:
         self.left = limit
 
 
-class Kept:
-    """The first bytes of a body, and the total number of its bytes. limit: for this body; room: for all bodies."""
+class KeptBody:
+    """The kept part of a body: its first bytes, and how many it has. limit: of this body; budget: of all."""
 
-    def __init__(self, limit: int, room: Room) -> None:
-        self._limit, self._room = limit, room
+    def __init__(self, limit: int, budget: ByteBudget) -> None:
+        self._limit, self._budget = limit, budget
         self.pieces: list[bytes] = []
         self.nbytes = self.kept_bytes = 0
 
     def add(self, piece: bytes) -> None:
         self.nbytes += len(piece)
-        left = min(self._limit, self._room.left)
-        # What follows a part that was left out is of no use.
+        left = min(self._limit, self._budget.left)
+        # A piece after one that was left out is useless.
         if left > 0 and self.kept_bytes + len(piece) == self.nbytes:
             kept = piece if len(piece) <= left else piece[:left]
             self.pieces.append(kept)
             self.kept_bytes += len(kept)
             self._limit -= len(kept)
-            self._room.left -= len(kept)
+            self._budget.left -= len(kept)
 
     def give_back(self) -> None:
-        """Release the bytes; from now on the recorder holds and counts them."""
-        self._room.left += self.kept_bytes
+        """Release the bytes; from now on the recorder counts them."""
+        self._budget.left += self.kept_bytes
 
 
 class RecordingProxy:
@@ -68,7 +68,7 @@ class RecordingProxy:
 
     def __init__(self, upstream: str, recorder: RequestRecorder, limit_bytes: int = 16 << 20) -> None:
         self._recorder, self._limit, self._upstream = recorder, limit_bytes, Upstream(upstream)
-        self._room = Room(_MOST_UNDER_WAY)
+        self._budget = ByteBudget(_MOST_UNDER_WAY)
         # Ids of one recording are distinct in a directory with several recordings.
         self._prefix, self._count = f"{secrets.token_hex(4)}-", 0
 
@@ -77,9 +77,8 @@ class RecordingProxy:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._count += 1
-        exchange = _Exchange(
-            f"{self._prefix}{self._count:x}", scope, receive, send, self._limit, self._room, self._recorder
-        )
+        bodies = KeptBody(self._limit, self._budget), KeptBody(self._limit, self._budget)
+        exchange = _Exchange(f"{self._prefix}{self._count:x}", (scope, receive, send), *bodies, self._recorder)
         try:
             await self._pass_on(exchange)
         except _ClientGone:
@@ -95,7 +94,7 @@ class RecordingProxy:
 
     async def _pass_on(self, exchange: _Exchange) -> None:
         await exchange.read_first_piece()
-        call: Call | None = None
+        call: UpstreamConnection | None = None
         try:
             call = await self._upstream.call()
             headers = [(b"host", self._upstream.host), *exchange.request_headers()]
@@ -106,7 +105,7 @@ class RecordingProxy:
                 await exchange.pass_piece(piece)
             await exchange.end_answer()
         except UpstreamError as error:
-            await exchange.tell_failure(error)
+            await exchange.report_failure(error)
         finally:
             if call is not None:
                 call.leave()
@@ -120,13 +119,14 @@ class _Exchange:
     """One request and its answer: what passes through, and what is recorded."""
 
     def __init__(
-        self, id: str, scope: Scope, receive: Receive, send: Send, limit: int, room: Room, recorder: RequestRecorder
+        self, id: str, asgi: tuple[Scope, Receive, Send], asked: KeptBody, answered: KeptBody, recorder: RequestRecorder
     ) -> None:
-        self._scope, self._receive, self._send, self._recorder = scope, receive, send, recorder
+        scope, self._receive, self._send = asgi
+        self._scope, self._recorder = scope, recorder
         self._headers: Headers = scope["headers"]
         self._id = id
         self._start = time.monotonic()
-        self._asked, self._answered = Kept(limit, room), Kept(limit, room)
+        self._asked, self._answered = asked, answered
         self._first_piece = b""
         self._has_more = self._is_recorded = False
         self._status: int | None = None
@@ -136,8 +136,6 @@ class _Exchange:
         self._reason: str | None = None
         self._watcher: asyncio.Task[None] | None = None
         self.client_is_gone = False
-
-    # The request, on its way to the upstream.
 
     @property
     def method(self) -> str:
@@ -157,7 +155,7 @@ class _Exchange:
         return headers
 
     async def read_first_piece(self) -> None:
-        """Read the first piece of the body, which for most requests is all of it."""
+        """Read the first piece of the request's body, which for most requests is all of it."""
         self._first_piece, self._has_more = await self._next_piece()
         if not self._has_more:
             self._record_request()
@@ -197,7 +195,7 @@ class _Exchange:
             self._watcher = asyncio.create_task(self._watch_client(task))
 
     def _meta(self, body: dict[str, Any]) -> dict[str, Any]:
-        """On the writer's thread. body: its fields."""
+        """The metadata of the request, made on the writer's thread. body: its fields."""
         path, _, query = self.target.decode("latin-1").partition("?")
         meta: dict[str, Any] = {"method": self.method, "path": without_secrets_in_path(path)}
         meta["headers"] = _recorded(self._headers)
@@ -216,8 +214,6 @@ class _Exchange:
         if self._watcher is not None:
             self._watcher.cancel()
 
-    # The answer, on its way to the client.
-
     async def begin_answer(self, status: int, headers: Headers) -> None:
         self._status, self._answer_headers = status, headers
         await self._send({"type": "http.response.start", "status": status, "headers": _end_to_end(headers)})
@@ -232,7 +228,7 @@ class _Exchange:
         self.end("finished")
         await self._send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def tell_failure(self, error: Exception) -> None:
+    async def report_failure(self, error: Exception) -> None:
         """Report a failure of the upstream to the client.
 
         Before the answer's head, this is a 502 with the reason. After it, the answer stays incomplete: the server then
@@ -245,8 +241,6 @@ class _Exchange:
         headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(text.encode()))]
         await self._send({"type": "http.response.start", "status": 502, "headers": headers})
         await self._send({"type": "http.response.body", "body": text.encode()})
-
-    # What is recorded.
 
     def end(self, state: State, reason: str | None = None) -> None:
         """Record how the exchange ended. Only the first call counts."""
@@ -277,7 +271,7 @@ class _Exchange:
 
 
 class _Once:
-    """A function's result, computed once, because two parts of one record come from one body."""
+    """A function's result, computed once, for two parts of a record with one body. The function is then released."""
 
     def __init__(self, make: Callable[[], dict[str, Any]]) -> None:
         self._make: Callable[[], dict[str, Any]] | None = make

@@ -11,7 +11,7 @@ import json
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from grafter.core.leaves import TENSOR_MARK
 from grafter.errors import DumpError
 from grafter.store.dumps.record_file import listed, opened, shown
 from grafter.store.dumps.tensor_file import map_tensor, read_header
-from grafter.tools.requests.batch_file import FILE_PREFIX, FORMAT, FORMAT_VERSION
+from grafter.tools.requests.batch_file import FILE_PREFIX, REQUESTS_FORMAT, REQUESTS_VERSION
 from grafter.tools.requests.entry import LONGEST_LINE, State, tensor_name
 
 # The limits of one recording; an index entry takes some hundred bytes.
@@ -39,7 +39,7 @@ class _Header(BaseModel):
     recorder: str = Field(max_length=200)
 
 
-class Recorded(BaseModel):
+class RecordedRequest(BaseModel):
     """One request as it was recorded: a line of the file. Times are seconds since 1970."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
@@ -59,8 +59,8 @@ class Recorded(BaseModel):
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where one request is, and its order: `number` counts from 0 in the order in which requests arrived."""
+class RequestPlace:
+    """The place of one request in a recording. `number` counts from 0 in the order in which requests arrived."""
 
     number: int
     id: str
@@ -72,8 +72,8 @@ class Place:
     length: int = field(repr=False)
 
 
-class Recording:
-    """A file, or all `requests-*.jsonl` of a directory, in the order in which the requests arrived.
+class RequestRecording:
+    """A recording: a file, or all `requests-*.jsonl` of a directory, in the order in which the requests arrived.
 
     Raises DumpError for a file that is not a recording, is damaged, or is too large. Nothing in it is unpickled or
     evaluated.
@@ -94,7 +94,7 @@ class Recording:
     def __len__(self) -> int:
         return len(self.places)
 
-    def read(self, place: Place) -> Recorded:
+    def read(self, place: RequestPlace) -> RecordedRequest:
         """The request at this place. Raises DumpError if the file has changed since."""
         with opened(self._directory, place.file) as descriptor:
             line = os.pread(descriptor, place.length, place.offset)
@@ -103,11 +103,10 @@ class Recording:
             raise DumpError(f"{self._directory}/{place.file}:{place.line}: the file was changed while it was read.")
         return recorded
 
-    def tensor(self, recorded: Recorded, part: str, number: int) -> torch.Tensor:
-        """A tensor of a request: the one that {"__grafter_tensor__": number} stands for in its part (request, meta,
-        output).
+    def tensor(self, recorded: RecordedRequest, part: str, number: int) -> torch.Tensor:
+        """A tensor of a request: the one for which {"__grafter_tensor__": number} stands in its `part`.
 
-        Raises DumpError if it does not exist.
+        part: request, meta or output. Raises DumpError if it does not exist.
         """
         if recorded.tensor_file is None or "/" in recorded.tensor_file:
             raise DumpError(f"the request {shown(recorded.id)} does not name a file of tensors in its directory.")
@@ -126,9 +125,9 @@ class Recording:
                 shape = shape[:-1]
             return map_tensor(descriptor, file, name, dtype, shape)
 
-    def _index(self, names: list[str]) -> tuple[Place, ...]:
+    def _index(self, names: list[str]) -> tuple[RequestPlace, ...]:
         # (recorder, index) -> its last line, or the last one that is finished.
-        found: dict[tuple[str, int], Place] = {}
+        found: dict[tuple[str, int], RequestPlace] = {}
         for name in names:
             with opened(self._directory, name) as descriptor, os.fdopen(os.dup(descriptor), "rb") as file:
                 for recorder, recorded, place in _read_lines(file, f"{self._directory}/{name}", name):
@@ -138,13 +137,10 @@ class Recording:
                     if len(found) > MOST_REQUESTS:
                         raise DumpError(f"{self._directory}/{name}: more than {MOST_REQUESTS} requests; give one file.")
         ordered = sorted(found.items(), key=lambda item: (item[1].time, item[0]))
-        return tuple(
-            Place(number, place.id, place.time, place.state, place.file, place.line, place.offset, place.length)
-            for number, (_, place) in enumerate(ordered)
-        )
+        return tuple(replace(place, number=number) for number, (_, place) in enumerate(ordered))
 
 
-def _read_lines(file: Any, where: str, name: str) -> Iterator[tuple[str, Recorded, Place]]:
+def _read_lines(file: Any, where: str, name: str) -> Iterator[tuple[str, RecordedRequest, RequestPlace]]:
     recorder: str | None = None
     number = offset = 0
     while line := file.readline(LONGEST_LINE + 2):
@@ -156,7 +152,7 @@ def _read_lines(file: Any, where: str, name: str) -> Iterator[tuple[str, Recorde
             recorder = _read_header(line, f"{where}:{number}")
         else:
             recorded = _parsed(line, f"{where}:{number}")
-            place = Place(0, recorded.id, recorded.time, recorded.state, name, number, offset, len(line))
+            place = RequestPlace(0, recorded.id, recorded.time, recorded.state, name, number, offset, len(line))
             yield recorder, recorded, place
         offset += len(line)
     if recorder is None:
@@ -168,21 +164,22 @@ def _read_header(line: bytes, where: str) -> str:
         header = _Header.model_validate(_json(line))
     except (ValidationError, ValueError, RecursionError):
         raise DumpError(
-            f'{where}: its first line is not the header of a recording ({{"format": "{FORMAT}", ...}}).'
+            f'{where}: its first line is not the header of a recording ({{"format": "{REQUESTS_FORMAT}", ...}}).'
         ) from None
-    if header.format != FORMAT:
-        raise DumpError(f"{where}: it is of the format {shown(header.format)!r}, and recordings are {FORMAT!r}.")
-    if not 1 <= header.format_version <= FORMAT_VERSION:
+    if header.format != REQUESTS_FORMAT:
+        wanted = f"recordings are {REQUESTS_FORMAT!r}"
+        raise DumpError(f"{where}: it is of the format {shown(header.format)!r}, and {wanted}.")
+    if not 1 <= header.format_version <= REQUESTS_VERSION:
         raise DumpError(
             f"{where}: it is of version {header.format_version} of the format, and this grafter reads up to version "
-            f"{FORMAT_VERSION}. Update grafter here."
+            f"{REQUESTS_VERSION}. Update grafter here."
         )
     return header.recorder
 
 
-def _parsed(line: bytes, where: str) -> Recorded:
+def _parsed(line: bytes, where: str) -> RecordedRequest:
     try:
-        recorded = Recorded.model_validate(_json(line))
+        recorded = RecordedRequest.model_validate(_json(line))
     except RecursionError:
         raise DumpError(f"{where}: it is nested too deeply to be read.") from None
     except ValidationError as error:

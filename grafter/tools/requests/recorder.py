@@ -1,4 +1,4 @@
-"""The recorder: requests in flight, requests that are over but not on disk yet, and when they are written.
+"""The recorder: requests in flight, requests that are over but not on disk yet, and when to write them.
 
     record   a request begins: encoded at the call           in flight
     finish   its output; enough of them are a batch          over, in memory
@@ -25,7 +25,7 @@ from grafter.errors import UsageError
 from grafter.store.dumps.record import safe_repr
 from grafter.store.dumps.snapshot import Buffers
 from grafter.tools.requests.batch_file import BatchWriter, encode_part
-from grafter.tools.requests.entry import Entry, Later, Part, State
+from grafter.tools.requests.entry import Later, Part, RequestEntry, State
 from grafter.tools.requests.process_end import ProcessEnd
 
 logger = logging.getLogger("grafter")
@@ -33,14 +33,14 @@ logger = logging.getLogger("grafter")
 DEFAULT_EXCLUDE = ("routed_experts", "hidden_states")
 # A dump without batches holds what finished in this time.
 RECENT_SECONDS = 300.0
-_PATIENCE_SECONDS = 60.0
+_WRITE_WAIT_SECONDS = 60.0
 _STATES = ("finished", "unfinished", "failed")
 
 Method = TypeVar("Method", bound=Callable[..., None])
 
 
 def _never_raises(method: Method) -> Method:
-    """Make sure that an internal error loses the request's record and never disturbs the server."""
+    """An internal error loses the request's record and never disturbs the server."""
 
     @functools.wraps(method)
     def careful(self: RequestRecorder, *arguments: Any, **named: Any) -> None:
@@ -53,7 +53,7 @@ def _never_raises(method: Method) -> Method:
 
 
 class RequestRecorder:
-    """Records the requests of a server: call `record` when one arrives and `finish` when it is answered.
+    """A recorder of a server's requests: call `record` when one arrives and `finish` when it is answered.
 
     A background thread writes batches of `threshold` finished requests, as JSON lines with tensors in a second file
     (docs/requests.md). On a crash, on SIGTERM, at exit, and at `dump_now()`, everything that is not on disk yet is
@@ -98,14 +98,14 @@ class RequestRecorder:
         self._writer = BatchWriter(self.directory)
         # A thread may acquire this lock again while it holds it: a signal handler can interrupt any code.
         self._changed = threading.Condition()
-        self._open: dict[str, Entry] = {}
-        self._over: deque[Entry] = deque()
+        self._open: dict[str, RequestEntry] = {}
+        self._over: deque[RequestEntry] = deque()
         self._thread: threading.Thread | None = None
         self._next_index = self._bytes = 0
         self._asked = self._answered = 0
         self._is_closing = False
         self._counts: Counter[str] = Counter()
-        self._has_told: set[str] = set()
+        self._reported_losses: set[str] = set()
 
     # On the server's threads.
 
@@ -118,12 +118,12 @@ class RequestRecorder:
         """
         if not self._is_enabled:
             return
-        came = time.time()
+        arrived = time.time()
         parts: dict[str, Part | Later] = {"request": self._encode(request, "request")}
         if meta is not None:
             parts["meta"] = self._encode(meta, "meta")
         with self._changed:
-            entry = Entry(self._next_index, _id(id), came, self._exclude, parts)
+            entry = RequestEntry(self._next_index, _id(id), arrived, self._exclude, parts)
             self._next_index += 1
             self._counts["recorded"] += 1
             earlier = self._open.pop(entry.id, None)
@@ -175,7 +175,7 @@ class RequestRecorder:
             if self._thread is None:
                 self._write_due()
             with self._changed:
-                self._changed.wait_for(lambda: self._answered >= mine, timeout=_PATIENCE_SECONDS)
+                self._changed.wait_for(lambda: self._answered >= mine, timeout=_WRITE_WAIT_SECONDS)
         except Exception as error:
             logger.error("grafter: the requests in memory could not be written: %s", safe_repr(error))
 
@@ -223,23 +223,19 @@ class RequestRecorder:
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many requests were `recorded`, are `open`, `finished` (over in any way) and `written`; what was lost, by
-        reason.
-        """
+        """How many requests were `recorded`, are `open`, `finished` (in any way) and `written`; losses by reason."""
         with self._changed:
             return {**self._counts, "open": len(self._open)}
 
     def close(self) -> None:
-        """Write everything that is not on disk yet, and remove the handlers of signals and exit. Later requests are not
-        recorded.
-        """
+        """Write what is not on disk yet, and remove the handlers of signals and exit. Nothing is recorded later."""
         self._is_enabled = False
         self.dump_now()
         with self._changed:
             self._is_closing = True
             self._changed.notify_all()
         if self._thread is not None:
-            self._thread.join(_PATIENCE_SECONDS)
+            self._thread.join(_WRITE_WAIT_SECONDS)
         self._end.uninstall()
         forget_recorder(self)
 
@@ -256,7 +252,7 @@ class RequestRecorder:
 
     # Under the lock.
 
-    def _end_entry(self, entry: Entry, state: State, reason: str | None) -> None:
+    def _end_entry(self, entry: RequestEntry, state: State, reason: str | None) -> None:
         entry.state, entry.reason, entry.finished_time = state, reason, time.time()
         self._over.append(entry)
         self._counts["finished"] += 1
@@ -266,15 +262,13 @@ class RequestRecorder:
 
     def _forget_old(self) -> None:
         """Without batches: drop requests that finished too long ago."""
-        while (
-            not self._threshold and self._over and (self._over[0].finished_time or 0.0) < time.time() - RECENT_SECONDS
-        ):
+        oldest = time.time() - RECENT_SECONDS
+        while not self._threshold and self._over and (self._over[0].finished_time or 0.0) < oldest:
             self._drop(self._over.popleft())
 
     def _is_due(self) -> bool:
-        if not self._threshold:
-            return False
-        return len(self._over) >= self._threshold or self._bytes > self._limit // 2
+        is_full = len(self._over) >= self._threshold or self._bytes > self._limit // 2
+        return bool(self._threshold) and is_full
 
     def _displace(self, nbytes: int) -> bool:
         """Without batches: drop the oldest finished requests to make room. Returns whether there is enough."""
@@ -283,11 +277,11 @@ class RequestRecorder:
             self._counts["displaced"] += 1
         return self._bytes + nbytes <= self._limit
 
-    def _drop(self, entry: Entry) -> None:
+    def _drop(self, entry: RequestEntry) -> None:
         self._bytes -= entry.nbytes
         self._give_back(entry)
 
-    def _give_back(self, entry: Entry) -> None:
+    def _give_back(self, entry: RequestEntry) -> None:
         for part in entry.parts.values():
             for snapshot in part.snapshots.values() if isinstance(part, Part) else ():
                 self._buffers.give_back(snapshot.buffer)
@@ -295,8 +289,8 @@ class RequestRecorder:
     def _lose(self, what: str, why: str) -> None:
         with self._changed:
             self._counts[what] += 1
-            is_news = what not in self._has_told
-            self._has_told.add(what)
+            is_news = what not in self._reported_losses
+            self._reported_losses.add(what)
         if is_news:
             logger.warning("grafter: recording of requests: %s (others like it are only counted)", why)
 
@@ -330,17 +324,17 @@ class RequestRecorder:
             self._answered = max(self._answered, asked)
             self._changed.notify_all()
 
-    def _take_dump(self) -> list[Entry]:
+    def _take_dump(self) -> list[RequestEntry]:
         self._forget_old()
         batch = self._take_batch(give_up=False)
         for entry in self._open.values():
             if not entry.is_written:
                 entry.is_written = True
                 # A copy, because the server may finish the request while it is written.
-                batch.append(Entry(entry.index, entry.id, entry.time, entry.exclude, dict(entry.parts)))
+                batch.append(RequestEntry(entry.index, entry.id, entry.time, entry.exclude, dict(entry.parts)))
         return sorted(batch, key=lambda entry: entry.index)
 
-    def _take_batch(self, give_up: bool = True) -> list[Entry]:
+    def _take_batch(self, give_up: bool = True) -> list[RequestEntry]:
         batch = list(self._over)
         self._over.clear()
         freed = sum(entry.nbytes for entry in batch)
@@ -353,7 +347,7 @@ class RequestRecorder:
             freed += entry.nbytes
         return batch
 
-    def _write(self, batch: list[Entry], why: str) -> None:
+    def _write(self, batch: list[RequestEntry], why: str) -> None:
         # A copy of an open request has neither; its bytes stay in memory.
         gone = [entry for entry in batch if entry.finished_time is not None or entry.reason is not None]
         try:

@@ -1,4 +1,4 @@
-"""A recording sent again: in order, with the recorded gaps, to one server, or to two at the same time.
+"""Sends a recording again: in order, with the recorded gaps, to one server, or to two at the same time.
 
 A request starts when its time has come, a slot is free, and the previous request has left for every server. With two
 servers, one slot covers both, so that neither gets ahead of the other.
@@ -11,14 +11,22 @@ import contextlib
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import httpx
 
 from grafter.errors import UsageError
-from grafter.tools.requests.call import Call, Forcing, NoCall, make_call
-from grafter.tools.requests.judgement import Outcome, judge, recorded_reply
-from grafter.tools.requests.reading import Place, Recording
-from grafter.tools.requests.sending import Reply, Server, ask_all
+from grafter.tools.requests.answers import Reply
+from grafter.tools.requests.call import Forcing, HttpCall, NoCall, make_call
+from grafter.tools.requests.entry import body_fields
+from grafter.tools.requests.reading import RequestPlace, RequestRecording
+from grafter.tools.requests.reply_comparison import ReplayOutcome, judge, recorded_reply
 
 Progress = Callable[[int, int], None]
+_LONGEST_ANSWER = 1 << 26
+# A model may compute for a long time before its first token.
+_TIMEOUT = httpx.Timeout(connect=30.0, read=3600.0, write=300.0, pool=None)
 
 
 @dataclass(frozen=True)
@@ -26,8 +34,7 @@ class ReplayOptions:
     """The options of a replay.
 
     speed: relative to the recording; 0 leaves no gaps. concurrency: requests in flight at the same time, per server.
-    headers: sent with every request.
-    tolerance: the largest allowed difference of logprobs.
+    headers: sent with every request. tolerance: the largest allowed difference of logprobs.
     """
 
     speed: float = 1.0
@@ -37,10 +44,8 @@ class ReplayOptions:
     tolerance: float = 0.0
 
 
-def choose(places: Sequence[Place], only: Sequence[str]) -> list[Place]:
-    """The requests to send, in recorded order. only: ids, or `#N` for the N-th from 0; empty: all.
-    Raises UsageError.
-    """
+def choose(places: Sequence[RequestPlace], only: Sequence[str]) -> list[RequestPlace]:
+    """The requests to send, in recorded order. only: ids, or `#N` for number N; empty: all. Raises UsageError."""
     if not only:
         return list(places)
     chosen: set[int] = set()
@@ -58,8 +63,8 @@ def choose(places: Sequence[Place], only: Sequence[str]) -> list[Place]:
 
 
 async def replay(
-    recording: Recording, places: Sequence[Place], urls: Sequence[str], options: ReplayOptions, progress: Progress,
-    outcomes: list[Outcome],
+    recording: RequestRecording, places: Sequence[RequestPlace], urls: Sequence[str], options: ReplayOptions,
+    progress: Progress, outcomes: list[ReplayOutcome],
 ) -> None:  # fmt: skip
     """Send all of `places`. outcomes: filled as they arrive, so that none is lost when this is cancelled.
 
@@ -85,7 +90,7 @@ async def replay(
                 await wait_until(due)
                 await free.acquire()
                 late = max(0.0, time.monotonic() - due) if options.speed else 0.0
-                sending = _Sending(recording, place, options, late)
+                sending = _SentRequest(recording, place, options, late)
                 left = await sending.begin(servers)
                 task = asyncio.create_task(sending.end(outcomes))
                 running.add(task)
@@ -117,14 +122,99 @@ async def _servers(urls: Sequence[str], options: ReplayOptions) -> AsyncIterator
             await server.close()
 
 
-class _Sending:
-    """One request on its way to all servers and back."""
+class Server:
+    """One of the servers that requests are sent to. Used inside one event loop; `close` ends its connections."""
 
-    def __init__(self, recording: Recording, place: Place, options: ReplayOptions, late: float) -> None:
+    def __init__(self, url: str, headers: dict[str, str], connections: int) -> None:
+        self.url = url
+        self._base = httpx.URL(url)
+        self._headers = headers
+        limits = httpx.Limits(max_connections=connections, max_keepalive_connections=connections, keepalive_expiry=4.0)
+        self._client = httpx.AsyncClient(
+            limits=limits,
+            timeout=_TIMEOUT,
+            follow_redirects=False,
+            trust_env=False,
+            headers={"accept-encoding": "identity"},
+        )
+
+    async def close(self) -> None:
+        await self._client.aclose()
+
+    async def ask(self, call: HttpCall, written: Callable[[], None]) -> Reply:
+        """Send the call and return the server's reply. Whatever the server does is a reply, too; nothing raises.
+
+        written: called once, as soon as the request has left this process, or can no longer leave it.
+        """
+
+        async def trace(event: str, info: Any) -> None:
+            if event.endswith("send_request_body.complete"):
+                written()
+
+        start = time.monotonic()
+        try:
+            return await self._ask(call, start, trace)
+        except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, ValueError, OSError) as error:
+            text = f"{type(error).__name__}: {str(error) or 'no answer'}"
+            return Reply(error=text[:500], seconds=time.monotonic() - start)
+        finally:
+            written()
+
+    async def _ask(self, call: HttpCall, start: float, trace: Any) -> Reply:
+        target = self._base.raw_path.rstrip(b"/") + call.target.encode("ascii")
+        request = self._client.build_request(
+            call.method,
+            self._base.copy_with(raw_path=target),
+            headers={**call.headers, **self._headers},
+            content=call.body,
+            extensions={"trace": trace},
+        )
+        response = await self._client.send(request, stream=True)
+        pieces: list[bytes] = []
+        nbytes, first = 0, None
+        try:
+            async for piece in response.aiter_bytes():
+                first = time.monotonic() - start if first is None else first
+                nbytes += len(piece)
+                if nbytes > _LONGEST_ANSWER:
+                    return Reply(response.status_code, error=f"its answer is longer than {_LONGEST_ANSWER} bytes")
+                pieces.append(piece)
+        except httpx.HTTPError as error:
+            why = f"the answer ended early, after {nbytes} bytes: {type(error).__name__}: {error}"
+            return Reply(response.status_code, error=why[:500], seconds=time.monotonic() - start, first_seconds=first)
+        finally:
+            await response.aclose()
+        fields = body_fields(pieces, nbytes, response.headers.get("content-type", ""))
+        done = time.monotonic() - start
+        return Reply(response.status_code, fields["kind"], fields["body"], seconds=done, first_seconds=first)
+
+
+async def ask_all(servers: list[Server], call: HttpCall) -> tuple[asyncio.Task[list[Reply]], asyncio.Event]:
+    """Send to all servers at the same time. The event is set when the request has left for all of them."""
+    left = asyncio.Event()
+    missing = [True] * len(servers)
+
+    def written(number: int) -> None:
+        missing[number] = False
+        if not any(missing):
+            left.set()
+
+    async def ask() -> list[Reply]:
+        return await asyncio.gather(
+            *(server.ask(call, partial(written, number)) for number, server in enumerate(servers))
+        )
+
+    return asyncio.create_task(ask()), left
+
+
+class _SentRequest:
+    """One request, sent to all servers at the same time."""
+
+    def __init__(self, recording: RequestRecording, place: RequestPlace, options: ReplayOptions, late: float) -> None:
         self._place, self._options, self._late = place, options, late
         recorded = recording.read(place)
         self._recorded: Reply | None = recorded_reply(recorded)
-        self._call: Call | None = None
+        self._call: HttpCall | None = None
         self._why_not = ""
         try:
             self._call = make_call(recorded, options.forcing)
@@ -138,9 +228,9 @@ class _Sending:
         self._replies, left = await ask_all(servers, self._call)
         return left
 
-    async def end(self, outcomes: list[Outcome]) -> None:
+    async def end(self, outcomes: list[ReplayOutcome]) -> None:
         if self._call is None or self._replies is None:
-            outcomes.append(Outcome(self._place.number, self._place.id, "not_sent", reasons=[self._why_not]))
+            outcomes.append(ReplayOutcome(self._place.number, self._place.id, "not_sent", reasons=[self._why_not]))
             return
         try:
             replies = await self._replies

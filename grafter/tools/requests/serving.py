@@ -1,4 +1,4 @@
-"""`grafter record` as a program: a socket, the proxy behind uvicorn, and an end at which everything is written."""
+"""`grafter record` as a program: a socket, the proxy behind uvicorn, and a normal end, which writes everything."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from starlette.routing import Route
 from grafter.errors import UsageError
 from grafter.tools.requests.proxy import RecordingProxy
 from grafter.tools.requests.recorder import RequestRecorder
+from grafter.tools.requests.upstream import LONGEST_HEAD_BYTES
 
 # How long pending answers have after SIGTERM or Ctrl-C.
-GRACE_SECONDS = 5
+ANSWER_GRACE_SECONDS = 5
 _BACKLOG = 2048
-# As patient with clients, and as generous with headers, as the servers behind the proxy.
+# As long as the servers behind the proxy keep idle connections.
 _KEEP_SECONDS = 75
-_LONGEST_HEAD = 1 << 20
 
 
 def check_url(url: str, option: str) -> str:
@@ -45,7 +45,7 @@ def check_url(url: str, option: str) -> str:
 
 def serve(
     upstream: str, host: str, port: int, recorder: RequestRecorder, limit_bytes: int, say: Callable[[str], None],
-    grace_seconds: int = GRACE_SECONDS,
+    grace_seconds: int = ANSWER_GRACE_SECONDS,
 ) -> None:  # fmt: skip
     """Serve until SIGTERM or Ctrl-C, which end the process as they would without the proxy, with everything written.
 
@@ -72,7 +72,7 @@ def serve(
     uvicorn.Server(make_config(app, grace_seconds)).run(sockets=[listening])
 
 
-def make_config(app: Any, grace_seconds: int = GRACE_SECONDS) -> uvicorn.Config:
+def make_config(app: Any, grace_seconds: int = ANSWER_GRACE_SECONDS) -> uvicorn.Config:
     """uvicorn's configuration, without the headers that it would add and the messages about interrupted answers."""
     return uvicorn.Config(
         app,
@@ -83,7 +83,7 @@ def make_config(app: Any, grace_seconds: int = GRACE_SECONDS) -> uvicorn.Config:
         date_header=False,
         proxy_headers=False,
         timeout_keep_alive=_KEEP_SECONDS,
-        h11_max_incomplete_event_size=_LONGEST_HEAD,
+        h11_max_incomplete_event_size=LONGEST_HEAD_BYTES,
         timeout_graceful_shutdown=grace_seconds,
     )
 
@@ -101,4 +101,5 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def default_directory(when: str) -> Path:
+    """Where a recording goes that has no --out."""
     return Path("grafter_out") / f"requests-{when}"

@@ -20,10 +20,10 @@ Headers = list[tuple[bytes, bytes]]
 
 _CONNECT_SECONDS = 30.0
 # Servers close a connection that is idle for 5 s (uvicorn) or longer; no request should use it at that moment.
-_IDLE_SECONDS = 4.0
+_KEPT_IDLE_SECONDS = 4.0
 _MOST_IDLE = 1000
-_PIECE_BYTES = 1 << 16
-_LONGEST_HEAD = 1 << 20
+_READ_BYTES = 1 << 16
+LONGEST_HEAD_BYTES = 1 << 20
 
 
 class UpstreamError(Exception):
@@ -31,7 +31,7 @@ class UpstreamError(Exception):
 
 
 class Upstream:
-    """One server, http or https, and the idle connections to it. url: as `check_url` returns it."""
+    """The server, http or https, and the idle connections to it. url: as `check_url` returns it."""
 
     def __init__(self, url: str) -> None:
         parts = urlsplit(url)
@@ -40,24 +40,24 @@ class Upstream:
         self._name = parts.hostname or ""
         self._tls = ssl.create_default_context() if parts.scheme == "https" else None
         self._port = parts.port or (443 if self._tls else 80)
-        self._idle: deque[tuple[float, Call]] = deque()
+        self._idle: deque[tuple[float, UpstreamConnection]] = deque()
 
-    async def call(self) -> Call:
+    async def call(self) -> UpstreamConnection:
         """A connection for one request. Its `leave` ends it. Raises UpstreamError."""
         while self._idle:
             since, call = self._idle.pop()
-            if since > time.monotonic() - _IDLE_SECONDS and call.is_usable:
+            if since > time.monotonic() - _KEPT_IDLE_SECONDS and call.is_usable:
                 return call
             call.close()
         try:
-            opening = asyncio.open_connection(self._name, self._port, ssl=self._tls, limit=_PIECE_BYTES)
-            return Call(self, *await asyncio.wait_for(opening, _CONNECT_SECONDS))
+            opening = asyncio.open_connection(self._name, self._port, ssl=self._tls, limit=_READ_BYTES)
+            return UpstreamConnection(self, *await asyncio.wait_for(opening, _CONNECT_SECONDS))
         except asyncio.TimeoutError:
             raise UpstreamError(f"no connection in {_CONNECT_SECONDS:g} s") from None
         except OSError as error:
             raise UpstreamError(f"no connection: {error}") from error
 
-    def keep(self, call: Call) -> None:
+    def keep(self, call: UpstreamConnection) -> None:
         self._idle.append((time.monotonic(), call))
         while len(self._idle) > _MOST_IDLE:
             self._idle.popleft()[1].close()
@@ -67,12 +67,12 @@ class Upstream:
             self._idle.pop()[1].close()
 
 
-class Call:
-    """One connection, for one request after another: `send`, `read_head`, `pieces`, `leave`."""
+class UpstreamConnection:
+    """A connection to the server, for one request after another: `send`, `read_head`, `pieces`, `leave`."""
 
     def __init__(self, upstream: Upstream, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._upstream, self._reader, self._writer = upstream, reader, writer
-        self._state = h11.Connection(h11.CLIENT, max_incomplete_event_size=_LONGEST_HEAD)
+        self._state = h11.Connection(h11.CLIENT, max_incomplete_event_size=LONGEST_HEAD_BYTES)
 
     @property
     def is_usable(self) -> bool:
@@ -132,7 +132,7 @@ class Call:
     async def _next_event(self) -> h11.Event | type[h11.PAUSED] | type[h11.NEED_DATA]:
         try:
             while (event := self._state.next_event()) is h11.NEED_DATA:
-                self._state.receive_data(await self._reader.read(_PIECE_BYTES))
+                self._state.receive_data(await self._reader.read(_READ_BYTES))
         except (OSError, h11.RemoteProtocolError) as error:
             raise UpstreamError(f"the connection ended early: {error}") from error
         return event

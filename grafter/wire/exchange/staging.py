@@ -55,7 +55,7 @@ class Staging:
         """Make room for a point; returns whether that took a new block. Raises StagingRefused if there is no memory."""
         if nbytes <= self.capacity:
             return False
-        available = _available_bytes()
+        available = available_bytes()
         if available is not None and nbytes > available:
             raise StagingRefused(
                 f"{nbytes / 2**20:.0f} MiB are announced for this rank and {available / 2**20:.0f} MiB of memory are "
@@ -132,7 +132,7 @@ def is_sealed_block(fd: int, nbytes: int) -> bool:
     return bool(seals & fcntl.F_SEAL_SHRINK) and os.fstat(fd).st_size >= nbytes
 
 
-def _available_bytes() -> int | None:
+def available_bytes() -> int | None:
     try:
         text = Path("/proc/meminfo").read_text()
     except OSError as error:

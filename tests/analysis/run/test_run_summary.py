@@ -14,12 +14,13 @@ from hypothesis import strategies as st
 
 from grafter.analysis.run.point_rows import merge_ranks
 from grafter.analysis.run.run_summary import find_run, read_run_summary
-from grafter.cli.show import log_bar, printable, report_run, show_run
+from grafter.cli.console import log_bar, printable
+from grafter.cli.show import report_run, show_run
 from grafter.core.records import CopyRecord, Difference, LedgerLeaf, LedgerRecord, RankSummary
 from grafter.core.roles import Role
 from grafter.errors import GrafterError
 from grafter.store.ledger import LedgerWriter
-from grafter.tools.launch.launcher import PairResult
+from grafter.tools.launch.pair_result import PairResult
 
 
 def record(role: Role, role_rank: int, sequence: int, **changes: Any) -> LedgerRecord:
@@ -309,7 +310,7 @@ def test_an_attachment_that_reached_nothing_is_told_as_such(tmp_path: Path) -> N
 
 def report(run: Path, **changes: Any) -> tuple[int, str]:
     stream = io.StringIO()
-    fields: dict[str, Any] = {"exit_codes": {"baseline": 0, "target": 0}, "interrupted": False, "seconds": 1.0}
+    fields: dict[str, Any] = {"exit_codes": {"baseline": 0, "target": 0}}
     return report_run(PairResult(run_directory=run, **{**fields, **changes}), stream), stream.getvalue()
 
 
@@ -323,7 +324,7 @@ def test_the_exit_code_of_a_run(tmp_path: Path) -> None:
     assert code == 1
     assert "the target job exited with code 3." in text
     assert "the baseline job was ended by grafter (was killed by SIGTERM)." in text
-    assert report(good, interrupted=True, stop_signal=2)[0] == 130
+    assert report(good, stop_signal=2)[0] == 130
     failed = write_run(tmp_path / "failed", [*two_layers(), record("target", 0, 3, outcome="failed")], EVERYONE)
     assert report(failed)[0] == 1
     skipped = write_run(tmp_path / "skipped", [*two_layers(), record("target", 0, 3, outcome="skipped")], EVERYONE)

@@ -220,7 +220,7 @@ def test_an_agreed_change_is_only_called_in_force_where_it_is() -> None:
         True,
     )
     text, is_done = describe_effect(agreed, [view(3), view(4, 3), view(None)])
-    assert (not is_done) and "ranks are in step 3 to 4, and 1 of 3 have come to it" in text
+    assert (not is_done) and "ranks are in step 3 to 4, and 1 of 3 have reached it" in text
     text, is_done = describe_effect(agreed, [view(3), view(2)])
     assert (not is_done) and "no rank has ended a step since" in text
     assert describe_effect(agreed, [view(None, state="left"), view(4, 3)])[1]

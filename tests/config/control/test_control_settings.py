@@ -266,9 +266,9 @@ def test_status_names_recorders_and_the_ranks_that_have_none(tmp_path: Path) -> 
     assert recorder_lines(views) == [
         f"recorder of target rank 0: on, the last five minutes, into {tmp_path}: 0 recorded, 0 open, 0 finished, "
         "0 written",
-        "no recorder of requests lives in the process of baseline rank 0",
+        "there is no recorder of requests in the process of baseline rank 0",
     ]
-    assert recorder_lines(views[:1]) == ["no recorder of requests lives in a rank's process"]
+    assert recorder_lines(views[:1]) == ["there is no recorder of requests in a rank's process"]
     assert recorder_lines([dataclasses.replace(views[0], state=None)]) == []
 
 

@@ -57,7 +57,7 @@ def test_what_these_tests_use_is_found_well(healthy: dict[str, Finding], check: 
 
 
 def test_the_machine_is_left_as_it_was(tmp_path: Path) -> None:
-    """The trial of the disk leaves neither a file nor the directory that it is about."""
+    """The check of the disk leaves neither a file nor the directory that it is about."""
     assert machine.check_disk(tmp_path / "out").level == "ok"
     assert list(tmp_path.iterdir()) == []
 
@@ -127,7 +127,7 @@ def test_a_python_that_is_not_there_is_a_fault() -> None:
 
 
 def test_a_disk_that_takes_nothing_is_a_fault(tmp_path: Path) -> None:
-    """Under a real limit of 4 KiB a file, neither the trial of the disk nor a shared block of memory can be made."""
+    """Under a real limit of 4 KiB a file, neither the disk nor shared memory can be written to."""
     code = (
         "import resource, sys, pathlib\n"
         "from grafter.tools.doctor import machine, network\n"
@@ -242,7 +242,7 @@ def test_a_store_that_cannot_be_hosted_is_a_fault(monkeypatch: pytest.MonkeyPatc
 
 def test_a_gloo_group_that_never_comes_about_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     """The check ends all the same, after its own patience."""
-    monkeypatch.setattr(network, "_PATIENCE_SECONDS", 0.05)
+    monkeypatch.setattr(network, "_CHECK_SECONDS", 0.05)
     monkeypatch.setattr(network, "_try_gloo", lambda: time.sleep(1))
     found = network.check_gloo()
     assert found.level == "fault"

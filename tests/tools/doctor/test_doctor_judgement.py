@@ -1,4 +1,4 @@
-"""What `grafter doctor` concludes from what a pair's runs left behind: pure, over notes that are written here."""
+"""What `grafter doctor` concludes from what a pair's runs left behind: pure, over logs that are written here."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
+from grafter.tools.doctor.determinism import hint, judge_observer
 from grafter.tools.doctor.finding import Finding
-from grafter.tools.doctor.notes import JobNotes, ProcessNotes, first_change, judge_likeness, read_notes
-from grafter.tools.doctor.repeats import hint, judge_observer
+from grafter.tools.doctor.initial_state import judge_initial_state
+from grafter.tools.doctor.probe_log import JobLog, ProcessLog, first_change, read_probe_logs
 
 EQUAL_STATES = {"torch": "t", "python": "p"}
 
@@ -21,7 +22,7 @@ def tensor(
     return {"shape": shape or [2], "dtype": dtype, "digest": digest, "abs_mean": abs_mean}
 
 
-def job(*, outputs: str = "o", end: str = "e", end_states: dict[str, str] | None = None, **first: Any) -> JobNotes:
+def job(*, outputs: str = "o", end: str = "e", end_states: dict[str, str] | None = None, **first: Any) -> JobLog:
     """A job of one process that called its model once."""
     known = {
         "rank": 0,
@@ -35,16 +36,16 @@ def job(*, outputs: str = "o", end: str = "e", end_states: dict[str, str] | None
         "devices": ["cpu"],
     }
     last = {"calls": 1, "weights": {"w": tensor(end)}, "random_states": end_states or EQUAL_STATES}
-    return JobNotes(1, True, [ProcessNotes({**known, **first}, {0: {"out": tensor(outputs)}}, last)])
+    return JobLog(1, True, [ProcessLog({**known, **first}, {0: {"out": tensor(outputs)}}, last)])
 
 
-def likeness(baseline: JobNotes, target: JobNotes) -> dict[str, Finding]:
-    return {finding.check: finding for finding in judge_likeness(baseline, target)}
+def initial_state(baseline: JobLog, target: JobLog) -> dict[str, Finding]:
+    return {finding.check: finding for finding in judge_initial_state(baseline, target)}
 
 
 def test_jobs_that_start_alike_are_told_so() -> None:
     """Each of the five is looked at, and well."""
-    found = likeness(job(), job())
+    found = initial_state(job(), job())
     assert [(check, finding.level) for check, finding in found.items()] == [
         ("inputs", "ok"),
         ("weights", "ok"),
@@ -82,20 +83,20 @@ def test_jobs_that_start_alike_are_told_so() -> None:
 )
 def test_what_is_not_alike_is_told(check: str, changes: dict[str, Any], level: str, word: str) -> None:
     """Each way in which a target starts otherwise has its own level and words."""
-    found = likeness(job(), job(**changes))[check]
+    found = initial_state(job(), job(**changes))[check]
     assert found.level == level
     assert word in found.text
 
 
 def test_dropout_on_both_sides_is_a_warning() -> None:
     """It is random, but the same on both."""
-    found = likeness(job(dropout=["a"]), job(dropout=["b"]))["dropout"]
+    found = initial_state(job(dropout=["a"]), job(dropout=["b"]))["dropout"]
     assert (found.level, found.text) == ("warning", "active on both sides: baseline: a; target: b")
 
 
-def test_a_job_that_no_witness_saw_is_no_evidence() -> None:
+def test_a_job_that_no_probe_saw_is_no_evidence() -> None:
     """Nothing is said to be alike then."""
-    (found,) = judge_likeness(job(), JobNotes())
+    (found,) = judge_initial_state(job(), JobLog())
     assert found.level == "warning"
     assert "in the target" in found.text
 
@@ -109,10 +110,10 @@ def test_a_job_that_no_witness_saw_is_no_evidence() -> None:
         (job(outputs="x"), "output out of call 1 differs"),
         (job(end="x"), "weight w at the end differs"),
         (job(end_states={"torch": "x", "python": "p"}), "the random state of torch at the end differs"),
-        (JobNotes(1, True, []), "1 processes called a model in one run, 0 in the other"),
+        (JobLog(1, True, []), "1 processes called a model in one run, 0 in the other"),
     ],
 )
-def test_the_earliest_change_is_named(other: JobNotes, change: str | None) -> None:
+def test_the_earliest_change_is_named(other: JobLog, change: str | None) -> None:
     """Two runs of one command are compared in the order of what they do."""
     assert first_change(job(), other) == change
 
@@ -138,7 +139,7 @@ def test_the_hint_follows_what_was_seen(changes: dict[str, Any], word: str) -> N
     """The cause that explains the others comes first."""
     both = {key: value for key, value in changes.items() if key in ("dropout", "devices")}
     assert word in hint(job(**changes), job(**both))
-    assert "Usual causes" in hint(job(), JobNotes())
+    assert "Usual causes" in hint(job(), JobLog())
 
 
 def test_an_observer_effect_is_only_claimed_of_a_program_that_repeats() -> None:
@@ -150,16 +151,16 @@ def test_an_observer_effect_is_only_claimed_of_a_program_that_repeats() -> None:
     assert judge_observer("baseline", job(), job(outputs="x"), 12, None, False).level == "warning"
     again = judge_observer("baseline", job(), job(outputs="x"), 12, "output out of call 1 differs", True)
     assert again.level == "warning"
-    assert judge_observer("baseline", JobNotes(), job(), 12, None, True).level == "warning"
+    assert judge_observer("baseline", JobLog(), job(), 12, None, True).level == "warning"
 
 
-def test_notes_of_a_killed_process_are_read_as_far_as_they_go(tmp_path: Path) -> None:
+def test_the_log_of_a_killed_process_is_read_as_far_as_it_goes(tmp_path: Path) -> None:
     """A line that is not whole, and an end that never came."""
     first = {"kind": "first call", **job().processes[0].first}
     lines = [json.dumps(first), json.dumps({"kind": "call", "number": 0, "outputs": {}}), '{"kind": "en']
     (tmp_path / "target-7.jsonl").write_text("\n".join(lines))
     (tmp_path / "none-8.jsonl").write_text('{"kind": "start"}\n')
-    jobs = read_notes(tmp_path)
+    jobs = read_probe_logs(tmp_path)
     assert (jobs["baseline"].pythons, jobs["target"].pythons) == (0, 1)
     (process,) = jobs["target"].processes
     assert (list(process.outputs), process.end) == ([0], None)

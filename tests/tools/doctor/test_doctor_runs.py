@@ -1,4 +1,4 @@
-"""`grafter doctor` over real commands, and its witness in real processes."""
+"""`grafter doctor` over real commands, and its probe in real processes."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from typer.testing import CliRunner
 
 from grafter.cli.main import app
 from grafter.tools.doctor import machine
-from grafter.tools.doctor.examination import Examination
+from grafter.tools.doctor.checks import CommandChecks
+from grafter.tools.doctor.determinism import judge_determinism
 from grafter.tools.doctor.finding import Finding
-from grafter.tools.doctor.notes import first_change, read_notes
-from grafter.tools.doctor.repeats import judge_determinism
-from grafter.tools.doctor.trials import EVERY_POINT, WITNESS_DIRECTORY, Laboratory
+from grafter.tools.doctor.probe_log import first_change, read_probe_logs
+from grafter.tools.doctor.runs import EVERY_POINT, PROBE_DIRECTORY, ProbedRuns
 
 # Never mentions grafter. Words after the file's name change it.
 PROGRAM = """
@@ -75,11 +75,12 @@ def program(tmp_path: Path) -> str:
 
 
 def examine(tmp_path: Path, *, filters: dict[str, str] | None = None, **commands: str) -> dict[str, list[Finding]]:
-    examination = Examination(
-        commands, out=tmp_path / "out", settings={"attach": "*"}, filters=filters or {}, tell=lambda text: None
+    out, settings = tmp_path / "out", {"attach": "*"}
+    checks = CommandChecks(
+        commands, out=out, settings=settings, filters=filters or {}, report_progress=lambda text: None
     )
     found: dict[str, list[Finding]] = {}
-    for finding in examination.findings():
+    for finding in checks.findings():
         found.setdefault(finding.check, []).append(finding)
     return found
 
@@ -111,8 +112,8 @@ def test_a_pair_is_examined_from_end_to_end(program: str, tmp_path: Path, monkey
 def test_a_program_that_is_not_deterministic_is_told_with_its_cause(program: str, tmp_path: Path) -> None:
     """The first point that is not the same, in the order of steps, and dropout as the cause."""
     command = [sys.executable, program, "dropout", "unseeded", "optimizer"]
-    trial = Laboratory(tmp_path / "out", {"attach": "*"}).run("x", command, command, {"compare_filter": EVERY_POINT})
-    found, repeatable = judge_determinism("baseline", trial)
+    run = ProbedRuns(tmp_path / "out", {"attach": "*"}).run("x", command, command, {"compare_filter": EVERY_POINT})
+    found, repeatable = judge_determinism("baseline", run)
     assert not repeatable
     assert found.level == "fault"
     assert "differ in two copies, first drop.out at step 0" in found.text
@@ -132,7 +133,7 @@ def test_a_program_that_is_not_deterministic_is_told_with_its_cause(program: str
 def test_a_command_that_grafter_cannot_reach_is_told_why(
     program: str, tmp_path: Path, command: str, check: str, word: str
 ) -> None:
-    """Each cause has its own words, and the examination ends there."""
+    """Each cause has its own words, and the checks end there."""
     found = examine(tmp_path, baseline=command.format(python=sys.executable, program=program))
     assert [finding.level for finding in found[check]] == ["fault"]
     assert word in found[check][0].text
@@ -140,7 +141,7 @@ def test_a_command_that_grafter_cannot_reach_is_told_why(
     assert not (tmp_path / "out").exists()
 
 
-# The witness.
+# The probe.
 
 COMPILED = """
 import torch
@@ -163,25 +164,25 @@ print(whole(torch.ones(2, 4)).sum().item(), own(torch.ones(2, 4)).sum().item(), 
 """
 
 
-def run_python(code: str, notes: Path | None, path: str = "") -> str:
+def run_python(code: str, logs: Path | None, path: str = "") -> str:
     environ = {**os.environ, "PYTHONPATH": path, "GRAFTER_ROLE": "baseline"}
-    if notes is not None:
-        notes.mkdir(parents=True)
-        environ |= {"PYTHONPATH": os.pathsep.join([str(WITNESS_DIRECTORY), path]), "_GRAFTER_WITNESS": str(notes)}
+    if logs is not None:
+        logs.mkdir(parents=True)
+        environ |= {"PYTHONPATH": os.pathsep.join([str(PROBE_DIRECTORY), path]), "_GRAFTER_PROBE": str(logs)}
     done = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=True)
     assert done.stderr == ""
     return done.stdout
 
 
 @pytest.mark.timeout(200)
-def test_the_witness_is_not_noticed(tmp_path: Path) -> None:
+def test_the_probe_is_not_noticed(tmp_path: Path) -> None:
     """Compiled code is whole with it, draws the same random numbers, and a start-up module behind it is run."""
     (tmp_path / "sitecustomize.py").write_text("print('mine')")
     alone = run_python(COMPILED, None, str(tmp_path))
     assert alone.startswith("mine")
     watched = [run_python(COMPILED, tmp_path / name, str(tmp_path)) for name in ("a", "b")]
     assert watched == [alone, alone]
-    one, other = (read_notes(tmp_path / name)["baseline"] for name in ("a", "b"))
+    one, other = (read_probe_logs(tmp_path / name)["baseline"] for name in ("a", "b"))
     (process,) = one.processes
     assert process.trouble == []
     assert (one.uses_grafter, process.rank, process.first["dropout"]) == (False, 0, ["drop"])
@@ -194,10 +195,10 @@ def test_tensors_of_every_kind_have_digests() -> None:
     """Equal values have equal ones whatever the strides; whole numbers by value; what differs in a bit differs."""
     import torch
 
-    from grafter.tools.doctor.witness import _grafter_witness as witness
+    from grafter.tools.doctor.probe import _grafter_probe as probe
 
     def digest(tensor: Any) -> str:
-        found: str = witness._describe(tensor)["digest"]
+        found: str = probe._describe(tensor)["digest"]
         return found
 
     base = torch.arange(6.0).reshape(2, 3)
@@ -208,4 +209,4 @@ def test_tensors_of_every_kind_have_digests() -> None:
     for dtype in (torch.bfloat16, torch.float8_e4m3fn, torch.complex64, torch.bool):
         assert digest(torch.ones(3).to(dtype)) != digest(torch.zeros(3).to(dtype))
     assert digest(torch.empty(0)) == digest(torch.empty(0))
-    assert "digest" not in witness._describe(torch.empty(3, device="meta"))
+    assert "digest" not in probe._describe(torch.empty(3, device="meta"))

@@ -18,7 +18,8 @@ from fake_store import FakeStore
 from grafter import errors
 from grafter.tools.launch import launcher
 from grafter.tools.launch.job_keeper import descendants
-from grafter.tools.launch.launcher import PairResult, find_unreached, run_pair, run_side
+from grafter.tools.launch.launcher import run_pair, run_side
+from grafter.tools.launch.pair_result import PairResult, find_unreached
 
 SETTINGS = {"b2t_filter": "name == 'x'"}
 FAKE_GRAFTER = [sys.executable, str(Path(__file__).parents[2] / "parts" / "fake_store.py")]
@@ -107,7 +108,7 @@ def test_a_chatty_job_does_not_block_the_other(store: FakeStore, tmp_path: Path)
 
 def test_a_wait_is_printed_in_a_pipe(store: FakeStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The line of the store's summary is what is printed, with grafter's prefix."""
-    monkeypatch.setattr("grafter.tools.launch.supervision._TELL_WAIT_AFTER_SECONDS", 0.0)
+    monkeypatch.setattr("grafter.tools.launch.supervision._REPORT_WAIT_AFTER_SECONDS", 0.0)
     store.waiting = "target rank 0 waits for 'layer' (layer_id=3) since 12 s"
     _, text = run(["sleep", "0.2"], ["sleep", "0.2"], tmp_path)
     assert f"[grafter] {store.waiting}\n" in text

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grafter.tools.launch.run_output import LineSplitter, OutputReader, RunOutput
-from grafter.tools.launch.supervision import WaitTeller
+from grafter.tools.launch.supervision import WaitReporter
 
 
 @given(st.binary(max_size=300), st.lists(st.integers(0, 300), max_size=5))
@@ -91,6 +91,6 @@ def test_a_reader_closes_its_pipe_itself_when_it_is_through() -> None:
 
 def test_a_wait_is_told_after_ten_seconds_and_each_minute() -> None:
     """In a pipe, a wait is told at 10 s and then each 60 s, counted anew once it ended."""
-    teller = WaitTeller()
+    teller = WaitReporter()
     told = [second for second in range(200) if teller.is_due("target waits" if second != 100 else None, float(second))]
     assert told == [10, 70, 111, 171]

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from grafter.store.ledger import read_run
-from grafter.tools.launch.launcher import PairResult, run_pair
+from grafter.tools.launch.launcher import run_pair
+from grafter.tools.launch.pair_result import PairResult
 
 ROOT = Path(__file__).parents[3]
 CONCATENATE = ROOT / "transforms" / "concatenate.py"

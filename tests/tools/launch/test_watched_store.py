@@ -13,7 +13,7 @@ from grafter.core.messages.wire import Seal
 from grafter.core.process_identity import ProcessIdentity
 from grafter.core.roles import Role
 from grafter.errors import RunError
-from grafter.tools.launch.supervision import WatchedStore, summarize_lines
+from grafter.tools.launch.watched_store import WatchedStore, summarize_lines
 from grafter.wire.monitor.status_board import BoardLine, BoardWriter
 from grafter.wire.monitor.waits import Wait
 from grafter.wire.store_client import StoreClient

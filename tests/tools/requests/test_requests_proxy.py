@@ -26,8 +26,8 @@ from request_files import lines_in, wait_until
 from request_parts import Engine, proxied, served, tcp_socket
 from starlette.responses import Response
 
-from grafter.tools.requests.proxy import Kept, Room
-from grafter.tools.requests.reading import Recording
+from grafter.tools.requests.proxy import ByteBudget, KeptBody
+from grafter.tools.requests.reading import RequestRecording
 from grafter.tools.requests.recorder import RequestRecorder
 from grafter.tools.requests.serving import make_config, serve
 
@@ -92,8 +92,8 @@ def test_chunked_requests_pass_as_they_come(url: str, engine: Engine, tmp_path: 
 
 def test_what_is_kept_of_all_bodies_together_is_bounded() -> None:
     """Of two bodies the second keeps what the first has left, and of itself only the beginning."""
-    room = Room(10)
-    first, second = Kept(8, room), Kept(8, room)
+    budget = ByteBudget(10)
+    first, second = KeptBody(8, budget), KeptBody(8, budget)
     for piece in (b"12345", b"6789"):
         first.add(piece)
     for piece in (b"a", b"bcd", b"e"):
@@ -102,7 +102,7 @@ def test_what_is_kept_of_all_bodies_together_is_bounded() -> None:
     assert (b"".join(second.pieces), second.nbytes, second.kept_bytes) == (b"ab", 5, 2)
     first.give_back()
     second.add(b"f")
-    assert second.kept_bytes == 2 and room.left == 8
+    assert second.kept_bytes == 2 and budget.left == 8
 
 
 def test_a_stream_passes_while_it_is_made(url: str, engine: Engine, tmp_path: Path) -> None:
@@ -383,7 +383,7 @@ def test_a_thousand_requests_with_the_server_killed_in_the_middle(tmp_path: Path
         told = ask_thousand(proxy.url, range(601, 1000))
         assert told == {"502": 399}
         assert proxy.kill(signal.SIGTERM) == -signal.SIGTERM
-    recording = Recording(tmp_path)
+    recording = RequestRecording(tmp_path)
     assert len(recording) == len(lines_in(tmp_path)) == 1000
     requests = [recording.read(place) for place in recording.places]
     assert sorted(request.request["number"] for request in requests) == list(range(1000))
@@ -408,7 +408,7 @@ def test_the_proxy_killed_in_the_middle(number: int, tmp_path: Path) -> None:
             held.read()
         # The server has lost nothing by it.
         assert httpx.post(f"{server.url}/generate", json={"text": "a"}).status_code == 200
-    recording = Recording(tmp_path)
+    recording = RequestRecording(tmp_path)
     requests = [recording.read(place) for place in recording.places]
     if number == signal.SIGKILL:
         assert 20 <= len(requests) <= 45 and {request.state for request in requests} == {"finished"}
@@ -428,7 +428,7 @@ def test_sigusr1_writes_what_is_in_memory_and_the_proxy_goes_on(tmp_path: Path) 
         assert ask_thousand(proxy.url, range(4, 6)) == {"ok": 2}
         assert proxy.kill(signal.SIGTERM) == -signal.SIGTERM
         held.close()
-    assert len(Recording(tmp_path)) == 6
+    assert len(RequestRecording(tmp_path)) == 6
 
 
 def test_a_port_in_use_is_told(tmp_path: Path) -> None:

@@ -15,17 +15,16 @@ from hypothesis import strategies as st
 from grafter.cli.requests import read_headers
 from grafter.errors import DumpError, GrafterError, UsageError
 from grafter.tools.requests import reading
-from grafter.tools.requests.answers import read_answer
+from grafter.tools.requests.answers import Reply, read_answer
 from grafter.tools.requests.call import Forcing, NoCall, api_of, make_call, recorded_length
 from grafter.tools.requests.entry import body_bytes, body_fields, read_events
-from grafter.tools.requests.judgement import Outcome, judge, recorded_reply, summarise
-from grafter.tools.requests.reading import Place, Recorded, Recording
+from grafter.tools.requests.reading import RecordedRequest, RequestPlace, RequestRecording
 from grafter.tools.requests.recorder import RequestRecorder
 from grafter.tools.requests.replay import choose
-from grafter.tools.requests.sending import Reply
+from grafter.tools.requests.reply_comparison import ReplayOutcome, judge, recorded_reply, summarise
 from grafter.tools.requests.serving import check_url
 
-HEADER = {"format": "grafter.tools.requests", "format_version": 1, "recorder": "r"}
+HEADER = {"format": "grafter.requests", "format_version": 1, "recorder": "r"}
 LINE = {
     "index": 0,
     "id": "a",
@@ -34,7 +33,7 @@ LINE = {
     "request": {"text": "x"},
     "meta": {"path": "/generate"},
 }
-PLACE = Place(0, "a", 1.0, "finished", "f", 2, 0, 0)
+PLACE = RequestPlace(0, "a", 1.0, "finished", "f", 2, 0, 0)
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
@@ -49,8 +48,8 @@ def write(directory: Path, *lines: Any, name: str = "requests-x.jsonl", end: str
     return path
 
 
-def recorded(**fields: Any) -> Recorded:
-    return Recorded.model_validate({**LINE, **fields})
+def recorded(**fields: Any) -> RecordedRequest:
+    return RecordedRequest.model_validate({**LINE, **fields})
 
 
 @pytest.mark.parametrize(
@@ -76,32 +75,32 @@ def recorded(**fields: Any) -> Recorded:
 def test_what_is_no_recording_is_an_error_with_its_line(lines: list[Any], told: str, tmp_path: Path) -> None:
     path = write(tmp_path, *lines)
     with pytest.raises(DumpError) as caught:
-        Recording(path)
+        RequestRecording(path)
     assert told in str(caught.value) and str(path) in str(caught.value)
 
 
 def test_files_that_are_none_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing there, an empty directory, an empty file, a half line, a line too long, a pipe, a link in a directory."""
     with pytest.raises(DumpError, match="no such file"):
-        Recording(tmp_path / "absent.jsonl")
+        RequestRecording(tmp_path / "absent.jsonl")
     with pytest.raises(DumpError, match="nothing was recorded"):
-        Recording(tmp_path)
+        RequestRecording(tmp_path)
     empty = tmp_path / "empty.jsonl"
     empty.write_text("")
     with pytest.raises(DumpError, match="it is empty"):
-        Recording(empty)
+        RequestRecording(empty)
     with pytest.raises(DumpError, match=":2: it is incomplete"):
-        Recording(write(tmp_path, HEADER, LINE, end="", name="half.jsonl"))
+        RequestRecording(write(tmp_path, HEADER, LINE, end="", name="half.jsonl"))
     monkeypatch.setattr(reading, "LONGEST_LINE", 200)
     with pytest.raises(DumpError, match=":2: it is longer than 200 bytes"):
-        Recording(write(tmp_path, HEADER, {**LINE, "request": "x" * 1000}, name="long.jsonl"))
+        RequestRecording(write(tmp_path, HEADER, {**LINE, "request": "x" * 1000}, name="long.jsonl"))
     os.mkfifo(tmp_path / "pipe.jsonl")
     with pytest.raises(DumpError, match="not a plain file"):
-        Recording(tmp_path / "pipe.jsonl")
+        RequestRecording(tmp_path / "pipe.jsonl")
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / "requests-l.jsonl").symlink_to(write(tmp_path, HEADER, LINE))
     with pytest.raises(DumpError, match="symbolic link"):
-        Recording(tmp_path / "d")
+        RequestRecording(tmp_path / "d")
 
 
 @given(st.binary(max_size=300))
@@ -109,7 +108,7 @@ def test_no_bytes_raise_anything_but_a_grafter_error(tmp_path_factory: pytest.Te
     path = tmp_path_factory.getbasetemp() / "noise.jsonl"
     path.write_bytes(json.dumps(HEADER).encode() + b"\n" + noise)
     try:
-        Recording(path)
+        RequestRecording(path)
     except GrafterError as error:
         assert str(path) in str(error)
 
@@ -120,7 +119,7 @@ def test_requests_of_several_files_come_in_the_order_of_their_times(tmp_path: Pa
     write(tmp_path, {**HEADER, "recorder": "s"}, {**LINE, "id": "c", "time": 2.0}, name="requests-y.jsonl")
     write(tmp_path, HEADER, {**LINE, "time": 3.0, "output": 1}, name="requests-z.jsonl")
     (tmp_path / "requests-w.jsonl.tmp").write_text("half")
-    recording = Recording(tmp_path)
+    recording = RequestRecording(tmp_path)
     assert [(place.number, place.id, place.state) for place in recording.places] == [
         (0, "b", "finished"), (1, "c", "finished"), (2, "a", "finished"),
     ]  # fmt: skip
@@ -132,14 +131,14 @@ def test_requests_of_several_files_come_in_the_order_of_their_times(tmp_path: Pa
 
 def test_tensors_are_read_from_beside_the_lines_alone(tmp_path: Path) -> None:
     path = write(tmp_path, HEADER, {**LINE, "tensor_file": "../secret.safetensors"})
-    recording = Recording(path)
+    recording = RequestRecording(path)
     with pytest.raises(DumpError, match="does not name a file of tensors"):
         recording.tensor(recording.read(recording.places[0]), "request", 0)
 
 
 def test_requests_are_chosen_by_id_or_number() -> None:
     """Number 0 included; in recorded order, each once; what is not there is named."""
-    places = [Place(number, id, 0.0, "finished", "f", 1, 0, 0) for number, id in enumerate("abcb")]
+    places = [RequestPlace(number, id, 0.0, "finished", "f", 1, 0, 0) for number, id in enumerate("abcb")]
     assert [place.number for place in choose(places, [])] == [0, 1, 2, 3]
     assert [place.number for place in choose(places, ["#0"])] == [0]
     assert [place.number for place in choose(places, ["c", "#0", "c"])] == [0, 2]
@@ -422,7 +421,7 @@ def test_without_a_whole_recorded_answer_nothing_is_compared() -> None:
 )
 def test_exit_codes(verdicts: list[Any], code: int) -> None:
     """0 the same, 1 something differs or failed, 2 not to be judged."""
-    assert summarise([Outcome(0, "a", verdict) for verdict in verdicts], 1).exit_code == code
+    assert summarise([ReplayOutcome(0, "a", verdict) for verdict in verdicts], 1).exit_code == code
 
 
 # The command line's own words.
@@ -454,7 +453,7 @@ def test_a_recording_from_inside_of_a_server_can_be_sent(tmp_path: Path) -> None
     with RequestRecorder(tmp_path) as recorder:
         recorder.record("a", {"text": "x", "sampling_params": {"temperature": 0}})
         recorder.finish("a", {"text": "y", "output_ids": [1], "meta_info": {"completion_tokens": 1}})
-    recording = Recording(tmp_path)
+    recording = RequestRecording(tmp_path)
     call = make_call(recording.read(recording.places[0]), Forcing())
     assert call.target == "/generate" and json.loads(call.body)["sampling_params"]["max_new_tokens"] == 1
     assert recorded_reply(recording.read(recording.places[0])) == Reply(

@@ -30,7 +30,7 @@ from grafter.errors import UsageError
 from grafter.store.dumps.snapshot import Buffers
 from grafter.tools.requests import recorder as recorder_module
 from grafter.tools.requests.batch_file import encode_part
-from grafter.tools.requests.reading import Recording
+from grafter.tools.requests.reading import RequestRecording
 from grafter.tools.requests.recorder import RequestRecorder
 
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -38,7 +38,7 @@ _CONTEXT.set_forkserver_preload(PRELOAD)
 
 
 def records(directory: Path) -> list[Any]:
-    recording = Recording(directory)
+    recording = RequestRecording(directory)
     return [recording.read(place) for place in recording.places]
 
 
@@ -53,7 +53,7 @@ def test_a_request_its_meta_data_and_output_are_read_back(tmp_path: Path) -> Non
     assert record.request == {"text": "ü☃", "n": [1, 2.5, None, True], "t": {"__grafter_tensor__": 0}}
     assert record.meta == {"path": "/generate"} and record.state == "finished"
     assert before <= record.time <= record.finished_time <= time.time()
-    recording = Recording(tmp_path)
+    recording = RequestRecording(tmp_path)
     assert torch.equal(recording.tensor(record, "request", 0), tensors["f"])
     assert torch.equal(recording.tensor(record, "output", 0), tensors["b"])
     assert torch.equal(recording.tensor(record, "output", 1), tensors["c"])
@@ -70,7 +70,7 @@ def test_the_caller_may_change_everything_once_record_returns(tmp_path: Path) ->
         recorder.finish("a")
     (record,) = records(tmp_path)
     assert record.request["ids"] == list(range(100)) and "new" not in record.request
-    assert Recording(tmp_path).tensor(record, "request", 0).sum() == 0
+    assert RequestRecording(tmp_path).tensor(record, "request", 0).sum() == 0
 
 
 class Colour(enum.IntEnum):
@@ -176,7 +176,7 @@ def test_requests_from_many_threads_are_each_written_once(tmp_path: Path) -> Non
     lines = lines_in(tmp_path)
     assert len(lines) == 400 and len({line["id"] for line in lines}) == 400
     assert {line["index"] for line in lines} == set(range(400))
-    recording = Recording(tmp_path)
+    recording = RequestRecording(tmp_path)
     for place in recording.places[::40]:
         record = recording.read(place)
         assert set(recording.tensor(record, "request", 0).tolist()) == {int(record.id.split(".")[0])}
@@ -201,7 +201,7 @@ def test_a_dump_holds_all_once_and_never_raises(tmp_path: Path, caplog: pytest.L
         "done": "finished", "open": "finished", "other": "unfinished",
     }  # fmt: skip
     # Its memory was still its own.
-    assert torch.equal(Recording(tmp_path / "d").tensor(by_id["open"], "request", 0), torch.arange(30_000))
+    assert torch.equal(RequestRecording(tmp_path / "d").tensor(by_id["open"], "request", 0), torch.arange(30_000))
     for file in (tmp_path / "d").iterdir():
         file.unlink()
     (tmp_path / "d").rmdir()

@@ -24,10 +24,10 @@ from typer.testing import CliRunner, Result
 from grafter.cli import requests as commands
 from grafter.cli.command_options import progress_bar
 from grafter.cli.main import app
-from grafter.tools.requests.judgement import Outcome
-from grafter.tools.requests.reading import Recording
+from grafter.tools.requests.reading import RequestRecording
 from grafter.tools.requests.recorder import RequestRecorder
 from grafter.tools.requests.replay import ReplayOptions, replay
+from grafter.tools.requests.reply_comparison import ReplayOutcome
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(PRELOAD)
@@ -38,8 +38,8 @@ def grafter(*arguments: object) -> Result:
     return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "250"})
 
 
-def replayed(directory: Path, urls: list[str], **options: Any) -> list[Outcome]:
-    recording, outcomes = Recording(directory), list[Outcome]()
+def replayed(directory: Path, urls: list[str], **options: Any) -> list[ReplayOutcome]:
+    recording, outcomes = RequestRecording(directory), list[ReplayOutcome]()
     options = {"speed": 0.0, **options}
     asyncio.run(replay(recording, recording.places, urls, ReplayOptions(**options), lambda done, of: None, outcomes))
     return outcomes
@@ -125,7 +125,7 @@ def test_the_recorded_length_is_forced(recorded: Path) -> None:
 def test_only_what_was_asked_for_is_sent(recorded: Path) -> None:
     """By id and by number, the first included."""
     engine = Engine()
-    places = Recording(recorded).places
+    places = RequestRecording(recorded).places
     with served(engine.app()) as url:
         done = grafter("replay", recorded, "--to", url, "--only", "#0", "--only", places[2].id, "--concurrency", 1)
         assert done.exit_code == 0, done.output
@@ -136,7 +136,7 @@ def test_only_what_was_asked_for_is_sent(recorded: Path) -> None:
 
 def write_requests(directory: Path, times: list[float], body: Any = None) -> None:
     """Requests that came at these times, in seconds."""
-    lines = [json.dumps({"format": "grafter.tools.requests", "format_version": 1, "recorder": "r"})]
+    lines = [json.dumps({"format": "grafter.requests", "format_version": 1, "recorder": "r"})]
     for index, at in enumerate(times):
         output = {"status": 200, "kind": "json", "body": {"ok": True}}
         line = {"index": index, "id": f"r{index}", "time": 1000.0 + at, "state": "finished", "output": output}

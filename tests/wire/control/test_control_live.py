@@ -138,7 +138,7 @@ def change_what_is_to_come(run: Run) -> None:
     agreed = run.ctl("set", "--compare", "name == 'a'", "--wait", "0")
     assert "change 0 is agreed, for step 7" in agreed.stdout, agreed.output
     assert agreed.exit_code == 1, "nobody has come to step 7 yet"
-    assert "0 of 4 have come to it. no rank has ended a step since" in agreed.stdout
+    assert "0 of 4 have reached it. no rank has ended a step since" in agreed.stdout
     status = run.ctl("status")
     assert "target rank 1" in status.stdout
     assert "in force on all ranks that answer: compare: name == 'none'; stats: full" in status.stdout
@@ -328,7 +328,7 @@ def test_windows_dumps_and_recorders_change_at_one_step_in_both_jobs(tmp_path: P
         bare = step_of(run.ctl("record", "--exclude", "logits", "--wait", str(FAR)))
         off = run.ctl("record", "off", "--threshold", "7", "--wait", str(FAR))
         assert "recorder of target rank 0: off, 7 to a batch, without logits, into" in off.stdout, off.output
-        assert "no recorder of requests lives in the process of baseline rank 0" in off.stdout
+        assert "there is no recorder of requests in the process of baseline rank 0" in off.stdout
         on = step_of(run.ctl("record", "on", "--threshold", "0", "--wait", str(FAR)))
         assert counts(run)["recorded"] > 0
         dump = step_of(run.ctl("record", "dump-now", "--wait", str(FAR)))

@@ -292,19 +292,19 @@ def test_third_ranks_get_the_same_error_and_none_has_written(tmp_path: Path) -> 
 
 def take_memory_away(rank: Rank, who: tuple[str, int]) -> None:
     if (rank.role, rank.role_rank) == who:
-        staging._available_bytes = lambda: MIB
+        staging.available_bytes = lambda: MIB
 
 
 def graft_without_memory(rank: Rank) -> list[list[float]]:
     """The values after each of five points: 4 MiB (refused), 4 KiB, 4 MiB with memory again, and so on."""
     (who,) = rank.arguments
     values = []
-    honest = staging._available_bytes
+    honest = staging.available_bytes
     for number, numel in enumerate([MIB, 1024, MIB, 1 << 21, 16]):
         if number in (0, 3):
             take_memory_away(rank, who)
         else:
-            staging._available_bytes = honest
+            staging.available_bytes = honest
         value = torch.full((numel,), 1.0 if rank.is_baseline else 2.0)
         transform = add_all if rank.role_rank >= 0 and not rank.is_baseline else None
         grafter.dump("h", value, number=number, transform=transform)

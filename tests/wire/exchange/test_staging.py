@@ -60,7 +60,7 @@ def test_what_is_announced_beyond_the_free_memory_is_refused_and_the_block_stays
 ) -> None:
     memory = Staging()
     memory.reserve(100)
-    monkeypatch.setattr(staging, "_available_bytes", lambda: 5 * MIB)
+    monkeypatch.setattr(staging, "available_bytes", lambda: 5 * MIB)
     with pytest.raises(StagingRefused, match="6 MiB are announced for this rank and 5 MiB of memory are free"):
         memory.reserve(6 * MIB)
     assert memory.prepare() == (1, MIB)
@@ -68,7 +68,7 @@ def test_what_is_announced_beyond_the_free_memory_is_refused_and_the_block_stays
 
 
 def test_absurd_sizes_are_refused_where_free_memory_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(staging, "_available_bytes", lambda: None)
+    monkeypatch.setattr(staging, "available_bytes", lambda: None)
     for nbytes in (1 << 62, 1 << 80):
         memory = Staging()
         with pytest.raises(StagingRefused, match="cannot be reserved"):

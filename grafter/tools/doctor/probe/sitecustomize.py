@@ -1,6 +1,6 @@
 """Run by every Python that a command under `grafter doctor` starts: records how it was started, and waits for torch.
 
-It comes after grafter's own start-up module on the path, if that is there, and runs the next one itself.
+It is on the path behind grafter's own start-up module, if that is there, and runs the next one itself.
 """
 
 from __future__ import annotations
@@ -12,23 +12,23 @@ import sys
 import time
 from typing import Any
 
-# The directory to which the witnesses of one run write.
-DIRECTORY = "_GRAFTER_WITNESS"
-_AWAITED = "torch.nn.modules.module"
+# The variable that holds the directory to which the probes of one run write.
+DIRECTORY = "_GRAFTER_PROBE"
+_MODELS_MODULE = "torch.nn.modules.module"
 _HERE = os.path.dirname(os.path.abspath(__file__))
 
 
 class _TorchFinder:
-    """Finds one module as the other finders do, and lets the witness see it once it has run."""
+    """Finds one module as the other finders do, and starts the probe once it has run."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        if name != _AWAITED:
+        if name != _MODELS_MODULE:
             return None
         sys.meta_path.remove(self)
         for finder in sys.meta_path:
             spec = finder.find_spec(name, path, target)
             if spec is not None:
-                _call_after(spec.loader, _watch)
+                _call_after(spec.loader, _start_probe)
                 return spec
         return None
 
@@ -43,21 +43,21 @@ def _call_after(loader: Any, function: Any) -> None:
     loader.exec_module = execute_and_call
 
 
-def _watch(module: Any) -> None:
+def _start_probe(module: Any) -> None:
     try:
         from importlib.util import module_from_spec, spec_from_file_location
 
-        spec = spec_from_file_location("_grafter_witness", os.path.join(_HERE, "_grafter_witness.py"))
+        spec = spec_from_file_location("_grafter_probe", os.path.join(_HERE, "_grafter_probe.py"))
         assert spec is not None and spec.loader is not None
-        witness = module_from_spec(spec)
-        sys.modules["_grafter_witness"] = witness
-        spec.loader.exec_module(witness)
-        witness.watch(module, write_note)
+        probe = module_from_spec(spec)
+        sys.modules["_grafter_probe"] = probe
+        spec.loader.exec_module(probe)
+        probe.start(module, write)
     except Exception as error:
-        write_note("trouble", text=f"{type(error).__name__}: {error}")
+        write("trouble", text=f"{type(error).__name__}: {error}")
 
 
-def write_note(kind: str, **content: Any) -> None:
+def write(kind: str, **content: Any) -> None:
     """Append one line to this process's file. A failure to write never disturbs the program."""
     directory = os.environ.get(DIRECTORY)
     if not directory:
@@ -75,9 +75,7 @@ def write_note(kind: str, **content: Any) -> None:
 
 
 def _run_next() -> None:
-    """Run the `sitecustomize` that this one hides. An earlier one on the path has run this one, and is
-    not run again.
-    """
+    """Run the `sitecustomize` that this one hides. An earlier one has run this one, and is not run again."""
     from importlib.machinery import PathFinder
 
     entries = [os.path.abspath(entry) for entry in sys.path]
@@ -100,14 +98,14 @@ def _place() -> int:
     return place
 
 
-def _note_end() -> None:
+def _record_end() -> None:
     # It is imported only if grafting is on and something asks for it.
-    write_note("exit", uses_grafter="grafter.rank.grafter" in sys.modules)
+    write("exit", uses_grafter="grafter.rank.grafter" in sys.modules)
 
 
 if __name__ == "sitecustomize":
     # The function that is registered first runs last.
-    atexit.register(_note_end)
-    write_note("start", python=list(sys.version_info[:3]))
+    atexit.register(_record_end)
+    write("start", python=list(sys.version_info[:3]))
     sys.meta_path.insert(_place(), _TorchFinder())
     _run_next()

@@ -24,21 +24,21 @@ _MOST_CALLS = 64
 _PIECE_BYTES = 1 << 26
 _WRAPPER_SEGMENTS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
-Note = Callable[..., None]
+Write = Callable[..., None]
 
 
-def watch(modules: Any, note: Note) -> None:
-    """Start watching. `modules` is `torch.nn.modules.module`, as soon as it has run."""
-    witness = Witness(modules.Module, note)
-    modules.Module.__call__ = witness.wrap(modules.Module.__call__)
-    atexit.register(witness.note_end)
+def start(modules: Any, write: Write) -> None:
+    """Start recording. `modules` is `torch.nn.modules.module`, as soon as it has run; `write` adds to the log."""
+    probe = Probe(modules.Module, write)
+    modules.Module.__call__ = probe.wrap(modules.Module.__call__)
+    atexit.register(probe.record_end)
 
 
-class Witness:
-    """Watches the calls of models in one process and records them with `note`."""
+class Probe:
+    """The probe of one process: records the calls of models with `write`."""
 
-    def __init__(self, module_class: Any, note: Note) -> None:
-        self._class, self._note = module_class, note
+    def __init__(self, module_class: Any, write: Write) -> None:
+        self._class, self._write = module_class, write
         self._depth = threading.local()
         self._calls = 0
         self._model: Callable[[], Any] = lambda: None
@@ -63,42 +63,41 @@ class Witness:
 
         return __call__
 
-    def note_end(self) -> None:
+    def record_end(self) -> None:
         model = self._model()
         if model is not None:
             with self._quietly("end"):
-                self._note("end", calls=self._calls, weights=_weights(model), random_states=_random_states())
+                self._write("end", calls=self._calls, weights=_weights(model), random_states=_random_states())
 
     def _before(self, module: Any, args: Any, kwargs: Any) -> bool:
         """Whether this is a call of a model."""
         if self._calls >= _MOST_CALLS:
             self._calls += 1
             return False
-        # A loss function is not a model, and a module that is called while another one is being made is not complete
-        # yet.
+        # A loss function is not a model, and a module that is called while another one is being made is incomplete.
         if next(module.parameters(), None) is None or self._is_being_built():
             return False
         if self._calls == 0:
             self._model = weakref.ref(module)
             with self._quietly("first call"):
-                self._note("first call", **_first_call(module, args, kwargs))
+                self._write("first call", **_first_call(module, args, kwargs))
         self._calls += 1
         return True
 
     def _after(self, value: Any) -> None:
         with self._quietly("call"):
-            self._note("call", number=self._calls - 1, outputs=_digests(value, "out"))
+            self._write("call", number=self._calls - 1, outputs=_digests(value, "out"))
 
     @contextlib.contextmanager
     def _quietly(self, what: str) -> Iterator[None]:
-        """Keep the program from noticing: record no gradient, let no mode of its own see us, and note what fails."""
+        """Keep the program from noticing: record no gradient, hide from its modes, and record what fails."""
         import torch
 
         try:
             with torch.no_grad(), torch._C.DisableTorchFunction(), _no_dispatch_modes():
                 yield
         except Exception as error:
-            self._note("trouble", text=f"{what}: {type(error).__name__}: {error}"[:300])
+            self._write("trouble", text=f"{what}: {type(error).__name__}: {error}"[:300])
 
     def _is_being_built(self) -> bool:
         frame = sys._getframe(3)
@@ -117,9 +116,6 @@ def _no_dispatch_modes() -> Any:
     except ImportError:
         return contextlib.nullcontext()
     return _disable_current_modes()
-
-
-# What is recorded.
 
 
 def _first_call(module: Any, args: Any, kwargs: Any) -> dict[str, Any]:
@@ -191,10 +187,8 @@ def _digests(value: Any, name: str) -> dict[str, Any]:
 
 
 def _weights(module: Any, with_means: bool = False) -> dict[str, Any]:
-    found = {}
-    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-        found[_plain(name)] = _describe(tensor, with_means)
-    return found
+    named = [*module.named_parameters(), *module.named_buffers()]
+    return {_plain(name): _describe(tensor, with_means) for name, tensor in named}
 
 
 def _plain(name: str) -> str:
@@ -265,9 +259,7 @@ def _describe(tensor: Any, with_mean: bool = False) -> dict[str, Any]:
 
 
 def _digest(tensor: Any) -> str:
-    """The digest of the values' bytes in order, on the CPU, a piece at a time. Integers count by value,
-    not by width.
-    """
+    """The digest of the values' bytes in order, on the CPU, a piece at a time. Integers count by value, not width."""
     import torch
 
     if tensor.dtype in (torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool):

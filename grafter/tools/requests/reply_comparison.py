@@ -1,17 +1,16 @@
-"""What differs between two answers to one request, and the verdict on the whole replay."""
+"""Compares two replies to one request, and sums up a whole replay."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
 
-from grafter.tools.requests.answers import Answer, Output, read_answer
-from grafter.tools.requests.reading import Place, Recorded
-from grafter.tools.requests.sending import Reply
+from grafter.tools.requests.answers import Output, Reply, ServerAnswer, read_answer
+from grafter.tools.requests.reading import RecordedRequest, RequestPlace
 
-Verdict = Literal["same", "different", "failed", "not_compared", "not_sent"]
+ReplyVerdict = Literal["same", "different", "failed", "not_compared", "not_sent"]
 
 EXIT_SAME, EXIT_DIFFERENT, EXIT_COULD_NOT = 0, 1, 2
 _SHOWN = 40
@@ -20,8 +19,8 @@ _VOLATILE = frozenset({"id", "created", "created_at", "request_id"})
 
 
 @dataclass
-class Outcome:
-    """The outcome of one request.
+class ReplayOutcome:
+    """The outcome of one request that was sent again, or could not be.
 
     first_char, first_token: where the worst output first differs, from 0.
     logprob: the largest difference of logprobs before that.
@@ -32,7 +31,7 @@ class Outcome:
 
     number: int
     id: str
-    verdict: Verdict
+    verdict: ReplyVerdict
     path: str = ""
     reasons: list[str] = field(default_factory=list)
     first_char: int | None = None
@@ -43,20 +42,20 @@ class Outcome:
     seconds: list[float | None] = field(default_factory=list)
     late: float = 0.0
 
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 @dataclass(frozen=True)
-class Summary:
-    """Counts by verdict, and the exit code: 0 all same, 1 something differs or failed, 2 it could not be judged."""
+class ReplaySummary:
+    """The result of a replay: counts by verdict, a sentence, and the exit code.
+
+    exit_code: 0 all same, 1 something differs or failed, 2 it could not be judged.
+    """
 
     counts: dict[str, int]
     exit_code: int
     sentence: str
 
 
-def recorded_reply(recorded: Recorded) -> Reply | None:
+def recorded_reply(recorded: RecordedRequest) -> Reply | None:
     """The recording's answer; None if it has no complete one."""
     output = recorded.output
     if recorded.state != "finished" or output is None:
@@ -69,11 +68,14 @@ def recorded_reply(recorded: Recorded) -> Reply | None:
     return Reply(None, "text" if isinstance(output, str) else "json", output)
 
 
-def judge(place: Place, api: str, replies: Sequence[Reply], recorded: Reply | None, tolerance: float) -> Outcome:
+def judge(
+    place: RequestPlace, api: str, replies: Sequence[Reply], recorded: Reply | None, tolerance: float
+) -> ReplayOutcome:
     """The outcome for one request: one reply is compared with the recorded one, or the second of two with the first.
-    tolerance: for logprobs.
+
+    tolerance: the largest allowed difference of logprobs.
     """
-    outcome = Outcome(place.number, place.id, "same")
+    outcome = ReplayOutcome(place.number, place.id, "same")
     outcome.statuses = [reply.status for reply in replies]
     outcome.seconds = [reply.seconds for reply in replies]
     for name, reply in zip(("A", "B"), replies, strict=False):
@@ -97,7 +99,7 @@ def judge(place: Place, api: str, replies: Sequence[Reply], recorded: Reply | No
     return outcome
 
 
-def _compare(outcome: Outcome, expected: Reply, got: Reply, api: str, tolerance: float) -> None:
+def _compare(outcome: ReplayOutcome, expected: Reply, got: Reply, api: str, tolerance: float) -> None:
     if expected.status is not None and expected.status != got.status:
         outcome.reasons.append(f"status {expected.status}, {got.status}")
         return
@@ -105,24 +107,20 @@ def _compare(outcome: Outcome, expected: Reply, got: Reply, api: str, tolerance:
         return  # The recorded error again; its text may contain a time or an id.
     a, b = (read_answer(reply.body, api, reply.kind == "events") for reply in (expected, got))
     if a is None and b is None:
-        _compare_bodies(outcome, expected, got)
+        difference = _first_difference(_settled(expected.body), _settled(got.body), "")
+        outcome.reasons += [difference] if difference is not None else []
     elif a is None or b is None:
         outcome.reasons.append("only one of them is an answer of this API")
     else:
         _compare_answers(outcome, a, b, tolerance)
 
 
-def _compare_bodies(outcome: Outcome, expected: Reply, got: Reply) -> None:
-    found = _first_difference(_settled(expected.body), _settled(got.body), "")
-    if found is not None:
-        outcome.reasons.append(found)
-
-
 def _settled(body: Any) -> Any:
+    """A body without the fields that differ between any two answers."""
     return {key: value for key, value in body.items() if key not in _VOLATILE} if isinstance(body, dict) else body
 
 
-def _compare_answers(outcome: Outcome, a: Answer, b: Answer, tolerance: float) -> None:
+def _compare_answers(outcome: ReplayOutcome, a: ServerAnswer, b: ServerAnswer, tolerance: float) -> None:
     if len(a.outputs) != len(b.outputs):
         outcome.reasons.append(f"{len(a.outputs)} outputs, {len(b.outputs)}")
         return
@@ -131,7 +129,7 @@ def _compare_answers(outcome: Outcome, a: Answer, b: Answer, tolerance: float) -
         outcome.reasons += [f"output {number}: {reason}" if number else reason for reason in reasons]
 
 
-def _compare_outputs(outcome: Outcome, a: Output, b: Output, tolerance: float) -> list[str]:
+def _compare_outputs(outcome: ReplayOutcome, a: Output, b: Output, tolerance: float) -> list[str]:
     reasons = []
     char, token = _first_unequal(a.text, b.text), None
     if char is not None:
@@ -161,9 +159,7 @@ def _first_unequal(a: Sequence[Any], b: Sequence[Any]) -> int | None:
 
 
 def _worst_logprob(a: Sequence[float | None], b: Sequence[float | None]) -> float | None:
-    """The largest difference over the tokens that both have; equal infinities differ by 0. None if there is nothing to
-    compare.
-    """
+    """The largest difference over the tokens that both have, None if there are none. Equal infinities differ by 0."""
     pairs = [(x, y) for x, y in zip(a, b, strict=False) if x is not None and y is not None]
     differences = [0.0 if x == y or (x != x and y != y) else abs(x - y) for x, y in pairs]
     # NaN on one side only is not equal to any number.
@@ -185,26 +181,22 @@ def _short(value: Any) -> str:
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
 
 
-def summarise(outcomes: Sequence[Outcome], server_count: int) -> Summary:
+def summarise(outcomes: Sequence[ReplayOutcome], server_count: int) -> ReplaySummary:
+    """Sum up a replay to one server, or to two."""
     counts = Counter(outcome.verdict for outcome in outcomes)
     compared = counts["same"] + counts["different"]
     if not compared:
-        code, told = EXIT_COULD_NOT, "nothing could be compared"
+        code, result = EXIT_COULD_NOT, "nothing could be compared"
     elif counts["different"] or counts["failed"]:
-        code, told = EXIT_DIFFERENT, "not the same"
+        code, result = EXIT_DIFFERENT, "not the same"
     elif counts["not_sent"]:
-        code, told = EXIT_COULD_NOT, "every request that could be sent has the same answer"
+        code, result = EXIT_COULD_NOT, "every request that could be sent has the same answer"
     else:
-        code, told = EXIT_SAME, "the same"
+        code, result = EXIT_SAME, "the same"
     against = "both servers" if server_count == 2 else "the recording and the server"
-    names = {"not_compared": "not compared", "not_sent": "not sent"}
-    listed = ", ".join(
-        f"{counts[verdict]} {names.get(verdict, verdict)}"
-        for verdict in ("same", "different", "failed", "not_compared", "not_sent")
-        if counts[verdict]
-    )
-    return Summary(
+    listed = ", ".join(f"{counts[v]} {v.replace('_', ' ')}" for v in get_args(ReplyVerdict) if counts[v])
+    return ReplaySummary(
         {str(verdict): count for verdict, count in counts.items()},
         code,
-        f"{len(outcomes)} requests, {against}: {listed or 'none'}: {told}.",
+        f"{len(outcomes)} requests, {against}: {listed or 'none'}: {result}.",
     )

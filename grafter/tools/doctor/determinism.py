@@ -1,0 +1,115 @@
+"""Compares a command with itself.
+
+Is it deterministic, does grafting every point onto itself change nothing, and does it compute the same with grafter
+armed as with grafting off (the observer effect)?
+"""
+
+from __future__ import annotations
+
+from grafter.analysis.locate.measure import PointMeasurement
+from grafter.tools.doctor.finding import Finding, fault, first_line, listed, ok, warning
+from grafter.tools.doctor.pair_checks import describe_size
+from grafter.tools.doctor.probe_log import JobLog, first_change, first_different, what_was_seen
+from grafter.tools.doctor.runs import ProbedRun
+
+_SEED = "torch.manual_seed(0), and numpy.random.seed(0) and random.seed(0) where they are used"
+_CALLS_GRAFTER = "Check that the command calls grafter, or that --attach matches its modules."
+
+
+def judge_determinism(subject: str, run: ProbedRun) -> tuple[Finding, bool]:
+    """(what was found, whether the command is deterministic). `run`: of the command against itself."""
+    check = f"{subject}: repeatable"
+    error = run.error()
+    if error is not None:
+        advice = (
+            "Two copies of the command ran at once. Give each its own ports and output files; check that its points "
+            "have the same order each time."
+        )
+        return fault(check, f"it cannot be compared with itself: {first_line(error, 400)}", advice), False
+    points = run.measured.points
+    different = [point for point, at in points.items() if _differs(at)]
+    baseline, target = run.logs["baseline"], run.logs["target"]
+    if different:
+        # Measured points cover all steps; the rows show which came first.
+        first = next((row for row in run.summary.rows if row.rel or row.nonfinite), None)
+        where = f"{first.label} at step {first.step} ({describe_size(first)})" if first else str(different[0])
+        text = f"not deterministic: {len(different)} of {len(points)} points differ in two copies, first {where}"
+        return fault(check, text, hint(baseline, target)), False
+    change = first_change(baseline, target)
+    if change is not None:
+        text = f"not deterministic: its {len(points)} points are equal in two copies, but {change}"
+        return fault(check, text, hint(baseline, target)), False
+    seen = f"; so are {what_was_seen(baseline)}" if baseline.processes else ""
+    if not points:
+        return warning(check, f"no point was paired{seen}", _CALLS_GRAFTER), bool(baseline.processes)
+    text = f"deterministic: {len(points)} points are equal to the last bit in two copies, at all steps{seen}"
+    return ok(check, text), True
+
+
+def _differs(at: PointMeasurement) -> bool:
+    return not at.bitwise_equal and (at.rel is not None or not at.problems)
+
+
+def hint(one: JobLog, other: JobLog) -> str:
+    """What to do about a program that is not deterministic, from what the probes of two copies recorded."""
+    if not one.processes or not other.processes:
+        return f"Usual causes: no seed ({_SEED}), dropout, input that depends on the time, non-deterministic kernels."
+    a, b = one.processes[0].first, other.processes[0].first
+    if first_different(a["weights"], b["weights"]) is not None:
+        return f"The weights differ at the first call: load them, or seed before the model is made ({_SEED})."
+    if first_different(a["inputs"], b["inputs"]) is not None:
+        return f"The inputs of the first call differ: fix the data and its order, without time or chance ({_SEED})."
+    if a["dropout"]:
+        return f"Dropout is active in {listed(a['dropout'])}: call model.eval(), or seed before it ({_SEED})."
+    kinds = [kind for kind, state in a["random_states"].items() if b["random_states"].get(kind) != state]
+    if kinds:
+        return f"The random states differ at the first call ({', '.join(kinds)}): seed them ({_SEED})."
+    if any("cuda" in device for device in a["devices"]):
+        return "Set torch.use_deterministic_algorithms(True) and CUBLAS_WORKSPACE_CONFIG=:4096:8: a kernel may do it."
+    return "Weights, inputs and random states are equal: look for time, os.urandom, threads or empty memory."
+
+
+def judge_self_graft(subject: str, run: ProbedRun, without: JobLog) -> Finding:
+    """The finding. `run`: the command with every point grafted b2t onto itself. `without`: the log without grafter."""
+    check = f"{subject}: self-graft"
+    error = run.error()
+    if error is not None:
+        return fault(check, f"it failed: {first_line(error, 400)}", f"See `grafter show {run.result.run_directory}`.")
+    failed = [row for row in run.summary.rows if row.outcome == "failed"]
+    if failed:
+        text = f"{len(failed)} points cannot be written; first {failed[0].label}: {first_line(failed[0].reason, 300)}"
+        return fault(check, text, "Set write=return, or exclude them with the filter.")
+    grafted = run.summary.count("grafted")
+    if not grafted:
+        return warning(check, "no point was grafted", _CALLS_GRAFTER)
+    change = first_change(without, run.logs["target"])
+    if change is not None:
+        text = f"grafting {grafted} points onto themselves changes the program: {change}"
+        return fault(check, text, "Set write=return, or report it: a graft of equal values should change nothing.")
+    if not without.processes:
+        text = f"{grafted} points were grafted onto themselves; each was equal before, so nothing before it changed"
+        return ok(check, text)
+    return ok(check, f"{grafted} points were grafted onto themselves and nothing changed: {what_was_seen(without)}")
+
+
+def judge_observer(
+    subject: str, without: JobLog, armed: JobLog, unmatched_calls: int, again: str | None, repeatable: bool
+) -> Finding:
+    """The finding about the observer effect: grafting off against armed, with hooks and no matching filter.
+
+    `unmatched_calls`: how many points the armed run reached. `again`: what differed between two runs with grafting off,
+    which matters only if something changed.
+    """
+    check = f"{subject}: observer effect"
+    if not without.processes:
+        text = "no call of a torch model was seen without grafter, so this cannot be judged"
+        return warning(check, text, "Compare what the command prints with and without grafter yourself.")
+    change = first_change(without, armed)
+    if change is None:
+        reached = f"points were reached {unmatched_calls} times, none matched"
+        return ok(check, f"none: {reached}, and these are equal: {what_was_seen(without)}")
+    if again is not None or not repeatable:
+        text = f"cannot be judged: the command is not deterministic ({again or change})"
+        return warning(check, text, "Make it deterministic first.")
+    text = f"with grafter armed and no point matched, {change}; without it, two runs are equal"
+    return fault(check, text, "Report it with the command: grafter must not change what the command computes.")
