@@ -31,7 +31,7 @@ import grafter
 from benchmarks.growth import PartResult, Samples, Trend
 from benchmarks.soak_ranks import Ranks, SoakError, Soakers
 from benchmarks.units import MIB, parse_size
-from grafter.runtime.local_value import MOST_DESCRIBED_BYTES
+from grafter.runtime.point_preparation import MOST_DESCRIBED_BYTES
 from grafter.store.ledger import read_summaries
 
 _OUTBOX_BYTES = 16 * MIB

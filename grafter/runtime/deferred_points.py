@@ -26,7 +26,7 @@ from grafter.core.points import PHASE
 from grafter.core.records import LedgerRecord, Outcome
 from grafter.core.signal_handlers import is_from_signal_handler
 from grafter.core.unobserved import unobserved
-from grafter.runtime.local_value import LocalValues, Point, PointTools
+from grafter.runtime.point_preparation import Point, PointPreparer, PointTools
 from grafter.runtime.point_receiver import ReceivedPoint
 from grafter.runtime.rank_context import RankContext
 from grafter.runtime.session import Session
@@ -53,7 +53,7 @@ class PointPosting:
         self._sequence, self._is_kept = sequence, is_kept
         self._seconds: dict[str, float] = {}
 
-    def run(self, local: Offer, values: LocalValues) -> Outcome:
+    def run(self, local: Offer, preparer: PointPreparer) -> Outcome:
         """`posted`, or the outcome if there is one at once. Waits for ranks of the own job alone, and only where this
         one leads.
 
@@ -69,7 +69,7 @@ class PointPosting:
 
         kept = keep(local, make_room, outbox.give_back)
         self._seconds["snapshot"] = time.perf_counter() - started
-        header = values.build_header(session, self._point, kept.offer, self.place_of(kept.slot))
+        header = preparer.build_header(session, self._point, kept.offer, self.place_of(kept.slot))
         return self.post(header, kept.slot, kept.nbytes)
 
     def post(self, header: Header, slot: Slot | None, nbytes: int) -> Outcome:
@@ -137,7 +137,7 @@ class DeferredPoints:
 
     def __init__(self, context: RankContext, tools: PointTools, memory: Memory) -> None:
         """memory: the outbox's, which has it to itself once both jobs have joined."""
-        self._place, self._values, self._recomputations = context.place, tools.values, tools.recomputations
+        self._place, self._preparer, self._recomputations = context.place, tools.preparer, tools.recomputations
         self.memory = memory
         # Oldest first: all of them, and those of which a value is kept.
         self.points: deque[DeferredPoint] = deque()
@@ -162,7 +162,9 @@ class DeferredPoints:
         with unobserved():
             kept = keep(local if is_sent else Offer(None), self._make_room, self._give_back)
         place = kept.slot.place if kept.slot is not None else None
-        header = self._values.build_header(None, point._replace(options=options), kept.offer, place, early=not is_sent)
+        header = self._preparer.build_header(
+            None, point._replace(options=options), kept.offer, place, early=not is_sent
+        )
         if point.key.phase == PHASE:
             self._recomputations.keep(point.key, options, None, None)
         point = point._replace(options=replace(options, extras=None, tokens=None))
@@ -233,7 +235,7 @@ class DeferredPoints:
         oldest = self._kept.popleft()
         self._give_back(oldest.slot)
         oldest.slot, oldest.nbytes = None, 0
-        oldest.header = self._values.build_header(None, oldest.point, Offer(None), early=True)
+        oldest.header = self._preparer.build_header(None, oldest.point, Offer(None), early=True)
 
     def _give_back(self, slot: Slot | None) -> None:
         if slot is not None:

@@ -31,7 +31,7 @@ from grafter.rank.grafter import Grafter
 from grafter.runtime.dispatch import Dispatch
 from grafter.runtime.gradients.watched import PHASE as BACKWARD
 from grafter.runtime.gradients.watched import WatchedGradient
-from grafter.runtime.local_value import LocalValues, Point
+from grafter.runtime.point_preparation import Point, PointPreparer
 from grafter.runtime.session import Session
 from grafter.store.dumps.taken import Taken
 from grafter.store.recordings.recording import RecordedFailure, RecordedPoint, RecordedRank
@@ -44,7 +44,7 @@ _LONGEST_STEP_SECONDS = 7 * 24 * 3600.0
 _PATIENCE_SECONDS = 0.5
 
 
-class RecordedValues(LocalValues):
+class RecordedPreparer(PointPreparer):
     """The values that a recorded rank recorded."""
 
     def prepare(self, value: Any, options: PointOptions, key: PointKey | None = None) -> Offer:
@@ -95,7 +95,7 @@ class PlayedGrafter(Grafter):
 
     # What is played is on disk already.
     saves_points = False
-    values_class = RecordedValues
+    preparer_class = RecordedPreparer
     dispatch_class = RecordedDispatch
 
     def __init__(self, config: GrafterConfig, rank: RecordedRank) -> None:

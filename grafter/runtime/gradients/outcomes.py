@@ -10,7 +10,7 @@ from grafter.core.point_fate import PointFate, fate_of
 from grafter.errors import RunError
 from grafter.runtime.dispatch import Dispatch, among_holders
 from grafter.runtime.gradients.watched import NO_GRADIENT, PHASE, SavedGradient, WatchedGradient
-from grafter.runtime.local_value import Point, PointTools
+from grafter.runtime.point_preparation import Point, PointTools
 from grafter.runtime.rank_context import RankContext
 from grafter.runtime.session import Session
 from grafter.store.dumps.taken import Taken
@@ -20,7 +20,7 @@ class GradientOutcomes:
     """What one rank does with each of its gradients. Used under the lock of its points."""
 
     def __init__(self, context: RankContext, tools: PointTools, dispatch: Dispatch) -> None:
-        self._context, self._values, self._dumps, self._dispatch = context, tools.values, tools.dumps, dispatch
+        self._context, self._preparer, self._dumps, self._dispatch = context, tools.preparer, tools.dumps, dispatch
 
     @property
     def session(self) -> Session:
@@ -69,7 +69,7 @@ class GradientOutcomes:
     def _prepare(self, point: Point, gradient: torch.Tensor | None) -> Offer:
         if gradient is None:
             return Offer(None, nothing=NO_GRADIENT)
-        return self._values.prepare(gradient, point.options, point.key)
+        return self._preparer.prepare(gradient, point.options, point.key)
 
     def defer(self, watched: WatchedGradient, gradient: torch.Tensor | None) -> None:
         """Keep a gradient, or that none arrived, until both jobs have joined."""

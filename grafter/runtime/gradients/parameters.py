@@ -17,7 +17,7 @@ from grafter.core.untraced import untraced
 from grafter.errors import UsageError
 from grafter.runtime.gradients.outcomes import GradientOutcomes
 from grafter.runtime.gradients.watched import PHASE, SavedGradient, WatchedGradient
-from grafter.runtime.local_value import Point, PointTools
+from grafter.runtime.point_preparation import Point, PointTools
 from grafter.runtime.rank_context import RankContext
 
 logger = logging.getLogger("grafter")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from grafter.core.direction import Direction
 from grafter.core.points import PointKey
-from grafter.runtime.local_value import Point
+from grafter.runtime.point_preparation import Point
 
 if TYPE_CHECKING:
     import torch

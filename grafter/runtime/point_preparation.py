@@ -1,4 +1,4 @@
-"""The local value of a point: what this rank brings to it, and the header that describes it to the other ranks."""
+"""The preparation of a point: its value, taken apart, and the header that describes it to the other ranks."""
 
 from __future__ import annotations
 
@@ -68,13 +68,13 @@ class Point(NamedTuple):
 class PointTools:
     """What handles the values of one rank's points: it prepares them, saves them, keeps them for a recomputation."""
 
-    values: LocalValues
+    preparer: PointPreparer
     dumps: RankDumps
     recomputations: Recomputations
 
 
-class LocalValues:
-    """What prepares the values of one rank's points, and describes them to the other ranks."""
+class PointPreparer:
+    """The preparer of one rank's points: it takes their values apart, and describes them to the other ranks."""
 
     def __init__(self, config: GrafterConfig, place: Place) -> None:
         self._config, self._place = config, place
