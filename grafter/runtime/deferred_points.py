@@ -18,8 +18,8 @@ from dataclasses import dataclass, replace
 
 from grafter.core.direction import sender_role
 from grafter.core.messages.counts import Pending
+from grafter.core.messages.local_value import LocalValue
 from grafter.core.messages.manifest import Header, store_keys
-from grafter.core.messages.offer import Offer
 from grafter.core.messages.participants import own_participants
 from grafter.core.messages.states import OutboxPlace, open_state
 from grafter.core.points import PHASE
@@ -53,7 +53,7 @@ class PointPosting:
         self._sequence, self._is_kept = sequence, is_kept
         self._seconds: dict[str, float] = {}
 
-    def run(self, local: Offer, preparer: PointPreparer) -> Outcome:
+    def run(self, local: LocalValue, preparer: PointPreparer) -> Outcome:
         """`posted`, or the outcome if there is one at once. Waits for ranks of the own job alone, and only where this
         one leads.
 
@@ -151,7 +151,7 @@ class DeferredPoints:
         kept = self._kept.copy()
         return Pending(len(kept), sum(point.nbytes for point in kept), len(kept))
 
-    def add(self, point: Point, local: Offer) -> Outcome:
+    def add(self, point: Point, local: LocalValue) -> Outcome:
         """Defer a point, of which the value may be changed once this returns. `posted` or `missed`."""
         assert point.direction is not None
         options = point.options
@@ -160,7 +160,7 @@ class DeferredPoints:
             options = replace(options, ranks=own_participants(self._place, options.ranks))
         is_sent = self._place.role == sender_role(point.direction)
         with unobserved():
-            kept = keep(local if is_sent else Offer(None), self._make_room, self._give_back)
+            kept = keep(local if is_sent else LocalValue(None), self._make_room, self._give_back)
         place = kept.slot.place if kept.slot is not None else None
         header = self._preparer.build_header(
             None, point._replace(options=options), kept.offer, place, early=not is_sent
@@ -235,7 +235,7 @@ class DeferredPoints:
         oldest = self._kept.popleft()
         self._give_back(oldest.slot)
         oldest.slot, oldest.nbytes = None, 0
-        oldest.header = self._preparer.build_header(None, oldest.point, Offer(None), early=True)
+        oldest.header = self._preparer.build_header(None, oldest.point, LocalValue(None), early=True)
 
     def _give_back(self, slot: Slot | None) -> None:
         if slot is not None:

@@ -22,7 +22,7 @@ import torch
 from grafter.config.options import PointOptions
 from grafter.core.direction import Direction, receiver_role
 from grafter.core.messages.counts import Pending
-from grafter.core.messages.offer import Offer
+from grafter.core.messages.local_value import LocalValue
 from grafter.core.messages.participants import own_participants
 from grafter.core.messages.roster import other_role
 from grafter.core.point_fate import PointSituation, fate_of
@@ -208,7 +208,7 @@ class Dispatch:
 
     # The fates.
 
-    def exchange(self, session: Session, point: Point, local: Offer, taken: Taken | None = None) -> Any:
+    def exchange(self, session: Session, point: Point, local: LocalValue, taken: Taken | None = None) -> Any:
         """Exchange one point with the other job; what `dump` returns. taken: the point as it is saved, if it is."""
         options = point.options
         assert point.direction is not None
@@ -235,7 +235,7 @@ class Dispatch:
         self._count(session, point.key, outcome)
         return grafted
 
-    def _post(self, session: Session, point: Point, local: Offer, taken: Taken | None) -> Any:
+    def _post(self, session: Session, point: Point, local: LocalValue, taken: Taken | None) -> Any:
         """The part of a sender that does not wait; what `dump` returns: the value."""
         is_kept = point.options.one_sided == "skip" and point.options.wait == "both"
         point = point._replace(options=replace(point.options, wait="job"))
@@ -255,7 +255,7 @@ class Dispatch:
         self._tally.outcomes[outcome] += 1
         session.housekeeping.board.last_points.append((key, outcome))
 
-    def defer(self, point: Point, local: Offer, taken: Taken | None) -> None:
+    def defer(self, point: Point, local: LocalValue, taken: Taken | None) -> None:
         """Keep a point until both jobs have joined. taken: the point as it is saved, if it is."""
         self._dumps.finish(taken, self.deferred.add(point, local))
 
@@ -318,7 +318,7 @@ class Dispatch:
 
     # What is saved of a point.
 
-    def save_part(self, point: Point, local: Offer) -> Taken | None:
+    def save_part(self, point: Point, local: LocalValue) -> Taken | None:
         """The value of a point that is exchanged, as it is now; `finish` of the dumps is to follow."""
         starts = local.tokens.starts if local.tokens is not None else ()
         return self._take(point, local.value, self.recorded_part(point, local), starts)
@@ -330,7 +330,7 @@ class Dispatch:
             point.key, point.direction, value, point.options, point.tags, point.call_site, recorded_part, starts
         )
 
-    def recorded_part(self, point: Point, local: Offer) -> str | None:
+    def recorded_part(self, point: Point, local: LocalValue) -> str | None:
         """What a recording keeps of this rank's part of a point besides its values; None where nothing is recorded."""
         if not self._context.config.record:
             return None

@@ -22,7 +22,7 @@ from grafter.config.options import PointOptions
 from grafter.config.settings.config import GrafterConfig
 from grafter.core.direction import receiver_role, sender_role
 from grafter.core.messages.announced_models import AnnouncedHooks
-from grafter.core.messages.offer import Offer
+from grafter.core.messages.local_value import LocalValue
 from grafter.core.messages.roster import PlayedFrom, other_role
 from grafter.core.point_fate import fate_of
 from grafter.core.points import PointKey, identify, traced_call_site
@@ -47,7 +47,7 @@ _PATIENCE_SECONDS = 0.5
 class RecordedPreparer(PointPreparer):
     """The values that a recorded rank recorded."""
 
-    def prepare(self, value: Any, options: PointOptions, key: PointKey | None = None) -> Offer:
+    def prepare(self, value: Any, options: PointOptions, key: PointKey | None = None) -> LocalValue:
         if not isinstance(value, RecordedPoint):
             return super().prepare(value, options, key)
         recorded = value.offer()
@@ -58,13 +58,13 @@ class RecordedPreparer(PointPreparer):
             options = replace(options, tokens=windowed.tokens, start=list(windowed.starts) or None, new_rows_only=True)
             return replace(recorded, tokens=self.windows.announce(options, key))
         except GrafterError as error:
-            return Offer(value, nothing=f"the recording cannot be used here: {error}")
+            return LocalValue(value, nothing=f"the recording cannot be used here: {error}")
 
 
 class RecordedDispatch(Dispatch):
     """The dispatch of a recorded rank's points to the live job."""
 
-    def exchange(self, session: Session, point: Point, local: Offer, taken: Taken | None = None) -> Any:
+    def exchange(self, session: Session, point: Point, local: LocalValue, taken: Taken | None = None) -> Any:
         recorded = local.value
         # It has nothing else to do, whatever the live job waits for.
         options = replace(point.options, wait="both")
@@ -75,7 +75,7 @@ class RecordedDispatch(Dispatch):
         return super().exchange(session, point._replace(options=options), local, taken)
 
 
-def _with_its_transform(recorded: RecordedPoint, local: Offer, options: PointOptions) -> Offer:
+def _with_its_transform(recorded: RecordedPoint, local: LocalValue, options: PointOptions) -> LocalValue:
     """The local value. A receiver without the transform that it was recorded with would get other tensors than it asks
     for.
     """

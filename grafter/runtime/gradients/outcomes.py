@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from grafter.core.messages.offer import Offer
+from grafter.core.messages.local_value import LocalValue
 from grafter.core.messages.participants import own_participants
 from grafter.core.point_fate import PointFate, fate_of
 from grafter.errors import RunError
@@ -66,9 +66,9 @@ class GradientOutcomes:
             point.key, point.direction, gradient, point.options, point.tags, point.call_site, recorded_part
         )
 
-    def _prepare(self, point: Point, gradient: torch.Tensor | None) -> Offer:
+    def _prepare(self, point: Point, gradient: torch.Tensor | None) -> LocalValue:
         if gradient is None:
-            return Offer(None, nothing=NO_GRADIENT)
+            return LocalValue(None, nothing=NO_GRADIENT)
         return self._preparer.prepare(gradient, point.options, point.key)
 
     def defer(self, watched: WatchedGradient, gradient: torch.Tensor | None) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from grafter.core.messages.offer import Offer
+from grafter.core.messages.local_value import LocalValue
 from grafter.core.signal_handlers import is_from_signal_handler
 from grafter.wire.outbox.memory import Slot, offsets_of, snapshot
 
@@ -20,13 +20,15 @@ class OutboxFull(Exception):
 class Kept:
     """An offer, and where its snapshot lies: nowhere, if it has no bytes, or could not be kept, as it then says."""
 
-    offer: Offer
+    offer: LocalValue
     slot: Slot | None = None
     nbytes: int = 0
 
 
 def keep(
-    offer: Offer, make_room: Callable[[int], tuple[Slot | None, str | None]], give_back: Callable[[Slot | None], None]
+    offer: LocalValue,
+    make_room: Callable[[int], tuple[Slot | None, str | None]],
+    give_back: Callable[[Slot | None], None],
 ) -> Kept:
     """Copy all tensors of an offer, which may be changed once this returns. make_room: memory for so many bytes, or why
     there is none."""
@@ -49,5 +51,5 @@ def keep(
     return Kept(offer, slot, sum(spec.nbytes for spec in specs))
 
 
-def _failed(offer: Offer, error: Exception) -> Offer:
+def _failed(offer: LocalValue, error: Exception) -> LocalValue:
     return replace(offer, leaves=None, extras_text=None, extras=[], failure=error)
