@@ -17,7 +17,6 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from benchmarks.rounds import Spread, interleaved, spread
-from grafter.core.direction import RoleName
 from grafter.core.layout.declared import DeclaredLayout
 from grafter.core.layout.runs import split_in_order, whole
 from grafter.core.leaves import TensorSpec
@@ -25,7 +24,8 @@ from grafter.core.messages.manifest import Header, Manifest, Pair, manifest_text
 from grafter.core.messages.roster import Announcement, Roster
 from grafter.core.plan.decision import decide
 from grafter.core.plan.transfer_plan import make_plan
-from grafter.core.processes.liveness import ProcessIdentity
+from grafter.core.process_identity import ProcessIdentity
+from grafter.core.roles import RoleName
 
 # One global tensor for all: b=1024 s=1024 h=1024 d=128, whose sizes all the meshes divide.
 _SIZES = {"b": 1024, "s": 1024, "h": 1024, "d": 128}

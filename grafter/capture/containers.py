@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils import _pytree as pytree
 
-from grafter.core.signal_handlers import is_from_signal_handler
+from grafter.core.processes import is_from_signal_handler
 
 # A tensor, and its path below the module: `.out`, `.out.0`, `.in.hidden_states`.
 Found = list[tuple[str, torch.Tensor]]

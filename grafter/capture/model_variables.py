@@ -19,7 +19,7 @@ import torch
 
 from grafter.capture.selection import unwrapped
 from grafter.core.points import is_passed_over
-from grafter.core.signal_handlers import is_from_signal_handler
+from grafter.core.processes import is_from_signal_handler
 from grafter.core.tensor_access import local_tensor
 
 # Values looked at of each weight.

@@ -11,20 +11,16 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from grafter.capture.naming import layer_id_at
 from grafter.capture.selection import select_modules, unwrapped, walk
-from grafter.core.signal_handlers import is_from_signal_handler
+from grafter.core.processes import is_from_signal_handler
 from grafter.core.tensor_access import is_dtensor
 from grafter.errors import UsageError
 from grafter.store.written_files import write_whole
-
-if TYPE_CHECKING:
-    pass
 
 SCHEMA_VERSION = 1
 _FILE = re.compile(r"modules(?:\.rank(\d+))?\.json")

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from grafter.capture.compiled import notice_in_graph
-from grafter.capture.tracing import is_being_traced
+from grafter.capture.traced import is_being_traced
 from grafter.core.untraced import untraced
 
 

@@ -56,7 +56,7 @@ def locate_command(
     not be judged, or a run failed.
     """
     # These imports are slow (pydantic, rich), and every command of the program imports this file.
-    from grafter.analysis.locate.verdict_json import verdict_as_json
+    from grafter.analysis.locate.verdict import verdict_as_json
     from grafter.cli.locate_table import print_verdict
     from grafter.cli.show import make_console
     from grafter.tools.locate_runner import locate

@@ -248,7 +248,7 @@ class _Ends:
 
 def _end(result: PairResult) -> NoReturn:
     """Print the summary, and exit."""
-    from grafter.cli.run_report import report_run
+    from grafter.cli.show import report_run
 
     if result.stop_signal == signal.SIGPIPE:
         # Nobody reads any more; Python would complain again when it flushes stdout at exit.

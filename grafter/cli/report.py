@@ -47,7 +47,7 @@ def report_command(
         write_page(page, path)
         typer.echo(f"report: {path}")
         if tensorboard is not None:
-            from grafter.analysis.report.scalars import write_scalars
+            from grafter.analysis.report.page_data import write_scalars
 
             count = write_scalars(page.points, tensorboard)
             typer.echo(f"TensorBoard: {count} values in {tensorboard}; tensorboard --logdir {tensorboard}")

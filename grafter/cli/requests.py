@@ -118,13 +118,13 @@ def replay_command(
     grafter replay DIR --to http://127.0.0.1:30000                       against the recorded answers
     grafter replay DIR --to http://127.0.0.1:30000 --to http://host:30001   two servers, against each other
 
-    Exit code: 0 all the same; 1 something differs, or a server failed; 2 it could not be judged; 130 Ctrl-C.
+    Exit code: 0 no answer differs; 1 an answer differs, or a server failed; 2 it could not be judged; 130 Ctrl-C.
     """
     try:
         _need_extra("grafter replay")
         from grafter.cli.requests_table import json_lines, print_replay
         from grafter.cli.show import make_console
-        from grafter.tools.requests.forcing import Forcing
+        from grafter.tools.requests.call import Forcing
         from grafter.tools.requests.judgement import summarise
         from grafter.tools.requests.reading import Recording
         from grafter.tools.requests.replay import ReplayOptions, choose

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
-from grafter.core.direction import Direction
 from grafter.core.filters.expression import Filter
 from grafter.core.points import OPTIONS, OWN_TAGS, call_site
+from grafter.core.roles import Direction
 from grafter.errors import DirectionConflict
 
 if TYPE_CHECKING:
-    from grafter.config.choice import DumpChoice
+    from grafter.config.options import DumpChoice
 
 
 class DirectionFilters:

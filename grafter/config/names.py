@@ -10,9 +10,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
-from grafter.core.match import compile_match
+from grafter.core.leaves import _TENSOR_MARK
+from grafter.core.patterns import compile_match
 from grafter.core.points import OPTIONS, OWN_TAGS
-from grafter.core.tensor_keys import _TENSOR_MARK
 
 _CAPTURE = re.compile(r"\{([A-Za-z][A-Za-z0-9_]*)\}")
 # Where a module's path ends and that of one of its tensors begins.

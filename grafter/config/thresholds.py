@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from grafter.core.filters.expression import Filter, parse_filter
-from grafter.core.match import compile_match
+from grafter.core.patterns import compile_match
 from grafter.errors import ConfigError
 
 Value = float | int | None

@@ -7,16 +7,16 @@ copies, the other waits for it.
 
 from __future__ import annotations
 
+import _thread
 import ctypes
 import os
 import queue
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 
 import torch
 
-from grafter.core.signal_handlers import is_from_signal_handler
+from grafter.core.processes import is_from_signal_handler
 
 # Waking the other thread costs 50 us, in which one thread copies half a megabyte.
 _LONG_BYTES = 8 << 20
@@ -44,7 +44,8 @@ class _Helper:
         if self._process_id != os.getpid():
             parts: queue.SimpleQueue[_Part] = queue.SimpleQueue()
             try:
-                threading.Thread(target=_copy_parts, args=(parts,), name="grafter-copy", daemon=True).start()
+                # `threading.Thread.start` would wait for ever for a thread that has no memory to begin in.
+                _thread.start_new_thread(_copy_parts, (parts,))
             except RuntimeError as error:
                 if is_from_signal_handler(error):
                     raise

@@ -14,7 +14,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch.utils import _pytree as pytree
 
-from grafter.core.signal_handlers import is_from_signal_handler
+from grafter.core.processes import is_from_signal_handler
 from grafter.core.tensor_access import local_tensor
 from grafter.errors import UsageError
 
@@ -231,3 +231,14 @@ def decode_extras(text: str, tensors: Sequence[torch.Tensor]) -> dict[str, Any]:
     if not isinstance(decoded, dict):
         raise ValueError("extras that came are not a dict")
     return decoded
+
+
+# The keys under which a rank announces single tensors.
+
+# Begins the key of one tensor's point; keys of modules begin with their names.
+_TENSOR_KEY_MARK = "\t"
+
+
+def is_tensor_key(key: str) -> bool:
+    """Of what a rank has announced: whether it is one tensor's."""
+    return key.startswith(_TENSOR_KEY_MARK)

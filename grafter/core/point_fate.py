@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-from grafter.core.direction import Direction
+from grafter.core.roles import Direction
 
 PointFate = Literal["ignore", "save", "record", "defer", "skip", "exchange"]
 

@@ -44,7 +44,7 @@ OWN_TAGS = frozenset({"name", "step", "phase", "occurrence"})
 # Arguments for which a call that no filter matches is looked at once more.
 LOOKED_AT = OWN_TAGS | {"save"}
 
-# As in grafter.config.settings.rules, which imports pydantic: too dear where grafting is off. A test compares them.
+# As in grafter.config.settings.plan_file, which imports pydantic: too dear where grafting is off. A test compares them.
 LEGAL_OPTIONS = {
     "write": ("in_place", "return"),
     "gradient": ("straight_through", "cut", "strict"),

@@ -1,4 +1,4 @@
-"""Code that torch.compile leaves alone: it breaks the graph, and runs between its two parts."""
+"""Code of grafter's that the program's compiler and its dispatch modes do not see."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 # Set while code that torch.compile has made, or is about to make, calls us.
 _compiled_caller = torch._C._dynamo.eval_frame.get_eval_frame_callback
@@ -49,3 +50,23 @@ def forget_compiled_code() -> None:
 
 
 _RUN_CODE = untraced(lambda: None).__code__
+
+
+# Operations of our own that the program's dispatch modes do not see.
+
+
+class unobserved:
+    """Our own operations are not the program's: selective checkpointing, which counts operations, must not see them.
+
+    A class, since it stands in every point and a generator costs four times as much."""
+
+    __slots__ = ("_modes",)
+
+    def __enter__(self) -> None:
+        self._modes = _disable_current_modes() if torch._C._len_torch_dispatch_stack() else None
+        if self._modes is not None:
+            self._modes.__enter__()
+
+    def __exit__(self, *raised: Any) -> None:
+        if self._modes is not None:
+            self._modes.__exit__(*raised)

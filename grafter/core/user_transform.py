@@ -23,7 +23,7 @@ from typing import Any, Literal, TypeVar, get_args, overload
 
 import torch
 
-from grafter.core.signal_handlers import is_from_signal_handler
+from grafter.core.processes import is_from_signal_handler
 from grafter.errors import TransformError
 
 Receives = Literal["all", "same_rank", "resharded"]

@@ -21,8 +21,8 @@ import torch
 from grafter.capture.attached_models import AttachedModels
 from grafter.capture.attachment import Attachment
 from grafter.capture.parameters import dump_weights
-from grafter.capture.tracing import is_being_traced
-from grafter.config.control.traced import Verdict
+from grafter.capture.traced import is_being_traced
+from grafter.config.control.in_force import Verdict
 from grafter.config.settings.config import GrafterConfig
 from grafter.core.messages.announced_models import AnnouncedHooks
 from grafter.core.messages.counts import Pending

@@ -11,12 +11,11 @@ from pathlib import Path
 
 from grafter.config.settings.config import SETTING_FIELDS, GrafterConfig
 from grafter.core.messages.roster import other_role
-from grafter.core.place import Place
-from grafter.core.processes.exit import describe_exit
+from grafter.core.processes import describe_exit
+from grafter.core.roles import Place
 from grafter.errors import ConfigError, DumpError
 from grafter.rank.job_environment import player_environment
-from grafter.store.recordings.recorded_part import settings_of
-from grafter.store.recordings.recording import find_recording
+from grafter.store.recording import find_recording, settings_of
 from grafter.wire.store_client import HostedStore
 
 logger = logging.getLogger("grafter")

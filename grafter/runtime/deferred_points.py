@@ -16,16 +16,16 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from grafter.core.direction import sender_role
 from grafter.core.messages.counts import Pending
 from grafter.core.messages.local_value import LocalValue
 from grafter.core.messages.manifest import Header, store_keys
 from grafter.core.messages.participants import own_participants
 from grafter.core.messages.states import OutboxPlace, open_state
 from grafter.core.points import PHASE
+from grafter.core.processes import is_from_signal_handler
 from grafter.core.records import LedgerRecord, Outcome
-from grafter.core.signal_handlers import is_from_signal_handler
-from grafter.core.unobserved import unobserved
+from grafter.core.roles import sender_role
+from grafter.core.untraced import unobserved
 from grafter.runtime.point_preparation import Point, PointPreparer, PointTools
 from grafter.runtime.point_receiver import ReceivedPoint
 from grafter.runtime.rank_context import RankContext
@@ -54,7 +54,7 @@ class PointPosting:
         self._seconds: dict[str, float] = {}
 
     def run(self, local: LocalValue, preparer: PointPreparer) -> Outcome:
-        """`posted`, or the outcome if there is one at once. Waits for ranks of the own job alone, and only where this
+        """`posted`, or the outcome if there is one at once. Waits for ranks of its own job alone, and only where this
         one leads.
 
         Raises what ended the run.
@@ -124,7 +124,7 @@ class DeferredPoint:
     nbytes: int = 0
 
     def run(self, session: Session, participants: Sequence[int], sequence: int) -> Outcome:
-        """Post it, or report it as missed. Waits for ranks of the own job alone. Raises what ended the run."""
+        """Post it, or report it as missed. Waits for ranks of its own job alone. Raises what ended the run."""
         header = self.header.changed(participants=tuple(participants))
         if not self.is_sent:
             return ReceivedPoint(session, self.point, header, sequence, "off").run(None, [])[1]

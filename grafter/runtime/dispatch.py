@@ -20,7 +20,6 @@ from typing import Any
 import torch
 
 from grafter.config.options import PointOptions
-from grafter.core.direction import Direction, receiver_role
 from grafter.core.messages.counts import Pending
 from grafter.core.messages.local_value import LocalValue
 from grafter.core.messages.participants import own_participants
@@ -28,7 +27,8 @@ from grafter.core.messages.roster import other_role
 from grafter.core.point_fate import PointSituation, fate_of
 from grafter.core.points import PHASE, PointKey, call_site, check_tags, split_options
 from grafter.core.records import LedgerRecord, Outcome
-from grafter.core.unobserved import unobserved
+from grafter.core.roles import Direction, receiver_role
+from grafter.core.untraced import unobserved
 from grafter.errors import GrafterError, RunError
 from grafter.runtime.deferred_points import DeferredPoints, PointPosting
 from grafter.runtime.lifecycle import Lifecycle
@@ -39,7 +39,7 @@ from grafter.runtime.rank_context import RankContext
 from grafter.runtime.session import Session
 from grafter.runtime.windows import ends_of
 from grafter.store.dumps.taken import Taken
-from grafter.store.recordings.recorded_part import RecordedPart
+from grafter.store.recording import RecordedPart
 from grafter.wire.monitor.step_ends import LEFT
 
 logger = logging.getLogger("grafter")

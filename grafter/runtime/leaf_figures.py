@@ -11,14 +11,14 @@ import torch
 
 from grafter.core.layout.declared import DeclaredLayout
 from grafter.core.leaves import Leaves
-from grafter.core.measures.copies import checksum_of_values
+from grafter.core.measures.flat_chunks import checksum_of_values
 from grafter.core.measures.stats import compare
 from grafter.core.messages.manifest import Header
 from grafter.core.plan.decision import Decision
 from grafter.core.plan.resharding import Resharding
 from grafter.core.points import PointKey
+from grafter.core.processes import is_from_signal_handler
 from grafter.core.records import CopyRecord, Difference, LeafRecord
-from grafter.core.signal_handlers import is_from_signal_handler
 from grafter.core.writing.write_back import Written
 from grafter.wire.exchange.incoming import IncomingLeaf
 

@@ -17,19 +17,19 @@ from pathlib import Path
 from grafter.config.direction_filters import DirectionFilters
 from grafter.config.options import PointOptions
 from grafter.config.settings.config import GrafterConfig
-from grafter.core.direction import Direction
 from grafter.core.messages.announced_models import NO_HOOKS, AnnouncedHooks
 from grafter.core.messages.roster import PlayedFrom, Roster
 from grafter.core.point_fate import PointSituation
 from grafter.core.records import RankSummary
+from grafter.core.roles import Direction
 from grafter.errors import GrafterError, PeerLostError, RunError
 from grafter.runtime.point_host import HookedModels
 from grafter.runtime.rank_context import RankContext
 from grafter.runtime.rank_report import summarise
 from grafter.runtime.session import BeforeJoining, Session
-from grafter.store.dumps.alone import open_run
+from grafter.store.dumps.rank_dumps import open_run
 from grafter.store.ledger import write_summary
-from grafter.store.recordings.recorded_part import write_rank_facts
+from grafter.store.recording import write_rank_facts
 from grafter.wire.monitor.housekeeping import Housekeeping
 from grafter.wire.rendezvous.channels import Channels
 from grafter.wire.rendezvous.connecting import Listener, connect_ranks, open_listener

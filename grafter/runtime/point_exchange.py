@@ -19,7 +19,7 @@ from grafter.core.messages.states import NotMet
 from grafter.core.plan.paired_rows import PairedRows
 from grafter.core.plan.point_plan import PointPlan, Sides, plan_point
 from grafter.core.plan.transfer_plan import TransferPlan
-from grafter.core.processes.watch import Abandoned, PeerGone
+from grafter.core.processes import Abandoned, PeerGone
 from grafter.core.records import SCHEMA_VERSION, Difference, LedgerLine, Outcome
 from grafter.core.tensor_access import without_gradient
 from grafter.errors import PeerLostError, PointFailed, RunError

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     import torch
 
-    from grafter.config.control.traced import Verdict
+    from grafter.config.control.in_force import Verdict
     from grafter.config.names import PointName
     from grafter.core.messages.announced_models import AnnouncedHooks
     from grafter.core.messages.roster import Roster

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import Counter, OrderedDict
+from collections import Counter
 from pathlib import Path
 
-from grafter.core.place import Place
 from grafter.core.points import PointKey
+from grafter.core.processes import is_from_signal_handler
 from grafter.core.records import LedgerLine, LedgerRecord, RankSummary
-from grafter.core.signal_handlers import is_from_signal_handler
+from grafter.core.roles import Place
 from grafter.store.ledger import LedgerWriter
-from grafter.wire.failed_points import FailedPoints
+from grafter.wire.failed_points import FailedPoints, SentPoints
 from grafter.wire.monitor.housekeeping import Housekeeping
 from grafter.wire.store_client import StoreClient
 
@@ -25,8 +25,7 @@ logger = logging.getLogger("grafter")
 
 # How often a line is written again if a signal's handler raises meanwhile.
 _LEDGER_TRIES = 3
-# Sent points of which a receiver may still report the failure.
-_REMEMBERED_SENT = 4096
+# How long a rank that leaves waits for the store to take its last failures.
 _LAST_REPORT_SECONDS = 2.0
 _MOST_LINES = 100
 _LONGEST_REASON = 600
@@ -40,7 +39,7 @@ class PointLedger:
         self._writer = LedgerWriter(run_directory / place.role, place.role_rank)
         self.failures = FailureLog(place.who)
         self._failed = FailedPoints(run_prefix, self._note_failure)
-        self._sent: OrderedDict[str, LedgerLine] = OrderedDict()
+        self._sent: SentPoints[LedgerLine] = SentPoints()
         self._lock = threading.Lock()
 
     @property
@@ -50,12 +49,13 @@ class PointLedger:
 
     def record(self, line: LedgerLine, key: PointKey | None = None) -> None:
         """Write one line. key: of a point whose receivers may still report that it failed."""
+        reason = None
         with self._lock:
             self._write(line)
             if key is not None:
-                self._sent[key.digest] = line
-                if len(self._sent) > _REMEMBERED_SENT:
-                    self._sent.popitem(last=False)
+                reason = self._sent.add(key.digest, line)
+        if key is not None and reason is not None:
+            self._note_failure(key.digest, reason)
 
     def write_line(self, record: LedgerRecord) -> None:
         """Write one line; called on any thread."""
@@ -104,7 +104,7 @@ class PointLedger:
 
     def _note_failure(self, digest: str, reason: str) -> None:
         with self._lock:
-            line = self._sent.pop(digest, None)
+            line = self._sent.take_failed(digest, reason)
             if line is not None:
                 self._write({**line, "outcome": "failed", "reason": reason})
         if line is not None and self._place.role_rank == min(line["participants"][self._place.role]):

@@ -12,7 +12,6 @@ import torch
 from grafter.config.options import PointOptions
 from grafter.config.settings.config import GrafterConfig
 from grafter.core.bounded_memory import BoundedMemory, cost
-from grafter.core.direction import Direction
 from grafter.core.layout.axes import axes_from_text, axes_of_job, read_axes
 from grafter.core.layout.declared import declare_layouts
 from grafter.core.leaves import Leaves, NothingToOffer, encode_extras, take_apart
@@ -20,9 +19,9 @@ from grafter.core.messages.local_value import LocalValue
 from grafter.core.messages.manifest import Header
 from grafter.core.messages.participants import own_participants
 from grafter.core.messages.states import OutboxPlace
-from grafter.core.place import Place
 from grafter.core.points import PointKey
-from grafter.core.signal_handlers import is_from_signal_handler
+from grafter.core.processes import is_from_signal_handler
+from grafter.core.roles import Direction, Place
 from grafter.errors import LayoutError
 from grafter.runtime.recompute.recompute import Recomputations
 from grafter.runtime.session import Session

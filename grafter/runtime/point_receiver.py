@@ -11,9 +11,8 @@ from grafter.config.options import PointOptions
 from grafter.core.messages.manifest import Header, Pair
 from grafter.core.plan.assembly import Values
 from grafter.core.plan.point_plan import PointPlan
-from grafter.core.processes.watch import Abandoned, PeerGone
+from grafter.core.processes import Abandoned, PeerGone, is_from_signal_handler
 from grafter.core.records import Outcome
-from grafter.core.signal_handlers import is_from_signal_handler
 from grafter.core.tensor_access import without_gradient
 from grafter.core.writing.write_back import WriteMode, Written
 from grafter.errors import PointFailed, RunError, TransformError, WriteRefused

@@ -7,12 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from grafter.config.choice import DumpChoice
 from grafter.config.control.change import Proposal
-from grafter.config.control.in_force import InForce
-from grafter.config.control.traced import Verdict
+from grafter.config.control.in_force import InForce, Verdict
 from grafter.config.direction_filters import DirectionFilters
-from grafter.config.options import OptionChooser
+from grafter.config.options import DumpChoice, OptionChooser
 from grafter.config.settings.config import GrafterConfig
 from grafter.core.points import PHASE, split_options
 

@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 
 from grafter.config.settings.config import GrafterConfig
-from grafter.core.place import Place
 from grafter.core.points import StepCounter
+from grafter.core.roles import Place
 from grafter.errors import ConfigError, GrafterError, JoinError, PeerLostError, RunError, UsageError
 from grafter.runtime.point_rules import PointRules
 
@@ -198,5 +198,5 @@ def _explain_world_size(role: str, expected: object, world_size: object, *, init
 def _environment_number(variable: str, default: int) -> int:
     text = os.environ.get(variable, "").strip()
     if text and not text.isdigit():
-        raise ConfigError(f"{variable}={text!r} is no number; torchrun sets it, else leave it unset.")
+        raise ConfigError(f"{variable}={text!r} is not a number; torchrun sets it, else leave it unset.")
     return int(text) if text else default

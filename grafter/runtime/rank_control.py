@@ -26,17 +26,16 @@ from grafter.config.control.change import (
     question_place,
     state_place,
 )
-from grafter.config.control.in_force import InForce
+from grafter.config.control.in_force import InForce, TracedPoints, Verdict
 from grafter.config.control.recorders import recorder_states, why_none
-from grafter.config.control.traced import TracedPoints, Verdict
 from grafter.config.direction_filters import DirectionFilters
 from grafter.core.messages.roster import Roster
 from grafter.core.messages.wire import read_message
-from grafter.core.signal_handlers import is_from_signal_handler
+from grafter.core.processes import is_from_signal_handler
 from grafter.errors import GrafterError, ProtocolError, RunError, UsageError
 from grafter.runtime.point_rules import SettingsChange
 from grafter.runtime.rank_context import RankContext
-from grafter.store.history import HistoryLine, append_history
+from grafter.store.run_files import HistoryLine, append_history
 from grafter.wire.control.decision import put_decision, read_decision, try_to_decide
 from grafter.wire.monitor.housekeeping import Housekeeping
 from grafter.wire.monitor.waits import Wait

@@ -13,7 +13,7 @@ from grafter.errors import ConfigError, RunError
 from grafter.runtime.point_ledger import PointLedger
 from grafter.runtime.rank_control import RankControl
 from grafter.store.dumps.writer import refuse_earlier_dumps
-from grafter.store.run_facts import write_run_facts
+from grafter.store.run_files import write_run_facts
 from grafter.wire.exchange.group import local_address_towards
 from grafter.wire.exchange.shared_memory import SharedMemoryExchange
 from grafter.wire.exchange.transfer import Transfer

@@ -13,14 +13,13 @@ from rich.text import Text
 
 from grafter.analysis.locate.judgement import judge
 from grafter.analysis.locate.measure import RunMeasurement, measure_run
-from grafter.analysis.locate.verdict import Verdict
-from grafter.analysis.locate.verdict_json import verdict_as_json
+from grafter.analysis.locate.verdict import Verdict, verdict_as_json
 from grafter.analysis.locate.wording import describe_inputs_alone
 from grafter.core.records import RankSummary
 from grafter.errors import GrafterError, UsageError
 from grafter.store.ledger import read_run, read_summaries
 from grafter.store.written_files import write_whole
-from grafter.tools.launch.job_command import split_command
+from grafter.tools.launch.job import split_command
 from grafter.tools.launch.launcher import PairResult, describe_unreached, run_pair
 
 ALL_POINTS = "name is not None"

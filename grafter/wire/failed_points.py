@@ -14,8 +14,9 @@ from __future__ import annotations
 import json
 import logging
 import threading
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable
+from typing import Generic, TypeVar
 
 from grafter.errors import RunError
 from grafter.wire.store_client import StoreClient
@@ -27,6 +28,36 @@ KEPT = 4096
 _LONGEST_REASON = 2000
 # So many places at one look, or this part of those that are left; two round trips each.
 _PLACES_PER_LOOK, _PART_PER_LOOK = 256, 4
+
+
+_Line = TypeVar("_Line")
+
+
+class SentPoints(Generic[_Line]):
+    """What one sender has recorded as sent, and what it was told had failed, whichever of the two came first.
+
+    A receiver may tell of a failure before the sender has come to record the point. Keeps the last `KEPT` of each.
+    """
+
+    def __init__(self) -> None:
+        self._sent: OrderedDict[str, _Line] = OrderedDict()
+        self._failed: OrderedDict[str, str] = OrderedDict()
+
+    def add(self, digest: str, line: _Line) -> str | None:
+        """Remember the ledger line of a point that was sent. Returns why it failed, where that is known already."""
+        self._sent[digest] = line
+        if len(self._sent) > KEPT:
+            self._sent.popitem(last=False)
+        return self._failed.pop(digest, None) if self._failed else None
+
+    def take_failed(self, digest: str, reason: str) -> _Line | None:
+        """The ledger line of a point that has failed, once; None where this rank has not recorded it."""
+        line = self._sent.pop(digest, None)
+        if line is None:
+            self._failed[digest] = reason
+            if len(self._failed) > KEPT:
+                self._failed.popitem(last=False)
+        return line
 
 
 class FailedPoints:
@@ -103,13 +134,16 @@ class FailedPoints:
             sealed = client.peek(self._place(self._heard))
             if sealed is not None:
                 read += 1
-                self._heard += 1
                 digest, reason = json.loads(sealed.payload)
                 self._on_failure(digest, str(reason))
+                self._heard += 1
                 continue
             last = self._find_last(client)
             if last < self._heard:
                 break
+            if client.peek(self._place(self._heard)) is not None:
+                # Filled between the two looks.
+                continue
             # It was there. The next place, or the first one that is kept.
             skipped = max(1, last - KEPT + 1 - self._heard)
             self._heard += skipped

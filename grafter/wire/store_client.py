@@ -19,8 +19,8 @@ from torch.distributed import DistError, TCPStore
 
 from grafter import errors
 from grafter.core.messages.wire import PROTOCOL_VERSION, Seal, Sealed, read_unproven
-from grafter.core.processes.liveness import own_identity
-from grafter.core.signal_handlers import is_from_signal_handler
+from grafter.core.process_identity import own_identity
+from grafter.core.processes import is_from_signal_handler
 from grafter.errors import GrafterError, JoinError, PeerLostError, ProtocolError, RunError
 from grafter.wire.bounded_calls import BoundedCalls, Patience, Unanswered
 

@@ -12,7 +12,8 @@ import pytest
 from safetensors.torch import save_file
 
 PROGRAMS = Path(__file__).parent / "programs"
-sys.path.insert(0, str(PROGRAMS))  # the test process and the programs share `common` and `rope_order`
+# The test process and the programs share `common` and `rope_order`; the tests share `pair`.
+sys.path[:0] = [str(PROGRAMS), str(PROGRAMS.parent)]
 
 _missing = [name for name in ("transformers", "torchtitan", "megatron") if importlib.util.find_spec(name) is None]
 if _missing:

@@ -1,12 +1,6 @@
-"""The benchmark of hooks, which is about a model of transformers. The others: tests/test_benchmarks.py."""
+"""The benchmark of hooks, which is about a model of transformers. The others: tests/project/test_benchmarks.py."""
 
 from __future__ import annotations
-
-import sys
-from pathlib import Path
-
-# They are no part of the installed package, and `pytest` alone does not look in the directory where it starts.
-sys.path.append(str(Path(__file__).parents[2]))
 
 from benchmarks.capture import ALONE, measure_capture
 from benchmarks.targets import capture_targets

@@ -1,4 +1,4 @@
-"""Looking changes nothing in a model of transformers: as tests/test_observer_effect.py has it of modules of torch."""
+"""Looking changes nothing in a model of transformers. In modules of torch: tests/capture/test_observer_effect.py."""
 
 from __future__ import annotations
 

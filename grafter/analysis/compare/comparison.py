@@ -17,7 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from grafter.analysis.compare.checksums import Which
+from grafter.analysis.compare.other_leaves import Which
 from grafter.analysis.compare.pairs import Pair, alone, find_pairs
 from grafter.analysis.compare.point_comparison import Compared, PointTask, compare_point, describe
 from grafter.analysis.compare.record import (
@@ -28,11 +28,10 @@ from grafter.analysis.compare.record import (
     PointRecord,
     SummaryRecord,
 )
-from grafter.analysis.compare.severity import innermost_culprits, with_severity
-from grafter.analysis.compare.wording import Chosen, describe_verdict
+from grafter.analysis.compare.verdict import Chosen, describe_verdict, innermost_culprits, with_severity
 from grafter.config.thresholds import Threshold, Thresholds
 from grafter.core.filters.expression import parse_filter
-from grafter.core.match import compile_match
+from grafter.core.patterns import compile_match
 from grafter.errors import UsageError
 from grafter.store.dumps.point import DumpedPoint
 from grafter.store.dumps.reader import Dumps, open_dumps

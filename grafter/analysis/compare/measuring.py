@@ -13,11 +13,10 @@ import torch
 
 from grafter.analysis.compare.alignment import Alignment, Block, Side, WholeTensor
 from grafter.analysis.compare.record import Between, KlRecord, Measures, RowRecord, RowsRecord, UlpRecord
-from grafter.core.measures.byte_stream import ByteStream
 from grafter.core.measures.flat_chunks import PACKED_FLOAT4, is_opaque
-from grafter.core.measures.kl import Divergence
 from grafter.core.measures.magnitudes import Between as Bounds
-from grafter.core.measures.pair_stream import Measurement, PairStream
+from grafter.core.measures.pair_stream import ByteStream, Measurement, PairStream
+from grafter.core.measures.rows import Divergence
 from grafter.core.records import Difference, TensorStatistics
 from grafter.errors import LayoutError
 

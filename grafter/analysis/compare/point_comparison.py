@@ -7,15 +7,20 @@ from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 
-from grafter.analysis.compare.checksums import Which, compare_checksums
 from grafter.analysis.compare.measuring import Measured, Value, measure_pair, with_row_tokens
-from grafter.analysis.compare.other_leaves import compare_others, with_missing_ranks, with_unsaved
+from grafter.analysis.compare.other_leaves import (
+    Which,
+    compare_checksums,
+    compare_others,
+    with_missing_ranks,
+    with_unsaved,
+)
 from grafter.analysis.compare.paired_rows import PairedRows
 from grafter.analysis.compare.pairs import Pair
 from grafter.analysis.compare.record import LeafRecord, PointRecord, ReplicaRecord, SideRecord, TokenRecord, Verdict
 from grafter.analysis.compare.token_rows import RowSource, possible_row_ndims, tokens_of
 from grafter.config.thresholds import Threshold
-from grafter.core.rows.row_dims import common_row_ndim
+from grafter.core.rows.matching import common_row_ndim
 from grafter.core.rows.tokens import Tokens
 from grafter.errors import GrafterError
 from grafter.store.dumps.lazy_tensor import LazyTensor

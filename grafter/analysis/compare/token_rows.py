@@ -27,7 +27,7 @@ from grafter.core.layout.runs import whole
 from grafter.core.layout.shares import RoleShares, Share
 from grafter.core.layout.space import rectangles
 from grafter.core.measures.flat_chunks import copyable
-from grafter.core.rows.row_dims import leading_row_dims
+from grafter.core.rows.matching import leading_row_dims
 from grafter.core.rows.tokens import SequenceId, Tokens
 from grafter.errors import LayoutError
 from grafter.store.dumps.lazy_tensor import LazyTensor

@@ -111,7 +111,7 @@ def difference_value(difference: Difference) -> float | None:
     if difference.nan or difference.inf:
         return math.inf
     if difference.rel is None:
-        # Values that are no numbers: they differ, and nothing says by how much.
+        # Values that are not numbers: they differ, and nothing says by how much.
         return math.inf if difference.mismatched_fraction else None
     return difference.rel if math.isfinite(difference.rel) else math.inf
 

@@ -11,8 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from grafter.analysis.plan_suggest.assignment import best_pairs
-from grafter.analysis.plan_suggest.judgement import judge_bare, judge_holder, judge_leaf
-from grafter.analysis.plan_suggest.left_over import reasons_left
+from grafter.analysis.plan_suggest.judgement import judge_bare, judge_holder, judge_leaf, reasons_left
 from grafter.analysis.plan_suggest.pairs import Confidence, Found, Fused, Pair
 from grafter.analysis.plan_suggest.shapes import Relation, fused_ratio, relate
 from grafter.analysis.plan_suggest.tree import Module, Region

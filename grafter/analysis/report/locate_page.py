@@ -23,7 +23,7 @@ from grafter.analysis.report.run_page import (
     run_findings,
 )
 from grafter.errors import DumpError
-from grafter.store.dumps.safe_open import opened
+from grafter.store.dumps.record_file import opened
 
 ALONE, GRAFTED = "alone", "grafted"
 FLOOR_ALONE, FLOOR_GRAFTED = "floor-alone", "floor-grafted"

@@ -11,7 +11,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from grafter.analysis.compare.severity import split_name
+from grafter.analysis.compare.verdict import split_name
 from grafter.analysis.locate.judgement import judge
 from grafter.analysis.locate.measure import RunMeasurement, measure_run
 from grafter.analysis.locate.verdict import Verdict
@@ -20,10 +20,9 @@ from grafter.analysis.report.dumped_pictures import draw_run
 from grafter.analysis.report.page_data import Environment, Finding, PageData, PagePoint, PageVerdict
 from grafter.analysis.report.run_files import ROLES, RunFiles, read_run_files
 from grafter.analysis.run.point_rows import PointRow, group_points, merge_ranks
-from grafter.analysis.run.run_notes import find_notes
-from grafter.analysis.run.run_problems import find_problems
-from grafter.core.direction import receiver_role
+from grafter.analysis.run.run_findings import find_notes, find_problems
 from grafter.core.records import Difference, LedgerRecord, Role
+from grafter.core.roles import receiver_role
 
 DIFFERENCES = ("rel", "rel_l2", "max_abs", "mean_abs", "cosine", "mismatched_fraction")
 GRAFTING = ("b2t", "t2b")
@@ -321,7 +320,7 @@ def describe_divergence(points: Sequence[PagePoint]) -> PageVerdict | None:
 
 
 def _differs(point: PagePoint) -> bool:
-    """In any bit: rel is 0 for -0.0 against 0.0, and unknown of values that are no numbers."""
+    """In any bit: rel is 0 for -0.0 against 0.0, and unknown of values that are not numbers."""
     return point.difference.get("rel", 0.0) > 0 or point.difference.get("mismatched_fraction", 0.0) > 0
 
 

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from grafter.core.direction import receiver_role
 from grafter.core.points import OWN_TAGS, PHASE, is_rank_tag
 from grafter.core.records import Difference, LeafRecord, LedgerRecord, Role
+from grafter.core.roles import receiver_role
 
 # From good to bad; a point is as bad as its worst rank.
 _SEVERITY = {

@@ -6,16 +6,17 @@
 from __future__ import annotations
 
 import json
+import os
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from grafter.analysis.run.point_rows import PointRow, list_ranks, merge_ranks
-from grafter.analysis.run.run_notes import find_notes
-from grafter.analysis.run.run_problems import find_problems
+from grafter.analysis.run.run_findings import ONLY_IN, find_notes, find_problems
 from grafter.errors import GrafterError
-from grafter.store.history import history_notes
 from grafter.store.ledger import read_run, read_summaries
+from grafter.store.run_files import history_notes
 
 _ROLES = ("baseline", "target")
 
@@ -136,3 +137,30 @@ def _read_setting(run_directory: Path, name: str) -> str | None:
         if value:
             return str(value)
     return None
+
+
+# How many points ended how, in words.
+
+_OUTCOMES = ("grafted", "compared", "sent", "posted", "missed", "expired", "displaced", "skipped", "failed")
+
+
+def describe_counts(summary: RunSummary) -> str:
+    """`5 grafted, 1 failed`; of a run that met nobody, what it saved."""
+    unmeasured = sum(row.unmeasured is not None for row in summary.rows)
+    counts = Counter(row.outcome for row in summary.rows if row.only_in is None)
+    counts["compared"] -= unmeasured
+    parts = [f"{counts[outcome]} {outcome}" for outcome in _OUTCOMES if counts[outcome]]
+    if unmeasured:
+        parts.append(f"{unmeasured} met without figures")
+    counted = {where: sum(row.only_in == role for row in summary.rows) for role, where in ONLY_IN.items()}
+    one_sided = ", ".join(f"{count} {where}" for where, count in counted.items() if count)
+    if one_sided:
+        return f"{', '.join(parts) or 'nothing grafted or compared'}; {one_sided}: not judged"
+    if parts or not summary.saved:
+        return ", ".join(parts) or "no points"
+    points = "1 point" if summary.saved == 1 else f"{summary.saved} points"
+    if not summary.is_recording:
+        return f"{points} saved"
+    near = os.path.relpath(summary.run_directory)
+    directory = str(summary.run_directory) if near.startswith("..") else near
+    return f"{points} recorded; graft from it with --peer {directory}"

@@ -11,7 +11,7 @@ import sys
 from typing import Any
 
 from grafter.core.layout.axes import Axes
-from grafter.core.signal_handlers import is_from_signal_handler
+from grafter.core.processes import is_from_signal_handler
 
 logger = logging.getLogger("grafter")
 

@@ -18,9 +18,12 @@ from pydantic import BaseModel, ConfigDict, SecretStr, ValidationError, field_va
 
 from grafter.config.names import NameRule
 from grafter.config.settings.field_types import (
+    ALWAYS_IDENTIFYING,
+    FILTER_FIELDS,
     AxisSizes,
     Count,
     DumpLevel,
+    FilterDirection,
     Gradient,
     Index,
     Label,
@@ -36,23 +39,19 @@ from grafter.config.settings.field_types import (
     Switch,
     WaitFor,
     Write,
-    read_model_names,
-)
-from grafter.config.settings.filter_fields import (
-    ALWAYS_IDENTIFYING,
-    FILTER_FIELDS,
-    FilterDirection,
     find_filter_problems,
+    read_model_names,
     split_key,
 )
 from grafter.config.settings.given_settings import (
     add_plan_file,
+    explain_validation,
+    list_problems,
     refuse_missing,
     refuse_unknown_fields,
     refuse_unknown_variables,
 )
-from grafter.config.settings.rules import RULE_CONDITIONS, RULE_FIELDS, Rule
-from grafter.config.settings.setting_errors import explain_validation, list_problems
+from grafter.config.settings.plan_file import RULE_CONDITIONS, RULE_FIELDS, Rule
 from grafter.config.switch import PREFIX, read_variable
 from grafter.core.filters.expression import Filter, parse_filter
 from grafter.core.patterns import read_patterns

@@ -16,19 +16,30 @@ import difflib
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 
 from grafter.config.names import NAME_FIELDS, NameRule
-from grafter.config.settings.rules import RULE_FIELDS, RULE_FIELDS_THAT_MAY_BE_EMPTY, Rule
-from grafter.config.settings.setting_errors import explain_validation
+from grafter.config.settings.field_types import (
+    DumpLevel,
+    Gradient,
+    OneSided,
+    OnTransformError,
+    PartialTarget,
+    Switch,
+    WaitFor,
+    Write,
+)
+from grafter.config.settings.given_settings import explain_validation
 from grafter.config.thresholds import THRESHOLD_FIELDS, Threshold
-from grafter.core.match import compile_match
+from grafter.core.layout.dims import parse_dims
+from grafter.core.patterns import compile_match
 from grafter.errors import ConfigError
 
 if TYPE_CHECKING:
     from ruamel.yaml.nodes import MappingNode, Node
+
 
 MAX_BYTES = 10 * 1024 * 1024
 _YAML_TAG = "tag:yaml.org,2002:"
@@ -249,3 +260,62 @@ class _PlanReader:
 
     def _place(self, node: Node) -> str:
         return f"{self._path}:{node.start_mark.line + 1}:{node.start_mark.column + 1}"
+
+
+# Rules: settings for the points whose name a pattern matches; for each field the first rule that has it wins.
+
+
+class Rule(BaseModel):
+    """One rule. A field that is None is one that the rule does not have; `transform=""` is: no transform for these
+    names, though `transform_path` or a later rule has one; `dims=""` in the same way. With `role`, the rule is for that
+    job alone: both may have the same name in another layout."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+    match: str
+    role: Literal["baseline", "target"] | None = None
+    transform: str | None = None
+    on_transform_error: OnTransformError | None = None
+    write: Write | None = None
+    gradient: Gradient | None = None
+    dims: str | None = None
+    partial_target: PartialTarget | None = None
+    gradients: Switch | None = None
+    save: Switch | None = None
+    dump_level: DumpLevel | None = None
+    wait: WaitFor | None = None
+    one_sided: OneSided | None = None
+
+    @field_validator("dims")
+    @classmethod
+    def _check_dims(cls, dims: str | None) -> str | None:
+        if dims:
+            parse_dims(dims)
+        return dims
+
+    @model_validator(mode="after")
+    def _check_one_sided(self) -> Rule:
+        if self.one_sided is not None and self.role is not None:
+            raise ValueError(
+                "one_sided holds for both jobs, since each of them must know what the other does; leave role out, or "
+                "put one_sided into a rule of its own"
+            )
+        return self
+
+    @field_validator("match")
+    @classmethod
+    def _check_match(cls, pattern: str) -> str:
+        compile_match(pattern)
+        return pattern
+
+    def has(self, field: str) -> bool:
+        return getattr(self, field) is not None
+
+    def matches(self, name: str) -> bool:
+        return compile_match(self.match).fullmatch(name) is not None
+
+
+RULE_FIELDS = tuple(Rule.model_fields)
+# What a rule is for, not what it sets; and fields whose empty text means "none for these names".
+RULE_CONDITIONS = ("match", "role")
+RULE_FIELDS_THAT_MAY_BE_EMPTY = ("transform", "dims")

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from math import prod
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from grafter.core.layout.cuts import cut_dim
 from grafter.core.layout.declared import Box, DeclaredLayout, names_of_boxes
@@ -21,9 +21,6 @@ from grafter.core.layout.overlap import find_overlap
 from grafter.core.layout.places import Member, find_places
 from grafter.core.layout.runs import Runs, from_parts
 from grafter.errors import LayoutError
-
-if TYPE_CHECKING:
-    pass
 
 # A share in more parts than this is a mistake, or meant to do harm.
 MOST_BOXES = 1 << 20

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from grafter.core.layout.runs import Runs
-from grafter.core.rows.pairing import pair_sequences
+from grafter.core.rows.sequences import pair_sequences
 from grafter.core.rows.tokens import FEW, SequenceId, Tokens, total
 
 _Numbers = npt.NDArray[np.int64]

@@ -15,6 +15,7 @@ of packed float4 values, two in each byte: that of the lower four bits comes fir
 
 from __future__ import annotations
 
+import hashlib
 import math
 from functools import lru_cache
 from typing import Any
@@ -193,3 +194,25 @@ def rounded_off(parts: torch.Tensor, double: torch.Tensor) -> torch.Tensor:
         high = high & (_HALF - 1)
     # Each step is exact: what is subtracted lies within 2**33 of what it is subtracted from.
     return (high.double() * _HALF - double) + low.double()
+
+
+# A checksum of a tensor's values, by which ranks that hold copies of it are compared without sending them.
+
+# Parts that are hashed at once.
+_STEP = 1 << 20
+
+
+def checksum_of_values(tensor: torch.Tensor) -> str:
+    """SHA-256 of dtype, shape, and the values in the order of the flattened index, whatever the strides and the device.
+
+    Every NaN counts as the same one; -0.0 and 0.0 are two values.
+    """
+    found = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)} ".encode())
+    reader = FlatReader(tensor)
+    for start in range(0, reader.parts, _STEP):
+        parts = reader.read(start, min(start + _STEP, reader.parts)).cpu()
+        nan = parts != parts if parts.dtype.is_floating_point else None
+        if nan is not None and bool(nan.any()):
+            parts = parts.masked_fill(nan, torch.nan)
+        found.update(parts.view(torch.uint8).numpy().data)
+    return found.hexdigest()

@@ -17,9 +17,9 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field
 
 from grafter.core.layout.token_rows import WindowedTokens
-from grafter.core.rows.hashes import as_text, from_text
+from grafter.core.processes import is_from_signal_handler
+from grafter.core.rows.sequences import as_text, from_text
 from grafter.core.rows.tokens import SequenceId, Tokens
-from grafter.core.signal_handlers import is_from_signal_handler
 from grafter.errors import LayoutError, UsageError
 
 _Numbers = npt.NDArray[np.int64]

@@ -10,12 +10,12 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from grafter.core.direction import Direction, RoleName, receiver_role, sender_role
 from grafter.core.layout.declared import DeclaredLayout
 from grafter.core.leaves import TensorSpec
 from grafter.core.messages.announced_tokens import AnnouncedTokens, told_once
 from grafter.core.messages.rank_set import RankSet
 from grafter.core.messages.states import OutboxPlace
+from grafter.core.roles import Direction, RoleName, receiver_role, sender_role
 
 # What a receiver's transform asks for; "identity" where there is none.
 Needs = Literal["identity", "all", "same_rank", "resharded"]

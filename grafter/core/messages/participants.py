@@ -7,7 +7,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from grafter.core.place import Place
+from grafter.core.roles import Place
 from grafter.errors import UsageError
 
 

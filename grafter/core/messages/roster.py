@@ -10,10 +10,11 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter
 
-from grafter.core.direction import RoleName
+from grafter.core.leaves import is_tensor_key
 from grafter.core.messages.announced_models import AnnouncedModel, find_confused_models
-from grafter.core.processes.liveness import ProcessIdentity, host_identity
-from grafter.core.tensor_keys import is_tensor_key
+from grafter.core.process_identity import ProcessIdentity
+from grafter.core.processes import host_identity
+from grafter.core.roles import RoleName
 
 
 class PlayedFrom(BaseModel):

@@ -7,9 +7,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from grafter.core.direction import Direction
 from grafter.core.messages.wire import Sealed
 from grafter.core.records import Outcome
+from grafter.core.roles import Direction
 from grafter.errors import ProtocolError
 
 # What lies at a meeting place, besides the manifest of a leader that waits there.

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
 from grafter.core.messages.ignored import IgnoredValues
-from grafter.core.signal_handlers import is_from_signal_handler
+from grafter.core.processes import is_from_signal_handler
 from grafter.errors import ProtocolError
 
 PROTOCOL_VERSION = 1

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from grafter.core.direction import RoleName
 from grafter.core.leaves import TensorSpec, decode_extras
 from grafter.core.measures.stats import difference
 from grafter.core.messages.manifest import Header, Pair
@@ -17,6 +16,7 @@ from grafter.core.plan.decision import Decision
 from grafter.core.plan.resharding import Resharding
 from grafter.core.plan.transfer_plan import Value
 from grafter.core.records import Difference
+from grafter.core.roles import RoleName
 from grafter.errors import WriteRefused
 
 Values = dict[Value, torch.Tensor]

@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from grafter.core.direction import Direction
 from grafter.core.layout.row_view import RowView
 from grafter.core.messages.manifest import Header, Pair
 from grafter.core.messages.mismatch import find_mismatch, find_shared_gpu, find_structure_mismatch, find_unequal_leaf
-from grafter.core.plan.leaf_resharding import reshard_leaf, why_not_resharded
 from grafter.core.plan.paired_rows import PairedRows, pair_rows, why_no_rows
-from grafter.core.plan.resharding import Resharding
+from grafter.core.plan.resharding import Resharding, reshard_leaf, why_not_resharded
+from grafter.core.roles import Direction
 from grafter.errors import LayoutError
 
 

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from grafter.core.direction import RoleName
-from grafter.core.layout.remembered import Remembered
+from grafter.core.bounded_memory import Remembered
 from grafter.core.layout.row_view import RowView
 from grafter.core.layout.token_rows import TokenRows, WindowedTokens, number_rows
 from grafter.core.messages.announced_tokens import resolved
 from grafter.core.messages.manifest import Header
-from grafter.core.plan.leaf_resharding import reshard_between
-from grafter.core.plan.resharding import Resharding
+from grafter.core.plan.resharding import Resharding, reshard_between
 from grafter.core.plan.token_shares import (
     OwnTokens,
     key_of_shares,
@@ -22,6 +20,7 @@ from grafter.core.plan.token_shares import (
     with_rows_alike,
 )
 from grafter.core.records import TokenCounts
+from grafter.core.roles import RoleName
 from grafter.core.rows.tokens import SequenceId
 from grafter.errors import LayoutError
 

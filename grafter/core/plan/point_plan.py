@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from grafter.core.direction import Direction
 from grafter.core.messages.manifest import Pair
 from grafter.core.messages.roster import Roster
 from grafter.core.plan.decision import Decision, decide
 from grafter.core.plan.transfer_plan import TransferPlan, make_plan
-from grafter.core.signal_handlers import is_from_signal_handler
+from grafter.core.processes import is_from_signal_handler
+from grafter.core.roles import Direction
 
 Sides = tuple[tuple[int, ...], tuple[int, ...]]
 

@@ -16,14 +16,14 @@ from typing import Any
 
 import torch
 
-from grafter.core.direction import Direction, receiver_role, sender_role
-from grafter.core.layout.region import Region
-from grafter.core.layout.remembered import Remembered
+from grafter.core.bounded_memory import Remembered
+from grafter.core.layout.overlap_table import Region
 from grafter.core.leaves import TensorSpec
 from grafter.core.messages.manifest import Pair
 from grafter.core.messages.roster import Roster
 from grafter.core.plan.decision import Decision
 from grafter.core.plan.resharding import CopyItem, Resharding
+from grafter.core.roles import Direction, receiver_role, sender_role
 
 # Enough for every dtype, and for the widest vector loads of a copy.
 ALIGNMENT_BYTES = 64

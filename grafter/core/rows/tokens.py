@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from grafter.core.rows.hashes import as_text, from_text, prefix_hashes
+from grafter.core.processes import is_from_signal_handler
+from grafter.core.records import Record
 from grafter.core.rows.matching import TokenMatch, match, placed_runs
-from grafter.core.signal_handlers import is_from_signal_handler
-from grafter.core.token_runs import TokenRuns
+from grafter.core.rows.sequences import as_text, from_text, prefix_hashes
 from grafter.errors import UsageError
 
 SequenceId = str | int
@@ -375,3 +375,18 @@ def _check_each_once(tokens: Tokens) -> None:
 
 
 __all__: Sequence[str] = ("InvalidTokens", "TokenMatch", "Tokens", "match")
+
+
+# Runs of tokens: which token each row of a dumped tensor is.
+
+
+class TokenRuns(Record):
+    """Which token each row is: (sequence, start, count) for `count` rows at the positions from `start` on, in order.
+
+    Rows are those of the dim `t`, or of `b s` flattened. Rows that are no token (padding) are runs of sequence None.
+    hashes: (sequence, base64) where its token ids were given from position 0 on: 8 bytes per beginning of it
+    (grafter/core/rows/sequences.py).
+    """
+
+    runs: tuple[tuple[str | int | None, int, int], ...]
+    hashes: tuple[tuple[str | int, str], ...] = ()

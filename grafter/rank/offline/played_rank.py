@@ -20,12 +20,12 @@ import torch
 
 from grafter.config.options import PointOptions
 from grafter.config.settings.config import GrafterConfig
-from grafter.core.direction import receiver_role, sender_role
 from grafter.core.messages.announced_models import AnnouncedHooks
 from grafter.core.messages.local_value import LocalValue
 from grafter.core.messages.roster import PlayedFrom, other_role
 from grafter.core.point_fate import fate_of
 from grafter.core.points import PointKey, identify, traced_call_site
+from grafter.core.roles import receiver_role, sender_role
 from grafter.errors import GrafterError, RunError, UsageError
 from grafter.rank.grafter import Grafter
 from grafter.runtime.dispatch import Dispatch
@@ -34,7 +34,7 @@ from grafter.runtime.gradients.watched import WatchedGradient
 from grafter.runtime.point_preparation import Point, PointPreparer
 from grafter.runtime.session import Session
 from grafter.store.dumps.taken import Taken
-from grafter.store.recordings.recording import RecordedFailure, RecordedPoint, RecordedRank
+from grafter.store.recording import RecordedFailure, RecordedPoint, RecordedRank
 from grafter.wire.store_client import StoreClient
 
 logger = logging.getLogger("grafter")

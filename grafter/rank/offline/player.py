@@ -22,12 +22,11 @@ from types import FrameType
 import torch
 
 from grafter.config.settings.config import GrafterConfig
-from grafter.core.direction import RoleName
+from grafter.core.roles import RoleName
 from grafter.errors import ConfigError, DumpError, GrafterError
 from grafter.rank.offline.played_rank import PlayedGrafter
 from grafter.runtime.rank_report import set_up_logging
-from grafter.store.recordings.recorded_part import settings_of
-from grafter.store.recordings.recording import Recording, open_recording
+from grafter.store.recording import Recording, open_recording, settings_of
 
 logger = logging.getLogger("grafter")
 

@@ -28,7 +28,7 @@ class GradientOutcomes:
         return self._dispatch.joined()
 
     def fate_of(self, gradient: WatchedGradient | SavedGradient) -> PointFate:
-        """What becomes of a gradient that is there now, as long as the other job's modules do not matter."""
+        """The fate of a gradient that is there now, as long as the other job's modules do not matter."""
         point, is_saved = gradient.point, isinstance(gradient, SavedGradient) or gradient.saves
         return fate_of(self._dispatch.lifecycle.situation_of(point.direction, point.options, is_saved=is_saved))
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from grafter.core.direction import sender_role
+from grafter.core.roles import sender_role
 from grafter.errors import UsageError
 from grafter.runtime.gradients.outcomes import GradientOutcomes
 from grafter.runtime.gradients.requests import GradientRequests, await_late_requests, decline, is_asked, is_declined

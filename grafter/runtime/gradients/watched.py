@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from grafter.core.direction import Direction
 from grafter.core.points import PointKey
+from grafter.core.roles import Direction
 from grafter.runtime.point_preparation import Point
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from grafter.store.dumps.taken import Taken
 
 PHASE = "backward"
-NO_GRADIENT = "no gradient came to this point"
+NO_GRADIENT = "no gradient reached this point"
 
 
 @dataclass

@@ -12,7 +12,7 @@ import torch
 from grafter.core.leaves import Leaves, take_apart
 from grafter.core.points import PointKey
 from grafter.core.tensor_access import local_tensor
-from grafter.core.unobserved import unobserved
+from grafter.core.untraced import unobserved
 from grafter.core.writing.write_back import WriteMode, apply_write, check_write
 from grafter.errors import UsageError, WriteRefused
 

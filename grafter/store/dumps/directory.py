@@ -15,10 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from grafter.errors import DumpError
-from grafter.store.dumps.problem import Problem
-from grafter.store.dumps.record import DumpRecord
-from grafter.store.dumps.record_file import NewerFormat, lines_name, read_lines, read_record_of_file
-from grafter.store.dumps.safe_open import listed, opened, shown
+from grafter.store.dumps.record import DumpRecord, Problem
+from grafter.store.dumps.record_file import (
+    NewerFormat,
+    lines_name,
+    listed,
+    opened,
+    read_lines,
+    read_record_of_file,
+    shown,
+)
 
 ROLES = ("baseline", "target")
 _RANK_NAME = re.compile(r"rank(0|[1-9][0-9]{0,8})(\.dumps\.jsonl)?")

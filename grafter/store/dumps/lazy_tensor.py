@@ -19,7 +19,7 @@ from grafter.core.plan.assembly import reduce_summands, reduced_dtype
 from grafter.core.plan.resharding import Resharding
 from grafter.errors import DumpError, GrafterError, UsageError
 from grafter.store.dumps.pieces import LocalPart, Pieces, named_dims
-from grafter.store.dumps.readahead import will_read
+from grafter.store.dumps.tensor_file import will_read
 
 Numbers = tuple[int, ...]
 Box = tuple[Numbers, Numbers]

@@ -21,8 +21,8 @@ from grafter.core.layout.runs import whole
 from grafter.core.layout.shares import MOST_BOXES, RoleShares, Share
 from grafter.core.leaves import TensorSpec
 from grafter.core.messages.manifest import Header
-from grafter.core.plan.header_shares import find_shares, whole_tensor
 from grafter.core.plan.resharding import Resharding
+from grafter.core.plan.token_shares import find_shares, whole_tensor
 from grafter.core.records import Role
 from grafter.errors import LayoutError
 

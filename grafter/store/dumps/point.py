@@ -14,12 +14,10 @@ from grafter.core.points import OWN_TAGS, PointKey
 from grafter.core.records import Role
 from grafter.core.rows.tokens import Tokens
 from grafter.errors import DumpError, LayoutError
-from grafter.store.dumps.encoding import TENSOR_MARK
 from grafter.store.dumps.lazy_tensor import LazyTensor
 from grafter.store.dumps.pieces import LocalPart, find_pieces
-from grafter.store.dumps.record import DumpedLeaf, DumpRecord
-from grafter.store.dumps.record_file import record_in
-from grafter.store.dumps.safe_open import opened, shown
+from grafter.store.dumps.record import TENSOR_MARK, DumpedLeaf, DumpRecord
+from grafter.store.dumps.record_file import opened, record_in, shown
 from grafter.store.dumps.tensor_file import map_tensor, read_header
 
 Which = Literal["value", "grafted"]

@@ -5,22 +5,24 @@ open_dumps -> directory (records, problems) -> merged by key -> ordered -> point
 
 from __future__ import annotations
 
+import heapq
+import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from grafter.core.filters.expression import parse_filter
-from grafter.core.points import PHASE, PointKey, identify
-from grafter.core.records import Role
+from grafter.core.points import OWN_TAGS, PHASE, PointKey, identify
+from grafter.core.records import Role, TensorStatistics
 from grafter.errors import DumpError
 from grafter.store.dumps.directory import DumpDirectory, find_role_directory, read_directory
-from grafter.store.dumps.execution_order import in_execution_order
 from grafter.store.dumps.point import DumpedPoint
-from grafter.store.dumps.problem import Problem
-from grafter.store.dumps.record import DumpRecord
+from grafter.store.dumps.record import DumpRecord, Problem
 from grafter.store.dumps.record_file import lines_name
-from grafter.store.dumps.table import rows_of
+
+if TYPE_CHECKING:
+    from grafter.store.dumps.record import DumpedLeaf, DumpRecord
 
 
 class Dumps:
@@ -172,3 +174,114 @@ def _merge(
 
 def _some(points: list[DumpedPoint]) -> str:
     return ", ".join(map(str, points[:5])) + (f" and {len(points) - 5} more" if len(points) > 5 else "")
+
+
+# The execution order of a job, from what each of its ranks saw.
+
+
+def in_execution_order(sequences: Sequence[Sequence[str]], times: Mapping[str, float]) -> list[str]:
+    """One order of all points that is that of each rank. `sequences`: each rank's points, each once.
+
+    Where no rank saw two points (stages of a pipeline), the earlier by time comes first. Where two ranks saw them in
+    another order (autograd's threads), no order is that of both, and the earlier by time comes first, too.
+    """
+    before: dict[str, int] = {}
+    after: dict[str, list[str]] = {}
+    lowest: dict[str, tuple[int, int]] = {}
+    for number, sequence in enumerate(sequences):
+        for place, point in enumerate(sequence):
+            before[point] = before.get(point, 0) + (place > 0)
+            lowest.setdefault(point, (number, place))
+            if place:
+                after.setdefault(sequence[place - 1], []).append(point)
+
+    def priority(point: str) -> tuple[float, tuple[int, int], str]:
+        time = times[point]
+        # What is no number (a damaged file) sorts last.
+        return (time if time == time else float("inf")), lowest[point], point
+
+    waiting = sorted(map(priority, before))
+    ready = [entry for entry in waiting if not before[entry[2]]]
+    heapq.heapify(ready)
+    ordered: dict[str, None] = {}
+    for breaker in waiting:
+        # Nothing is ready while points remain only where ranks disagree: the earliest of what remains goes on.
+        if not ready and breaker[2] not in ordered:
+            ready.append(breaker)
+        while ready:
+            point = heapq.heappop(ready)[2]
+            if point in ordered:
+                continue
+            ordered[point] = None
+            for follower in after.get(point, ()):
+                before[follower] -= 1
+                if not before[follower] and follower not in ordered:
+                    heapq.heappush(ready, priority(follower))
+    return list(ordered)
+
+
+# The table of dumps: flat rows with one type per column, as pandas and polars take them. Neither is needed here.
+
+_STATISTICS = tuple(TensorStatistics.model_fields)
+# What a tag of the same name would hide; such a tag's column is `tag_<name>`.
+_COLUMNS = (
+    "name", "step", "phase", "occurrence", "role", "role_rank", "order", "time", "path", "shape", "dtype", "device",
+    "layout", "level", "file", "reason", "direction", "outcome", "call_site", "checksum", "grafted_checksum",
+    *_STATISTICS, *(f"grafted_{statistic}" for statistic in _STATISTICS),
+)  # fmt: skip
+
+
+def rows_of(points: Iterable[DumpedPoint]) -> list[dict[str, Any]]:
+    """One row per point, rank and tensor; a point of which nothing was saved has one row without a tensor."""
+    points = list(points)
+    tags: dict[str, str] = {}
+    for point in points:
+        for record in point.records.values():
+            for tag in record.tags:
+                if tag not in OWN_TAGS:
+                    tags.setdefault(tag, f"tag_{tag}" if tag in _COLUMNS else tag)
+    rows = []
+    for point in points:
+        for record in point.records.values():
+            for leaf in record.leaves or (None,):
+                rows.append(_row(record, leaf, tags))
+    for column in tags.values():
+        _make_one_type(rows, column)
+    return rows
+
+
+def _row(record: DumpRecord, leaf: DumpedLeaf | None, tags: dict[str, str]) -> dict[str, Any]:
+    row: dict[str, Any] = {"name": record.name}
+    row.update((column, record.tags.get(tag)) for tag, column in tags.items())
+    row.update((column, None) for column in _COLUMNS[1:])
+    row.update((column, getattr(record, column)) for column in _COLUMNS if hasattr(record, column))
+    if leaf is None:
+        return row
+    row.update(
+        path=leaf.path,
+        shape=list(leaf.shape),
+        dtype=leaf.dtype,
+        device=leaf.device,
+        layout=None if leaf.layout is None else str(leaf.layout),
+        checksum=leaf.checksum,
+        grafted_checksum=leaf.grafted_checksum,
+    )
+    for prefix, statistics in (("", leaf.statistics), ("grafted_", leaf.grafted_statistics)):
+        if statistics is not None:
+            row.update((prefix + statistic, getattr(statistics, statistic)) for statistic in _STATISTICS)
+    return row
+
+
+def _make_one_type(rows: list[dict[str, Any]], column: str) -> None:
+    """Tags are any scalars, and one tag may be a number here and a text there; then all become text."""
+    types = {type(row[column]) for row in rows} - {type(None)}
+    if int in types and any(type(row[column]) is int and abs(row[column]) >= 2**63 for row in rows):
+        # No column of a table holds it as a number.
+        types = {object}
+    if types <= {int, float} and len(types) == 2:
+        for row in rows:
+            row[column] = float(row[column]) if row[column] is not None else None
+    elif len(types) > 1 or not types <= {str, int, float, bool}:
+        for row in rows:
+            value = row[column]
+            row[column] = value if value is None or isinstance(value, str) else json.dumps(value, default=repr)

@@ -18,23 +18,27 @@ import torch
 
 from grafter.config.options import PointOptions
 from grafter.config.settings.config import GrafterConfig
-from grafter.core.direction import Direction
-from grafter.core.place import Place
 from grafter.core.points import PointKey
+from grafter.core.processes import is_from_signal_handler
 from grafter.core.records import Outcome
-from grafter.core.signal_handlers import is_from_signal_handler
+from grafter.core.roles import Direction, Place
+from grafter.core.rows.tokens import TokenRuns
 from grafter.core.sizes import read_size
-from grafter.core.token_runs import TokenRuns
-from grafter.core.unobserved import unobserved
-from grafter.store.dumps.backlog import Backlog
-from grafter.store.dumps.buffers import Buffers
-from grafter.store.dumps.encoding import MetadataEncoder, safe_repr
+from grafter.core.untraced import unobserved
 from grafter.store.dumps.limits import Limits
-from grafter.store.dumps.record import DumpedLeaf, DumpRecord, Level
-from grafter.store.dumps.snapshot import NothingToSave, Snapshot, held_bytes, saveable, snapshot_bytes, take_snapshot
+from grafter.store.dumps.record import DumpedLeaf, DumpRecord, Level, MetadataEncoder, safe_repr
+from grafter.store.dumps.snapshot import (
+    Buffers,
+    NothingToSave,
+    Snapshot,
+    held_bytes,
+    saveable,
+    snapshot_bytes,
+    take_snapshot,
+)
 from grafter.store.dumps.taken import Parts, Taken, leaf_of, tensors_of
 from grafter.store.dumps.termination import Termination
-from grafter.store.dumps.writer import earlier_dumps, file_name, record_metadata, record_text, write_tensors
+from grafter.store.dumps.writer import Backlog, earlier_dumps, file_name, record_metadata, record_text, write_tensors
 from grafter.store.written_files import LineFile
 
 logger = logging.getLogger("grafter")

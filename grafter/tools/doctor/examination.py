@@ -15,13 +15,11 @@ from pathlib import Path
 
 from grafter.rank.job_environment import job_environment, what_defeats_attach
 from grafter.tools.doctor.finding import Finding, fault, first_line, ok
-from grafter.tools.doctor.likeness import judge_likeness
-from grafter.tools.doctor.notes import first_change
-from grafter.tools.doctor.observer import judge_observer, observed_change
+from grafter.tools.doctor.notes import first_change, judge_likeness
 from grafter.tools.doctor.pairing import common_points, judge_names, judge_pair, names_by_role
-from grafter.tools.doctor.repeats import judge_determinism, judge_self_graft
+from grafter.tools.doctor.repeats import judge_determinism, judge_observer, judge_self_graft, observed_change
 from grafter.tools.doctor.trials import EVERY_POINT, NO_POINT, Laboratory, Trial
-from grafter.tools.launch.job_command import split_command
+from grafter.tools.launch.job import split_command
 
 ROLES = ("baseline", "target")
 

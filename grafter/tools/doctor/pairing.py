@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 
-from grafter.analysis.run.counts import describe_counts
 from grafter.analysis.run.point_rows import PointRow
+from grafter.analysis.run.run_summary import describe_counts
 from grafter.core.records import RankSummary
 from grafter.tools.doctor.finding import Finding, fault, first_line, listed, ok, warning
 from grafter.tools.doctor.trials import EVERY_POINT, Trial

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from grafter.analysis.locate.measure import RunMeasurement, measure_run
 from grafter.analysis.run.run_summary import RunSummary, read_run_summary
-from grafter.core.processes.exit import describe_exit
+from grafter.core.processes import describe_exit
 from grafter.core.records import RankSummary
 from grafter.errors import GrafterError
 from grafter.store.ledger import read_run, read_summaries

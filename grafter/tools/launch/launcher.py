@@ -20,8 +20,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from grafter.errors import ConfigError, DumpError, UsageError
 from grafter.rank.job_environment import job_environment, player_environment, what_defeats_attach
-from grafter.tools.launch.job import Job
-from grafter.tools.launch.job_command import keep_off_shared_port, split_command
+from grafter.tools.launch.job import Job, keep_off_shared_port, split_command
 from grafter.tools.launch.run_output import RunOutput
 from grafter.tools.launch.supervision import RendezvousStore, Supervisor
 
@@ -127,7 +126,7 @@ def run_side(
 
 def host_store(address: str, port: int, *, group_name: str, secret: str | None) -> RendezvousStore:
     """The rendezvous store of the run, hosted in this process. Raises JoinError if it cannot listen there."""
-    from grafter.tools.launch.watched_store import WatchedStore  # imports torch, which takes seconds
+    from grafter.tools.launch.supervision import WatchedStore  # imports torch, which takes seconds
 
     return WatchedStore(address, port, group_name=group_name, secret=secret)
 
@@ -145,7 +144,7 @@ class Played:
 
     def check(self) -> None:
         """Raise UsageError if there is no recording of this role."""
-        from grafter.store.recordings.recording import find_recording  # imports torch
+        from grafter.store.recording import find_recording  # imports torch
 
         try:
             find_recording(self.directory, "baseline" if self.role == "baseline" else "target")

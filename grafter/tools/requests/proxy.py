@@ -17,10 +17,8 @@ from typing import Any
 
 from starlette.types import Message, Receive, Scope, Send
 
-from grafter.tools.requests.bodies import body_fields
-from grafter.tools.requests.credentials import without_secrets_in_path, without_secrets_in_query
-from grafter.tools.requests.entry import Later, State
-from grafter.tools.requests.headers import HOP_BY_HOP, safe_value
+from grafter.tools.requests.credentials import HOP_BY_HOP, safe_value, without_secrets_in_path, without_secrets_in_query
+from grafter.tools.requests.entry import Later, State, body_fields
 from grafter.tools.requests.recorder import RequestRecorder
 from grafter.tools.requests.upstream import Call, Headers, Upstream, UpstreamError
 

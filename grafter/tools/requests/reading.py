@@ -19,8 +19,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from grafter.errors import DumpError
-from grafter.store.dumps.encoding import TENSOR_MARK
-from grafter.store.dumps.safe_open import listed, opened, shown
+from grafter.store.dumps.record import TENSOR_MARK
+from grafter.store.dumps.record_file import listed, opened, shown
 from grafter.store.dumps.tensor_file import map_tensor, read_header
 from grafter.tools.requests.batch_file import FILE_PREFIX, FORMAT, FORMAT_VERSION
 from grafter.tools.requests.entry import LONGEST_LINE, State, tensor_name

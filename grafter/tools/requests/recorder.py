@@ -20,12 +20,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from grafter.core.processes import alive
+from grafter.config.control.recorders import forget_recorder, register_recorder
 from grafter.errors import UsageError
-from grafter.store.dumps.buffers import Buffers
-from grafter.store.dumps.encoding import safe_repr
-from grafter.tools.requests.batch_file import BatchWriter
-from grafter.tools.requests.encoding import encode_part
+from grafter.store.dumps.record import safe_repr
+from grafter.store.dumps.snapshot import Buffers
+from grafter.tools.requests.batch_file import BatchWriter, encode_part
 from grafter.tools.requests.entry import Entry, Later, Part, State
 from grafter.tools.requests.process_end import ProcessEnd
 
@@ -90,7 +89,7 @@ class RequestRecorder:
         self.start_afresh()
         self._end = ProcessEnd(self.dump_now)
         self._end.install()
-        alive.add(self)
+        register_recorder(self)
 
     def start_afresh(self) -> None:
         """Reset everything in a forked child, which must not write its parent's requests."""
@@ -242,7 +241,7 @@ class RequestRecorder:
         if self._thread is not None:
             self._thread.join(_PATIENCE_SECONDS)
         self._end.uninstall()
-        alive.discard(self)
+        forget_recorder(self)
 
     def __enter__(self) -> RequestRecorder:
         return self

@@ -13,8 +13,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 
 from grafter.errors import UsageError
-from grafter.tools.requests.call import Call, NoCall, make_call
-from grafter.tools.requests.forcing import Forcing
+from grafter.tools.requests.call import Call, Forcing, NoCall, make_call
 from grafter.tools.requests.judgement import Outcome, judge, recorded_reply
 from grafter.tools.requests.reading import Place, Recording
 from grafter.tools.requests.sending import Reply, Server, ask_all

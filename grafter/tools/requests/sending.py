@@ -11,8 +11,8 @@ from typing import Any
 
 import httpx
 
-from grafter.tools.requests.bodies import body_fields
 from grafter.tools.requests.call import Call
+from grafter.tools.requests.entry import body_fields
 
 _LONGEST_ANSWER = 1 << 26
 # A model may compute for a long time before its first token.

@@ -19,9 +19,9 @@ from grafter.config.control.change import (
     question_place,
     state_place,
 )
-from grafter.core.direction import RoleName
 from grafter.core.messages.roster import ANNOUNCEMENTS, Announcement, Roster
 from grafter.core.messages.wire import PROTOCOL_VERSION, Seal, read_message
+from grafter.core.roles import RoleName
 from grafter.errors import JoinError, ProtocolError, RunError, UsageError
 from grafter.wire.control.decision import put_decision, read_decision, try_to_decide
 from grafter.wire.monitor.status_board import BoardLine, board_key, read_line

@@ -13,7 +13,7 @@ from typing import ClassVar, NamedTuple
 import torch
 
 from grafter.core.plan.transfer_plan import Piece, TransferPlan
-from grafter.core.processes.watch import Watch
+from grafter.core.processes import Watch
 from grafter.wire.exchange.staging import Staging
 
 

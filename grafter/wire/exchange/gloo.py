@@ -18,7 +18,7 @@ import torch
 from torch.distributed import ProcessGroupGloo, TCPStore
 
 from grafter.core.plan.transfer_plan import Piece, TransferPlan
-from grafter.core.processes.watch import Abandoned, PeerGone, Watch
+from grafter.core.processes import Abandoned, PeerGone, Watch
 from grafter.errors import GrafterError, PeerLostError
 from grafter.wire.exchange import Exchange, Incoming, Outgoing
 from grafter.wire.exchange.group import make_gloo_group

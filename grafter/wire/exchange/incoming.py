@@ -9,13 +9,11 @@ from typing import Any
 
 import torch
 
-from grafter.core.direction import Direction, sender_role
 from grafter.core.layout.declared import Layout
 from grafter.core.layout.row_view import RowView
 from grafter.core.leaves import Leaves
 from grafter.core.messages.manifest import Header, Pair
 from grafter.core.messages.roster import Roster
-from grafter.core.place import Place
 from grafter.core.plan.assembly import (
     Assembled,
     Received,
@@ -27,9 +25,10 @@ from grafter.core.plan.assembly import (
     without_padding,
 )
 from grafter.core.plan.decision import Decision
-from grafter.core.plan.header_shares import layouts_of
+from grafter.core.plan.token_shares import layouts_of
 from grafter.core.points import PointKey
 from grafter.core.records import Difference
+from grafter.core.roles import Direction, Place, sender_role
 from grafter.core.tensor_access import local_tensor
 from grafter.core.user_transform import GraftTransformInput, UserTransform
 from grafter.core.writing.conversion import count_saturated, why_not_convertible

@@ -11,7 +11,7 @@ import torch
 from torch.distributed import TCPStore
 
 from grafter.core.plan.transfer_plan import Piece, TransferPlan
-from grafter.core.processes.watch import Abandoned, Watch
+from grafter.core.processes import Abandoned, Watch
 from grafter.wire.exchange import Exchange, Incoming, Outgoing
 from grafter.wire.exchange.group import make_nccl_group
 from grafter.wire.exchange.staging import Staging

@@ -27,8 +27,7 @@ from grafter.core.leaves import TensorSpec
 from grafter.core.messages.roster import Roster
 from grafter.core.messages.wire import Sealed
 from grafter.core.plan.transfer_plan import Piece, TransferPlan
-from grafter.core.processes.watch import Abandoned, PeerGone, Watch
-from grafter.core.signal_handlers import is_from_signal_handler
+from grafter.core.processes import Abandoned, PeerGone, Watch, is_from_signal_handler
 from grafter.errors import GrafterError, ProtocolError, RunError
 from grafter.wire.exchange import Exchange, Incoming, Outgoing
 from grafter.wire.exchange.staging import Staging, as_tensor, is_sealed_block, view_bytes

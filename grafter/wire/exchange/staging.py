@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from grafter.core.signal_handlers import is_from_signal_handler
+from grafter.core.processes import is_from_signal_handler
 
 try:
     import fcntl

@@ -11,7 +11,7 @@ from torch.distributed import TCPStore
 from grafter.core.messages.manifest import Pair, store_keys
 from grafter.core.messages.roster import Announcement, Roster
 from grafter.core.plan.transfer_plan import Piece, TransferPlan, Value
-from grafter.core.processes.watch import Abandoned, Watch
+from grafter.core.processes import Abandoned, Watch
 from grafter.wire.exchange import Exchange, Incoming, Outgoing
 from grafter.wire.exchange.gloo import GlooExchange
 from grafter.wire.exchange.nccl import NcclExchange

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from grafter.core.direction import RoleName
 from grafter.core.messages.roster import Roster, other_role
+from grafter.core.roles import RoleName
 from grafter.wire.monitor.status_board import BoardLine
 from grafter.wire.monitor.step_ends import StepEnds
 from grafter.wire.monitor.waits import Wait

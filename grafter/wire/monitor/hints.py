@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from grafter.core.direction import RoleName
+from grafter.core.roles import RoleName
 from grafter.wire.monitor.status_board import BoardLine
 
 _NAMES_SHOWN = 8

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from grafter.core.processes.watch import Abandoned, Watch
+from grafter.core.processes import Abandoned, Watch
 from grafter.wire.monitor.housekeeping import Housekeeping
 from grafter.wire.monitor.waits import Wait
 

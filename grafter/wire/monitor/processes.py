@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 
 from grafter.core.messages.roster import Roster
-from grafter.core.processes.liveness import SILENT_AFTER_SECONDS, HeartbeatWatch, how_gone, is_stopped
+from grafter.core.process_identity import how_gone, is_stopped
+from grafter.core.processes import SILENT_AFTER_SECONDS, HeartbeatWatch
 from grafter.wire.store_client import StoreClient
 
 

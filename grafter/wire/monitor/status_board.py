@@ -15,10 +15,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from grafter.core.direction import RoleName
 from grafter.core.messages.roster import PlayedFrom, Roster
 from grafter.core.messages.wire import read_message
 from grafter.core.points import PointKey
+from grafter.core.roles import RoleName
 from grafter.wire.store_client import StoreClient
 
 _LONGEST_BOARD = 8

@@ -6,8 +6,8 @@ everything that it has said of the step: whoever reads that a step is over finds
 
 from __future__ import annotations
 
-from grafter.core.direction import RoleName
 from grafter.core.messages.roster import Roster
+from grafter.core.roles import RoleName
 from grafter.wire.store_client import StoreClient
 
 # The step of a rank that has left in good order.

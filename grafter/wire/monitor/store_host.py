@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from grafter.core.processes.liveness import ProcessIdentity, host_identity, how_gone, is_stopped
+from grafter.core.process_identity import ProcessIdentity, how_gone, is_stopped
+from grafter.core.processes import host_identity
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from grafter.core.processes.liveness import SILENT_AFTER_SECONDS
+from grafter.core.processes import SILENT_AFTER_SECONDS
 from grafter.errors import PeerLostError, PointTimeoutError, RunError
 from grafter.wire.monitor.members import Members
 from grafter.wire.monitor.waits import Wait

@@ -22,8 +22,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from grafter.core.messages.wire import Seal, read_message
-from grafter.core.processes.watch import Abandoned
-from grafter.core.signal_handlers import is_from_signal_handler
+from grafter.core.processes import Abandoned, is_from_signal_handler
 from grafter.errors import ProtocolError
 from grafter.wire.outbox.entries import Entry
 

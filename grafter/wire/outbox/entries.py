@@ -14,7 +14,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from grafter.core.direction import Direction
 from grafter.core.messages.counts import Pending
 from grafter.core.messages.manifest import StoreKeys
 from grafter.core.messages.states import (
@@ -30,8 +29,9 @@ from grafter.core.messages.states import (
     senders_outcome,
 )
 from grafter.core.messages.wire import Sealed
+from grafter.core.processes import is_from_signal_handler
 from grafter.core.records import LedgerRecord, Outcome
-from grafter.core.signal_handlers import is_from_signal_handler
+from grafter.core.roles import Direction
 from grafter.errors import RunError
 from grafter.wire.outbox.claims import claimers
 from grafter.wire.outbox.kept_entries import KeptEntries

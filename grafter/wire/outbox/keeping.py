@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from grafter.core.messages.local_value import LocalValue
-from grafter.core.signal_handlers import is_from_signal_handler
+from grafter.core.processes import is_from_signal_handler
 from grafter.wire.outbox.memory import Slot, offsets_of, snapshot
 
 

@@ -16,15 +16,14 @@ from collections import OrderedDict
 import torch
 
 from grafter.core.copying import copy
-from grafter.core.direction import Direction
 from grafter.core.messages.manifest import Header, Pair, store_keys
 from grafter.core.messages.roster import Roster
 from grafter.core.messages.states import OutboxPlace
 from grafter.core.messages.wire import Seal
 from grafter.core.plan.decision import Decision
 from grafter.core.plan.transfer_plan import TransferPlan, Value
-from grafter.core.processes.watch import Abandoned
-from grafter.core.signal_handlers import is_from_signal_handler
+from grafter.core.processes import Abandoned, is_from_signal_handler
+from grafter.core.roles import Direction
 from grafter.wire.exchange.staging import Staging, StagingRefused, as_tensor, is_sealed_block
 from grafter.wire.outbox.delivery import Fetcher
 from grafter.wire.outbox.memory import offsets_of, tensor_at

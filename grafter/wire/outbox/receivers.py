@@ -6,8 +6,8 @@ import contextlib
 import time
 from collections.abc import Iterator
 
-from grafter.core.direction import RoleName
 from grafter.core.messages.roster import Roster, other_role
+from grafter.core.roles import RoleName
 from grafter.wire.monitor.housekeeping import Housekeeping
 from grafter.wire.monitor.status_board import BoardLine
 from grafter.wire.monitor.waits import Wait

@@ -9,10 +9,10 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 
-from grafter.core.direction import RoleName
 from grafter.core.messages.manifest import store_keys
 from grafter.core.messages.roster import Roster
 from grafter.core.points import PointKey
+from grafter.core.roles import RoleName
 from grafter.errors import RunError
 from grafter.wire.monitor.waits import Wait
 from grafter.wire.pairing.critical_section import CriticalSection, Settled, Work

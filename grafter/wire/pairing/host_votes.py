@@ -12,11 +12,11 @@ import time
 from collections.abc import Callable, Sequence
 
 from grafter.core.commit_protocol import Ballot, Outcome
-from grafter.core.direction import RoleName
 from grafter.core.messages.manifest import StoreKeys
 from grafter.core.messages.roster import Roster
 from grafter.core.messages.wire import Sealed
-from grafter.core.signal_handlers import is_from_signal_handler
+from grafter.core.processes import is_from_signal_handler
+from grafter.core.roles import RoleName
 from grafter.errors import RunError
 from grafter.wire.monitor.waits import Wait
 from grafter.wire.pairing import shared_ballots

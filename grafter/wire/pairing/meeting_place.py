@@ -6,7 +6,6 @@ there and go on; receivers take what is posted, or leave word that they were the
 
 from __future__ import annotations
 
-from grafter.core.direction import sender_role
 from grafter.core.messages.manifest import Header, Pair, StoreKeys
 from grafter.core.messages.roster import Roster
 from grafter.core.messages.states import (
@@ -23,6 +22,7 @@ from grafter.core.messages.states import (
 )
 from grafter.core.messages.wire import Sealed
 from grafter.core.points import PointKey
+from grafter.core.roles import sender_role
 from grafter.errors import ProtocolError
 from grafter.wire.monitor.housekeeping import Housekeeping
 from grafter.wire.outbox.claims import Claims

@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
-from grafter.core.direction import RoleName
 from grafter.core.messages.manifest import Header, Manifest, Pair, StoreKeys, manifest_text, store_keys
 from grafter.core.messages.roster import Roster, other_role
 from grafter.core.messages.states import NOT_MET, ONE_SIDED, NotMet, read_not_met
 from grafter.core.messages.wire import Sealed
 from grafter.core.points import PointKey
+from grafter.core.roles import RoleName
 from grafter.wire.monitor.absence import only_one_job_came
 from grafter.wire.monitor.housekeeping import Housekeeping
 from grafter.wire.monitor.waits import ABSENT, GivenUp, Wait

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 from grafter.core.commit_protocol import Ballot
-from grafter.core.signal_handlers import is_from_signal_handler
+from grafter.core.processes import is_from_signal_handler
 
 _RECORD = struct.Struct("=12sHBx")
 _RECORD_BYTES = _RECORD.size

@@ -22,8 +22,7 @@ from collections.abc import Mapping, Sequence
 
 from grafter.core.messages.roster import Roster
 from grafter.core.messages.wire import Seal, Sealed
-from grafter.core.processes.watch import PeerGone, Watch
-from grafter.core.signal_handlers import is_from_signal_handler
+from grafter.core.processes import PeerGone, Watch, is_from_signal_handler
 from grafter.errors import ProtocolError
 from grafter.wire.rendezvous.connecting import signature_of
 from grafter.wire.rendezvous.spinning import Spinning

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 
 from grafter.core.messages.roster import Roster
 from grafter.core.messages.wire import Seal
-from grafter.core.processes.liveness import how_gone, is_stopped
+from grafter.core.process_identity import how_gone, is_stopped
 from grafter.errors import PointTimeoutError, ProtocolError
 
 logger = logging.getLogger("grafter")

@@ -12,7 +12,7 @@ from functools import partial
 
 from grafter.core.messages.roster import Announcement, Roster
 from grafter.core.messages.wire import Sealed
-from grafter.core.processes.watch import PeerGone
+from grafter.core.processes import PeerGone
 from grafter.wire.monitor.housekeeping import Housekeeping
 from grafter.wire.monitor.lasting_wait import LastingWait
 from grafter.wire.monitor.waits import ABSENT, GivenUp, Wait, WaitWatch

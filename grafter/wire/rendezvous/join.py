@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from torch.distributed import TCPStore
 
 from grafter.config.settings.config import GrafterConfig
-from grafter.core.direction import RoleName
 from grafter.core.messages.announced_models import NO_HOOKS, AnnouncedHooks
 from grafter.core.messages.roster import ANNOUNCEMENTS, Announcement, PlayedFrom, Roster, find_disagreement, other_role
 from grafter.core.messages.wire import PROTOCOL_VERSION, Seal, read_message
-from grafter.core.place import SHARED_SETTINGS, Place
-from grafter.core.processes.liveness import ProcessIdentity, own_identity
+from grafter.core.process_identity import ProcessIdentity, own_identity
+from grafter.core.roles import SHARED_SETTINGS, Place, RoleName
 from grafter.errors import JoinError, RunError
 from grafter.version import VERSION
 from grafter.wire.monitor.housekeeping import Housekeeping

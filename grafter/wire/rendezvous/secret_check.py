@@ -11,9 +11,9 @@ from __future__ import annotations
 import json
 import os
 
-from grafter.core.direction import RoleName
 from grafter.core.messages.roster import other_role
 from grafter.core.messages.wire import Sealed
+from grafter.core.roles import RoleName
 from grafter.errors import ProtocolError, RunError
 from grafter.wire.store_client import StoreClient
 

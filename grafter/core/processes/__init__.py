@@ -1,1 +1,0 @@
-"""Processes: whether one lives, and how one ended."""
