@@ -33,7 +33,7 @@ from benchmarks.soak_ranks import SoakGroup
 from benchmarks.units import MIB, parse_size
 from benchmarks.ways import Ranks
 from benchmarks.workers import WorkerError
-from grafter.runtime.local_value import MOST_DESCRIBED_BYTES
+from grafter.runtime.point_preparation import MOST_DESCRIBED_BYTES
 from grafter.store.ledger import read_summaries
 
 _OUTBOX_BYTES = 16 * MIB

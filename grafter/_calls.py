@@ -41,7 +41,7 @@ def dump(name: str, value: Any, /, **arguments: Any) -> Any:
         value: a tensor of any shape, strides, dtype and device; or a pytree of tensors (one point: all or nothing; its
             other leaves must be equal in both jobs); or a function that gives either, called only if the point matches.
         arguments: tags (scalars: str, int, float, bool, None), which together with `name`, the step and the count
-            within the step identify the point; and these options, which are no tags:
+            within the step identify the point; and these options, which are not tags:
             extras: a dict of data (tensors included) that the other side's transform receives beside the tensor.
             ranks: role ranks, or a process group, of this job that share the point. Default: all ranks of the job.
             wait: "both", or "job": never wait for the other job (docs/non-blocking.md). A value that is sent is copied,
@@ -98,7 +98,7 @@ def attach(
 
     A module `model.layers.3.mlp` has the points `model.layers.mlp.in.<argument>` and `model.layers.mlp.out` with the
     tag `layer_id=3`; a tuple's or dict's tensors are `.out.0`, `.out.<key>`. The plan file's `names` give other names.
-    What a graft brings is handed on in the place of the module's own tensor, whose memory stays as it is, unless
+    What a graft brings is handed on instead of the module's own tensor, whose memory stays as it is, unless
     GRAFTER_WRITE or a rule says `in_place`. Called by every rank, before its first point where both jobs' modules are
     to be compared.
     """
@@ -132,7 +132,7 @@ def close() -> None:
     if _process.grafter is None and _off is None and enabled():
         from grafter.rank.grafter import Grafter
 
-        # A rank without a point joins all the same: the others wait for it, and must hear that it leaves.
+        # A rank without a point joins, too: the others wait for it, and must learn that it leaves.
         if not Grafter.is_made:
             _active()
     if _process.grafter is not None:

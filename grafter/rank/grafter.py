@@ -35,7 +35,7 @@ from grafter.runtime.deferred_points import DeferredPoints
 from grafter.runtime.dispatch import Dispatch
 from grafter.runtime.gradients.gradients import GradientPoints
 from grafter.runtime.lifecycle import Introduction, JoinAttempt, Lifecycle
-from grafter.runtime.local_value import LocalValues, PointTools
+from grafter.runtime.point_preparation import PointPreparer, PointTools
 from grafter.runtime.point_rules import SettingsChange
 from grafter.runtime.rank_context import RankContext
 from grafter.runtime.rank_control import RankControl
@@ -65,7 +65,7 @@ class Grafter:
     # Whether what the filters choose is saved here.
     saves_points = True
     # What prepares a point's value, and what exchanges it with the other job.
-    values_class = LocalValues
+    preparer_class = PointPreparer
     dispatch_class = Dispatch
     # Whether this process has had one.
     is_made = False
@@ -85,10 +85,10 @@ class Grafter:
         self.control = RankControl(context)
         before = BeforeJoining(Memory(read_size(config.outbox_bytes)), self.control)
         self.lifecycle = Lifecycle(context, self.models, before)
-        values = self.values_class(config, context.place)
-        dumps = RankDumps(config, context.place, values.axes, self.lifecycle.run_directory)
+        preparer = self.preparer_class(config, context.place)
+        dumps = RankDumps(config, context.place, preparer.axes, self.lifecycle.run_directory)
         self.recomputations = Recomputations(self.steps)
-        self.tools = PointTools(values, dumps, self.recomputations)
+        self.tools = PointTools(preparer, dumps, self.recomputations)
         deferred = DeferredPoints(context, self.tools, before.outbox)
         self.dispatch = self.dispatch_class(context, self.tools, self.lifecycle, deferred)
         self._repeated = RepeatedPoints(context, self.recomputations)
@@ -232,7 +232,7 @@ class Grafter:
     @property
     def axes(self) -> tuple[tuple[str, int, int], ...]:
         """The place of this rank on its job's mesh: (axis, coordinate, size)."""
-        return self.tools.values.axes(None)
+        return self.tools.preparer.axes(None)
 
     def dump_model(self, model: torch.nn.Module) -> int:
         """All weights as points. See `grafter.dump_model`."""

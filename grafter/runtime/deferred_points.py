@@ -17,8 +17,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from grafter.core.messages.counts import Pending
+from grafter.core.messages.local_value import LocalValue
 from grafter.core.messages.manifest import Header, store_keys
-from grafter.core.messages.offer import Offer
 from grafter.core.messages.participants import own_participants
 from grafter.core.messages.states import OutboxPlace, open_state
 from grafter.core.points import FORWARD
@@ -26,7 +26,7 @@ from grafter.core.processes import is_from_signal_handler
 from grafter.core.records import LedgerRecord, PointOutcome
 from grafter.core.roles import sender_role
 from grafter.core.untraced import unobserved
-from grafter.runtime.local_value import LocalValues, Point, PointTools
+from grafter.runtime.point_preparation import Point, PointPreparer, PointTools
 from grafter.runtime.point_receiver import ReceivedPoint
 from grafter.runtime.rank_context import RankContext
 from grafter.runtime.session import Session
@@ -52,8 +52,8 @@ class PointPosting:
         self._sequence, self._is_kept = sequence, is_kept
         self._seconds: dict[str, float] = {}
 
-    def run(self, local: Offer, values: LocalValues) -> PointOutcome:
-        """`posted`, or the outcome if there is one at once. Waits for ranks of the own job alone, and only where this
+    def run(self, local: LocalValue, preparer: PointPreparer) -> PointOutcome:
+        """`posted`, or the outcome if there is one at once. Waits for ranks of its own job alone, and only where this
         one leads.
 
         Raises what ended the run.
@@ -68,7 +68,7 @@ class PointPosting:
 
         kept = take_snapshot(local, make_room, outbox.give_back)
         self._seconds["snapshot"] = time.perf_counter() - started
-        header = values.build_header(session, self._point, kept.offer, self.place_of(kept.slot))
+        header = preparer.build_header(session, self._point, kept.offer, self.place_of(kept.slot))
         return self.post(header, kept.slot, kept.nbytes)
 
     def post(self, header: Header, slot: Slot | None, nbytes: int) -> PointOutcome:
@@ -123,7 +123,7 @@ class DeferredPoint:
     nbytes: int = 0
 
     def run(self, session: Session, participants: Sequence[int], sequence: int) -> PointOutcome:
-        """Post it, or report it as missed. Waits for ranks of the own job alone. Raises what ended the run."""
+        """Post it, or report it as missed. Waits for ranks of its own job alone. Raises what ended the run."""
         header = self.header.changed(participants=tuple(participants))
         if not self.is_sent:
             return ReceivedPoint(session, self.point, header, sequence, "off").run(None, [])[1]
@@ -136,7 +136,7 @@ class DeferredPoints:
 
     def __init__(self, context: RankContext, tools: PointTools, memory: Memory) -> None:
         """memory: the outbox's, which has it to itself once both jobs have joined."""
-        self._place, self._values, self._recomputations = context.place, tools.values, tools.recomputations
+        self._place, self._preparer, self._recomputations = context.place, tools.preparer, tools.recomputations
         self.memory = memory
         # Oldest first: all of them, and those of which a value is kept.
         self.points: deque[DeferredPoint] = deque()
@@ -150,7 +150,7 @@ class DeferredPoints:
         kept = self._kept.copy()
         return Pending(len(kept), sum(point.nbytes for point in kept), len(kept))
 
-    def add(self, point: Point, local: Offer) -> PointOutcome:
+    def add(self, point: Point, local: LocalValue) -> PointOutcome:
         """Defer a point, of which the value may be changed once this returns. `posted` or `missed`."""
         assert point.direction is not None
         options = point.options
@@ -159,9 +159,11 @@ class DeferredPoints:
             options = replace(options, ranks=own_participants(self._place, options.ranks))
         is_sent = self._place.role == sender_role(point.direction)
         with unobserved():
-            kept = take_snapshot(local if is_sent else Offer(None), self._make_room, self._give_back)
+            kept = take_snapshot(local if is_sent else LocalValue(None), self._make_room, self._give_back)
         place = kept.slot.place if kept.slot is not None else None
-        header = self._values.build_header(None, point._replace(options=options), kept.offer, place, early=not is_sent)
+        header = self._preparer.build_header(
+            None, point._replace(options=options), kept.offer, place, early=not is_sent
+        )
         if point.key.phase == FORWARD:
             self._recomputations.keep(point.key, options, None, None)
         point = point._replace(options=replace(options, extras=None, tokens=None))
@@ -232,7 +234,7 @@ class DeferredPoints:
         oldest = self._kept.popleft()
         self._give_back(oldest.slot)
         oldest.slot, oldest.nbytes = None, 0
-        oldest.header = self._values.build_header(None, oldest.point, Offer(None), early=True)
+        oldest.header = self._preparer.build_header(None, oldest.point, LocalValue(None), early=True)
 
     def _give_back(self, slot: Slot | None) -> None:
         if slot is not None:

@@ -21,7 +21,7 @@ import torch
 
 from grafter.config.options import PointOptions
 from grafter.core.messages.counts import Pending
-from grafter.core.messages.offer import Offer
+from grafter.core.messages.local_value import LocalValue
 from grafter.core.messages.participants import own_participants
 from grafter.core.messages.roster import other_role
 from grafter.core.point_fate import PointSituation, fate_of
@@ -32,8 +32,8 @@ from grafter.core.untraced import unobserved
 from grafter.errors import GrafterError, RunError
 from grafter.runtime.deferred_points import DeferredPoints, PointPosting
 from grafter.runtime.lifecycle import Lifecycle
-from grafter.runtime.local_value import Point, PointTools
 from grafter.runtime.point_exchange import PointExchange, SentPoint
+from grafter.runtime.point_preparation import Point, PointTools
 from grafter.runtime.point_receiver import ReceivedPoint
 from grafter.runtime.rank_context import RankContext
 from grafter.runtime.session import Session
@@ -50,7 +50,7 @@ class Dispatch:
 
     def __init__(self, context: RankContext, tools: PointTools, lifecycle: Lifecycle, deferred: DeferredPoints) -> None:
         self._context, self._steps, self._tally = context, context.steps, context.tally
-        self._values, self._dumps, self._recomputations = tools.values, tools.dumps, tools.recomputations
+        self._preparer, self._dumps, self._recomputations = tools.preparer, tools.dumps, tools.recomputations
         self.lifecycle, self.deferred = lifecycle, deferred
         # Whether points may be one-sided, so that the other job must know which steps this rank has ended.
         self._says_steps = bool(context.config.one_sided_settings)
@@ -112,7 +112,7 @@ class Dispatch:
             if fate_of(situation._replace(has_counterpart=missing is None)) == "skip":
                 self._skip_value(session, point, value, missing or "", saves=situation.is_saved)
                 return value, None
-        local = self._values.prepare(value, point.options, point.key)
+        local = self._preparer.prepare(value, point.options, point.key)
         taken = self.save_part(point, local) if situation.is_saved else None
         if session is not None:
             grafted = self.exchange(session, point, local, taken)
@@ -208,14 +208,14 @@ class Dispatch:
 
     # The fates.
 
-    def exchange(self, session: Session, point: Point, local: Offer, taken: PendingRecord | None = None) -> Any:
+    def exchange(self, session: Session, point: Point, local: LocalValue, taken: PendingRecord | None = None) -> Any:
         """Exchange one point with the other job; what `dump` returns. taken: the point as it is saved, if it is."""
         options = point.options
         assert point.direction is not None
         self._sequence += 1
         if options.is_posted(self._place.role, point.direction):
             return self._post(session, point, local, taken)
-        header = self._values.build_header(session, point, local)
+        header = self._preparer.build_header(session, point, local)
         if self._place.role == receiver_role(point.direction):
             exchange: PointExchange = ReceivedPoint(session, point, header, self._sequence, self._context.rules.stats)
         else:
@@ -229,19 +229,19 @@ class Dispatch:
         if taken is not None:
             self._dumps.finish(taken, outcome, grafted)
         if options.new_rows_only and exchange.rows is not None and outcome in ("grafted", "compared", "sent"):
-            self._values.windows.advance(point.key, exchange.rows.reached(header))
+            self._preparer.windows.advance(point.key, exchange.rows.reached(header))
         if point.key.phase == FORWARD:
             self._recomputations.keep(point.key, options, local.leaves if outcome == "grafted" else None, grafted)
         self._count(session, point.key, outcome)
         return grafted
 
-    def _post(self, session: Session, point: Point, local: Offer, taken: PendingRecord | None) -> Any:
+    def _post(self, session: Session, point: Point, local: LocalValue, taken: PendingRecord | None) -> Any:
         """The part of a sender that does not wait; what `dump` returns: the value."""
         is_kept = point.options.one_sided == "skip" and point.options.wait == "both"
         point = point._replace(options=replace(point.options, wait="job"))
         try:
             with unobserved():
-                outcome = PointPosting(session, point, self._sequence, is_kept=is_kept).run(local, self._values)
+                outcome = PointPosting(session, point, self._sequence, is_kept=is_kept).run(local, self._preparer)
         except BaseException as error:
             self._dumps.finish_failed(taken, error)
             raise
@@ -255,7 +255,7 @@ class Dispatch:
         self._tally.outcomes[outcome] += 1
         session.monitor.board.last_points.append((key, outcome))
 
-    def defer(self, point: Point, local: Offer, taken: PendingRecord | None) -> None:
+    def defer(self, point: Point, local: LocalValue, taken: PendingRecord | None) -> None:
         """Keep a point until both jobs have joined. taken: the point as it is saved, if it is."""
         self._dumps.finish(taken, self.deferred.add(point, local))
 
@@ -277,14 +277,14 @@ class Dispatch:
     def _skip_value(self, session: Session, point: Point, value: Any, reason: str, *, saves: bool) -> None:
         self.record_skipped(session, point, reason)
         if saves:
-            local = self._values.prepare(value, point.options, point.key)
+            local = self._preparer.prepare(value, point.options, point.key)
             taken = self._take(point, local.value, self.recorded_part(point, local))
             self._dumps.finish(taken, "skipped", reason=reason)
         self._recomputations.keep_nothing(point.key)
 
     def _save(self, point: Point, value: Any) -> Any:
         """A value that is only saved. What `dump` returns: the value, made if it is a function."""
-        key, options, windows = point.key, point.options, self._values.windows
+        key, options, windows = point.key, point.options, self._preparer.windows
         if callable(value) and not isinstance(value, torch.Tensor):
             value = value()
         point = self.with_holders(point)
@@ -299,7 +299,7 @@ class Dispatch:
 
     def _record(self, point: Point, value: Any) -> Any:
         """A value that is kept for a later graft, as it would have been exchanged. What `dump` returns."""
-        local = self._values.prepare(value, point.options, point.key)
+        local = self._preparer.prepare(value, point.options, point.key)
         self._dumps.finish(self._take(point, local.value, self.recorded_part(point, local)))
         self._recomputations.keep_nothing(point.key)
         if local.failure is not None:
@@ -318,7 +318,7 @@ class Dispatch:
 
     # What is saved of a point.
 
-    def save_part(self, point: Point, local: Offer) -> PendingRecord | None:
+    def save_part(self, point: Point, local: LocalValue) -> PendingRecord | None:
         """The value of a point that is exchanged, as it is now; `finish` of the dumps is to follow."""
         starts = local.tokens.starts if local.tokens is not None else ()
         return self._take(point, local.value, self.recorded_part(point, local), starts)
@@ -330,11 +330,11 @@ class Dispatch:
             point.key, point.direction, value, point.options, point.tags, point.call_site, recorded_part, starts
         )
 
-    def recorded_part(self, point: Point, local: Offer) -> str | None:
+    def recorded_part(self, point: Point, local: LocalValue) -> str | None:
         """What a recording keeps of this rank's part of a point besides its values; None where nothing is recorded."""
         if not self._context.config.record:
             return None
-        header = self._values.build_header(None, point, local, recorded=True)
+        header = self._preparer.build_header(None, point, local, recorded=True)
         part = RecordedPart(
             header=header, module=point.module, is_parameter=point.is_parameter,
             new_rows_only=bool(point.options.new_rows_only),

@@ -24,7 +24,7 @@ from grafter.core.records import LEDGER_SCHEMA_VERSION, Difference, LedgerLine, 
 from grafter.core.tensor_access import without_gradient
 from grafter.errors import PeerLostError, PointFailed, RunError
 from grafter.runtime.leaf_figures import LeafFigures
-from grafter.runtime.local_value import Point
+from grafter.runtime.point_preparation import Point
 from grafter.runtime.session import Session
 from grafter.wire.monitor.status_board import Stage
 

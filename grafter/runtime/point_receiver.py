@@ -17,8 +17,8 @@ from grafter.core.tensor_access import without_gradient
 from grafter.core.writing.write_back import WriteMode, Written
 from grafter.errors import PointFailed, RunError, TransformError, WriteRefused
 from grafter.runtime.leaf_figures import LeafFigures, Stats
-from grafter.runtime.local_value import Point
 from grafter.runtime.point_exchange import PairedPoint, PointExchange
+from grafter.runtime.point_preparation import Point
 from grafter.runtime.session import Session
 from grafter.wire.exchange.incoming import IncomingLeaf, Reception
 from grafter.wire.pairing.critical_section import Settled, Work

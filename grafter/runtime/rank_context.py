@@ -26,42 +26,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("grafter")
 
 
-@dataclass(frozen=True)
-class RankContext:
-    """What every part of one rank is built with. What changes (rules, clock, counters, status) does so under the lock.
-
-    rules: by the settings in force; `config` is what the run began with.
-    saves_points: whether this rank saves what the filters choose; a rank that plays a recording does not.
-    """
-
-    config: GrafterConfig
-    place: RankIdentity
-    rules: PointRules
-    status: RankStatus
-    saves_points: bool = True
-    steps: StepCounter = field(default_factory=StepCounter)
-    tally: Tally = field(default_factory=lambda: Tally())
-    # One point of this rank at a time.
-    lock: threading.RLock = field(default_factory=threading.RLock)
-
-    @classmethod
-    def of(cls, config: GrafterConfig, *, saves_points: bool = True) -> RankContext:
-        """The context of this process. Raises ConfigError if its rank and the configuration contradict each other."""
-        place = find_place(config)
-        return cls(
-            config, place, PointRules(config, saves_points=saves_points), RankStatus(config, place), saves_points
-        )
-
-    def refuse_all(self, error: JoinError) -> None:
-        """The two jobs do not fit: this rank's next call raises, also one that no filter matches."""
-
-        def refuse(tags: object) -> bool:
-            self.status.fault = error
-            raise error.with_traceback(None)
-
-        self.rules.filters.matchers = (refuse,)
-
-
 @dataclass
 class Tally:
     """The number of one rank's points: matched ones by outcome, the others by name."""
@@ -157,6 +121,42 @@ class RankStatus:
         logger.warning("grafter: %s continues ungrafted from here (on_peer_loss=detach): %s", self.who, error)
 
 
+@dataclass(frozen=True)
+class RankContext:
+    """What every part of one rank is built with. What changes (rules, clock, counters, status) does so under the lock.
+
+    rules: by the settings in force; `config` is what the run began with.
+    saves_points: whether this rank saves what the filters choose; a rank that plays a recording does not.
+    """
+
+    config: GrafterConfig
+    place: RankIdentity
+    rules: PointRules
+    status: RankStatus
+    saves_points: bool = True
+    steps: StepCounter = field(default_factory=StepCounter)
+    tally: Tally = field(default_factory=Tally)
+    # One point of this rank at a time.
+    lock: threading.RLock = field(default_factory=threading.RLock)
+
+    @classmethod
+    def of(cls, config: GrafterConfig, *, saves_points: bool = True) -> RankContext:
+        """The context of this process. Raises ConfigError if its rank and the configuration contradict each other."""
+        place = find_place(config)
+        return cls(
+            config, place, PointRules(config, saves_points=saves_points), RankStatus(config, place), saves_points
+        )
+
+    def refuse_all(self, error: JoinError) -> None:
+        """The two jobs do not fit: this rank's next call raises, also one that no filter matches."""
+
+        def refuse(tags: object) -> bool:
+            self.status.fault = error
+            raise error.with_traceback(None)
+
+        self.rules.filters.matchers = (refuse,)
+
+
 def find_place(config: GrafterConfig) -> RankIdentity:
     """This process's rank in its job: the configured one, else torch.distributed's, else RANK, else 0."""
     assert config.role is not None
@@ -198,5 +198,5 @@ def _explain_world_size(role: str, expected: object, world_size: object, *, init
 def _environment_number(variable: str, default: int) -> int:
     text = os.environ.get(variable, "").strip()
     if text and not text.isdigit():
-        raise ConfigError(f"{variable}={text!r} is no number; torchrun sets it, else leave it unset.")
+        raise ConfigError(f"{variable}={text!r} is not a number; torchrun sets it, else leave it unset.")
     return int(text) if text else default

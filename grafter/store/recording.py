@@ -23,8 +23,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from grafter.config.settings.config import GrafterConfig
 from grafter.core.leaves import Leaves, encode_extras, spec_of
 from grafter.core.messages.announced_models import AnnouncedHooks, AnnouncedModel
+from grafter.core.messages.local_value import LocalValue
 from grafter.core.messages.manifest import Header
-from grafter.core.messages.offer import Offer
 from grafter.core.messages.roster import PlayedFrom
 from grafter.core.points import OPTIONS, OWN_TAGS
 from grafter.core.records import RankSummary
@@ -77,19 +77,19 @@ class RecordedPoint:
         participants = self.part.header.participants
         return {"ranks": list(participants)} if len(participants) < self.record.role_world_size else {}
 
-    def offer(self) -> Offer:
+    def offer(self) -> LocalValue:
         """The rank's offer, with mapped memory. If the point cannot be read, the offer has a reason instead."""
         header = self.part.header
         if header.failure is not None:
-            return Offer(self, failure=RecordedFailure(header.failure))
+            return LocalValue(self, failure=RecordedFailure(header.failure))
         if header.nothing is not None:
-            return Offer(self, nothing=f"{header.nothing} (when it was recorded)", plain=dict(header.others))
+            return LocalValue(self, nothing=f"{header.nothing} (when it was recorded)", plain=dict(header.others))
         try:
             return self._offer(header)
         except DumpError as error:
-            return Offer(self, nothing=f"the recording cannot be used here: {error}")
+            return LocalValue(self, nothing=f"the recording cannot be used here: {error}")
 
-    def _offer(self, header: Header) -> Offer:
+    def _offer(self, header: Header) -> LocalValue:
         rank = self.record.role_rank
         tensors = [self.point.local(rank, spec.path) for spec in header.leaves]
         specs = tuple(spec_of(spec.path, tensor) for spec, tensor in zip(header.leaves, tensors, strict=True))
@@ -102,7 +102,7 @@ class RecordedPoint:
         leaves = Leaves(self, list(tensors), list(tensors), specs, header.structure, dict(header.others))
         if header.tokens is not None and header.tokens.same_as is not None:
             raise DumpError(f"{self.point}: its tokens refer to another rank's, which never happens in a recording.")
-        return Offer(self, leaves, text, extras, header.layouts, header.axes, header.tokens)
+        return LocalValue(self, leaves, text, extras, header.layouts, header.axes, header.tokens)
 
     def _extras(self, header: Header) -> tuple[str | None, list[torch.Tensor]]:
         if header.extras is None:

@@ -14,7 +14,7 @@ from grafter.core.leaves import TensorSpec
 from grafter.core.messages.manifest import Header
 from grafter.core.points import PointKey
 from grafter.rank.grafter import Grafter
-from grafter.runtime.local_value import Point
+from grafter.runtime.point_preparation import Point
 from grafter.wire.pairing.manifest_cache import ManifestCache
 
 
@@ -49,16 +49,16 @@ def test_a_pytree_whose_shapes_are_others_in_each_step_is_not_remembered_for_eve
 def test_headers_of_large_pytrees_are_bounded_in_bytes() -> None:
     """The same where a rank describes its own values; small ones are all remembered."""
     grafter = Grafter(GrafterConfig(enable=True, role="baseline", master_port=1, b2t_filter="True"))
-    values, options = grafter.tools.values, grafter.context.rules.options.options_of("h", {})
+    preparer, options = grafter.tools.preparer, grafter.context.rules.options.options_of("h", {})
     point = Point(PointKey("h", (), 0, "forward", 0), "b2t", options, {}, "x")
 
     def describe(value: Any) -> Header:
-        return values.build_header(None, point, values.prepare(value, options))
+        return preparer.build_header(None, point, preparer.prepare(value, options))
 
     for length in range(1, 130):
         value = [torch.empty(length, 0) for _ in range(1000)]
         describe(value)
-    assert 0 < len(values._headers) < 60
+    assert 0 < len(preparer._headers) < 60
     small = [describe(torch.empty(n)) for n in range(3000)]
     again = [describe(torch.empty(n)) for n in range(3000)]
     assert all(one is other for one, other in zip(small, again, strict=True))

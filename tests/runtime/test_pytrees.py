@@ -171,9 +171,9 @@ def test_a_function_that_gives_no_tensor_is_called_once_and_its_value_returned(t
 
 
 def dump_more_than_can_be_described(rank: Rank) -> Any:
-    from grafter.runtime import local_value
+    from grafter.runtime import point_preparation
 
-    local_value.MOST_DESCRIBED_BYTES = 20_000
+    point_preparation.MOST_DESCRIBED_BYTES = 20_000
     value = {f"leaf{number}": filled(1 if rank.is_baseline else 9, 1) for number in range(300)}
     grafter.dump("many", value)
     grafter.dump("fewer", dict(list(value.items())[:30]))

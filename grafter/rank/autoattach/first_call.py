@@ -164,7 +164,7 @@ class Watcher:
             self._busy = True
             try:
                 if self._roots is None:
-                    gc.collect()  # models that nothing refers to any more are no models of the program
+                    gc.collect()  # models that nothing refers to any more are not models of the program
                 made = [made for reference in list(self._made.values()) if (made := reference()) is not None]
                 self._made.clear()
                 self._disarm()

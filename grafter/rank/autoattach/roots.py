@@ -83,7 +83,7 @@ class Roots:
                 self._attach(model, is_called=model is own)
             elif id(model) in grown:
                 self._renew(root, model)
-        # Not before all are attached: the other job hears of all of them when this rank joins.
+        # Not before all are attached: the other job learns of all of them when this rank joins.
         self._grafter.begin()
 
     def detach(self) -> None:

@@ -21,7 +21,7 @@ import torch
 from grafter.config.options import PointOptions
 from grafter.config.settings.config import GrafterConfig
 from grafter.core.messages.announced_models import AnnouncedHooks
-from grafter.core.messages.offer import Offer
+from grafter.core.messages.local_value import LocalValue
 from grafter.core.messages.roster import PlayedFrom, other_role
 from grafter.core.point_fate import fate_of
 from grafter.core.points import PointKey, identify, traced_call_site
@@ -30,7 +30,7 @@ from grafter.errors import GrafterError, RunError, UsageError
 from grafter.rank.grafter import Grafter
 from grafter.runtime.dispatch import Dispatch
 from grafter.runtime.gradients.watched import BACKWARD, WatchedGradient
-from grafter.runtime.local_value import LocalValues, Point
+from grafter.runtime.point_preparation import Point, PointPreparer
 from grafter.runtime.session import Session
 from grafter.store.dumps.pending_record import PendingRecord
 from grafter.store.recording import RecordedFailure, RecordedPoint, RecordedRank
@@ -43,10 +43,10 @@ _LONGEST_STEP_SECONDS = 7 * 24 * 3600.0
 _PATIENCE_SECONDS = 0.5
 
 
-class RecordedValues(LocalValues):
+class RecordedPreparer(PointPreparer):
     """The values that a recorded rank recorded."""
 
-    def prepare(self, value: Any, options: PointOptions, key: PointKey | None = None) -> Offer:
+    def prepare(self, value: Any, options: PointOptions, key: PointKey | None = None) -> LocalValue:
         if not isinstance(value, RecordedPoint):
             return super().prepare(value, options, key)
         recorded = value.offer()
@@ -57,13 +57,13 @@ class RecordedValues(LocalValues):
             options = replace(options, tokens=windowed.tokens, start=list(windowed.starts) or None, new_rows_only=True)
             return replace(recorded, tokens=self.windows.announce(options, key))
         except GrafterError as error:
-            return Offer(value, nothing=f"the recording cannot be used here: {error}")
+            return LocalValue(value, nothing=f"the recording cannot be used here: {error}")
 
 
 class RecordedDispatch(Dispatch):
     """The dispatch of a recorded rank's points to the live job."""
 
-    def exchange(self, session: Session, point: Point, local: Offer, taken: PendingRecord | None = None) -> Any:
+    def exchange(self, session: Session, point: Point, local: LocalValue, taken: PendingRecord | None = None) -> Any:
         recorded = local.value
         # It has nothing else to do, whatever the live job waits for.
         options = replace(point.options, wait="both")
@@ -74,7 +74,7 @@ class RecordedDispatch(Dispatch):
         return super().exchange(session, point._replace(options=options), local, taken)
 
 
-def _with_its_transform(recorded: RecordedPoint, local: Offer, options: PointOptions) -> Offer:
+def _with_its_transform(recorded: RecordedPoint, local: LocalValue, options: PointOptions) -> LocalValue:
     """The local value. A receiver without the transform that it was recorded with would get other tensors than it asks
     for.
     """
@@ -94,7 +94,7 @@ class PlayedGrafter(Grafter):
 
     # What is played is on disk already.
     saves_points = False
-    values_class = RecordedValues
+    preparer_class = RecordedPreparer
     dispatch_class = RecordedDispatch
 
     def __init__(self, config: GrafterConfig, rank: RecordedRank) -> None:

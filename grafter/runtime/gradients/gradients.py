@@ -27,7 +27,7 @@ from grafter.runtime.gradients.outcomes import GradientOutcomes
 from grafter.runtime.gradients.parameters import ParameterGradients
 from grafter.runtime.gradients.pending import PendingGradients
 from grafter.runtime.gradients.watched import BACKWARD, SavedGradient, WatchedGradient
-from grafter.runtime.local_value import Point, PointTools
+from grafter.runtime.point_preparation import Point, PointTools
 from grafter.runtime.rank_context import RankContext
 from grafter.runtime.recompute.regions import current_recomputation
 from grafter.runtime.session import Session

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from grafter.core.messages.offer import Offer
+from grafter.core.messages.local_value import LocalValue
 from grafter.core.messages.participants import own_participants
 from grafter.core.point_fate import PointFate, fate_of
 from grafter.errors import RunError
 from grafter.runtime.dispatch import Dispatch, among_holders
 from grafter.runtime.gradients.watched import BACKWARD, NO_GRADIENT, SavedGradient, WatchedGradient
-from grafter.runtime.local_value import Point, PointTools
+from grafter.runtime.point_preparation import Point, PointTools
 from grafter.runtime.rank_context import RankContext
 from grafter.runtime.session import Session
 from grafter.store.dumps.pending_record import PendingRecord
@@ -20,7 +20,7 @@ class GradientOutcomes:
     """What one rank does with each of its gradients. Used under the lock of its points."""
 
     def __init__(self, context: RankContext, tools: PointTools, dispatch: Dispatch) -> None:
-        self._context, self._values, self._dumps, self._dispatch = context, tools.values, tools.dumps, dispatch
+        self._context, self._preparer, self._dumps, self._dispatch = context, tools.preparer, tools.dumps, dispatch
 
     @property
     def session(self) -> Session:
@@ -28,7 +28,7 @@ class GradientOutcomes:
         return self._dispatch.joined()
 
     def fate_of(self, gradient: WatchedGradient | SavedGradient) -> PointFate:
-        """What becomes of a gradient that is there now, as long as the other job's modules do not matter."""
+        """The fate of a gradient that is there now, as long as the other job's modules do not matter."""
         point, is_saved = gradient.point, isinstance(gradient, SavedGradient) or gradient.saves
         return fate_of(self._dispatch.lifecycle.situation_of(point.direction, point.options, is_saved=is_saved))
 
@@ -66,10 +66,10 @@ class GradientOutcomes:
             point.key, point.direction, gradient, point.options, point.tags, point.call_site, recorded_part
         )
 
-    def _prepare(self, point: Point, gradient: torch.Tensor | None) -> Offer:
+    def _prepare(self, point: Point, gradient: torch.Tensor | None) -> LocalValue:
         if gradient is None:
-            return Offer(None, nothing=NO_GRADIENT)
-        return self._values.prepare(gradient, point.options, point.key)
+            return LocalValue(None, nothing=NO_GRADIENT)
+        return self._preparer.prepare(gradient, point.options, point.key)
 
     def defer(self, watched: WatchedGradient, gradient: torch.Tensor | None) -> None:
         """Keep a gradient, or that none arrived, until both jobs have joined."""

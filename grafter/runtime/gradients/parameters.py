@@ -17,7 +17,7 @@ from grafter.core.untraced import untraced
 from grafter.errors import UsageError
 from grafter.runtime.gradients.outcomes import GradientOutcomes
 from grafter.runtime.gradients.watched import BACKWARD, SavedGradient, WatchedGradient
-from grafter.runtime.local_value import Point, PointTools
+from grafter.runtime.point_preparation import Point, PointTools
 from grafter.runtime.rank_context import RankContext
 
 logger = logging.getLogger("grafter")
@@ -135,7 +135,7 @@ class ParameterGradients:
             counts = ", ".join(f"{name}: {count}" for name, count in self.lost.most_common(3))
             logger.warning(
                 "grafter: %d gradients of weights (%s%s) came, and were gone when they were to be taken, so they are "
-                "no points: the program clears .grad within the backward pass. Clear it after backward, or call "
+                "not points: the program clears .grad within the backward pass. Clear it after backward, or call "
                 "grafter.dump where it is used (an optimizer of torch's that steps there is seen)",
                 self.lost.total(), counts, ", ..." if len(self.lost) > 3 else "",
             )  # fmt: skip
@@ -146,7 +146,7 @@ class ParameterGradients:
             names = ", ".join(name.name for name, _ in list(self._arrived.values())[:3])
             logger.warning(
                 "grafter: %d gradients of weights (%s%s) were to be taken when an optimizer steps, and none has "
-                "stepped since they came, so they are no points. Of an optimizer that is none of torch's, call "
+                "stepped since they came, so they are not points. Of an optimizer that is none of torch's, call "
                 "grafter.dump yourself, or take them at each backward pass (GRAFTER_WEIGHT_GRADIENTS=backward)",
                 len(self._arrived), names, ", ..." if len(self._arrived) > 3 else "",
             )  # fmt: skip

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from grafter.core.points import PointKey
 from grafter.core.roles import Direction
-from grafter.runtime.local_value import Point
+from grafter.runtime.point_preparation import Point
 
 if TYPE_CHECKING:
     import torch
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from grafter.store.dumps.pending_record import PendingRecord
 
 BACKWARD = "backward"
-NO_GRADIENT = "no gradient came to this point"
+NO_GRADIENT = "no gradient reached this point"
 
 
 @dataclass

@@ -96,7 +96,7 @@ class Recomputations:
 
 
 class Recomputed:
-    """What torch calls to recompute a region, in the place of the function that it was given."""
+    """What torch calls to recompute a region, instead of the function that it was given."""
 
     def __init__(self, region: Region, function: Callable[..., Any]) -> None:
         self.region, self.function = region, function
@@ -210,7 +210,7 @@ class _TorchWraps:
 
 
 def _leave_out_of_compilation(function: Any) -> None:
-    """The compiler does not trace this function itself; what it calls is traced as ever."""
+    """The compiler does not trace this function itself; what it calls is traced as usual."""
     skip_code = getattr(torch._C._dynamo.eval_frame, "skip_code", None)
     if skip_code is not None:
         skip_code(function.__code__)

@@ -18,7 +18,7 @@ import torch
 
 from grafter.core.copying import copy
 from grafter.core.leaves import TensorSpec
-from grafter.core.messages.offer import Offer
+from grafter.core.messages.local_value import LocalValue
 from grafter.core.messages.states import OutboxPlace
 from grafter.core.plan.transfer_plan import ALIGNMENT_BYTES
 from grafter.core.processes import is_from_signal_handler
@@ -186,13 +186,15 @@ class OfferSnapshot:
     """An offer and its snapshot. slot: None if the offer has no bytes, or no snapshot could be taken, as it then
     says."""
 
-    offer: Offer
+    offer: LocalValue
     slot: Slot | None = None
     nbytes: int = 0
 
 
 def take_snapshot(
-    offer: Offer, make_room: Callable[[int], tuple[Slot | None, str | None]], give_back: Callable[[Slot | None], None]
+    offer: LocalValue,
+    make_room: Callable[[int], tuple[Slot | None, str | None]],
+    give_back: Callable[[Slot | None], None],
 ) -> OfferSnapshot:
     """Copy all tensors of an offer, of any strides and device; they may be changed once this returns.
 
@@ -217,5 +219,5 @@ def take_snapshot(
     return OfferSnapshot(offer, slot, sum(spec.nbytes for spec in specs))
 
 
-def _failed(offer: Offer, error: Exception) -> Offer:
+def _failed(offer: LocalValue, error: Exception) -> LocalValue:
     return replace(offer, leaves=None, extras_text=None, extras=[], failure=error)

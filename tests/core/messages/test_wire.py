@@ -213,7 +213,7 @@ def test_one_secret_on_both_sides_grafts_and_stays_out_of_the_files(tmp_path: Pa
 def claim_a_petabyte(rank: Rank) -> tuple[list[float], int]:
     """The baseline's header says 2**50 bytes where there are 12."""
     if rank.is_baseline:
-        from grafter.runtime import local_value as module
+        from grafter.runtime import point_preparation as module
 
         real_take_apart = module.take_apart
 

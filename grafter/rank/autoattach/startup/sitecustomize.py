@@ -63,7 +63,7 @@ def _watch(module: Any) -> None:
 
 
 def _find_grafter() -> None:
-    """This very package, where the job's Python has it not installed. Its dependencies must be there all the same."""
+    """This very package, if the job's Python does not have it. Its dependencies must be installed there anyway."""
     import importlib.util
 
     if "grafter" in sys.modules or importlib.util.find_spec("grafter") is not None:

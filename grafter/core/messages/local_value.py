@@ -14,7 +14,7 @@ from grafter.core.messages.announced_tokens import AnnouncedTokens
 
 # Not frozen: made at every point, and freezing triples what that costs.
 @dataclass
-class Offer:
+class LocalValue:
     """What this rank brings to a point: leaves, or why there are none."""
 
     value: Any

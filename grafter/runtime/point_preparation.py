@@ -1,4 +1,4 @@
-"""The local value of a point: what this rank brings to it, and the header that describes it to the other ranks."""
+"""The preparation of a point: its value, taken apart, and the header that describes it to the other ranks."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from grafter.core.bounded_memory import BoundedMemory, cost
 from grafter.core.layout.axes import axes_from_text, axes_of_job, read_axes
 from grafter.core.layout.declared import declare_layouts
 from grafter.core.leaves import Leaves, NothingToOffer, encode_extras, take_apart
+from grafter.core.messages.local_value import LocalValue
 from grafter.core.messages.manifest import Header
-from grafter.core.messages.offer import Offer
 from grafter.core.messages.participants import own_participants
 from grafter.core.messages.states import OutboxPlace
 from grafter.core.points import PointKey
@@ -67,13 +67,13 @@ class Point(NamedTuple):
 class PointTools:
     """What handles the values of one rank's points: it prepares them, saves them, keeps them for a recomputation."""
 
-    values: LocalValues
+    preparer: PointPreparer
     dumps: RankDumps
     recomputations: Recomputations
 
 
-class LocalValues:
-    """What prepares the values of one rank's points, and describes them to the other ranks."""
+class PointPreparer:
+    """The preparer of one rank's points: it takes their values apart, and describes them to the other ranks."""
 
     def __init__(self, config: GrafterConfig, place: RankIdentity) -> None:
         self._config, self._place = config, place
@@ -81,7 +81,7 @@ class LocalValues:
         self._headers_of_tokens: _Headers = BoundedMemory(_MOST_REMEMBERED_WITH_TOKENS, _MOST_REMEMBERED_BYTES)
         self.windows = Windows()
 
-    def prepare(self, value: Any, options: PointOptions, key: PointKey | None = None) -> Offer:
+    def prepare(self, value: Any, options: PointOptions, key: PointKey | None = None) -> LocalValue:
         """The value, made if it is a function, taken apart. A failure is described, too: the other side must learn it.
 
         key: of the point, where it may count new rows only.
@@ -99,12 +99,12 @@ class LocalValues:
             given = options.tokens is not None or options.has_window
             tokens = self.windows.announce(options, key) if given else None
         except NothingToOffer as nothing:
-            return Offer(value, nothing=str(nothing), plain=nothing.plain)
+            return LocalValue(value, nothing=str(nothing), plain=nothing.plain)
         except Exception as error:
             if is_from_signal_handler(error):
                 raise
-            return Offer(value, failure=error)
-        return Offer(value, leaves, extras_text, extras, layouts, axes, tokens)
+            return LocalValue(value, failure=error)
+        return LocalValue(value, leaves, extras_text, extras, layouts, axes, tokens)
 
     def axes(self, given: Any) -> tuple[tuple[str, int, int], ...]:
         """This rank's place on the mesh: what the call says, else what was set, else the configuration."""
@@ -117,7 +117,7 @@ class LocalValues:
         self,
         session: Session | None,
         point: Point,
-        local: Offer,
+        local: LocalValue,
         outbox: OutboxPlace | None = None,
         *,
         early: bool = False,
