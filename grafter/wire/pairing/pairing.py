@@ -94,7 +94,7 @@ class Pairing:
         mine = None
         try:
             mine = self._collect(key, header, own, keys)
-            return self._meet_other_leader(key, header, own, mine, keys)
+            return self._swap_manifests(key, header, own, mine, keys)
         except GivenUp as given_up:
             written_to = self._last_other_leader.pop(header.participants, None)
             if written_to is not None:
@@ -162,7 +162,7 @@ class Pairing:
     def _send_header(self, header: Header, own: _OwnSide, keys: StoreKeys) -> None:
         self._send([own.leader_graft], keys.header(header.role, header.role_rank), "header", header.text)
 
-    def _meet_other_leader(
+    def _swap_manifests(
         self, key: PointKey, header: Header, own: _OwnSide, mine: str, keys: StoreKeys
     ) -> Pair | NotMet:
         """Swap manifests with the other leader, and send both to its own side. Called by each leader."""
