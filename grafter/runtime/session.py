@@ -14,7 +14,6 @@ from grafter.runtime.point_ledger import PointLedger
 from grafter.runtime.rank_control import RankControl
 from grafter.store.dumps.writer import refuse_earlier_dumps
 from grafter.store.run_files import write_run_facts
-from grafter.wire.exchange.group import local_address_towards
 from grafter.wire.exchange.shared_memory import SharedMemoryExchange
 from grafter.wire.exchange.transfer import Transfer
 from grafter.wire.monitor.store_silence import StoreWait
@@ -29,7 +28,7 @@ from grafter.wire.rendezvous.channels import Channels
 from grafter.wire.rendezvous.join import LINGER_SECONDS, Membership
 from grafter.wire.rendezvous.message_router import MessageRouter
 from grafter.wire.store_client import StoreClient
-from grafter.wire.store_server import connect
+from grafter.wire.store_server import connect, local_address_towards
 
 logger = logging.getLogger("grafter")
 

@@ -89,6 +89,12 @@ def connect(address: str, port: int, *, timeout: float, keep_trying: Callable[[]
             time.sleep(0.1)
 
 
+def local_address_towards(address: str, port: int) -> str:
+    """The address of this host from which the store is reached, which other hosts can reach, too. Raises OSError."""
+    with socket.create_connection((address, port), timeout=10) as connection:
+        return str(connection.getsockname()[0])
+
+
 class HostedStore:
     """The store of a whole run, hosted by this process. Its methods may be called from any thread."""
 

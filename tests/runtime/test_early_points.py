@@ -86,8 +86,8 @@ def test_a_receiver_goes_on_before_the_other_job_has_started(tmp_path: Path, sen
         for role in ("baseline", "target"):
             found = outcomes(jobs, role)
             assert found["a"] == found["b"] == "missed"
-        assert "target rank 0" in reasons(jobs, "baseline")["a"] and "went on" in reasons(jobs, "baseline")["a"]
-        assert "before both jobs had joined, and went on" in reasons(jobs, "target")["a"]
+        assert "target rank 0" in reasons(jobs, "baseline")["a"] and "continued" in reasons(jobs, "baseline")["a"]
+        assert "before both jobs had joined, and continued" in reasons(jobs, "target")["a"]
 
 
 # Some ranks of a job had joined when they came, and others had not.

@@ -7,13 +7,13 @@ transfer        chooses the ways of a point, and runs them
 shared_memory   between ranks of one host
 gloo            between hosts (gloo_messages: what is sent as one message)
 nccl            between CUDA tensors
-group           the process groups of gloo and NCCL
 staging         the memory that a rank receives into
 incoming        makes what is written from what was received
 """
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar, NamedTuple
@@ -66,3 +66,12 @@ class Exchange(ABC):
     @abstractmethod
     def close(self) -> None:
         """Release all sockets, threads and memory."""
+
+
+def group_prefix(run_prefix: str, members: Sequence[int], generation: int, kind: str) -> str:
+    """The prefix in the store of a process group: a set of members, a generation, and `gloo` or `nccl`.
+
+    The groups are made from the run's own store, and never registered with the job's torch.distributed.
+    """
+    digest = hashlib.blake2b(",".join(map(str, members)).encode(), digest_size=8).hexdigest()
+    return f"{run_prefix}/group/{kind}/{digest}/{generation}"

@@ -15,16 +15,17 @@ from datetime import timedelta
 from typing import Any, ClassVar, TypeVar
 
 import torch
-from torch.distributed import ProcessGroupGloo, TCPStore
+from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
 
 from grafter.core.plan.transfer_plan import Piece, TransferPlan
 from grafter.core.processes import PeerGone, Watch
 from grafter.errors import GrafterError, PeerLostError
-from grafter.wire.exchange import Exchange, Incoming, Outgoing
+from grafter.wire.exchange import Exchange, Incoming, Outgoing, group_prefix
 from grafter.wire.exchange.gloo_messages import IN_FLIGHT, first_line, landings_of, messages_of
-from grafter.wire.exchange.group import make_gloo_group
 from grafter.wire.exchange.staging import Staging
 
+# All members build a group at the same point, so a member that is missing after this long will not come.
+_CONSTRUCTION_TIMEOUT = timedelta(seconds=60)
 _POLL_SECONDS = 0.25
 
 _Item = TypeVar("_Item")
@@ -169,6 +170,30 @@ class GlooExchange(Exchange):
             self._helper = None
         self._groups.clear()
         self._store = None
+
+
+def make_gloo_group(
+    store: TCPStore,
+    run_prefix: str,
+    members: Sequence[int],
+    generation: int,
+    graft_rank: int,
+    local_address: str,
+    timeout: timedelta,
+) -> ProcessGroupGloo:
+    """Build a group. Called by all members; a rank within the group is an index into `members`.
+
+    Takes 1 to 2 ms; raises RuntimeError if a member does not call it within `_CONSTRUCTION_TIMEOUT`.
+    """
+    # torch's stubs leave out most of what a backend has.
+    options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+    options._devices = [ProcessGroupGloo.create_device(hostname=local_address)]
+    options._timeout = _CONSTRUCTION_TIMEOUT
+    options._threads = 1
+    prefixed = PrefixStore(group_prefix(run_prefix, members, generation, "gloo"), store)
+    group = ProcessGroupGloo(prefixed, members.index(graft_rank), len(members), options)
+    group._set_default_timeout(timeout)
+    return group
 
 
 @dataclass

@@ -134,7 +134,7 @@ def chunk_sizes(shape: Sequence[int], itemsize: int) -> Iterator[int]:
 
 
 def _readable_chunks(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The chunks of a tensor. Raises Abandoned if it cannot be read: that is no fault of the peer."""
+    """The chunks of a tensor. Raises Abandoned if it cannot be read, which is not the peer's fault."""
     try:
         yield from chunks_of(tensor)
     except RuntimeError as error:

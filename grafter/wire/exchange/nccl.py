@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch.distributed import TCPStore
+from torch.distributed import PrefixStore, TCPStore
 
 from grafter.core.plan.transfer_plan import Piece, TransferPlan
 from grafter.core.processes import Abandoned, Watch
-from grafter.wire.exchange import Exchange, Incoming, Outgoing
-from grafter.wire.exchange.group import make_nccl_group
+from grafter.wire.exchange import Exchange, Incoming, Outgoing, group_prefix
 from grafter.wire.exchange.staging import Staging
 
 if TYPE_CHECKING:
@@ -118,6 +118,28 @@ class NcclExchange(Exchange):
     def close(self) -> None:
         self._abort_groups()
         self._store = None
+
+
+def make_nccl_group(
+    store: TCPStore,
+    run_prefix: str,
+    members: Sequence[int],
+    generation: int,
+    graft_rank: int,
+    timeout: timedelta,
+    device: torch.device,
+) -> ProcessGroupNCCL:
+    """Build a group and its communicator, which waits for all. Called by all members, also if they have no pieces."""
+    from torch.distributed import ProcessGroupNCCL
+
+    # Otherwise its watchdog ends the process when a transfer is late; grafter raises an exception instead.
+    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
+    options = ProcessGroupNCCL.Options()
+    options._timeout = timeout
+    prefixed = PrefixStore(group_prefix(run_prefix, members, generation, "nccl"), store)
+    group = ProcessGroupNCCL(prefixed, members.index(graft_rank), len(members), options)
+    group.eager_connect_single_device(device)
+    return group
 
 
 def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:

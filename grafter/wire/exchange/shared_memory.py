@@ -22,6 +22,7 @@ from typing import ClassVar
 
 import torch
 
+from grafter.core.bounded_memory import BoundedMemory
 from grafter.core.copying import copy
 from grafter.core.leaves import TensorSpec
 from grafter.core.messages.roster import Roster
@@ -60,8 +61,10 @@ class _ReceiverBlock:
     nbytes: int = 0
     descriptor: int | None = None
     block: mmap.mmap | None = None
-    # Tensors that lie in the block, by offset, dtype and shape: the same pieces come again at every point.
-    places: dict[tuple[int, str, tuple[int, ...]], torch.Tensor] = field(default_factory=dict)
+    # Tensors in the block, by offset, dtype and shape: most points have the same pieces.
+    places: BoundedMemory[tuple[int, str, tuple[int, ...]], torch.Tensor] = field(
+        default_factory=lambda: BoundedMemory(_MOST_PLACES, 0)
+    )
 
     def take(self, generation: int, nbytes: int, descriptor: int) -> None:
         self.close()
@@ -81,9 +84,7 @@ class _ReceiverBlock:
         if place is None:
             assert self.block is not None
             place = as_tensor(view_bytes(self.block, offset, spec.nbytes), spec.torch_dtype, spec.shape)
-            if len(self.places) >= _MOST_PLACES:
-                self.places.clear()
-            self.places[known] = place
+            self.places.remember(known, place, 0)
         return place
 
     def close(self) -> None:
@@ -146,31 +147,31 @@ class SharedMemoryExchange(Exchange):
     ) -> Abandoned | None:
         """Write, unless the point has failed already. In both cases an awaited answer of the receiver is read."""
         try:
-            sending = self._to.get(receiver)
-            if sending is None:
-                sending = self._to[receiver] = _ReceiverBlock()
-            self._have_block(plan, receiver, sending, watch)
+            theirs = self._to.get(receiver)
+            if theirs is None:
+                theirs = self._to[receiver] = _ReceiverBlock()
+            self._have_block(plan, receiver, theirs, watch)
             if failure is None:
-                self._write_pieces(receiver, sending, pieces, watch)
+                self._write_pieces(receiver, theirs, pieces, watch)
         except Abandoned as abandoned:
             return failure or abandoned
         return failure
 
-    def _write_pieces(self, receiver: int, sending: _ReceiverBlock, pieces: Sequence[Outgoing], watch: Watch) -> None:
+    def _write_pieces(self, receiver: int, theirs: _ReceiverBlock, pieces: Sequence[Outgoing], watch: Watch) -> None:
         def between_chunks() -> None:
             watch.check()
             self._channels.look_at(receiver)
 
         try:
             for item in pieces:
-                _write_piece(sending, item, between_chunks)
+                _write_piece(theirs, item, between_chunks)
         except (RuntimeError, ValueError, MemoryError) as error:
             # torch raises these if a tensor cannot be read.
             if isinstance(error, GrafterError) or is_from_signal_handler(error):
                 raise
             raise Abandoned(f"{self._roster.who(self._graft_rank)} cannot write its tensor: {error}") from error
 
-    def _have_block(self, plan: TransferPlan, receiver: int, sending: _ReceiverBlock, watch: Watch) -> None:
+    def _have_block(self, plan: TransferPlan, receiver: int, theirs: _ReceiverBlock, watch: Watch) -> None:
         """Wait until this sender has the receiver's block for this point."""
         needed = plan.staging_bytes[receiver]
         if needed == 0:
@@ -179,26 +180,26 @@ class SharedMemoryExchange(Exchange):
         if needed > capacity:
             # The receiver has announced this block, and makes its next one now.
             generation += 1
-        while sending.generation != generation:
-            self._read_answer(plan, receiver, sending, watch)
-        if sending.descriptor is not None:
-            self._map(receiver, sending)
-        if needed > sending.nbytes:
+        while theirs.generation != generation:
+            self._read_answer(plan, receiver, theirs, watch)
+        if theirs.descriptor is not None:
+            self._map(receiver, theirs)
+        if needed > theirs.nbytes:
             raise ProtocolError(f"{self._roster.who(receiver)} offers a block that is too small.")
 
-    def _map(self, receiver: int, sending: _ReceiverBlock) -> None:
+    def _map(self, receiver: int, theirs: _ReceiverBlock) -> None:
         try:
-            sending.map()
+            theirs.map()
         except (OSError, ValueError, MemoryError) as error:
             if is_from_signal_handler(error):
                 raise
             raise Abandoned(
-                f"{self._roster.who(self._graft_rank)} cannot map the {sending.nbytes / 2**20:.0f} MiB into which "
+                f"{self._roster.who(self._graft_rank)} cannot map the {theirs.nbytes / 2**20:.0f} MiB into which "
                 f"{self._roster.who(receiver)} receives: {error}. Raise this process's limit of address space "
                 f"(ulimit -v)"
             ) from error
 
-    def _read_answer(self, plan: TransferPlan, receiver: int, sending: _ReceiverBlock, watch: Watch) -> None:
+    def _read_answer(self, plan: TransferPlan, receiver: int, theirs: _ReceiverBlock, watch: Watch) -> None:
         """Read a block, or a refusal. A refusal of an earlier point is ignored."""
         keys = (_refusal_key(receiver), _block_key(receiver))
         key, message = self._channels.wait_for_any(keys, watch, receiver)
@@ -207,9 +208,9 @@ class SharedMemoryExchange(Exchange):
             if digest == plan.digest:
                 raise Abandoned(reason)
             return
-        self._take_block(receiver, sending, message)
+        self._take_block(receiver, theirs, message)
 
-    def _take_block(self, receiver: int, sending: _ReceiverBlock, message: Sealed) -> None:
+    def _take_block(self, receiver: int, theirs: _ReceiverBlock, message: Sealed) -> None:
         descriptor, numbers = message.descriptor, message.payload.split(" ")
         if descriptor is None or len(numbers) != 2 or not all(number.isdecimal() for number in numbers):
             raise ProtocolError(f"{self._roster.who(receiver)} offers a block by a message that is not valid.")
@@ -217,7 +218,7 @@ class SharedMemoryExchange(Exchange):
         if not is_sealed_block(descriptor, nbytes):
             os.close(descriptor)
             raise ProtocolError(f"{self._roster.who(receiver)} offers a block that is too small or could shrink.")
-        sending.take(generation, nbytes, descriptor)
+        theirs.take(generation, nbytes, descriptor)
 
     # The receiver's side.
 
@@ -268,12 +269,12 @@ class SharedMemoryExchange(Exchange):
                 self._given[sender] = staging.generation
 
     def close(self) -> None:
-        for sending in self._to.values():
-            sending.close()
+        for theirs in self._to.values():
+            theirs.close()
         self._to.clear()
 
 
-def _write_piece(sending: _ReceiverBlock, item: Outgoing, between_chunks: Callable[[], None]) -> None:
+def _write_piece(theirs: _ReceiverBlock, item: Outgoing, between_chunks: Callable[[], None]) -> None:
     if item.tensor.numel():
         value = item.piece.value
-        copy(item.piece.landing(sending.place_of(value.offset, value.spec)), item.tensor, between_chunks)
+        copy(item.piece.landing(theirs.place_of(value.offset, value.spec)), item.tensor, between_chunks)

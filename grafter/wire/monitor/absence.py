@@ -114,13 +114,13 @@ def _has_news(client: StoreClient, wait: Wait) -> bool:
 
 def only_one_job_came(role: Role) -> str:
     """The reason of a point that the other job did not reach in the point's step."""
-    return f"only the {role} came to this point"
+    return f"only the {role} reached this point"
 
 
 def _only_some_came(role: Role, others: Sequence[int]) -> str:
     missing = f"{role} rank {others[0]}" if len(others) == 1 else f"{role} ranks {', '.join(map(str, others))}"
     verb = "has" if len(others) == 1 else "have, or some of them have,"
-    return f"not all ranks of the {role} came to this point: {missing} {verb} passed the end of the step without it"
+    return f"not all ranks of the {role} reached this point: {missing} {verb} passed the end of the step without it"
 
 
 def choose_passed_over(stuck: Sequence[BoardLine]) -> list[BoardLine]:

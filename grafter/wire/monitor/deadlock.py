@@ -42,7 +42,7 @@ def find_stuck(lines: Sequence[BoardLine], gone: Collection[int] = ()) -> list[B
 
     def can_come(line: BoardLine) -> bool:
         here = at_point[line.digest]
-        # A rank of the own side that waits here but declares other participants does not wait for this rank.
+        # A rank of its own side that waits here but declares other participants does not wait for this rank.
         for rank in line.participants:
             if rank not in may_run and not (rank in here and declared[rank] == line.participants):
                 return False

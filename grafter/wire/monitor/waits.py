@@ -27,7 +27,7 @@ class Wait:
     is_polled: bool = False
     # In agreement: whether the vote log has grown. The outcome may be in it before the message that announces it.
     has_grown: Callable[[], bool] | None = None
-    # In pairing: the point, and the participants of the own side (role ranks).
+    # In pairing: the point, and the participants of this side (role ranks).
     leader: bool = False
     digest: str = ""
     participants: tuple[int, ...] = ()
@@ -35,7 +35,7 @@ class Wait:
     # Whether it needs only its own side.
     own_side: bool = False
     # Whether the point is skipped if the other ranks do not reach it in this step; and whether this wait collects the
-    # headers of the own side.
+    # headers of this side.
     one_sided: bool = False
     step: int = 0
     collects: bool = False

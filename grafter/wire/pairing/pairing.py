@@ -62,7 +62,7 @@ class Pairing:
         self._one_sided = False
 
     def meet(self, key: PointKey, header: Header, *, one_sided: bool = False) -> Pair | NotMet:
-        """Wait for all participants of both sides, or, with `header.wait` "job", for those of the own side.
+        """Wait for all participants of both sides, or, with `header.wait` "job", for those of its own side.
 
         Called by every participant. one_sided: wait only as long as they may reach the point in this step. Returns
         NotMet if a side that does not wait was here at another time, or not all have reached a one-sided point. Raises
@@ -94,7 +94,7 @@ class Pairing:
         mine = None
         try:
             mine = self._collect(key, header, own, keys)
-            return self._meet_other_leader(key, header, own, mine, keys)
+            return self._swap_manifests(key, header, own, mine, keys)
         except GivenUp as given_up:
             written_to = self._last_other_leader.pop(header.participants, None)
             if written_to is not None:
@@ -162,10 +162,10 @@ class Pairing:
     def _send_header(self, header: Header, own: _OwnSide, keys: StoreKeys) -> None:
         self._send([own.leader_graft], keys.header(header.role, header.role_rank), "header", header.text)
 
-    def _meet_other_leader(
+    def _swap_manifests(
         self, key: PointKey, header: Header, own: _OwnSide, mine: str, keys: StoreKeys
     ) -> Pair | NotMet:
-        """Swap manifests with the other leader, and send both to the own side. Called by each leader."""
+        """Swap manifests with the other leader, and send both to its own side. Called by each leader."""
         theirs: Sealed | None = None
         written_to: int | None = None
         others = own.others_graft
@@ -196,7 +196,7 @@ class Pairing:
     def _send_to_own_side(
         self, met: Pair | NotMet, text: str, header: Header, others: Sequence[int], keys: StoreKeys
     ) -> Pair | NotMet:
-        """Send the result to the own side, if one side does not wait. text: of the pair."""
+        """Send the result to the ranks of this side, if one side does not wait. text: of the pair."""
         if others and isinstance(met, NotMet):
             self._send(others, keys.pair(header.role), NOT_MET, met.text)
         elif others:
@@ -321,6 +321,6 @@ class Pairing:
 
 def _gave_up_before(header: Header) -> str:
     return (
-        f"not all ranks of the {header.role} came to this point at the same time: {header.who} had given it up before "
+        f"not all ranks of the {header.role} reached this point at the same time: {header.who} had given it up before "
         f"({header.call_site})"
     )

@@ -114,10 +114,10 @@ def test_what_failed_and_what_the_summaries_say_is_found_first(tmp_path: Path) -
 
 def test_points_that_only_one_job_came_to_are_on_the_page(tmp_path: Path) -> None:
     """Each with its reason, and all of them counted in a note; they are no problem of the run."""
-    told = {"outcome": "skipped", "reason": "only the target came to this point", "only_in": "target"}
+    told = {"outcome": "skipped", "reason": "only the target reached this point", "only_in": "target"}
     alone = record("target", 50, layer=3, name="layers.experts.1.out", participants={"target": [0]}, **told)
     made = make_page([write_run(tmp_path / "run", [*layers(ALONE, steps=1), alone])])
-    assert [one.reason for one in made.points if one.is_trouble] == ["only the target came to this point"]
+    assert [one.reason for one in made.points if one.is_trouble] == ["only the target reached this point"]
     texts = [finding.text for finding in made.findings]
     assert "1 point was only in the target, and not judged: layers.experts.*.out (1 call)" in texts
     assert problems(made) == []

@@ -464,7 +464,7 @@ def test_copies_of_a_point_that_failed_are_no_problem_of_their_own(tmp_path: Pat
 
 
 def alone(role: Role, sequence: int, name: str, **changes: Any) -> LedgerRecord:
-    reason = f"only the {role} came to this point"
+    reason = f"only the {role} reached this point"
     told = {"outcome": "skipped", "reason": reason, "only_in": role, "participants": {role: [0]}, "tags": {}, **changes}
     return record(role, 0, sequence, name=name, **told)
 
@@ -487,7 +487,7 @@ def test_points_that_only_one_job_came_to_are_counted_by_job_and_listed_by_kind(
     assert f"{run}: 2 grafted; 2 only in the baseline, 1 only in the target: not judged\n" in said
     assert "2 points were only in the baseline, and not judged: layers.*.experts.*.out (2 calls)" in said
     assert "1 point was only in the target, and not judged: layers.*.experts.*.out (1 call)" in said
-    assert said.count("only the baseline came to this point") == 2
+    assert said.count("only the baseline reached this point") == 2
     assert "ranks disagree" not in said and "skipped," not in said
 
 

@@ -27,7 +27,7 @@ STEP = 3
 class OneStore:
     """A store in this process. `before_each` runs before every request: other ranks go on meanwhile."""
 
-    run_prefix = "hall"
+    run_prefix = "run"
 
     def __init__(self) -> None:
         self.values: dict[str, Any] = {}
@@ -80,7 +80,7 @@ def test_a_leader_is_alone_once_every_rank_of_the_other_job_has_passed_the_step(
             say(store, (2, 1), "baseline", rank, step)
     found = absence(store, (2, 1), 2).find(store, wait_for("answer"))
     alone = all(step is not None and step > STEP for step in steps)
-    assert found == ("only the target came to this point" if alone else None)
+    assert found == ("only the target reached this point" if alone else None)
 
 
 def test_what_was_posted_before_the_step_ended_is_never_passed_over() -> None:
@@ -171,7 +171,7 @@ def test_steps_that_are_known_to_be_over_are_not_asked_for_again() -> None:
 def test_a_rank_says_each_step_once_and_never_goes_back() -> None:
     """The cost of a point is nothing, and of a step one request that nobody waits for."""
     said: list[str] = []
-    store: Any = SimpleNamespace(run_prefix="hall", set=lambda _, __, payload: said.append(payload))
+    store: Any = SimpleNamespace(run_prefix="run", set=lambda _, __, payload: said.append(payload))
     ends = StepEnds(roster(1, 1), 0)
     for step in (0, 0, 1, 1, 0, 2):
         ends.say(store, step)

@@ -111,7 +111,7 @@ def puller_of(pid: int) -> Puller:
     roster: Any = SimpleNamespace(
         all=(member,), who=lambda rank: f"baseline rank {rank}", share_memory=lambda one, other: True
     )
-    return Puller(roster, 0, Staging(), Seal("target/0", None), "hall")
+    return Puller(roster, 0, Staging(), Seal("target/0", None), "run")
 
 
 def place_of(fd: int, nbytes: int, offset: int = 0) -> OutboxPlace:
@@ -192,7 +192,7 @@ def one_entry(**fields: Any) -> dict[str, OutboxEntry]:
     assert slot is not None
     first = slot.place.offset
     slot.block.mapped[first : first + 5] = b"bytes"
-    return {"a": OutboxEntry(StoreKeys("hall", "a"), open_state("baseline", 0), "b2t", (0,), slot, 5, **fields)}
+    return {"a": OutboxEntry(StoreKeys("run", "a"), open_state("baseline", 0), "b2t", (0,), slot, 5, **fields)}
 
 
 def test_a_receiver_elsewhere_gets_the_bytes_that_it_asks_for() -> None:
@@ -346,7 +346,7 @@ def add_entry(
     slot, why_not = parts.outbox.make_room(nbytes, parts.store)
     assert why_not is None
     posted = open_state("baseline", 0)
-    entry = OutboxEntry(StoreKeys("hall", name), posted, "b2t", participants, slot, nbytes, step, is_announced=True)
+    entry = OutboxEntry(StoreKeys("run", name), posted, "b2t", participants, slot, nbytes, step, is_announced=True)
     parts.store.values[entry.keys.state] = posted
     parts.outbox.add(entry)
     return entry
@@ -406,7 +406,7 @@ def test_a_one_sided_entry_is_kept_until_it_is_taken_or_the_receivers_have_passe
     parts.receivers.passed = 1
     parts.outbox.look_after(parts.store)
     assert (first.state, second.is_over, claimed.is_over) == ("one-sided", False, False)
-    assert first.ended == ("skipped", "only the baseline came to this point")
+    assert first.ended == ("skipped", "only the baseline reached this point")
     assert {first.keys.state, first.keys.first} <= set(parts.deleted)
 
 

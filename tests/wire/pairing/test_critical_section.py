@@ -109,7 +109,7 @@ def in_shared_memory(*, is_first: bool) -> HostVotes:
     which makes the log; else it does once receiver 0 waits."""
     post = Post()
     receivers = RECEIVERS if is_first else (1, 0)
-    keys, digest, run_prefix = StoreKeys("hall", DIGEST), DIGEST, f"hall {next(_NUMBERS)}"
+    keys, digest, run_prefix = StoreKeys("run", DIGEST), DIGEST, f"run {next(_NUMBERS)}"
     router: Any = VotesMeanwhile(post, 0)
     logs: list[Any] = [HostLogs(router, Roster(), "target", 0, run_prefix), None]  # type: ignore[arg-type]
     other: Any = MessageRouter(post, 1)
@@ -151,7 +151,7 @@ _NUMBERS = itertools.count()
 
 def through_the_store(clients: tuple[StoreClient, StoreClient], *, votes_before: bool) -> StoreVotes:
     """The log that really runs, as receiver 0 sees it. The other one has voted yes already, or does while it waits."""
-    keys, writers = StoreKeys(f"hall {next(_NUMBERS)}", DIGEST), {"target/0": 0, "target/1": 1}
+    keys, writers = StoreKeys(f"run {next(_NUMBERS)}", DIGEST), {"target/0": 0, "target/1": 1}
     theirs = StoreVotes(clients[1], None, keys, writers, make_wait)  # type: ignore[arg-type]
     if votes_before:
         theirs.append(YES, "")

@@ -28,7 +28,7 @@ from grafter.wire.store_server import HostedStore, connect
 from tests.wire.pairing.test_critical_section import TwoLeaves, Votes
 
 RECEIVERS = (0, 1)
-KEYS = StoreKeys("hall", DIGEST)
+KEYS = StoreKeys("run", DIGEST)
 
 
 class WaitKeeper:

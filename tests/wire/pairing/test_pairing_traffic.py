@@ -1,4 +1,4 @@
-"""What a point costs one rank in messages and bytes, from 8 + 8 to 1024 + 1024 ranks, and who pays for the size."""
+"""What a point costs one rank in messages and bytes, from 8 + 8 to 1024 + 1024 ranks, and what grows with them."""
 
 from __future__ import annotations
 
@@ -68,8 +68,8 @@ class Traffic:
 
 
 @dataclass
-class Shelf:
-    """Texts by key, and those who wait for them: what the store has, or what has come to one rank by mail."""
+class Messages:
+    """Texts by key, and their waiting readers: those in the store, or those that have arrived at one rank."""
 
     values: dict[str, Any] = field(default_factory=dict)
     changed: threading.Condition = field(default_factory=threading.Condition)
@@ -91,7 +91,7 @@ class Shelf:
 class CountedStore:
     """What one rank has of the rendezvous store: the operations of a TCPStore that the client uses."""
 
-    shelf: Shelf
+    shelf: Messages
     traffic: Traffic
     waits: bool
 
@@ -119,10 +119,10 @@ class CountedStore:
 
 @dataclass
 class CountedChannels:
-    """The channels of one rank: messages to the others' shelves, sealed as they would travel."""
+    """The channels of one rank: messages to the others, sealed as on a real channel."""
 
-    own: Shelf
-    others: Sequence[Shelf]
+    own: Messages
+    others: Sequence[Messages]
     seal: Seal
     traffic: Traffic
     waits: bool
@@ -140,10 +140,10 @@ class CountedChannels:
         return [self.seal.unseal(message)[1] for message in messages]
 
     def discard(self, key: str) -> None:
-        """The store was quicker than the mail; what comes is never looked at."""
+        """The store was faster than the channel; what arrives is never read."""
 
 
-class Watchman:
+class NoMonitor:
     """Nothing goes wrong here, and nobody interrupts a wait."""
 
     aborted = None
@@ -159,7 +159,7 @@ class Watchman:
 
 
 class Simulation:
-    """Two jobs of real pairings over a store and mail that count. Points follow one another.
+    """Two jobs of real pairings over a store and channels that count. Points follow one another.
 
     The leaders, and the second and the last rank of each job, go through with a point; the others do what they do
     before they wait, which is all that they send.
@@ -168,8 +168,8 @@ class Simulation:
     def __init__(self, size: int, place: Callable[[str, int], str]) -> None:
         self.size = size
         self._roster = make_roster(size, place)
-        self._store = Shelf()
-        self._mail = [Shelf() for _ in range(2 * size)]
+        self._store = Messages()
+        self._arrived = [Messages() for _ in range(2 * size)]
         # Read once and shared: what it takes to read them is not counted here.
         self._pairs: dict[str, Any] = {}
         self._traffic = [Traffic() for _ in range(2 * size)]
@@ -191,8 +191,8 @@ class Simulation:
         seal = Seal(f"{member.role}/{member.role_rank}", None)
         store: Any = CountedStore(self._store, traffic, waits)
         client = StoreClient(store, seal, "graft", is_server=True)
-        monitor: Any = Watchman()
-        channels: Any = CountedChannels(self._mail[number], self._mail, seal, traffic, waits)
+        monitor: Any = NoMonitor()
+        channels: Any = CountedChannels(self._arrived[number], self._arrived, seal, traffic, waits)
         own = message_router.MessageRouter(client, monitor, self._roster, number, channels, PATIENCE_SECONDS)
         pairing = Pairing(client, own, monitor, self._roster, PATIENCE_SECONDS)
         pairing._cache.pairs = self._pairs
@@ -300,7 +300,7 @@ def test_no_rank_sends_or_takes_in_bytes_by_the_square_of_the_ranks(place: str) 
     # Of both leaders: which of them finds the other's manifest in the store, and which waits there, is chance.
     few, many = growth([sum(leader.bytes_in for leader in one.leaders.values()) for one in every])
     assert many <= 1.2 * few
-    # By mail, a leader writes to each follower, until the pair is so long that it goes into the store, once for all.
+    # By channel, a leader writes to each follower, until the pair is so long that it goes into the store, once for all.
     sent = [sum(leader.bytes_out for leader in one.leaders.values()) for one in every]
     assert sent[-1] <= 1.2 * sent[-2] * SIZES[-1] / SIZES[-2], f"the leaders send {sent} bytes among {SIZES} ranks"
 

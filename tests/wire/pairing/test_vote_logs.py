@@ -40,7 +40,7 @@ def client_of(store: HostedStore, rank: int, secret: str | None = None) -> Store
 @pytest.fixture(params=["host", "store"])
 def logs(request: pytest.FixtureRequest) -> Iterator[list[VoteLog]]:
     """Of three receivers, of one point."""
-    keys = StoreKeys("hall", DIGEST)
+    keys = StoreKeys("run", DIGEST)
     if request.param == "store":
         store = request.getfixturevalue("store")
         clients = [client_of(store, rank) for rank in RECEIVERS]
@@ -50,7 +50,7 @@ def logs(request: pytest.FixtureRequest) -> Iterator[list[VoteLog]]:
         return
     post, roster = Post(), Roster()
     routers = [MessageRouter(post, rank) for rank in RECEIVERS]
-    hosts = [HostLogs(routers[r], roster, "target", r, "hall") for r in RECEIVERS]  # type: ignore[arg-type]
+    hosts = [HostLogs(routers[r], roster, "target", r, "run") for r in RECEIVERS]  # type: ignore[arg-type]
     yield [HostVotes(hosts[r], routers[r], keys, DIGEST, RECEIVERS, r, make_wait) for r in RECEIVERS]
     for host in hosts:
         host.close()
@@ -160,14 +160,14 @@ def test_a_process_that_cannot_be_looked_into_is_an_error_that_names_it() -> Non
 
     post = Post()
     router: Any = MessageRouter(post, 1)
-    logs = HostLogs(router, Gone(), "target", 1, "hall")  # type: ignore[arg-type]
-    votes = HostVotes(logs, router, StoreKeys("hall", DIGEST), DIGEST, (0, 1), 1, make_wait)
+    logs = HostLogs(router, Gone(), "target", 1, "run")  # type: ignore[arg-type]
+    votes = HostVotes(logs, router, StoreKeys("run", DIGEST), DIGEST, (0, 1), 1, make_wait)
     post.boxes[1][logs._place((0, 1))] = Sealed("here", "0", "")
     problem = votes.open()
     assert problem is not None
     assert f"(pid {ended.pid}): No such file" in problem
     votes.excuse(problem)
-    assert post.boxes[0][f"{StoreKeys('hall', DIGEST).outcome}/give-up"] == Sealed("give-up", "1", problem)
+    assert post.boxes[0][f"{StoreKeys('run', DIGEST).outcome}/give-up"] == Sealed("give-up", "1", problem)
 
 
 def test_who_may_not_open_the_log_refuses_each_point_until_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -309,7 +309,7 @@ def test_memory_is_given_back_and_nothing_is_lost_that_somebody_reads(
 
 def test_what_a_stranger_appends_changes_nothing(store: HostedStore) -> None:
     """Unsigned, signed with another secret, or no message at all; neither before nor behind what counts."""
-    keys, writers = StoreKeys("hall", DIGEST), {"target/0": 0, "target/1": 1}
+    keys, writers = StoreKeys("run", DIGEST), {"target/0": 0, "target/1": 1}
     clients = [client_of(store, rank, "secret") for rank in (0, 1)]
     logs = [StoreVotes(client, MessageRouter(Post(), 0, client), keys, writers, make_wait) for client in clients]  # type: ignore[arg-type]
     stranger = client_of(store, 1, "another secret")

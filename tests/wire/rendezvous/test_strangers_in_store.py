@@ -145,7 +145,7 @@ def meet_often(rank: Rank) -> tuple[list[float], list[str]]:
         values.append(float(value[0]))
         if number == 0:
             session = grafter._process.grafter.lifecycle.session  # type: ignore[union-attr]
-            path = Path(os.environ["GRAFTER_DIR"]) / f"{rank.role}.hall"
+            path = Path(os.environ["GRAFTER_DIR"]) / f"{rank.role}.prefix"
             path.with_suffix(".tmp").write_text(session.client.run_prefix)
             path.with_suffix(".tmp").rename(path)
             rank.tell(f"{rank.role} met")
@@ -195,7 +195,7 @@ def test_a_stranger_that_writes_everywhere_during_a_run_changes_nothing(
         jobs.start("target", 1, meet_often, through_the_store, points)
         assert jobs.signals["baseline met"].wait(60)
         assert jobs.signals["target met"].wait(60)
-        run_prefix = (tmp_path / "target.hall").read_text()
+        run_prefix = (tmp_path / "target.prefix").read_text()
         store = connect("127.0.0.1", jobs.port, timeout=30, keep_trying=lambda: True)
         seal = Seal("baseline/0", None)
         seal.run_id = run_prefix.rsplit("/", 1)[1]
