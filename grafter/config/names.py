@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
-from grafter.core.leaves import TENSOR_KEY_MARK
+from grafter.core.messages.announced_models import TENSOR_KEY_MARK
 from grafter.core.patterns import compile_match
 from grafter.core.points import OPTIONS, OWN_TAGS
 

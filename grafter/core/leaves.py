@@ -230,12 +230,3 @@ def decode_extras(text: str, tensors: Sequence[torch.Tensor]) -> dict[str, Any]:
     if not isinstance(decoded, dict):
         raise ValueError("the extras received are not a dict")
     return decoded
-
-
-# Begins the key under which a rank announces one tensor's point; keys of modules begin with their names.
-TENSOR_KEY_MARK = "\t"
-
-
-def is_tensor_key(key: str) -> bool:
-    """Whether an announced key is that of one tensor, not of a module."""
-    return key.startswith(TENSOR_KEY_MARK)

@@ -15,7 +15,7 @@ from grafter.capture.parameters import named_weights
 from grafter.config.names import NameRule, PointName
 from grafter.config.settings.config import SETTING_FIELDS
 from grafter.config.settings.plan_file import read_plan_file
-from grafter.core.leaves import is_tensor_key
+from grafter.core.messages.announced_models import is_tensor_key
 from grafter.core.points import OPTIONS, OWN_TAGS
 from grafter.errors import ConfigError
 

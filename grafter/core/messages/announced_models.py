@@ -114,3 +114,12 @@ def _short(model: AnnouncedModel) -> str:
 def _remedy(models: Models) -> str:
     held = [model.variables[0] for model in models if model.variables]
     return ",".join(f"{variable}={variable}" for variable in held) or "VARIABLE=NAME"
+
+
+# Begins the key under which a rank announces one tensor's point; keys of modules begin with their names.
+TENSOR_KEY_MARK = "\t"
+
+
+def is_tensor_key(key: str) -> bool:
+    """Whether an announced key is that of one tensor, not of a module."""
+    return key.startswith(TENSOR_KEY_MARK)

@@ -10,8 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter
 
-from grafter.core.leaves import is_tensor_key
-from grafter.core.messages.announced_models import AnnouncedModel, find_confused_models
+from grafter.core.messages.announced_models import AnnouncedModel, find_confused_models, is_tensor_key
 from grafter.core.process_identity import ProcessIdentity
 from grafter.core.processes import host_identity
 from grafter.core.roles import Role
