@@ -37,7 +37,7 @@ class LedgerWriter:
         self._lines = LineFile(self.path)
 
     def write(self, record: LedgerRecord | LedgerLine) -> None:
-        """Append one line. Raises OSError on a full disk; the caller reports it once."""
+        """Append one line. Raises OSError on a full disk, on which no part of the line stays."""
         self._lines.append(to_json(record, inf_nan_mode="constants"))
 
     def write_summary(self, summary: RankSummary) -> None:

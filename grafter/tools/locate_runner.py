@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from grafter.analysis.locate.added_error import judge
+from grafter.analysis.locate.judgement import judge
 from grafter.analysis.locate.measure import RunMeasurement, measure_run
 from grafter.analysis.locate.verdict import Verdict, describe_inputs_alone, verdict_as_json
 from grafter.config.settings.field_types import FILTER_FIELDS

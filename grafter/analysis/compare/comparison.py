@@ -25,7 +25,13 @@ from grafter.analysis.compare.comparison_records import (
     PointRecord,
     SummaryRecord,
 )
-from grafter.analysis.compare.conclusion import Chosen, describe_verdict, innermost_culprits, with_severity
+from grafter.analysis.compare.conclusion import (
+    Chosen,
+    describe_verdict,
+    exit_code_of,
+    innermost_culprits,
+    with_severity,
+)
 from grafter.analysis.compare.point_comparison import Compared, PointTask, compare_point, describe
 from grafter.analysis.compare.point_pairs import PointPair, alone, find_pairs
 from grafter.config.thresholds import Threshold, Thresholds
@@ -38,9 +44,6 @@ from grafter.version import VERSION
 
 BLOCK_BYTES = 16 << 20
 
-EXIT_SAME = 0
-EXIT_DIFFERENT = 1
-EXIT_NOT_COMPARED = 2
 
 # Called with the number of points that are done, and of all points, for a progress bar.
 ComparisonProgress = Callable[[int, int], None]
@@ -265,13 +268,3 @@ def _summary(
         seconds=seconds,
         bytes_read=bytes_read,
     )
-
-
-def exit_code_of(counts: Counter[str], *, errors: int, skips: int, forbid_skips: bool) -> int:
-    """1 if a point failed. Otherwise 2 if something could not be judged, or if nothing was. Otherwise 0."""
-    if counts["failed"]:
-        return EXIT_DIFFERENT
-    judged = counts["passed"] + counts["allowed"]
-    if errors or not judged or (forbid_skips and skips):
-        return EXIT_NOT_COMPARED
-    return EXIT_SAME

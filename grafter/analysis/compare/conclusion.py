@@ -1,4 +1,4 @@
-"""The conclusion of a comparison: the severity of each failed point, and the verdict in words.
+"""The conclusion of a comparison: the exit code, the verdict in words, and the severity of each failed point.
 
 A failed output of a module is a culprit if the module turned good inputs bad, and inherited if an input is bad already:
 
@@ -13,12 +13,26 @@ computes those of its inputs from those of its outputs.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from grafter.analysis.compare.comparison_records import FindingRecord, PointRecord, Severity
 
+# Exit codes of `grafter compare`.
+EXIT_SAME, EXIT_DIFFERENT, EXIT_NOT_COMPARED = 0, 1, 2
+
 # For A and for B: the number of points that a filter chose, and of all points.
 Chosen = tuple[tuple[int, int], tuple[int, int]]
+
+
+def exit_code_of(counts: Counter[str], *, errors: int, skips: int, forbid_skips: bool) -> int:
+    """1 if a point failed. Otherwise 2 if something could not be judged, or if nothing was. Otherwise 0."""
+    if counts["failed"]:
+        return EXIT_DIFFERENT
+    judged = counts["passed"] + counts["allowed"]
+    if errors or not judged or (forbid_skips and skips):
+        return EXIT_NOT_COMPARED
+    return EXIT_SAME
 
 
 def describe_verdict(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
-from grafter.analysis.locate.added_error import judge
+from grafter.analysis.locate.judgement import judge
 from grafter.analysis.locate.measure import measure_run
 from grafter.analysis.locate.verdict import Verdict
 from grafter.analysis.report.dumped_pictures import draw_run

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from grafter.analysis.compare.conclusion import split_name
-from grafter.analysis.locate.added_error import judge
+from grafter.analysis.locate.judgement import judge
 from grafter.analysis.locate.measure import PointId, RunMeasurement, as_text, measure_run
 from grafter.analysis.locate.verdict import Verdict, describe_number
 from grafter.analysis.report.dumped_pictures import draw_run

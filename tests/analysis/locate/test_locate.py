@@ -14,7 +14,7 @@ from locate_ledgers import ADDED, ALONE, CLEAN, FLOOR_ADDED, measured, measureme
 from rich.console import Console
 from typer.testing import CliRunner
 
-from grafter.analysis.locate.added_error import FLOOR_FACTOR, PEER_FACTOR, judge, peer_limit
+from grafter.analysis.locate.judgement import FLOOR_FACTOR, PEER_FACTOR, judge, peer_limit
 from grafter.analysis.locate.measure import measure_run
 from grafter.analysis.locate.verdict import Verdict, verdict_as_json
 from grafter.cli.locate_table import BAR_WIDTH, draw_bar, print_verdict
