@@ -8,7 +8,7 @@ compared, or written into the other job's memory. One tensor travels through the
     tools       programs around a run: launcher, doctor, recorded requests
     analysis    what the files of a run say: compare, locate, report
     rank        the `Grafter` of one rank: tags, filters, direction
-    capture     points that nobody wrote into the program: hooks, compiled code
+    capture     points that are not written in the program: hooks, compiled code
     runtime     one point: key, header, pairing, exchange, transform, vote, write-back, ledger
     wire        how ranks talk: rendezvous, channels, pairing, commit, exchange, outbox, monitor
     store       the files of a run: ledger, dumps, recordings

@@ -10,7 +10,7 @@ GrafterError
 |   |-- JoinError          the two jobs could not agree to start
 |   |-- PairingError       the two jobs ask for different points
 |   |-- PeerLostError      a process of the run, or its store, is gone
-|   |-- PointTimeoutError  nobody is gone and nobody is provably stuck, but the time is up
+|   |-- PointTimeoutError  no rank is gone or provably stuck, but the time is up
 |   `-- ProtocolError      a message is unsigned, empty, or not what the protocol allows
 |-- TransformError         a user transform cannot be loaded
 |-- DumpError              a directory, file or record of dumps is not what the format allows, or is not there
@@ -62,7 +62,7 @@ class PeerLostError(RunError):
 
 
 class PointTimeoutError(RunError):
-    """A point waited `timeout` seconds. Nobody is provably gone or stuck; the message shows the board."""
+    """A point waited `timeout` seconds. No rank is provably gone or stuck; the message shows the board."""
 
 
 class ProtocolError(RunError):

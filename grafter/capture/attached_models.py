@@ -48,7 +48,7 @@ class AttachedModels:
         config = context.config
         self._host, self._config, self._place, self._rules = host, config, context.place, context.rules
         self.naming = Naming(config.names, config.role)
-        # Told of each model that the program attaches by itself.
+        # Called with each model that the program itself attaches.
         self.before_attach: list[Callable[[torch.nn.Module], None]] = []
         self.attachments: list[Attachment] = []
         self._described: dict[Attachment, tuple[AnnouncedModel, ModelFacts]] = {}
@@ -136,7 +136,7 @@ class AttachedModels:
         """Of two models with the same names, only the order of their calls says which is which."""
         if any(attachment.takes_names_of(other) for other in self.attachments):
             logger.warning(
-                "grafter: %s: this %s has the same names as one attached before, so their points are told apart by the "
+                "grafter: %s: this %s has the same names as one attached before, so their points are distinguished by the "
                 "order of their calls alone. Give each a name: grafter.attach(model, name='policy').",
                 self._place.who, type(model).__name__,
             )  # fmt: skip

@@ -54,7 +54,6 @@ STOCK_PHRASES = {
     r"\bat all events\b": "leave it out",
     r"\bto and fro\b": "back and forth",
     r"\bheeds?\b": "follows, uses",
-    r"\bculprits?\b": "faulty point",
     r"\ball the same\b": "anyway, even if",
     r"\bof (its|their) own accord\b": "by itself, automatically",
     r"\bas ever\b": "as usual, as for any other point",
