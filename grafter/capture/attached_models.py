@@ -136,8 +136,8 @@ class AttachedModels:
         """Of two models with the same names, only the order of their calls says which is which."""
         if any(attachment.takes_names_of(other) for other in self.attachments):
             logger.warning(
-                "grafter: %s: this %s has the same names as one attached before, so their points are distinguished by the "
-                "order of their calls alone. Give each a name: grafter.attach(model, name='policy').",
+                "grafter: %s: this %s has the same names as one attached before, so their points are distinguished "
+                "by the order of their calls alone. Give each a name: grafter.attach(model, name='policy').",
                 self._place.who, type(model).__name__,
             )  # fmt: skip
 
