@@ -6,7 +6,7 @@ call itself cannot be ended: until it has returned, no other call can be made.
 
 from __future__ import annotations
 
-import threading
+import _thread
 import time
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
@@ -66,7 +66,7 @@ class BoundedCalls:
         self._requests: SimpleQueue[_BlockingCall | None] = SimpleQueue()
         self._answers: SimpleQueue[_BlockingCall] = SimpleQueue()
         self._last: _BlockingCall | None = None
-        self._thread: threading.Thread | None = None
+        self._has_thread = False
 
     @property
     def blocked_since(self) -> float | None:
@@ -89,10 +89,10 @@ class BoundedCalls:
         does not end the wait; and if an earlier call still blocks, it is waited for first, until its own `seconds` are
         up.
         """
-        if self._thread is None:
-            run, queues = _run, (self._requests, self._answers)
-            self._thread = threading.Thread(target=run, args=queues, name="grafter-store", daemon=True)
-            self._thread.start()
+        if not self._has_thread:
+            # `threading.Thread.start` would wait for ever for a thread that has no memory to begin in.
+            _thread.start_new_thread(_run, (self._requests, self._answers))
+            self._has_thread = True
         try:
             if self.blocked_since is not None:
                 if not insists:
@@ -148,9 +148,9 @@ class BoundedCalls:
 
     def close(self) -> None:
         """End the helper thread once a call that blocks has ended. A later call starts another one."""
-        if self._thread is not None:
+        if self._has_thread:
             self._requests.put(None)
-            self._thread = None
+            self._has_thread = False
 
     def __del__(self) -> None:
         self.close()
