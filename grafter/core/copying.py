@@ -90,7 +90,7 @@ def copy(into: torch.Tensor, value: torch.Tensor, between_chunks: Callable[[], N
 
 
 def _chunks(into: torch.Tensor, value: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Both tensors, of one shape, in parts of at most CHUNK_BYTES, or of one element."""
+    """Both tensors, of one shape, in parts of at most COPY_CHUNK_BYTES, or of one element."""
     nbytes = value.numel() * value.element_size()
     if nbytes <= COPY_CHUNK_BYTES or value.dim() == 0:
         yield into, value
