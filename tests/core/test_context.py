@@ -201,7 +201,7 @@ def test_what_runs_after_its_call_is_refused(function: Any) -> None:
 
 @pytest.mark.parametrize("what", [Layer, classmethod(lambda cls: None)], ids=["a class", "a classmethod"])
 def test_what_is_no_function_is_refused(what: Any) -> None:
-    with pytest.raises(UsageError, match="it is no function"):
+    with pytest.raises(UsageError, match="it is not a function"):
         grafter.context(a=1)(what)
 
 

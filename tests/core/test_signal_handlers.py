@@ -267,7 +267,7 @@ def test_during_a_call_of_the_store_it_is_not_the_stores_end(alarm: Callable[...
 DUMP_PATH = [
     "core", "runtime", "wire/exchange", "wire/outbox", "wire/pairing", "wire/store_client.py",
     "wire/rendezvous/channels.py",     "store/ledger.py", "store/written_files.py", "capture",
-    *(f"store/dumps/{name}.py" for name in ("saver", "taken", "rank_dumps", "snapshot")),
+    *(f"store/dumps/{name}.py" for name in ("saver", "pending_record", "rank_dumps", "snapshot")),
 ]  # fmt: skip
 BROAD = {"OSError", "Exception", "RuntimeError", "ValueError", "TimeoutError", "FileNotFoundError"}
 ELSEWHERE = {
@@ -276,7 +276,7 @@ ELSEWHERE = {
     # The monitor thread's thread.
     ("rank_control.py", "_judge"),
     # The thread that writes dumps.
-    ("saver.py", "_write"), ("saver.py", "_write_point"), ("taken.py", "leaf_of"),
+    ("saver.py", "_write"), ("saver.py", "_write_point"), ("pending_record.py", "leaf_of"),
     # Before the first point, or after the last.
     ("expression.py", "_parse_expression"), ("module_tree.py", "read_trees"), ("attached_models.py", "write_trees"),
     ("lifecycle.py", "_write_last"), ("lifecycle.py", "_write_facts"),

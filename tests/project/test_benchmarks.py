@@ -15,7 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 # They are no part of the installed package, and `pytest` alone does not look in the directory where it starts.
 sys.path.append(str(ROOT))
 
