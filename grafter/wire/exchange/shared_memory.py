@@ -33,6 +33,7 @@ from grafter.errors import GrafterError, ProtocolError, RunError
 from grafter.wire.exchange import Exchange, Incoming, Outgoing
 from grafter.wire.exchange.staging import Staging, as_tensor, is_sealed_block, view_bytes
 from grafter.wire.rendezvous.channels import Channels
+from grafter.wire.rendezvous.spinning import Spinning
 
 _BLOCK, _REFUSAL, _DONE, _FAILED = "block", "refusal", "done", "failed"
 _LONGEST_REASON = 2000
@@ -102,6 +103,7 @@ class SharedMemoryExchange(Exchange):
 
     def __init__(self, graft_rank: int, roster: Roster, channels: Channels) -> None:
         self._graft_rank, self._roster, self._channels = graft_rank, roster, channels
+        self._spinning = Spinning(roster.has_core_each)
         # By receiver: its block. By sender: the generation of this rank's block that it has.
         self._to: dict[int, _ReceiverBlock] = {}
         self._given: dict[int, int] = {}
@@ -242,6 +244,8 @@ class SharedMemoryExchange(Exchange):
         """Wait for the result of each sender; why one has failed, or None."""
         keys = [_result_key(plan.digest, sender) for sender in senders]
         try:
+            if self._spinning.is_worthwhile:
+                self._channels.spin(self._spinning, keys)
             results = self._channels.wait(keys, watch, senders)
         except BaseException:
             # They may still arrive, and will not be read.

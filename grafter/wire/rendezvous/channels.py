@@ -25,6 +25,7 @@ from grafter.core.messages.wire import Seal, Sealed
 from grafter.core.processes import PeerGone, Watch, is_from_signal_handler
 from grafter.errors import ProtocolError
 from grafter.wire.rendezvous.connecting import signature_of
+from grafter.wire.rendezvous.spinning import Spinning
 from grafter.wire.rendezvous.unread_messages import UnreadMessages
 
 # As plain numbers: arithmetic with the enum costs more than the system call.
@@ -80,6 +81,7 @@ class Channels:
             timeval = _TIMEVAL.pack(0, int(_SHORTLY_SECONDS * 1e6))
             channel.connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
             self._ready.register(descriptor, select.EPOLLIN)
+        self._spinning = Spinning(roster.has_core_each)
         self._messages = UnreadMessages(self._who)
         self._unread = self._messages.by_key
         # Set while a message may be neither in its socket nor among the unread messages.
@@ -135,6 +137,8 @@ class Channels:
         writers: the graft rank that writes each, if that is known: those channels are read first.
         """
         unread = self._unread
+        if self._spinning.is_worthwhile:
+            self.spin(self._spinning, keys)
         deadline = 0.0
         while not all(map(unread.__contains__, keys)):
             # By the clock, even if something has arrived: messages for other points must not keep this rank here.
@@ -192,6 +196,16 @@ class Channels:
                 self.check_open(writer)
             if not self._fetch(_POLL_SECONDS):
                 watch.check()
+
+    def spin(self, spinning: Spinning, keys: Sequence[str]) -> None:
+        """Poll for these messages without sleeping, for as long as `spinning` says."""
+        if not (until := spinning.until()):
+            return
+        while not all(map(self._unread.__contains__, keys)):
+            if not self._fetch(0) and time.monotonic() > until:
+                spinning.record(paid=False)
+                return
+        spinning.record(paid=True)
 
     def look(self, key: str) -> Sealed | None:
         """The message for a key, or None. What was sent has arrived, so this never waits."""
