@@ -57,11 +57,17 @@ def forged(key: str, how: str) -> bytes:
 HOW = ["garbage", "empty", "unsigned", "abort", "another run", "another secret", "a copy"]
 
 
+def plant(server: TCPStore, key: str, value: str | bytes) -> None:
+    """Put a value. The store answers no `set`, and orders the calls of one connection alone: ask for it, too."""
+    server.set(key, value)
+    server.get(key)
+
+
 @pytest.mark.parametrize("how", HOW)
 def test_what_this_run_did_not_write_counts_as_absent_in_every_call(server: TCPStore, how: str) -> None:
     mine = client_of(server)
     for key in ("peeked", "put", "exchanged", "found", "woken"):
-        server.set(key, forged(key, how))
+        plant(server, key, forged(key, how))
     assert mine.peek("peeked") is None
     assert not mine.exists("peeked") and not mine.all_exist(["peeked"])
     assert mine.peek_all(["peeked", "absent"]) == [None, None]
@@ -83,7 +89,7 @@ def test_what_this_run_did_not_write_counts_as_absent_in_every_call(server: TCPS
 def test_without_a_secret_such_a_value_is_an_error(server: TCPStore, how: str) -> None:
     """Nothing can be told apart there; `unsigned` is what the others write, too."""
     mine = client_of(server, secret=None)
-    server.set("k", forged("k", how))
+    plant(server, "k", forged("k", how))
     if how == "unsigned":
         assert mine.peek("k") is not None
     elif how == "abort":
@@ -96,7 +102,7 @@ def test_without_a_secret_such_a_value_is_an_error(server: TCPStore, how: str) -
 
 def test_a_waiter_is_not_kept_by_what_a_stranger_has_put_under_its_key(server: TCPStore) -> None:
     mine, theirs = client_of(server), client_of(server, "target/0")
-    server.set("awaited", b"garbage")
+    plant(server, "awaited", b"garbage")
     came: list[str] = []
     waiter = threading.Thread(target=lambda: came.append(mine.get("awaited").payload))
     waiter.start()
@@ -110,7 +116,7 @@ def test_a_waiter_is_not_kept_by_what_a_stranger_has_put_under_its_key(server: T
 def test_a_waiter_gives_up_at_its_deadline_and_says_what_was_ignored(server: TCPStore) -> None:
     mine = client_of(server)
     mine.set_timeout(1)
-    server.set("awaited", b"garbage")
+    plant(server, "awaited", b"garbage")
     with pytest.raises(ProtocolError, match=r"ignored 1 value .* under 'awaited'"):
         mine.get("awaited")
 
@@ -120,7 +126,7 @@ def test_what_is_ignored_is_counted_once_for_each_value_and_logged_once(
 ) -> None:
     mine = client_of(server)
     for value in (b"one", b"one", b"two"):
-        server.set("k", value)
+        plant(server, "k", value)
         for _ in range(3):
             assert mine.peek("k") is None
     assert mine.seal.ignored.count == 2
