@@ -34,6 +34,8 @@ from grafter.wire.store_client import StoreClient
 # How many states are looked up per second, at 60 us each.
 _MOST_LOOKED_UP = 512
 _MOST_ENTRIES = 16384
+# Ended entries that wait for the monitor thread. On a busy machine it may be slower than a program that posts.
+_MOST_CHORES = 1024
 # How long the end of the run waits for receivers that have claimed an entry.
 _CLOSING_SECONDS = 5.0
 _CLOSING_POLL_SECONDS = 0.02
@@ -134,7 +136,7 @@ class Outbox(EntryTable):
     def end(self, entry: OutboxEntry, client: StoreClient, state: str, reason: str, *, later: bool = False) -> None:
         """Give an entry this final state, unless it is claimed or has a final state already.
 
-        later: one round trip frees its memory, and the monitor thread does the rest.
+        later: one round trip frees its memory, and the monitor thread does the rest, unless it is far behind.
         """
         found = entry.change_state(client, state, reason)
         if found is not None and found.kind not in FINAL:
@@ -145,7 +147,7 @@ class Outbox(EntryTable):
         to_leave = reason if found is None and state in UNSEEN else None
         if not self._settle(entry, state, reason):
             return
-        if later:
+        if later and len(self._chores) < _MOST_CHORES:
             self._chores.append((entry, state, to_leave))
         else:
             self._finish(client, entry, state, to_leave)

@@ -42,6 +42,7 @@ from grafter.errors import ProtocolError
 from grafter.wire.exchange.staging import Staging, new_block
 from grafter.wire.monitor.deadlock import find_stuck
 from grafter.wire.monitor.status_board import BoardLine
+from grafter.wire.outbox import outbox
 from grafter.wire.outbox.delivery import Delivery, Fetcher
 from grafter.wire.outbox.entries import Claims, OutboxEntry, Tombstones
 from grafter.wire.outbox.outbox import Outbox
@@ -368,6 +369,17 @@ def test_a_claimed_entry_is_never_displaced() -> None:
     parts.store.values[claimed.keys.state] = Sealed("taken", "target/0", "")
     assert parts.outbox.make_room(1 << 19, parts.store)[0] is not None, "it has been taken in the meantime"
     assert dict(parts.outbox.settled) == {"sent": 2, "displaced": 2}
+
+
+def test_a_sender_tidies_up_itself_where_the_monitor_thread_is_far_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither what is left to do nor the keys in the store grow with the number of points."""
+    monkeypatch.setattr(outbox, "_MOST_CHORES", 3)
+    parts = make_outbox(limit=1 << 19)
+    for number in range(10):
+        add_entry(parts, f"entry {number}", 1 << 19)
+    assert dict(parts.outbox.settled) == {"displaced": 9}
+    assert len(parts.outbox._chores) == 3
+    assert len([key for key in parts.deleted if key.endswith("/s")]) == 6
 
 
 def test_only_what_nobody_has_claimed_expires() -> None:
