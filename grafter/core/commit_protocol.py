@@ -4,7 +4,7 @@ Every receiver appends its vote to the vote log of the point, which is durable a
 decides, read in order (`outcome_of`):
 
     YES of every receiver, before any other vote      committed by the last of them: all write
-    NO or GIVEN_UP before the last missing YES        refused by that receiver, for ever: nobody writes
+    NO or GIVEN_UP before the last missing YES        refused by that receiver, finally: no rank writes
 
 So a receiver that has not voted keeps the point from being committed, and one that has voted YES may only leave after
 it has read the outcome. Whoever has to leave appends GIVEN_UP, reads the log, and carries out what it finds. There is
@@ -90,7 +90,7 @@ def take_part(role_rank: int, receivers: Collection[int]) -> Course:
         return (yield from _excuse_self(role_rank, problem))
     yield VOTE_YES if refusal is None else Step(APPEND, NO, refusal)
     if len(receivers) == 1:
-        # Its own vote decides: nothing to read, and nobody to wake.
+        # Its own vote decides: nothing to read, and no rank to wake.
         if refusal is None:
             yield WRITE
         return Outcome(refusal is None, role_rank)
@@ -126,6 +126,6 @@ def _carry_out(outcome: Outcome) -> Course:
 
 
 def _excuse_self(role_rank: int, problem: str) -> Course:
-    """Without the log this receiver has never voted, so nobody can have committed, and nobody will."""
+    """Without the log this receiver has never voted, so no receiver can commit, now or later."""
     yield Step(EXCUSE, GIVEN_UP, problem)
     return Outcome(False, role_rank)

@@ -44,7 +44,7 @@ class _CopyThread:
         if self._process_id != os.getpid():
             parts: queue.SimpleQueue[_Part] = queue.SimpleQueue()
             try:
-                # `threading.Thread.start` would wait for ever for a thread that has no memory to begin in.
+                # `threading.Thread.start` never returns if the new thread has no memory to start in.
                 _thread.start_new_thread(_copy_parts, (parts,))
             except RuntimeError as error:
                 if is_from_signal_handler(error):

@@ -113,7 +113,7 @@ class Grafter:
         return self.dump_point(name, value, arguments)
 
     def dump_point(self, name: str, value: Any, arguments: dict[str, Any], module: str | None = None) -> Any:
-        """`module`: as which module's announcement the point counts, where a hook has taken it."""
+        """module: the module whose announcement the point counts as, if a hook has taken it."""
         if not self.has_begun:
             self.begin()
         is_plain = _is_plain(arguments)

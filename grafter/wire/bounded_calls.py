@@ -90,7 +90,7 @@ class BoundedCalls:
         up.
         """
         if not self._has_thread:
-            # `threading.Thread.start` would wait for ever for a thread that has no memory to begin in.
+            # `threading.Thread.start` never returns if the new thread has no memory to start in.
             _thread.start_new_thread(_run, (self._requests, self._answers))
             self._has_thread = True
         try:

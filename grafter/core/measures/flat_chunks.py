@@ -145,7 +145,7 @@ def bits(parts: torch.Tensor) -> torch.Tensor:
 
 @lru_cache(maxsize=64)
 def is_opaque(dtype: torch.dtype) -> bool:
-    """Whether torch stores values of this dtype without reading them as numbers: they are equal or not, no more."""
+    """Whether torch stores values of this dtype without reading them as numbers. Only equality is defined."""
     return not (dtype in _INTEGERS or dtype.is_complex or dtype.is_floating_point)
 
 

@@ -154,7 +154,7 @@ def read_message(parse: Callable[[str], Message], text: str, what: str) -> Messa
         if is_from_signal_handler(error):
             raise
         raise ProtocolError(
-            f"{what} that came through the store or by mail is not what the protocol allows "
-            f"({str(error).splitlines()[0]}): {text[:80]!r}. Both jobs need the same grafter, and nobody "
-            f"else may write there."
+            f"{what} that came through the store or a channel is not what the protocol allows "
+            f"({str(error).splitlines()[0]}): {text[:80]!r}. Both jobs need the same version of "
+            f"grafter, and no other program may write there."
         ) from error
